@@ -1,0 +1,39 @@
+"""Binary networks, their layers and quantizers.
+
+Importing this package registers the models with timm: `timm.create_model("birealnet18", norm="layer")`. A binary layer's
+weight is +-1 itself and carries the attribute `binary = True`.
+"""
+
+from bitfleet.models.binarynet import BinaryNet, binarynet
+from bitfleet.models.birealnet import BiRealNet, birealnet18, birealnet34, birealnet_small
+from bitfleet.models.config import ModelConfig, create_model
+from bitfleet.models.layers import QuantConv2d, QuantLinear
+from bitfleet.models.normalization import BatchNorm, ChannelLayerNorm
+from bitfleet.models.quantizers import approx_sign, ste_sign
+from bitfleet.models.same_padding import SameAvgPool2d, SameConv2d, SameMaxPool2d
+from bitfleet.models.size import ModelSize, count
+from bitfleet.models.xnornet import XNORNet, xnornet
+
+__all__ = [
+    "BatchNorm",
+    "BiRealNet",
+    "BinaryNet",
+    "ChannelLayerNorm",
+    "ModelConfig",
+    "ModelSize",
+    "QuantConv2d",
+    "QuantLinear",
+    "SameAvgPool2d",
+    "SameConv2d",
+    "SameMaxPool2d",
+    "XNORNet",
+    "approx_sign",
+    "binarynet",
+    "birealnet18",
+    "birealnet34",
+    "birealnet_small",
+    "count",
+    "create_model",
+    "ste_sign",
+    "xnornet",
+]

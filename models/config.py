@@ -1,0 +1,48 @@
+"""The network part of a run's configuration."""
+
+import dataclasses
+from typing import Any, Literal
+
+import timm
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A network of timm's registry: one of bitfleet's, or any other."""
+
+    name: str = "birealnet18"
+    """Name in timm's registry."""
+    num_classes: int = 1000
+    """Outputs of the classifier."""
+    norm: Literal["batch", "layer"] | None = None
+    """Normalisation of bitfleet's networks. None: the network's own default."""
+    width: int | None = None
+    """Channels of the first stage of a Bi-Real Net. None: the network's own default."""
+    depths: tuple[int, ...] | None = None
+    """Binary convolutions in each stage of a Bi-Real Net. None: the network's own default."""
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1:
+            raise ValueError(f"model.num_classes must be at least 1, not {self.num_classes}")
+
+
+def create_model(config: ModelConfig) -> nn.Module:
+    """Build the network with fresh weights from torch's global generator.
+
+    Raises:
+        ValueError: no such network, or one that does not take an option.
+    """
+    options: dict[str, Any] = {
+        key: value for key in ("norm", "width", "depths") if (value := getattr(config, key)) is not None
+    }
+    if not timm.is_model(config.name):
+        near = timm.list_models(f"*{config.name[:6]}*")[:3] or ["birealnet18", "xnornet", "binarynet"]
+        raise ValueError(f"there is no network {config.name!r} (model.name); did you mean one of {', '.join(near)}?")
+    try:
+        model: nn.Module = timm.create_model(config.name, num_classes=config.num_classes, **options)
+    except TypeError as error:
+        raise ValueError(
+            f"the network {config.name} does not take one of the options {sorted(options)}: {error}"
+        ) from error
+    return model

@@ -1,0 +1,70 @@
+"""How large a network is: parameters and multiply-accumulates, 1-bit and 32-bit apart."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitfleet.models.layers import QuantConv2d, QuantLinear
+
+__all__ = ["ModelSize", "count"]
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Sizes of a network for one image.
+
+    Attributes:
+        num_parameters: trainable parameters, binary ones included.
+        num_binary_parameters: parameters marked binary.
+        num_running_statistics: elements of floating point buffers (means and variances).
+        num_macs_1bit: multiply-accumulates of a binary weight with a binary input.
+        num_macs_32bit: all others of convolutions and linear layers.
+    """
+
+    num_parameters: int
+    num_binary_parameters: int
+    num_running_statistics: int
+    num_macs_1bit: int
+    num_macs_32bit: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_parameters:,} parameters, {self.num_binary_parameters:,} of them 1-bit; MACs an image: "
+            f"{self.num_macs_1bit:,} 1-bit, {self.num_macs_32bit:,} 32-bit"
+        )
+
+
+def count(model: nn.Module, input_size: tuple[int, ...]) -> ModelSize:
+    """Count with one forward pass, as larq's summary does: padded positions count, norms and pools do not.
+
+    Args:
+        model: left as it was; run in evaluation mode.
+        input_size: shape of one image, e.g. (3, 224, 224).
+    """
+    macs = {True: 0, False: 0}
+
+    def add_macs(layer: Any, _: tuple[Tensor, ...], output: Tensor) -> None:
+        binary = isinstance(layer, QuantConv2d | QuantLinear) and layer.input_quantizer is not None
+        macs[binary] += output.numel() * layer.weight[0].numel()
+
+    modes = {module: module.training for module in model.modules()}
+    hooks = [m.register_forward_hook(add_macs) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    first = next(model.parameters())
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *input_size, dtype=first.dtype, device=first.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return ModelSize(
+        num_parameters=sum(p.numel() for p in parameters),
+        num_binary_parameters=sum(p.numel() for p in parameters if getattr(p, "binary", False)),
+        num_running_statistics=sum(b.numel() for b in model.buffers() if b.is_floating_point()),
+        num_macs_1bit=macs[True],
+        num_macs_32bit=macs[False],
+    )
