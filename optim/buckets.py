@@ -1,0 +1,261 @@
+"""Buckets: parameters of one group laid end to end, of which each rank owns one equal slice. No communication here.
+
+Layout of a bucket of world_size * slice_numel elements (slice_numel is a multiple of 64, so that a slice of signs is whole 64-bit
+words; every parameter of a binary bucket begins at a multiple of 64 for the same reason):
+
+    | param 0 | pad | param 1 | pad | ... | pad to world_size * slice_numel |
+    |   slice of rank 0     |  slice of rank 1   | ...                       |
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bitfleet.optim.bits import pack_signs, unpack_signs
+from bitfleet.optim.kernels import bop2ndorder_bits_, bop_bits_
+from bitfleet.optim.routed import RULES, Group, State
+
+ALIGN = 64
+
+
+def _bop2ndorder(bits: Tensor, grad: Tensor, state: State, group: Group) -> None:
+    bop2ndorder_bits_(
+        bits,
+        grad,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        gamma=group["gamma"],
+        sigma=group["sigma"],
+        threshold=group["threshold"],
+        correction=group["correction"],
+        step=int(state["step"]),
+    )
+
+
+def _bop(bits: Tensor, grad: Tensor, state: State, group: Group) -> None:
+    bop_bits_(bits, grad, state["exp_avg"], gamma=group["gamma"], threshold=group["threshold"])
+
+
+BITS_UPDATES: dict[str, Callable[[Tensor, Tensor, State, Group], None]] = {"bop2ndorder": _bop2ndorder, "bop": _bop}
+"""Rules that update packed signs (uint8, 8 weights a byte) instead of weights; their buckets travel as bits."""
+
+
+class Segment(NamedTuple):
+    """Place of a parameter in its bucket."""
+
+    name: str
+    param: nn.Parameter
+    start: int
+    end: int
+
+
+def tree_sum(parts: Sequence[Tensor]) -> Tensor:
+    """Sum of `parts` in one fixed binary tree: ((0 + 1) + (2 + 3)) + ..., an odd one out waits for the next level."""
+    level = list(parts)
+    while len(level) > 1:
+        paired = [a + b for a, b in zip(level[::2], level[1::2], strict=False)]
+        level = paired + level[len(level) & ~1 :]
+    return level[0]
+
+
+class Bucket:
+    """The parameters of one bucket, which become views of one flat tensor, and this rank's slice of its state.
+
+    Args:
+        named: the parameters, in the order in which backward is expected to reach them.
+        group: the parameter group that they belong to; its hyperparameters are read at every update.
+        rank: this rank.
+        world_size: number of slices.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], group: Group, rank: int, world_size: int) -> None:
+        self.group = group
+        self.binary = group["rule"] in BITS_UPDATES
+        self.segments: list[Segment] = []
+        end = 0
+        for name, param in named:
+            start = -(-end // ALIGN) * ALIGN if self.binary else end
+            end = start + param.numel()
+            self.segments.append(Segment(name, param, start, end))
+        self.numel = sum(param.numel() for _, param in named)
+        self.slice_numel = -(-end // (ALIGN * world_size)) * ALIGN
+        self.begin, self.end = rank * self.slice_numel, (rank + 1) * self.slice_numel
+        first = named[0][1]
+        filler = torch.ones if self.binary else torch.zeros
+        self.weights = filler(world_size * self.slice_numel, dtype=first.dtype, device=first.device)
+        for segment in self.segments:
+            view = self.weights[segment.start : segment.end].view(segment.param.shape)
+            view.copy_(segment.param.detach())
+            segment.param.data = view
+        keys = RULES[group["rule"]].state_keys
+        self.state = {key: torch.zeros(self.slice_numel, device=first.device) for key in keys}
+        self.bits: Tensor | None = None
+        self.steps = [0] * len(self.segments)
+        self._local: Tensor | None = None
+        self._sums: list[tuple[int, Tensor]] = []
+        self._expected = {index for index, (_, param) in enumerate(named) if param.requires_grad}
+        self._missing = set(self._expected)
+        self.used = [False] * len(self.segments)
+
+    # Gradients of this rank's replicas.
+
+    def add_gradient(self, index: int) -> None:
+        """Move the gradient of segment `index` into the flat buffer of the current replica."""
+        segment = self.segments[index]
+        if segment.param.grad is None:
+            raise ValueError(
+                f"another optimizer took the gradient of {segment.name}: close() the earlier ShardedOptimizer"
+            )
+        if self._local is None:
+            self._local = torch.zeros(self.weights.numel(), device=self.weights.device)
+        self._local[segment.start : segment.end].view(segment.param.shape).copy_(segment.param.grad)
+        segment.param.grad = None
+        self._missing.discard(index)
+        self.used[index] = True
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every parameter has brought its gradient of the current replica."""
+        return not self._missing
+
+    def end_replica(self) -> None:
+        """Add the current replica to the tree of partial sums (a binary counter: level k holds 2^k replicas)."""
+        local = (
+            self._local if self._local is not None else torch.zeros(self.weights.numel(), device=self.weights.device)
+        )
+        self._local, self._missing = None, set(self._expected)
+        level = 0
+        while self._sums and self._sums[-1][0] == level:
+            local = self._sums.pop()[1].add_(local)
+            level += 1
+        self._sums.append((level, local))
+
+    def take_gradient(self) -> Tensor:
+        """The sum over this rank's replicas, fp32 [world_size * slice_numel]; the bucket keeps nothing of it."""
+        total = self._sums.pop()[1]
+        while self._sums:
+            total = self._sums.pop()[1].add_(total)
+        return total
+
+    def forget_gradients(self) -> None:
+        """Drop what has arrived of a step that is not going to be made."""
+        self._local, self._sums, self._missing = None, [], set(self._expected)
+        self.used = [False] * len(self.segments)
+
+    def check_parameters(self) -> None:
+        """Raise ValueError, naming it, for a parameter that is no longer the view that it was made into."""
+        start, width = self.weights.data_ptr(), self.weights.element_size()
+        for index, segment in enumerate(self.segments):
+            if segment.param.numel() and segment.param.data_ptr() != start + width * segment.start:
+                raise ValueError(
+                    f"the parameter {segment.name} was moved after the optimizer was built: move the model before"
+                )
+            if segment.param.requires_grad != (index in self._expected):
+                raise ValueError(
+                    f"requires_grad of the parameter {segment.name} was changed after the optimizer was built: "
+                    f"close() it and build another"
+                )
+
+    # The update of this rank's slice.
+
+    def update_(self, grad: Tensor, used: Sequence[bool]) -> None:
+        """Apply the rule to this rank's slice.
+
+        Args:
+            grad: the reduced gradient of the slice, fp32 [slice_numel].
+            used: for each segment, whether any rank had a gradient for it; the others keep weight and state, as a plain
+                optimizer skips parameters without a gradient.
+        """
+        for index, is_used in enumerate(used):
+            self.steps[index] += is_used
+        for low, high, step in self._runs(used):
+            state = {key: tensor[low:high] for key, tensor in self.state.items()}
+            state["step"] = torch.tensor(float(step))
+            if self.binary:
+                BITS_UPDATES[self.group["rule"]](self.signs()[low // 8 : high // 8], grad[low:high], state, self.group)
+            else:
+                weights = self.weights[self.begin + low : self.begin + high]
+                RULES[self.group["rule"]].update_(weights, grad[low:high], state, self.group)
+
+    def _runs(self, used: Sequence[bool]) -> Iterator[tuple[int, int, int]]:
+        """(first, last + 1, step) of stretches of the slice that are updated alike; usually the whole slice."""
+        if all(used) and len(set(self.steps)) == 1:
+            yield 0, self.slice_numel, self.steps[0]
+            return
+        for index, (segment, is_used) in enumerate(zip(self.segments, used, strict=True)):
+            end = -(-segment.end // ALIGN) * ALIGN if self.binary else segment.end
+            low, high = max(segment.start, self.begin) - self.begin, min(end, self.end) - self.begin
+            if is_used and low < high:
+                yield low, high, self.steps[index]
+
+    def signs(self) -> Tensor:
+        """This rank's slice of the weights as bits, uint8 [slice_numel / 8]; packed from the weights when first asked for."""
+        if self.bits is None:
+            self.bits = pack_signs(self.weights[self.begin : self.end])
+        return self.bits
+
+    def unpack(self, gathered: Tensor) -> None:
+        """Write the gathered signs of all slices, uint8 [world_size * slice_numel / 8], into the parameters."""
+        unpack_signs(gathered, self.weights)
+
+    def read_weights(self) -> None:
+        """Forget the packed signs: the parameters were written from outside."""
+        self.bits = None
+
+    # What all ranks must agree on.
+
+    def wire_form(self) -> Tensor:
+        """A copy of all weights in a form whose words can be compared: packed signs, or the values' bits as integers."""
+        if self.binary:
+            return pack_signs(self.weights)
+        return self.weights.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[self.weights.element_size()]).clone()
+
+    def checksum(self) -> Tensor:
+        """A 64-bit sum over the weights, int64 [], with odd factors: one changed word always changes it."""
+        words = self.wire_form()
+        factors = torch.arange(1, 2 * words.numel(), 2, device=words.device)
+        return (words.to(torch.int64) * factors).sum()
+
+    def differences(self, truth: Tensor) -> list[tuple[str, int]]:
+        """Parameters whose weights differ from `truth` (a wire form), each with its first differing element."""
+        here, differences = self.wire_form(), []
+        for segment in self.segments:
+            low, high = (segment.start // 8, -(-segment.end // 8)) if self.binary else (segment.start, segment.end)
+            differs = (truth[low:high] != here[low:high]).nonzero()
+            if len(differs):
+                first = int(differs[0])
+                if self.binary:
+                    changed = int(truth[low + first]) ^ int(here[low + first])
+                    first = 8 * first + (changed & -changed).bit_length() - 1
+                differences.append((segment.name, first))
+        return differences
+
+    def pieces(self) -> Iterator[tuple[int, str, int, int, int]]:
+        """(segment index, name, first element within the parameter, low, high) of the parameters in this slice."""
+        for index, segment in enumerate(self.segments):
+            low, high = max(segment.start, self.begin), min(segment.end, self.end)
+            if low < high:
+                yield index, segment.name, low - segment.start, low - self.begin, high - self.begin
+
+
+def make_buckets(groups: Sequence[Group], bucket_numel: int, rank: int, world_size: int) -> list[Bucket]:
+    """Cut the parameters of `groups` into buckets of about `bucket_numel` elements.
+
+    Backward reaches the parameters of a group roughly in the reverse order of their creation, so the last ones come first. A
+    group without "param_names" gets running numbers for names.
+    """
+    buckets = []
+    for number, group in enumerate(groups):
+        names = group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
+        named: list[tuple[str, nn.Parameter]] = []
+        for name, param in reversed(list(zip(names, group["params"], strict=True))):
+            same_kind = not named or (named[0][1].dtype == param.dtype and named[0][1].device == param.device)
+            if named and (not same_kind or sum(p.numel() for _, p in named) + param.numel() > bucket_numel):
+                buckets.append(Bucket(named, group, rank, world_size))
+                named = []
+            named.append((name, param))
+        if named:
+            buckets.append(Bucket(named, group, rank, world_size))
+    return buckets

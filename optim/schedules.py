@@ -1,0 +1,117 @@
+"""Schedules of hyperparameters: pure functions of the 0-based step, and the object that writes them into an optimizer.
+
+The paper's code gives gamma, sigma, threshold and the Adam learning rate a Keras schedule each, evaluated at the optimizer's
+own 0-based iteration: the first update uses schedule(0). `HyperparameterScheduler` follows the protocol of
+`torch.optim.lr_scheduler` (construct after the optimizer, `step()` after `optimizer.step()`), for any key of a group.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+
+Kind = Literal["constant", "polynomial", "exponential", "cosine"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """A hyperparameter as a function of the 0-based step."""
+
+    start: float
+    """Value at step 0 (before warm-up)."""
+    end: float = 0.0
+    """Value at `num_steps` and after (polynomial, cosine)."""
+    kind: Kind = "constant"
+    """constant; polynomial: (start - end) (1 - t/num_steps)^power + end; exponential: start * rate^floor(t/num_steps)
+    (staircase); cosine: half a cosine from start to end."""
+    num_steps: int | None = None
+    """Length of the decay in steps (exponential: of one stair). None: the whole run."""
+    power: float = 1.0
+    """Exponent of the polynomial; 1 is linear."""
+    rate: float = 0.1
+    """Factor of each exponential stair."""
+    warmup_steps: int = 0
+    """The value is multiplied by (t + 1)/warmup_steps during the first so many steps."""
+
+    def __post_init__(self) -> None:
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"num_steps of a schedule must be at least 1, not {self.num_steps}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps of a schedule must not be negative, not {self.warmup_steps}")
+        for name in ("start", "end", "power", "rate"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} of a schedule must be finite and not negative, not {value}")
+
+    def over(self, num_steps: int) -> "Schedule":
+        """This schedule with an open length filled in by `num_steps`."""
+        return self if self.num_steps is not None else dataclasses.replace(self, num_steps=num_steps)
+
+    def __call__(self, step: int) -> float:
+        """Value at the 0-based `step`, in float64."""
+        value = self._decayed(step)
+        return value * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else value
+
+    def _decayed(self, step: int) -> float:
+        if self.kind == "constant":
+            return self.start
+        if self.num_steps is None:
+            raise ValueError(f"a {self.kind} schedule needs num_steps before it can be evaluated")
+        if self.kind == "exponential":
+            return float(self.start * self.rate ** (step // self.num_steps))
+        done = min(step, self.num_steps) / self.num_steps
+        if self.kind == "polynomial":
+            return float((self.start - self.end) * (1.0 - done) ** self.power + self.end)
+        return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def constant(value: float) -> Schedule:
+    """The same value at every step."""
+    return Schedule(start=value)
+
+
+def linear(start: float, end: float, num_steps: int | None = None) -> Schedule:
+    """Keras' PolynomialDecay of power 1, as in all runs of the paper."""
+    return Schedule(start=start, end=end, kind="polynomial", num_steps=num_steps)
+
+
+class HyperparameterScheduler:
+    """Writes scheduled values into the parameter groups of an optimizer.
+
+    Args:
+        optimizer: any optimizer whose groups have a key "name".
+        schedules: group name -> hyperparameter -> schedule, every length filled in.
+
+    On construction the groups get the values of step 0.
+    """
+
+    def __init__(self, optimizer: Optimizer, schedules: Mapping[str, Mapping[str, Schedule]]) -> None:
+        names = {group["name"] for group in optimizer.param_groups}
+        unknown = sorted(set(schedules) - names)
+        if unknown:
+            raise ValueError(f"schedules for unknown parameter groups {unknown}; the groups are {sorted(names)}")
+        self.optimizer = optimizer
+        self.schedules = schedules
+        self.num_steps_done = 0
+        self._write()
+
+    def _write(self) -> None:
+        for group in self.optimizer.param_groups:
+            for key, schedule in self.schedules.get(group["name"], {}).items():
+                group[key] = schedule(self.num_steps_done)
+
+    def step(self, **_: Any) -> None:
+        """Count one optimizer step and write the values of the next (DeepSpeed passes keywords that are not used)."""
+        self.num_steps_done += 1
+        self._write()
+
+    def state_dict(self) -> dict[str, int]:
+        """The position; the schedules themselves belong to the configuration."""
+        return {"num_steps_done": self.num_steps_done}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue at the position of `state`."""
+        self.num_steps_done = state["num_steps_done"]
+        self._write()
