@@ -1,0 +1,217 @@
+"""What an optimizer step costs: the flip rule on bits, compiled and eager, against AdamW and the memory, interleaved.
+
+DeepSpeedCPUAdam is among them where it builds.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bitfleet.optim import bop2ndorder_step_
+from bitfleet.optim.bits import pack_signs, unpack_signs
+from bitfleet.optim.kernels import bop2ndorder_bits_, library
+from bitfleet.trainer.engine import deepspeed_cpu_adam
+
+SIZES = (12_000_000, 62_000_000)
+"""Weights of a Bi-Real Net 18 and of an XNOR-Net."""
+RATES: dict[str, Any] = {"gamma": 1e-7, "sigma": 1e-3, "threshold": 1e-6}
+
+REFERENCE = "AdamW fused"
+LIMIT = "read-modify-write, 4 reads + 3 writes"
+
+
+class Row(NamedTuple):
+    """One contender at one size; times and ratios are medians over the rounds."""
+
+    numel: int
+    name: str
+    ns_per_weight: float
+    bytes_per_weight: float
+    ratio: float
+    """Time over that of fused AdamW in the same round."""
+    limit_fraction: float
+    """Bytes a second over those of the read-modify-write in the same round."""
+
+
+class FirstStep(NamedTuple):
+    """Seconds of the first call in a new process, after the imports."""
+
+    name: str
+    cold_seconds: float
+    """With empty cache folders: what is built is built."""
+    warm_seconds: float
+    """Again, in another process."""
+
+
+class Contender(NamedTuple):
+    """Something to measure, with the bytes that it has to move for each weight."""
+
+    bytes_per_weight: float
+    run: Callable[[], object]
+
+
+def bench_step(sizes: Sequence[int] = SIZES, num_rounds: int = 7) -> list[Row]:
+    """Measure every contender in turns, `num_rounds` times after a round that does not count.
+
+    All work on the same gradients and moments, so none finds more of its data in a cache than another.
+
+    Raises:
+        ValueError: there is no C compiler, or a size is no positive multiple of 64.
+    """
+    if library() is None:
+        raise ValueError("the benchmark of the step needs a C and a C++ compiler (gcc and g++) on the PATH")
+    for size in sizes:
+        if size <= 0 or size % 64:
+            raise ValueError(f"sizes must be positive multiples of 64, not {size}")
+    if num_rounds < 1:
+        raise ValueError(f"the number of rounds must be positive, not {num_rounds}")
+    return [row for size in sizes for row in _bench_size(size, num_rounds)]
+
+
+def _bench_size(numel: int, num_rounds: int) -> list[Row]:
+    entries = contenders(numel)
+    seconds: dict[str, list[float]] = {name: [] for name in entries}
+    num_calls = max(2, 50_000_000 // numel)
+    for count in range(num_rounds + 1):
+        for name, contender in entries.items():
+            contender.run()
+            start = time.perf_counter()
+            for _ in range(num_calls):
+                contender.run()
+            if count > 0:
+                seconds[name].append((time.perf_counter() - start) / num_calls)
+
+    def row(name: str) -> Row:
+        num_bytes = entries[name].bytes_per_weight
+        limit = [t / entries[LIMIT].bytes_per_weight for t in seconds[LIMIT]]
+        return Row(
+            numel,
+            name,
+            statistics.median(seconds[name]) / numel * 1e9,
+            num_bytes,
+            statistics.median(a / b for a, b in zip(seconds[name], seconds[REFERENCE], strict=True)),
+            statistics.median(b / (a / num_bytes) for a, b in zip(seconds[name], limit, strict=True)),
+        )
+
+    return [row(name) for name in entries]
+
+
+def contenders(numel: int) -> dict[str, Contender]:
+    """The lines of the table, over shared buffers of `numel` weights."""
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(numel, generator=generator) * 1e-3
+    exp_avg, exp_avg_sq = grad.clone(), grad.square()
+    weight = torch.where(torch.randn(numel, generator=generator) < 0, -1.0, 1.0)
+    bits = pack_signs(weight)
+    grad_bf16, scratch, scratch_bf16 = grad.bfloat16(), torch.empty_like(grad), torch.empty(numel, dtype=torch.bfloat16)
+    compiled, rates = _compiled_rule()
+    touch_ = torch.compile(_read_modify_write_, fullgraph=True, dynamic=True)
+    zero = torch.zeros(())
+
+    def on_bits(g: Tensor, correction: Literal["none", "adam"] = "none") -> Callable[[], object]:
+        return lambda: bop2ndorder_bits_(bits, g, exp_avg, exp_avg_sq, **RATES, correction=correction, step=9)
+
+    def adamw(kind: Literal["fused", "foreach"]) -> Callable[[], object]:
+        parameter = nn.Parameter(weight)
+        parameter.grad = grad
+        # At a rate of 0 the weights stay +-1, for the same time.
+        optimizer = torch.optim.AdamW([parameter], lr=0.0, **{kind: True})  # type: ignore[arg-type]
+        optimizer.state[parameter] = {"step": torch.tensor(1.0), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        return optimizer.step
+
+    parameter = nn.Parameter(weight)
+    parameter.grad = grad
+    deepspeed = deepspeed_cpu_adam(parameter)
+    return {
+        REFERENCE: Contender(28, adamw("fused")),
+        "AdamW foreach": Contender(28, adamw("foreach")),
+        **({"DeepSpeedCPUAdam": Contender(28, deepspeed.step)} if deepspeed else {}),
+        "kernel on bits, fp32 gradients": Contender(20.25, on_bits(grad)),
+        "kernel on bits, bf16 gradients": Contender(18.25, on_bits(grad_bf16)),
+        "kernel on bits, fp32, correction adam": Contender(20.25, on_bits(grad, "adam")),
+        "compiled rule on fp32 weights": Contender(28, lambda: compiled(weight, grad, exp_avg, exp_avg_sq, **rates)),
+        "eager rule on fp32 weights": Contender(
+            28, lambda: bop2ndorder_step_(weight, grad, exp_avg, exp_avg_sq, **RATES)
+        ),
+        "pack fp32": Contender(4.125, lambda: pack_signs(weight, bits)),
+        "unpack to fp32": Contender(4.125, lambda: unpack_signs(bits, scratch)),
+        "unpack to bf16": Contender(2.125, lambda: unpack_signs(bits, scratch_bf16)),
+        "copy_": Contender(8, lambda: scratch.copy_(grad)),
+        LIMIT: Contender(28, lambda: touch_(weight, exp_avg, exp_avg_sq, grad, zero)),
+    }
+
+
+def _compiled_rule() -> tuple[Callable[..., None], dict[str, Tensor]]:
+    """The rule in one graph, and its rates as tensors, so that none becomes a constant of the graph."""
+    compiled = torch.compile(bop2ndorder_step_, fullgraph=True, dynamic=True)
+    return compiled, {key: torch.tensor(value) for key, value in RATES.items()}
+
+
+def _read_modify_write_(a: Tensor, b: Tensor, c: Tensor, d: Tensor, zero: Tensor) -> None:
+    """The traffic of a rule on fp32 weights without its arithmetic; with `zero` = 0 no value changes."""
+    change = d * zero
+    a.add_(change)
+    b.add_(change)
+    c.add_(change)
+
+
+def first_steps() -> list[FirstStep]:
+    """How long the first step of a process takes, with the kernel and with the compiled rule."""
+    return [
+        FirstStep(name, *_cold_and_warm(kind))
+        for name, kind in (("kernel on bits", "bits"), ("compiled rule", "compiled"))
+    ]
+
+
+def _cold_and_warm(kind: str) -> tuple[float, float]:
+    code = f"from bitfleet.trainer.bench_step import first_step; print(first_step({kind!r}))"
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {"BITFLEET_CACHE": folder, "TORCHINDUCTOR_CACHE_DIR": folder}
+        env = {**os.environ, **caches, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+        def run() -> float:
+            done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+            return float(done.stdout.split()[-1])
+
+        return run(), run()
+
+
+def first_step(kind: Literal["bits", "compiled"], numel: int = 1 << 20) -> float:
+    """Seconds of one step on `numel` weights; in a new process, of the first one."""
+    weight, grad, exp_avg, exp_avg_sq = torch.ones(numel), torch.ones(numel), torch.zeros(numel), torch.zeros(numel)
+    start = time.perf_counter()
+    if kind == "bits":
+        bits = pack_signs(weight)
+        bop2ndorder_bits_(bits, grad, exp_avg, exp_avg_sq, **RATES, correction="none", step=1)
+        unpack_signs(bits, weight)
+    else:
+        compiled, rates = _compiled_rule()
+        compiled(weight, grad, exp_avg, exp_avg_sq, **rates)
+    return time.perf_counter() - start
+
+
+def format_steps(rows: Sequence[Row], firsts: Sequence[FirstStep] = ()) -> str:
+    """The rows as a table for a terminal, a block for every size, then the first steps."""
+    lines: list[str] = []
+    for numel in dict.fromkeys(row.numel for row in rows):
+        lines += [
+            f"{numel:,} weights, {torch.get_num_threads()} threads",
+            f"  {'':38}{'ns/weight':>10}{'bytes':>8}{'ratio to AdamW':>16}{'of the limit':>14}",
+        ]
+        lines += [
+            f"  {row.name:38}{row.ns_per_weight:10.3f}{row.bytes_per_weight:8.2f}{row.ratio:16.3f}{row.limit_fraction:14.3f}"
+            for row in rows
+            if row.numel == numel
+        ]
+        by_name = {row.name: row.ns_per_weight for row in rows if row.numel == numel}
+        lines.append(f"  {'pack fp32 + unpack to fp32':38}{by_name['pack fp32'] + by_name['unpack to fp32']:10.3f}")
+    lines += [f"first step of the {name}: {cold:.2f} s cold, {warm:.2f} s warm" for name, cold, warm in firsts]
+    return "\n".join(lines)

@@ -1,0 +1,98 @@
+"""The configuration of a run: the owners' parts, composed, and the checks that concern more than one of them."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from bitfleet.models import ModelConfig
+from bitfleet.optim import OptimConfig
+from bitfleet.trainer.checkpoint import CheckpointConfig
+from bitfleet.trainer.data import DataConfig
+from bitfleet.trainer.engine import EngineConfig
+from bitfleet.trainer.metrics import MetricsConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One run."""
+
+    name: str
+    """Name of the configuration; runs are written below `output`/`name`."""
+    epochs: int
+    """Length of the run and of its schedules."""
+    global_batch_size: int
+    """Images per optimizer step, over all ranks."""
+    num_replicas: int | None = None
+    """Micro-batches per step, each with its own BatchNorm statistics; a multiple of the number of ranks. None: one a rank."""
+    seed: int = 0
+    """Seed of the initial weights, the sample order, crops and flips."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where the model runs; auto is CUDA where torch finds it."""
+    num_threads: int | None = None
+    """Threads of a rank's CPU work. None: the cores of the machine divided by its ranks. Equal bits on another number of
+    ranks need equal threads."""
+    validate_every_epochs: int = 1
+    """Validate after every so many epochs, and at the end."""
+    output: Path = Path("runs")
+    """Folder of all runs."""
+    run_dir: Path | None = None
+    """Folder of this run. None: a new one, `output`/`name`/<date and time>."""
+    resume: str | None = None
+    """auto: continue the newest run (or `run_dir`) where there is one. A path: continue that run folder or checkpoint."""
+    stop_after_steps: int | None = None
+    """Stop, with a checkpoint, once so many optimizer steps are done. The schedules keep their length."""
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "epochs",
+            "global_batch_size",
+            "num_replicas",
+            "num_threads",
+            "validate_every_epochs",
+            "stop_after_steps",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, not {self.seed}")
+
+
+def resolve_replicas(config: TrainConfig, world_size: int) -> int:
+    """The number of replicas on `world_size` ranks.
+
+    Raises:
+        ValueError: ranks, replicas and batch do not divide.
+    """
+    num_replicas = config.num_replicas or world_size
+    if num_replicas % world_size:
+        raise ValueError(
+            f"num_replicas is {num_replicas}, which {world_size} ranks cannot share equally: "
+            f"start a number of ranks that divides it, or set --num_replicas to a multiple of {world_size}"
+        )
+    if config.global_batch_size % num_replicas:
+        raise ValueError(
+            f"global_batch_size is {config.global_batch_size}, which {num_replicas} replicas on {world_size} ranks cannot "
+            f"share equally: start a number of ranks that divides it, or set --global_batch_size to a multiple of {num_replicas}"
+        )
+    return num_replicas
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """`config` as JSON types."""
+    resolved: dict[str, Any] = json.loads(TypeAdapter(TrainConfig).dump_json(config))
+    return resolved
+
+
+def from_dict(resolved: dict[str, Any]) -> TrainConfig:
+    """The configuration that `to_dict` wrote down."""
+    return TypeAdapter(TrainConfig).validate_python(resolved)

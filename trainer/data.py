@@ -1,0 +1,285 @@
+"""Data for the trainer: what to read, in which order, and as what. DALI does the reading (data_dali.py)."""
+
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from bitfleet.trainer import data_sampler
+from bitfleet.trainer.data_config import DataConfig
+from bitfleet.trainer.data_dali import Batch, ImagePipeline, Request
+from bitfleet.trainer.data_fashion import FULL_ROOT, SUBSET_ROOT, fashion_mnist_root
+from bitfleet.trainer.data_index import ImageList, list_sha, load_image_list, scan_root
+from bitfleet.trainer.data_sampler import Windows
+
+__all__ = ["DataConfig", "Dataset", "TrainLoader", "ValidationLoader", "normalize", "open_dataset"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Dataset:
+    """The images of a data set, listed, not read."""
+
+    train: ImageList
+    """Training images."""
+    val: ImageList
+    """Validation images."""
+    classes: tuple[str, ...]
+    """Names of the class folders; the position is the label."""
+    sha: str
+    """sha256 of names, labels, heights and widths of both lists: two data sets of one sha give the same stream."""
+
+
+def open_dataset(config: DataConfig) -> Dataset:
+    """List the images of `config.root`; the first time, embedded data is unpacked and image headers are read.
+
+    Raises:
+        ValueError: The root is missing or not in class folders, or the header of an image cannot be read.
+    """
+    if config.root in (SUBSET_ROOT, FULL_ROOT):
+        root = fashion_mnist_root(config.root)
+    else:
+        root = Path(config.root).expanduser().absolute()
+    train_found, val_found = scan_root(root)
+    train, val = load_image_list(train_found), load_image_list(val_found)
+    sha = list_sha((train_found, train), (val_found, val))
+    return Dataset(train=train, val=val, classes=train_found.classes, sha=sha)
+
+
+class TrainLoader:
+    """The training micro-batches of one rank.
+
+    The stream is a function of (seed, epoch, sample) alone: any number of ranks sees the same global batches of the
+    same pixels, and every step can be started from.
+    """
+
+    steps_per_epoch: int
+    """Whole global batches in the training set; the rest of an epoch is dropped."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: DataConfig,
+        *,
+        seed: int,
+        global_batch_size: int,
+        num_replicas: int,
+        rank: int,
+        world_size: int,
+        local_world_size: int,
+        device_index: int | None = None,
+    ) -> None:
+        """Check the sizes; nothing is read yet.
+
+        Args:
+            dataset: From `open_dataset`.
+            config: The config that it was opened with.
+            seed: Of order, crops and flips; the same on every rank.
+            global_batch_size: Images of one optimizer step over all ranks; a multiple of num_replicas.
+            num_replicas: Micro-batches that a global batch is cut into; a multiple of world_size.
+            rank: This rank, 0 .. world_size - 1.
+            world_size: All ranks.
+            local_world_size: Ranks on this machine, who share its cores.
+            device_index: CUDA device of this rank; None is torch's current one. Not used on the CPU.
+
+        Raises:
+            ValueError: Sizes that do not divide, a batch larger than the training set, an image too small for the
+                window, a GPU that is not there, or no DALI.
+        """
+        _check_batches(seed, global_batch_size, num_replicas, world_size, len(dataset.train))
+        if config.augmentation == "pad_crop":
+            _check_window_fits(dataset.train, config)
+        self.steps_per_epoch = len(dataset.train) // global_batch_size
+        self._images = dataset.train
+        self._config = config
+        self._seed = seed
+        self._micro_batches = functools.partial(
+            data_sampler.micro_batches,
+            seed=seed,
+            num_samples=len(dataset.train),
+            global_batch_size=global_batch_size,
+            num_replicas=num_replicas,
+            rank=rank,
+            world_size=world_size,
+        )
+        self._pipeline = ImagePipeline(
+            geometry="crop" if config.augmentation == "pad_crop" else "crop_resize",
+            image_size=config.image_size,
+            batch_size=global_batch_size // num_replicas,
+            num_threads=_num_threads(config, local_world_size),
+            device_index=_device_index(config, device_index),
+            largest_image_bytes=_largest_image_bytes(dataset.train),
+        )
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """Yield this rank's micro-batches from optimizer step `start_step` on, endlessly, over all epochs.
+
+        Every step has num_replicas / world_size of them. Prefetching does not stop at the end of an epoch.
+
+        Yields:
+            Images, uint8 [global_batch_size / num_replicas, image_size, image_size, 3], and labels, int64, on the
+            device that decodes.
+
+        Raises:
+            ValueError: An image cannot be decoded; its path is named.
+        """
+        if start_step < 0:
+            raise ValueError(f"start_step={start_step} must not be negative")
+        return self._pipeline.batches(self._requests(start_step))
+
+    def _requests(self, start_step: int) -> Iterator[Request]:
+        images, config, seed = self._images, self._config, self._seed
+        for epoch, samples in self._micro_batches(start_step=start_step):
+            heights, widths = _sizes(images, samples)
+            if config.augmentation == "pad_crop":
+                windows = data_sampler.random_padded_windows(
+                    seed, epoch, samples, heights, widths, config.image_size, config.crop_padding
+                )
+            else:
+                windows = data_sampler.random_resized_windows(seed, epoch, samples, heights, widths)
+            flips = data_sampler.random_flips(seed, epoch, samples) if config.flip else _no_flips(samples)
+            yield Request(images.paths[samples], windows, flips, images.labels[samples])
+
+
+class ValidationLoader:
+    """One rank's share of the validation set: over all ranks every image once, on every rank the same batch count."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: DataConfig,
+        *,
+        rank: int,
+        world_size: int,
+        local_world_size: int,
+        device_index: int | None = None,
+    ) -> None:
+        """See TrainLoader for the arguments.
+
+        Raises:
+            ValueError: A GPU that is not there, or no DALI.
+        """
+        self._images = dataset.val
+        self._config = config
+        self._batches = data_sampler.validation_batches(len(dataset.val), config.val_batch_size, rank, world_size)
+        gpu = _device_index(config, device_index)
+        self._device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
+        self._pipeline = ImagePipeline(
+            geometry="crop" if config.augmentation == "pad_crop" else "resize_crop",
+            image_size=config.image_size,
+            batch_size=config.val_batch_size,
+            num_threads=_num_threads(config, local_world_size),
+            device_index=gpu,
+            largest_image_bytes=_largest_image_bytes(dataset.val),
+        )
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield images, uint8 [N, image_size, image_size, 3], and labels, int64 [N].
+
+        N is val_batch_size or less; 0 where the other ranks still have images and this one has not.
+        """
+        yield from self._pipeline.batches(self._requests())
+        size = self._config.image_size
+        for samples in self._batches:
+            if len(samples) == 0:
+                images = torch.empty((0, size, size, 3), dtype=torch.uint8, device=self._device)
+                yield images, torch.empty(0, dtype=torch.int64, device=self._device)
+
+    def _requests(self) -> Iterator[Request]:
+        images, size = self._images, self._config.image_size
+        for samples in self._batches:
+            if len(samples) == 0:
+                return
+            heights, widths = _sizes(images, samples)
+            if self._config.augmentation == "pad_crop":
+                windows: Windows = data_sampler.central_windows(heights, widths, size)
+            else:
+                windows = data_sampler.resized_central_windows(heights, widths, size)
+            yield Request(images.paths[samples], windows, _no_flips(samples), images.labels[samples])
+
+
+def normalize(images: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> torch.Tensor:
+    """Return (images - mean) / std, on the device of the images.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        mean: Of R, G, B on the scale 0..255.
+        std: Of R, G, B on the scale 0..255.
+
+    Returns:
+        float32 [N, 3, H, W] in channels_last, which the NHWC images already are: one pass over the data to convert, no
+        transposition.
+    """
+    mean_row, std_row = _channel_rows(mean, std, images.shape[2], images.device)
+    num_images, height, width, _ = images.shape
+    rows = images.to(torch.float32).view(num_images, height, width * 3)
+    return rows.sub_(mean_row).div_(std_row).view(num_images, height, width, 3).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def _channel_rows(
+    mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # A whole row, because an inner loop over three channels is four times slower on the CPU. Kept, because making one on a
+    # GPU waits for a copy. Made outside inference mode, since training uses them as well.
+    with torch.inference_mode(False):
+        return torch.tensor(mean * width, device=device), torch.tensor(std * width, device=device)
+
+
+def _sizes(images: ImageList, samples: data_sampler.Ints) -> tuple[data_sampler.Ints, data_sampler.Ints]:
+    return images.heights[samples].astype(np.int64), images.widths[samples].astype(np.int64)
+
+
+def _no_flips(samples: data_sampler.Ints) -> npt.NDArray[np.int32]:
+    return np.zeros(len(samples), np.int32)
+
+
+def _largest_image_bytes(images: ImageList) -> int:
+    return 3 * int((images.heights.astype(np.int64) * images.widths).max())
+
+
+def _check_batches(seed: int, global_batch_size: int, num_replicas: int, world_size: int, num_images: int) -> None:
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed} must be in 0 .. 2**64 - 1")
+    if num_replicas < 1 or num_replicas % world_size:
+        raise ValueError(f"num_replicas={num_replicas} must be a multiple of the number of ranks, {world_size}")
+    if global_batch_size < 1 or global_batch_size % num_replicas:
+        raise ValueError(f"global_batch_size={global_batch_size} must be a multiple of num_replicas={num_replicas}")
+    if global_batch_size > num_images:
+        raise ValueError(f"global_batch_size={global_batch_size} must not exceed the {num_images} training images")
+
+
+def _check_window_fits(images: ImageList, config: DataConfig) -> None:
+    smaller = np.minimum(images.heights, images.widths)
+    index = int(smaller.argmin())
+    if smaller[index] + 2 * config.crop_padding < config.image_size:
+        raise ValueError(
+            f"the image {images.path(index)} ({images.widths[index]} x {images.heights[index]} pixels) with "
+            f"data.crop_padding={config.crop_padding} around it is smaller than data.image_size={config.image_size}; "
+            "increase crop_padding, or use data.augmentation='random_resized_crop', which resizes"
+        )
+
+
+def _num_threads(config: DataConfig, local_world_size: int) -> int:
+    if config.num_threads is not None:
+        return config.num_threads
+    # A launcher may have bound this rank to its share of the cores already.
+    bound = len(os.sched_getaffinity(0))
+    return max(1, min(bound, (os.cpu_count() or 1) // local_world_size))
+
+
+def _device_index(config: DataConfig, device_index: int | None) -> int | None:
+    """Return the CUDA device to decode on, or None for the CPU."""
+    available = torch.cuda.is_available()
+    if config.device == "gpu" and not available:
+        raise ValueError("data.device='gpu' needs a CUDA device and torch finds none; use data.device='auto' or 'cpu'")
+    if config.device == "cpu" or not available:
+        return None
+    return torch.cuda.current_device() if device_index is None else device_index

@@ -1,0 +1,60 @@
+"""What is read and how it is cropped: the config of trainer/data.py."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from bitfleet.trainer.data_fashion import SUBSET_ROOT
+
+_AUGMENTATIONS = ("random_resized_crop", "pad_crop")
+_DEVICES = ("auto", "cpu", "gpu")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """What is read and how it is cropped. The defaults fit the embedded Fashion-MNIST subset."""
+
+    root: str = SUBSET_ROOT
+    """"fashion-mnist" (embedded subset), "fashion-mnist-full" (Debian's package dataset-fashion-mnist), or a folder
+    with train/<class>/ and val/<class>/ (the ImageNet layout)."""
+    image_size: int = 32
+    """Height and width of the images that the network gets, in pixels."""
+    augmentation: Literal["random_resized_crop", "pad_crop"] = "pad_crop"
+    """Training crop. random_resized_crop: 8-100 % of the area, resized (ImageNet); validation then resizes to
+    256/224 * image_size and takes the centre. pad_crop: a random window of the padded image, nothing is resized (small
+    images); validation takes the centre."""
+    crop_padding: int = 4
+    """Zero pixels around a training image before the window is taken; for pad_crop only."""
+    flip: bool = True
+    """Mirror half of the training images left to right."""
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """Mean of R, G, B on the scale 0..255, subtracted from the images (default: ImageNet's)."""
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    """Standard deviation of R, G, B on the scale 0..255; the images are divided by it (default: ImageNet's)."""
+    val_batch_size: int = 100
+    """Validation images in a batch of one rank."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where images are decoded. auto: on the GPU where there is one."""
+    num_threads: int | None = None
+    """DALI's threads in one rank. None: the cores of the machine divided by its ranks."""
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("image_size", self.image_size, 1),
+            ("crop_padding", self.crop_padding, 0),
+            ("val_batch_size", self.val_batch_size, 1),
+            ("num_threads", 1 if self.num_threads is None else self.num_threads, 1),
+        ):
+            if value < least:
+                raise ValueError(f"data.{name}={value} must be at least {least}")
+        for name, choice, choices in (
+            ("augmentation", self.augmentation, _AUGMENTATIONS),
+            ("device", self.device, _DEVICES),
+        ):
+            if choice not in choices:
+                raise ValueError(f"data.{name}={choice!r} must be one of {', '.join(choices)}")
+        for name, channels in (("mean", self.mean), ("std", self.std)):
+            if len(channels) != 3 or not all(map(math.isfinite, channels)):
+                raise ValueError(f"data.{name}={channels} must be three finite numbers, for R, G and B")
+        if min(self.std) <= 0:
+            raise ValueError(f"data.std={self.std} must be positive")

@@ -1,0 +1,128 @@
+"""Who this process is among the ranks, and the few collectives that training itself needs."""
+
+import dataclasses
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=5)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ranks:
+    """Position of this process: `rank` of `world_size` in the job, `local_rank` of `local_world_size` on its machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which prints and writes what is not sharded."""
+        return self.rank == 0
+
+
+def ranks_from_environment() -> Ranks:
+    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (DeepSpeed's launcher says LOCAL_SIZE)."""
+    world_size = int(os.environ["WORLD_SIZE"])
+    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
+    return Ranks(int(os.environ["RANK"]), world_size, int(os.environ.get("LOCAL_RANK", 0)), int(local_size))
+
+
+def choose_device(wanted: str, ranks: Ranks) -> torch.device:
+    """The device of this rank: `wanted` is "auto", "cpu" or "gpu".
+
+    Raises:
+        ValueError: "gpu" without CUDA.
+    """
+    if wanted == "gpu" and not torch.cuda.is_available():
+        raise ValueError('device is "gpu", but torch finds no CUDA device here: use --device cpu or auto')
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", ranks.local_rank)
+
+
+def use_device(device: torch.device, ranks: Ranks, num_threads: int | None = None) -> None:
+    """Make `device` current and set the threads: `num_threads`, or this rank's share of the cores of the machine."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+
+
+@contextmanager
+def process_group(device: torch.device, ranks: Ranks) -> Iterator[None]:
+    """The default process group (NCCL on CUDA, else gloo) at MASTER_ADDR and MASTER_PORT, destroyed on the way out.
+
+    A gloo process that exits without destroying its group sometimes aborts; one that failed must not wait for its peers, so on
+    an exception the group is left to the end of the process.
+    """
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+    yield
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    dist.barrier()
+
+
+def sum_over_ranks_(tensor: Tensor) -> Tensor:
+    """Replace `tensor` by its sum over the ranks, and return it."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_from_ranks(tensor: Tensor) -> list[Tensor]:
+    """`tensor` (flat) of every rank, in their order."""
+    world_size = dist.get_world_size()
+    if world_size == 1:
+        return [tensor]
+    everyone = tensor.new_empty(world_size * tensor.numel())
+    dist.all_gather_single(everyone, tensor)
+    return list(everyone.view(world_size, -1))
+
+
+def from_first_rank(value: T) -> T:
+    """`value` of rank 0, on every rank (pickled: strings and numbers only)."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def data_parallel(model: nn.Module, *, grad_dtype: Literal["fp32", "bf16"], bucket_mib: float | None) -> nn.Module:
+    """`model` in torch's DistributedDataParallel, whose gradients travel as `grad_dtype`: what bitfleet is compared with."""
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=bucket_mib)
+    if grad_dtype == "bf16":
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether `error` came out of a collective because another rank is gone or hangs."""
+    gone = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Timed out waiting",
+        "Socket closed",
+    )
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in gone)
+    )

@@ -1,0 +1,69 @@
+"""Validation: every image of the validation set exactly once, on any number of ranks."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bitfleet.models import create_model
+from bitfleet.trainer.checkpoint import is_checkpoint, latest_checkpoint, load_model, read_meta
+from bitfleet.trainer.config import TrainConfig
+from bitfleet.trainer.data import ValidationLoader, normalize, open_dataset
+from bitfleet.trainer.distributed import Ranks
+from bitfleet.trainer.engine import autocast
+from bitfleet.trainer.metrics import Accuracy, AccuracyMeter
+from bitfleet.trainer.run_folder import read_config
+
+
+@torch.no_grad()
+def validate(model: nn.Module, loader: ValidationLoader, config: TrainConfig, device: torch.device) -> Accuracy:
+    """Loss and accuracy of `model` over the validation set; every rank calls this and gets the same result."""
+    was_training = model.training
+    model.eval()
+    meter = AccuracyMeter(device)
+    for images, labels in loader:
+        if labels.numel() == 0:  # the other ranks have the rest
+            continue
+        with autocast(device, config.engine.precision):
+            logits = model(normalize(images.to(device), config.data.mean, config.data.std))
+        labels = labels.to(device)
+        meter.add(nn.functional.cross_entropy(logits.float(), labels), logits, labels)
+    model.train(was_training)
+    return meter.read()
+
+
+def evaluate_run(path: Path, *, data_root: str | None, ranks: Ranks, device: torch.device) -> tuple[Path, Accuracy]:
+    """Validate a run's newest checkpoint, or the checkpoint at `path`.
+
+    Args:
+        path: run folder or checkpoint.
+        data_root: where the data is now; None: where the run read it.
+        ranks: this process's place.
+        device: where the model runs.
+
+    Returns:
+        The checkpoint and its accuracy.
+
+    Raises:
+        ValueError: no run, no checkpoint, other classes than the run's.
+    """
+    checkpoint = path.resolve() if is_checkpoint(path) else latest_checkpoint(path)
+    config = read_config(checkpoint.parents[1] if checkpoint else path)
+    if checkpoint is None:
+        raise ValueError(f"the run {path} has no complete checkpoint to evaluate")
+    data = config.data if data_root is None else dataclasses.replace(config.data, root=data_root)
+    config = dataclasses.replace(config, data=data)
+    dataset = open_dataset(data)
+    classes = read_meta(checkpoint)["classes"]
+    if list(dataset.classes) != classes:
+        raise ValueError(
+            f"{data.root} has the classes {json.dumps(dataset.classes)[:200]}, the run was trained on {json.dumps(classes)[:200]}"
+        )
+    loader = ValidationLoader(
+        dataset, data, rank=ranks.rank, world_size=ranks.world_size, local_world_size=ranks.local_world_size
+    )
+    model = create_model(config.model).to(device)
+    load_model(model, checkpoint, device)
+    return checkpoint, validate(model, loader, config, device)

@@ -1,0 +1,161 @@
+"""What a run reports: counts on the device, one host sync a logging step, TensorBoard and metrics.jsonl on rank 0."""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bitfleet.optim import is_binary
+from bitfleet.trainer.distributed import sum_over_ranks_
+
+JSONL = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MetricsConfig:
+    """How often a run reports."""
+
+    every_steps: int = 10
+    """Log every so many optimizer steps; on all other steps metrics cost no host sync."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise ValueError(f"metrics.every_steps must be at least 1, not {self.every_steps}")
+
+
+class Accuracy(NamedTuple):
+    """Means over `num_images` images; the top-k are fractions."""
+
+    loss: float
+    top1: float
+    top5: float
+    num_images: int
+
+
+class AccuracyMeter:
+    """Sums of loss and hits on the device; reading them is the only sync."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: mean loss (0-dim), logits [N, classes], labels [N]."""
+        num_images = labels.numel()
+        if num_images == 0:
+            return
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        hits = top.double().sum(0)
+        self._sums[0] += loss.detach().double() * num_images
+        self._sums[1] += hits[0]
+        self._sums[2] += hits.sum()
+        self._sums[3] += num_images
+
+    def read(self) -> Accuracy:
+        """Means over everything counted on all ranks since the last reading; every rank calls this."""
+        loss, top1, top5, num_images = sum_over_ranks_(self._sums).tolist()
+        self._sums.zero_()
+        count = max(num_images, 1.0)
+        return Accuracy(loss / count, top1 / count, top5 / count, int(num_images))
+
+
+class FlipCounter:
+    """Fraction of the binary weights that one optimizer step changed (larq's flip_ratio), overall and per parameter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._params = [(name, param) for name, param in model.named_parameters() if is_binary(param)]
+        self._before: list[Tensor] = []
+
+    def before_step(self) -> None:
+        """Remember the weights."""
+        self._before = [param.detach().clone() for _, param in self._params]
+
+    def after_step(self) -> dict[str, float]:
+        """Flip ratios: "flip_ratio" overall, "flip_ratio/<parameter>" each. Empty without binary weights."""
+        if not self._params:
+            return {}
+        pairs = zip(self._before, self._params, strict=True)
+        flips = torch.stack([(before != param.detach()).sum() for before, (_, param) in pairs]).tolist()
+        self._before = []
+        sizes = [param.numel() for _, param in self._params]
+        layers = {
+            f"flip_ratio/{name}": count / size
+            for (name, param), count, size in zip(self._params, flips, sizes, strict=True)
+        }
+        return {"flip_ratio": sum(flips) / sum(sizes), **layers}
+
+
+class Stopwatch:
+    """Seconds between readings, and how many of them went into waiting for data."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self.data_seconds = 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Add time spent in the loader."""
+        self.data_seconds += seconds
+
+    def read(self) -> tuple[float, float]:
+        """(seconds, of which waiting for data) since the last reading."""
+        now = time.perf_counter()
+        result = now - self._start, self.data_seconds
+        self._start, self.data_seconds = now, 0.0
+        return result
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and TensorBoard; only rank 0 has one.
+
+    Args:
+        run: run folder.
+        start_step: what an earlier, interrupted part of the run logged after this step is dropped from both.
+    """
+
+    def __init__(self, run: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = run / JSONL
+        kept = [line for line in read_metrics(run) if line["step"] <= start_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, path)
+        self._file = path.open("a")
+        self._tensorboard = SummaryWriter(str(run / TENSORBOARD), purge_step=start_step + 1)
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Log `values` of `kind` ("train" or "validation") after `step` optimizer steps."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        for key, value in values.items():
+            self._tensorboard.add_scalar(f"{kind}/{key}", value, step)
+
+    def write_text(self, tag: str, text: str) -> None:
+        """Show a text in TensorBoard, line by line."""
+        self._tensorboard.add_text(tag, "".join(f"    {line}\n" for line in text.splitlines()))
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._tensorboard.close()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last line that was cut off by a crash is left out."""
+    path = run / JSONL
+    lines = path.read_text().splitlines() if path.exists() else []
+    metrics = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+    return metrics

@@ -1,0 +1,130 @@
+"""The folder of a run: which one it is, and what is written into it once.
+
+config.json     resolved configuration, git revision, versions, ranks
+checkpoints/    step-00001234/, one folder a checkpoint
+tensorboard/    event files
+metrics.jsonl   one line a logging step or validation
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bitfleet.trainer.checkpoint import is_checkpoint, latest_checkpoint
+from bitfleet.trainer.config import TrainConfig, from_dict, to_dict
+
+CONFIG = "config.json"
+PACKAGES = "bitfleet torch torchvision deepspeed timm tensorboard numpy nvidia-dali-cuda130 nvidia-dali-cuda120".split()
+
+
+class RunFolder(NamedTuple):
+    """Where a run writes, and the checkpoint it continues from (None: from the start)."""
+
+    path: Path
+    checkpoint: Path | None
+
+
+def choose_run_folder(config: TrainConfig) -> RunFolder:
+    """Find the run to continue, or name a new one. Nothing is written.
+
+    Raises:
+        ValueError: a path to resume holds no run, or a new run would go into the folder of another.
+    """
+    if config.resume and config.resume != "auto":
+        return _continue_or_branch(Path(config.resume), config.run_dir)
+    if config.resume == "auto":
+        below = config.output / config.name
+        found = [config.run_dir] if config.run_dir else sorted(below.iterdir(), reverse=True) if below.is_dir() else []
+        for path in found:
+            if (checkpoint := latest_checkpoint(path)) is not None:
+                return RunFolder(path, checkpoint)
+    if config.run_dir:
+        if config.resume is None and (config.run_dir / CONFIG).exists():
+            raise ValueError(
+                f"{config.run_dir} already holds a run: continue it with --resume auto, or choose another --run_dir"
+            )
+        return RunFolder(config.run_dir, None)
+    path = started = config.output / config.name / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for suffix in range(2, 1000):  # another run began in the same second
+        if not path.exists():
+            break
+        path = started.with_name(f"{started.name}_{suffix}")
+    return RunFolder(path, None)
+
+
+def _continue_or_branch(path: Path, run_dir: Path | None) -> RunFolder:
+    found = _find_run(path)
+    if run_dir is not None and run_dir.resolve() != found.path.resolve():
+        if (run_dir / CONFIG).exists():
+            raise ValueError(
+                f"{run_dir} already holds a run: choose another --run_dir to branch from {found.checkpoint}"
+            )
+        return RunFolder(run_dir, found.checkpoint)
+    newest = latest_checkpoint(found.path)
+    assert newest is not None
+    if found.checkpoint is not None and found.checkpoint.name != newest.name:
+        raise ValueError(
+            f"{found.checkpoint} is not the newest checkpoint of its run ({newest.name} is), and a run is never overwritten: "
+            f"branch into a folder of its own with --run_dir"
+        )
+    return found
+
+
+def _find_run(path: Path) -> RunFolder:
+    if is_checkpoint(path):
+        return RunFolder(path.resolve().parents[1], path.resolve())
+    if not (path / CONFIG).exists():
+        raise ValueError(
+            f"there is nothing to resume at {path}: expected a run folder (with {CONFIG}) or one of its checkpoints"
+        )
+    if (checkpoint := latest_checkpoint(path)) is None:
+        raise ValueError(f"the run {path} has no complete checkpoint to resume from")
+    return RunFolder(path, checkpoint)
+
+
+def write_config(path: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
+    """Write config.json: the resolved configuration, `facts`, git revision and versions."""
+    path.mkdir(parents=True, exist_ok=True)
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    content = {"config": to_dict(config), **facts, "git": git_revision(), "versions": versions}
+    temporary = path / (CONFIG + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path / CONFIG)
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The configuration of the run at `path`.
+
+    Raises:
+        ValueError: there is no run.
+    """
+    file = path / CONFIG
+    if not file.is_file():
+        raise ValueError(f"{path} is not a run folder: there is no {CONFIG} in it")
+    return from_dict(json.loads(file.read_text())["config"])
+
+
+def git_revision() -> str | None:
+    """Revision of this checkout, "-dirty" appended when files differ; None outside of one."""
+    here = Path(__file__).resolve().parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
