@@ -1,0 +1,1 @@
+"""Entry points: what knows machines, launchers and environment variables."""

@@ -1,0 +1,96 @@
+"""From a command line to a `TrainConfig`: `--config NAME` and typed overrides."""
+
+import dataclasses
+import difflib
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from typing import Any
+
+import tyro
+
+from bitfleet.configs import available, load_config
+from bitfleet.launch.environment import is_first_rank
+from bitfleet.trainer.config import TrainConfig
+
+DEFAULT_HELP = "fashion_quickstart"
+
+
+def parse_train(arguments: Sequence[str], prog: str) -> TrainConfig:
+    """The run that `arguments` ask for.
+
+    Raises:
+        ValueError: unknown configuration or option (the nearest is named), or a value that does not fit.
+        SystemExit: after --help.
+    """
+    name, rest = take_option([a for a in arguments if not a.startswith("--local_rank=")], "--config")
+    wants_help = "-h" in rest or "--help" in rest
+    if name is None:
+        if not wants_help:
+            raise ValueError(f"which run? Pass --config NAME, one of: {', '.join(available())}")
+        name = DEFAULT_HELP
+    default = load_config(name)
+    _reject_unknown(rest, default)
+    with one_sentence():
+        return tyro.cli(
+            TrainConfig,
+            prog=f"{prog} --config {name}",
+            description=f"Train the run {name!r}; the defaults below are its values. Configurations: {', '.join(available())}.",
+            default=default,
+            args=rest,
+            config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+            console_outputs=is_first_rank(),
+        )
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turn the box that tyro draws around a bad value into a ValueError."""
+    drawn = io.StringIO()
+    try:
+        with redirect_stderr(drawn):
+            yield
+    except SystemExit as leaving:
+        if not leaving.code:
+            raise
+        inside = [line.strip("│ ").strip() for line in drawn.getvalue().splitlines() if line.startswith("│")]
+        sentence = itertools.takewhile(lambda line: not line.startswith("──"), inside)
+        raise ValueError(" ".join(sentence) or "the command line cannot be read") from None
+
+
+def take_option(arguments: Sequence[str], option: str) -> tuple[str | None, list[str]]:
+    """Remove `option VALUE` or `option=VALUE` from `arguments`; returns (VALUE or None, the rest)."""
+    value, rest = None, []
+    pending = iter(arguments)
+    for argument in pending:
+        if argument == option:
+            value = next(pending, None)
+            if value is None:
+                raise ValueError(f"{option} needs a value")
+        elif argument.startswith(option + "="):
+            value = argument[len(option) + 1 :]
+        else:
+            rest.append(argument)
+    return value, rest
+
+
+def option_names(config: Any, prefix: str = "--") -> list[str]:
+    """Every option that overrides a field of the dataclass `config`."""
+    names = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            names += option_names(value, f"{prefix}{field.name}.")
+        else:
+            names.append(prefix + field.name)
+    return names
+
+
+def _reject_unknown(arguments: Sequence[str], config: TrainConfig) -> None:
+    known = option_names(config)
+    for argument in arguments:
+        option = argument.split("=")[0].replace("-", "_").replace("__", "--", 1)
+        if argument.startswith("--") and option not in known and argument != "--help":
+            near = difflib.get_close_matches(argument.split("=")[0], known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"there is no option {argument.split('=')[0]}; did you mean {near}?")

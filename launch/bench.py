@@ -1,0 +1,132 @@
+"""Bench: `deepspeed --num_accelerators 2 launch/bench.py NAME ...`, on one rank `bitfleet bench NAME ...`."""
+
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+
+from bitfleet.launch.arguments import parse_train, take_option
+from bitfleet.launch.environment import is_first_rank, job, run
+
+USAGE = """usage: bitfleet bench NAME [options], on several ranks deepspeed --num_accelerators 2 launch/bench.py NAME [options]
+
+  train   --config NAME [--rounds 5] [--steps 40] [--section.field value ...]
+          the step loop against a bare torch loop of the same network with its data in memory: images/s and their ratio
+  comm    [--steps 5]
+          bytes that a rank sends per step: bitfleet's sharding, ZeRO-0, 1, 2 and DistributedDataParallel
+          (the wire: only in a network namespace of its own; between two: launch/two_hosts.sh)
+  step    [--rounds 7]
+          the update of 12 and 62 million weights against fused AdamW and the limits of memory, one process: ns a weight
+  sharding [--micro_batch_size 8] [--rounds 5] [--steps 3]
+          step time of Bi-Real Net 18 and XNOR-Net: bitfleet's sharding, DistributedDataParallel, ZeRO-1
+  memory  [--steps 5]
+          bytes of tensors per parameter that a rank holds after the step and at its peak, for the same"""
+
+
+def bench(arguments: Sequence[str]) -> None:
+    """Run the benchmark that `arguments` name.
+
+    Raises:
+        ValueError: bad input.
+    """
+    own = [a for a in arguments if not a.startswith("--local_rank=")]
+    if not own or own[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    name, *rest = own
+    if name not in BENCHMARKS:
+        raise ValueError(f"there is no benchmark {name!r}; there are: {', '.join(BENCHMARKS)}")
+    BENCHMARKS[name](rest)
+
+
+def _train(arguments: list[str]) -> None:
+    rounds, arguments = _take_number(arguments, "--rounds", 5)
+    steps, arguments = _take_number(arguments, "--steps", 40)
+    config = parse_train(arguments, "bitfleet bench train")
+    with job(config.device, config.num_threads) as (ranks, device):
+        from bitfleet.trainer.bench_train import bench_train
+
+        result = bench_train(config, ranks, device, num_rounds=rounds, num_steps=steps)
+    if is_first_rank():
+        print(
+            f"{config.name} on {ranks.world_size} ranks ({device.type}), images/s, median of {len(result.bare)} rounds"
+        )
+        print(f"  bitfleet         {statistics.median(result.bitfleet):10,.0f}")
+        print(f"  bare torch loop  {statistics.median(result.bare):10,.0f}")
+        print(f"  ratio            {result.ratio:10.3f}")
+
+
+def _comm(arguments: list[str]) -> None:
+    steps, arguments = _take_number(arguments, "--steps", 5)
+    _reject(arguments, "comm")
+    with job("auto") as (ranks, device):
+        from bitfleet.trainer.bench_comm import bench_comm, format_comm
+
+        rows = bench_comm(ranks, device, num_steps=steps)
+    if is_first_rank():
+        print(format_comm(rows, ranks))
+
+
+def _memory(arguments: list[str]) -> None:
+    steps, arguments = _take_number(arguments, "--steps", 5)
+    _reject(arguments, "memory")
+    with job("auto") as (ranks, device):
+        from bitfleet.trainer.bench_memory import bench_memory, format_memory
+
+        rows = bench_memory(ranks, device, num_steps=steps)
+    if is_first_rank():
+        print(format_memory(rows, ranks))
+
+
+def _step(arguments: list[str]) -> None:
+    rounds, arguments = _take_number(arguments, "--rounds", 7)
+    _reject(arguments, "step")
+    from bitfleet.trainer.bench_step import bench_step, first_steps, format_steps
+
+    if is_first_rank():  # one process measures
+        print(format_steps(bench_step(num_rounds=rounds), first_steps()))
+
+
+def _sharding(arguments: list[str]) -> None:
+    micro_batch_size, arguments = _take_number(arguments, "--micro_batch_size", 8)
+    rounds, arguments = _take_number(arguments, "--rounds", 5)
+    steps, arguments = _take_number(arguments, "--steps", 3)
+    _reject(arguments, "sharding")
+    with job("auto") as (ranks, device):
+        from bitfleet.trainer.bench_sharding import NETWORKS, bench_sharding, format_sharding
+
+        for network in NETWORKS:
+            seconds = bench_sharding(
+                network, ranks, device, micro_batch_size=micro_batch_size, num_rounds=rounds, num_steps=steps
+            )
+            if is_first_rank():
+                print(format_sharding(network, ranks, micro_batch_size, seconds), flush=True)
+
+
+BENCHMARKS: dict[str, Callable[[list[str]], None]] = {
+    "train": _train,
+    "comm": _comm,
+    "memory": _memory,
+    "step": _step,
+    "sharding": _sharding,
+}
+
+
+def _take_number(arguments: Sequence[str], option: str, default: int) -> tuple[int, list[str]]:
+    value, rest = take_option(arguments, option)
+    if value is not None and (not value.isdecimal() or int(value) == 0):
+        raise ValueError(f"{option} must be a positive number, not {value!r}")
+    return int(value or default), rest
+
+
+def _reject(arguments: Sequence[str], name: str) -> None:
+    if arguments:
+        raise ValueError(f"bench {name} has no option {arguments[0]!r}; `bitfleet bench --help` lists them")
+
+
+def main() -> None:
+    """Entry point of the file."""
+    run(lambda: bench(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

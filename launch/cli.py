@@ -1,0 +1,65 @@
+"""The command `bitfleet`."""
+
+import sys
+
+from bitfleet.launch.environment import run
+
+COMMANDS = {
+    "train": "train a run on one rank; `bitfleet train --config NAME --help` lists its options",
+    "evaluate": "print top-1 and top-5 of a run over every validation image",
+    "bench": "measure bitfleet against bare loops; `bitfleet bench --help` lists the benchmarks",
+    "configs": "list the configurations that --config knows",
+}
+
+
+def usage() -> str:
+    """The text of --help."""
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    return (
+        f"usage: bitfleet COMMAND ...\n\nTrain binarized neural networks.\n\n{lines}\n\n"
+        "More than one rank: deepspeed --num_accelerators N launch/train.py --config NAME (or torchrun)."
+    )
+
+
+def dispatch() -> None:
+    """Run the command that the command line names.
+
+    Raises:
+        ValueError: there is no such command.
+    """
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank=")]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return
+    command, *rest = arguments
+    if command == "train":
+        from bitfleet.launch.train import train
+
+        train(rest, prog="bitfleet train")
+    elif command == "evaluate":
+        from bitfleet.launch.evaluate import evaluate
+
+        evaluate(rest, prog="bitfleet evaluate")
+    elif command == "bench":
+        from bitfleet.launch.bench import bench
+
+        bench(rest)
+    elif command == "configs":
+        from bitfleet.configs import available
+
+        print("\n".join(available()))
+    else:
+        import difflib
+
+        near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"there is no command {command!r}; did you mean `bitfleet {near}`?")
+
+
+def main() -> None:
+    """Entry point of the command."""
+    run(dispatch)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Ranks from the environment, and what happens to a job when one of them fails."""
+
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not wait for it
+    import torch
+
+    from bitfleet.trainer.distributed import Ranks
+
+USER_ERROR, CRASH = 2, 1
+FIRST_RANK_SPEAKS_SECONDS = 3.0
+LOST_PEER_SECONDS = 10.0
+
+
+def complete_environment() -> None:
+    """Make a process that no launcher started the only rank of a job of its own."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 (or alone)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def job(device_name: str, num_threads: int | None = None) -> Iterator[tuple["Ranks", "torch.device"]]:
+    """This process as a rank of its job: the ranks, the device ("auto", "cpu" or "gpu") and the process group.
+
+    Raises:
+        ValueError: "gpu" without CUDA.
+    """
+    complete_environment()
+    from bitfleet.trainer.distributed import choose_device, process_group, ranks_from_environment, use_device
+
+    ranks = ranks_from_environment()
+    device = choose_device(device_name, ranks)
+    use_device(device, ranks, num_threads)
+    with process_group(device, ranks):
+        yield ranks, device
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run `main` and end the process: 0, or not 0 with the reason on stderr.
+
+    A ValueError is the user's, a FloatingPointError the run's: one sentence, no traceback. An error that all ranks meet is said
+    once, by rank 0: the others wait until the launcher, which ends a job whose rank failed, has taken them down. One that a
+    single rank meets is said by that rank. The process leaves without waiting for peers, which may be stuck in a collective.
+    """
+    try:
+        main()
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else USER_ERROR if leaving.code else 0
+        if code and not is_first_rank():
+            time.sleep(FIRST_RANK_SPEAKS_SECONDS)
+        _leave(code)
+    except KeyboardInterrupt:
+        _leave(130)
+    except (ValueError, FloatingPointError) as error:
+        if not is_first_rank():
+            time.sleep(FIRST_RANK_SPEAKS_SECONDS)
+        who = "" if is_first_rank() else f" (rank {os.environ['RANK']})"
+        message = " ".join(str(error).split())
+        if os.environ.get("BITFLEET_DEBUG"):
+            traceback.print_exc()
+        print(f"bitfleet: error{who}: {message}", file=sys.stderr)
+        _leave(USER_ERROR)
+    except BaseException as error:
+        from bitfleet.trainer.distributed import is_lost_peer
+
+        if is_lost_peer(error):
+            # The cause is another rank's, which says it; the launcher is about to take this one down.
+            time.sleep(LOST_PEER_SECONDS)
+            print(f"bitfleet: rank {os.environ['RANK']} lost its peers: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        _leave(CRASH)
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 0:
+        sys.exit(0)
+    # Destructors of a process group or of DALI may wait for others for ever.
+    os._exit(code)

@@ -1,0 +1,63 @@
+"""Train: `deepspeed --num_accelerators 2 launch/train.py --config NAME [--section.field value ...]`.
+
+The same file runs under torchrun, as `python -m bitfleet.launch.train`, and alone as one rank.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bitfleet.launch.arguments import parse_train, take_option
+from bitfleet.launch.environment import is_first_rank, job, run
+
+
+def train(arguments: Sequence[str], prog: str = "launch/train.py") -> None:
+    """Parse `arguments` and train.
+
+    Raises:
+        ValueError: bad input.
+    """
+    config = parse_train(arguments, prog)
+    with job(config.device, config.num_threads) as (ranks, device):
+        from bitfleet.trainer.trainer import Trainer
+
+        trainer = Trainer(config, ranks, device)
+        if is_first_rank():
+            print(trainer.routing)
+            state = f"continues {trainer.folder.checkpoint}" if trainer.folder.checkpoint else "starts"
+            state = "is finished" if trainer.step >= trainer.num_steps else state
+            print(
+                f"run {trainer.folder.path} {state}: {trainer.num_steps:,} steps on {ranks.world_size} ranks ({device.type})"
+            )
+            print(flush=True)
+        trainer.train()
+        if is_first_rank():
+            print(next_commands(trainer.folder.path, arguments, ranks.world_size), flush=True)
+
+
+def next_commands(run_folder: os.PathLike[str], arguments: Sequence[str], world_size: int) -> str:
+    """What to do after a run: look at it, evaluate it, continue it."""
+    path = shlex.quote(str(run_folder))
+    kept = [a for a in arguments if not a.startswith("--local_rank=")]
+    for option in ("--resume", "--run_dir", "--stop_after_steps"):
+        _, kept = take_option(kept, option)
+    # With the folder of this interpreter in front: `make train` does not activate .venv in the user's shell.
+    folder = Path(sys.executable).parent
+    tools = os.path.relpath(folder) + "/" if folder.is_relative_to(Path.cwd()) else ""
+    return (
+        f"\nThe run is in {path}. Next:\n"
+        f"  {tools}tensorboard --logdir {path}/tensorboard\n"
+        f"  {tools}bitfleet evaluate {path}\n"
+        f"  {tools}deepspeed --num_accelerators {world_size} launch/train.py {shlex.join(kept)} --resume {path}"
+    )
+
+
+def main() -> None:
+    """Entry point of the file."""
+    run(lambda: train(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
