@@ -1,0 +1,15 @@
+"""The sharded optimizer in real processes; what is checked is in sharding_job.py."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import BIN, free_port, run_command
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
+def test_sharded_is_unsharded_bit_for_bit(world_size: int, tmp_path: Path) -> None:
+    launcher = [BIN / "torchrun", "--nproc_per_node", str(world_size), "--master_port", str(free_port())]
+    done = run_command([*launcher, "-m", "tests.distributed.sharding_job", tmp_path], timeout=300)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("rank passed") == world_size

@@ -1,0 +1,139 @@
+"""What the benchmarks of traffic and memory count, through the launcher on two ranks. Nothing is timed."""
+
+import os
+import re
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from bitfleet.launch.bench import bench
+from bitfleet.trainer.bench_comm import GRAD_DTYPES, TITLES, CollectiveCounter, Method, bench_comm, interface_bytes
+from bitfleet.trainer.bench_memory import BUCKET_BYTES, TensorBytes
+from bitfleet.trainer.distributed import Ranks
+from tests.conftest import REPOSITORY, Launch, run_command
+
+NUM_BINARY, NUM_REAL = 16 * 256**2, 16 * 256 + 2570
+Table = dict[tuple[Method, str], list[float]]
+
+
+def parse(output: str) -> Table:
+    """(method, gradient dtype) -> the numbers of its row."""
+    rows: Table = {}
+    for method, title in TITLES.items():
+        for grad_dtype in GRAD_DTYPES:
+            (numbers,) = re.findall(rf"^ *{re.escape(title)} +{grad_dtype} +(.*)$", output, re.MULTILINE)
+            rows[method, grad_dtype] = [float(number.replace(",", "")) for number in numbers.split()]
+    return rows
+
+
+def check_traffic(rows: Table) -> None:
+    """The counts of the calls, per binary weight, on two ranks."""
+    for grad_dtype, width in (("fp32", 4), ("bf16", 2)):
+        bits, none, zero1, zero2, ddp = (rows[method, grad_dtype][1] for method in TITLES)
+        real = NUM_REAL / NUM_BINARY
+        # Half of all gradients, of the signs and of the real values; then a little for what is agreed on before the update.
+        least = (width + 1 / 8) / 2 + real * (width + 4) / 2
+        assert least < bits < least + 0.002
+        assert none == pytest.approx(width * (1 + real), abs=0.001)
+        assert ddp == pytest.approx(none, abs=0.001)
+        assert bits < none < zero1
+        assert zero1 == zero2
+
+
+def test_comm_counts_what_two_ranks_send(deepspeed: Launch) -> None:
+    done = deepspeed(2, "launch/bench.py", "comm", "--steps", "2")
+    assert done.returncode == 0, done.stdout
+    check_traffic(parse(done.stdout))
+
+
+def test_memory_of_two_ranks_stays_in_bounds(deepspeed: Launch) -> None:
+    done = deepspeed(2, "launch/bench.py", "memory", "--steps", "2")
+    assert done.returncode == 0, done.stdout
+    rows = parse(done.stdout)
+    for grad_dtype in GRAD_DTYPES:
+        after_step, *peaks = rows["bits", grad_dtype]
+        # Weights, two moments of half of them, and the slice as bits; the real weights of the bits are the rest.
+        assert after_step == pytest.approx(4 + 8 / 2 + 1 / 16, abs=0.01)
+        assert max(peaks) <= 8 + 8 / 2 + 2 * BUCKET_BYTES
+        assert after_step < rows["zero1", grad_dtype][0] < rows["none", grad_dtype][0]
+        assert max(peaks) < max(rows["zero1", grad_dtype][1:])
+
+
+@pytest.mark.multinode
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2")
+def test_wire_between_two_hosts_carries_what_the_calls_say() -> None:
+    done = run_command([REPOSITORY / "launch" / "two_hosts.sh", "1", "launch/bench.py", "comm"])
+    assert done.returncode == 0, done.stdout
+    rows = parse(done.stdout)
+    check_traffic(rows)
+    for _, calls, wire, between_hosts in rows.values():
+        assert calls <= wire <= 1.05 * calls  # headers and acknowledgements
+        assert wire - between_hosts < 0.005  # nothing takes another way
+
+
+def test_two_hosts_fail_with_their_ranks() -> None:
+    done = run_command([REPOSITORY / "launch" / "two_hosts.sh"])
+    assert done.returncode == 2
+    assert "RANKS_PER_HOST SCRIPT" in done.stdout
+
+
+@pytest.mark.usefixtures("process_group")
+def test_collectives_count_as_the_best_algorithm() -> None:
+    mine, whole = torch.ones(6), torch.empty(6)
+    with CollectiveCounter(world_size=4) as counter:
+        sent = [0.0]
+
+        def newly_sent() -> float:
+            sent.append(counter.sent_bytes)
+            return sent[-1] - sent[-2]
+
+        dist.all_reduce(mine)
+        assert newly_sent() == 2 * 3 / 4 * 24
+        dist.all_gather_single(whole, mine)
+        assert newly_sent() == 3 / 4 * 24
+        dist.all_to_all_single(whole, mine)
+        assert newly_sent() == 3 / 4 * 24
+        dist.broadcast(mine.double(), 0)
+        assert newly_sent() == 3 / 4 * 48
+        dist.barrier()
+        mine.mul_(2)
+        assert newly_sent() == 0
+
+
+def test_tensor_bytes_count_every_storage_while_it_lives() -> None:
+    with TensorBytes() as count:
+        first = torch.zeros(10)
+        view, meta = first.view(2, 5), torch.empty(1000, device="meta")
+        assert count.live == 40
+        second = first.double().exp()
+        assert count.live == 40 + 80
+        assert count.take_peak() == 40 + 80 + 80
+        del first, second, meta
+        assert count.live == 40
+        assert count.take_peak() == 40 + 80
+        del view
+        assert count.live == 0
+        parameter = torch.ones(5, requires_grad=True)
+        square = parameter.exp().square().sum()  # backward keeps the exponential, which nothing else refers to
+        assert count.live == 20 + 20 + 4
+        torch.autograd.backward(square)
+        assert count.live == 20 + 20 + 4
+        del square
+        assert count.live == 40
+
+
+def test_interface_counters_are_read() -> None:
+    assert interface_bytes()["lo"] >= 0
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="one rank sends nothing: start it on several"):
+        bench_comm(Ranks(0, 1, 0, 1), torch.device("cpu"))
+    with pytest.raises(ValueError, match="bench memory has no option '--width'"):
+        bench(["memory", "--width", "3"])
+    with pytest.raises(ValueError, match="--steps must be a positive number, not '0'"):
+        bench(["comm", "--steps", "0"])
+    with pytest.raises(ValueError, match="there is no benchmark 'wire'; there are: train, "):
+        bench(["wire"])

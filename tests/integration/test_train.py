@@ -1,0 +1,219 @@
+"""The main job through its real launchers, on tiny images."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bitfleet.trainer.checkpoint import checkpoints
+from bitfleet.trainer.metrics import read_metrics
+from tests.conftest import BIN, Launch, free_port, run_command
+
+TRAIN = "launch/train.py"
+NUM_STEPS = 30  # 12 steps an epoch: two and a half epochs
+
+
+@pytest.fixture(scope="module")
+def straight(deepspeed: Launch, tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run on two ranks that went to step 30 in one go, and what it printed."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    done = deepspeed(2, TRAIN, *tiny, "--run_dir", run, "--stop_after_steps", str(NUM_STEPS))
+    assert done.returncode == 0, done.stdout
+    return run, done.stdout
+
+
+def final_weights(run: Path) -> dict[str, Tensor]:
+    path = checkpoints(run)[-1]
+    assert path.name == f"step-{NUM_STEPS:08d}"
+    return load_file(path / "model.safetensors")
+
+
+def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if a[name].numpy().tobytes() != b[name].numpy().tobytes()]
+    assert not different
+
+
+def test_run_folder_holds_what_the_design_says(straight: tuple[Path, str]) -> None:
+    run, output = straight
+    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints"}
+    resolved = json.loads((run / "config.json").read_text())
+    assert resolved["config"]["global_batch_size"] == 16
+    assert resolved["world_size"] == 2
+    assert resolved["versions"]["torch"].startswith("2.14")
+    weights = final_weights(run)
+    assert set(weights["blocks.0.conv.weight"].unique().tolist()) == {-1.0, 1.0}
+    assert re.search(r"blocks\.0\.conv\.weight +16x16x3x3 +binary +bop2ndorder +2,304 +18,432", output)
+    for command in ("tensorboard --logdir", "bitfleet evaluate", "--resume"):
+        assert command in output
+
+
+def test_metrics_are_complete(straight: tuple[Path, str]) -> None:
+    run, _ = straight
+    lines = read_metrics(run)
+    train = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train] == [5, 10, 15, 20, 25, 30]
+    names = {
+        "loss",
+        "top1",
+        "top5",
+        "gamma",
+        "sigma",
+        "threshold",
+        "lr",
+        "images_per_second",
+        "data_wait_seconds",
+        "flip_ratio",
+    }
+    assert names <= train[0].keys()
+    assert sum(key.startswith("flip_ratio/") for key in train[0]) == 6
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [12, 24]
+    assert all(line["num_images"] == 28 for line in lines if line["kind"] == "validation")
+    # schedule(k - 1) made update k, and its length is the whole run, not the part until the stop.
+    assert train[0]["gamma"] == pytest.approx(3e-4 + (1e-5 - 3e-4) * 4 / 37)
+
+
+def test_tensorboard_shows_the_run(straight: tuple[Path, str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, _ = straight
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert {"train/loss", "train/top1", "train/flip_ratio", "train/lr", "validation/top1"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 15, 20, 25, 30]
+    assert "config/text_summary" in events.Tags()["tensors"]
+
+
+@pytest.mark.parametrize("stop", [17, 24])
+def test_resume_ends_with_the_same_bits(
+    stop: int, straight: tuple[Path, str], deepspeed: Launch, tiny: list[str], tmp_path: Path
+) -> None:
+    """Stopped in mid-epoch, and at the end of one."""
+    run, _ = straight
+    parts = [*tiny, "--run_dir", tmp_path / "run", "--resume", "auto"]
+    for last in (stop, NUM_STEPS):
+        done = deepspeed(2, TRAIN, *parts, "--stop_after_steps", str(last))
+        assert done.returncode == 0, done.stdout
+    assert_same_bits(final_weights(run), final_weights(tmp_path / "run"))
+    positions = [(line["kind"], line["step"], line["loss"]) for line in read_metrics(tmp_path / "run")]
+    expected = [(line["kind"], line["step"], line["loss"]) for line in read_metrics(run)]
+    # The stop adds a line of its own and cuts the averages around it.
+    assert [position for position in positions if position[1] <= stop - 5] == [p for p in expected if p[1] <= stop - 5]
+    assert sorted({(kind, step) for kind, step, _ in positions} - {("train", stop)}) == sorted(
+        {p[:2] for p in expected}
+    )
+    assert len(positions) == len({position[:2] for position in positions})
+
+
+@pytest.mark.parametrize("sharding", ["none", "zero1", "zero2", "zero3"])
+def test_deepspeed_stages_train_the_same_bits(
+    sharding: str, straight: tuple[Path, str], deepspeed: Launch, tiny: list[str], tmp_path: Path
+) -> None:
+    """DeepSpeed's ZeRO stages 0 to 3 against bitfleet's own sharding of the run `straight`."""
+    run, _ = straight
+    options = ["--run_dir", tmp_path / "run", "--stop_after_steps", str(NUM_STEPS), "--engine.sharding", sharding]
+    done = deepspeed(2, TRAIN, *tiny, *options)
+    assert done.returncode == 0, done.stdout
+    assert_same_bits(final_weights(run), final_weights(tmp_path / "run"))
+
+
+def test_on_one_rank_all_shardings_are_the_plain_optimizer(tiny: list[str], tmp_path: Path) -> None:
+    weights = []
+    for sharding in ("bits", "zero1", "none"):
+        options = [
+            "--run_dir",
+            tmp_path / sharding,
+            "--stop_after_steps",
+            str(NUM_STEPS),
+            "--engine.sharding",
+            sharding,
+        ]
+        done = run_command([sys.executable, "-m", "bitfleet.launch.train", *tiny, *options])
+        assert done.returncode == 0, done.stdout
+        weights.append(final_weights(tmp_path / sharding))
+    assert_same_bits(weights[0], weights[1])
+    assert_same_bits(weights[0], weights[2])
+
+
+def test_torchrun_is_the_same_job(straight: tuple[Path, str], tiny: list[str], tmp_path: Path) -> None:
+    run, _ = straight
+    launcher = [BIN / "torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), TRAIN]
+    done = run_command([*launcher, *tiny, "--run_dir", tmp_path / "run", "--stop_after_steps", str(NUM_STEPS)])
+    assert done.returncode == 0, done.stdout
+    assert_same_bits(final_weights(run), final_weights(tmp_path / "run"))
+
+
+def test_one_rank_alone_and_other_options(tiny: list[str], tmp_path: Path) -> None:
+    """python -m, one rank, two replicas on it, bf16, Bop, and DeepSpeed options from a file."""
+    (tmp_path / "deepspeed.json").write_text(
+        '{"wall_clock_breakdown": false, "zero_optimization": {"reduce_bucket_size": 50000}}'
+    )
+    options = (
+        f"--run_dir {tmp_path}/run --stop_after_steps 12 --num_replicas 2 --engine.precision bf16 --optim.rule bop "
+        f"--optim.gamma.start 1e-4 --optim.gamma.kind constant --engine.deepspeed {tmp_path}/deepspeed.json "
+        "--engine.grad_comm_dtype bf16 --engine.max_grad_norm 1.0 --engine.check_every_steps 5"
+    )
+    done = run_command([sys.executable, "-m", "bitfleet.launch.train", *tiny, *options.split()])
+    assert done.returncode == 0, done.stdout
+    *_, train, validation = read_metrics(tmp_path / "run")
+    assert (train["gamma"], train["skipped_steps"]) == (1e-4, 0)
+    done = run_command([BIN / "bitfleet", "evaluate", tmp_path / "run"])
+    assert f"loss {validation['loss']:.4f}" in done.stdout  # in the run's precision
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_evaluate_counts_every_image_once(num_ranks: int, straight: tuple[Path, str], deepspeed: Launch) -> None:
+    """28 images, 3 ranks and batches of 100: one rank has less, all print the validation of the run."""
+    run, _ = straight
+    alone = run_command([BIN / "bitfleet", "evaluate", checkpoints(run)[-1]])
+    done = alone if num_ranks == 1 else deepspeed(num_ranks, "launch/evaluate.py", run)
+    assert done.returncode == 0, done.stdout
+    accuracy = [line for line in done.stdout.splitlines() if line.startswith("top-1")]
+    assert len(accuracy) == 1, done.stdout
+    assert accuracy[0].endswith("28 images")
+    assert accuracy[0] in alone.stdout
+
+
+def failed(done: subprocess.CompletedProcess[str], sentence: str) -> None:
+    """The job ended, not with 0, and one line says why."""
+    assert done.returncode != 0, done.stdout
+    lines = [line for line in done.stdout.splitlines() if line.startswith("bitfleet: error")]
+    assert len(lines) == 1, done.stdout
+    assert sentence in lines[0]
+    assert "Traceback" not in done.stdout
+
+
+def test_bad_option_ends_the_whole_job_with_one_sentence(deepspeed: Launch, tiny: list[str]) -> None:
+    failed(deepspeed(2, TRAIN, *tiny, "--optim.gama.start", "1", timeout=60), "did you mean --optim.gamma.start?")
+
+
+def test_broken_image_ends_the_whole_job_and_is_named(
+    deepspeed: Launch, tiny_images: Path, tiny: list[str], tmp_path: Path
+) -> None:
+    root = shutil.copytree(tiny_images, tmp_path / "images")
+    victim = root / "train" / "class2" / "0007.png"
+    victim.write_bytes(victim.read_bytes()[:200])  # the header stays readable
+    options = [str(root) if option == str(tiny_images) else option for option in tiny]
+    failed(deepspeed(2, TRAIN, *options, "--run_dir", tmp_path / "run", timeout=60), str(victim))
+
+
+def test_resume_with_another_optimizer_is_refused(
+    straight: tuple[Path, str], deepspeed: Launch, tiny: list[str]
+) -> None:
+    run, _ = straight
+    done = deepspeed(2, TRAIN, *tiny, "--optim.correction", "as_coded", "--resume", run, timeout=60)
+    failed(done, "its optim.correction is 'none', here it is 'as_coded'")
+
+
+def test_checkpoint_of_another_model_is_refused(straight: tuple[Path, str], deepspeed: Launch, tiny: list[str]) -> None:
+    run, _ = straight
+    done = deepspeed(2, TRAIN, *tiny, "--model.width", "8", "--resume", run, timeout=60)
+    failed(done, "is of another model: stem.0.weight is [16, 3, 3, 3] there and [8, 3, 3, 3] in this configuration")

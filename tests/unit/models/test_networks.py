@@ -1,0 +1,123 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+from bitfleet.models import BiRealNet, ChannelLayerNorm, ModelConfig, ModelSize, XNORNet, count, create_model
+
+SIZES = {
+    "birealnet18": ModelSize(11_689_512, 10_985_472, 9_600, 1_676_279_808, 137_793_536),
+    "birealnet34": ModelSize(21_797_672, 21_086_208, 17_024, 3_525_967_872, 137_793_536),
+    "xnornet": ModelSize(62_387_104, 58_236_928, 19_328, 1_025_744_896, 113_379_328),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_published_sizes(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert count(model, (3, 224, 224)) == SIZES[name]
+    assert model.training
+
+
+def test_published_sizes_layer_by_layer() -> None:
+    with torch.device("meta"):
+        xnornet, birealnet18 = XNORNet(), BiRealNet()
+    per_layer = [p.numel() for p in xnornet.parameters() if getattr(p, "binary", False)]
+    assert per_layer == [614_400, 884_736, 1_327_104, 884_736, 37_748_736, 16_777_216]
+    per_layer = [p.numel() for p in birealnet18.parameters() if getattr(p, "binary", False)]
+    first, others = (36_864, 73_728, 294_912, 1_179_648), (36_864, 147_456, 589_824, 2_359_296)
+    assert per_layer == [size for a, b in zip(first, others, strict=True) for size in (a, b, b, b)]
+
+
+def test_birealnet34_has_the_depths_of_resnet34() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("birealnet34")
+    assert sum(getattr(p, "binary", False) for p in model.parameters()) == 32
+
+
+@pytest.mark.parametrize("side", [28, 32])
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_birealnet_small(side: int, norm: str) -> None:
+    model = timm.create_model("birealnet_small", norm=norm, in_chans=1)
+    assert sum(p.numel() for p in model.parameters() if getattr(p, "binary", False)) == 73_728
+    logits = model(torch.randn(4, 1, side, side))
+    assert logits.shape == (4, 10)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "side"), [("birealnet18", 64), ("xnornet", 224), ("binarynet", 32)])
+def test_layer_norm_variants(name: str, side: int) -> None:
+    model = timm.create_model(name, num_classes=7, norm="layer")
+    assert any(isinstance(module, ChannelLayerNorm) for module in model.modules())
+    assert not list(model.buffers())
+    assert model.eval()(torch.randn(1, 3, side, side)).shape == (1, 7)
+
+
+def test_layers_and_classes_are_options() -> None:
+    model = BiRealNet(width=8, depths=(1, 2), stem="small", num_classes=3, in_chans=2)
+    assert model(torch.randn(2, 2, 15, 15)).shape == (2, 3)
+    assert model.num_classes == 3
+
+
+def test_initialization() -> None:
+    model = timm.create_model("birealnet_small")
+    assert isinstance(model.head, nn.Linear)
+    assert not model.head.bias.any()
+    assert float(model.head.weight.detach().abs().max()) <= (6 / (64 + 10)) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["birealnet18", "birealnet34", "birealnet_small", "xnornet", "binarynet"])
+def test_no_pretrained_weights(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: pretrained=True"):
+        timm.create_model(name, pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"norm": "group"}, "norm is 'group'"), ({"stem": "tiny"}, "stem is 'tiny'")]
+)
+def test_wrong_options(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("birealnet_small", **options)
+
+
+@pytest.mark.parametrize(("name", "side", "expected"), [("xnornet", 160, "224x224"), ("binarynet", 48, "32x32")])
+def test_wrong_image_size(name: str, side: int, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"{side}x{side} pixels; expected {expected}"):
+        timm.create_model(name)(torch.randn(1, 3, side, side))
+
+
+def test_count_leaves_the_model_as_it_was() -> None:
+    model = timm.create_model("birealnet_small")
+    model.blocks.eval()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    size = count(model, (3, 32, 32))
+    assert model.training
+    assert not model.blocks.training
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert "73,728 of them 1-bit" in str(size)
+
+
+def test_model_of_a_config() -> None:
+    model = create_model(ModelConfig(name="birealnet_small", num_classes=7, norm="layer"))
+    assert isinstance(model, BiRealNet)
+    assert model.num_classes == 7
+    assert any(isinstance(module, ChannelLayerNorm) for module in model.modules())
+    assert list(create_model(ModelConfig(name="birealnet_small", num_classes=7)).buffers())
+
+
+def test_unknown_model() -> None:
+    with pytest.raises(ValueError, match="birealnet_smal.*did you mean.*birealnet_small"):
+        create_model(ModelConfig(name="birealnet_smal", num_classes=10))
+
+
+def test_option_of_another_model() -> None:
+    with pytest.raises(ValueError, match="xnornet does not take one of the options .*depths"):
+        create_model(ModelConfig(name="xnornet", depths=(1, 1)))
+
+
+def test_wrong_number_of_classes() -> None:
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        ModelConfig(name="binarynet", num_classes=0)

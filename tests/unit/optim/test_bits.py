@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+import torch
+
+from bitfleet.optim import bits as bits_module
+from bitfleet.optim import kernels
+from bitfleet.optim.bits import pack_signs, unpack_signs
+
+TYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both implementations, the kernel on several threads whatever the size."""
+    if request.param == "torch":
+        monkeypatch.setattr(bits_module, "library", lambda: None)
+    elif kernels.library() is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(bits_module, "num_threads", lambda numel: 3)
+    return str(request.param)
+
+
+def signs(numel: int) -> torch.Tensor:
+    return torch.randint(0, 2, (numel,), generator=torch.Generator().manual_seed(numel)).double() * 2 - 1
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("numel", [0, 8, 24, 64, 1000, 40_000])
+def test_round_trip(numel: int, dtype: torch.dtype) -> None:
+    weights = signs(numel).to(dtype)
+    bits = pack_signs(weights)
+    assert bits.tolist() == np.packbits(weights.float().numpy() > 0, bitorder="little").tolist()
+    out = torch.full((numel,), 7, dtype=dtype)
+    assert unpack_signs(bits, out) is out
+    assert torch.equal(out, weights)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", TYPES)
+def test_least_significant_bit_first(dtype: torch.dtype) -> None:
+    for i in range(80):
+        weights = -torch.ones(80, dtype=dtype)
+        weights[i] = 1
+        bits = pack_signs(weights)
+        assert bits[i // 8] == 1 << i % 8
+        assert bits.sum() == 1 << i % 8
+        assert torch.equal(unpack_signs(bits, torch.empty_like(weights)), weights)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", TYPES)
+def test_values_that_are_not_signs(dtype: torch.dtype) -> None:
+    weights = torch.tensor([0.0, -0.0, 1e-38, -1e-38, float("inf"), -float("inf"), float("nan"), 3.0], dtype=dtype)
+    assert pack_signs(weights).item() == 0b10010111
+
+
+@pytest.mark.usefixtures("path")
+def test_slices_of_larger_buffers() -> None:
+    weights, bits, out = signs(1003).float(), torch.zeros(131, dtype=torch.uint8), torch.zeros(1003)
+    part = bits[3:128]
+    assert pack_signs(weights[3:], part) is part
+    unpack_signs(part, out[1:1001])
+    assert torch.equal(out[1:1001], weights[3:])
+    assert not out[0]
+    assert not out[1001:].any()
+    assert not bits[:3].any()
+    assert not bits[128:].any()
+
+
+def test_bad_tensors() -> None:
+    with pytest.raises(ValueError, match="weights must be floats.* multiple of 8"):
+        pack_signs(torch.ones(9))
+    with pytest.raises(ValueError, match=r"weights must be floats, flat.* not \[4, 4\]"):
+        pack_signs(torch.ones(4, 4))
+    with pytest.raises(ValueError, match="out must be floats"):
+        unpack_signs(torch.zeros(2, dtype=torch.uint8), torch.ones(32)[::2])
+    with pytest.raises(ValueError, match="out must be floats"):
+        unpack_signs(torch.zeros(2, dtype=torch.uint8), torch.ones(16, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"bits must be contiguous, of shape \[2\] and type torch.uint8"):
+        unpack_signs(torch.zeros(3, dtype=torch.uint8), torch.ones(16))
+    with pytest.raises(ValueError, match="bits are on meta, weights on cpu"):
+        pack_signs(torch.ones(16), torch.zeros(2, dtype=torch.uint8, device="meta"))

@@ -1,0 +1,129 @@
+import pytest
+import torch
+from torch import nn
+
+from bitfleet.optim import (
+    OptimConfig,
+    RoutedOptimizer,
+    Schedule,
+    build_optimizer,
+    check_claims,
+    constant,
+    linear,
+    param_groups,
+    routing_table,
+)
+
+
+def network() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 2))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.where(model[1].weight >= 0, 1.0, -1.0))
+    model[1].weight.binary = True
+    return model
+
+
+def names(groups: list[dict[str, object]]) -> dict[object, list[str]]:
+    return {group["name"]: [name for name, _ in group["params"]] for group in groups}  # type: ignore[attr-defined]
+
+
+def test_every_parameter_lands_in_one_group() -> None:
+    assert names(param_groups(network(), decayed=["0.weight", "2.w*"])) == {
+        "binary": ["1.weight"],
+        "full_precision": ["0.bias", "2.bias"],
+        "full_precision_decayed": ["0.weight", "2.weight"],
+    }
+
+
+def test_frozen_parameters_are_left_out_and_tied_ones_count_once() -> None:
+    model = network()
+    model[0].weight.requires_grad_(False)
+    model.add_module("tied", nn.Linear(8, 2))
+    model.tied.weight = model[2].weight
+    assert names(param_groups(model)) == {
+        "binary": ["1.weight"],
+        "full_precision": ["0.bias", "2.weight", "2.bias", "tied.bias"],
+    }
+
+
+def test_a_pattern_without_a_parameter_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"called \['3.weight'\]"):
+        param_groups(network(), decayed=["3.weight"])
+    with pytest.raises(ValueError, match=r"called \['1.weight'\]"):  # binary weights have no decay
+        param_groups(network(), decayed=["1.weight"])
+
+
+def test_missing_and_foreign_claims_are_named() -> None:
+    model = network()
+    optimizer, _ = build_optimizer(model, OptimConfig(), num_steps=10)
+    check_claims(model, optimizer)
+    model.add_module("late", nn.Linear(2, 2, bias=False))
+    with pytest.raises(ValueError, match=r"late\.weight is claimed by 0"):
+        check_claims(model, optimizer)
+    del model.late
+    optimizer.add_param_group({"params": [("x", nn.Parameter(torch.ones(1)))], "rule": "keras_adam", "name": "x"})
+    with pytest.raises(ValueError, match="1 parameters that are not the model's"):
+        check_claims(model, optimizer)
+
+
+def test_a_parameter_claimed_twice_is_named() -> None:
+    model = network()
+    adam = {"rule": "keras_adam", "betas": (0.9, 0.999), "eps": 1e-7, "lr": 0.1, "weight_decay": 0.0}
+    optimizer = RoutedOptimizer([{"params": list(model.parameters()), **adam}])
+    optimizer.param_groups.append({"params": [model[0].bias], **adam})
+    with pytest.raises(ValueError, match=r"0\.bias is claimed by 2"):
+        check_claims(model, optimizer)
+
+
+def test_built_optimizer_trains_both_kinds() -> None:
+    model = network()
+    config = OptimConfig(gamma=linear(1.0, 0.5), sigma=constant(1.0), threshold=constant(1e-8), lr=constant(0.1))
+    optimizer, schedules = build_optimizer(model, config, num_steps=10)
+    assert schedules["binary"]["gamma"](5) == 0.75
+    before = [param.detach().clone() for param in model.parameters()]
+    model(torch.randn(16, 4)).square().sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert set(model[1].weight.detach().unique().tolist()) <= {-1.0, 1.0}
+
+
+def test_weight_decay_is_coupled() -> None:
+    """As an L2 term of the loss: the gradient of a parameter with zero gradient is weight_decay * w."""
+    model = network()
+    config = OptimConfig(weight_decay=1e-2, decayed=("0.weight",), lr=constant(0.1))
+    optimizer, _ = build_optimizer(model, config, num_steps=10)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    weight, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[model[0].weight]["exp_avg"], 1e-3 * weight)
+    assert torch.equal(model[0].bias, bias)
+
+
+def test_table_counts_weights_and_state() -> None:
+    optimizer, _ = build_optimizer(network(), OptimConfig(), num_steps=10)
+    lines = [line.split() for line in routing_table(optimizer).splitlines()]
+    assert ["1.weight", "8x8", "binary", "bop2ndorder", "64", "512"] in lines
+    assert ["total", "full_precision", "58", "464"] in lines
+    optimizer, _ = build_optimizer(network(), OptimConfig(rule="bop"), num_steps=10)
+    assert ["1.weight", "8x8", "binary", "bop", "64", "256"] in [
+        line.split() for line in routing_table(optimizer).splitlines()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gamma": constant(2.0)}, "optim.gamma must stay in"),
+        ({"sigma": linear(1e-3, 2.0)}, "optim.sigma must stay in"),
+        ({"gamma": Schedule(start=0.1, kind="exponential", rate=10.0)}, "optim.gamma must not grow by stairs"),
+        ({"correction": "adam", "gamma": linear(1e-3, 0.0)}, "optim.gamma must not end at 0"),
+        ({"weight_decay": -1.0}, "weight_decay must not be negative"),
+        ({"weight_decay": 1e-6}, "go together"),
+        ({"decayed": ("x",)}, "go together"),
+        ({"rule": "bop", "correction": "adam"}, "correction belongs to bop2ndorder"),
+    ],
+)
+def test_bad_configurations_are_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**options)  # type: ignore[arg-type]

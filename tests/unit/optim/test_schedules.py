@@ -1,0 +1,75 @@
+import math
+
+import pytest
+import torch
+
+from bitfleet.optim import Bop2ndOrder, HyperparameterScheduler, Schedule, constant, linear
+
+
+def test_linear_is_keras_polynomial_decay() -> None:
+    gamma = linear(1e-4, 1e-9, 125_113)
+    assert gamma(0) == 1e-4
+    # The last of the paper's 125,100 XNOR-Net steps stops short of the end (decay_steps is 125,113).
+    assert gamma(125_099) == pytest.approx(1.22e-8, rel=1e-2)
+    assert gamma(125_113) == gamma(10**9) == 1e-9
+
+
+def test_power_staircase_and_cosine() -> None:
+    square = Schedule(start=1.0, end=0.0, kind="polynomial", num_steps=10, power=2.0)
+    assert square(5) == 0.25
+    stairs = Schedule(start=1.0, kind="exponential", num_steps=100, rate=0.1)
+    assert [stairs(step) for step in (0, 99, 100, 250)] == pytest.approx([1.0, 1.0, 0.1, 0.01])
+    cosine = Schedule(start=1.0, end=0.2, kind="cosine", num_steps=10)
+    assert [cosine(step) for step in (0, 5, 10, 20)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
+
+
+def test_warmup_multiplies() -> None:
+    warm = Schedule(start=1.0, warmup_steps=4)
+    assert [warm(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": -1.0}, "start of a schedule"),
+        ({"start": math.nan}, "start of a schedule"),
+        ({"start": 1.0, "num_steps": 0}, "num_steps"),
+        ({"start": 1.0, "warmup_steps": -1}, "warmup_steps"),
+    ],
+)
+def test_bad_values_are_named(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schedule(**options)  # type: ignore[arg-type]
+
+
+def test_open_length_must_be_filled_before_use() -> None:
+    with pytest.raises(ValueError, match="num_steps"):
+        linear(1.0, 0.0)(0)
+    assert linear(1.0, 0.0).over(10)(5) == 0.5
+    assert linear(1.0, 0.0, 20).over(10)(5) == 0.75
+
+
+def test_scheduler_writes_the_value_of_the_coming_step() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = Bop2ndOrder([{"params": [weight], "name": "binary"}], gamma=0.5, sigma=0.5, threshold=0.0)
+    scheduler = HyperparameterScheduler(optimizer, {"binary": {"gamma": linear(0.4, 0.2, 4), "sigma": constant(0.1)}})
+    seen = []
+    for _ in range(4):
+        seen.append(optimizer.param_groups[0]["gamma"])
+        optimizer.step()
+        scheduler.step()
+    assert seen == pytest.approx([0.4, 0.35, 0.3, 0.25])
+    assert optimizer.param_groups[0]["sigma"] == 0.1
+
+    again = HyperparameterScheduler(optimizer, scheduler.schedules)
+    assert optimizer.param_groups[0]["gamma"] == pytest.approx(0.4)
+    again.load_state_dict(scheduler.state_dict())
+    assert optimizer.param_groups[0]["gamma"] == pytest.approx(0.2)
+
+
+def test_scheduler_refuses_a_group_that_is_not_there() -> None:
+    optimizer = Bop2ndOrder(
+        [{"params": [torch.nn.Parameter(torch.ones(3))], "name": "binary"}], gamma=1, sigma=1, threshold=0
+    )
+    with pytest.raises(ValueError, match=r"\['binry'\].*\['binary'\]"):
+        HyperparameterScheduler(optimizer, {"binry": {"gamma": constant(0.1)}})

@@ -1,0 +1,40 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from bitfleet.configs import available, load_config
+from bitfleet.trainer.config import from_dict, resolve_replicas, to_dict
+
+
+@pytest.mark.parametrize("name", available())
+def test_written_configuration_reads_back(name: str) -> None:
+    config = dataclasses.replace(load_config(name), run_dir=Path("/runs/x"), num_replicas=4)
+    assert from_dict(to_dict(config)) == config
+
+
+def test_replicas_default_to_the_ranks() -> None:
+    config = load_config("fashion_quickstart")
+    assert resolve_replicas(config, 2) == 2
+    assert resolve_replicas(dataclasses.replace(config, num_replicas=8), 2) == 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "world_size", "message"),
+    [
+        ({"global_batch_size": 64}, 3, "global_batch_size is 64, which 3 replicas on 3 ranks"),
+        ({"num_replicas": 4}, 3, "num_replicas is 4, which 3 ranks"),
+        ({"num_replicas": 12}, 4, "global_batch_size is .*, which 12 replicas on 4 ranks"),
+    ],
+)
+def test_world_size_that_does_not_divide_is_refused(fields: dict[str, int], world_size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_replicas(dataclasses.replace(load_config("fashion_quickstart"), **fields), world_size)
+
+
+@pytest.mark.parametrize(
+    "name", ["epochs", "global_batch_size", "num_replicas", "validate_every_epochs", "stop_after_steps"]
+)
+def test_counts_must_be_positive(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
+        dataclasses.replace(load_config("fashion_quickstart"), **{name: 0})

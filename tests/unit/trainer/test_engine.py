@@ -1,0 +1,74 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitfleet.trainer.engine import EngineConfig, deepspeed_options
+
+
+def options(tmp_path: Path, extra: Any = None, **fields: Any) -> dict[str, Any]:
+    path = None
+    if extra is not None:
+        path = tmp_path / "deepspeed.json"
+        path.write_text(extra if isinstance(extra, str) else json.dumps(extra))
+    return deepspeed_options(EngineConfig(deepspeed=path, **fields), global_batch_size=64, num_replicas=4, world_size=2)
+
+
+def test_configuration_fills_what_it_owns(tmp_path: Path) -> None:
+    filled = options(tmp_path, sharding="zero2", precision="bf16")
+    assert filled["train_micro_batch_size_per_gpu"] == 16
+    assert filled["gradient_accumulation_steps"] == 2
+    assert filled["gradient_clipping"] == 0.0
+    assert filled["zero_optimization"] == {"stage": 2}
+    assert filled["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+
+
+def test_user_options_pass_through(tmp_path: Path) -> None:
+    extra = {"comms_logger": {"enabled": True}, "zero_optimization": {"reduce_bucket_size": 7, "stage": 1}}
+    filled = options(tmp_path, extra, sharding="zero1")
+    assert filled["comms_logger"] == {"enabled": True}
+    assert filled["zero_optimization"] == {"reduce_bucket_size": 7, "stage": 1}
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            {"zero_optimisation": {"stage": 1}},
+            'no DeepSpeed option "zero_optimisation"; did you mean "zero_optimization"',
+        ),
+        ({"gradient_cliping": 1.0}, 'did you mean "gradient_clipping"'),
+        ({"train_batch_size": 32}, '"train_batch_size" to 32, but the configuration makes it 64 .*global_batch_size'),
+        ({"gradient_clipping": 1.0}, '"gradient_clipping" to 1.0'),
+        ({"zero_optimization": {"stage": 3}}, '"zero_optimization.stage" to 3, but .* 0 .*engine.sharding'),
+        ({"bf16": {"enabled": True}}, '"bf16", which belongs to the field engine.precision'),
+        ({"optimizer": {"type": "Adam"}}, '"optimizer", which belongs to the field optim'),
+        ("{", "are not JSON"),
+        ("[]", "must be a JSON object, not list"),
+    ],
+)
+def test_bad_options_are_named(extra: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        options(tmp_path, extra)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothere\.json: No such file"):
+        deepspeed_options(
+            EngineConfig(deepspeed=tmp_path / "nothere.json"), global_batch_size=1, num_replicas=1, world_size=1
+        )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be positive"),
+        ({"check_every_steps": 0}, "check_every_steps must be at least 1"),
+        ({"sharding": "zero1", "grad_comm_dtype": "bf16"}, 'need engine.sharding "bits", not "zero1"'),
+        ({"sharding": "none", "max_grad_norm": 1.0}, 'need engine.sharding "bits", not "none"'),
+    ],
+)
+def test_bad_fields_are_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**fields)
