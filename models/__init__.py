@@ -7,6 +7,7 @@ weight is +-1 itself and carries the attribute `binary = True`.
 from bitfleet.models.binarynet import BinaryNet, binarynet
 from bitfleet.models.birealnet import BiRealNet, birealnet18, birealnet34, birealnet_small
 from bitfleet.models.config import ModelConfig, create_model
+from bitfleet.models.keras_weights import kernel_from_keras, load_keras_weights
 from bitfleet.models.layers import QuantConv2d, QuantLinear
 from bitfleet.models.normalization import BatchNorm, ChannelLayerNorm
 from bitfleet.models.quantizers import approx_sign, ste_sign
@@ -34,6 +35,8 @@ __all__ = [
     "birealnet_small",
     "count",
     "create_model",
+    "kernel_from_keras",
+    "load_keras_weights",
     "ste_sign",
     "xnornet",
 ]

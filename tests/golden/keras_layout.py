@@ -1,17 +1,20 @@
-"""Weights, images and layers recorded from Keras, in PyTorch's layout."""
+"""Variables and images recorded from Keras, and the files in which Keras keeps them."""
 
+import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bitfleet.models import BatchNorm
 from tests.golden import recipe
 
 FOLDER = Path(__file__).parent
+Variables = Mapping[str, Mapping[str, np.ndarray]]
 
 
 def load_model(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -34,66 +37,53 @@ def nchw(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
 
 
-def kernel(array: np.ndarray) -> Tensor:
-    """HWIO -> OIHW, dense (in, out) -> (out, in)."""
-    order = (3, 2, 0, 1) if array.ndim == 4 else (1, 0)
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(order)))
+@functools.cache
+def variables(name: str) -> Variables:
+    """The recorded variables of each layer of a model, "kernel:0" and so on, in the order of Keras' `model.layers`."""
+    graph, _ = load_model(name)
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for layer in graph["layers"]:
+        found[layer["name"]] = {}
+        for variable in layer["vars"]:
+            kind = variable["kind"]
+            array = recipe.model_var(
+                graph["weights"],
+                variable["key"],
+                tuple(variable["shape"]),
+                tuple(kind) if isinstance(kind, list) else kind,
+                variable.get("fan_in"),
+            )
+            assert recipe.sha(array).startswith(variable["sha"]), variable["key"]
+            found[layer["name"]][variable["key"].rsplit("/", 1)[-1] + ":0"] = array
+    return found
 
 
-def load_weights(model: nn.Module, graph: dict[str, Any]) -> None:
-    """Fill `model` with the recorded variables; layers of a class correspond in the order of their Keras numbers."""
-    for keras_class, module_class in (
-        ("Conv2D", nn.Conv2d),
-        ("QuantConv2D", nn.Conv2d),
-        ("BatchNormalization", BatchNorm),
-        ("QuantDense", nn.Linear),
-        ("Dense", nn.Linear),
-    ):
-        layers = sorted((layer for layer in graph["layers"] if layer["cls"] == keras_class), key=_number)
-        quantized = keras_class.startswith("Quant")
-        modules = [
-            module
-            for module in model.modules()
-            if isinstance(module, module_class) and hasattr(module, "input_quantizer") == quantized
-        ]
-        for layer, module in zip(layers, modules, strict=True):
-            _load_layer(module, layer, graph["weights"], graph)
+def flat(layers: Variables) -> dict[str, np.ndarray]:
+    """Variables under their full names, "conv2d/kernel:0"."""
+    return {f"{layer}/{name}": array for layer, found in layers.items() for name, array in found.items()}
 
 
-def _number(layer: dict[str, Any]) -> int:
-    suffix = layer["name"].rsplit("_", 1)[-1]
-    return int(suffix) if suffix.isdigit() else 0
+def write_npz(path: Path, layers: Variables) -> None:
+    """As `np.savez(path, **{v.name: v.numpy() for v in model.weights})`."""
+    np.savez(path, **flat(layers))  # type: ignore[arg-type]
 
 
-def _load_layer(module: nn.Module, layer: dict[str, Any], weights: str, graph: dict[str, Any]) -> None:
-    names = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
-    for variable in layer["vars"]:
-        kind = variable["kind"]
-        array = recipe.model_var(
-            weights,
-            variable["key"],
-            tuple(variable["shape"]),
-            tuple(kind) if isinstance(kind, list) else kind,
-            variable.get("fan_in"),
-        )
-        assert recipe.sha(array).startswith(variable["sha"]), variable["key"]
-        name = variable["key"].rsplit("/", 1)[-1]
-        if name == "kernel":
-            value = _nchw_rows(array, layer, graph) if array.ndim == 2 else kernel(array)
-        else:
-            value = torch.from_numpy(array)
-        target = getattr(module, names.get(name, "weight" if name == "kernel" else name))
-        with torch.no_grad():
-            assert target.shape == value.shape, variable["key"]
-            target.copy_(value)
+def write_arrays(path: Path, layers: Variables) -> None:
+    """As `np.savez(path, *model.get_weights())`."""
+    np.savez(path, *flat(layers).values())
 
 
-def _nchw_rows(array: np.ndarray, layer: dict[str, Any], graph: dict[str, Any]) -> Tensor:
-    """Dense kernel after a Flatten: Keras flattens H, W, C and PyTorch C, H, W."""
-    by_name = {other["name"]: other for other in graph["layers"]}
-    source = by_name[layer["inbound"][0]]
-    if source["cls"] != "Flatten":
-        return kernel(array)
-    _, height, width, channels = by_name[source["inbound"][0]]["output_shape"]
-    rows = array.reshape(height, width, channels, -1).transpose(2, 0, 1, 3).reshape(array.shape)
-    return kernel(np.ascontiguousarray(rows))
+def write_h5(path: Path, layers: Variables, group: str = "/", chunks: int = 1) -> None:
+    """As Keras 2's `model.save_weights`, or under "model_weights" as `model.save`.
+
+    `chunks` above 1 splits the list of layers as Keras does where it is too long for one attribute.
+    """
+    with h5py.File(path, "w") as file:
+        root = file.require_group(group)
+        names = np.array_split([name.encode() for name in layers], chunks)
+        for index, part in enumerate(names):
+            root.attrs["layer_names" if chunks == 1 else f"layer_names{index}"] = part
+        for layer, found in layers.items():
+            root.create_group(layer).attrs["weight_names"] = [f"{layer}/{name}".encode() for name in found]
+            for name, array in found.items():
+                root[layer][f"{layer}/{name}"] = array

@@ -16,10 +16,11 @@ from bitfleet.models import (
     SameConv2d,
     SameMaxPool2d,
     approx_sign,
+    kernel_from_keras,
     ste_sign,
 )
 from bitfleet.models.same_padding import NO_PADDING, conv2d
-from tests.golden.keras_layout import kernel, nchw
+from tests.golden.keras_layout import nchw
 
 FIXTURES = dict(np.load(Path(__file__).parents[1] / "golden" / "fixtures.npz"))
 QUANTIZERS = {"ste_sign": ste_sign, "approx_sign": approx_sign}
@@ -39,7 +40,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("name", [name for name in FIXTURES if name.startswith("conv_")])
 def test_convolution(name: str) -> None:
     kernel_size, stride, same, x, expected = parse(name)
-    weight = kernel(FIXTURES[f"w{kernel_size}"])
+    weight = kernel_from_keras(FIXTURES[f"w{kernel_size}"])
     if not same:
         assert_close(conv2d(x, weight, stride, NO_PADDING), expected)
         return
@@ -55,7 +56,7 @@ def test_binary_convolution(name: str, grad_enabled: bool) -> None:
     kernel_size, stride, same, x, expected = parse(name)
     layer = QuantConv2d(3, 4, kernel_size, stride, padding="same" if same else "valid", input_quantizer=ste_sign)
     with torch.no_grad():
-        layer.weight.copy_(kernel(FIXTURES[f"w{kernel_size}"]))
+        layer.weight.copy_(kernel_from_keras(FIXTURES[f"w{kernel_size}"]))
     with torch.set_grad_enabled(grad_enabled):
         assert_close(layer(x), expected)
 
@@ -117,11 +118,11 @@ def test_gradients_of_a_strided_binary_convolution() -> None:
     x = nchw(FIXTURES["x12"]).requires_grad_()
     layer = QuantConv2d(3, 4, 3, 2, input_quantizer=approx_sign)
     with torch.no_grad():
-        layer.weight.copy_(kernel(FIXTURES["w3"]))
+        layer.weight.copy_(kernel_from_keras(FIXTURES["w3"]))
     result = layer(x)
     result.backward(nchw(FIXTURES["bconv_up"]))
     assert x.grad is not None
     assert layer.weight.grad is not None
     assert_close(result, nchw(FIXTURES["bconv_y"]))
     assert_close(x.grad, nchw(FIXTURES["bconv_grad_x"]))
-    assert_close(layer.weight.grad, kernel(FIXTURES["bconv_grad_kernel"]))
+    assert_close(layer.weight.grad, kernel_from_keras(FIXTURES["bconv_grad_kernel"]))

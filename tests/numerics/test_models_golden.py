@@ -1,23 +1,34 @@
 """Whole models against logits recorded from the paper's own code."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bitfleet.models import BinaryNet, BiRealNet, count
-from tests.golden.keras_layout import images, load_model, load_weights
+from bitfleet.models import BinaryNet, BiRealNet, count, load_keras_weights
+from tests.golden.keras_layout import Variables, images, load_model, variables, write_arrays, write_h5
 
 MODELS = pytest.mark.parametrize(
     ("name", "model_class"), [("off_birealnet_bn_64", BiRealNet), ("off_binarynet_bn", BinaryNet)]
 )
+WRITERS: dict[str, Callable[[Path, Variables], None]] = {
+    "arrays.npz": write_arrays,
+    "weights.h5": write_h5,
+}
 
 
 @MODELS
-def test_logits_and_signs_match_the_official_code(name: str, model_class: type[nn.Module]) -> None:
+@pytest.mark.parametrize("file", WRITERS)
+def test_logits_and_signs_match_the_official_code(
+    name: str, model_class: type[nn.Module], file: str, tmp_path: Path
+) -> None:
     graph, outputs = load_model(name)
+    WRITERS[file](tmp_path / file, variables(name))
     model = model_class().eval()
-    load_weights(model, graph)
+    load_keras_weights(model, tmp_path / file)
     num_positive: list[Tensor] = []
 
     def count_positive(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -16,6 +16,7 @@ ROOMS = {
 OWNERS = {
     "deepspeed": ("trainer/engine.py", "launch/"),
     "nvidia": ("trainer/data",),
+    "h5py": ("models/keras_files.py",),
     "tensorboard": ("trainer/metrics.py",),
     "torch.utils.tensorboard": ("trainer/metrics.py",),
     "torch.distributed": ("trainer/distributed.py", "optim/sharding"),

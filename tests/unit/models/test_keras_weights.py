@@ -1,0 +1,299 @@
+"""Files of Keras: which variable goes where, and the sentence for each file that does not fit."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bitfleet.models import BiRealNet, kernel_from_keras, load_keras_weights
+from bitfleet.models.normalization import Norm
+from tests.golden.keras_layout import Variables, flat, write_arrays, write_h5, write_npz
+
+# Two blocks, the second with a shortcut of its own, in the order of Keras' model.layers.
+SHAPES = {
+    "conv2d": (3, 3, 3, 4),
+    "batch_normalization": (4,),
+    "max_pooling2d": (),
+    "quant_conv2d": (3, 3, 4, 4),
+    "batch_normalization_1": (4,),
+    "quant_conv2d_1": (3, 3, 4, 8),
+    "conv2d_1": (1, 1, 4, 8),
+    "batch_normalization_3": (8,),
+    "batch_normalization_2": (8,),
+    "dense": (8, 5),
+}
+# What the layer is in the network.
+MODULES = {
+    "conv2d": "stem.0",
+    "batch_normalization": "stem.1",
+    "quant_conv2d": "blocks.0.conv",
+    "batch_normalization_1": "blocks.0.norm",
+    "conv2d_1": "blocks.1.shortcut.1",
+    "batch_normalization_2": "blocks.1.shortcut.2",
+    "quant_conv2d_1": "blocks.1.conv",
+    "batch_normalization_3": "blocks.1.norm",
+    "dense": "head",
+}
+NORM = {
+    "gamma:0": "weight",
+    "beta:0": "bias",
+    "moving_mean:0": "running_mean",
+    "moving_variance:0": "running_var",
+}
+Layers = dict[str, dict[str, np.ndarray]]
+
+
+def network(norm: Norm = "batch") -> nn.Module:
+    return BiRealNet(width=4, depths=(1, 1), stem="small", num_classes=5, norm=norm).eval()
+
+
+def random_layers(norm: Norm = "batch") -> Layers:
+    generator = np.random.default_rng(0)
+    layers: Layers = {}
+    for layer, shape in SHAPES.items():
+        names = list(NORM) if len(shape) == 1 else ["kernel:0"] if shape else []
+        if norm == "layer":
+            layer, names = layer.replace("batch", "layer"), [name for name in names if "moving" not in name]
+        layers[layer] = {name: generator.uniform(-1, 1, shape).astype(np.float32) for name in names}
+        layers[layer] |= {name: np.abs(layers[layer][name]) for name in names if name == "moving_variance:0"}
+    layers["dense"]["bias:0"] = generator.uniform(-1, 1, 5).astype(np.float32)
+    return layers
+
+
+def expected_state(layers: Layers) -> dict[str, Tensor]:
+    state = {}
+    for layer, module in MODULES.items():
+        for name, array in layers[layer].items():
+            value = kernel_from_keras(array) if name == "kernel:0" else torch.from_numpy(array)
+            if layer.startswith("quant"):
+                value = torch.where(value >= 0, 1.0, -1.0)
+            state[f"{module}.{NORM.get(name, name.removesuffix(':0').replace('kernel', 'weight'))}"] = value
+    return state
+
+
+def assert_holds(model: nn.Module, layers: Layers) -> None:
+    state = {name: value for name, value in model.state_dict().items() if "num_batches" not in name}
+    expected = expected_state(layers)
+    assert state.keys() == expected.keys()
+    for name, value in state.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def write_counted_on(path: Path, layers: Variables) -> None:
+    """As of a network before which the process built others."""
+
+    def counted_on(name: str) -> str:
+        match = re.fullmatch(r"(.+?)(?:_(\d+))?", name)
+        assert match
+        return f"{match[1]}_{int(match[2] or 0) + 7}"
+
+    write_npz(path, {counted_on(name): found for name, found in layers.items()})
+
+
+def write_without_colon(path: Path, layers: Variables) -> None:
+    np.savez(path, **{name.removesuffix(":0"): array for name, array in flat(layers).items()})  # type: ignore[arg-type]
+
+
+WRITERS: dict[str, Callable[[Path, Variables], None]] = {
+    "named.npz": write_npz,
+    "in_order.npz": write_arrays,
+    "weights.h5": write_h5,
+    "model.h5": lambda path, layers: write_h5(path, layers, group="model_weights", chunks=3),
+    "counted_on.npz": write_counted_on,
+    "reversed.npz": lambda path, layers: write_npz(path, dict(reversed(list(layers.items())))),
+    "no_colon.npz": write_without_colon,
+}
+
+
+@pytest.mark.parametrize("file", WRITERS)
+def test_every_variable_finds_its_place(file: str, tmp_path: Path) -> None:
+    layers, model = random_layers(), network()
+    WRITERS[file](tmp_path / file, layers)
+    load_keras_weights(model, tmp_path / file)
+    assert_holds(model, layers)
+    assert sum(getattr(p, "binary", False) for p in model.parameters()) == 2
+
+
+def test_the_sign_of_zero_is_plus_one(tmp_path: Path) -> None:
+    layers, model = random_layers(), network()
+    layers["quant_conv2d"]["kernel:0"][:] = -0.0
+    layers["quant_conv2d_1"]["kernel:0"] = np.full((3, 3, 4, 8), -1, np.int8)
+    write_npz(tmp_path / "weights.npz", layers)
+    load_keras_weights(model, tmp_path / "weights.npz")
+    assert bool((model.get_parameter("blocks.0.conv.weight") == 1).all())
+    assert bool((model.get_parameter("blocks.1.conv.weight") == -1).all())
+
+
+@pytest.mark.parametrize("writer", [write_npz, write_arrays])
+def test_no_gamma_is_a_factor_of_one(writer: Callable[[Path, Variables], None], tmp_path: Path) -> None:
+    layers, model = random_layers(), network()
+    without = {name: {k: v for k, v in found.items() if k != "gamma:0"} for name, found in layers.items()}
+    writer(tmp_path / "weights.npz", without)
+    load_keras_weights(model, tmp_path / "weights.npz")
+    for found in layers.values():
+        found |= {name: np.ones_like(array) for name, array in found.items() if name == "gamma:0"}
+    assert_holds(model, layers)
+
+
+@pytest.mark.parametrize("writer", [write_npz, write_arrays])
+def test_layer_norms(writer: Callable[[Path, Variables], None], tmp_path: Path) -> None:
+    layers, model = random_layers("layer"), network("layer")
+    writer(tmp_path / "weights.npz", layers)
+    load_keras_weights(model, tmp_path / "weights.npz")
+    assert_holds(model, {name.replace("layer_norm", "batch_norm"): found for name, found in layers.items()})
+
+
+def test_flatten_of_keras_is_rows_columns_channels() -> None:
+    features = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)  # [H, W, C]
+    kernel = np.random.default_rng(0).normal(size=(24, 5)).astype(np.float32)
+    result = kernel_from_keras(kernel, num_pixels=6) @ torch.from_numpy(features.transpose(2, 0, 1).copy()).flatten()
+    np.testing.assert_allclose(result.numpy(), features.reshape(-1) @ kernel, rtol=1e-5)
+
+
+def change(layer: str, name: str, array: np.ndarray | None) -> Callable[[Layers], None]:
+    """Replace a variable, or drop it."""
+
+    def edit(layers: Layers) -> None:
+        if array is None:
+            del layers[layer][name]
+        else:
+            layers.setdefault(layer, {})[name] = array
+
+    return edit
+
+
+MISMATCHES = [
+    (change("quant_conv2d", "kernel:0", None), r"no quant_conv2d/kernel; BiRealNet.* with shape \(3, 3, 4, 4\)"),
+    (change("batch_normalization_2", "gamma:0", None), r"no batch_normalization_2/gamma; .* with shape \(8,\)"),
+    (change("batch_normalization", "moving_variance:0", None), "no batch_normalization/moving_variance"),
+    (change("dense", "bias:0", None), r"no dense/bias; .* with shape \(5,\)"),
+    (change("dense", "kernel:0", np.zeros((8, 9))), r"dense/kernel:0 of shape \(8, 9\).* expects .*\(8, 5\)"),
+    (change("conv2d", "kernel:0", np.zeros((4, 3, 3, 3))), r"conv2d/kernel:0 of shape \(4, 3, 3, 3\).*\(3, 3, 3, 4\)"),
+    (change("conv2d", "kernel:0", np.full((3, 3, 3, 4), "x")), "conv2d/kernel:0 .* and <U1; .* expects numbers"),
+    (change("conv2d", "bias:0", np.zeros(4)), r"conv2d/bias:0 of shape \(4,\); .* expects only kernel of that layer"),
+    (
+        change("quant_conv2d_2", "kernel:0", np.zeros((1, 2))),
+        r"quant_conv2d_2/kernel:0 .*\(1, 2\).* 2 quant_conv2d layers",
+    ),
+    (
+        change("quant_dense", "kernel:0", np.zeros((1, 2))),
+        r"quant_dense/kernel:0 .*\(1, 2\).* expects 0 quant_dense layers",
+    ),
+    (
+        change("p_re_lu", "alpha:0", np.zeros(3)),
+        r"p_re_lu/alpha:0 of shape \(3,\); expected names as quant_conv2d_1/kernel:0",
+    ),
+    (change("dense", "kernel", np.zeros((8, 5))), r"dense/kernel of shape \(8, 5\) twice"),
+    (change("layer_normalization", "beta:0", np.zeros(4)), "expects 0 layer_normalization layers: one norm's weights"),
+]
+
+
+@pytest.mark.parametrize(("edit", "message"), MISMATCHES)
+def test_a_mismatch_is_named_and_changes_nothing(edit: Callable[[Layers], None], message: str, tmp_path: Path) -> None:
+    layers, model = random_layers(), network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    edit(layers)
+    write_npz(tmp_path / "weights.npz", layers)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_keras_weights(model, tmp_path / "weights.npz")
+    assert str(raised.value).startswith(f"{tmp_path / 'weights.npz'} has ")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("writer", [write_npz, write_arrays])
+@pytest.mark.parametrize(("file_norm", "norm"), [("batch", "layer"), ("layer", "batch")])
+def test_the_other_norm(file_norm: Norm, norm: Norm, writer: Callable[[Path, Variables], None], tmp_path: Path) -> None:
+    writer(tmp_path / "weights.npz", random_layers(file_norm))
+    named = (
+        f"has {file_norm}_normalization/gamma:0 of shape .* {norm}_normalization expects 0 {file_norm}_normalization"
+    )
+    count = f"arrays; BiRealNet with {norm}_normalization expects "
+    with pytest.raises(ValueError, match=named if writer is write_npz else count):
+        load_keras_weights(network(norm), tmp_path / "weights.npz")
+
+
+def test_arrays_in_another_order(tmp_path: Path) -> None:
+    layers = random_layers()
+    layers["dense"] = dict(reversed(layers["dense"].items()))
+    write_arrays(tmp_path / "weights.npz", layers)
+    with pytest.raises(
+        ValueError, match=r"arr_20 \(dense/kernel\) of shape \(5,\).* expects numbers of shape \(8, 5\)"
+    ):
+        load_keras_weights(network(), tmp_path / "weights.npz")
+
+
+def test_a_gap_in_the_arrays(tmp_path: Path) -> None:
+    arrays = {f"arr_{index + (index > 3)}": array for index, array in enumerate(flat(random_layers()).values())}
+    np.savez(tmp_path / "weights.npz", **arrays)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="has no arr_4; BiRealNet .* expects arr_0 to arr_21"):
+        load_keras_weights(network(), tmp_path / "weights.npz")
+
+
+def empty_npz(path: Path) -> None:
+    np.savez(path)
+
+
+def object_npz(path: Path) -> None:
+    np.savez(path, arr_0=np.array([{}], dtype=object))
+
+
+def truncated_npz(path: Path) -> None:
+    write_npz(path, random_layers())
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def other_h5(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file["layers/conv2d/vars/0"] = np.zeros(3)
+
+
+def hollow_h5(path: Path) -> None:
+    write_h5(path, random_layers())
+    with h5py.File(path, "a") as file:
+        del file["conv2d/conv2d/kernel:0"]
+
+
+@pytest.mark.parametrize(
+    ("file", "write", "message"),
+    [
+        ("weights.npz", lambda path: None, "there is no weights file"),
+        ("weights.keras", lambda path: None, r"ends in '.keras'; expected .npz or .h5"),
+        ("weights.npz", lambda path: path.write_bytes(b"text"), "no archive as np.savez writes"),
+        ("weights.npz", truncated_npz, "not a weights file of Keras: "),
+        ("weights.npz", empty_npz, "it has no variables"),
+        ("weights.npz", object_npz, "not a weights file of Keras: .*allow_pickle"),
+        ("weights.h5", lambda path: path.write_bytes(b"text"), "not a weights file of Keras: .*file signature"),
+        ("weights.h5", other_h5, "its group / has no attribute layer_names"),
+        ("weights.h5", hollow_h5, "not a weights file of Keras: .*kernel:0"),
+    ],
+)
+def test_no_file_of_keras(file: str, write: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+    write(tmp_path / file)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_keras_weights(network(), tmp_path / file)
+    assert str(tmp_path / file) in str(raised.value)
+
+
+def test_unknown_network(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the network is Linear, .* expected BinaryNet, XNORNet or BiRealNet"):
+        load_keras_weights(nn.Linear(1, 1), tmp_path / "weights.npz")
+
+
+def test_scales_that_cannot_be_folded(tmp_path: Path) -> None:
+    layers = random_layers()
+    layers["quant_conv2d_1"]["kernel:0"][..., 6] = 0
+    write_npz(tmp_path / "weights.npz", layers)
+    with pytest.raises(
+        ValueError, match=r"filter 6 of quant_conv2d_1/kernel:0 of shape \(3, 3, 4, 8\).* mean\|W\| = 0"
+    ):
+        load_keras_weights(network(), tmp_path / "weights.npz", scales="larq-zoo")
+    write_npz(tmp_path / "weights.npz", random_layers("layer"))
+    with pytest.raises(ValueError, match="scales of quant_conv2d/kernel:0 .* have no BatchNorm to go into"):
+        load_keras_weights(network("layer"), tmp_path / "weights.npz", scales="larq-zoo")
+    with pytest.raises(ValueError, match='scales is \'all\'; expected "none" or "larq-zoo"'):
+        load_keras_weights(network(), tmp_path / "weights.npz", scales="all")  # type: ignore[arg-type]
