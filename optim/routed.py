@@ -62,15 +62,38 @@ class RoutedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            update_, state_keys = RULES[group["rule"]]
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                state = self.state[param]
-                if not state:
-                    state["step"] = torch.zeros(())  # on the CPU, as in torch.optim: read without a device sync
-                    for key in state_keys:
-                        state[key] = torch.zeros_like(param, dtype=torch.float32)
+                state = self._state_of(param, group)
                 state["step"] += 1
-                update_(param, param.grad, state, group)
+                RULES[group["rule"]].update_(param, param.grad, state, group)
         return loss
+
+    def create_state(self) -> None:
+        """Make the state of every parameter that has none, as before its first update: a checkpoint is read into it."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                self._state_of(param, group)
+
+    def steps(self) -> dict[str, int]:
+        """Updates that each parameter has had; groups need "param_names"."""
+        return {
+            name: int(self.state[param]["step"]) if param in self.state else 0
+            for group in self.param_groups
+            for name, param in zip(group["param_names"], group["params"], strict=True)
+        }
+
+    def load_steps(self, steps: dict[str, int]) -> None:
+        """Set what `steps` returned; every parameter has state."""
+        for group in self.param_groups:
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                self.state[param]["step"].fill_(steps[name])
+
+    def _state_of(self, param: Tensor, group: Group) -> State:
+        state: State = self.state[param]
+        if not state:
+            state["step"] = torch.zeros(())  # on the CPU, as in torch.optim: read without a device sync
+            for key in RULES[group["rule"]].state_keys:
+                state[key] = torch.zeros_like(param, dtype=torch.float32)
+        return state

@@ -1,21 +1,51 @@
-"""The state in a rank's slices, by parameter name: what a checkpoint of a sharded optimizer holds. No communication here."""
+"""What is in a rank's slices, by parameter name: what a checkpoint of a sharded optimizer holds. No communication here."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bitfleet.optim.buckets import Bucket
 
+BITS = "bits"
 
-def shard(buckets: Sequence[Bucket]) -> dict[str, Tensor]:
-    """ "<key>/<parameter>/<first element>" -> flat views into the state of this rank's slices."""
-    return {
-        f"{key}/{name}/{first}": tensor[low:high]
+
+class Chunk(NamedTuple):
+    """A stretch of a logical flat tensor that belongs to one parameter and of which every rank holds another stretch."""
+
+    key: str
+    """Key of the state ("exp_avg"), or "bits" for the packed signs of a binary weight (uint8, 8 weights a byte)."""
+    name: str
+    """The parameter."""
+    tensor: Tensor
+    """A flat view of this rank's stretch."""
+    offset: int
+    """Its first element in the logical tensor."""
+    numel: int
+    """Elements of the logical tensor: the parameter's, or a byte for 8 of them, the last one filled up."""
+
+
+def chunks(buckets: Sequence[Bucket]) -> list[Chunk]:
+    """This rank's stretches of the state of every parameter."""
+    found = []
+    for bucket in buckets:
+        for index, name, first, low, high in bucket.pieces():
+            numel = bucket.segments[index].param.numel()
+            found += [Chunk(key, name, state[low:high], first, numel) for key, state in bucket.state.items()]
+    return found
+
+
+def bit_chunks(buckets: Sequence[Bucket]) -> list[Chunk]:
+    """This rank's stretches of the binary weights, as packed signs."""
+    return [
+        Chunk(
+            BITS, name, bucket.signs()[low // 8 : -(-high // 8)], first // 8, -(-bucket.segments[i].param.numel() // 8)
+        )
         for bucket in buckets
-        for key, tensor in bucket.state.items()
-        for _, name, first, low, high in bucket.pieces()
-    }
+        if bucket.binary
+        for i, name, first, low, high in bucket.pieces()
+    ]
 
 
 def steps(buckets: Sequence[Bucket]) -> dict[str, int]:
@@ -23,6 +53,24 @@ def steps(buckets: Sequence[Bucket]) -> dict[str, int]:
     return {
         segment.name: step for bucket in buckets for segment, step in zip(bucket.segments, bucket.steps, strict=True)
     }
+
+
+def load_steps_(buckets: Sequence[Bucket], counts: dict[str, int]) -> None:
+    """Set the counts that `steps` returned, and read the weights anew.
+
+    Raises:
+        ValueError: they are of other parameters.
+    """
+    if differing := sorted(steps(buckets).keys() ^ counts.keys()):
+        raise ValueError(f"the optimizer state is of other parameters: {differing[0]} is not in both")
+    for bucket in buckets:
+        bucket.steps = [counts[segment.name] for segment in bucket.segments]
+        bucket.read_weights()
+
+
+def shard(buckets: Sequence[Bucket]) -> dict[str, Tensor]:
+    """ "<key>/<parameter>/<first element>" -> flat views into the state of this rank's slices."""
+    return {f"{chunk.key}/{chunk.name}/{chunk.offset}": chunk.tensor for chunk in chunks(buckets)}
 
 
 @torch.no_grad()
@@ -33,11 +81,18 @@ def load_(buckets: Sequence[Bucket], tensors: dict[str, Tensor], counts: dict[st
         ValueError: the shard is of another layout.
     """
     mine = shard(buckets)
-    if mine.keys() != tensors.keys() or steps(buckets).keys() != counts.keys():
-        differing = sorted((mine.keys() ^ tensors.keys()) | (steps(buckets).keys() ^ counts.keys()))
+    if differing := sorted(mine.keys() ^ tensors.keys()):
         raise ValueError(f"the optimizer shard is of another layout: {differing[0]} is not in both")
+    load_steps_(buckets, counts)
     for name, tensor in mine.items():
         tensor.copy_(tensors[name])
-    for bucket in buckets:
-        bucket.steps = [counts[segment.name] for segment in bucket.segments]
-        bucket.read_weights()
+
+
+def nonfinite(buckets: Sequence[Bucket], grads: Sequence[Tensor]) -> list[str]:
+    """Parameters of which this rank's slice of the reduced gradient is not finite."""
+    return [
+        name
+        for bucket, grad in zip(buckets, grads, strict=True)
+        for _, name, _, low, high in bucket.pieces()
+        if not grad[low:high].isfinite().all()
+    ]

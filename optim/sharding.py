@@ -12,20 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bitfleet.optim import shard_state
-from bitfleet.optim.buckets import Bucket, make_buckets, tree_sum
+from bitfleet.optim.buckets import Bucket, make_buckets
 from bitfleet.optim.routed import RoutedOptimizer
-from bitfleet.optim.sharding_agreement import differing_weights
+from bitfleet.optim.shard_state import Chunk
+from bitfleet.optim.sharding_agreement import WeightsDiffer, differing_weights, union
+from bitfleet.optim.sharding_reduction import Reduction
 
 BUCKET_NUMEL = 1 << 23
-MAX_FLIGHTS = 2
-"""Reductions under way at a time: one on the wire, one waiting for it. More would only hold more memory."""
-
-
-class _Flight:
-    """A reduction under way: its buffers live until it has landed."""
-
-    def __init__(self, work: dist.Work | None, send: Tensor, received: Tensor) -> None:
-        self.work, self.send, self.received = work, send, received
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -54,9 +47,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         num_replicas: micro-batches of a step over all ranks, a multiple of N; None is N. Losses are means over a micro-batch and
             are not scaled by the caller: the optimizer divides by num_replicas.
         bucket_numel: parameters in a bucket, about.
-        grad_dtype: what gradients travel as: torch.float32, or torch.bfloat16 at half the traffic; sums are fp32 always.
+        grad_dtype: what gradients travel as: torch.float32, or torch.bfloat16 at half the traffic; sums are fp32 always, but what
+            is rounded before it travels depends on the number of ranks, and so do the bits.
         max_grad_norm: clip the gradients of full-precision groups (only of those) to this norm over all of them.
-        check_every: compare the weights of all ranks before every so many-th step; see `check_agreement`.
+        check_every: compare the weights of all ranks before every so many-th step; see `check_agreement`. A difference at any
+            other step is overwritten by its gather.
     """
 
     def __init__(
@@ -81,85 +76,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.num_replicas = num_replicas or self.world_size
         if self.num_replicas % self.world_size:
             raise ValueError(f"num_replicas is {num_replicas}, which {self.world_size} ranks cannot share equally")
-        self.grad_dtype, self.max_grad_norm, self.check_every = grad_dtype, max_grad_norm, check_every
+        self.max_grad_norm, self.check_every = max_grad_norm, check_every
         self.buckets: list[Bucket] = []
         super().__init__(optimizer.param_groups, {})
         self.buckets = make_buckets(self.param_groups, bucket_numel, self.rank, self.world_size)
         self.num_steps = self.num_skipped_steps = 0
-        self._flights: dict[int, _Flight] = {}
-        self._reduced: dict[int, Tensor] = {}
-        self._replicas_done = self._next = 0
-        self._in_backward = False
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        for bucket in self.buckets:
-            if self.world_size > 1:
-                dist.broadcast(bucket.weights, group_src=0, group=self.process_group)
-            for index, segment in enumerate(bucket.segments):
-                if segment.param.requires_grad:
-                    hook = self._hook(bucket, index)
-                    self._hooks.append(segment.param.register_post_accumulate_grad_hook(hook))
-
-    # Backward.
-
-    def _hook(self, bucket: Bucket, index: int) -> Callable[[Tensor], None]:
-        def on_gradient(_: Tensor) -> None:
-            if not self._in_backward:
-                self._in_backward = True
-                # As DistributedDataParallel does: the end of this backward, whichever parameters it reaches.
-                torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
-            bucket.add_gradient(index)
-            if self._is_last_replica:
-                self._launch()
-
-        return on_gradient
-
-    @property
-    def _is_last_replica(self) -> bool:
-        return self._replicas_done == self.num_replicas // self.world_size - 1
-
-    def _end_backward(self) -> None:
-        self._in_backward = False
-        if self._is_last_replica:
-            self._launch(everything=True)
-        else:
-            for bucket in self.buckets:
-                bucket.end_replica()
-        self._replicas_done += 1
-
-    @torch.no_grad()
-    def _launch(self, everything: bool = False) -> None:
-        """Send the next buckets in order, as far as they are complete."""
-        while self._next < len(self.buckets) and (everything or self.buckets[self._next].is_complete):
-            while len(self._flights) >= MAX_FLIGHTS:
-                self._land(next(iter(self._flights)))
-            self._send(self._next)
-            self._next += 1
-        for index, flight in list(self._flights.items()):
-            if flight.work is None or flight.work.is_completed():
-                self._land(index)
-
-    def _send(self, index: int) -> None:
-        bucket = self.buckets[index]
-        bucket.end_replica()
-        total = bucket.take_gradient()
-        if self.world_size == 1:
-            self._flights[index] = _Flight(None, total, total)
-            return
-        send = total.to(self.grad_dtype)
-        received = torch.empty_like(send)
-        # As bytes, because gloo has no bfloat16.
-        work = dist.all_to_all_single(
-            received.view(torch.uint8), send.view(torch.uint8), group=self.process_group, async_op=True
+        self.nonfinite: list[str] = []
+        """Parameters whose gradient was not finite in the last step that was skipped."""
+        for bucket in self.buckets if self.world_size > 1 else ():
+            dist.broadcast(bucket.weights, group_src=0, group=self.process_group)
+        self._reduction = Reduction(
+            self.buckets,
+            process_group,
+            world_size=self.world_size,
+            num_replicas=self.num_replicas,
+            grad_dtype=grad_dtype,
         )
-        self._flights[index] = _Flight(work, send, received)
-
-    def _land(self, index: int) -> None:
-        """Sum what has arrived for bucket `index` over the ranks, and free its buffers."""
-        flight = self._flights.pop(index)
-        if flight.work is not None:
-            flight.work.wait()
-        total = tree_sum([part.float() for part in flight.received.view(self.world_size, -1)])
-        self._reduced[index] = total if self.num_replicas == 1 else total.div_(self.num_replicas)
 
     # Step.
 
@@ -170,21 +102,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: backward has not run num_replicas / N times since the last step, or the model was moved, frozen or
                 unfrozen since the optimizer was built.
-            RuntimeError: the weights of a rank differ (`check_every`).
+            WeightsDiffer: the weights of a rank differ (`check_every`).
         """
         assert closure is None, "a closure cannot be run again by a sharded optimizer"
         for bucket in self.buckets:
             bucket.check_parameters()
-        local_replicas = self.num_replicas // self.world_size
-        if self._replicas_done != local_replicas:
-            raise ValueError(f"step() after {self._replicas_done} of {local_replicas} backward passes of this rank")
-        for index in list(self._flights):
-            self._land(index)
+        self._reduction.check_complete()
+        grads = self._reduction.take()
         if self.check_every and self.num_steps % self.check_every == 0:
             self.check_agreement()
-        grads = [self._reduced.pop(index) for index in range(len(self.buckets))]
         used = self._agree(grads)
-        self._replicas_done = self._next = 0
         self.num_steps += 1
         if used is None:
             self.num_skipped_steps += 1
@@ -219,6 +146,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             start += len(bucket.segments)
             bucket.used = [False] * len(bucket.segments)
         if num_bad:
+            self.nonfinite = union(shard_state.nonfinite(self.buckets, grads), self.process_group)
             return None
         if self.max_grad_norm is not None:
             scale = min(1.0, self.max_grad_norm / (norm_squared_sum**0.5 + 1e-6))
@@ -244,11 +172,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             ValueError: some of them have left for other ranks already.
         """
         super().zero_grad(set_to_none)
-        if self._flights or self._reduced:
-            raise ValueError("zero_grad() between backward and step(): gradients are under way to the other ranks")
-        self._in_backward, self._replicas_done = False, 0
-        for bucket in self.buckets:
-            bucket.forget_gradients()
+        self._reduction.forget()
 
     # Looking in from outside.
 
@@ -264,13 +188,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Let go of the parameters, which keep their values, so that another optimizer can take them."""
-        for hook in self._hooks:
-            hook.remove()
+        self._reduction.close()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's share of the state and the hyperparameters; to be loaded on the same rank of as many."""
         groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
-        return {"param_groups": groups, "shard": self.shard(), "steps": self.steps(), "num_steps": self.num_steps}
+        return {
+            "param_groups": groups,
+            "shard": shard_state.shard(self.buckets),
+            "steps": self.steps(),
+            "num_steps": self.num_steps,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict` of the same rank of as many ranks, and from the present weights.
@@ -278,7 +206,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: it is of another layout.
         """
-        self.load_shard(state_dict["shard"], state_dict["steps"], state_dict["num_steps"])
+        shard_state.load_(self.buckets, state_dict["shard"], state_dict["steps"])
+        self.num_steps = state_dict["num_steps"]
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)
 
@@ -292,28 +221,32 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Compare a checksum of the weights of all ranks, and where it differs the weights with their owners' slices.
 
         Raises:
-            RuntimeError: on every rank; names each differing (rank, parameter, first differing element).
+            WeightsDiffer: on every rank; names each differing (rank, parameter, first differing element).
         """
         named = differing_weights(self.buckets, self.process_group) if self.world_size > 1 else []
         if named:
-            raise RuntimeError(f"the weights of the ranks differ before step {self.num_steps}: {'; '.join(named)}")
+            raise WeightsDiffer(f"the weights of the ranks differ before step {self.num_steps}: {'; '.join(named)}")
 
-    def shard(self) -> dict[str, Tensor]:
-        """This rank's share of the state: "<key>/<parameter>/<first element>" -> flat views into it."""
-        return shard_state.shard(self.buckets)
+    def chunks(self) -> list[Chunk]:
+        """This rank's stretches of the state, flat views by parameter: what a checkpoint for any number of ranks is made of."""
+        return shard_state.chunks(self.buckets)
+
+    def bit_chunks(self) -> list[Chunk]:
+        """This rank's stretches of the binary weights, as packed signs."""
+        return shard_state.bit_chunks(self.buckets)
 
     def steps(self) -> dict[str, int]:
         """Updates that each parameter has had; the same on every rank."""
         return shard_state.steps(self.buckets)
 
-    def load_shard(self, tensors: dict[str, Tensor], steps: dict[str, int], num_steps: int) -> None:
-        """Continue from what `shard` and `steps` returned on the same rank of as many ranks, and from the present weights.
+    def load_steps(self, steps: dict[str, int], num_steps: int, num_skipped_steps: int) -> None:
+        """Continue from state that was written into `chunks`, from the present weights, and from these counts.
 
         Raises:
-            ValueError: the shard is of another layout.
+            ValueError: they are of other parameters.
         """
-        shard_state.load_(self.buckets, tensors, steps)
-        self.num_steps = num_steps
+        shard_state.load_steps_(self.buckets, steps)
+        self.num_steps, self.num_skipped_steps = num_steps, num_skipped_steps
 
     @torch.no_grad()
     def gather_state(self) -> dict[str, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Whether all ranks of a sharded optimizer hold the same weights, and where not."""
+"""What the ranks of a sharded optimizer tell each other when something is wrong: where weights differ, what is not finite."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +7,10 @@ import torch
 import torch.distributed as dist
 
 from bitfleet.optim.buckets import Bucket
+
+
+class WeightsDiffer(RuntimeError):
+    """The ranks do not hold the same weights."""
 
 
 @torch.no_grad()
@@ -28,6 +32,15 @@ def differing_weights(buckets: Sequence[Bucket], process_group: dist.ProcessGrou
     found: list[Any] = [None] * world_size
     dist.all_gather_object(found, mine, group=process_group)
     return [f"rank {rank}: {name} from element {i}" for rank, each in enumerate(found) for name, i in each]
+
+
+def union(names: list[str], process_group: dist.ProcessGroup | None) -> list[str]:
+    """The names of all ranks, each once, in order of rank; every rank calls this."""
+    if not dist.is_initialized():
+        return names
+    found: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(found, names, group=process_group)
+    return list(dict.fromkeys(name for each in found for name in each))
 
 
 def _wrong_here(bucket: Bucket, checksums: list[int], process_group: dist.ProcessGroup | None) -> list[tuple[str, int]]:

@@ -1,0 +1,154 @@
+"""Gradients of a sharded optimizer on their way: out of backward, over the ranks, into each rank's slice."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bitfleet.optim.buckets import Bucket, tree_sum
+
+MAX_FLIGHTS = 2
+"""Reductions under way at a time: one on the wire, one waiting for it. More would only hold more memory."""
+
+
+class _Flight:
+    """A reduction under way: its buffers live until it has landed."""
+
+    def __init__(self, work: dist.Work | None, send: Tensor, received: Tensor) -> None:
+        self.work, self.send, self.received = work, send, received
+
+
+class Reduction:
+    """Point 2 of the protocol of `ShardedOptimizer`: hooks on the parameters, one all-to-all a bucket, sums in a tree.
+
+    Args:
+        buckets: all of them, in the order in which they are sent.
+        process_group: the ranks.
+        world_size: their number.
+        num_replicas: backward passes of a step over all ranks.
+        grad_dtype: what gradients travel as.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        process_group: dist.ProcessGroup | None,
+        *,
+        world_size: int,
+        num_replicas: int,
+        grad_dtype: torch.dtype,
+    ) -> None:
+        self.buckets, self.process_group, self.world_size = buckets, process_group, world_size
+        self.num_replicas, self.grad_dtype = num_replicas, grad_dtype
+        self._flights: dict[int, _Flight] = {}
+        self._reduced: dict[int, Tensor] = {}
+        self._replicas_done = self._next = 0
+        self._in_backward = False
+        self._arrived: set[tuple[int, int]] = set()
+        self._hooks = [
+            segment.param.register_post_accumulate_grad_hook(self._hook(number, index))
+            for number, bucket in enumerate(buckets)
+            for index, segment in enumerate(bucket.segments)
+            if segment.param.requires_grad
+        ]
+
+    def _hook(self, number: int, index: int) -> Callable[[Tensor], None]:
+        bucket = self.buckets[number]
+
+        def on_gradient(_: Tensor) -> None:
+            if not self._in_backward:
+                self._in_backward = True
+                # As DistributedDataParallel does: the end of this backward, whichever parameters it reaches.
+                torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+            if (number, index) in self._arrived:  # the first part of it may be on its way already
+                raise ValueError(
+                    f"{bucket.segments[index].name} got two gradients in one backward pass, as under activation checkpointing "
+                    f"with use_reentrant=True: use use_reentrant=False"
+                )
+            self._arrived.add((number, index))
+            bucket.add_gradient(index)
+            if self._is_last_replica:
+                self._launch()
+
+        return on_gradient
+
+    @property
+    def _is_last_replica(self) -> bool:
+        return self._replicas_done == self.num_replicas // self.world_size - 1
+
+    def _end_backward(self) -> None:
+        self._in_backward = False
+        self._arrived.clear()
+        if self._is_last_replica:
+            self._launch(everything=True)
+        else:
+            for bucket in self.buckets:
+                bucket.end_replica()
+        self._replicas_done += 1
+
+    @torch.no_grad()
+    def _launch(self, everything: bool = False) -> None:
+        """Send the next buckets in order, as far as they are complete."""
+        while self._next < len(self.buckets) and (everything or self.buckets[self._next].is_complete):
+            while len(self._flights) >= MAX_FLIGHTS:
+                self._land(next(iter(self._flights)))
+            self._send(self._next)
+            self._next += 1
+        for index, flight in list(self._flights.items()):
+            if flight.work is None or flight.work.is_completed():
+                self._land(index)
+
+    def _send(self, index: int) -> None:
+        bucket = self.buckets[index]
+        bucket.end_replica()
+        total = bucket.take_gradient()
+        if self.world_size == 1:
+            self._flights[index] = _Flight(None, total, total)
+            return
+        send = total.to(self.grad_dtype)
+        received = torch.empty_like(send)
+        # As bytes, because gloo has no bfloat16.
+        work = dist.all_to_all_single(
+            received.view(torch.uint8), send.view(torch.uint8), group=self.process_group, async_op=True
+        )
+        self._flights[index] = _Flight(work, send, received)
+
+    def _land(self, index: int) -> None:
+        """Sum what has arrived for bucket `index` over the ranks, and free its buffers."""
+        flight = self._flights.pop(index)
+        if flight.work is not None:
+            flight.work.wait()
+        total = tree_sum([part.float() for part in flight.received.view(self.world_size, -1)])
+        self._reduced[index] = total if self.num_replicas == 1 else total.div_(self.num_replicas)
+
+    def check_complete(self) -> None:
+        """Raise ValueError unless this rank has made all its backward passes of a step."""
+        local_replicas = self.num_replicas // self.world_size
+        if self._replicas_done != local_replicas:
+            raise ValueError(f"step() after {self._replicas_done} of {local_replicas} backward passes of this rank")
+
+    def take(self) -> list[Tensor]:
+        """Wait for what is under way; the reduced slice of every bucket, fp32, which now belongs to the caller."""
+        for index in list(self._flights):
+            self._land(index)
+        self._replicas_done = self._next = 0
+        return [self._reduced.pop(index) for index in range(len(self.buckets))]
+
+    def forget(self) -> None:
+        """Drop the gradients of a step that was begun.
+
+        Raises:
+            ValueError: some of them have left for other ranks already.
+        """
+        if self._flights or self._reduced:
+            raise ValueError("zero_grad() between backward and step(): gradients are under way to the other ranks")
+        self._in_backward, self._replicas_done = False, 0
+        self._arrived.clear()
+        for bucket in self.buckets:
+            bucket.forget_gradients()
+
+    def close(self) -> None:
+        """Take the hooks off the parameters."""
+        for hook in self._hooks:
+            hook.remove()
