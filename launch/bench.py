@@ -3,6 +3,7 @@
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from bitfleet.launch.arguments import parse_train, take_option
 from bitfleet.launch.environment import is_first_rank, job, run
@@ -19,7 +20,10 @@ USAGE = """usage: bitfleet bench NAME [options], on several ranks deepspeed --nu
   sharding [--micro_batch_size 8] [--rounds 5] [--steps 3]
           step time of Bi-Real Net 18 and XNOR-Net: bitfleet's sharding, DistributedDataParallel, ZeRO-1
   memory  [--steps 5]
-          bytes of tensors per parameter that a rank holds after the step and at its peak, for the same"""
+          bytes of tensors per parameter that a rank holds after the step and at its peak, for the same
+  checkpoint [--network xnornet] [--rounds 3] [--folder runs]
+          what a save costs, in a new folder below --folder: bitfleet's in the background and blocking, ZeRO-1's, torch.save:
+          stall, seconds until it is on disk, MB; XNOR-Net takes 4 GB of disk (also --network birealnet18, birealnet_small)"""
 
 
 def bench(arguments: Sequence[str]) -> None:
@@ -102,12 +106,28 @@ def _sharding(arguments: list[str]) -> None:
                 print(format_sharding(network, ranks, micro_batch_size, seconds), flush=True)
 
 
+def _checkpoint(arguments: list[str]) -> None:
+    rounds, arguments = _take_number(arguments, "--rounds", 3)
+    network, arguments = take_option(arguments, "--network")
+    folder, arguments = take_option(arguments, "--folder")
+    _reject(arguments, "checkpoint")
+    network = network or "xnornet"
+    with job("auto") as (ranks, device):
+        from bitfleet.trainer.bench_checkpoint import bench_checkpoint
+        from bitfleet.trainer.bench_checkpoint_table import format_checkpoint
+
+        result = bench_checkpoint(network, ranks, device, Path(folder or "runs"), num_rounds=rounds)
+    if is_first_rank():
+        print(format_checkpoint(network, ranks, result))
+
+
 BENCHMARKS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "comm": _comm,
     "memory": _memory,
     "step": _step,
     "sharding": _sharding,
+    "checkpoint": _checkpoint,
 }
 
 

@@ -1,5 +1,6 @@
 """Ranks from the environment, and what happens to a job when one of them fails."""
 
+import errno
 import os
 import socket
 import sys
@@ -15,6 +16,8 @@ if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not
     from bitfleet.trainer.distributed import Ranks
 
 USER_ERROR, CRASH = 2, 1
+REQUEUE = 75
+"""Exit code of a run that was asked to stop and saved its state: the same command continues it (EX_TEMPFAIL of sysexits.h)."""
 FIRST_RANK_SPEAKS_SECONDS = 3.0
 LOST_PEER_SECONDS = 10.0
 
@@ -33,6 +36,7 @@ def complete_environment() -> None:
         "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "BITFLEET_ALONE": "1",
     }
 
 
@@ -74,32 +78,47 @@ def run(main: Callable[[], None]) -> NoReturn:
         _leave(code)
     except KeyboardInterrupt:
         _leave(130)
-    except (ValueError, FloatingPointError) as error:
+    except BaseException as error:
+        _fail(error)
+    _leave(0)
+
+
+def _fail(error: BaseException) -> NoReturn:
+    if isinstance(error, ValueError | FloatingPointError) or _is_full_disk(error) or _is_disagreement(error):
         if not is_first_rank():
             time.sleep(FIRST_RANK_SPEAKS_SECONDS)
         who = "" if is_first_rank() else f" (rank {os.environ['RANK']})"
         message = " ".join(str(error).split())
         if os.environ.get("BITFLEET_DEBUG"):
-            traceback.print_exc()
+            traceback.print_exception(error)
         print(f"bitfleet: error{who}: {message}", file=sys.stderr)
         _leave(USER_ERROR)
-    except BaseException as error:
-        from bitfleet.trainer.distributed import is_lost_peer
+    from bitfleet.trainer.distributed import is_lost_peer
 
-        if is_lost_peer(error):
-            # The cause is another rank's, which says it; the launcher is about to take this one down.
-            time.sleep(LOST_PEER_SECONDS)
-            print(f"bitfleet: rank {os.environ['RANK']} lost its peers: {error}", file=sys.stderr)
-        else:
-            traceback.print_exc()
-        _leave(CRASH)
-    _leave(0)
+    if is_lost_peer(error):
+        # The cause is another rank's, which says it; the launcher is about to take this one down.
+        time.sleep(LOST_PEER_SECONDS)
+        print(f"bitfleet: rank {os.environ['RANK']} lost its peers: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    _leave(CRASH)
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """Whether a disk is full, over its quota or read-only: the user's to mend, and named in the message."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def _is_disagreement(error: BaseException) -> bool:
+    """Whether the ranks found that their weights differ: the message says all that there is to say."""
+    from bitfleet.optim.sharding_agreement import WeightsDiffer
+
+    return isinstance(error, WeightsDiffer)
 
 
 def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == 0:
-        sys.exit(0)
-    # Destructors of a process group or of DALI may wait for others for ever.
+    # Destructors of a process group or of DALI may wait for others for ever, and those of gloo abort a process now and then even
+    # though its group is destroyed ("terminate called without an active exception"): a run that ended well must not end so.
     os._exit(code)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitfleet.launch.arguments import parse_train, take_option
-from bitfleet.launch.environment import is_first_rank, job, run
+from bitfleet.launch.environment import REQUEUE, is_first_rank, job, run
 
 
 def train(arguments: Sequence[str], prog: str = "launch/train.py") -> None:
@@ -26,15 +26,27 @@ def train(arguments: Sequence[str], prog: str = "launch/train.py") -> None:
         trainer = Trainer(config, ranks, device)
         if is_first_rank():
             print(trainer.routing)
-            state = f"continues {trainer.folder.checkpoint}" if trainer.folder.checkpoint else "starts"
-            state = "is finished" if trainer.step >= trainer.num_steps else state
+            state = f"continues {trainer.begun.path}" if trainer.begun else "starts"
+            if trainer.step >= trainer.num_steps:
+                state = "is finished"
+            elif config.stop_after_steps and trainer.step >= config.stop_after_steps:
+                state = f"is at step {trainer.step:,}, past --stop_after_steps {config.stop_after_steps:,}: nothing is to be done"
             print(
                 f"run {trainer.folder.path} {state}: {trainer.num_steps:,} steps on {ranks.world_size} ranks ({device.type})"
             )
-            print(flush=True)
+        cost = trainer.checkpoints.cost()
+        if is_first_rank():
+            print(cost, end="\n\n", flush=True)
         trainer.train()
+        if is_first_rank() and trainer.stopped_by:
+            print(
+                f"\nbitfleet: stopped by {trainer.stopped_by} after step {trainer.step:,}; saved "
+                f"{trainer.seconds_to_stop:.1f} s after it; exit code {REQUEUE}: the same command with --resume auto continues"
+            )
         if is_first_rank():
             print(next_commands(trainer.folder.path, arguments, ranks.world_size), flush=True)
+    if trainer.stopped_by:
+        sys.exit(REQUEUE)
 
 
 def next_commands(run_folder: os.PathLike[str], arguments: Sequence[str], world_size: int) -> str:

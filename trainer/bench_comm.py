@@ -17,7 +17,8 @@ from bitfleet.models import QuantLinear, ste_sign
 from bitfleet.optim import OptimConfig, ShardedOptimizer, build_optimizer, is_binary
 from bitfleet.optim.sharding import BUCKET_NUMEL
 from bitfleet.trainer.distributed import Ranks, barrier, data_parallel, sum_over_ranks_
-from bitfleet.trainer.engine import EngineConfig, backward, create_engine, deepspeed_options
+from bitfleet.trainer.engine import backward, create_engine
+from bitfleet.trainer.engine_options import EngineConfig, deepspeed_options
 
 Method = Literal["bits", "none", "zero1", "zero2", "ddp"]
 GradDtype = Literal["fp32", "bf16"]

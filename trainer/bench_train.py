@@ -74,12 +74,9 @@ def bench_train(
         trainer.start()
         bare = bare_steps(trainer, config)
 
-        def bitfleet_step() -> None:
-            trainer.advance(logging=(trainer.step + 1) % config.metrics.every_steps == 0)
-
         result = Comparison([], [])
         for count in range(num_rounds + 1):
-            rates = [_rate(step, config, device, num_steps) for step in (bitfleet_step, lambda: next(bare))]
+            rates = [_rate(step, config, device, num_steps) for step in (trainer.advance, lambda: next(bare))]
             if count > 0:
                 result.bitfleet.append(rates[0])
                 result.bare.append(rates[1])

@@ -1,36 +1,31 @@
-"""Checkpoints: one folder each, committed by a rename.
+"""Checkpoints: one folder each, for any number of ranks, committed by a rename.
 
     checkpoints/step-00001234/
-        model.safetensors               all parameters and buffers
-        optimizer-00000-of-00002.safetensors, ...   each rank's share of the optimizer state (sharding "bits")
-        engine/                         DeepSpeed's files instead of those (sharding "none", "zero1", "zero2", "zero3")
-        meta.json                       position, geometry and identity of the run
+        shard-00001-model-00001-of-00001.safetensors, ...   tensors, a file a rank (checkpoint_tensors.py)
+        engine/                                             DeepSpeed's files as well (sharding "zero1", "zero2", "zero3")
+        meta.json                                           position and identity of the run, sha256 of every file
 
-All ranks write below `.tmp-00001234`; when they are done rank 0 writes meta.json, flushes and renames. A folder called step-* is
-therefore complete, and the newest one is the latest: there is no pointer file that could lie.
+All ranks write below `.tmp-00001234`; when they are done rank 0 writes meta.json, flushes and renames (checkpoint_saver.py). A
+folder called step-* is therefore complete, and the newest one is the latest: there is no pointer file that could lie. Loading
+compares every file with its hash (checkpoint_loader.py).
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim import Optimizer
-
-from bitfleet.optim import ShardedOptimizer
-from bitfleet.trainer.distributed import Ranks, barrier
-from bitfleet.trainer.engine import whole_weights
 
 FOLDER = "checkpoints"
 ENGINE = "engine"
-MODEL = "model.safetensors"
 META = "meta.json"
+DAMAGED = "damaged-"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,31 +35,44 @@ class CheckpointConfig:
     every_epochs: int = 1
     """Save after every so many epochs, and at the end."""
     every_steps: int | None = None
-    """Save also after every so many steps. None: only at epoch ends."""
+    """Save also after every so many steps. None: not by steps."""
+    every_minutes: float | None = 15.0
+    """Save also when the last checkpoint is so many minutes old. None: not by time."""
     keep_last: int = 2
     """Keep so many of the newest checkpoints."""
+    keep_every_steps: int | None = None
+    """Keep for ever those whose step is a multiple of this. None: none of them."""
+    keep_best: bool = True
+    """Keep the one with the best validation top-1."""
 
     def __post_init__(self) -> None:
-        for name in ("every_epochs", "every_steps", "keep_last"):
+        for name in ("every_epochs", "every_steps", "keep_last", "keep_every_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"checkpoint.{name} must be at least 1, not {value}")
+        if self.every_minutes is not None and not self.every_minutes > 0:
+            raise ValueError(f"checkpoint.every_minutes must be positive, not {self.every_minutes}")
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of the run at `run`, oldest first."""
+    """The committed checkpoints of the run at `run`, oldest first."""
     folder = run / FOLDER
     found = [path for path in folder.iterdir() if is_checkpoint(path)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=step_of)
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is a committed checkpoint."""
-    return re.fullmatch(r"step-\d{8,}", path.name) is not None and (path / META).is_file()
+    return re.fullmatch(r"step-\d{8,}", path.name) is not None and path.is_dir()
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps that are in a checkpoint."""
+    return int(checkpoint.name[5:])
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint of the run at `run`."""
+    """The newest committed checkpoint of the run at `run`."""
     found = checkpoints(run)
     return found[-1] if found else None
 
@@ -74,7 +82,7 @@ def model_signature(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def check_model(saved: dict[str, list[int]], current: dict[str, list[int]], path: Path) -> None:
+def check_model(saved: Mapping[str, list[int]], current: Mapping[str, list[int]], path: Path) -> None:
     """Raise ValueError, naming the first tensor that differs, unless the signatures `saved` and `current` are equal."""
     for name in [*current, *saved]:
         if saved.get(name) != current.get(name):
@@ -85,72 +93,7 @@ def check_model(saved: dict[str, list[int]], current: dict[str, list[int]], path
             )
 
 
-def shard_name(ranks: Ranks) -> str:
-    """File of this rank's share of the optimizer state."""
-    return f"optimizer-{ranks.rank:05d}-of-{ranks.world_size:05d}.safetensors"
-
-
-def save(
-    engine: Any,
-    model: nn.Module,
-    optimizer: Optimizer,
-    run: Path,
-    step: int,
-    meta: dict[str, Any],
-    *,
-    ranks: Ranks,
-    keep_last: int,
-) -> Path:
-    """Write and commit a checkpoint; every rank calls this.
-
-    Args:
-        engine: the DeepSpeed engine.
-        model: the module inside it.
-        optimizer: the optimizer inside it.
-        run: run folder.
-        step: optimizer steps done.
-        meta: position, geometry and identity, JSON types.
-        ranks: this process's place.
-        keep_last: older checkpoints are deleted after the commit.
-
-    Returns:
-        The committed folder.
-    """
-    folder = run / FOLDER
-    temporary, committed = folder / f".tmp-{step:08d}", folder / f"step-{step:08d}"
-    assert not committed.exists(), committed
-    if ranks.is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier()
-    if isinstance(optimizer, ShardedOptimizer):
-        save_file(optimizer.shard(), temporary / shard_name(ranks))
-        meta = meta | {"optimizer_steps": optimizer.steps()}
-    else:
-        engine.save_checkpoint(str(temporary), tag=ENGINE, save_latest=False)
-    barrier()  # every rank's files are there
-    with whole_weights(engine):
-        if ranks.is_first:
-            save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary / MODEL)
-            meta = meta | {"step": step, "world_size": ranks.world_size, "model": model_signature(model)}
-    if ranks.is_first:
-        (temporary / META).write_text(json.dumps(meta, indent=2) + "\n")
-        _flush(temporary)
-        os.rename(temporary, committed)
-        _flush_folder(folder)
-        for old in checkpoints(run)[:-keep_last]:
-            shutil.rmtree(old)
-    barrier()
-    return committed
-
-
-def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """meta.json of a checkpoint."""
-    meta: dict[str, Any] = json.loads((checkpoint / META).read_text())
-    return meta
-
-
-def check_meta(saved: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
+def check_meta(saved: Mapping[str, Any], expected: Mapping[str, Any], path: Path) -> None:
     """Raise ValueError unless the run that wrote `saved` and this one are the same run.
 
     Args:
@@ -160,46 +103,123 @@ def check_meta(saved: dict[str, Any], expected: dict[str, Any], path: Path) -> N
     """
     for key, value in expected.items():
         if saved.get(key) != value:
+            same = "number of ranks" if key == "world_size" else "data and configuration"
             raise ValueError(
                 f"cannot resume from {path}: its {key} is {saved.get(key)!r}, here it is {value!r}; "
-                f"resume with the same ranks, data and configuration as the run that wrote it"
+                f"resume with the {same} of the run that wrote it"
             )
 
 
-def load(engine: Any, model: nn.Module, optimizer: Optimizer, checkpoint: Path, ranks: Ranks) -> None:
-    """Load weights, buffers, optimizer state and schedules into `engine`; every rank calls this."""
-    if not isinstance(optimizer, ShardedOptimizer):
-        loaded, _ = engine.load_checkpoint(str(checkpoint), tag=ENGINE)
-        assert loaded is not None, checkpoint
-        return
-    meta = read_meta(checkpoint)
-    model.load_state_dict(load_file(checkpoint / MODEL))
-    optimizer.load_shard(load_file(checkpoint / shard_name(ranks)), meta["optimizer_steps"], meta["step"])
-    engine.lr_scheduler.load_state_dict({"num_steps_done": meta["step"]})
-    engine.global_steps = meta["step"]
+def file_facts(path: Path) -> dict[str, Any]:
+    """Size in bytes and sha256 of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def load_model(model: nn.Module, checkpoint: Path, device: torch.device) -> None:
-    """Load weights and buffers alone.
+def write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Write and flush meta.json, which ends with a hash over itself."""
+    with (folder / META).open("w") as file:
+        file.write(json.dumps({**meta, "meta_sha256": _meta_sha(meta)}, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_meta(checkpoint: Path) -> dict[str, Any]:
+    """meta.json of a checkpoint.
 
     Raises:
-        ValueError: the checkpoint is of another model.
+        ValueError: it is missing or not as it was written.
     """
-    check_model(read_meta(checkpoint)["model"], model_signature(model), checkpoint)
-    model.load_state_dict(load_file(checkpoint / MODEL, device=str(device)))
+    try:
+        meta: dict[str, Any] = json.loads((checkpoint / META).read_text())
+        sha = meta.pop("meta_sha256")
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the checkpoint {checkpoint} has no readable {META}: {error}") from error
+    if sha != _meta_sha(meta):
+        raise ValueError(f"the checkpoint {checkpoint} is damaged: {META} is not as it was written")
+    return meta
 
 
-def _flush(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _flush_folder(path)
-    _flush_folder(folder)
+def _meta_sha(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def _flush_folder(folder: Path) -> None:
+def damage(checkpoint: Path, files: Iterable[tuple[str, Mapping[str, Any]]]) -> str | None:
+    """What is wrong with `files` (name, facts in meta.json) of a checkpoint; None if they are as they were written."""
+    for name, facts in files:
+        path = checkpoint / name
+        try:
+            found = file_facts(path)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found["bytes"] != facts["bytes"]:
+            return f"{name} has {found['bytes']:,} bytes instead of {facts['bytes']:,}"
+        if found["sha256"] != facts["sha256"]:
+            return f"{name} is not as it was written (its sha256 differs)"
+    return None
+
+
+def foreign_file(checkpoint: Path, meta: Mapping[str, Any]) -> str | None:
+    """A tensor file in the folder that the checkpoint was not written with; None if there is none."""
+    known = set(meta["files"])
+    found = {
+        str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.suffix in (".safetensors", ".pt")
+    }
+    return min(found - known, default=None)
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """Read everything again; returns meta.json.
+
+    Raises:
+        ValueError: a file is missing, foreign, truncated or changed.
+    """
+    meta = read_meta(checkpoint)
+    problem = damage(checkpoint, meta["files"].items())
+    if problem is None and (name := foreign_file(checkpoint, meta)):
+        problem = f"{name} does not belong to it"
+    if problem:
+        raise ValueError(f"the checkpoint {checkpoint} is damaged: {problem}")
+    return meta
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is neither loaded nor overwritten; returns its new place."""
+    place = checkpoint.with_name(DAMAGED + checkpoint.name)
+    for number in range(2, 1000):
+        if not place.exists():
+            break
+        place = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}-{number}")
+    os.rename(checkpoint, place)
+    flush_folder(checkpoint.parent)
+    return place
+
+
+def superseded(found: list[Path], config: CheckpointConfig, top1: Mapping[int, float]) -> list[Path]:
+    """Which of the checkpoints `found` (oldest first) the configuration does not keep.
+
+    Args:
+        found: committed checkpoints.
+        config: what to keep.
+        top1: validation top-1 after steps, as far as it is known.
+    """
+    kept = set(found[-config.keep_last :])
+    if config.keep_every_steps:
+        kept |= {path for path in found if step_of(path) % config.keep_every_steps == 0}
+    if config.keep_best and (known := [path for path in found if step_of(path) in top1]):
+        kept.add(max(known, key=lambda path: (top1[step_of(path)], step_of(path))))
+    return [path for path in found if path not in kept]
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; one that a kill leaves half deleted has lost its name first."""
+    doomed = checkpoint.with_name(f".old-{checkpoint.name}")
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def flush_folder(folder: Path) -> None:
+    """Bring the entries of a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

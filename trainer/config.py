@@ -11,7 +11,7 @@ from bitfleet.models import ModelConfig
 from bitfleet.optim import OptimConfig
 from bitfleet.trainer.checkpoint import CheckpointConfig
 from bitfleet.trainer.data import DataConfig
-from bitfleet.trainer.engine import EngineConfig
+from bitfleet.trainer.engine_options import EngineConfig
 from bitfleet.trainer.metrics import MetricsConfig
 
 
@@ -42,6 +42,10 @@ class TrainConfig:
     """Folder of this run. None: a new one, `output`/`name`/<date and time>."""
     resume: str | None = None
     """auto: continue the newest run (or `run_dir`) where there is one. A path: continue that run folder or checkpoint."""
+    init: Path | None = None
+    """Weights to begin from: a file of `bitfleet checkpoint weights`, or Keras' .npz or .h5. None: random ones."""
+    init_scales: Literal["none", "larq-zoo"] = "none"
+    """larq-zoo: binary kernels of the Keras file carry a scale for each filter, which goes into the BatchNorm behind it."""
     stop_after_steps: int | None = None
     """Stop, with a checkpoint, once so many optimizer steps are done. The schedules keep their length."""
     model: ModelConfig
@@ -67,13 +71,23 @@ class TrainConfig:
             raise ValueError(f"seed must not be negative, not {self.seed}")
 
 
-def resolve_replicas(config: TrainConfig, world_size: int) -> int:
+def resolve_replicas(config: TrainConfig, world_size: int, before: int | None = None) -> int:
     """The number of replicas on `world_size` ranks.
+
+    Args:
+        config: its num_replicas may be None.
+        world_size: number of ranks.
+        before: replicas of the run that is continued; they are kept where the configuration leaves them open.
 
     Raises:
         ValueError: ranks, replicas and batch do not divide.
     """
-    num_replicas = config.num_replicas or world_size
+    num_replicas = config.num_replicas or before or world_size
+    if num_replicas % world_size and before and config.num_replicas is None:
+        raise ValueError(
+            f"the run has {before} replicas, which {world_size} ranks cannot share equally: continue it on a number of ranks "
+            f"that divides {before}; a run that shall move between 1, 2, 4, ... ranks is begun with --num_replicas"
+        )
     if num_replicas % world_size:
         raise ValueError(
             f"num_replicas is {num_replicas}, which {world_size} ranks cannot share equally: "

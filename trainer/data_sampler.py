@@ -69,14 +69,14 @@ def micro_batches(
 
 
 def validation_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> list[Ints]:
-    """Return the samples of every validation batch of a rank: rank, rank + world_size, ...
+    """Return the samples of every validation batch of a rank: batches rank, rank + world_size, ... of the whole list.
 
-    Over all ranks each sample comes once. The number of batches is the same on every rank; the last of some ranks may
-    be shorter than `batch_size`, or empty.
+    Over all ranks each sample comes once, and in the same batches on any number of ranks. The number of batches is the same
+    on every rank; the last of some ranks may be shorter than `batch_size`, or empty.
     """
-    samples = np.arange(rank, num_samples, world_size)
     num_batches = -(-num_samples // (world_size * batch_size))
-    return [samples[start * batch_size : (start + 1) * batch_size] for start in range(num_batches)]
+    starts = (np.arange(num_batches) * world_size + rank) * batch_size
+    return [np.arange(min(start, num_samples), min(start + batch_size, num_samples)) for start in starts.tolist()]
 
 
 def random_flips(seed: int, epoch: int, samples: Ints) -> npt.NDArray[np.int32]:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import datetime
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=5)
+ALONE = "BITFLEET_ALONE"
+"""Environment variable of a process that no launcher started."""
+SAVE_TIMEOUT = datetime.timedelta(minutes=30)
+"""A rank that waits for the files of a slower one must not give up before a large checkpoint on a slow disk is written."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,6 +30,8 @@ class Ranks:
     world_size: int
     local_rank: int
     local_world_size: int
+    launched: bool = False
+    """Whether a launcher started this process."""
 
     @property
     def is_first(self) -> bool:
@@ -36,7 +43,13 @@ def ranks_from_environment() -> Ranks:
     """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (DeepSpeed's launcher says LOCAL_SIZE)."""
     world_size = int(os.environ["WORLD_SIZE"])
     local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
-    return Ranks(int(os.environ["RANK"]), world_size, int(os.environ.get("LOCAL_RANK", 0)), int(local_size))
+    return Ranks(
+        int(os.environ["RANK"]),
+        world_size,
+        int(os.environ.get("LOCAL_RANK", 0)),
+        int(local_size),
+        launched=ALONE not in os.environ,
+    )
 
 
 def choose_device(wanted: str, ranks: Ranks) -> torch.device:
@@ -63,8 +76,7 @@ def use_device(device: torch.device, ranks: Ranks, num_threads: int | None = Non
 def process_group(device: torch.device, ranks: Ranks) -> Iterator[None]:
     """The default process group (NCCL on CUDA, else gloo) at MASTER_ADDR and MASTER_PORT, destroyed on the way out.
 
-    A gloo process that exits without destroying its group sometimes aborts; one that failed must not wait for its peers, so on
-    an exception the group is left to the end of the process.
+    A process that failed must not wait for its peers, so on an exception the group is left to the end of the process.
     """
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -99,11 +111,47 @@ def gather_from_ranks(tensor: Tensor) -> list[Tensor]:
     return list(everyone.view(world_size, -1))
 
 
-def from_first_rank(value: T) -> T:
+def from_first_rank(value: T, group: dist.ProcessGroup | None = None) -> T:
     """`value` of rank 0, on every rank (pickled: strings and numbers only)."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
+
+
+def objects_from_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """`value` of every rank, in their order (pickled: strings and numbers only)."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
+def sum_of_numbers(value: int) -> int:
+    """The sum of `value` over the ranks."""
+    return sum(objects_from_ranks(value))
+
+
+def cpu_group(name: str, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> dist.ProcessGroup:
+    """A gloo group of all ranks, one for each `name`: threads that share a group would mix up each other's collectives.
+
+    Every rank asks for the same groups in the same order.
+    """
+    return _cpu_group(name, timeout, dist.group.WORLD)
+
+
+@functools.lru_cache(maxsize=4)
+def _cpu_group(name: str, timeout: datetime.timedelta, _: object) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def max_over_ranks(values: Sequence[int]) -> list[int]:
+    """Elementwise maximum over the ranks, without waiting for a GPU."""
+    if dist.get_world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=cpu_group("control"))
+    return [int(value) for value in tensor.tolist()]
 
 
 def data_parallel(model: nn.Module, *, grad_dtype: Literal["fp32", "bf16"], bucket_mib: float | None) -> nn.Module:

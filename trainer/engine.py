@@ -1,139 +1,20 @@
-"""DeepSpeed: its configuration, and the engine that orchestrates the ranks. The only file that imports it."""
+"""DeepSpeed: the engine that orchestrates the ranks. The only file that imports it."""
 
-import dataclasses
 import difflib
-import json
 import logging
 import os
+import pickle
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pydantic
 import torch
 from torch import Tensor, nn
 
 from bitfleet.optim import HyperparameterScheduler, RoutedOptimizer, Schedule, ShardedOptimizer
-
-OWNED = {
-    "train_batch_size": "global_batch_size",
-    "train_micro_batch_size_per_gpu": "global_batch_size and num_replicas",
-    "gradient_accumulation_steps": "num_replicas",
-    "gradient_clipping": "nothing: clipping would rescale the gradients that the moments average",
-    "optimizer": "optim",
-    "scheduler": "optim",
-    "bf16": "engine.precision",
-    "fp16": "engine.precision",
-    "torch_autocast": "engine.precision",
-    "zero_allow_untested_optimizer": "engine.sharding",
-}
-"""Top-level DeepSpeed keys that bitfleet fills in, and the field that says what with."""
-
-PASSED = (
-    "activation_checkpointing aio checkpoint comms_logger communication_data_type compile csv_monitor data_types "
-    "disable_allgather dump_state flops_profiler gradient_predivide_factor log_level memory_breakdown "
-    "prescale_gradients steps_per_print tensorboard timers wall_clock_breakdown wandb comet "
-    "zero_force_ds_cpu_optimizer zero_optimization"
-).split()
-"""Top-level DeepSpeed keys that a user may set."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class EngineConfig:
-    """How DeepSpeed runs the ranks."""
-
-    sharding: Literal["bits", "none", "zero1", "zero2", "zero3"] = "bits"
-    """bits: bitfleet's own sharding (docs/sharding.md), binary weights travel as bits. none: every rank holds all state.
-    zero1, zero2, zero3: DeepSpeed's ZeRO shards the optimizer state, the gradients as well, the weights as well."""
-    grad_comm_dtype: Literal["fp32", "bf16"] = "fp32"
-    """What gradients travel as between the ranks; sums are fp32. For "bits" only."""
-    max_grad_norm: float | None = None
-    """Clip the gradients of the full-precision parameters (only of those) to this norm. For "bits" only."""
-    check_every_steps: int | None = 1000
-    """Compare the weights of all ranks every so many steps; a difference stops the job. For "bits" only."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast of the forward pass. Weights, gradients and moments stay fp32."""
-    deepspeed: Path | None = None
-    """JSON file of further DeepSpeed options (comms_logger, zero_optimization.reduce_bucket_size, ...)."""
-
-    @property
-    def stage(self) -> int:
-        """DeepSpeed's ZeRO stage."""
-        return {"bits": 0, "none": 0, "zero1": 1, "zero2": 2, "zero3": 3}[self.sharding]
-
-    def __post_init__(self) -> None:
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"engine.max_grad_norm must be positive, not {self.max_grad_norm}")
-        if self.check_every_steps is not None and self.check_every_steps < 1:
-            raise ValueError(f"engine.check_every_steps must be at least 1, not {self.check_every_steps}")
-        if self.sharding != "bits" and (self.max_grad_norm is not None or self.grad_comm_dtype != "fp32"):
-            raise ValueError(
-                f'engine.max_grad_norm and grad_comm_dtype need engine.sharding "bits", not "{self.sharding}"'
-            )
-
-
-def read_deepspeed_options(path: Path) -> dict[str, Any]:
-    """Read a user's DeepSpeed JSON.
-
-    Raises:
-        ValueError: no JSON object, or a top-level key that does not exist (DeepSpeed itself ignores those silently).
-    """
-    try:
-        options = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"cannot read the DeepSpeed options {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the DeepSpeed options {path} are not JSON: {error}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"the DeepSpeed options {path} must be a JSON object, not {type(options).__name__}")
-    for key in options:
-        if key not in PASSED and key not in OWNED:
-            near = difflib.get_close_matches(key, [*PASSED, *OWNED], n=1, cutoff=0.0)[0]
-            raise ValueError(f'{path}: there is no DeepSpeed option "{key}"; did you mean "{near}"?')
-    return options
-
-
-def merge(owned: dict[str, Any], options: dict[str, Any], path: Path | None, prefix: str = "") -> dict[str, Any]:
-    """`options` filled up with what bitfleet owns; a different value for the same key is a ValueError."""
-    merged = dict(options)
-    for key, value in owned.items():
-        name = prefix + key
-        if isinstance(value, dict) and isinstance(options.get(key), dict):
-            merged[key] = merge(value, options[key], path, name + ".")
-        elif key in options and options[key] != value:
-            field = OWNED.get(name, "engine.sharding")
-            raise ValueError(
-                f'{path} sets the DeepSpeed option "{name}" to {options[key]!r}, but the configuration makes it {value!r} '
-                f"(the field is {field}): remove it from the file"
-            )
-        else:
-            merged[key] = value
-    return merged
-
-
-def deepspeed_options(
-    config: EngineConfig, *, global_batch_size: int, num_replicas: int, world_size: int
-) -> dict[str, Any]:
-    """The whole dictionary for `deepspeed.initialize`."""
-    owned: dict[str, Any] = {
-        "train_batch_size": global_batch_size,
-        "train_micro_batch_size_per_gpu": global_batch_size // num_replicas,
-        "gradient_accumulation_steps": num_replicas // world_size,
-        "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": config.stage},
-    }
-    if config.precision == "bf16":
-        owned["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    options = read_deepspeed_options(config.deepspeed) if config.deepspeed else {}
-    for key in ("optimizer", "scheduler", "bf16", "fp16", *(() if "torch_autocast" in owned else ("torch_autocast",))):
-        if key in options:
-            raise ValueError(
-                f'{config.deepspeed} sets the DeepSpeed option "{key}", which belongs to the field {OWNED[key]}'
-            )
-    options.setdefault("steps_per_print", 2**31)  # the progress bar prints
-    return merge(owned, options, config.deepspeed)
+from bitfleet.trainer.engine_options import EngineConfig
 
 
 def shard(optimizer: RoutedOptimizer, config: EngineConfig, num_replicas: int) -> RoutedOptimizer | ShardedOptimizer:
@@ -208,10 +89,53 @@ def create_engine(
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
+        fields = [
+            field for each in _models(pydantic.BaseModel) if each.__name__ == error.title for field in each.model_fields
+        ]
+        near = difflib.get_close_matches(name, fields, n=1, cutoff=0.6) if first["type"] == "extra_forbidden" else []
+        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"DeepSpeed refuses the option {name!r} of engine.deepspeed ({error.title}): {first['msg']}"
+            f"DeepSpeed refuses the option {name!r} of engine.deepspeed ({error.title}): {first['msg']}{hint}"
         ) from error
     return engine
+
+
+def _models(base: type[pydantic.BaseModel]) -> list[type[pydantic.BaseModel]]:
+    return [base, *(each for child in base.__subclasses__() for each in _models(child))]
+
+
+def load_engine(engine: Any, checkpoint: Path, tag: str) -> None:
+    """Load DeepSpeed's own shards, on as many ranks as wrote them; every rank calls this.
+
+    DeepSpeed unpickles whatever a file says. Here only tensors and the few plain classes that its own files hold are let in.
+
+    Raises:
+        ValueError: a file holds anything else.
+    """
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    class TensorsOnly(TorchCheckpointEngine):  # type: ignore[misc]  # deepspeed is untyped
+        def load(self, path: str, map_location: Any = None) -> Any:
+            with torch.serialization.safe_globals(_plain_classes()):
+                return torch.load(path, map_location=map_location, weights_only=True)
+
+    before, engine.checkpoint_engine = engine.checkpoint_engine, TensorsOnly()
+    try:
+        loaded, _ = engine.load_checkpoint(str(checkpoint), tag=tag)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"the checkpoint {checkpoint} holds more than tensors and is not loaded: {reason}") from error
+    finally:
+        engine.checkpoint_engine = before
+    assert loaded is not None, checkpoint
+
+
+def _plain_classes() -> list[Any]:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
 def deepspeed_cpu_adam(param: nn.Parameter) -> torch.optim.Optimizer | None:

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from bitfleet.models import create_model
-from bitfleet.trainer.checkpoint import is_checkpoint, latest_checkpoint, load_model, read_meta
+from bitfleet.trainer.checkpoint import is_checkpoint, latest_checkpoint, read_meta
+from bitfleet.trainer.checkpoint_loader import load_model
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import ValidationLoader, normalize, open_dataset
 from bitfleet.trainer.distributed import Ranks
@@ -18,20 +20,40 @@ from bitfleet.trainer.run_folder import read_config
 
 
 @torch.no_grad()
-def validate(model: nn.Module, loader: ValidationLoader, config: TrainConfig, device: torch.device) -> Accuracy:
-    """Loss and accuracy of `model` over the validation set; every rank calls this and gets the same result."""
+def validate(
+    model: nn.Module,
+    loader: ValidationLoader,
+    config: TrainConfig,
+    device: torch.device,
+    must_stop: Callable[[], bool] = lambda: False,
+) -> Accuracy | None:
+    """Loss and accuracy of `model` over the validation set; every rank calls this and gets the same result.
+
+    Args:
+        model: in any mode; it is left as it was.
+        loader: this rank's images.
+        config: of the run.
+        device: where the model runs.
+        must_stop: asked before each batch; the same on every rank.
+
+    Returns:
+        The means, the same bits on any number of ranks; None if it had to stop.
+    """
     was_training = model.training
     model.eval()
     meter = AccuracyMeter(device)
+    stopped = False
     for images, labels in loader:
+        if stopped := must_stop():
+            break
         if labels.numel() == 0:  # the other ranks have the rest
             continue
         with autocast(device, config.engine.precision):
             logits = model(normalize(images.to(device), config.data.mean, config.data.std))
         labels = labels.to(device)
-        meter.add(nn.functional.cross_entropy(logits.float(), labels), logits, labels)
+        meter.add(nn.functional.cross_entropy(logits.float(), labels, reduction="none"), logits, labels)
     model.train(was_training)
-    return meter.read()
+    return None if stopped else meter.read()
 
 
 def evaluate_run(path: Path, *, data_root: str | None, ranks: Ranks, device: torch.device) -> tuple[Path, Accuracy]:
@@ -65,5 +87,7 @@ def evaluate_run(path: Path, *, data_root: str | None, ranks: Ranks, device: tor
         dataset, data, rank=ranks.rank, world_size=ranks.world_size, local_world_size=ranks.local_world_size
     )
     model = create_model(config.model).to(device)
-    load_model(model, checkpoint, device)
-    return checkpoint, validate(model, loader, config, device)
+    load_model(model, checkpoint)
+    accuracy = validate(model, loader, config, device)
+    assert accuracy is not None
+    return checkpoint, accuracy

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ from bitfleet.trainer.distributed import sum_over_ranks_
 
 JSONL = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+EVENT_PREFIX = "events.out.tfevents."
+LOSS_GRID = 2.0**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,23 +42,46 @@ class Accuracy(NamedTuple):
 
 
 class AccuracyMeter:
-    """Sums of loss and hits on the device; reading them is the only sync."""
+    """Sums of loss and hits on the device; reading them is the only sync.
+
+    Losses are added as multiples of 2^-30 in float64: sums below 2^23 are exact, so they do not depend on their order, on the
+    number of ranks, or on an interruption.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._kept = self._sums.clone()
 
     @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: mean loss (0-dim), logits [N, classes], labels [N]."""
+        """Count a batch: loss (its mean over the batch, 0-dim, or that of each image [N]), logits [N, classes], labels [N]."""
         num_images = labels.numel()
         if num_images == 0:
             return
+        losses = (loss.detach().double() * (num_images if loss.dim() == 0 else 1)).mul(LOSS_GRID).round().div(LOSS_GRID)
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         hits = top.double().sum(0)
-        self._sums[0] += loss.detach().double() * num_images
+        self._sums[0] += losses.sum()
         self._sums[1] += hits[0]
         self._sums[2] += hits.sum()
         self._sums[3] += num_images
+
+    def keep(self) -> None:
+        """Remember the sums, for `forget`."""
+        self._kept.copy_(self._sums)
+
+    def forget(self) -> None:
+        """Drop what was added since `keep`."""
+        self._sums.copy_(self._kept)
+
+    def peek(self) -> list[float]:
+        """The sums over all ranks since the last reading, for a checkpoint; every rank calls this."""
+        sums: list[float] = sum_over_ranks_(self._sums.clone()).tolist()
+        return sums
+
+    def load(self, sums: Sequence[float]) -> None:
+        """Continue from `peek`; on one rank only, the others start at 0."""
+        self._sums.copy_(torch.tensor(sums, dtype=torch.float64))
 
     def read(self) -> Accuracy:
         """Means over everything counted on all ranks since the last reading; every rank calls this."""
@@ -103,6 +128,10 @@ class Stopwatch:
         """Add time spent in the loader."""
         self.data_seconds += seconds
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count `seconds` of what has passed: they were not training."""
+        self._start += seconds
+
     def read(self) -> tuple[float, float]:
         """(seconds, of which waiting for data) since the last reading."""
         now = time.perf_counter()
@@ -128,6 +157,7 @@ class MetricsWriter:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, path)
         self._file = path.open("a")
+        order_event_files(run / TENSORBOARD, time.time())
         self._tensorboard = SummaryWriter(str(run / TENSORBOARD), purge_step=start_step + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
@@ -141,10 +171,25 @@ class MetricsWriter:
         """Show a text in TensorBoard, line by line."""
         self._tensorboard.add_text(tag, "".join(f"    {line}\n" for line in text.splitlines()))
 
+    def flush(self) -> None:
+        """Bring everything to the disk: a checkpoint of this step must not outlive its metrics."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._tensorboard.flush()
+
     def close(self) -> None:
         """Flush and close both."""
         self._file.close()
         self._tensorboard.close()
+
+
+def order_event_files(folder: Path, now: float) -> None:
+    """Rename event files that carry a time after `now`, as when the clock was set back: TensorBoard reads them by name."""
+    found = sorted(folder.glob(EVENT_PREFIX + "*")) if folder.is_dir() else []
+    if found and int(found[-1].name.removeprefix(EVENT_PREFIX).split(".")[0]) >= int(now):
+        for number, path in enumerate(found):
+            rest = path.name.removeprefix(EVENT_PREFIX).split(".", 1)[1]
+            path.rename(folder / f"{EVENT_PREFIX}{number:010d}.{rest}")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,9 @@ tensorboard/    event files
 metrics.jsonl   one line a logging step or validation
 """
 
+import contextlib
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -27,6 +29,8 @@ class RunFolder(NamedTuple):
 
     path: Path
     checkpoint: Path | None
+    branches: bool = False
+    """The checkpoint is another run's, or was named by the user: no other one will do."""
 
 
 def choose_run_folder(config: TrainConfig) -> RunFolder:
@@ -49,12 +53,20 @@ def choose_run_folder(config: TrainConfig) -> RunFolder:
                 f"{config.run_dir} already holds a run: continue it with --resume auto, or choose another --run_dir"
             )
         return RunFolder(config.run_dir, None)
-    path = started = config.output / config.name / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    for suffix in range(2, 1000):  # another run began in the same second
-        if not path.exists():
-            break
-        path = started.with_name(f"{started.name}_{suffix}")
-    return RunFolder(path, None)
+    return RunFolder(_new_folder(config.output / config.name), None)
+
+
+def _new_folder(below: Path) -> Path:
+    """A name that comes after all there are, also when another run began in the same second or the clock was set back."""
+    path = started = below / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    newest = max(below.iterdir(), default=started) if below.is_dir() else started
+    if newest > started or path.exists():
+        base = newest.name.split("__")[0]
+        for number in range(2, 1000):
+            path = below / f"{base}__{number:03d}"
+            if not path.exists() and path > newest:
+                break
+    return path
 
 
 def _continue_or_branch(path: Path, run_dir: Path | None) -> RunFolder:
@@ -64,7 +76,7 @@ def _continue_or_branch(path: Path, run_dir: Path | None) -> RunFolder:
             raise ValueError(
                 f"{run_dir} already holds a run: choose another --run_dir to branch from {found.checkpoint}"
             )
-        return RunFolder(run_dir, found.checkpoint)
+        return RunFolder(run_dir, found.checkpoint, branches=True)
     newest = latest_checkpoint(found.path)
     assert newest is not None
     if found.checkpoint is not None and found.checkpoint.name != newest.name:
@@ -90,16 +102,20 @@ def _find_run(path: Path) -> RunFolder:
 def write_config(path: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
     """Write config.json: the resolved configuration, `facts`, git revision and versions."""
     path.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    content = {"config": to_dict(config), **facts, "git": git_revision(), "versions": versions}
+    content = {"config": to_dict(config), **facts, "git": git_revision(), "versions": versions()}
     temporary = path / (CONFIG + ".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(temporary, path / CONFIG)
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a run's numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def read_config(path: Path) -> TrainConfig:

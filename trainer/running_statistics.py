@@ -59,3 +59,11 @@ class RunningStatistics:
             for counter in self._counters:  # steps, not the forward passes that this rank happened to run
                 counter -= len(self._replicas) - 1
         self._start, self._replicas = None, []
+
+    def abandon_step(self) -> None:
+        """Return to where the step began: it was skipped, and its batches may have put NaN into the statistics."""
+        assert self._start is not None
+        self.flat.copy_(self._start)
+        for counter in self._counters:
+            counter -= len(self._replicas)
+        self._start, self._replicas = None, []

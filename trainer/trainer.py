@@ -1,4 +1,4 @@
-"""The training loop."""
+"""A run: everything that it needs is built here, and the training loop."""
 
 import random
 import time
@@ -10,16 +10,25 @@ from torch import Tensor, nn
 
 from bitfleet.models import create_model
 from bitfleet.optim import ShardedOptimizer, build_optimizer, routing_table
-from bitfleet.trainer import checkpoint as checkpoints
-from bitfleet.trainer.config import TrainConfig, resolve_replicas, to_dict
+from bitfleet.trainer.checkpoint import model_signature
+from bitfleet.trainer.checkpoint_loader import Intact
+from bitfleet.trainer.config import TrainConfig, resolve_replicas
 from bitfleet.trainer.data import TrainLoader, ValidationLoader, normalize, open_dataset
 from bitfleet.trainer.distributed import Ranks, from_first_rank
-from bitfleet.trainer.engine import backward, create_engine, deepspeed_options, shard, whole_weights
+from bitfleet.trainer.engine import backward, create_engine, shard, whole_weights
+from bitfleet.trainer.engine_options import deepspeed_options
 from bitfleet.trainer.evaluate import validate
-from bitfleet.trainer.metrics import Accuracy, AccuracyMeter, FlipCounter, MetricsWriter, Stopwatch
-from bitfleet.trainer.progress import Progress
-from bitfleet.trainer.run_folder import RunFolder, choose_run_folder, write_config
+from bitfleet.trainer.initial_weights import load_initial_weights
+from bitfleet.trainer.metrics import AccuracyMeter, FlipCounter, Stopwatch
+from bitfleet.trainer.reports import Reports
+from bitfleet.trainer.run_checkpoints import Parts, RunCheckpoints, find_start, identity
+from bitfleet.trainer.run_folder import RunFolder, choose_run_folder
+from bitfleet.trainer.run_lock import lock_run
 from bitfleet.trainer.running_statistics import RunningStatistics
+from bitfleet.trainer.stop import StopWatcher
+
+MAX_SKIPPED_IN_A_ROW = 20
+"""So many steps without a finite gradient are no accident."""
 
 
 class Trainer:
@@ -36,14 +45,57 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
         self.config, self.ranks, self.device = config, ranks, device
-        self.num_replicas = resolve_replicas(config, ranks.world_size)
+        self.folder: RunFolder = from_first_rank(choose_run_folder(config) if ranks.is_first else None)  # type: ignore[assignment]
+        self._lock = lock_run(self.folder.path) if ranks.is_first else None
+        self.begun = begun = find_start(self.folder, ranks)
+        """The checkpoint that it continues from."""
+        self.num_replicas = self._like_before(begun)
         options = deepspeed_options(
             config.engine,
             global_batch_size=config.global_batch_size,
             num_replicas=self.num_replicas,
             world_size=ranks.world_size,
         )
-        self.folder: RunFolder = from_first_rank(choose_run_folder(config) if ranks.is_first else None)  # type: ignore[assignment]
+        self._open_data()
+        self.num_steps = config.epochs * self.loader.steps_per_epoch
+
+        seed_everything(config.seed)
+        self.model = create_model(config.model)
+        if config.init and begun is None:
+            load_initial_weights(self.model, config.init, config.init_scales)
+        self.model.to(device)
+        # As the paper's code: decay_steps = epochs * images // batch, a little longer than the run of whole batches.
+        decay_steps = config.epochs * len(self.dataset.train) // config.global_batch_size
+        self.optimizer, schedules = build_optimizer(self.model, config.optim, num_steps=decay_steps)
+        self.routing, signature = routing_table(self.optimizer), model_signature(self.model)
+        self.sharded = shard(self.optimizer, config.engine, self.num_replicas)
+        self.engine = create_engine(self.model, self.sharded, schedules, options, device)
+        self.statistics = RunningStatistics(self.model, self.num_replicas)
+        self.meter, self.flips, self.stopwatch = AccuracyMeter(device), FlipCounter(self.model), Stopwatch()
+        self.checkpoints = RunCheckpoints(
+            config,
+            self.folder,
+            ranks,
+            Parts(self.engine, self.model, self.sharded, signature),
+            identity(config, self.num_replicas, ranks.world_size, self.dataset.sha),
+            steps_per_epoch=self.loader.steps_per_epoch,
+        )
+        self.step = self._resume(begun) if begun else 0
+        self._skipped_in_a_row = 0
+        self.stopped_by = ""
+        """What asked for the stop before the end; "" for nothing."""
+
+    def _like_before(self, begun: Intact | None) -> int:
+        """The number of replicas; where it is open, it and the threads of a rank are those of the run that is continued."""
+        config = self.config
+        if begun is None:
+            return resolve_replicas(config, self.ranks.world_size)
+        if config.num_threads is None and self.device.type == "cpu":
+            torch.set_num_threads(begun.meta["num_threads"])  # equal bits need equal threads
+        return resolve_replicas(config, self.ranks.world_size, begun.meta["num_replicas"])
+
+    def _open_data(self) -> None:
+        config, ranks = self.config, self.ranks
         self.dataset = open_dataset(config.data)
         if len(self.dataset.classes) != config.model.num_classes:
             raise ValueError(
@@ -60,74 +112,39 @@ class Trainer:
             **place,
         )
         self.validation_loader = ValidationLoader(self.dataset, config.data, **place)
-        self.num_steps = config.epochs * self.loader.steps_per_epoch
 
-        seed_everything(config.seed)
-        self.model = create_model(config.model).to(device)
-        # As the paper's code: decay_steps = epochs * images // batch, a little longer than the run of whole batches.
-        decay_steps = config.epochs * len(self.dataset.train) // config.global_batch_size
-        self.optimizer, schedules = build_optimizer(self.model, config.optim, num_steps=decay_steps)
-        self.routing, self.signature = routing_table(self.optimizer), checkpoints.model_signature(self.model)
-        self.sharded = shard(self.optimizer, config.engine, self.num_replicas)
-        self.engine = create_engine(self.model, self.sharded, schedules, options, device)
-        self.statistics = RunningStatistics(self.model, self.num_replicas)
-        self.step = self._resume() if self.folder.checkpoint else 0
-        self._skipped_before: tuple[int, int] = (0, self.step)
-        self.meter, self.flips, self.stopwatch = AccuracyMeter(device), FlipCounter(self.model), Stopwatch()
+    def _resume(self, begun: Intact) -> int:
+        step = self.checkpoints.resume(begun)
+        if self.ranks.is_first:
+            self.meter.load(begun.meta["meter"])
+        return step
 
-    def _identity(self) -> dict[str, Any]:
-        """What must be equal for a resumed run to be the same run: field -> value."""
-        config = to_dict(self.config)
-        data = {
-            key: value
-            for key, value in config["data"].items()
-            if key not in ("root", "device", "num_threads", "val_batch_size")
-        }
-        engine = {key: config["engine"][key] for key in ("sharding", "precision", "grad_comm_dtype", "max_grad_norm")}
-        sections = {"data": data, "engine": engine, "model": config["model"], "optim": config["optim"]}
-        return {
-            "world_size": self.ranks.world_size,
-            "num_replicas": self.num_replicas,
-            "data_sha": self.dataset.sha,
-            **{key: config[key] for key in ("epochs", "global_batch_size", "seed")},
-            **{f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()},
-        }
-
-    def _resume(self) -> int:
-        path = self.folder.checkpoint
-        assert path is not None
-        meta = checkpoints.read_meta(path)
-        checkpoints.check_model(meta["model"], self.signature, path)
-        checkpoints.check_meta(meta, self._identity(), path)
-        checkpoints.load(self.engine, self.model, self.sharded, path, self.ranks)
-        return int(meta["step"])
+    @property
+    def num_skipped_steps(self) -> int:
+        """Steps so far that were skipped because a gradient was not finite (sharding "bits")."""
+        return self.sharded.num_skipped_steps if isinstance(self.sharded, ShardedOptimizer) else 0
 
     def save(self) -> None:
-        """Commit a checkpoint of the current step; every rank calls this."""
-        steps_per_epoch = self.loader.steps_per_epoch
-        meta = self._identity() | {
-            "epoch": self.step // steps_per_epoch,
-            "sample_offset": self.step % steps_per_epoch * self.config.global_batch_size,
-            "classes": list(self.dataset.classes),
-            "config": to_dict(self.config),
-        }
-        checkpoints.save(
-            self.engine,
-            self.model,
-            self.sharded,
-            self.folder.path,
+        """Start to save the current step; every rank calls this."""
+        self.reports.flush()
+        self.checkpoints.save(
             self.step,
-            meta,
-            ranks=self.ranks,
-            keep_last=self.config.checkpoint.keep_last,
+            {
+                "classes": list(self.dataset.classes),
+                "meter": self.meter.peek(),
+                "num_threads": torch.get_num_threads(),
+                "metrics": self.reports.latest,
+            },
         )
 
-    def validate(self) -> Accuracy:
-        """Accuracy of the current weights over the validation set."""
-        return validate(self.model, self.validation_loader, self.config, self.device)
-
     def train_step(self) -> None:
-        """One optimizer step over this rank's micro-batches."""
+        """One optimizer step over this rank's micro-batches.
+
+        Raises:
+            FloatingPointError: a gradient is not finite, and `engine.on_nonfinite` is "stop".
+        """
+        skipped_before = self.num_skipped_steps
+        self.meter.keep()
         for _ in range(self.num_replicas // self.ranks.world_size):
             start = time.perf_counter()
             images, labels = next(self.batches)
@@ -141,70 +158,116 @@ class Trainer:
             self.statistics.end_replica()
             self.meter.add(loss, logits.detach(), labels)
             self.engine.step()
-        self.statistics.end_step()
+        if self.num_skipped_steps > skipped_before:
+            self._skip_step()
+        else:
+            self.statistics.end_step()
+            self._skipped_in_a_row = 0
         self.step += 1
 
+    def _skip_step(self) -> None:
+        """The optimizer updated nothing: let go of what the forward passes left behind, and stop if that is wanted."""
+        assert isinstance(self.sharded, ShardedOptimizer)
+        self.statistics.abandon_step()
+        self.meter.forget()
+        self._skipped_in_a_row += 1
+        if self.config.engine.on_nonfinite == "skip" and self._skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
+            return
+        self.sharded.num_skipped_steps -= 1
+        self._save_and_wait()
+        names = self.sharded.nonfinite or ["all parameters together"]  # a sum of finite ones can overflow
+        more = f" and of {len(names) - 3} more" if len(names) > 3 else ""
+        raise FloatingPointError(
+            f"the gradient of {', '.join(names[:3])}{more} is not finite in step {self.step + 1}"
+            f"{f', nor was one in the {row} before it' if (row := self._skipped_in_a_row - 1) else ''}; the state before it is "
+            f"saved: lower the learning rate, or continue with --engine.on_nonfinite skip"
+        )
+
+    def _save_and_wait(self) -> None:
+        self.save()
+        self.checkpoints.saver.flush()
+
     def start(self) -> None:
-        """Open the run folder, the progress bar and the stream of batches at the current step."""
-        self.log = self._open_log()
-        self.progress = Progress(
-            start_step=self.step,
+        """Open the run's reports and the stream of batches at the current step."""
+        self.reports = Reports(
+            self.config,
+            self.folder.path,
+            self.ranks,
+            step=self.step,
             num_steps=self.num_steps,
             steps_per_epoch=self.loader.steps_per_epoch,
-            visible=self.ranks.is_first,
+            facts={"world_size": self.ranks.world_size, "num_replicas": self.num_replicas, "device": str(self.device)},
+            routing=self.routing,
         )
         self.batches = self.loader.batches(self.step)
         self.engine.train()
         self.stopwatch.read()
 
-    def advance(self, *, logging: bool) -> None:
-        """One step; with `logging` also the host syncs and the writing of a logging step."""
-        if not logging:
+    def advance(self) -> None:
+        """One step; on a logging step also its host syncs and its report."""
+        if (self.step + 1) % self.config.metrics.every_steps and self.step + 1 != self.num_steps:
             self.train_step()
             return
         with whole_weights(self.engine):
-            if self.log:
+            if self.ranks.is_first:
                 self.flips.before_step()
         hyperparameters = self._hyperparameters()
         self.train_step()
         self._report(hyperparameters)
 
     def train(self) -> None:
-        """Run from the current step to the end, or to `stop_after_steps`."""
-        config, per_epoch = self.config, self.loader.steps_per_epoch
-        last = min(self.num_steps, config.stop_after_steps or self.num_steps)
+        """Run from the current step to the end, to `stop_after_steps`, or to a request to stop (`stopped_by`).
+
+        Raises:
+            FloatingPointError: losses or gradients are not finite; the state before is saved.
+            ValueError: a checkpoint could not be written.
+        """
+        last = min(self.num_steps, self.config.stop_after_steps or self.num_steps)
+        with StopWatcher(self.folder.path, self.ranks, launched=self.ranks.launched) as stop:
+            try:
+                self._run_steps(last, stop)
+            except Exception:
+                self.checkpoints.saver.let_finish()
+                raise
+            self.seconds_to_stop = time.monotonic() - stop.seen_at if stop.seen_at is not None else 0.0
+
+    def _run_steps(self, last: int, stop: StopWatcher) -> None:
         self.start()
-        while self.step < last:
-            self.advance(logging=(self.step + 1) % config.metrics.every_steps == 0 or self.step + 1 == last)
-            epoch, rest = divmod(self.step, per_epoch)
-            if rest == 0 and (epoch % config.validate_every_epochs == 0 or self.step == self.num_steps):
-                self._validate_and_report(epoch)
-            if self._save_is_due(last):
+        if self.step and self._validation_is_due() and not self.reports.has_validation(self.step):
+            self._validate(stop)  # the run was stopped before it
+        while self.step < last and not self.stopped_by:
+            self.advance()
+            self.checkpoints.saver.check()
+            self.stopped_by, save_now = stop.agree(self.checkpoints.by_time())
+            if save_now or self.stopped_by or self.step == last or self.checkpoints.by_step(self.step):
                 self.save()
-            if rest == 0:
-                self.stopwatch.read()  # images/s are those of the steps
+            if not self.stopped_by and self._validation_is_due():
+                self._validate(stop)
+        if self.stopped_by:
+            self.save()
+        self.checkpoints.saver.flush()
         self.stop()
 
     def stop(self) -> None:
         """Close what `start` opened."""
-        self.progress.close()
-        if self.log:
-            self.log.close()
+        self.reports.close()
 
-    def _save_is_due(self, last: int) -> bool:
-        config, per_epoch = self.config.checkpoint, self.loader.steps_per_epoch
-        at_epoch = self.step % (config.every_epochs * per_epoch) == 0
-        return at_epoch or self.step == last or (config.every_steps is not None and self.step % config.every_steps == 0)
+    def _validation_is_due(self) -> bool:
+        epoch, rest = divmod(self.step, self.loader.steps_per_epoch)
+        return rest == 0 and (epoch % self.config.validate_every_epochs == 0 or self.step == self.num_steps)
 
-    def _open_log(self) -> MetricsWriter | None:
-        if not self.ranks.is_first:
-            return None
-        facts = {"world_size": self.ranks.world_size, "num_replicas": self.num_replicas, "device": str(self.device)}
-        write_config(self.folder.path, self.config, facts)
-        log = MetricsWriter(self.folder.path, self.step)
-        log.write_text("config", (self.folder.path / "config.json").read_text())
-        log.write_text("routing", self.routing)
-        return log
+    def _validate(self, stop: StopWatcher) -> None:
+        """Validate and report, unless a stop is asked for meanwhile: it is done when the run is resumed."""
+
+        def must_stop() -> bool:
+            self.stopped_by, _ = stop.agree()
+            return bool(self.stopped_by)
+
+        start = time.perf_counter()
+        accuracy = validate(self.model, self.validation_loader, self.config, self.device, must_stop)
+        if accuracy is not None:
+            self.reports.validation(self.step, accuracy)
+        self.stopwatch.leave_out(time.perf_counter() - start)  # images/s are those of the steps
 
     def _hyperparameters(self) -> dict[str, float]:
         values: dict[str, float] = {}
@@ -214,57 +277,17 @@ class Trainer:
 
     def _report(self, hyperparameters: dict[str, float]) -> None:
         with whole_weights(self.engine):
-            flips = self.flips.after_step() if self.log else {}
+            flips = self.flips.after_step() if self.ranks.is_first else {}
         train = self.meter.read()
         seconds, data_seconds = self.stopwatch.read()
-        if not np.isfinite(train.loss):
-            raise FloatingPointError(f"the training loss is {train.loss} at step {self.step}: lower the learning rate")
-        skipped = self._count_skipped()
-        if self.log is None:
+        if train.num_images == 0:  # every step was skipped
             return
-        speed = train.num_images / seconds
-        values = {
-            "loss": train.loss,
-            "top1": train.top1,
-            "top5": train.top5,
-            "epoch": self.step / self.loader.steps_per_epoch,
-        }
-        values |= (
-            hyperparameters
-            | {"images_per_second": speed, "data_wait_seconds": data_seconds, "seconds": seconds}
-            | flips
-            | {"skipped_steps": skipped}
-        )
-        self.log.write("train", self.step, values)
-        self.progress.update(
-            self.step, loss=train.loss, top1=train.top1, images_per_second=speed, flip_ratio=flips.get("flip_ratio")
-        )
-
-    def _count_skipped(self) -> int:
-        """Steps that were skipped because a gradient was not finite.
-
-        Raises:
-            FloatingPointError: all of them since the last logging step.
-        """
-        if not isinstance(self.sharded, ShardedOptimizer):
-            return 0
-        skipped: int = self.sharded.num_skipped_steps
-        steps: int = self.sharded.num_steps
-        if skipped - self._skipped_before[0] == steps - self._skipped_before[1] > 0:
-            raise FloatingPointError(
-                f"no gradient was finite in the {steps - self._skipped_before[1]} steps up to {self.step}"
-            )
-        self._skipped_before = skipped, steps
-        return skipped
-
-    def _validate_and_report(self, epoch: int) -> None:
-        accuracy = self.validate()
-        if self.log:
-            self.log.write("validation", self.step, accuracy._asdict())
-        self.progress.say(
-            f"epoch {epoch}/{self.config.epochs}: validation loss {accuracy.loss:.3f} top-1 {accuracy.top1:.2%} "
-            f"top-5 {accuracy.top5:.2%} ({accuracy.num_images:,} images)"
-        )
+        if not np.isfinite(train.loss):
+            if isinstance(self.sharded, ShardedOptimizer):  # which let no such gradient into its state
+                self._save_and_wait()
+            raise FloatingPointError(f"the training loss is {train.loss} at step {self.step}: lower the learning rate")
+        facts: dict[str, Any] = {"skipped_steps": self.num_skipped_steps}
+        self.reports.train(self.step, train, hyperparameters | flips | facts, seconds, data_seconds)
 
 
 def seed_everything(seed: int) -> None:

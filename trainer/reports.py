@@ -1,0 +1,106 @@
+"""What a run tells: its folder's files, TensorBoard and the progress bar. Rank 0 writes, the others have the same object."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bitfleet.trainer.config import TrainConfig
+from bitfleet.trainer.distributed import Ranks, from_first_rank
+from bitfleet.trainer.metrics import Accuracy, MetricsWriter, read_metrics
+from bitfleet.trainer.progress import Progress
+from bitfleet.trainer.run_folder import write_config
+
+
+class Reports:
+    """Opens the files of a run at `step`; what an earlier part of it wrote after that is dropped.
+
+    Args:
+        config: the run.
+        path: its folder.
+        ranks: this process's place.
+        step: optimizer steps done.
+        num_steps: of the whole run.
+        steps_per_epoch: global batches in an epoch.
+        facts: for config.json.
+        routing: the table of parameters.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        path: Path,
+        ranks: Ranks,
+        *,
+        step: int,
+        num_steps: int,
+        steps_per_epoch: int,
+        facts: dict[str, Any],
+        routing: str,
+    ) -> None:
+        self.latest: dict[str, dict[str, float]] = {}
+        """The last line of each kind, on rank 0."""
+        self._config, self._steps_per_epoch = config, steps_per_epoch
+        self._log: MetricsWriter | None = None
+        if ranks.is_first:
+            write_config(path, config, facts)
+            self._log = MetricsWriter(path, step)
+            self._log.write_text("config", (path / "config.json").read_text())
+            self._log.write_text("routing", routing)
+            self.latest = {line.pop("kind"): line for line in read_metrics(path)}
+        self._progress = Progress(
+            start_step=step, num_steps=num_steps, steps_per_epoch=steps_per_epoch, visible=ranks.is_first
+        )
+
+    def has_validation(self, step: int) -> bool:
+        """Whether the validation after `step` has been reported; every rank calls this."""
+        return bool(from_first_rank(self.latest.get("validation", {}).get("step") == step))
+
+    def train(
+        self, step: int, accuracy: Accuracy, further: Mapping[str, float], seconds: float, data_seconds: float
+    ) -> None:
+        """Report training since the last report: means, `further` values, and the time that it took."""
+        if self._log is None:
+            return
+        speed = accuracy.num_images / seconds
+        values = {
+            "loss": accuracy.loss,
+            "top1": accuracy.top1,
+            "top5": accuracy.top5,
+            "epoch": step / self._steps_per_epoch,
+            **further,
+            "images_per_second": speed,
+            "data_wait_seconds": data_seconds,
+            "seconds": seconds,
+        }
+        self._write("train", step, values)
+        self._progress.update(
+            step,
+            loss=accuracy.loss,
+            top1=accuracy.top1,
+            images_per_second=speed,
+            flip_ratio=further.get("flip_ratio"),
+        )
+
+    def validation(self, step: int, accuracy: Accuracy) -> None:
+        """Report a validation."""
+        self._write("validation", step, accuracy._asdict())
+        self._progress.say(
+            f"epoch {step // self._steps_per_epoch}/{self._config.epochs}: validation loss {accuracy.loss:.3f} "
+            f"top-1 {accuracy.top1:.2%} top-5 {accuracy.top5:.2%} ({accuracy.num_images:,} images)"
+        )
+
+    def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        if self._log is not None:
+            self._log.write(kind, step, values)
+            self.latest[kind] = {"step": step, **values}
+
+    def flush(self) -> None:
+        """Bring what was reported to the disk."""
+        if self._log is not None:
+            self._log.flush()
+
+    def close(self) -> None:
+        """Close everything; the progress bar stays as it is."""
+        self._progress.close()
+        if self._log is not None:
+            self._log.close()

@@ -1,0 +1,91 @@
+"""Stopping a run on request: signals, a file, or the death of the launcher; all ranks stop after the same step."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from bitfleet.trainer.distributed import Ranks, max_over_ranks
+
+STOP_FILE = "STOP"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+REASONS = ("", "SIGTERM", "SIGINT", "SIGUSR1", f"the file {STOP_FILE}", "the end of the launcher")
+FILE_SECONDS = 1.0
+"""Seconds between two looks at the run folder, which may be on a network."""
+
+
+class StopWatcher:
+    """Notices requests to stop while it is entered; `agree` tells all ranks of a request that one has seen.
+
+    A second SIGINT interrupts at once. Signal handlers are as before when it is left.
+
+    Args:
+        run: run folder; the file STOP in it is a request, and is removed.
+        ranks: this process's place.
+        launched: whether a launcher started this process: its end is a request too.
+    """
+
+    def __init__(self, run: Path, ranks: Ranks, *, launched: bool) -> None:
+        self._file, self._ranks = run / STOP_FILE, ranks
+        self._seen = 0
+        self.seen_at: float | None = None
+        """time.monotonic() when this rank saw or heard of a request."""
+        self._looked_at = -FILE_SECONDS
+        self._ancestors: Callable[[], tuple[int, ...]] = launcher_processes if launched else tuple
+        self._launcher = self._ancestors()
+        self._before: dict[signal.Signals, signal._HANDLER] = {}
+
+    def __enter__(self) -> "StopWatcher":
+        if self._ranks.is_first:
+            self._file.unlink(missing_ok=True)  # meant for an earlier part of the run
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self._seen and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._request(1 + SIGNALS.index(signal.Signals(number)))
+
+    def _request(self, reason: int) -> None:
+        if not self._seen:
+            self._seen, self.seen_at = reason, time.monotonic()
+
+    def _look(self) -> None:
+        if self._launcher and self._ancestors() != self._launcher:
+            self._request(5)
+        if self._ranks.is_first and time.monotonic() - self._looked_at >= FILE_SECONDS:
+            self._looked_at = time.monotonic()
+            if self._file.exists():
+                self._request(4)
+                self._file.unlink(missing_ok=True)
+
+    def agree(self, flag: bool = False) -> tuple[str, bool]:
+        """What any rank has been asked, "" for nothing, and whether `flag` is true on any; every rank calls this."""
+        self._look()
+        reason, any_flag = max_over_ranks([self._seen, int(flag)])
+        if reason:
+            self._request(reason)
+        return REASONS[reason], bool(any_flag)
+
+
+def launcher_processes() -> tuple[int, ...]:
+    """The process that started this one, and, where that is DeepSpeed's agent, the command that started the agent.
+
+    A child whose parent has died gets another parent, so the numbers change when a launcher dies. Linux only.
+    """
+    parent = os.getppid()
+    try:
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+        if b"deepspeed.launcher.launch" not in command:
+            return (parent,)
+        status = Path(f"/proc/{parent}/stat").read_text()
+    except OSError:
+        return (parent,)
+    return (parent, int(status.rpartition(")")[2].split()[1]))
