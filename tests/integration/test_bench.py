@@ -1,14 +1,17 @@
-"""What the benchmarks of traffic and memory count, through the launcher on two ranks. Nothing is timed."""
+"""What the benchmarks of traffic, memory and checkpoints count, through the launcher on two ranks. Nothing is timed."""
 
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from bitfleet.launch.bench import bench
+from bitfleet.trainer.bench_checkpoint import bench_checkpoint
+from bitfleet.trainer.bench_checkpoint_table import TITLES as SAVES
 from bitfleet.trainer.bench_comm import GRAD_DTYPES, TITLES, CollectiveCounter, Method, bench_comm, interface_bytes
 from bitfleet.trainer.bench_memory import BUCKET_BYTES, TensorBytes
 from bitfleet.trainer.distributed import Ranks
@@ -59,6 +62,24 @@ def test_memory_of_two_ranks_stays_in_bounds(deepspeed: Launch) -> None:
         assert max(peaks) <= 8 + 8 / 2 + 2 * BUCKET_BYTES
         assert after_step < rows["zero1", grad_dtype][0] < rows["none", grad_dtype][0]
         assert max(peaks) < max(rows["zero1", grad_dtype][1:])
+
+
+def test_checkpoint_writes_what_it_should(deepspeed: Launch, tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    own = ["--network", "birealnet18", "--rounds", "1", "--folder", str(folder)]
+    done = deepspeed(2, "launch/bench.py", "checkpoint", *own, timeout=240)
+    assert done.returncode == 0, done.stdout  # the last checkpoint is committed, and its hashes are right
+    sizes = {}
+    for method, title in SAVES.items():
+        (numbers,) = re.findall(rf"^ *{re.escape(title)} +(\d.*)$", done.stdout, re.MULTILINE)
+        sizes[method] = float(numbers.split()[2].replace(",", ""))
+    (required,) = re.findall(r"full-precision parameters: ([\d,.]+) MB", done.stdout)
+    (of_tensors,) = re.findall(r"bytes of its tensors +([\d.]+)", done.stdout)
+    assert sizes["background"] == pytest.approx(sizes["blocking"], abs=0.002)
+    assert float(of_tensors) == pytest.approx(1.0, abs=0.01)
+    assert sizes["background"] <= 1.03 * float(required.replace(",", ""))  # the signs, BatchNorm's statistics
+    assert sizes["background"] < sizes["torch.save"] < sizes["zero1"]
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.multinode
@@ -133,6 +154,10 @@ def test_bad_input() -> None:
         bench_comm(Ranks(0, 1, 0, 1), torch.device("cpu"))
     with pytest.raises(ValueError, match="bench memory has no option '--width'"):
         bench(["memory", "--width", "3"])
+    with pytest.raises(ValueError, match="bench checkpoint has no option '--steps'"):
+        bench(["checkpoint", "--steps", "3"])
+    with pytest.raises(ValueError, match="knows the networks xnornet, birealnet18, birealnet_small, not 'lenet'"):
+        bench_checkpoint("lenet", Ranks(0, 1, 0, 1), torch.device("cpu"), Path("runs"), num_rounds=1)
     with pytest.raises(ValueError, match="--steps must be a positive number, not '0'"):
         bench(["comm", "--steps", "0"])
     with pytest.raises(ValueError, match="there is no benchmark 'wire'; there are: train, "):

@@ -3,20 +3,15 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
-from torch import Tensor
 
 from bitfleet.trainer.checkpoint import checkpoints
 from bitfleet.trainer.metrics import read_metrics
 from tests.conftest import BIN, Launch, free_port, run_command
-
-TRAIN = "launch/train.py"
-NUM_STEPS = 30  # 12 steps an epoch: two and a half epochs
+from tests.integration.runs import NUM_STEPS, TRAIN, assert_same_bits, failed, final_tensors, final_weights
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +23,15 @@ def straight(deepspeed: Launch, tiny: list[str], tmp_path_factory: pytest.TempPa
     return run, done.stdout
 
 
-def final_weights(run: Path) -> dict[str, Tensor]:
-    path = checkpoints(run)[-1]
-    assert path.name == f"step-{NUM_STEPS:08d}"
-    return load_file(path / "model.safetensors")
-
-
-def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    different = [name for name in a if a[name].numpy().tobytes() != b[name].numpy().tobytes()]
-    assert not different
-
-
 def test_run_folder_holds_what_the_design_says(straight: tuple[Path, str]) -> None:
     run, output = straight
-    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints"}
+    assert {path.name for path in run.iterdir()} == {
+        ".lock",
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+    }
     resolved = json.loads((run / "config.json").read_text())
     assert resolved["config"]["global_batch_size"] == 16
     assert resolved["world_size"] == 2
@@ -50,6 +39,7 @@ def test_run_folder_holds_what_the_design_says(straight: tuple[Path, str]) -> No
     weights = final_weights(run)
     assert set(weights["blocks.0.conv.weight"].unique().tolist()) == {-1.0, 1.0}
     assert re.search(r"blocks\.0\.conv\.weight +16x16x3x3 +binary +bop2ndorder +2,304 +18,432", output)
+    assert re.search(r"checkpoints: 0\.6 MB each, at most 4 at a time \(2\.6 MB\); [\d,.]+ GB free in ", output)
     for command in ("tensorboard --logdir", "bitfleet evaluate", "--resume"):
         assert command in output
 
@@ -92,37 +82,20 @@ def test_tensorboard_shows_the_run(straight: tuple[Path, str]) -> None:
     assert "config/text_summary" in events.Tags()["tensors"]
 
 
-@pytest.mark.parametrize("stop", [17, 24])
-def test_resume_ends_with_the_same_bits(
-    stop: int, straight: tuple[Path, str], deepspeed: Launch, tiny: list[str], tmp_path: Path
-) -> None:
-    """Stopped in mid-epoch, and at the end of one."""
-    run, _ = straight
-    parts = [*tiny, "--run_dir", tmp_path / "run", "--resume", "auto"]
-    for last in (stop, NUM_STEPS):
-        done = deepspeed(2, TRAIN, *parts, "--stop_after_steps", str(last))
-        assert done.returncode == 0, done.stdout
-    assert_same_bits(final_weights(run), final_weights(tmp_path / "run"))
-    positions = [(line["kind"], line["step"], line["loss"]) for line in read_metrics(tmp_path / "run")]
-    expected = [(line["kind"], line["step"], line["loss"]) for line in read_metrics(run)]
-    # The stop adds a line of its own and cuts the averages around it.
-    assert [position for position in positions if position[1] <= stop - 5] == [p for p in expected if p[1] <= stop - 5]
-    assert sorted({(kind, step) for kind, step, _ in positions} - {("train", stop)}) == sorted(
-        {p[:2] for p in expected}
-    )
-    assert len(positions) == len({position[:2] for position in positions})
-
-
 @pytest.mark.parametrize("sharding", ["none", "zero1", "zero2", "zero3"])
 def test_deepspeed_stages_train_the_same_bits(
     sharding: str, straight: tuple[Path, str], deepspeed: Launch, tiny: list[str], tmp_path: Path
 ) -> None:
-    """DeepSpeed's ZeRO stages 0 to 3 against bitfleet's own sharding of the run `straight`."""
+    """DeepSpeed's ZeRO stages 0 to 3 against bitfleet's own sharding of the run `straight`, some of them in two parts."""
     run, _ = straight
-    options = ["--run_dir", tmp_path / "run", "--stop_after_steps", str(NUM_STEPS), "--engine.sharding", sharding]
-    done = deepspeed(2, TRAIN, *tiny, *options)
-    assert done.returncode == 0, done.stdout
+    options = [*tiny, "--run_dir", tmp_path / "run", "--resume", "auto", "--engine.sharding", sharding]
+    for last in (17, NUM_STEPS) if sharding != "none" else (NUM_STEPS,):
+        done = deepspeed(2, TRAIN, *options, "--stop_after_steps", str(last))
+        assert done.returncode == 0, done.stdout
     assert_same_bits(final_weights(run), final_weights(tmp_path / "run"))
+    if sharding == "zero1":  # whose files are DeepSpeed's
+        done = deepspeed(1, TRAIN, *options, "--num_replicas", "2", timeout=60)
+        failed(done, "its world_size is 2, here it is 1; resume with the number of ranks of the run that wrote it")
 
 
 def test_on_one_rank_all_shardings_are_the_plain_optimizer(tiny: list[str], tmp_path: Path) -> None:
@@ -148,7 +121,7 @@ def test_torchrun_is_the_same_job(straight: tuple[Path, str], tiny: list[str], t
     launcher = [BIN / "torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), TRAIN]
     done = run_command([*launcher, *tiny, "--run_dir", tmp_path / "run", "--stop_after_steps", str(NUM_STEPS)])
     assert done.returncode == 0, done.stdout
-    assert_same_bits(final_weights(run), final_weights(tmp_path / "run"))
+    assert_same_bits(final_tensors(run), final_tensors(tmp_path / "run"))
 
 
 def test_one_rank_alone_and_other_options(tiny: list[str], tmp_path: Path) -> None:
@@ -159,12 +132,14 @@ def test_one_rank_alone_and_other_options(tiny: list[str], tmp_path: Path) -> No
     options = (
         f"--run_dir {tmp_path}/run --stop_after_steps 12 --num_replicas 2 --engine.precision bf16 --optim.rule bop "
         f"--optim.gamma.start 1e-4 --optim.gamma.kind constant --engine.deepspeed {tmp_path}/deepspeed.json "
-        "--engine.grad_comm_dtype bf16 --engine.max_grad_norm 1.0 --engine.check_every_steps 5"
+        "--engine.grad_comm_dtype bf16 --engine.max_grad_norm 1.0 --engine.check_every_steps 5 "
+        "--checkpoint.every_minutes 1e-6 --checkpoint.keep_last 3"
     )
     done = run_command([sys.executable, "-m", "bitfleet.launch.train", *tiny, *options.split()])
     assert done.returncode == 0, done.stdout
     *_, train, validation = read_metrics(tmp_path / "run")
     assert (train["gamma"], train["skipped_steps"]) == (1e-4, 0)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == [f"step-{step:08d}" for step in (10, 11, 12)]
     done = run_command([BIN / "bitfleet", "evaluate", tmp_path / "run"])
     assert f"loss {validation['loss']:.4f}" in done.stdout  # in the run's precision
 
@@ -182,17 +157,16 @@ def test_evaluate_counts_every_image_once(num_ranks: int, straight: tuple[Path, 
     assert accuracy[0] in alone.stdout
 
 
-def failed(done: subprocess.CompletedProcess[str], sentence: str) -> None:
-    """The job ended, not with 0, and one line says why."""
-    assert done.returncode != 0, done.stdout
-    lines = [line for line in done.stdout.splitlines() if line.startswith("bitfleet: error")]
-    assert len(lines) == 1, done.stdout
-    assert sentence in lines[0]
-    assert "Traceback" not in done.stdout
-
-
 def test_bad_option_ends_the_whole_job_with_one_sentence(deepspeed: Launch, tiny: list[str]) -> None:
     failed(deepspeed(2, TRAIN, *tiny, "--optim.gama.start", "1", timeout=60), "did you mean --optim.gamma.start?")
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_divide_the_batch(deepspeed: Launch, tiny: list[str]) -> None:
+    failed(
+        deepspeed(3, TRAIN, *tiny, timeout=60),
+        "global_batch_size is 16, which 3 replicas on 3 ranks cannot share equally",
+    )
 
 
 def test_broken_image_ends_the_whole_job_and_is_named(

@@ -19,7 +19,7 @@ OWNERS = {
     "h5py": ("models/keras_files.py",),
     "tensorboard": ("trainer/metrics.py",),
     "torch.utils.tensorboard": ("trainer/metrics.py",),
-    "torch.distributed": ("trainer/distributed.py", "optim/sharding"),
+    "torch.distributed": ("trainer/distributed.py", "optim/sharding", "trainer/checkpoint_tensors.py"),
 }
 FILES = [path for room in ROOMS for path in sorted((REPOSITORY / room).rglob("*.py"))]
 

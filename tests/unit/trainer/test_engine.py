@@ -3,8 +3,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from bitfleet.trainer.engine import EngineConfig, deepspeed_options
+from bitfleet.trainer.engine import load_engine
+from bitfleet.trainer.engine_options import EngineConfig, deepspeed_options
 
 
 def options(tmp_path: Path, extra: Any = None, **fields: Any) -> dict[str, Any]:
@@ -72,3 +74,42 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 def test_bad_fields_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(**fields)
+
+
+class Hostile:
+    """Unpickles into a call."""
+
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return Path.touch, (self.victim,)  # type: ignore[return-value]
+
+
+class FakeEngine:
+    """As much of DeepSpeed's engine as loading needs."""
+
+    checkpoint_engine: Any = None
+
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[Any, dict[str, Any]]:
+        return self.checkpoint_engine.load(f"{folder}/{tag}", map_location="cpu"), {}
+
+
+def test_deepspeeds_files_cannot_run_code(tmp_path: Path) -> None:
+    torch.save({"exp_avg": torch.ones(3)}, tmp_path / "good")
+    load_engine(FakeEngine(), tmp_path, "good")
+    torch.save({"exp_avg": Hostile(tmp_path / "victim")}, tmp_path / "bad")
+    with pytest.raises(ValueError, match="holds more than tensors and is not loaded"):
+        load_engine(FakeEngine(), tmp_path, "bad")
+    assert not (tmp_path / "victim").exists()
+
+
+def test_misspelt_nested_keys_are_refused(tmp_path: Path) -> None:
+    """In these sections DeepSpeed itself would ignore them."""
+    for section, key, near in (
+        ("activation_checkpointing", "partition_activation", "partition_activations"),
+        ("flops_profiler", "enabld", "enabled"),
+        ("data_types", "grad_acum_dtype", "grad_accum_dtype"),
+    ):
+        with pytest.raises(ValueError, match=f'no DeepSpeed option "{section}.{key}"; did you mean "{section}.{near}"'):
+            options(tmp_path, {section: {key: True}})

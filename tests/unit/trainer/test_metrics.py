@@ -6,7 +6,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitfleet.trainer.metrics import AccuracyMeter, FlipCounter, MetricsWriter, read_metrics
+from bitfleet.trainer.metrics import (
+    AccuracyMeter,
+    FlipCounter,
+    MetricsWriter,
+    Stopwatch,
+    order_event_files,
+    read_metrics,
+)
 from bitfleet.trainer.running_statistics import RunningStatistics
 
 
@@ -69,6 +76,21 @@ def test_flip_ratio_counts_changed_binary_weights() -> None:
     assert FlipCounter(nn.Linear(2, 2)).after_step() == {}
 
 
+def test_stopwatch_leaves_out_what_was_not_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images and seconds of a report are those of the same steps, also when a validation came between."""
+    now = 0.0
+    monkeypatch.setattr("bitfleet.trainer.metrics.time.perf_counter", lambda: now)
+    watch = Stopwatch()
+    now = 3.0
+    watch.waited(0.5)
+    now = 103.0
+    watch.leave_out(100.0)
+    now = 105.0
+    assert watch.read() == (5.0, 0.5)
+    now = 106.0
+    assert watch.read() == (1.0, 0.0)
+
+
 def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     log = MetricsWriter(tmp_path, 0)
     for step in (5, 10, 15):
@@ -80,6 +102,49 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     again.write("train", 15, {"loss": 7.0})
     again.close()
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(5, 0.2), (10, 0.1), (15, 7.0)]
+
+
+def test_event_files_stay_in_order_when_the_clock_is_set_back(tmp_path: Path) -> None:
+    names = ["events.out.tfevents.1700000000.host.1.0", "events.out.tfevents.1700000500.host.2.0"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    order_event_files(tmp_path, 1700000600.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    order_event_files(tmp_path, 1600000000.0)
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == names
+    assert max(path.name for path in tmp_path.iterdir()) < "events.out.tfevents.1600000000"
+    order_event_files(tmp_path / "missing", 0.0)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_meter_does_not_depend_on_order_or_interruption() -> None:
+    losses = torch.rand(64, generator=torch.Generator().manual_seed(0)) * 7
+    logits, labels = torch.randn(1, 10), torch.zeros(1, dtype=torch.long)
+    one, other = AccuracyMeter(torch.device("cpu")), AccuracyMeter(torch.device("cpu"))
+    for loss in losses:
+        one.add(loss, logits, labels)
+    for loss in losses.flip(0)[:30]:
+        other.add(loss, logits, labels)
+    resumed = AccuracyMeter(torch.device("cpu"))
+    resumed.load(other.peek())
+    resumed.add(losses.flip(0)[30:], logits.expand(34, -1), labels.expand(34))
+    resumed.keep()
+    resumed.add(torch.tensor(float("nan")), logits, labels)
+    resumed.forget()
+    assert one.read() == resumed.read()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_skipped_step_leaves_no_trace_in_the_statistics() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    statistics = RunningStatistics(model, num_replicas=2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for _ in range(2):
+        statistics.start_replica()
+        model(torch.full((4, 3), float("nan")))
+        statistics.end_replica()
+    statistics.abandon_step()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_a_broken_line_inside_is_named(tmp_path: Path) -> None:

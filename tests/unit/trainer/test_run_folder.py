@@ -7,7 +7,7 @@ import pytest
 from bitfleet.configs import load_config
 from bitfleet.trainer.checkpoint import checkpoints, latest_checkpoint
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.run_folder import choose_run_folder, read_config, write_config
+from bitfleet.trainer.run_folder import RunFolder, choose_run_folder, read_config, write_config
 
 
 def make(output: Path, **fields: object) -> TrainConfig:
@@ -32,6 +32,16 @@ def test_new_runs_never_share_a_folder(tmp_path: Path) -> None:
     assert choose_run_folder(config).path != first.path
 
 
+def test_new_run_comes_last_when_the_clock_was_set_back(tmp_path: Path) -> None:
+    config = make(tmp_path, resume="auto")
+    runs = tmp_path / "fashion_quickstart"
+    make_run(runs / "2999-01-01_00-00-00", config)
+    later = [make_run(choose_run_folder(config).path, config) for _ in range(2)]
+    assert [path.name for path in later] == ["2999-01-01_00-00-00__002", "2999-01-01_00-00-00__003"]
+    (later[1] / "checkpoints" / "step-00000003").mkdir(parents=True)
+    assert choose_run_folder(config).path == later[1]
+
+
 def test_auto_continues_the_newest_run_that_has_a_checkpoint(tmp_path: Path) -> None:
     config = make(tmp_path, resume="auto")
     assert choose_run_folder(config).checkpoint is None
@@ -39,14 +49,14 @@ def test_auto_continues_the_newest_run_that_has_a_checkpoint(tmp_path: Path) -> 
     make_run(runs / "2026-01-01_00-00-00", config, 5)
     newest = make_run(runs / "2026-01-02_00-00-00", config, 99, 100)
     make_run(runs / "2026-01-03_00-00-00", config)  # stopped before its first checkpoint
-    assert choose_run_folder(config) == (newest, newest / "checkpoints" / "step-00000100")
+    assert choose_run_folder(config) == RunFolder(newest, newest / "checkpoints" / "step-00000100")
 
 
 def test_a_given_folder_is_continued_or_begun(tmp_path: Path) -> None:
     config = make(tmp_path, run_dir=tmp_path / "run", resume="auto")
-    assert choose_run_folder(config) == (tmp_path / "run", None)
+    assert choose_run_folder(config) == RunFolder(tmp_path / "run", None)
     make_run(tmp_path / "run", config, 7)
-    assert choose_run_folder(config) == (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000007")
+    assert choose_run_folder(config) == RunFolder(tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000007")
 
 
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
@@ -59,8 +69,8 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
 def test_resume_by_path_of_run_or_checkpoint(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", make(tmp_path), 3, 6)
     newest, older = run / "checkpoints" / "step-00000006", run / "checkpoints" / "step-00000003"
-    assert choose_run_folder(make(tmp_path, resume=str(run))) == (run, newest)
-    assert choose_run_folder(make(tmp_path, resume=str(newest))) == (run, newest)
+    assert choose_run_folder(make(tmp_path, resume=str(run))) == RunFolder(run, newest)
+    assert choose_run_folder(make(tmp_path, resume=str(newest))) == RunFolder(run, newest)
     with pytest.raises(ValueError, match=r"step-00000003 is not the newest.*--run_dir"):
         choose_run_folder(make(tmp_path, resume=str(older)))
 
@@ -69,7 +79,7 @@ def test_branching_goes_into_a_folder_of_its_own(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", make(tmp_path), 3, 6)
     older = run / "checkpoints" / "step-00000003"
     branch = make(tmp_path, resume=str(older), run_dir=tmp_path / "branch")
-    assert choose_run_folder(branch) == (tmp_path / "branch", older)
+    assert choose_run_folder(branch) == RunFolder(tmp_path / "branch", older, branches=True)
     make_run(tmp_path / "branch", branch)
     with pytest.raises(ValueError, match="branch already holds a run"):
         choose_run_folder(branch)
@@ -87,7 +97,7 @@ def test_resume_of_nothing_is_an_error(tmp_path: Path) -> None:
 def test_only_committed_checkpoints_count(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", make(tmp_path), 100, 99, 1000)
     (run / "checkpoints" / ".tmp-00002000").mkdir()
-    (run / "checkpoints" / "step-00003000").mkdir()  # no meta.json
+    (run / "checkpoints" / "damaged-step-00003000").mkdir()
     assert [path.name for path in checkpoints(run)] == ["step-00000099", "step-00000100", "step-00001000"]
     assert latest_checkpoint(tmp_path) is None
 

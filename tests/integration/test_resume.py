@@ -1,0 +1,104 @@
+"""A run that was interrupted ends with the bits of one that never was, on any number of ranks that divides its replicas."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bitfleet.trainer.checkpoint import checkpoints, read_meta
+from tests.conftest import BIN, Launch, run_command
+from tests.integration.runs import NUM_STEPS, TRAIN, assert_same_bits, failed, final_tensors, metrics, scalar_steps
+
+
+@pytest.fixture(scope="module")
+def options(tiny: list[str]) -> list[str]:
+    return [*tiny, "--num_replicas", "4", "--num_threads", "1", "--resume", "auto"]
+
+
+@pytest.fixture(scope="module")
+def straight(deepspeed: Launch, options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four replicas on two ranks that went to step 30 in one go."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    done = deepspeed(2, TRAIN, *options, "--run_dir", run, "--stop_after_steps", str(NUM_STEPS))
+    assert done.returncode == 0, done.stdout
+    return run
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, buffers, moments, counts, and everything that was logged."""
+    assert_same_bits(final_tensors(a), final_tensors(b))
+    for key in ("optimizer_steps", "schedules", "skipped_steps", "sample_offset", "meter"):
+        assert read_meta(checkpoints(a)[-1])[key] == read_meta(checkpoints(b)[-1])[key], key
+    assert metrics(a) == metrics(b)
+    assert scalar_steps(b, "train/loss") == [5, 10, 15, 20, 25, 30]
+    assert scalar_steps(b, "validation/top1") == [12, 24]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "stop"), [(2, 2, 24), (2, 1, 17), (1, 4, 17), pytest.param(4, 2, 17, marks=pytest.mark.slow)]
+)
+def test_resume_on_other_ranks_ends_with_the_same_bits(
+    first: int, second: int, stop: int, straight: Path, deepspeed: Launch, options: list[str], tmp_path: Path
+) -> None:
+    """Stopped in mid-epoch, and where a validation is due."""
+    for num_ranks, last in ((first, stop), (second, NUM_STEPS)):
+        done = deepspeed(num_ranks, TRAIN, *options, "--run_dir", tmp_path / "run", "--stop_after_steps", str(last))
+        assert done.returncode == 0, done.stdout
+    assert_same_run(straight, tmp_path / "run")
+    state = final_tensors(straight)
+    assert any(name.startswith("optim.exp_avg_sq.blocks") for name in state)
+    assert any(name.endswith("running_var") for name in state)
+
+
+def test_second_run_in_a_folder_is_refused(options: list[str], tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 77 on elsewhere\n")
+        lock.flush()
+        done = run_command([BIN / "python", TRAIN, *options, "--run_dir", tmp_path / "run"], timeout=60)
+    failed(done, "is in use by process 77 on elsewhere: wait until that run ends, or choose another --run_dir")
+
+
+def test_damaged_checkpoint_is_set_aside(straight: Path, options: list[str], tmp_path: Path) -> None:
+    """One bit of the newest differs: the run continues from the one before it, says so, and overwrites nothing."""
+    run = shutil.copytree(straight, tmp_path / "run")
+    newest = checkpoints(run)[-1]
+    assert len(checkpoints(run)) > 1
+    file = max(newest.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+    command = [BIN / "python", TRAIN, *options, "--run_dir", run, "--stop_after_steps", str(NUM_STEPS)]
+    done = run_command(command)
+    assert done.returncode == 0, done.stdout
+    assert (
+        f"{newest} is damaged ({file.name} is not as it was written (its sha256 differs)); kept as damaged-"
+        in done.stdout
+    )
+    assert (run / "checkpoints" / f"damaged-{newest.name}").is_dir()
+    assert_same_run(straight, run)
+
+
+def test_weights_file_begins_another_run(straight: Path, tiny: list[str], tmp_path: Path) -> None:
+    """`bitfleet checkpoint`: verify, diff, weights, and a run that begins from them."""
+    tool = [BIN / "bitfleet", "checkpoint"]
+    assert "all as they were written (step 30)" in run_command([*tool, "verify", straight]).stdout
+    older, newest = checkpoints(straight)[-2:]
+    done = run_command([*tool, "diff", older, newest])
+    assert done.returncode == 1
+    assert "bits.blocks.0.conv.weight differs first at element" in done.stdout
+    losses = []
+    for packed in ([], ["--packed"]):
+        file = tmp_path / f"weights{len(packed)}.safetensors"
+        assert run_command([*tool, "weights", straight, file, *packed]).returncode == 0
+        run = tmp_path / f"run{len(packed)}"
+        done = run_command([BIN / "python", TRAIN, *tiny, "--init", file, "--run_dir", run, "--stop_after_steps", "5"])
+        assert done.returncode == 0, done.stdout
+        losses.append(metrics(run)[0]["loss"])
+    random = metrics(straight)[0]["loss"]
+    assert losses[0] == losses[1] < 0.8 * random
+    assert json.loads((run / "config.json").read_text())["config"]["init"] == str(file)

@@ -1,0 +1,77 @@
+"""Requests to stop, and the lock of a run folder."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bitfleet.trainer import run_lock, stop
+from bitfleet.trainer.distributed import Ranks
+from bitfleet.trainer.run_lock import lock_run
+from bitfleet.trainer.stop import StopWatcher, launcher_processes
+
+pytestmark = pytest.mark.usefixtures("process_group")
+ALONE = Ranks(0, 1, 0, 1)
+
+
+@pytest.mark.parametrize("number", stop.SIGNALS)
+def test_signal_is_a_request(number: signal.Signals, tmp_path: Path) -> None:
+    before = [signal.getsignal(each) for each in stop.SIGNALS]
+    with StopWatcher(tmp_path, ALONE, launched=False) as watcher:
+        assert watcher.agree() == ("", False)
+        os.kill(os.getpid(), number)
+        assert watcher.agree(True) == (number.name, True)
+        assert watcher.seen_at is not None
+    assert [signal.getsignal(each) for each in stop.SIGNALS] == before
+
+
+def test_second_interrupt_is_immediate(tmp_path: Path) -> None:
+    with StopWatcher(tmp_path, ALONE, launched=False), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_file_is_a_request_once(tmp_path: Path) -> None:
+    (tmp_path / "STOP").touch()  # left over
+    with StopWatcher(tmp_path, ALONE, launched=False) as watcher:
+        assert watcher.agree() == ("", False)
+        (tmp_path / "STOP").touch()
+        watcher._looked_at -= stop.FILE_SECONDS
+        assert watcher.agree() == ("the file STOP", False)
+    assert not (tmp_path / "STOP").exists()
+
+
+def test_launcher_that_dies_is_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with StopWatcher(tmp_path, ALONE, launched=True) as watcher:
+        assert watcher.agree() == ("", False)
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert watcher.agree()[0] == "the end of the launcher"
+    with StopWatcher(tmp_path, ALONE, launched=False) as watcher:
+        assert watcher.agree() == ("", False)
+
+
+def test_deepspeeds_command_is_watched_behind_its_agent(tmp_path: Path) -> None:
+    """A process whose parent's command line has DeepSpeed's agent in it sees the parent of that as well."""
+    child = "from bitfleet.trainer.stop import launcher_processes; print(*launcher_processes())"
+    parent = (
+        f"import os, subprocess, sys; print(os.getpid(), flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    )
+    script = tmp_path / "deepspeed.launcher.launch"
+    script.write_text(parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=True)
+    agent, *seen = done.stdout.split()
+    assert seen == [agent, str(os.getpid())]
+    assert launcher_processes() == (os.getppid(),)
+
+
+def test_folder_has_one_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "WAIT_SECONDS", 0.3)
+    file = lock_run(tmp_path / "run")
+    with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on .*: wait until that run ends"):
+        lock_run(tmp_path / "run")
+    file.close()
+    lock_run(tmp_path / "run").close()
