@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import BIN, free_port, run_command
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [1, 2, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
 def test_sharded_is_unsharded_bit_for_bit(world_size: int, tmp_path: Path) -> None:
     launcher = [BIN / "torchrun", "--nproc_per_node", str(world_size), "--master_port", str(free_port())]
     done = run_command([*launcher, "-m", "tests.distributed.sharding_job", tmp_path], timeout=300)

@@ -64,6 +64,7 @@ def test_memory_of_two_ranks_stays_in_bounds(deepspeed: Launch) -> None:
         assert max(peaks) < max(rows["zero1", grad_dtype][1:])
 
 
+@pytest.mark.slow
 def test_checkpoint_writes_what_it_should(deepspeed: Launch, tmp_path: Path) -> None:
     folder = tmp_path / "new"
     own = ["--network", "birealnet18", "--rounds", "1", "--folder", str(folder)]
