@@ -159,6 +159,7 @@ class _Writer(HuggingFaceStorageWriter):
             FORMAT_KEY: FORMAT_VALUE,
         }
         save_file(tensors, path, metadata)
+        path.chmod(0o666 & path.parent.stat().st_mode)  # as the umask says: save_file lets only the owner read
         with path.open("rb") as file:
             os.fsync(file.fileno())
         return done

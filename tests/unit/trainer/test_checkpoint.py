@@ -229,3 +229,16 @@ def test_file_that_is_not_safetensors_is_refused(tmp_path: Path) -> None:
 def test_groups_belong_to_the_present_process_group() -> None:
     assert cpu_group("control") is cpu_group("control")
     assert cpu_group("control") is not cpu_group("save")
+
+
+@pytest.mark.usefixtures("process_group")
+def test_files_have_the_mode_of_other_files(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        folder = tmp_path / "new"
+        folder.mkdir()
+        checkpoint_tensors.write({"model.weight": torch.ones(3)}, folder, cpu_group("save"))
+    finally:
+        os.umask(before)
+    (file,) = folder.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o640
