@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -69,6 +70,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     once, by rank 0: the others wait until the launcher, which ends a job whose rank failed, has taken them down. One that a
     single rank meets is said by that rank. The process leaves without waiting for peers, which may be stuck in a collective.
     """
+    threading.excepthook = _thread_failed
     try:
         main()
     except SystemExit as leaving:
@@ -102,6 +104,12 @@ def _fail(error: BaseException) -> NoReturn:
     else:
         traceback.print_exception(error)
     _leave(CRASH)
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """A full disk under TensorBoard's writer thread is raised again in the main thread, which says it in a sentence."""
+    if failure.exc_value is None or not _is_full_disk(failure.exc_value):
+        threading.__excepthook__(failure)
 
 
 def _is_full_disk(error: BaseException) -> bool:
