@@ -90,7 +90,7 @@ def _bench(network: str, ranks: Ranks, device: torch.device, place: Path, num_ro
     during = [_while_saving(train, start, saver) for _ in range(num_rounds)]
     assert saver.last is not None
     if ranks.is_first:
-        verify(saver.last.path)
+        verify(saver.last)
     tensors = tensors_to_save(bits.model, bits.optimizer, ranks)
     sizes = sum_of_numbers(total_bytes(tensors)), sum_of_numbers(_required_bytes(bits.model, tensors))
     return Result(first, {method: [each[method] for each in rounds] for method in first}, during, *sizes)
@@ -162,7 +162,7 @@ def _measure(save: Callable[[Path], None], saver: Saver, other: Path, ranks: Ran
             os.fsync(file.fileno())
     seconds = time.perf_counter() - start
     if not files and saver.last is not None:
-        files = [path for path in saver.last.path.rglob("*") if path.is_file()]
+        files = [path for path in saver.last.rglob("*") if path.is_file()]
     num_bytes = sum(path.stat().st_size for path in files)
     barrier()
     if ranks.is_first:

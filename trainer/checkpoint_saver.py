@@ -3,10 +3,9 @@
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,16 +35,6 @@ LAST_SAVE_SECONDS = 20.0
 """How long a rank that fails waits for a save under way; the launcher gives it 30 s."""
 
 
-class Saved(NamedTuple):
-    """A save that was committed."""
-
-    path: Path
-    stall_seconds: float
-    """How long training waited: for an earlier save, and for the copy."""
-    seconds: float
-    """From the copy to the commit."""
-
-
 class Saver:
     """Writes checkpoints of a run in the background; two saves never overlap. Every rank has one and calls it at the same steps.
 
@@ -62,7 +51,8 @@ class Saver:
         self, run: Path, config: CheckpointConfig, ranks: Ranks, validation_top1: Callable[[], Mapping[int, float]]
     ) -> None:
         self.run, self.config, self.ranks = run, config, ranks
-        self.last: Saved | None = None
+        self.last: Path | None = None
+        """The checkpoint that was committed last."""
         self._validation_top1 = validation_top1
         self._group = cpu_group("save", SAVE_TIMEOUT)
         self._buffers: Tensors = {}
@@ -87,16 +77,14 @@ class Saver:
         Raises:
             ValueError: the save before this one failed.
         """
-        start = time.perf_counter()
         self.flush()
         temporary = self.run / FOLDER / f".tmp-{step:08d}"
         self.begin(temporary)
         if write_further:
             write_further(temporary)
         self._copy(tensors)
-        stall = time.perf_counter() - start
         self._thread = threading.Thread(
-            target=self._work, args=(step, temporary, dict(meta), stall), name="checkpoint", daemon=True
+            target=self._work, args=(step, temporary, dict(meta)), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -138,8 +126,7 @@ class Saver:
         fresh = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return checkpoint_tensors.copy_mark(tensor, fresh)
 
-    def _work(self, step: int, temporary: Path, meta: dict[str, Any], stall: float) -> None:
-        start = time.perf_counter()
+    def _work(self, step: int, temporary: Path, meta: dict[str, Any]) -> None:
         committed = temporary.with_name(f"step-{step:08d}")
         problem: str | None = None
         try:
@@ -151,7 +138,7 @@ class Saver:
                 return
             problem = _reason(error)
         if problem is None:
-            self.last = Saved(committed, stall, time.perf_counter() - start)
+            self.last = committed
             return
         if self.ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)

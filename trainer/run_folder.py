@@ -15,10 +15,11 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from bitfleet.trainer.checkpoint import is_checkpoint, latest_checkpoint
 from bitfleet.trainer.config import TrainConfig, from_dict, to_dict
+from bitfleet.trainer.run_lock import lock_run
 
 CONFIG = "config.json"
 PACKAGES = "bitfleet torch torchvision deepspeed timm tensorboard numpy nvidia-dali-cuda130 nvidia-dali-cuda120".split()
@@ -97,6 +98,19 @@ def _find_run(path: Path) -> RunFolder:
     if (checkpoint := latest_checkpoint(path)) is None:
         raise ValueError(f"the run {path} has no complete checkpoint to resume from")
     return RunFolder(path, checkpoint)
+
+
+def take_folder(folder: RunFolder) -> IO[str]:
+    """Lock the folder for this process; it is made if need be.
+
+    Raises:
+        ValueError: another run has it, or has used it since it was chosen.
+    """
+    lock = lock_run(folder.path)
+    if (folder.checkpoint is None or folder.branches) and latest_checkpoint(folder.path):
+        lock.close()
+        raise ValueError(f"another run has used {folder.path} meanwhile: start this one again")
+    return lock
 
 
 def write_config(path: Path, config: TrainConfig, facts: dict[str, Any]) -> None:

@@ -22,8 +22,7 @@ from bitfleet.trainer.initial_weights import load_initial_weights
 from bitfleet.trainer.metrics import AccuracyMeter, FlipCounter, Stopwatch
 from bitfleet.trainer.reports import Reports
 from bitfleet.trainer.run_checkpoints import Parts, RunCheckpoints, find_start, identity
-from bitfleet.trainer.run_folder import RunFolder, choose_run_folder
-from bitfleet.trainer.run_lock import lock_run
+from bitfleet.trainer.run_folder import RunFolder, choose_run_folder, take_folder
 from bitfleet.trainer.running_statistics import RunningStatistics
 from bitfleet.trainer.stop import StopWatcher
 
@@ -46,7 +45,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
         self.config, self.ranks, self.device = config, ranks, device
         self.folder: RunFolder = from_first_rank(choose_run_folder(config) if ranks.is_first else None)  # type: ignore[assignment]
-        self._lock = lock_run(self.folder.path) if ranks.is_first else None
+        self._lock = take_folder(self.folder) if self.folder.checkpoint and ranks.is_first else None
         self.begun = begun = find_start(self.folder, ranks)
         """The checkpoint that it continues from."""
         self.num_replicas = self._like_before(begun)
@@ -81,6 +80,9 @@ class Trainer:
             steps_per_epoch=self.loader.steps_per_epoch,
         )
         self.step = self._resume(begun) if begun else 0
+        # A new run takes its folder last: what is refused leaves none behind.
+        if ranks.is_first and self._lock is None:
+            self._lock = take_folder(self.folder)
         self._skipped_in_a_row = 0
         self.stopped_by = ""
         """What asked for the stop before the end; "" for nothing."""

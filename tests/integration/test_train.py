@@ -169,6 +169,14 @@ def test_ranks_that_do_not_divide_the_batch(deepspeed: Launch, tiny: list[str]) 
     )
 
 
+def test_refused_run_leaves_no_folder(tmp_path: Path) -> None:
+    done = run_command(
+        [BIN / "python", TRAIN, "--config", "xnornet_imagenet", "--output", tmp_path / "runs"], timeout=60
+    )
+    failed(done, "data/imagenet")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_broken_image_ends_the_whole_job_and_is_named(
     deepspeed: Launch, tiny_images: Path, tiny: list[str], tmp_path: Path
 ) -> None:

@@ -149,7 +149,7 @@ def save(run: Path, model: nn.Module, optimizer: Any, step: int) -> Path:
     train(model, optimizer, 1)  # what is written is the copy
     saver.flush()
     assert saver.last is not None
-    return saver.last.path
+    return saver.last
 
 
 @pytest.mark.usefixtures("process_group")

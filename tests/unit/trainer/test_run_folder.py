@@ -7,7 +7,7 @@ import pytest
 from bitfleet.configs import load_config
 from bitfleet.trainer.checkpoint import checkpoints, latest_checkpoint
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.run_folder import RunFolder, choose_run_folder, read_config, write_config
+from bitfleet.trainer.run_folder import RunFolder, choose_run_folder, read_config, take_folder, write_config
 
 
 def make(output: Path, **fields: object) -> TrainConfig:
@@ -73,6 +73,15 @@ def test_resume_by_path_of_run_or_checkpoint(tmp_path: Path) -> None:
     assert choose_run_folder(make(tmp_path, resume=str(newest))) == RunFolder(run, newest)
     with pytest.raises(ValueError, match=r"step-00000003 is not the newest.*--run_dir"):
         choose_run_folder(make(tmp_path, resume=str(older)))
+
+
+def test_folder_that_was_used_meanwhile_is_not_taken(tmp_path: Path) -> None:
+    chosen = choose_run_folder(make(tmp_path, run_dir=tmp_path / "run", resume="auto"))
+    take_folder(chosen).close()
+    make_run(tmp_path / "run", make(tmp_path), 3)
+    with pytest.raises(ValueError, match="another run has used .*run meanwhile: start this one again"):
+        take_folder(chosen)
+    take_folder(choose_run_folder(make(tmp_path, run_dir=tmp_path / "run", resume="auto"))).close()
 
 
 def test_branching_goes_into_a_folder_of_its_own(tmp_path: Path) -> None:
