@@ -36,8 +36,8 @@ def test_install_puts_exactly_one_package(tmp_path: Path) -> None:
     for name in (
         "py.typed",
         "optim/kernels.c",
-        "trainer/fashion_mnist/subset.npz",
-        "trainer/fashion_mnist/LICENSE.txt",
+        "trainer/data/fashion_mnist/subset.npz",
+        "trainer/data/fashion_mnist/LICENSE.txt",
     ):
         assert (target / "bitfleet" / name).is_file(), name
     check = (

@@ -15,7 +15,7 @@ ROOMS = {
 }
 OWNERS = {
     "deepspeed": ("trainer/engine.py", "launch/"),
-    "nvidia": ("trainer/data",),
+    "nvidia": ("trainer/data/",),
     "h5py": ("models/keras_files.py",),
     "tensorboard": ("trainer/metrics.py",),
     "torch.utils.tensorboard": ("trainer/metrics.py",),

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from bitfleet.trainer.data_cache import cache_folder, exclusive
+from bitfleet.trainer.data.cache import cache_folder, exclusive
 
 SUBSET_ROOT = "fashion-mnist"
 FULL_ROOT = "fashion-mnist-full"

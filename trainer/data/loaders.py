@@ -1,53 +1,19 @@
-"""Data for the trainer: what to read, in which order, and as what. DALI does the reading (data_dali.py)."""
+"""The loaders of a rank: which images it reads, in which order and with which windows. DALI does the reading (dali.py)."""
 
 import functools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from bitfleet.trainer import data_sampler
-from bitfleet.trainer.data_config import DataConfig
-from bitfleet.trainer.data_dali import Batch, ImagePipeline, Request
-from bitfleet.trainer.data_fashion import FULL_ROOT, SUBSET_ROOT, fashion_mnist_root
-from bitfleet.trainer.data_index import ImageList, list_sha, load_image_list, scan_root
-from bitfleet.trainer.data_sampler import Windows
-
-__all__ = ["DataConfig", "Dataset", "TrainLoader", "ValidationLoader", "normalize", "open_dataset"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Dataset:
-    """The images of a data set, listed, not read."""
-
-    train: ImageList
-    """Training images."""
-    val: ImageList
-    """Validation images."""
-    classes: tuple[str, ...]
-    """Names of the class folders; the position is the label."""
-    sha: str
-    """sha256 of names, labels, heights and widths of both lists: two data sets of one sha give the same stream."""
-
-
-def open_dataset(config: DataConfig) -> Dataset:
-    """List the images of `config.root`; the first time, embedded data is unpacked and image headers are read.
-
-    Raises:
-        ValueError: The root is missing or not in class folders, or the header of an image cannot be read.
-    """
-    if config.root in (SUBSET_ROOT, FULL_ROOT):
-        root = fashion_mnist_root(config.root)
-    else:
-        root = Path(config.root).expanduser().absolute()
-    train_found, val_found = scan_root(root)
-    train, val = load_image_list(train_found), load_image_list(val_found)
-    sha = list_sha((train_found, train), (val_found, val))
-    return Dataset(train=train, val=val, classes=train_found.classes, sha=sha)
+from bitfleet.trainer.data import sampler
+from bitfleet.trainer.data.config import DataConfig
+from bitfleet.trainer.data.dali import Batch, ImagePipeline, Request
+from bitfleet.trainer.data.dataset import Dataset
+from bitfleet.trainer.data.images import ImageList
+from bitfleet.trainer.data.sampler import Windows
 
 
 class TrainLoader:
@@ -98,7 +64,7 @@ class TrainLoader:
         self._config = config
         self._seed = seed
         self._micro_batches = functools.partial(
-            data_sampler.micro_batches,
+            sampler.micro_batches,
             seed=seed,
             num_samples=len(dataset.train),
             global_batch_size=global_batch_size,
@@ -136,13 +102,13 @@ class TrainLoader:
         for epoch, samples in self._micro_batches(start_step=start_step):
             heights, widths = _sizes(images, samples)
             if config.augmentation == "pad_crop":
-                windows = data_sampler.random_padded_windows(
+                windows = sampler.random_padded_windows(
                     seed, epoch, samples, heights, widths, config.image_size, config.crop_padding
                 )
             else:
-                windows = data_sampler.random_resized_windows(seed, epoch, samples, heights, widths)
-            flips = data_sampler.random_flips(seed, epoch, samples) if config.flip else _no_flips(samples)
-            yield Request(images.paths[samples], windows, flips, images.labels[samples])
+                windows = sampler.random_resized_windows(seed, epoch, samples, heights, widths)
+            flips = sampler.random_flips(seed, epoch, samples) if config.flip else _no_flips(samples)
+            yield Request(_paths(images, samples), windows, flips, images.labels[samples])
 
 
 class ValidationLoader:
@@ -165,7 +131,7 @@ class ValidationLoader:
         """
         self._images = dataset.val
         self._config = config
-        self._batches = data_sampler.validation_batches(len(dataset.val), config.val_batch_size, rank, world_size)
+        self._batches = sampler.validation_batches(len(dataset.val), config.val_batch_size, rank, world_size)
         gpu = _device_index(config, device_index)
         self._device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
         self._pipeline = ImagePipeline(
@@ -199,45 +165,21 @@ class ValidationLoader:
                 return
             heights, widths = _sizes(images, samples)
             if self._config.augmentation == "pad_crop":
-                windows: Windows = data_sampler.central_windows(heights, widths, size)
+                windows: Windows = sampler.central_windows(heights, widths, size)
             else:
-                windows = data_sampler.resized_central_windows(heights, widths, size)
-            yield Request(images.paths[samples], windows, _no_flips(samples), images.labels[samples])
+                windows = sampler.resized_central_windows(heights, widths, size)
+            yield Request(_paths(images, samples), windows, _no_flips(samples), images.labels[samples])
 
 
-def normalize(images: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> torch.Tensor:
-    """Return (images - mean) / std, on the device of the images.
-
-    Args:
-        images: uint8 [N, H, W, 3].
-        mean: Of R, G, B on the scale 0..255.
-        std: Of R, G, B on the scale 0..255.
-
-    Returns:
-        float32 [N, 3, H, W] in channels_last, which the NHWC images already are: one pass over the data to convert, no
-        transposition.
-    """
-    mean_row, std_row = _channel_rows(mean, std, images.shape[2], images.device)
-    num_images, height, width, _ = images.shape
-    rows = images.to(torch.float32).view(num_images, height, width * 3)
-    return rows.sub_(mean_row).div_(std_row).view(num_images, height, width, 3).permute(0, 3, 1, 2)
-
-
-@functools.cache
-def _channel_rows(
-    mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # A whole row, because an inner loop over three channels is four times slower on the CPU. Kept, because making one on a
-    # GPU waits for a copy. Made outside inference mode, since training uses them as well.
-    with torch.inference_mode(False):
-        return torch.tensor(mean * width, device=device), torch.tensor(std * width, device=device)
-
-
-def _sizes(images: ImageList, samples: data_sampler.Ints) -> tuple[data_sampler.Ints, data_sampler.Ints]:
+def _sizes(images: ImageList, samples: sampler.Ints) -> tuple[sampler.Ints, sampler.Ints]:
     return images.heights[samples].astype(np.int64), images.widths[samples].astype(np.int64)
 
 
-def _no_flips(samples: data_sampler.Ints) -> npt.NDArray[np.int32]:
+def _paths(images: ImageList, samples: sampler.Ints) -> npt.NDArray[np.bytes_]:
+    return np.char.add(os.fsencode(images.folder) + b"/", images.names[samples])
+
+
+def _no_flips(samples: sampler.Ints) -> npt.NDArray[np.int32]:
     return np.zeros(len(samples), np.int32)
 
 

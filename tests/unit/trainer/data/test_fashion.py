@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bitfleet.trainer import data_fashion
-from bitfleet.trainer.data_fashion import FULL_ROOT, SUBSET_ROOT, fashion_mnist_root
+from bitfleet.trainer.data import fashion
+from bitfleet.trainer.data.fashion import FULL_ROOT, SUBSET_ROOT, fashion_mnist_root
 
 # Says in a file that it writes the tree, and dies half-way if it is told to.
 UNPACK = """
 import os, sys
-from bitfleet.trainer import data_fashion
-write, save = data_fashion._write_tree, data_fashion.Image.Image.save
+from bitfleet.trainer.data import fashion
+write, save = fashion._write_tree, fashion.Image.Image.save
 def logged_write(root, images):
     with open(sys.argv[1], "a") as log:
         log.write("written\\n")
@@ -24,10 +24,10 @@ def dying_save(image, path):
     if path.name == "000300.png":
         os.kill(os.getpid(), 9)
     save(image, path)
-data_fashion._write_tree = logged_write
+fashion._write_tree = logged_write
 if "die" in sys.argv:
-    data_fashion.Image.Image.save = dying_save
-print(data_fashion.fashion_mnist_root("fashion-mnist"))
+    fashion.Image.Image.save = dying_save
+print(fashion.fashion_mnist_root("fashion-mnist"))
 """
 
 
@@ -64,15 +64,15 @@ def test_processes_unpack_once_after_one_was_killed_half_way(cache: Path, tmp_pa
 
 def test_files_hold_the_images_of_the_subset() -> None:
     root = fashion_mnist_root(SUBSET_ROOT)
-    subset = data_fashion.load_subset()
+    subset = fashion.load_subset()
     for split, class_name, label, index in (("train", "0_t-shirt", 0, 0), ("val", "9_ankle-boot", 9, 99)):
         with Image.open(root / split / class_name / f"{index:06d}.png") as image:
             np.testing.assert_array_equal(np.asarray(image), subset[split][label][index])
 
 
-@pytest.mark.skipif(not data_fashion._DEBIAN_FOLDER.exists(), reason="dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(not fashion._DEBIAN_FOLDER.exists(), reason="dataset-fashion-mnist is not installed")
 def test_subset_is_the_first_images_of_each_class_of_the_original() -> None:
-    full, subset = data_fashion.load_full(), data_fashion.load_subset()
+    full, subset = fashion.load_full(), fashion.load_subset()
     for split, count, whole in (("train", 600, 6000), ("val", 100, 1000)):
         for ours, original in zip(subset[split], full[split], strict=True):
             assert len(original) == whole
@@ -80,6 +80,6 @@ def test_subset_is_the_first_images_of_each_class_of_the_original() -> None:
 
 
 def test_full_set_without_the_package_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_fashion, "_DEBIAN_FOLDER", tmp_path)
+    monkeypatch.setattr(fashion, "_DEBIAN_FOLDER", tmp_path)
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz.*apt-get install dataset-fashion-mnist"):
         fashion_mnist_root(FULL_ROOT)

@@ -12,39 +12,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from bitfleet.trainer.data_cache import cache_folder, exclusive
+from bitfleet.trainer.data.cache import cache_folder, exclusive
+from bitfleet.trainer.data.images import ImageList
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 # Pillow's names of what DALI reads, whatever the suffix says: ImageNet has a PNG named .JPEG.
 _FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
 
 _LAYOUT = (
-    "expected ROOT/train/<class>/*.JPEG and ROOT/val/<class>/*.JPEG "
-    "(ImageNet: download the ILSVRC2012 archives from image-net.org and unpack them so)"
+    "expected ROOT/train/<class>/*.JPEG and ROOT/val/<class>/*.JPEG, or the DEST of `bitfleet data prepare SOURCE DEST`, which "
+    "knows ILSVRC2012's archives, the Kaggle layout, WebDataset shards and CIFAR-10"
 )
 _READER_THREADS = 16  # headers wait for the disk or the network, not for the CPU
 _SLOW_COUNT = 50_000  # images; from here on reading the headers takes long enough to say so
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ImageList:
-    """The images of one split in a fixed order: classes bytewise, files bytewise within a class. N images."""
-
-    paths: npt.NDArray[np.bytes_]
-    """Absolute paths, bytes of the file system, padded with NUL to one width [N]; 1.28 M paths are one 70 MB block."""
-    labels: npt.NDArray[np.int64]
-    """Class index [N]."""
-    heights: npt.NDArray[np.int32]
-    """Pixels, as stored in the file (EXIF orientation is not applied) [N]."""
-    widths: npt.NDArray[np.int32]
-    """Pixels, as stored in the file [N]."""
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def path(self, index: int) -> str:
-        """Return the path of image `index` as text."""
-        return os.fsdecode(bytes(self.paths[index]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,24 +113,15 @@ def load_image_list(found: ClassFolders) -> ImageList:
         ValueError: The header of an image cannot be read; the path is named.
     """
     heights, widths = _cached_image_sizes(found)
-    prefix = os.fsencode(found.folder) + b"/"
+    prefix = os.fsencode(found.folder.name) + b"/"
     return ImageList(
-        paths=np.array([prefix + os.fsencode(name) for name in found.names]),
+        folder=found.folder.parent,
+        names=np.array([prefix + os.fsencode(name) for name in found.names]),
         labels=np.array(found.labels, np.int64),
         heights=heights,
         widths=widths,
+        sizes=np.array(found.sizes, np.int64),
     )
-
-
-def list_sha(*splits: tuple[ClassFolders, ImageList]) -> str:
-    """Return a sha256 over names, labels, heights and widths: the same wherever the same data lies."""
-    digest = hashlib.sha256()
-    for found, images in splits:
-        digest.update(f"{found.folder.name} {len(images)}\n".encode())
-        digest.update(b"".join(os.fsencode(name) + b"\n" for name in found.names))
-        for array in (images.labels, images.heights, images.widths):
-            digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
-    return digest.hexdigest()
 
 
 def _cached_image_sizes(found: ClassFolders) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:

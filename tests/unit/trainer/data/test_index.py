@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bitfleet.trainer import data_index
-from bitfleet.trainer.data_cache import cache_folder
+from bitfleet.trainer.data import index as data_index
+from bitfleet.trainer.data.cache import cache_folder
+from bitfleet.trainer.data.manifest import lists_sha
 
 FILES = {"a": ["2.JPEG", "10.jpg", "z.PNG"], "B": ["1.png"]}
 
@@ -74,9 +75,8 @@ def test_sizes_are_read_once_and_again_when_a_file_changes(root: Path, monkeypat
 
 def test_sha_is_of_the_content_not_of_the_place(root: Path, tmp_path: Path) -> None:
     def sha(place: Path) -> str:
-        return data_index.list_sha(
-            *((found, data_index.load_image_list(found)) for found in data_index.scan_root(place))
-        )
+        train, val = map(data_index.load_image_list, data_index.scan_root(place))
+        return lists_sha(train, val)
 
     first = sha(root)
     moved = root.rename(tmp_path / "moved")
@@ -85,8 +85,10 @@ def test_sha_is_of_the_content_not_of_the_place(root: Path, tmp_path: Path) -> N
     assert sha(moved) != first
 
 
-def test_missing_root_says_where_imagenet_is(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere' does not exist; expected ROOT/train/<class>/.*image-net\.org"):
+def test_missing_root_says_what_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"nowhere' does not exist; expected ROOT/train/<class>/.*bitfleet data prepare"
+    ):
         data_index.scan_root(tmp_path / "nowhere")
 
 

@@ -9,13 +9,13 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import center_crop
 
-from bitfleet.trainer import data_sampler
+from bitfleet.trainer.data import sampler
 
 
 def take(
     num_batches: int, *, rank: int = 0, world_size: int = 1, start_step: int = 0, seed: int = 5
 ) -> list[tuple[int, list[int]]]:
-    stream = data_sampler.micro_batches(
+    stream = sampler.micro_batches(
         seed=seed,
         num_samples=107,
         global_batch_size=24,
@@ -36,18 +36,18 @@ def test_the_stream_is_the_one_that_checkpoints_were_written_with() -> None:
     samples = np.arange(64)
     heights, widths = samples % 7 * 50 + 20, samples % 5 * 70 + 20
     digest = hashlib.sha256()
-    digest.update(data_sampler.epoch_permutation(2**64 - 1, 3, 1000).astype("<i8").tobytes())
-    digest.update(data_sampler.random_flips(3, 1, samples).astype("<i4").tobytes())
+    digest.update(sampler.epoch_permutation(2**64 - 1, 3, 1000).astype("<i8").tobytes())
+    digest.update(sampler.random_flips(3, 1, samples).astype("<i4").tobytes())
     for windows in (
-        data_sampler.random_resized_windows(3, 1, samples, heights, widths),
-        data_sampler.random_padded_windows(3, 1, samples, heights, widths, 28, 4),
+        sampler.random_resized_windows(3, 1, samples, heights, widths),
+        sampler.random_padded_windows(3, 1, samples, heights, widths, 28, 4),
     ):
         digest.update(windows.starts.astype("<i4").tobytes() + windows.ends.astype("<i4").tobytes())
     assert digest.hexdigest() == "ca9978e70dd2b8b2814f6b7c6fb1389d82eca6dcc698f071996c780d99425515"
 
 
 def test_permutation_depends_on_seed_and_epoch_and_holds_every_sample_once() -> None:
-    orders = [data_sampler.epoch_permutation(seed, epoch, 500) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [sampler.epoch_permutation(seed, epoch, 500) for seed in (0, 1) for epoch in (0, 1)]
     assert len({order.tobytes() for order in orders}) == 4
     for order in orders:
         assert sorted(order.tolist()) == list(range(500))
@@ -77,7 +77,7 @@ def test_every_sample_comes_at_most_once_an_epoch() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize(("num_samples", "batch_size"), [(1, 4), (4, 4), (16, 4), (17, 4), (21, 4), (97, 8), (10, 100)])
 def test_validation_covers_every_sample_once(num_samples: int, batch_size: int, world_size: int) -> None:
-    shares = [data_sampler.validation_batches(num_samples, batch_size, rank, world_size) for rank in range(world_size)]
+    shares = [sampler.validation_batches(num_samples, batch_size, rank, world_size) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
     assert all(len(batch) <= batch_size for share in shares for batch in share)
     assert sorted(np.concatenate([batch for share in shares for batch in share])) == list(range(num_samples))
@@ -85,8 +85,8 @@ def test_validation_covers_every_sample_once(num_samples: int, batch_size: int, 
 
 def test_windows_do_not_depend_on_the_batch() -> None:
     samples, shuffled = np.arange(50), np.random.default_rng(0).permutation(50)
-    whole = data_sampler.random_resized_windows(1, 2, samples, *sizes(50, 300, 400))
-    part = data_sampler.random_resized_windows(1, 2, shuffled[:20], *sizes(20, 300, 400))
+    whole = sampler.random_resized_windows(1, 2, samples, *sizes(50, 300, 400))
+    part = sampler.random_resized_windows(1, 2, shuffled[:20], *sizes(20, 300, 400))
     np.testing.assert_array_equal(part.starts, whole.starts[shuffled[:20]])
     np.testing.assert_array_equal(part.ends, whole.ends[shuffled[:20]])
 
@@ -94,7 +94,7 @@ def test_windows_do_not_depend_on_the_batch() -> None:
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (64, 64), (120, 900)])
 def test_random_resized_windows_are_distributed_as_in_torchvision(height: int, width: int) -> None:
     count = 6000
-    windows = data_sampler.random_resized_windows(0, 0, np.arange(count), *sizes(count, height, width))
+    windows = sampler.random_resized_windows(0, 0, np.arange(count), *sizes(count, height, width))
     h, w = (windows.ends - windows.starts).T
     torch.manual_seed(0)
     blank = torch.empty(1, height, width)
@@ -116,7 +116,7 @@ def test_random_resized_windows_are_distributed_as_in_torchvision(height: int, w
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 5000), (5000, 3), (2, 100), (301, 7)])
 def test_random_resized_windows_fall_back_to_the_centre_as_torchvision_does(height: int, width: int) -> None:
-    windows = data_sampler.random_resized_windows(0, 0, np.arange(8), *sizes(8, height, width))
+    windows = sampler.random_resized_windows(0, 0, np.arange(8), *sizes(8, height, width))
     top, left, h, w = RandomResizedCrop.get_params(torch.empty(1, height, width), [0.08, 1.0], [3 / 4, 4 / 3])
     assert (windows.ends > windows.starts).all()
     assert windows.starts.tolist() == [[top, left]] * 8
@@ -125,8 +125,8 @@ def test_random_resized_windows_fall_back_to_the_centre_as_torchvision_does(heig
 
 def test_flips_are_fair_and_independent_of_the_crop() -> None:
     samples = np.arange(4000)
-    flips = data_sampler.random_flips(0, 0, samples)
-    starts = data_sampler.random_padded_windows(0, 0, samples, *sizes(4000, 28, 28), 32, 4).starts
+    flips = sampler.random_flips(0, 0, samples)
+    starts = sampler.random_padded_windows(0, 0, samples, *sizes(4000, 28, 28), 32, 4).starts
     assert set(flips.tolist()) == {0, 1}
     assert abs(flips.mean() - 0.5) < 0.03
     assert abs(np.corrcoef(flips, starts[:, 1])[0, 1]) < 0.05
@@ -134,7 +134,7 @@ def test_flips_are_fair_and_independent_of_the_crop() -> None:
 
 def test_padded_windows_are_uniform_over_all_offsets() -> None:
     samples = np.arange(5000)
-    windows = data_sampler.random_padded_windows(0, 0, samples, *sizes(5000, 28, 30), 32, 4)
+    windows = sampler.random_padded_windows(0, 0, samples, *sizes(5000, 28, 30), 32, 4)
     assert (windows.ends - windows.starts == 32).all()
     for axis, offsets in ((0, range(-4, 1)), (1, range(-4, 3))):
         values, counts = np.unique(windows.starts[:, axis], return_counts=True)
@@ -147,7 +147,7 @@ def test_central_windows_are_those_of_torchvision(size: int) -> None:
     for height in range(1, 14):
         for width in (6, 7, 8, 9, 11):
             image = torch.arange(1, height * width + 1).reshape(1, height, width)
-            windows = data_sampler.central_windows(np.array([height]), np.array([width]), size)
+            windows = sampler.central_windows(np.array([height]), np.array([width]), size)
             (y, x), margin = windows.starts[0], 10
             padded = torch.nn.functional.pad(image, [margin] * 4)
             ours = padded[:, y + margin : y + margin + size, x + margin : x + margin + size]

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.dlpack import from_dlpack
 
-from bitfleet.trainer.data_sampler import Windows
+from bitfleet.trainer.data.sampler import Windows
 
 # crop_resize: decode the window only, resize it. resize_crop: resize the whole image, take a window of the result.
 # crop: take the window, black where it leaves the image.

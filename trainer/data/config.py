@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from bitfleet.trainer.data_fashion import SUBSET_ROOT
+from bitfleet.trainer.data.fashion import SUBSET_ROOT
 
 _AUGMENTATIONS = ("random_resized_crop", "pad_crop")
 _DEVICES = ("auto", "cpu", "gpu")

@@ -1,0 +1,56 @@
+"""A data set as the trainer sees it: two lists of images and the names of their classes."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitfleet.trainer.data import manifest
+from bitfleet.trainer.data.config import DataConfig
+from bitfleet.trainer.data.fashion import FULL_ROOT, SUBSET_ROOT, fashion_mnist_root
+from bitfleet.trainer.data.images import ImageList
+from bitfleet.trainer.data.index import load_image_list, scan_root
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Dataset:
+    """The images of a data set, listed, not read."""
+
+    train: ImageList
+    """Training images."""
+    val: ImageList
+    """Validation images."""
+    classes: tuple[str, ...]
+    """Names of the classes; the position is the label."""
+    sha: str
+    """sha256 of both lists: two data sets of one sha give the same stream."""
+    num_quarantined: int = 0
+    """Images that `bitfleet data verify` set aside, which are in neither list."""
+
+
+def open_dataset(config: DataConfig) -> Dataset:
+    """List the images of `config.root`.
+
+    A folder that `bitfleet data prepare` made has a manifest, which is read. In any other folder the class folders are listed
+    and, the first time, image headers are read. Embedded data is unpacked the first time.
+
+    Raises:
+        ValueError: The root is missing or neither prepared nor in class folders, or the header of an image cannot be read.
+    """
+    if config.root in (SUBSET_ROOT, FULL_ROOT):
+        root = fashion_mnist_root(config.root)
+    else:
+        root = Path(config.root).expanduser().absolute()
+    if (root / manifest.FILE).exists():
+        return _open_prepared(root)
+    train_found, val_found = scan_root(root)
+    train, val = load_image_list(train_found), load_image_list(val_found)
+    return Dataset(train=train, val=val, classes=train_found.classes, sha=manifest.lists_sha(train, val))
+
+
+def _open_prepared(root: Path) -> Dataset:
+    prepared, sha = manifest.read_manifest(root)
+    if quarantined := manifest.read_quarantine(root):
+        sha = hashlib.sha256("\n".join([sha, *sorted(quarantined)]).encode(errors="surrogateescape")).hexdigest()
+    train, val = manifest.without(prepared.train, quarantined), manifest.without(prepared.val, quarantined)
+    num_quarantined = len(prepared.train) + len(prepared.val) - len(train) - len(val)
+    return Dataset(train=train, val=val, classes=prepared.classes, sha=sha, num_quarantined=num_quarantined)
