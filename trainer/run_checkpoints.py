@@ -57,7 +57,8 @@ def identity(config: TrainConfig, num_replicas: int, world_size: int, data_sha: 
     DeepSpeed's own shards can only be read on as many ranks as wrote them; all else is free of the number of ranks.
     """
     resolved = to_dict(config)
-    machine = ("root", "device", "num_threads")  # where the data is and who decodes it
+    # where the data is, who decodes it, and what is done about faults
+    machine = ("root", "device", "num_threads", "on_bad_sample", "max_bad_samples", "stall_seconds")
     sections = {
         "data": {key: value for key, value in resolved["data"].items() if key not in machine},
         "engine": {

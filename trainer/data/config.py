@@ -1,4 +1,4 @@
-"""What is read and how it is cropped: the config of trainer/data.py."""
+"""What is read, by what, and how it is cropped: the config of trainer/data/."""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ from bitfleet.trainer.data.fashion import SUBSET_ROOT
 
 _AUGMENTATIONS = ("random_resized_crop", "pad_crop")
 _DEVICES = ("auto", "cpu", "gpu")
+_LOADERS = ("dali", "torch")
+_BAD_SAMPLE_POLICIES = ("fail", "replace")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,7 +18,7 @@ class DataConfig:
 
     root: str = SUBSET_ROOT
     """"fashion-mnist" (embedded subset), "fashion-mnist-full" (Debian's package dataset-fashion-mnist), or a folder
-    with train/<class>/ and val/<class>/ (the ImageNet layout)."""
+    from `bitfleet data prepare`, or one with train/<class>/ and val/<class>/ (the ImageNet layout)."""
     image_size: int = 32
     """Height and width of the images that the network gets, in pixels."""
     augmentation: Literal["random_resized_crop", "pad_crop"] = "pad_crop"
@@ -36,7 +38,17 @@ class DataConfig:
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where images are decoded. auto: on the GPU where there is one."""
     num_threads: int | None = None
-    """DALI's threads in one rank. None: the cores of the machine divided by its ranks."""
+    """Threads that decode in one rank. None: the cores of the machine divided by its ranks."""
+    loader: Literal["dali", "torch"] = "dali"
+    """What reads the images. torch: Pillow and torchvision, on the CPU; the same order, windows and flips, pixels that differ in
+    the last bits, so a run does not change between the two."""
+    on_bad_sample: Literal["fail", "replace"] = "fail"
+    """What happens when an image cannot be read or decoded. fail: the run ends and names it. replace: another image, a function
+    of seed, epoch and sample, takes its place in training, and validation leaves it out; both are counted and logged."""
+    max_bad_samples: int = 100
+    """With on_bad_sample="replace": a rank that meets more different ones ends the run."""
+    stall_seconds: float = 60.0
+    """A batch that takes longer to read ends the run, with the path that the disk does not give."""
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -44,12 +56,15 @@ class DataConfig:
             ("crop_padding", self.crop_padding, 0),
             ("val_batch_size", self.val_batch_size, 1),
             ("num_threads", 1 if self.num_threads is None else self.num_threads, 1),
+            ("max_bad_samples", self.max_bad_samples, 0),
         ):
             if value < least:
                 raise ValueError(f"data.{name}={value} must be at least {least}")
         for name, choice, choices in (
             ("augmentation", self.augmentation, _AUGMENTATIONS),
             ("device", self.device, _DEVICES),
+            ("loader", self.loader, _LOADERS),
+            ("on_bad_sample", self.on_bad_sample, _BAD_SAMPLE_POLICIES),
         ):
             if choice not in choices:
                 raise ValueError(f"data.{name}={choice!r} must be one of {', '.join(choices)}")
@@ -58,3 +73,7 @@ class DataConfig:
                 raise ValueError(f"data.{name}={channels} must be three finite numbers, for R, G and B")
         if min(self.std) <= 0:
             raise ValueError(f"data.std={self.std} must be positive")
+        if not self.stall_seconds > 0:
+            raise ValueError(f"data.stall_seconds={self.stall_seconds} must be positive")
+        if self.loader == "torch" and self.device == "gpu":
+            raise ValueError("data.loader='torch' decodes on the CPU: use data.device='auto' or 'cpu'")

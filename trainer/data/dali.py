@@ -3,48 +3,26 @@
 import contextlib
 import importlib
 import importlib.metadata
-import os
-from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 from torch.utils.dlpack import from_dlpack
 
-from bitfleet.trainer.data.sampler import Windows
-
-# crop_resize: decode the window only, resize it. resize_crop: resize the whole image, take a window of the result.
-# crop: take the window, black where it leaves the image.
-Geometry = Literal["crop_resize", "resize_crop", "crop"]
-Batch = tuple[torch.Tensor, torch.Tensor]
+from bitfleet.trainer.data.dali_feed import Feed
+from bitfleet.trainer.data.decoding import reason_of
+from bitfleet.trainer.data.request import Batch, Geometry, Mend, Request
+from bitfleet.trainer.data.stall import result_within
 
 _PREFETCH_DEPTH = 2
 
 
-class Request(NamedTuple):
-    """One batch to be read: N <= batch_size images."""
-
-    paths: npt.NDArray[np.bytes_]
-    """Absolute paths [N]."""
-    windows: Windows
-    """int32, or float32 for resize_crop."""
-    flips: npt.NDArray[np.int32]
-    """1 to mirror left to right [N]."""
-    labels: npt.NDArray[np.int64]
-    """[N]."""
-
-    def path(self, index: int) -> str:
-        """Return the path of image `index` as text."""
-        return os.fsdecode(bytes(self.paths[index]))
-
-
-class ImagePipeline:
+class DaliPipeline:
     """One DALI pipeline that reads requests ahead of their consumer.
 
-    Building it costs milliseconds and threads, so it is kept from one iteration to the next.
+    Building it costs milliseconds and threads, so it is kept from one iteration to the next. It runs in a thread of its own:
+    a read that never returns must not keep the process from saying so.
     """
 
     def __init__(
@@ -56,6 +34,8 @@ class ImagePipeline:
         num_threads: int,
         device_index: int | None,
         largest_image_bytes: int,
+        in_shards: bool,
+        stall_seconds: float,
     ) -> None:
         """Check that DALI is there; the pipeline is built when it is first used.
 
@@ -66,6 +46,8 @@ class ImagePipeline:
             num_threads: Threads that read and decode.
             device_index: The CUDA device to decode on; None decodes on the CPU.
             largest_image_bytes: Height * width * 3 of the largest image: how much the GPU decoder allocates at once.
+            in_shards: Images are parts of larger files, which DALI cannot read itself.
+            stall_seconds: How long a batch may take before the disk is asked whether it answers.
 
         Raises:
             ValueError: DALI is not installed, or both of its wheels are.
@@ -77,66 +59,109 @@ class ImagePipeline:
         self._num_threads = num_threads
         self._device_index = device_index
         self._largest_image_bytes = largest_image_bytes
-        self._feed = _Feed()
+        self._in_shards = in_shards
+        self._stall_seconds = stall_seconds
+        self._feed = Feed(in_shards)
         self._pipeline: Any = None
+        self._iteration: object = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dali")
 
-    def batches(self, requests: Iterator[Request]) -> Iterator[Batch]:
-        """Yield images, uint8 [N, image_size, image_size, 3], and labels, int64 [N], for each request, in order.
-
-        Both are on the device and belong to the caller. A new call ends the iteration of an earlier one.
-
-        Raises:
-            ValueError: An image cannot be decoded; its path is named.
-        """
-        if self._pipeline is None:
-            self._pipeline = self._build()
+    def batches(self, requests: Iterator[Request], mend: Mend) -> Iterator[Batch]:
+        """See request.Pipeline."""
         self._drain()
-        self._feed.requests = requests
+        self._iteration = iteration = object()
+        self._feed.start(requests)
         while True:
-            if self._feed.requests is not requests:
+            if self._iteration is not iteration:
                 raise RuntimeError("this loader was iterated anew; the earlier iteration cannot go on")
             try:
                 images = self._run()
             except StopIteration:
                 return
-            labels = torch.from_numpy(self._feed.in_flight.popleft().labels)
-            yield images, labels.to(images.device, non_blocking=True)
+            except RuntimeError as failure:
+                if (emptied := self._mend(mend, failure)) is not None:
+                    yield emptied
+                continue
+            request = self._feed.in_flight.popleft()
+            yield self._finish(images, request), request.labels.to(self._device, non_blocking=True)
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self._device_index is None else torch.device("cuda", self._device_index)
+
+    def _mend(self, mend: Mend, failure: RuntimeError) -> Batch | None:
+        """Have the oldest batch mended, which made DALI fail, and read it again; the empty batch, if nothing is left of it."""
+        self._pipeline = None  # DALI: "Current pipeline object is no longer valid"
+        failed = self._feed.in_flight.popleft() if self._feed.in_flight else None
+        unreadable = self._unreadable(failed) if failed else {}
+        if failed is None or not unreadable:
+            raise failure  # of another kind
+        mended = mend(failed, unreadable)
+        if len(mended.samples):
+            self._feed.again([mended])
+            return None
+        self._feed.again([])
+        size = self._image_size
+        empty = torch.empty((0, size, size, 3), dtype=torch.uint8, device=self._device)
+        return empty, mended.labels.to(self._device)
+
+    def _unreadable(self, request: Request) -> dict[int, str]:
+        """Position -> reason of the images of `request` that DALI, asked for each alone, cannot give.
+
+        With the window of the request: what is unreadable must not depend on what was read before.
+        """
+        found: dict[int, str] = {}
+        pipeline, feed = None, Feed(self._in_shards)
+        for position in range(len(request.samples)):
+            feed.start(iter([request.part(slice(position, position + 1))]))
+            pipeline = pipeline or self._build(feed, batch_size=1)
+            try:
+                while result_within(self._thread.submit(_next_output, pipeline, None), self._stall_seconds, [request]):
+                    pass
+                pipeline.reset()
+            except RuntimeError:
+                found[position] = reason_of(request, position) or "DALI does not read this format or variant"
+                pipeline = None
+        return found
 
     def _drain(self) -> None:
         """Finish what an abandoned iteration had under way, and make the pipeline ready for a new one."""
-        self._feed.requests = iter(())
+        if self._pipeline is None:
+            self._pipeline = self._build(self._feed, self._batch_size)
+        self._feed.stop()
         try:
             while True:
                 self._run()
         except StopIteration:
             self._feed.in_flight.clear()
             self._pipeline.reset()
+        except RuntimeError:  # of a batch that nobody wants any more
+            self._pipeline = None
 
-    def _run(self) -> torch.Tensor:
+    def _run(self) -> Any:
+        """The next output of the pipeline."""
+        if self._pipeline is None:
+            self._pipeline = self._build(self._feed, self._batch_size)
         stream = None if self._device_index is None else torch.cuda.current_stream(self._device_index)
-        try:
-            (images,) = self._pipeline.run(stream)
-        except RuntimeError:
-            self._pipeline = None  # DALI: "Current pipeline object is no longer valid"
-            unreadable = _find_unreadable(self._feed.in_flight)
-            self._feed.in_flight.clear()
-            if unreadable is None:
-                raise
-            path, reason = unreadable
-            raise ValueError(
-                f"the image {path} cannot be decoded ({reason}); replace the file, or remove it from its class folder"
-            ) from None
+        running = self._thread.submit(_next_output, self._pipeline, stream)
+        output = result_within(running, self._stall_seconds, self._feed.in_flight)
+        if output is None:
+            raise StopIteration
+        return output
+
+    def _finish(self, images: Any, request: Request) -> torch.Tensor:
+        """The batch of a pipeline's output."""
         # The executor counts references to its buffers and hands out a new one for every batch (exec_dynamic), so the
         # tensor stays as it is without a copy. On a GPU the copy gives the memory to torch's allocator, which knows
         # the streams that still read it.
-        tensor = from_dlpack(images.as_tensor())
+        tensor: torch.Tensor = from_dlpack(images.as_tensor())
         return tensor if self._device_index is None else tensor.clone()
 
-    def _build(self) -> Any:
+    def _build(self, feed: Feed, batch_size: int) -> Any:
         from nvidia.dali import Pipeline, fn, types
 
         pipeline = Pipeline(
-            batch_size=self._batch_size,
+            batch_size=batch_size,
             num_threads=self._num_threads,
             device_id=self._device_index,
             prefetch_queue_depth=_PREFETCH_DEPTH,
@@ -153,81 +178,47 @@ class ImagePipeline:
                 "jpeg_fancy_upsampling": True,  # as the CPU decoder does
             }
         window_type = types.FLOAT if self._geometry == "resize_crop" else types.INT32
+        resizing: dict[str, Any] = {
+            "size": [self._image_size] * 2,
+            "interp_type": types.INTERP_LINEAR,
+            "antialias": True,
+        }
         with pipeline:
-            paths, starts, ends, flips = fn.external_source(
-                source=self._feed,
+            files, starts, ends, flips = fn.external_source(
+                source=feed,
                 num_outputs=4,
                 batch=True,
                 dtype=[types.UINT8, window_type, window_type, types.INT32],
                 ndim=[1, 1, 1, 0],
             )
-            files = fn.io.file.read(paths)
-            size = [self._image_size, self._image_size]
-            if self._geometry == "crop_resize":
+            if not self._in_shards:
+                files = fn.io.file.read(files)
+            if self._geometry in ("crop_resize", "crop_bicubic"):
                 images = fn.decoders.image_slice(files, start=starts, end=ends, axes=[0, 1], **decoding)
-                images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
-            elif self._geometry == "resize_crop":
-                images = fn.decoders.image(files, **decoding)
-                images = fn.resize(
-                    images, size=size, roi_start=starts, roi_end=ends, interp_type=types.INTERP_LINEAR, antialias=True
-                )
             else:
                 images = fn.decoders.image(files, **decoding)
+            if self._geometry == "crop_resize":
+                images = fn.resize(images, **resizing)
+            elif self._geometry == "resize_crop":
+                images = fn.resize(images, roi_start=starts, roi_end=ends, **resizing)
+            elif self._geometry == "crop":
                 images = fn.slice(
                     images, start=starts, end=ends, axes=[0, 1], out_of_bounds_policy="pad", fill_values=0
                 )
-            pipeline.set_outputs(fn.flip(images, horizontal=flips))
+            if self._geometry != "crop_bicubic":
+                images = fn.flip(images, horizontal=flips)
+            pipeline.set_outputs(images)
         pipeline.build()
         return pipeline
 
 
-class _Feed:
-    """What DALI calls for its inputs. Apart from ImagePipeline, so that no reference cycle keeps a pipeline alive."""
-
-    def __init__(self) -> None:
-        self.requests: Iterator[Request] = iter(())
-        self.in_flight: deque[Request] = deque()
-
-    def __call__(self) -> tuple[npt.NDArray[Any], ...]:
-        request = next(self.requests)  # StopIteration ends the iteration: DALI's own convention
-        self.in_flight.append(request)
-        # One matrix for all paths costs half of what a list of arrays does; the file system ends a path at its NUL.
-        paths = np.ascontiguousarray(request.paths).view(np.uint8).reshape(len(request.paths), -1)
-        return paths, request.windows.starts, request.windows.ends, request.flips
-
-
-def _find_unreadable(in_flight: Sequence[Request]) -> tuple[str, str] | None:
-    """Return the path of the image that made DALI fail, and why; None if the failure is of another kind.
-
-    DALI's message has no path in it. Pillow is asked first, since it can say what is wrong, then DALI, image by image,
-    about the batch that failed: the oldest in flight.
-    """
-    for request in in_flight:
-        for index in range(len(request.paths)):
-            path = request.path(index)
-            try:
-                with Image.open(path) as image:
-                    image.load()
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                return path, str(error)
-    for index in range(len(in_flight[0].paths)) if in_flight else ():
-        if not _dali_reads(path := in_flight[0].path(index)):
-            return path, "DALI does not read this format or variant"
-    return None
-
-
-def _dali_reads(path: str) -> bool:
-    from nvidia.dali import Pipeline, fn, types
-
-    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None)
-    with pipeline:
-        encoded = fn.external_source(source=[[np.frombuffer(os.fsencode(path), np.uint8)]], cycle=True)
-        pipeline.set_outputs(fn.decoders.image(fn.io.file.read(encoded), device="cpu", output_type=types.RGB))
+def _next_output(pipeline: Any, stream: Any) -> Any:
+    """The next output of `pipeline`; None at the end (a future cannot hold a StopIteration)."""
     try:
-        pipeline.run()
-    except RuntimeError:
-        return False
-    return True
+        (output,) = pipeline.run(stream)
+    except StopIteration:
+        return None
+    return output
 
 
 def _check_installation() -> None:
@@ -244,5 +235,9 @@ def _check_installation() -> None:
         )
     try:
         importlib.import_module("nvidia.dali")
-    except ModuleNotFoundError:
-        raise ValueError(f"NVIDIA DALI, which reads the images, is not installed: pip install {extras}") from None
+    except ImportError as error:
+        why = "is not installed" if isinstance(error, ModuleNotFoundError) else f"does not load ({error})"
+        raise ValueError(
+            f"NVIDIA DALI, which reads the images, {why}: pip install {extras}, or read them with torchvision: "
+            "--data.loader torch"
+        ) from None

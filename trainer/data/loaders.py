@@ -1,19 +1,22 @@
-"""The loaders of a rank: which images it reads, in which order and with which windows. DALI does the reading (dali.py)."""
+"""The loaders of a rank: which images it reads, in which order and with which windows. A pipeline does the reading."""
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from bitfleet.trainer.data import sampler
+from bitfleet.trainer.data.bad_samples import BadSamples
 from bitfleet.trainer.data.config import DataConfig
-from bitfleet.trainer.data.dali import Batch, ImagePipeline, Request
+from bitfleet.trainer.data.dali import DaliPipeline
 from bitfleet.trainer.data.dataset import Dataset
 from bitfleet.trainer.data.images import ImageList
+from bitfleet.trainer.data.request import Batch, Geometry, Pipeline, Request
 from bitfleet.trainer.data.sampler import Windows
+from bitfleet.trainer.data.torch_pipeline import TorchPipeline
 
 
 class TrainLoader:
@@ -72,14 +75,15 @@ class TrainLoader:
             rank=rank,
             world_size=world_size,
         )
-        self._pipeline = ImagePipeline(
-            geometry="crop" if config.augmentation == "pad_crop" else "crop_resize",
-            image_size=config.image_size,
+        self._pipeline = _pipeline(
+            config,
+            dataset.train,
+            "crop" if config.augmentation == "pad_crop" else "crop_resize",
             batch_size=global_batch_size // num_replicas,
-            num_threads=_num_threads(config, local_world_size),
+            local_world_size=local_world_size,
             device_index=_device_index(config, device_index),
-            largest_image_bytes=_largest_image_bytes(dataset.train),
         )
+        self._bad = BadSamples(config.on_bad_sample, config.max_bad_samples, seed=seed, rank=rank)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Yield this rank's micro-batches from optimizer step `start_step` on, endlessly, over all epochs.
@@ -91,24 +95,36 @@ class TrainLoader:
             device that decodes.
 
         Raises:
-            ValueError: An image cannot be decoded; its path is named.
+            ValueError: An image cannot be decoded, by the policy of data.on_bad_sample, or the disk does not answer; the path
+                is named.
         """
         if start_step < 0:
             raise ValueError(f"start_step={start_step} must not be negative")
-        return self._pipeline.batches(self._requests(start_step))
+        return self._pipeline.batches(self.requests(start_step), self._mend)
 
-    def _requests(self, start_step: int) -> Iterator[Request]:
-        images, config, seed = self._images, self._config, self._seed
-        for epoch, samples in self._micro_batches(start_step=start_step):
-            heights, widths = _sizes(images, samples)
-            if config.augmentation == "pad_crop":
-                windows = sampler.random_padded_windows(
-                    seed, epoch, samples, heights, widths, config.image_size, config.crop_padding
-                )
-            else:
-                windows = sampler.random_resized_windows(seed, epoch, samples, heights, widths)
-            flips = sampler.random_flips(seed, epoch, samples) if config.flip else _no_flips(samples)
-            yield Request(_paths(images, samples), windows, flips, images.labels[samples])
+    @property
+    def num_replaced(self) -> int:
+        """Images of this rank that others took the place of, so far."""
+        return self._bad.num_replaced
+
+    def requests(self, start_step: int = 0) -> Iterator[Request]:
+        """What `batches` reads: samples, windows and flips of this rank's micro-batches, endlessly."""
+        return (self._request(epoch, samples) for epoch, samples in self._micro_batches(start_step=start_step))
+
+    def _request(self, epoch: int, samples: sampler.Ints) -> Request:
+        config, seed = self._config, self._seed
+        heights, widths = _sizes(self._images, samples)
+        if config.augmentation == "pad_crop":
+            windows = sampler.random_padded_windows(
+                seed, epoch, samples, heights, widths, config.image_size, config.crop_padding
+            )
+        else:
+            windows = sampler.random_resized_windows(seed, epoch, samples, heights, widths)
+        flips = sampler.random_flips(seed, epoch, samples) if config.flip else _no_flips(samples)
+        return Request(self._images, samples, windows, flips, epoch)
+
+    def _mend(self, request: Request, unreadable: Mapping[int, str]) -> Request:
+        return self._bad.replace(request, unreadable, self._request)
 
 
 class ValidationLoader:
@@ -134,14 +150,15 @@ class ValidationLoader:
         self._batches = sampler.validation_batches(len(dataset.val), config.val_batch_size, rank, world_size)
         gpu = _device_index(config, device_index)
         self._device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
-        self._pipeline = ImagePipeline(
-            geometry="crop" if config.augmentation == "pad_crop" else "resize_crop",
-            image_size=config.image_size,
+        self._pipeline = _pipeline(
+            config,
+            dataset.val,
+            "crop" if config.augmentation == "pad_crop" else "resize_crop",
             batch_size=config.val_batch_size,
-            num_threads=_num_threads(config, local_world_size),
+            local_world_size=local_world_size,
             device_index=gpu,
-            largest_image_bytes=_largest_image_bytes(dataset.val),
         )
+        self._bad = BadSamples(config.on_bad_sample, config.max_bad_samples, seed=0, rank=rank)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -151,7 +168,7 @@ class ValidationLoader:
 
         N is val_batch_size or less; 0 where the other ranks still have images and this one has not.
         """
-        yield from self._pipeline.batches(self._requests())
+        yield from self._pipeline.batches(self._requests(), self._bad.leave_out)
         size = self._config.image_size
         for samples in self._batches:
             if len(samples) == 0:
@@ -168,15 +185,40 @@ class ValidationLoader:
                 windows: Windows = sampler.central_windows(heights, widths, size)
             else:
                 windows = sampler.resized_central_windows(heights, widths, size)
-            yield Request(_paths(images, samples), windows, _no_flips(samples), images.labels[samples])
+            yield Request(images, samples, windows, _no_flips(samples), epoch=0)
+
+
+def _pipeline(
+    config: DataConfig,
+    images: ImageList,
+    geometry: Geometry,
+    *,
+    batch_size: int,
+    local_world_size: int,
+    device_index: int | None,
+) -> Pipeline:
+    num_threads = _num_threads(config, local_world_size)
+    if config.loader == "torch":
+        return TorchPipeline(
+            geometry=geometry,
+            image_size=config.image_size,
+            num_threads=num_threads,
+            stall_seconds=config.stall_seconds,
+        )
+    return DaliPipeline(
+        geometry=geometry,
+        image_size=config.image_size,
+        batch_size=batch_size,
+        num_threads=num_threads,
+        device_index=device_index,
+        largest_image_bytes=_largest_image_bytes(images),
+        in_shards=images.offsets is not None,
+        stall_seconds=config.stall_seconds,
+    )
 
 
 def _sizes(images: ImageList, samples: sampler.Ints) -> tuple[sampler.Ints, sampler.Ints]:
     return images.heights[samples].astype(np.int64), images.widths[samples].astype(np.int64)
-
-
-def _paths(images: ImageList, samples: sampler.Ints) -> npt.NDArray[np.bytes_]:
-    return np.char.add(os.fsencode(images.folder) + b"/", images.names[samples])
 
 
 def _no_flips(samples: sampler.Ints) -> npt.NDArray[np.int32]:
@@ -222,6 +264,6 @@ def _device_index(config: DataConfig, device_index: int | None) -> int | None:
     available = torch.cuda.is_available()
     if config.device == "gpu" and not available:
         raise ValueError("data.device='gpu' needs a CUDA device and torch finds none; use data.device='auto' or 'cpu'")
-    if config.device == "cpu" or not available:
+    if config.device == "cpu" or config.loader == "torch" or not available:
         return None
     return torch.cuda.current_device() if device_index is None else device_index

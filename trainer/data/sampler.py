@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ORDER, _FLIP, _CROP = 0, 1, 2  # what a number is for: part of its key
+_ORDER, _FLIP, _CROP, _SUBSTITUTE = 0, 1, 2, 3  # what a number is for: part of its key
 _CROP_ATTEMPTS = 10
 _AREA_RANGE = (0.08, 1.0)
 _LOG_MAX_ASPECT = 0.28768207245178085  # log(4/3); the aspect ratio w/h is log-uniform in [3/4, 4/3]
@@ -82,6 +82,12 @@ def validation_batches(num_samples: int, batch_size: int, rank: int, world_size:
 def random_flips(seed: int, epoch: int, samples: Ints) -> npt.NDArray[np.int32]:
     """Return 1 for each sample that is mirrored left to right (probability 1/2), else 0, int32 [N]."""
     return (_keys(seed, epoch, _FLIP, samples) >> np.uint64(63)).astype(np.int32)
+
+
+def substitutes(seed: int, epoch: int, samples: Ints, num_samples: int) -> Ints:
+    """Return for each of `samples` another one to take in its place, int64 [N]; a lone sample is its own substitute."""
+    others = _keys(seed, epoch, _SUBSTITUTE, samples) % np.uint64(max(num_samples - 1, 1))
+    return (samples + 1 + others.astype(np.int64)) % num_samples
 
 
 def random_resized_windows(seed: int, epoch: int, samples: Ints, heights: Ints, widths: Ints) -> Windows:

@@ -87,7 +87,7 @@ def test_validation_is_that_of_torchvision(photos: str, size: int) -> None:
 def test_random_resized_crop_is_that_of_pillow(photos: str) -> None:
     config = DataConfig(root=photos, augmentation="random_resized_crop", image_size=96, num_threads=1)
     loader = train_loader(config, len(SIZES))
-    batches, requests = loader.batches(), loader._requests(0)
+    batches, requests = loader.batches(), loader.requests()
     flips = set()
     for (images, _), request in islice(zip(batches, requests, strict=True), 6):
         for index, ours in enumerate(images.numpy().astype(np.int64)):
@@ -114,7 +114,7 @@ def test_pad_crop_moves_and_mirrors_and_changes_no_pixel(tmp_path: Path, flip: b
     config = DataConfig(root=write_root(tmp_path / "data", write), num_threads=1, flip=flip)
     loader = train_loader(config, 4)
     flips = []
-    for (images, _), request in islice(zip(loader.batches(), loader._requests(0), strict=True), 10):
+    for (images, _), request in islice(zip(loader.batches(), loader.requests(), strict=True), 10):
         for index, ours in enumerate(images.numpy()):
             with Image.open(request.path(index)) as image:
                 padded = np.pad(np.asarray(image), ((4, 4), (4, 4), (0, 0)))

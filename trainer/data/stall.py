@@ -1,0 +1,71 @@
+"""A disk that does not answer: said as such, with the path, and not as a run that hangs."""
+
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+from bitfleet.trainer.data.images import shard_and_member
+from bitfleet.trainer.data.request import Request
+
+Result = TypeVar("Result")
+
+_PROBE_SECONDS = 5.0
+
+
+def result_within(future: Future[Result], seconds: float, in_flight: Iterable[Request]) -> Result:
+    """Wait for `future`.
+
+    Args:
+        future: reads or decodes images of `in_flight`, in a thread of its own.
+        seconds: how long that may take.
+        in_flight: whose files are asked, should it take longer.
+
+    Raises:
+        ValueError: it took longer, and a file that does not answer is the reason.
+        TimeoutError: it took longer, and every file answers.
+    """
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        if future.done():  # the work itself raised a TimeoutError
+            raise
+    path = _silent_file(list(in_flight))
+    if path is None:
+        raise TimeoutError(
+            f"reading images has stood still for {seconds:.0f} s, though every file that is being read answers now "
+            "(data.stall_seconds sets the limit)"
+        )
+    raise ValueError(
+        f"the disk does not answer: {path} could not be read within {seconds:.0f} s; look after the disk or network mount "
+        "below data.root, then continue with --resume auto (data.stall_seconds sets the limit)"
+    )
+
+
+def _silent_file(requests: list[Request]) -> str | None:
+    """The first file of `requests` that cannot be opened and read within some seconds; None if all can."""
+    current: list[str] = []
+    finished = threading.Event()
+
+    def read_all() -> None:
+        for request in requests:
+            for position in range(len(request.samples)):
+                path = request.path(position)
+                current[:] = [path]
+                file = Path(path) if request.images.offsets is None else Path(shard_and_member(path)[0])
+                try:
+                    with file.open("rb") as opened:
+                        opened.read(1)
+                except OSError:
+                    continue  # an answer
+                seen[0] = time.monotonic()
+        finished.set()
+
+    seen = [time.monotonic()]
+    threading.Thread(target=read_all, daemon=True).start()
+    while not finished.wait(0.05):
+        if time.monotonic() - seen[0] > _PROBE_SECONDS:
+            return current[0] if current else None
+    return None

@@ -1,0 +1,91 @@
+"""The fallback for DALI: Pillow decodes, torchvision's v2 transforms crop and resize, threads share the images of a batch."""
+
+import io
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as v2
+
+from bitfleet.trainer.data.decoding import reason_of
+from bitfleet.trainer.data.request import Batch, Geometry, Mend, Request
+from bitfleet.trainer.data.stall import result_within
+
+_BATCHES_AHEAD = 2
+
+
+class TorchPipeline:
+    """Reads requests ahead of their consumer, on the CPU; Pillow lets go of the interpreter while it decodes and resizes."""
+
+    def __init__(self, *, geometry: Geometry, image_size: int, num_threads: int, stall_seconds: float) -> None:
+        """Nothing is read yet.
+
+        Args:
+            geometry: How a window of the image becomes the output.
+            image_size: Pixels, height and width of the output.
+            num_threads: Threads that read and decode.
+            stall_seconds: How long a batch may take before the disk is asked whether it answers.
+        """
+        Image.init()  # before the threads: they would all load Pillow's plugins at the same time
+        self._geometry = geometry
+        self._image_size = image_size
+        self._stall_seconds = stall_seconds
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self._iteration: object = None
+
+    def batches(self, requests: Iterator[Request], mend: Mend) -> Iterator[Batch]:
+        """See request.Pipeline."""
+        self._iteration = iteration = object()
+        ahead: deque[tuple[Request, list[Future[torch.Tensor | None]]]] = deque()
+        while True:
+            if self._iteration is not iteration:
+                raise RuntimeError("this loader was iterated anew; the earlier iteration cannot go on")
+            while len(ahead) <= _BATCHES_AHEAD and (request := next(requests, None)):
+                ahead.append((request, self._submit(request)))
+            if not ahead:
+                return
+            request, images = ahead.popleft()
+            in_flight = [request, *(later for later, _ in ahead)]
+            given = [result_within(image, self._stall_seconds, in_flight) for image in images]
+            unreadable = {
+                position: reason_of(request, position) or "Pillow cannot read it twice alike"
+                for position, image in enumerate(given)
+                if image is None
+            }
+            if unreadable:
+                request = mend(request, unreadable)
+                ahead.appendleft((request, self._submit(request)))
+                continue
+            size = self._image_size
+            empty = torch.empty((0, size, size, 3), dtype=torch.uint8)
+            yield torch.stack([image for image in given if image is not None]) if given else empty, request.labels
+
+    def _submit(self, request: Request) -> list[Future[torch.Tensor | None]]:
+        return [self._threads.submit(self._image, request, position) for position in range(len(request.samples))]
+
+    def _image(self, request: Request, position: int) -> torch.Tensor | None:
+        """The image at `position`, uint8 [image_size, image_size, 3]; None if it cannot be read."""
+        try:
+            with Image.open(io.BytesIO(request.read(position))) as opened:
+                image = opened.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            return None
+        sample = int(request.samples[position])
+        if (image.height, image.width) != (request.images.heights[sample], request.images.widths[sample]):
+            return None
+        size, bilinear = self._image_size, InterpolationMode.BILINEAR
+        (top, left), (bottom, right) = (corner[position].tolist() for corner in request.windows)
+        if self._geometry == "crop":
+            image = image.crop((left, top, right, bottom))
+        elif self._geometry == "crop_resize":
+            image = v2.resized_crop(
+                image, top, left, bottom - top, right - left, [size, size], bilinear, antialias=True
+            )
+        else:  # the window is where these two lead
+            image = v2.center_crop(v2.resize(image, [size * 256 // 224], bilinear, antialias=True), [size, size])
+        pixels = np.asarray(image)
+        return torch.from_numpy(np.ascontiguousarray(pixels[:, ::-1]) if request.flips[position] else pixels.copy())
