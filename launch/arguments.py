@@ -75,6 +75,18 @@ def take_option(arguments: Sequence[str], option: str) -> tuple[str | None, list
     return value, rest
 
 
+def take_number(arguments: Sequence[str], option: str, default: int) -> tuple[int, list[str]]:
+    """Remove `option N` from `arguments`; returns (N or `default`, the rest).
+
+    Raises:
+        ValueError: N is not a positive number.
+    """
+    value, rest = take_option(arguments, option)
+    if value is not None and (not value.isdecimal() or int(value) == 0):
+        raise ValueError(f"{option} must be a positive number, not {value!r}")
+    return int(value or default), rest
+
+
 def option_names(config: Any, prefix: str = "--") -> list[str]:
     """Every option that overrides a field of the dataclass `config`."""
     names = []

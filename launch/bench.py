@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bitfleet.launch.arguments import parse_train, take_option
+from bitfleet.launch.arguments import parse_train, take_number, take_option
 from bitfleet.launch.environment import is_first_rank, job, run
 
 USAGE = """usage: bitfleet bench NAME [options], on several ranks deepspeed --num_accelerators 2 launch/bench.py NAME [options]
@@ -43,8 +43,8 @@ def bench(arguments: Sequence[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    rounds, arguments = _take_number(arguments, "--rounds", 5)
-    steps, arguments = _take_number(arguments, "--steps", 40)
+    rounds, arguments = take_number(arguments, "--rounds", 5)
+    steps, arguments = take_number(arguments, "--steps", 40)
     config = parse_train(arguments, "bitfleet bench train")
     with job(config.device, config.num_threads) as (ranks, device):
         from bitfleet.trainer.bench_train import bench_train
@@ -60,7 +60,7 @@ def _train(arguments: list[str]) -> None:
 
 
 def _comm(arguments: list[str]) -> None:
-    steps, arguments = _take_number(arguments, "--steps", 5)
+    steps, arguments = take_number(arguments, "--steps", 5)
     _reject(arguments, "comm")
     with job("auto") as (ranks, device):
         from bitfleet.trainer.bench_comm import bench_comm, format_comm
@@ -71,7 +71,7 @@ def _comm(arguments: list[str]) -> None:
 
 
 def _memory(arguments: list[str]) -> None:
-    steps, arguments = _take_number(arguments, "--steps", 5)
+    steps, arguments = take_number(arguments, "--steps", 5)
     _reject(arguments, "memory")
     with job("auto") as (ranks, device):
         from bitfleet.trainer.bench_memory import bench_memory, format_memory
@@ -82,7 +82,7 @@ def _memory(arguments: list[str]) -> None:
 
 
 def _step(arguments: list[str]) -> None:
-    rounds, arguments = _take_number(arguments, "--rounds", 7)
+    rounds, arguments = take_number(arguments, "--rounds", 7)
     _reject(arguments, "step")
     from bitfleet.trainer.bench_step import bench_step, first_steps, format_steps
 
@@ -91,9 +91,9 @@ def _step(arguments: list[str]) -> None:
 
 
 def _sharding(arguments: list[str]) -> None:
-    micro_batch_size, arguments = _take_number(arguments, "--micro_batch_size", 8)
-    rounds, arguments = _take_number(arguments, "--rounds", 5)
-    steps, arguments = _take_number(arguments, "--steps", 3)
+    micro_batch_size, arguments = take_number(arguments, "--micro_batch_size", 8)
+    rounds, arguments = take_number(arguments, "--rounds", 5)
+    steps, arguments = take_number(arguments, "--steps", 3)
     _reject(arguments, "sharding")
     with job("auto") as (ranks, device):
         from bitfleet.trainer.bench_sharding import NETWORKS, bench_sharding, format_sharding
@@ -107,7 +107,7 @@ def _sharding(arguments: list[str]) -> None:
 
 
 def _checkpoint(arguments: list[str]) -> None:
-    rounds, arguments = _take_number(arguments, "--rounds", 3)
+    rounds, arguments = take_number(arguments, "--rounds", 3)
     network, arguments = take_option(arguments, "--network")
     folder, arguments = take_option(arguments, "--folder")
     _reject(arguments, "checkpoint")
@@ -129,13 +129,6 @@ BENCHMARKS: dict[str, Callable[[list[str]], None]] = {
     "sharding": _sharding,
     "checkpoint": _checkpoint,
 }
-
-
-def _take_number(arguments: Sequence[str], option: str, default: int) -> tuple[int, list[str]]:
-    value, rest = take_option(arguments, option)
-    if value is not None and (not value.isdecimal() or int(value) == 0):
-        raise ValueError(f"{option} must be a positive number, not {value!r}")
-    return int(value or default), rest
 
 
 def _reject(arguments: Sequence[str], name: str) -> None:

@@ -7,6 +7,7 @@ from bitfleet.launch.environment import run
 COMMANDS = {
     "train": "train a run on one rank; `bitfleet train --config NAME --help` lists its options",
     "evaluate": "print top-1 and top-5 of a run over every validation image",
+    "data": "prepare, verify, resize and compare images; `bitfleet data --help`",
     "checkpoint": "inspect, verify and compare checkpoints, write the model alone; `bitfleet checkpoint --help`",
     "bench": "measure bitfleet against bare loops; `bitfleet bench --help` lists the benchmarks",
     "configs": "list the configurations that --config knows",
@@ -42,6 +43,10 @@ def dispatch() -> None:
         from bitfleet.launch.evaluate import evaluate
 
         evaluate(rest, prog="bitfleet evaluate")
+    elif command == "data":
+        from bitfleet.launch.data import data
+
+        data(rest)
     elif command == "checkpoint":
         from bitfleet.launch.checkpoint import checkpoint
 

@@ -26,6 +26,7 @@ def train(arguments: Sequence[str], prog: str = "launch/train.py") -> None:
         trainer = Trainer(config, ranks, device)
         if is_first_rank():
             print(trainer.routing)
+            print(f"data: {trainer.dataset.summary()}")
             state = f"continues {trainer.begun.path}" if trainer.begun else "starts"
             if trainer.step >= trainer.num_steps:
                 state = "is finished"

@@ -102,12 +102,19 @@ def check_meta(saved: Mapping[str, Any], expected: Mapping[str, Any], path: Path
         path: the checkpoint, for the message.
     """
     for key, value in expected.items():
-        if saved.get(key) != value:
-            same = "number of ranks" if key == "world_size" else "data and configuration"
+        if saved.get(key) == value:
+            continue
+        if key == "data_sha":
             raise ValueError(
-                f"cannot resume from {path}: its {key} is {saved.get(key)!r}, here it is {value!r}; "
-                f"resume with the {same} of the run that wrote it"
+                f"cannot resume from {path}: it was trained on other data (the lists of images have sha256 "
+                f"{str(saved.get(key))[:16]}, here {str(value)[:16]}): give --data.root the data set of that run; "
+                "images that were added, removed, changed or set aside by bitfleet data verify since make another one"
             )
+        same = "number of ranks" if key == "world_size" else "data and configuration"
+        raise ValueError(
+            f"cannot resume from {path}: its {key} is {saved.get(key)!r}, here it is {value!r}; "
+            f"resume with the {same} of the run that wrote it"
+        )
 
 
 def file_facts(path: Path) -> dict[str, Any]:

@@ -1,16 +1,26 @@
-"""Weights to begin a run from: our own file, or one that Keras wrote."""
+"""Weights to begin a run from: random ones, our own file, or one that Keras wrote."""
 
 import math
+import random
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
+import torch
 from torch import nn
 
 from bitfleet.models import load_keras_weights
 from bitfleet.models.keras_weights import Scales
 from bitfleet.trainer import checkpoint_tensors
 from bitfleet.trainer.checkpoint import model_signature
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of Python, NumPy and torch; every rank builds the same weights."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (libraries use the global generator)
+    torch.manual_seed(seed)
 
 
 def load_initial_weights(model: nn.Module, path: Path, scales: Scales) -> None:

@@ -1,6 +1,5 @@
 """A run: everything that it needs is built here, and the training loop."""
 
-import random
 import time
 from typing import Any
 
@@ -14,11 +13,11 @@ from bitfleet.trainer.checkpoint import model_signature
 from bitfleet.trainer.checkpoint_loader import Intact
 from bitfleet.trainer.config import TrainConfig, resolve_replicas
 from bitfleet.trainer.data import TrainLoader, ValidationLoader, normalize, open_dataset
-from bitfleet.trainer.distributed import Ranks, from_first_rank
+from bitfleet.trainer.distributed import Ranks, from_first_rank, sum_of_numbers
 from bitfleet.trainer.engine import backward, create_engine, shard, whole_weights
 from bitfleet.trainer.engine_options import deepspeed_options
 from bitfleet.trainer.evaluate import validate
-from bitfleet.trainer.initial_weights import load_initial_weights
+from bitfleet.trainer.initial_weights import load_initial_weights, seed_everything
 from bitfleet.trainer.metrics import AccuracyMeter, FlipCounter, Stopwatch
 from bitfleet.trainer.reports import Reports
 from bitfleet.trainer.run_checkpoints import Parts, RunCheckpoints, find_start, identity
@@ -289,11 +288,6 @@ class Trainer:
                 self._save_and_wait()
             raise FloatingPointError(f"the training loss is {train.loss} at step {self.step}: lower the learning rate")
         facts: dict[str, Any] = {"skipped_steps": self.num_skipped_steps}
+        if self.config.data.on_bad_sample == "replace":
+            facts["replaced_samples"] = sum_of_numbers(self.loader.num_replaced)
         self.reports.train(self.step, train, hyperparameters | flips | facts, seconds, data_seconds)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the generators of Python, NumPy and torch; every rank builds the same weights."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  (libraries use the global generator)
-    torch.manual_seed(seed)

@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ORDER, _FLIP, _CROP, _SUBSTITUTE = 0, 1, 2, 3  # what a number is for: part of its key
+_ORDER, _FLIP, _CROP, _SUBSTITUTE = 0, 1, 2, 4  # what a number is for: part of its key
 _CROP_ATTEMPTS = 10
 _AREA_RANGE = (0.08, 1.0)
 _LOG_MAX_ASPECT = 0.28768207245178085  # log(4/3); the aspect ratio w/h is log-uniform in [3/4, 4/3]

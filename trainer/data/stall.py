@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +13,32 @@ from bitfleet.trainer.data.request import Request
 Result = TypeVar("Result")
 
 _PROBE_SECONDS = 5.0
+
+
+def call_within(function: Callable[[], Result], seconds: float, path: Path) -> Result:
+    """`function()`, which reads `path`.
+
+    Raises:
+        ValueError: it took longer than `seconds`.
+        Exception: what `function` raises.
+    """
+    results: list[Result | BaseException] = []
+
+    def call() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            results.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)  # if it never returns, the process ends without it
+    thread.start()
+    thread.join(seconds)
+    if not results:
+        raise _silence(str(path), seconds)
+    (result,) = results
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 def result_within(future: Future[Result], seconds: float, in_flight: Iterable[Request]) -> Result:
@@ -38,8 +64,12 @@ def result_within(future: Future[Result], seconds: float, in_flight: Iterable[Re
             f"reading images has stood still for {seconds:.0f} s, though every file that is being read answers now "
             "(data.stall_seconds sets the limit)"
         )
-    raise ValueError(
-        f"the disk does not answer: {path} could not be read within {seconds:.0f} s; look after the disk or network mount "
+    raise _silence(path, seconds)
+
+
+def _silence(path: str, seconds: float) -> ValueError:
+    return ValueError(
+        f"the disk does not answer: {path} could not be read within {seconds:g} s; look after the disk or network mount "
         "below data.root, then continue with --resume auto (data.stall_seconds sets the limit)"
     )
 

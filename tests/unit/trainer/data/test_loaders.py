@@ -1,5 +1,6 @@
 """The loaders through DALI: order and pixels on any number of ranks, resume, exact validation, clean ends."""
 
+import dataclasses
 import hashlib
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from bitfleet.trainer.data import DataConfig, Dataset, TrainLoader, ValidationLo
 
 PAD_CROP = DataConfig(num_threads=1)
 RESIZED_CROP = DataConfig(num_threads=1, augmentation="random_resized_crop", image_size=20)
+TORCH = DataConfig(num_threads=2, augmentation="random_resized_crop", image_size=20, loader="torch")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,7 +73,7 @@ def stream(fashion: Dataset) -> list[str]:
     return digests(train_loader(fashion).batches(), 7 * 12)
 
 
-@pytest.mark.parametrize("config", [PAD_CROP, RESIZED_CROP])
+@pytest.mark.parametrize("config", [PAD_CROP, RESIZED_CROP, TORCH])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_order_and_pixels_are_the_same_on_any_number_of_ranks(
     fashion: Dataset, config: DataConfig, world_size: int
@@ -91,11 +94,24 @@ def test_resume_is_the_tail_of_the_stream(fashion: Dataset, stream: list[str], s
     assert digests(loader.batches(start_step), (7 - start_step) * 12) == stream[start_step * 12 :]
 
 
-def test_a_loader_can_be_started_anew(fashion: Dataset, stream: list[str]) -> None:
-    loader = train_loader(fashion)
+@pytest.mark.parametrize("config", [PAD_CROP, TORCH])
+def test_batches_are_read_while_the_consumer_is_busy(
+    fashion: Dataset, config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader, asked = train_loader(fashion, config), []
+    request = loader._request
+    monkeypatch.setattr(loader, "_request", lambda epoch, samples: asked.append(epoch) or request(epoch, samples))  # type: ignore[func-returns-value]
+    batches = loader.batches()
+    next(batches)
+    assert 2 <= len(asked) <= 5  # ahead, but not without end
+
+
+@pytest.mark.parametrize("config", [PAD_CROP, dataclasses.replace(PAD_CROP, loader="torch")])
+def test_a_loader_can_be_started_anew(fashion: Dataset, stream: list[str], config: DataConfig) -> None:
+    loader = train_loader(fashion, config)
     abandoned = loader.batches(3)
     next(abandoned)
-    assert digests(loader.batches(), 12) == stream[:12]
+    assert digests(loader.batches(), 12) == stream[:12]  # nothing is resized: both loaders give the same bytes
     with pytest.raises(RuntimeError, match="iterated anew"):
         next(abandoned)
 
@@ -125,8 +141,11 @@ def test_labels_belong_to_the_images(numbered: Dataset) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("batch_size", [1, 5, 11, 40])
-def test_validation_is_exact(numbered: Dataset, world_size: int, batch_size: int) -> None:
-    config = DataConfig(val_batch_size=batch_size, num_threads=1)
+@pytest.mark.parametrize("name", ["dali", "torch"])
+def test_validation_is_exact(
+    numbered: Dataset, world_size: int, batch_size: int, name: Literal["dali", "torch"]
+) -> None:
+    config = DataConfig(val_batch_size=batch_size, num_threads=1, loader=name)
     seen, lengths = [], set()
     for rank in range(world_size):
         loader = ValidationLoader(numbered, config, rank=rank, world_size=world_size, local_world_size=world_size)
@@ -204,6 +223,10 @@ def test_an_image_smaller_than_the_window_is_named(numbered: Dataset) -> None:
         ("num_threads", 0),
         ("augmentation", "crop"),
         ("device", "cuda"),
+        ("loader", "pillow"),
+        ("on_bad_sample", "skip"),
+        ("max_bad_samples", -1),
+        ("stall_seconds", 0.0),
         ("std", (1.0, 0.0, 1.0)),
         ("mean", (1.0, float("nan"), 1.0)),
     ],
@@ -222,9 +245,17 @@ def test_gpu_that_is_not_there(numbered: Dataset) -> None:
 def test_without_dali_the_extra_is_named(numbered: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(
-        ValueError, match=r"not installed: pip install 'bitfleet\[dali-cu13\]'.*'bitfleet\[dali-cu12\]'"
+        ValueError,
+        match=r"not installed: pip install 'bitfleet\[dali-cu13\]'.*'bitfleet\[dali-cu12\]'.*--data\.loader torch",
     ):
         ValidationLoader(numbered, PAD_CROP, rank=0, world_size=1, local_world_size=1)
+
+
+def test_without_dali_the_other_loader_reads(numbered: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    config = dataclasses.replace(PAD_CROP, loader="torch")
+    loader = ValidationLoader(numbered, config, rank=0, world_size=1, local_world_size=1)
+    assert sum(len(labels) for _, labels in loader) == 23
 
 
 def test_both_wheels_of_dali(numbered: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,99 @@
+"""Data: `bitfleet data prepare|verify|pack|compare ...`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bitfleet.launch.arguments import parse_train, take_number
+from bitfleet.launch.environment import run
+
+USAGE = """usage: bitfleet data COMMAND ...
+
+  prepare SOURCE DEST [--num_workers N] [--allow_incomplete]
+          make a data set of ILSVRC2012's archives, class folders, the Kaggle layout, WebDataset shards or CIFAR-10's python
+          archive: archives are extracted into DEST, else DEST gets a manifest that refers to SOURCE (DEST may be SOURCE).
+          An interrupted one is continued by the same command. Counts other than ImageNet's: only with --allow_incomplete
+  verify DEST [--num_workers N]
+          decode every image once; what fails goes on a list that training leaves out (no file is deleted); exit code 1 then
+  pack ROOT DEST [--short_side 256] [--shards] [--num_workers N]
+          a resized copy (JPEG, quality 90) as folders, or as WebDataset shards, for machines whose CPUs are the limit
+  compare --config NAME [--images 256] [--section.field value ...]
+          the run's images by DALI and by torchvision, one by one; exit code 1 if they differ by more than rounding
+
+Training and `verify` take DEST as it is: --data.root DEST. N is the number of processes, by default one for each core."""
+
+_PATHS = {"prepare": 2, "verify": 1, "pack": 2}
+
+
+def data(arguments: Sequence[str]) -> None:
+    """Run the command that `arguments` name.
+
+    Raises:
+        ValueError: bad input, or data that is not as it should be.
+        SystemExit: 1, when images fail or differ.
+    """
+    if not arguments or (arguments[0] != "compare" and {"-h", "--help"} & set(arguments)):
+        print(USAGE)
+        return
+    command, *rest = arguments
+    if command == "compare":
+        _compare(rest)
+        return
+    if command not in _PATHS:
+        raise ValueError(f"there is no command {command!r} of bitfleet data; there are: prepare, verify, pack, compare")
+    from bitfleet.trainer.data.workers import num_cores
+
+    num_workers, rest = take_number(rest, "--num_workers", num_cores())
+    if command == "prepare":
+        from bitfleet.trainer.data.prepare import prepare
+
+        allow_incomplete, rest = _take_flag(rest, "--allow_incomplete")
+        source, dest = _paths(command, rest)
+        print(prepare(source, dest, num_workers=num_workers, allow_incomplete=allow_incomplete))
+    elif command == "verify":
+        from bitfleet.trainer.data.verify import verify
+
+        (root,) = _paths(command, rest)
+        report, num_failed = verify(root, num_workers=num_workers)
+        print(report)
+        sys.exit(bool(num_failed))
+    else:
+        from bitfleet.trainer.data.pack import pack
+
+        short_side, rest = take_number(rest, "--short_side", 256)
+        shards, rest = _take_flag(rest, "--shards")
+        root, dest = _paths(command, rest)
+        print(pack(root, dest, short_side=short_side, shards=shards, num_workers=num_workers))
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    num_images, rest = take_number(arguments, "--images", 256)
+    config = parse_train(rest, "bitfleet data compare")
+    from bitfleet.trainer.data.compare import compare
+
+    report, num_different = compare(config.data, num_images=num_images, seed=config.seed)
+    print(report)
+    sys.exit(bool(num_different))
+
+
+def _paths(command: str, arguments: Sequence[str]) -> list[Path]:
+    if unknown := [argument for argument in arguments if argument.startswith("--")]:
+        raise ValueError(f"bitfleet data {command} has no option {unknown[0]!r}; `bitfleet data --help` lists them")
+    if len(arguments) != _PATHS[command]:
+        raise ValueError(
+            f"bitfleet data {command} takes {_PATHS[command]} paths, not {len(arguments)}; see bitfleet data --help"
+        )
+    return [Path(argument).expanduser() for argument in arguments]
+
+
+def _take_flag(arguments: Sequence[str], option: str) -> tuple[bool, list[str]]:
+    return option in arguments, [argument for argument in arguments if argument != option]
+
+
+def main() -> None:
+    """Entry point of the file."""
+    run(lambda: data(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
