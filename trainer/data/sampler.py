@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ORDER, _FLIP, _CROP, _SUBSTITUTE = 0, 1, 2, 4  # what a number is for: part of its key
+_ORDER, _FLIP, _CROP, OFFICIAL_CROP, _SUBSTITUTE = range(5)  # what a number is for: part of its key
 _CROP_ATTEMPTS = 10
 _AREA_RANGE = (0.08, 1.0)
 _LOG_MAX_ASPECT = 0.28768207245178085  # log(4/3); the aspect ratio w/h is log-uniform in [3/4, 4/3]
@@ -96,7 +96,7 @@ def random_resized_windows(seed: int, epoch: int, samples: Ints, heights: Ints, 
     Ten attempts at an area and an aspect ratio that fit into the image; failing that, the largest central window with
     an aspect ratio in the range. All attempts are drawn at once: an attempt is a column.
     """
-    draws = _uniforms(_keys(seed, epoch, _CROP, samples), 4 * _CROP_ATTEMPTS)
+    draws = uniforms(seed, epoch, _CROP, samples, 4 * _CROP_ATTEMPTS)
     area_draw, aspect_draw, y_draw, x_draw = np.split(draws, 4, axis=1)
     low, high = _AREA_RANGE
     side = np.sqrt((heights * widths)[:, None] * (low + (high - low) * area_draw))
@@ -111,7 +111,7 @@ def random_resized_windows(seed: int, epoch: int, samples: Ints, heights: Ints, 
     if not (fitted := fits[row, attempt]).all():
         central = _central_fallback(heights, widths)
         height, width, y, x = (np.where(fitted, *pair) for pair in zip((height, width, y, x), central, strict=True))
-    return _windows(y, x, height, width)
+    return windows_at(y, x, height, width)
 
 
 def random_padded_windows(
@@ -121,15 +121,15 @@ def random_padded_windows(
 
     Every image must be at least size - 2 * padding pixels high and wide.
     """
-    draws = _uniforms(_keys(seed, epoch, _CROP, samples), 2)
+    draws = uniforms(seed, epoch, _CROP, samples, 2)
     y = np.floor(draws[:, 0] * (heights + 2 * padding - size + 1)) - padding
     x = np.floor(draws[:, 1] * (widths + 2 * padding - size + 1)) - padding
-    return _windows(y, x, size, size)
+    return windows_at(y, x, size, size)
 
 
 def central_windows(heights: Ints, widths: Ints, size: int) -> Windows:
     """Return `size` x `size` windows, int32, where torchvision's CenterCrop has them; outside the image is padding."""
-    return _windows(_central_start(heights, size), _central_start(widths, size), size, size)
+    return windows_at(_central_start(heights, size), _central_start(widths, size), size, size)
 
 
 def resized_central_windows(heights: Ints, widths: Ints, size: int) -> Windows:
@@ -160,9 +160,17 @@ def _central_fallback(heights: Ints, widths: Ints) -> tuple[Floats, Floats, Floa
     return height, width, np.floor((heights - height) / 2), np.floor((widths - width) / 2)
 
 
-def _windows(y: Floats, x: Floats, height: Floats | int, width: Floats | int) -> Windows:
+def windows_at(y: Floats | Ints, x: Floats | Ints, height: Floats | Ints | int, width: Floats | Ints | int) -> Windows:
+    """Return the windows, int32, with these top left corners and sizes; y, x [N], height, width [N] or one for all."""
     starts, ends = np.stack([y, x], axis=1), np.stack([y + height, x + width], axis=1)
     return Windows(starts.astype(np.int32), ends.astype(np.int32))
+
+
+def uniforms(seed: int, epoch: int, purpose: int, samples: Ints, num_draws: int) -> Floats:
+    """Return `num_draws` numbers in [0, 1) for each sample, float64 [N, num_draws]: SplitMix64 seeded with its key."""
+    offsets = np.arange(1, num_draws + 1, dtype=np.uint64) * _GOLDEN
+    words = _mix(_keys(seed, epoch, purpose, samples)[:, None] + offsets)
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _keys(seed: int, epoch: int, purpose: int, samples: Ints) -> UInts:
@@ -170,12 +178,6 @@ def _keys(seed: int, epoch: int, purpose: int, samples: Ints) -> UInts:
     for part in (seed, epoch, purpose):
         key = _mix(key + _GOLDEN ^ np.array([part], np.uint64))
     return _mix(key + _GOLDEN ^ samples.astype(np.uint64))
-
-
-def _uniforms(keys: UInts, num_draws: int) -> Floats:
-    """Return `num_draws` numbers in [0, 1) for each key, float64 [N, num_draws]: SplitMix64 seeded with the key."""
-    offsets = np.arange(1, num_draws + 1, dtype=np.uint64) * _GOLDEN
-    return (_mix(keys[:, None] + offsets) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mix(z: UInts) -> UInts:
