@@ -7,6 +7,7 @@ from typing import Literal
 from bitfleet.trainer.data.fashion import SUBSET_ROOT
 
 _AUGMENTATIONS = ("random_resized_crop", "pad_crop")
+_PREPROCESSINGS = ("torchvision", "official")
 _DEVICES = ("auto", "cpu", "gpu")
 _LOADERS = ("dali", "torch")
 _BAD_SAMPLE_POLICIES = ("fail", "replace")
@@ -25,6 +26,9 @@ class DataConfig:
     """Training crop. random_resized_crop: 8-100 % of the area, resized (ImageNet); validation then resizes to
     256/224 * image_size and takes the centre. pad_crop: a random window of the padded image, nothing is resized (small
     images); validation takes the centre."""
+    preprocessing: Literal["torchvision", "official"] = "torchvision"
+    """With random_resized_crop: whose windows and resize. official: those of the paper's TensorFlow code, bicubic without
+    antialiasing, evaluated on the central 224/256 of the short side; validation equals TensorFlow's to the bit on the CPU."""
     crop_padding: int = 4
     """Zero pixels around a training image before the window is taken; for pad_crop only."""
     flip: bool = True
@@ -62,6 +66,7 @@ class DataConfig:
                 raise ValueError(f"data.{name}={value} must be at least {least}")
         for name, choice, choices in (
             ("augmentation", self.augmentation, _AUGMENTATIONS),
+            ("preprocessing", self.preprocessing, _PREPROCESSINGS),
             ("device", self.device, _DEVICES),
             ("loader", self.loader, _LOADERS),
             ("on_bad_sample", self.on_bad_sample, _BAD_SAMPLE_POLICIES),
@@ -75,5 +80,10 @@ class DataConfig:
             raise ValueError(f"data.std={self.std} must be positive")
         if not self.stall_seconds > 0:
             raise ValueError(f"data.stall_seconds={self.stall_seconds} must be positive")
+        if self.preprocessing == "official" and self.augmentation != "random_resized_crop":
+            raise ValueError(
+                f"data.preprocessing='official' is of ImageNet's crops and needs data.augmentation='random_resized_crop', not "
+                f"{self.augmentation!r}"
+            )
         if self.loader == "torch" and self.device == "gpu":
             raise ValueError("data.loader='torch' decodes on the CPU: use data.device='auto' or 'cpu'")

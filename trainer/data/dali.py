@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from bitfleet.trainer.data import official
 from bitfleet.trainer.data.dali_feed import Feed
 from bitfleet.trainer.data.decoding import reason_of
 from bitfleet.trainer.data.request import Batch, Geometry, Mend, Request
@@ -61,7 +62,8 @@ class DaliPipeline:
         self._largest_image_bytes = largest_image_bytes
         self._in_shards = in_shards
         self._stall_seconds = stall_seconds
-        self._feed = Feed(in_shards)
+        self._flips_in_dali = geometry != "crop_bicubic"
+        self._feed = self._new_feed()
         self._pipeline: Any = None
         self._iteration: object = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dali")
@@ -84,6 +86,9 @@ class DaliPipeline:
                 continue
             request = self._feed.in_flight.popleft()
             yield self._finish(images, request), request.labels.to(self._device, non_blocking=True)
+
+    def _new_feed(self) -> Feed:
+        return Feed(in_shards=self._in_shards, with_flips=self._flips_in_dali)
 
     @property
     def _device(self) -> torch.device:
@@ -111,7 +116,7 @@ class DaliPipeline:
         With the window of the request: what is unreadable must not depend on what was read before.
         """
         found: dict[int, str] = {}
-        pipeline, feed = None, Feed(self._in_shards)
+        pipeline, feed = None, self._new_feed()
         for position in range(len(request.samples)):
             feed.start(iter([request.part(slice(position, position + 1))]))
             pipeline = pipeline or self._build(feed, batch_size=1)
@@ -151,6 +156,9 @@ class DaliPipeline:
 
     def _finish(self, images: Any, request: Request) -> torch.Tensor:
         """The batch of a pipeline's output."""
+        if self._geometry == "crop_bicubic":
+            windows = [from_dlpack(images[index]) for index in range(len(request.samples))]
+            return official.resize_windows(windows, request.flips, self._image_size)
         # The executor counts references to its buffers and hands out a new one for every batch (exec_dynamic), so the
         # tensor stays as it is without a copy. On a GPU the copy gives the memory to torch's allocator, which knows
         # the streams that still read it.
@@ -177,6 +185,8 @@ class DaliPipeline:
                 "host_memory_padding": self._largest_image_bytes,
                 "jpeg_fancy_upsampling": True,  # as the CPU decoder does
             }
+        elif self._geometry == "crop_bicubic":
+            decoding["use_fast_idct"] = True  # as TensorFlow's decoder does by default: the same pixels
         window_type = types.FLOAT if self._geometry == "resize_crop" else types.INT32
         resizing: dict[str, Any] = {
             "size": [self._image_size] * 2,
@@ -184,12 +194,12 @@ class DaliPipeline:
             "antialias": True,
         }
         with pipeline:
-            files, starts, ends, flips = fn.external_source(
+            files, starts, ends, *flips = fn.external_source(
                 source=feed,
-                num_outputs=4,
+                num_outputs=3 + self._flips_in_dali,
                 batch=True,
-                dtype=[types.UINT8, window_type, window_type, types.INT32],
-                ndim=[1, 1, 1, 0],
+                dtype=[types.UINT8, window_type, window_type, *[types.INT32] * self._flips_in_dali],
+                ndim=[1, 1, 1, *[0] * self._flips_in_dali],
             )
             if not self._in_shards:
                 files = fn.io.file.read(files)
@@ -205,8 +215,8 @@ class DaliPipeline:
                 images = fn.slice(
                     images, start=starts, end=ends, axes=[0, 1], out_of_bounds_policy="pad", fill_values=0
                 )
-            if self._geometry != "crop_bicubic":
-                images = fn.flip(images, horizontal=flips)
+            if self._flips_in_dali:
+                images = fn.flip(images, horizontal=flips[0])
             pipeline.set_outputs(images)
         pipeline.build()
         return pipeline

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bitfleet.trainer.data import sampler
+from bitfleet.trainer.data import official, sampler
 from bitfleet.trainer.data.bad_samples import BadSamples
 from bitfleet.trainer.data.config import DataConfig
 from bitfleet.trainer.data.dali import DaliPipeline
@@ -78,7 +78,7 @@ class TrainLoader:
         self._pipeline = _pipeline(
             config,
             dataset.train,
-            "crop" if config.augmentation == "pad_crop" else "crop_resize",
+            _geometry(config, "crop_resize"),
             batch_size=global_batch_size // num_replicas,
             local_world_size=local_world_size,
             device_index=_device_index(config, device_index),
@@ -91,8 +91,8 @@ class TrainLoader:
         Every step has num_replicas / world_size of them. Prefetching does not stop at the end of an epoch.
 
         Yields:
-            Images, uint8 [global_batch_size / num_replicas, image_size, image_size, 3], and labels, int64, on the
-            device that decodes.
+            Images, uint8 (float32 on the scale 0..255 with data.preprocessing="official") [global_batch_size / num_replicas,
+            image_size, image_size, 3], and labels, int64, on the device that decodes.
 
         Raises:
             ValueError: An image cannot be decoded, by the policy of data.on_bad_sample, or the disk does not answer; the path
@@ -118,6 +118,8 @@ class TrainLoader:
             windows = sampler.random_padded_windows(
                 seed, epoch, samples, heights, widths, config.image_size, config.crop_padding
             )
+        elif config.preprocessing == "official":
+            windows = official.official_random_windows(seed, epoch, samples, heights, widths, config.image_size)
         else:
             windows = sampler.random_resized_windows(seed, epoch, samples, heights, widths)
         flips = sampler.random_flips(seed, epoch, samples) if config.flip else _no_flips(samples)
@@ -153,7 +155,7 @@ class ValidationLoader:
         self._pipeline = _pipeline(
             config,
             dataset.val,
-            "crop" if config.augmentation == "pad_crop" else "resize_crop",
+            _geometry(config, "resize_crop"),
             batch_size=config.val_batch_size,
             local_world_size=local_world_size,
             device_index=gpu,
@@ -164,7 +166,7 @@ class ValidationLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield images, uint8 [N, image_size, image_size, 3], and labels, int64 [N].
+        """Yield images, uint8 (float32 with data.preprocessing="official") [N, image_size, image_size, 3], and labels, int64 [N].
 
         N is val_batch_size or less; 0 where the other ranks still have images and this one has not.
         """
@@ -172,7 +174,8 @@ class ValidationLoader:
         size = self._config.image_size
         for samples in self._batches:
             if len(samples) == 0:
-                images = torch.empty((0, size, size, 3), dtype=torch.uint8, device=self._device)
+                dtype = torch.float32 if self._config.preprocessing == "official" else torch.uint8
+                images = torch.empty((0, size, size, 3), dtype=dtype, device=self._device)
                 yield images, torch.empty(0, dtype=torch.int64, device=self._device)
 
     def _requests(self) -> Iterator[Request]:
@@ -183,9 +186,17 @@ class ValidationLoader:
             heights, widths = _sizes(images, samples)
             if self._config.augmentation == "pad_crop":
                 windows: Windows = sampler.central_windows(heights, widths, size)
+            elif self._config.preprocessing == "official":
+                windows = official.official_central_windows(heights, widths, size)
             else:
                 windows = sampler.resized_central_windows(heights, widths, size)
             yield Request(images, samples, windows, _no_flips(samples), epoch=0)
+
+
+def _geometry(config: DataConfig, resized: Geometry) -> Geometry:
+    if config.augmentation == "pad_crop":
+        return "crop"
+    return "crop_bicubic" if config.preprocessing == "official" else resized
 
 
 def _pipeline(

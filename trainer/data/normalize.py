@@ -9,7 +9,7 @@ def normalize(images: torch.Tensor, mean: tuple[float, float, float], std: tuple
     """Return (images - mean) / std, on the device of the images.
 
     Args:
-        images: uint8 [N, H, W, 3].
+        images: uint8 or float32 [N, H, W, 3], on the scale 0..255; left as they are.
         mean: Of R, G, B on the scale 0..255.
         std: Of R, G, B on the scale 0..255.
 
@@ -19,8 +19,9 @@ def normalize(images: torch.Tensor, mean: tuple[float, float, float], std: tuple
     """
     mean_row, std_row = _channel_rows(mean, std, images.shape[2], images.device)
     num_images, height, width, _ = images.shape
-    rows = images.to(torch.float32).view(num_images, height, width * 3)
-    return rows.sub_(mean_row).div_(std_row).view(num_images, height, width, 3).permute(0, 3, 1, 2)
+    rows = images.view(num_images, height, width * 3)
+    centred = rows - mean_row if images.is_floating_point() else rows.to(torch.float32).sub_(mean_row)
+    return centred.div_(std_row).view(num_images, height, width, 3).permute(0, 3, 1, 2)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ are made of the four basic operations, sqrt and rounding: the same bits on every
 """
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ _ATTEMPTS = 10
 _AREA_RANGE = (np.float32(0.08), np.float32(1.0))
 _ASPECT_RANGE = (np.float32(3 / 4), np.float32(4 / 3))  # width / height
 _MIN_COVERED = np.float32(0.1)  # of the image: windows of 8 to 10 % are drawn, then refused
+_CROP_PADDING = 32
 _WIDTH_EPSILON = float(np.float32(1e-7))
 
 _TABLE_SIZE = 1024  # weights are looked up for a position rounded to 1/1024 pixel
@@ -30,23 +32,24 @@ _CPU_CHUNK, _GPU_CHUNK = 4, 32
 Float32s = npt.NDArray[np.float32]
 
 
-def official_central_windows(heights: Ints, widths: Ints) -> Windows:
-    """Return the square windows, int32, that the official code evaluates on: 224/256 of the short side, truncated.
+def official_central_windows(heights: Ints, widths: Ints, size: int) -> Windows:
+    """Return the square windows, int32, that the official code evaluates on: size / (size + 32) of the short side, truncated.
 
-    An odd remainder goes to the top and the left. An image of one pixel, where the official code fails, is kept whole.
+    224/256 for 224. An odd remainder goes to the top and the left. A window of no pixel, where the official code fails, is one.
     """
-    side = np.maximum(np.minimum(heights, widths) * 7 // 8, 1)
+    short = np.minimum(heights, widths).astype(np.float32)
+    side = np.maximum((np.float32(size / (size + _CROP_PADDING)) * short).astype(np.int64), 1)
     return sampler.windows_at((heights - side + 1) // 2, (widths - side + 1) // 2, side, side)
 
 
-def official_random_windows(seed: int, epoch: int, samples: Ints, heights: Ints, widths: Ints) -> Windows:
+def official_random_windows(seed: int, epoch: int, samples: Ints, heights: Ints, widths: Ints, size: int) -> Windows:
     """Return windows, int32, distributed as the official code's training crops.
 
     Ten attempts of sample_distorted_bounding_box with the whole image as the object. The aspect ratio w/h is uniform in
     [3/4, 4/3], the height uniform between the least and the greatest that keep 8-100 % of the area; at least 10 % of the
     image must be covered. Where no attempt fits, or the window is the whole image, the official code takes the window
-    that it evaluates on. As in TensorFlow, a window lower than the
-    image never touches its bottom, and a narrower one never its right edge.
+    that it evaluates on. As in TensorFlow, a window lower than the image never touches its bottom, and a narrower one never
+    its right edge.
 
     Args:
         seed: Of the run.
@@ -54,6 +57,7 @@ def official_random_windows(seed: int, epoch: int, samples: Ints, heights: Ints,
         samples: Indices of the images [N].
         heights: Pixels [N].
         widths: Pixels [N].
+        size: Pixels of the output; it sets the window of the fallback.
     """
     draws = sampler.uniforms(seed, epoch, sampler.OFFICIAL_CROP, samples, 4 * _ATTEMPTS)
     aspect_draw, height_draw, y_draw, x_draw = np.split(draws, 4, axis=1)
@@ -65,7 +69,7 @@ def official_random_windows(seed: int, epoch: int, samples: Ints, heights: Ints,
     y = np.floor(y_draw[row, attempt] * (heights - height)).astype(np.int64)
     x = np.floor(x_draw[row, attempt] * (widths - width)).astype(np.int64)
     drawn = fits[row, attempt] & ((height < heights) | (width < widths))
-    windows, central = sampler.windows_at(y, x, height, width), official_central_windows(heights, widths)
+    windows, central = sampler.windows_at(y, x, height, width), official_central_windows(heights, widths, size)
     starts, ends = (np.where(drawn[:, None], *pair) for pair in zip(windows, central, strict=True))
     return Windows(starts, ends)
 
@@ -109,6 +113,35 @@ def _width(height: Ints, aspect: Float32s) -> Ints:
 
 def _area(height: Ints, aspect: Float32s) -> Float32s:
     return (height * _width(height, aspect)).astype(np.float32)
+
+
+def resize_windows(windows: Sequence[Tensor], flips: npt.NDArray[np.int32], size: int) -> Tensor:
+    """Resize decoded windows and mirror those of `flips`, as the official code does, in this order.
+
+    Args:
+        windows: uint8 [H, W, 3] each, on one device; N > 0 of them.
+        flips: 1 to mirror left to right [N].
+        size: Pixels, height and width of the output.
+
+    Returns:
+        float32 [N, size, size, 3], not clipped to 0..255.
+    """
+    device = windows[0].device
+    resized = []
+    chunk = (
+        _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK
+    )  # padded together: one huge image must not blow up a batch
+    for first in range(0, len(windows), chunk):
+        part = windows[first : first + chunk]
+        sides = torch.tensor([window.shape[:2] for window in part]).to(device, non_blocking=True)
+        height, width = (max(window.shape[axis] for window in part) for axis in (0, 1))
+        padded = torch.zeros((len(part), height, width, 3), dtype=torch.uint8, device=device)
+        for image, window in zip(padded, part, strict=True):
+            image[: window.shape[0], : window.shape[1]] = window
+        resized.append(resize_bicubic_v1(padded, sides[:, 0], sides[:, 1], size))
+    images = torch.cat(resized)
+    mirrored = torch.from_numpy(flips.astype(np.bool_)).to(device, non_blocking=True)[:, None, None, None]
+    return torch.where(mirrored, images.flip(2), images)
 
 
 def resize_bicubic_v1(images: Tensor, heights: Tensor, widths: Tensor, size: int) -> Tensor:

@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
+from bitfleet.trainer.data import official
 from bitfleet.trainer.data.decoding import reason_of
 from bitfleet.trainer.data.request import Batch, Geometry, Mend, Request
 from bitfleet.trainer.data.stall import result_within
@@ -60,15 +61,20 @@ class TorchPipeline:
                 request = mend(request, unreadable)
                 ahead.appendleft((request, self._submit(request)))
                 continue
-            size = self._image_size
-            empty = torch.empty((0, size, size, 3), dtype=torch.uint8)
-            yield torch.stack([image for image in given if image is not None]) if given else empty, request.labels
+            yield self._batch([image for image in given if image is not None], request), request.labels
+
+    def _batch(self, images: list[torch.Tensor], request: Request) -> torch.Tensor:
+        if not images:
+            return torch.empty((0, self._image_size, self._image_size, 3), dtype=torch.uint8)
+        if self._geometry == "crop_bicubic":
+            return official.resize_windows(images, request.flips, self._image_size)
+        return torch.stack(images)
 
     def _submit(self, request: Request) -> list[Future[torch.Tensor | None]]:
         return [self._threads.submit(self._image, request, position) for position in range(len(request.samples))]
 
     def _image(self, request: Request, position: int) -> torch.Tensor | None:
-        """The image at `position`, uint8 [image_size, image_size, 3]; None if it cannot be read."""
+        """The image at `position`, uint8 [image_size, image_size, 3] (for crop_bicubic its window); None if it cannot be read."""
         try:
             with Image.open(io.BytesIO(request.read(position))) as opened:
                 image = opened.convert("RGB")
@@ -79,7 +85,7 @@ class TorchPipeline:
             return None
         size, bilinear = self._image_size, InterpolationMode.BILINEAR
         (top, left), (bottom, right) = (corner[position].tolist() for corner in request.windows)
-        if self._geometry == "crop":
+        if self._geometry in ("crop", "crop_bicubic"):
             image = image.crop((left, top, right, bottom))
         elif self._geometry == "crop_resize":
             image = v2.resized_crop(
@@ -87,5 +93,6 @@ class TorchPipeline:
             )
         else:  # the window is where these two lead
             image = v2.center_crop(v2.resize(image, [size * 256 // 224], bilinear, antialias=True), [size, size])
-        pixels = np.asarray(image)
-        return torch.from_numpy(np.ascontiguousarray(pixels[:, ::-1]) if request.flips[position] else pixels.copy())
+        pixels = np.array(image)
+        mirror = request.flips[position] and self._geometry != "crop_bicubic"  # which is mirrored after it was resized
+        return torch.from_numpy(np.ascontiguousarray(pixels[:, ::-1]) if mirror else pixels)

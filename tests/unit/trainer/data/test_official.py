@@ -87,7 +87,7 @@ def test_central_windows_are_those_of_the_official_code() -> None:
     assert set(np.minimum(heights, widths)) == set(range(1, 601))
     valid = crop[0] > 0  # TensorFlow fails where a side of 1 leaves no pixel
     expected = np.stack([y, x, *crop], axis=1)
-    ours = rows(official_central_windows(heights.astype(np.int64), widths.astype(np.int64)))
+    ours = rows(official_central_windows(heights.astype(np.int64), widths.astype(np.int64), 224))
     np.testing.assert_array_equal(ours[valid], expected[valid])
     assert (ours[~valid, 2:] == 1).all()
     assert (~valid).sum() == 1
@@ -117,8 +117,8 @@ class SampleDraws:
 def test_random_windows_are_the_scalar_crop_or_else_the_central_one() -> None:
     rng = np.random.default_rng(0)
     heights, widths = np.concatenate([rng.integers(1, most, (250, 2)) for most in (6, 25, 120, 600, 3000)]).T
-    windows = rows(official_random_windows(3, 5, np.arange(len(heights)), heights, widths))
-    central = rows(official_central_windows(heights, widths))
+    windows = rows(official_random_windows(3, 5, np.arange(len(heights)), heights, widths, 224))
+    central = rows(official_central_windows(heights, widths, 224))
     num_central = 0
     for index, (height, width) in enumerate(zip(heights.tolist(), widths.tolist(), strict=True)):
         expected = sample(height, width, SampleDraws(3, 5, index))
@@ -131,7 +131,7 @@ def test_random_windows_are_the_scalar_crop_or_else_the_central_one() -> None:
 def test_random_windows_are_distributed_as_in_tensorflow() -> None:
     count = 20_000
     for (height, width), expected in zip(WINDOWS["quantile_sizes"], WINDOWS["quantiles"], strict=True):
-        windows = official_random_windows(0, 0, np.arange(count), np.full(count, height), np.full(count, width))
+        windows = official_random_windows(0, 0, np.arange(count), np.full(count, height), np.full(count, width), 224)
         y, x, h, w = rows(windows).T
         assert (windows.starts >= 0).all()
         assert (windows.ends < [height, width])[h < height, 0].all()  # TensorFlow never draws the last offset
@@ -145,24 +145,24 @@ def test_random_windows_are_distributed_as_in_tensorflow() -> None:
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 5000), (5000, 3), (1, 11)])
 def test_random_windows_fall_back_to_the_central_one(height: int, width: int) -> None:
     sizes = np.full(8, height), np.full(8, width)
-    windows = official_random_windows(0, 0, np.arange(8), *sizes)
-    np.testing.assert_array_equal(rows(windows), rows(official_central_windows(*sizes)))
+    windows = official_random_windows(0, 0, np.arange(8), *sizes, 224)
+    np.testing.assert_array_equal(rows(windows), rows(official_central_windows(*sizes, 224)))
     assert (windows.ends > windows.starts).all()
     assert windows.starts.dtype == windows.ends.dtype == np.int32
 
 
 def test_random_windows_do_not_depend_on_the_batch() -> None:
     shuffled = np.random.default_rng(0).permutation(50)
-    whole = rows(official_random_windows(1, 2, np.arange(50), np.full(50, 300), np.full(50, 400)))
-    part = rows(official_random_windows(1, 2, shuffled[:20], np.full(20, 300), np.full(20, 400)))
+    whole = rows(official_random_windows(1, 2, np.arange(50), np.full(50, 300), np.full(50, 400), 224))
+    part = rows(official_random_windows(1, 2, shuffled[:20], np.full(20, 300), np.full(20, 400), 224))
     np.testing.assert_array_equal(part, whole[shuffled[:20]])
-    other_epoch = rows(official_random_windows(1, 3, np.arange(50), np.full(50, 300), np.full(50, 400)))
+    other_epoch = rows(official_random_windows(1, 3, np.arange(50), np.full(50, 300), np.full(50, 400), 224))
     assert (other_epoch != whole).any(axis=1).all()
 
 
 def test_random_windows_are_those_that_checkpoints_were_written_with() -> None:
     """A change here breaks the exact resume of every run that exists: it is a decision, not a refactoring."""
     samples = np.arange(64)
-    windows = official_random_windows(2**64 - 1, 1, samples, samples % 7 * 50 + 20, samples % 5 * 70 + 20)
+    windows = official_random_windows(2**64 - 1, 1, samples, samples % 7 * 50 + 20, samples % 5 * 70 + 20, 224)
     digest = hashlib.sha256(windows.starts.astype("<i4").tobytes() + windows.ends.astype("<i4").tobytes())
     assert digest.hexdigest() == "125dcf97c94080b8c81b12665521df46c81a01408ad3295da925756ff7d636c1"
