@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from bitfleet.trainer.data.request import Request
-from bitfleet.trainer.data.sampler import Ints, substitutes
+from bitfleet.trainer.data.sampler import Ints, substitute
+
+_MOST_ATTEMPTS = 100
 
 
 class BadSamples:
@@ -36,14 +38,19 @@ class BadSamples:
             ValueError: by policy, or past the limit.
         """
         self._allow(request, unreadable)
-        samples = request.samples.copy()
+        asked = request.samples if request.asked is None else request.asked
+        samples, num_images = request.samples.copy(), len(request.images)
         for position in unreadable:
-            (samples[position],) = substitutes(
-                self._seed, request.epoch, samples[position : position + 1], len(request.images)
+            if request.num_mends == _MOST_ATTEMPTS:
+                raise ValueError(
+                    f"none of {_MOST_ATTEMPTS} others can be decoded in the place of {request.path(position)}"
+                )
+            samples[position] = substitute(
+                self._seed, request.epoch, int(asked[position]), request.num_mends, num_images
             )
             self._say(request, position, unreadable[position], f"replaced by {request.images.path(samples[position])}")
         self.num_replaced += len(unreadable)
-        return draw(request.epoch, samples)
+        return draw(request.epoch, samples)._replace(asked=asked, num_mends=request.num_mends + 1)
 
     def leave_out(self, request: Request, unreadable: Mapping[int, str]) -> Request:
         """`request` without the unreadable: validation is of the other images, each once.

@@ -29,6 +29,10 @@ class Request(NamedTuple):
     """1 to mirror left to right [N]."""
     epoch: int
     """That windows and flips are of; 0 in validation."""
+    asked: Ints | None = None
+    """The samples that the stream asked for, where some were replaced [N]."""
+    num_mends: int = 0
+    """How often some were replaced."""
 
     @property
     def labels(self) -> torch.Tensor:

@@ -84,10 +84,10 @@ def random_flips(seed: int, epoch: int, samples: Ints) -> npt.NDArray[np.int32]:
     return (_keys(seed, epoch, _FLIP, samples) >> np.uint64(63)).astype(np.int32)
 
 
-def substitutes(seed: int, epoch: int, samples: Ints, num_samples: int) -> Ints:
-    """Return for each of `samples` another one to take in its place, int64 [N]; a lone sample is its own substitute."""
-    others = _keys(seed, epoch, _SUBSTITUTE, samples) % np.uint64(max(num_samples - 1, 1))
-    return (samples + 1 + others.astype(np.int64)) % num_samples
+def substitute(seed: int, epoch: int, sample: int, attempt: int, num_samples: int) -> int:
+    """Return another sample to take in the place of `sample`, the `attempt`-th choice from 0; a lone one is its own."""
+    draw = uniforms(seed, epoch, _SUBSTITUTE, np.array([sample]), attempt + 1)[0, attempt]
+    return (sample + 1 + int(draw * max(num_samples - 1, 1))) % num_samples
 
 
 def random_resized_windows(seed: int, epoch: int, samples: Ints, heights: Ints, widths: Ints) -> Windows:

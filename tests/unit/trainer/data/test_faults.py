@@ -114,6 +114,17 @@ def test_every_image_of_a_batch_may_be_gone(root: Path, loader: str) -> None:
 
 
 @pytest.mark.parametrize("loader", LOADERS)
+def test_a_batch_of_which_nothing_can_be_read_ends(root: Path, loader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitfleet.trainer.data.bad_samples._MOST_ATTEMPTS", 3)
+    config = config_of(root, loader)
+    dataset = open_dataset(config)
+    for index in range(NUM_TRAIN):
+        Path(dataset.train.path(index)).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none of 3 others can be decoded in the place of .*jpg"):
+        next(train_loader(dataset, config).batches())
+
+
+@pytest.mark.parametrize("loader", LOADERS)
 def test_past_the_limit_a_run_ends(root: Path, loader: str) -> None:
     config = config_of(root, loader, max_bad_samples=2)
     dataset = open_dataset(config)

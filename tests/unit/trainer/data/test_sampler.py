@@ -152,3 +152,12 @@ def test_central_windows_are_those_of_torchvision(size: int) -> None:
             padded = torch.nn.functional.pad(image, [margin] * 4)
             ours = padded[:, y + margin : y + margin + size, x + margin : x + margin + size]
             assert torch.equal(ours, center_crop(image, [size, size]))
+
+
+def test_substitutes_are_others_and_differ_by_attempt() -> None:
+    for num_samples in (2, 3, 50):
+        for sample in range(num_samples):
+            chosen = [sampler.substitute(3, 1, sample, attempt, num_samples) for attempt in range(200)]
+            assert set(chosen) == set(range(num_samples)) - {sample}
+            assert chosen != [sampler.substitute(3, 2, sample, attempt, num_samples) for attempt in range(200)]
+    assert sampler.substitute(3, 1, 0, 5, 1) == 0
