@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -51,7 +52,9 @@ def _run_in_pool(
     function: Callable[[Job], Result], jobs: Sequence[Job], weights: Sequence[int], num_workers: int, progress: "_Bar"
 ) -> list[Result]:
     # Spawned, not forked: threads of this process (DALI, torch) would not survive a fork.
-    pool = ProcessPoolExecutor(min(num_workers, len(jobs)), mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        min(num_workers, len(jobs)), mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent
+    )
     results: dict[int, Result] = {}
     pending: dict[Future[Result], int] = {}
     waiting = iter(enumerate(jobs))
@@ -69,6 +72,18 @@ def _run_in_pool(
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return [results[index] for index in range(len(jobs))]
+
+
+def _end_with_parent() -> None:
+    """Let this worker end when the process that started it is killed; by itself it would wait for jobs for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 class _Bar:
