@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from bitfleet.trainer.data.cache import cache_folder, exclusive
 from bitfleet.trainer.data.images import ImageList
+from bitfleet.trainer.data.workers import run_jobs
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 # Pillow's names of what DALI reads, whatever the suffix says: ImageNet has a PNG named .JPEG.
@@ -24,6 +26,7 @@ _LAYOUT = (
     "knows ILSVRC2012's archives, the Kaggle layout, WebDataset shards and CIFAR-10"
 )
 _READER_THREADS = 16  # headers wait for the disk or the network, not for the CPU
+_JOB_FILES = 4096  # headers of one job: 256 for each thread
 _SLOW_COUNT = 50_000  # images; from here on reading the headers takes long enough to say so
 
 
@@ -158,12 +161,48 @@ def _read_block(paths: Sequence[str]) -> npt.NDArray[np.int32]:
     sizes = np.empty((len(paths), 2), np.int32)
     for index, path in enumerate(paths):
         try:
-            with Image.open(path) as image:
-                sizes[index] = image.height, image.width
-                if image.format not in _FORMATS:
-                    raise ValueError(f"it is a {image.format} file, which DALI does not read")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            sizes[index] = header_size(path)
+        except ValueError as error:
             raise ValueError(
                 f"the image {path} cannot be read ({error}); replace the file, or remove it from its class folder"
             ) from None
     return sizes
+
+
+def header_size(file: str | IO[bytes]) -> tuple[int, int]:
+    """Height and width in pixels from the header of an image, at a path or in an open file.
+
+    Raises:
+        ValueError: it cannot be read, or DALI does not read its format; the message is the bare reason.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.format not in _FORMATS:
+                raise ValueError(f"it is a {image.format} file, which DALI does not read")
+            return image.height, image.width
+    except UnidentifiedImageError:
+        raise ValueError("it is not an image") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from None
+
+
+def list_files(
+    folder: Path, names: Sequence[str], labels: Sequence[int], sizes: Sequence[int], *, num_workers: int, title: str
+) -> ImageList:
+    """Complete a list of image files, names relative to `folder`, with heights and widths; all workers read headers.
+
+    Raises:
+        ValueError: The header of an image cannot be read; the path is named.
+    """
+    jobs = [
+        [f"{folder}/{name}" for name in names[start : start + _JOB_FILES]] for start in range(0, len(names), _JOB_FILES)
+    ]
+    found = run_jobs(_read_image_sizes, jobs, [len(job) for job in jobs], num_workers=num_workers, title=title)
+    return ImageList(
+        folder=folder,
+        names=np.array([os.fsencode(name) for name in names]),
+        labels=np.array(labels, np.int64),
+        heights=np.concatenate([heights for heights, _ in found]),
+        widths=np.concatenate([widths for _, widths in found]),
+        sizes=np.array(sizes, np.int64),
+    )

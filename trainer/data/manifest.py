@@ -8,7 +8,7 @@ relative to, and one sha256 over both lists, which is checked whenever they are 
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     Raises:
         ValueError: it is missing, cannot be read, or its lists are not those that it was written with.
     """
-    facts = _read_facts(folder / FILE)
+    facts = read_facts(folder)
     lists = [_read(folder / f"{split}.tsv") for split in SPLITS]
     if _sha(lists) != facts["sha256"]:
         raise ValueError(
@@ -97,6 +97,23 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         facts={key: value for key, value in facts.items() if key not in known},
     )
     return manifest, facts["sha256"]
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What manifest.json in `folder` says, its lists unread.
+
+    Raises:
+        ValueError: it is missing or cannot be read, or it is of another format.
+    """
+    path = folder / FILE
+    try:
+        facts: dict[str, Any] = json.loads(_read(path))
+        if facts["format"] != _FORMAT:
+            raise ValueError(f"the manifest {path} has format {facts['format']}; this bitfleet reads format {_FORMAT}")
+        assert {"layout", "files", "longest_path", "sha256", "classes"} <= facts.keys()
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AssertionError):
+        raise ValueError(f"the manifest {path} cannot be read: run bitfleet data prepare again") from None
+    return facts
 
 
 def lists_sha(train: ImageList, val: ImageList) -> str:
@@ -149,14 +166,20 @@ def without(images: ImageList, names: Collection[str]) -> ImageList:
     return images.select(~np.isin(images.names, np.array([os.fsencode(name) for name in names])))
 
 
-def merge(lists: list[ImageList]) -> ImageList:
+def merge(lists: Sequence[ImageList]) -> ImageList:
     """The images of all lists, which have one folder, ordered by label, then by name, bytewise."""
+    merged = concatenate(lists)
+    return merged.select(np.lexsort((merged.names, merged.labels)))
+
+
+def concatenate(lists: Sequence[ImageList]) -> ImageList:
+    """The images of all lists, which have one folder, one list after the other."""
     names, labels, heights, widths, sizes = (
         np.concatenate([getattr(images, column) for images in lists])
         for column in ("names", "labels", "heights", "widths", "sizes")
     )
     offsets = None if lists[0].offsets is None else np.concatenate([images.offsets for images in lists])
-    merged = ImageList(
+    return ImageList(
         folder=lists[0].folder,
         names=names,
         labels=labels,
@@ -165,7 +188,6 @@ def merge(lists: list[ImageList]) -> ImageList:
         sizes=sizes,
         offsets=offsets,
     )
-    return merged.select(np.lexsort((names, labels)))
 
 
 def _sha(lists: list[bytes]) -> str:
@@ -174,17 +196,6 @@ def _sha(lists: list[bytes]) -> str:
         digest.update(b"%d\n" % len(text))
         digest.update(text)
     return digest.hexdigest()
-
-
-def _read_facts(path: Path) -> dict[str, Any]:
-    try:
-        facts: dict[str, Any] = json.loads(_read(path))
-        if facts["format"] != _FORMAT:
-            raise ValueError(f"the manifest {path} has format {facts['format']}; this bitfleet reads format {_FORMAT}")
-        assert {"layout", "files", "longest_path", "sha256", "classes"} <= facts.keys()
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AssertionError):
-        raise ValueError(f"the manifest {path} cannot be read: run bitfleet data prepare again") from None
-    return facts
 
 
 def _parse(path: Path, folder: Path, longest_path: int) -> ImageList:

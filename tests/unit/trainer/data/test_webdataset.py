@@ -1,0 +1,116 @@
+"""WebDataset shards: images are found within them, with their labels and classes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from bitfleet.trainer.data import DataConfig, open_dataset, webdataset
+from bitfleet.trainer.data.prepare import prepare
+from tests.unit.trainer.data import miniature
+from tests.unit.trainer.data.miniature import SYNSETS, photo
+
+TRAIN = {"0.cls": b"0", "0.jpg": photo(0, 1), "1.cls": b"1\n", "1.png": photo(1, 3)}
+
+
+@pytest.fixture(autouse=True)
+def _miniature(monkeypatch: pytest.MonkeyPatch) -> None:
+    miniature.patch(monkeypatch)
+
+
+def index(folder: Path, train: Mapping[str, bytes], val: Mapping[str, bytes] = TRAIN) -> webdataset.Manifest:
+    miniature.write(folder, {"train.tar": miniature.tar(train), "val.tar": miniature.tar(val)})
+    return webdataset.index(folder, ["train.tar"], ["val.tar"], num_workers=1)
+
+
+@pytest.mark.parametrize("form", ["cls", "json"])
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_images_are_found_in_their_shards(tmp_path: Path, form: str, num_workers: int) -> None:
+    source = miniature.shards(tmp_path / "source", form=form)
+    prepare(source, tmp_path / "dest", num_workers=num_workers)
+    dataset = open_dataset(DataConfig(root=str(tmp_path / "dest")))
+    assert dataset.classes == SYNSETS
+    photos = {name.split("/")[1]: data for name, data in (miniature.train_photos() | miniature.val_by_class()).items()}
+    for images, count in ((dataset.train, 12), (dataset.val, 6)):
+        assert len(images) == count
+        for i in range(count):
+            name = images.name(i).rsplit("/", 1)[1].replace(".jpg", ".JPEG")
+            assert images.read(i) == photos[name]
+            assert images.heights[i] == 30 + images.labels[i]
+    # the order of the shards, then their own
+    names = list(miniature.train_photos())
+    ordered = [f"imagenet-train-0000.tar/{name.split('/')[1]}" for name in names[5:]]
+    ordered += [f"imagenet-train-0001.tar/{name.split('/')[1]}" for name in names[:5]]
+    assert [dataset.train.name(i).replace(".jpg", ".JPEG") for i in range(12)] == ordered
+    assert dataset.val.name(0).startswith("val/0.tar/")
+
+
+def test_classes(tmp_path: Path) -> None:
+    assert index(tmp_path, TRAIN).classes == ("0", "1")
+    (tmp_path / "classes.txt").write_text("cat\ndog\nbird\n")
+    assert index(tmp_path, TRAIN).classes == ("cat", "dog", "bird")
+    with pytest.raises(ValueError, match=r"has 2 training images: the class bird has 0"):
+        prepare(tmp_path, tmp_path / "dest", num_workers=1)
+    for text in ("", "cat\n\ndog\n", "cat\ncat\n"):
+        (tmp_path / "classes.txt").write_text(text)
+        with pytest.raises(ValueError, match=r"classes\.txt must name every class once"):
+            index(tmp_path, TRAIN)
+
+
+def test_keys_and_suffixes(tmp_path: Path) -> None:
+    files = {
+        "a/0.jpg": photo(0, 1),
+        "a/0.JSON": b'{"cls": 1, "filename": "x"}',
+        "b/0.seg.png": b"another picture of the sample",
+        "b/0.JPEG": photo(1, 1),
+        "b/0.json": b'{"label": 7}',
+        "b/0.cls": b"0",  # .cls is asked first
+        "b/0.txt": b"a caption",
+        ".hidden": b"",
+    }
+    train = index(tmp_path, files).train
+    assert [train.name(i) for i in range(2)] == ["train.tar/a/0.jpg", "train.tar/b/0.JPEG"]
+    assert train.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"0.jpg": photo(0, 1)},
+            r"the image 0\.jpg in the shard .*/train\.tar has no label: expected 0\.cls, or 0\.json",
+        ),
+        ({"0.jpg": photo(0, 1), "0.cls": b"cat"}, r"the image 0\.jpg .* has no label: 0\.cls is b'cat'"),
+        ({"0.jpg": photo(0, 1), "0.json": b'{"label": "1"}'}, r"has no label: 0\.json is"),
+        ({"0.jpg": photo(0, 1), "0.json": b"[]"}, r"has no label: 0\.json is"),
+        ({"0.jpg": photo(0, 1), "0.json": b"{"}, r"has no label: 0\.json is"),
+        ({"0.jpg": photo(0, 1), "0.cls": b"-1"}, r"the image 0\.jpg .* has the label -1; expected 0 to"),
+        ({"0.jpg": photo(0, 1), "0.cls": b"9" * 30}, r"has the label 9{30}; expected 0 to"),
+        ({"0.jpg": photo(0, 1), "0.cls": b"1"}, r"train\.tar/0\.jpg has the label 1, and there are 1 training images"),
+        (
+            {"0.jpg": b"<html>", "0.cls": b"0"},
+            r"the image 0\.jpg in the shard .* cannot be read \(it is not an image\)",
+        ),
+        ({"0.jpg": photo(0, 1), "0.png": photo(0, 1), "0.cls": b"0"}, r"two images 0\.\*: 0\.jpg and 0\.png"),
+        ({"0.txt": b""}, r"the shard .*/train\.tar has no image in it"),
+        ({"0.jpg": photo(0, 1), "0.cls": b"0"}, r"val\.tar/1\.png has the label 1, which no training image has"),
+    ],
+)
+def test_wrong_samples_are_named(tmp_path: Path, files: Mapping[str, bytes], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        index(tmp_path, files)
+
+
+def test_a_label_that_the_list_of_classes_has_not(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("cat\n")
+    with pytest.raises(ValueError, match=r"the image 1\.png .*train\.tar has the label 1; expected 0 to 0"):
+        index(tmp_path, TRAIN)
+
+
+def test_a_shard_that_is_cut_off(tmp_path: Path) -> None:
+    index(tmp_path, TRAIN)
+    content = (tmp_path / "val.tar").read_bytes()
+    for length in (len(content.rstrip(b"\0")) // 2, 512 * 4):
+        (tmp_path / "val.tar").write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"the archive .*/val\.tar is incomplete"):
+            webdataset.index(tmp_path, ["train.tar"], ["val.tar"], num_workers=1)
