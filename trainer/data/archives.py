@@ -16,7 +16,7 @@ from bitfleet.trainer.data.images import ImageList
 from bitfleet.trainer.data.index import header_size
 from bitfleet.trainer.data.manifest import Manifest, merge
 from bitfleet.trainer.data.tar_members import Member, list_members
-from bitfleet.trainer.data.unfinished import check_space, write_file, written_before
+from bitfleet.trainer.data.unfinished import check_space, write_whole, written_before
 from bitfleet.trainer.data.workers import run_jobs
 
 LAYOUT = "ILSVRC2012 archives"
@@ -197,5 +197,5 @@ def _extract_image(descriptor: int, archive: Path, image: _Image, path: Path) ->
         raise ValueError(
             f"the image {image.member.name} in the archive {archive} cannot be read ({error}); download the archive again"
         ) from None
-    write_file(path, encoded)
+    write_whole(path, encoded)
     return shape

@@ -17,7 +17,7 @@ from PIL import Image
 
 from bitfleet.trainer.data.images import ImageList
 from bitfleet.trainer.data.manifest import Manifest, merge
-from bitfleet.trainer.data.unfinished import check_space, write_file, written_before
+from bitfleet.trainer.data.unfinished import check_space, write_whole, written_before
 from bitfleet.trainer.data.workers import run_jobs
 
 LAYOUT = "CIFAR-10"
@@ -120,7 +120,7 @@ def _write_block(job: _Job) -> ImageList:
         Image.fromarray(pixels).save(encoded, format="PNG")
         content = encoded.getvalue()
         if written_before(job.into / name, len(content)) is None:
-            write_file(job.into / name, content)
+            write_whole(job.into / name, content)
         sizes.append(len(content))
     height, width = job.pixels.shape[1:3]
     return ImageList(

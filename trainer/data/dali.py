@@ -14,6 +14,7 @@ from bitfleet.trainer.data import official
 from bitfleet.trainer.data.dali_feed import Feed
 from bitfleet.trainer.data.decoding import reason_of
 from bitfleet.trainer.data.request import Batch, Geometry, Mend, Request
+from bitfleet.trainer.data.resizing import Resizer
 from bitfleet.trainer.data.stall import result_within
 
 _PREFETCH_DEPTH = 2
@@ -53,7 +54,7 @@ class DaliPipeline:
         Raises:
             ValueError: DALI is not installed, or both of its wheels are.
         """
-        _check_installation()
+        check_installation()
         self._geometry = geometry
         self._image_size = image_size
         self._batch_size = batch_size
@@ -62,7 +63,10 @@ class DaliPipeline:
         self._largest_image_bytes = largest_image_bytes
         self._in_shards = in_shards
         self._stall_seconds = stall_seconds
-        self._flips_in_dali = geometry != "crop_bicubic"
+        resized_here = geometry != "crop" and device_index is None
+        self._resizer = Resizer(geometry, image_size, num_threads) if resized_here else None
+        self._windows_in_dali = not (resized_here and geometry == "resize_crop")  # else whole images come out
+        self._flips_in_dali = not resized_here and geometry != "crop_bicubic"
         self._feed = self._new_feed()
         self._pipeline: Any = None
         self._iteration: object = None
@@ -70,6 +74,16 @@ class DaliPipeline:
 
     def batches(self, requests: Iterator[Request], mend: Mend) -> Iterator[Batch]:
         """See request.Pipeline."""
+        outputs = self._outputs(requests, mend)
+        if self._resizer is not None:
+            decoded = ((_windows(output), request) for output, request in outputs)
+            yield from self._resizer.batches(decoded)
+            return
+        for output, request in outputs:
+            yield self._finish(output, request), request.labels.to(self._device, non_blocking=True)
+
+    def _outputs(self, requests: Iterator[Request], mend: Mend) -> Iterator[tuple[Any, Request]]:
+        """Yield what DALI gives for each request, and the request, which may have been mended; None for an empty one."""
         self._drain()
         self._iteration = iteration = object()
         self._feed.start(requests)
@@ -77,25 +91,24 @@ class DaliPipeline:
             if self._iteration is not iteration:
                 raise RuntimeError("this loader was iterated anew; the earlier iteration cannot go on")
             try:
-                images = self._run()
+                output = self._run()
             except StopIteration:
                 return
             except RuntimeError as failure:
                 if (emptied := self._mend(mend, failure)) is not None:
-                    yield emptied
+                    yield None, emptied
                 continue
-            request = self._feed.in_flight.popleft()
-            yield self._finish(images, request), request.labels.to(self._device, non_blocking=True)
+            yield output, self._feed.in_flight.popleft()
 
     def _new_feed(self) -> Feed:
-        return Feed(in_shards=self._in_shards, with_flips=self._flips_in_dali)
+        return Feed(in_shards=self._in_shards, with_windows=self._windows_in_dali, with_flips=self._flips_in_dali)
 
     @property
     def _device(self) -> torch.device:
         return torch.device("cpu") if self._device_index is None else torch.device("cuda", self._device_index)
 
-    def _mend(self, mend: Mend, failure: RuntimeError) -> Batch | None:
-        """Have the oldest batch mended, which made DALI fail, and read it again; the empty batch, if nothing is left of it."""
+    def _mend(self, mend: Mend, failure: RuntimeError) -> Request | None:
+        """Have the oldest batch mended, which made DALI fail, and read it again; the request, if nothing is left of it."""
         self._pipeline = None  # DALI: "Current pipeline object is no longer valid"
         failed = self._feed.in_flight.popleft() if self._feed.in_flight else None
         unreadable = self._unreadable(failed) if failed else {}
@@ -106,9 +119,7 @@ class DaliPipeline:
             self._feed.again([mended])
             return None
         self._feed.again([])
-        size = self._image_size
-        empty = torch.empty((0, size, size, 3), dtype=torch.uint8, device=self._device)
-        return empty, mended.labels.to(self._device)
+        return mended
 
     def _unreadable(self, request: Request) -> dict[int, str]:
         """Position -> reason of the images of `request` that DALI, asked for each alone, cannot give.
@@ -154,15 +165,16 @@ class DaliPipeline:
             raise StopIteration
         return output
 
-    def _finish(self, images: Any, request: Request) -> torch.Tensor:
-        """The batch of a pipeline's output."""
+    def _finish(self, output: Any, request: Request) -> torch.Tensor:
+        """The batch of an output."""
+        if output is None:
+            return torch.empty((0, self._image_size, self._image_size, 3), dtype=torch.uint8, device=self._device)
         if self._geometry == "crop_bicubic":
-            windows = [from_dlpack(images[index]) for index in range(len(request.samples))]
-            return official.resize_windows(windows, request.flips, self._image_size)
+            return official.resize_windows(_windows(output), request.flips, self._image_size)
         # The executor counts references to its buffers and hands out a new one for every batch (exec_dynamic), so the
         # tensor stays as it is without a copy. On a GPU the copy gives the memory to torch's allocator, which knows
         # the streams that still read it.
-        tensor: torch.Tensor = from_dlpack(images.as_tensor())
+        tensor: torch.Tensor = from_dlpack(output.as_tensor())
         return tensor if self._device_index is None else tensor.clone()
 
     def _build(self, feed: Feed, batch_size: int) -> Any:
@@ -188,38 +200,45 @@ class DaliPipeline:
         elif self._geometry == "crop_bicubic":
             decoding["use_fast_idct"] = True  # as TensorFlow's decoder does by default: the same pixels
         window_type = types.FLOAT if self._geometry == "resize_crop" else types.INT32
+        kinds = [(types.UINT8, 1)]
+        kinds += [(window_type, 1), (window_type, 1)] * self._windows_in_dali + [(types.INT32, 0)] * self._flips_in_dali
         resizing: dict[str, Any] = {
             "size": [self._image_size] * 2,
             "interp_type": types.INTERP_LINEAR,
             "antialias": True,
         }
         with pipeline:
-            files, starts, ends, *flips = fn.external_source(
+            files, *others = fn.external_source(
                 source=feed,
-                num_outputs=3 + self._flips_in_dali,
+                num_outputs=len(kinds),
                 batch=True,
-                dtype=[types.UINT8, window_type, window_type, *[types.INT32] * self._flips_in_dali],
-                ndim=[1, 1, 1, *[0] * self._flips_in_dali],
+                dtype=[dtype for dtype, _ in kinds],
+                ndim=[ndim for _, ndim in kinds],
             )
             if not self._in_shards:
                 files = fn.io.file.read(files)
             if self._geometry in ("crop_resize", "crop_bicubic"):
-                images = fn.decoders.image_slice(files, start=starts, end=ends, axes=[0, 1], **decoding)
+                images = fn.decoders.image_slice(files, start=others[0], end=others[1], axes=[0, 1], **decoding)
             else:
                 images = fn.decoders.image(files, **decoding)
-            if self._geometry == "crop_resize":
+            if self._geometry == "crop_resize" and self._resizer is None:
                 images = fn.resize(images, **resizing)
-            elif self._geometry == "resize_crop":
-                images = fn.resize(images, roi_start=starts, roi_end=ends, **resizing)
+            elif self._geometry == "resize_crop" and self._resizer is None:
+                images = fn.resize(images, roi_start=others[0], roi_end=others[1], **resizing)
             elif self._geometry == "crop":
                 images = fn.slice(
-                    images, start=starts, end=ends, axes=[0, 1], out_of_bounds_policy="pad", fill_values=0
+                    images, start=others[0], end=others[1], axes=[0, 1], out_of_bounds_policy="pad", fill_values=0
                 )
             if self._flips_in_dali:
-                images = fn.flip(images, horizontal=flips[0])
+                images = fn.flip(images, horizontal=others[-1])
             pipeline.set_outputs(images)
         pipeline.build()
         return pipeline
+
+
+def _windows(output: Any) -> list[torch.Tensor]:
+    """The images of an output, whose sizes differ, without a copy."""
+    return [] if output is None else [from_dlpack(output[index]) for index in range(len(output))]
 
 
 def _next_output(pipeline: Any, stream: Any) -> Any:
@@ -231,7 +250,12 @@ def _next_output(pipeline: Any, stream: Any) -> Any:
     return output
 
 
-def _check_installation() -> None:
+def check_installation() -> None:
+    """Check that DALI is there.
+
+    Raises:
+        ValueError: DALI is not installed, or both of its wheels are.
+    """
     extras = "'bitfleet[dali-cu13]' (CUDA 13) or 'bitfleet[dali-cu12]' (CUDA 12)"
     wheels = []
     for wheel in ("nvidia-dali-cuda130", "nvidia-dali-cuda120"):

@@ -23,10 +23,10 @@ class Feed:
     Apart from DaliPipeline, so that no reference cycle keeps a pipeline alive.
     """
 
-    def __init__(self, *, in_shards: bool, with_flips: bool) -> None:
+    def __init__(self, *, in_shards: bool, with_windows: bool, with_flips: bool) -> None:
         self.in_flight: deque[Request] = deque()
         """Requests that DALI has got and whose batch has not been taken, oldest first."""
-        self._with_flips = with_flips
+        self._with_windows, self._with_flips = with_windows, with_flips
         self._requests: Iterator[Request] = iter(())
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="shards") if in_shards else None
         self._ahead: deque[tuple[Request, list[Future[_Encoded]]]] = deque()
@@ -58,8 +58,12 @@ class Feed:
         else:
             request, files = self._read_ahead(self._readers)
         self.in_flight.append(request)
-        inputs = (files, request.windows.starts, request.windows.ends)
-        return (*inputs, request.flips) if self._with_flips else inputs
+        inputs = [files]
+        if self._with_windows:
+            inputs += [request.windows.starts, request.windows.ends]
+        if self._with_flips:
+            inputs.append(request.flips)
+        return tuple(inputs)
 
     def _read_ahead(self, readers: ThreadPoolExecutor) -> tuple[Request, _Encoded]:
         while len(self._ahead) <= _BATCHES_AHEAD and (request := next(self._requests, None)):

@@ -106,6 +106,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
         ValueError: it is missing or cannot be read, or it is of another format.
     """
     path = folder / FILE
+    if not path.exists():
+        raise ValueError(f"{folder} has no {FILE}: make it a data set with `bitfleet data prepare SOURCE DEST` first")
     try:
         facts: dict[str, Any] = json.loads(_read(path))
         if facts["format"] != _FORMAT:
@@ -149,7 +151,7 @@ def read_quarantine(folder: Path) -> dict[str, str]:
     path = folder / QUARANTINE
     if not path.exists():
         return {}
-    lines = os.fsdecode(path.read_bytes()).splitlines()[1:]
+    lines = os.fsdecode(path.read_bytes()).rstrip("\n").split("\n")[1:]  # splitlines knows more breaks than that
     return dict(line.split("\t", 1) for line in lines)
 
 

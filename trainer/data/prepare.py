@@ -14,7 +14,7 @@ from bitfleet.trainer.data import cifar, imagenet, kaggle
 from bitfleet.trainer.data.archives import LAYOUT as ARCHIVES
 from bitfleet.trainer.data.layouts import Source, recognise
 from bitfleet.trainer.data.manifest import FILE, QUARANTINE, SPLITS, Manifest, read_facts, write_manifest
-from bitfleet.trainer.data.unfinished import begin, finish, only_one, unfinished_folder
+from bitfleet.trainer.data.unfinished import only_one, unfinished_folder
 
 _LOCK = ".prepare.lock"
 
@@ -45,13 +45,13 @@ def prepare(source: Path, dest: Path, *, num_workers: int, allow_incomplete: boo
         if not form.extracted:
             with only_one(dest / _LOCK, dest):
                 _check_dest(source, dest, form)
-                return _make(form, source, dest, dest, num_workers, allow_incomplete)
-        unfinished = unfinished_folder(dest)
-        with only_one(unfinished.with_name(f"{unfinished.name}.lock"), dest):
-            if facts := _check_dest(source, dest, form):
-                return _summary(dest, facts, f"{dest} is prepared already; nothing was done")
-            begin(dest, form.layout, form.extracted)
-            return _make(form, source, dest, unfinished, num_workers, allow_incomplete)
+                manifest, seconds = _make(form, source, dest, num_workers, allow_incomplete)
+            return _summary_of_new(dest, manifest, seconds, "listed, where they lie,")
+        if facts := _check_dest(source, dest, form):
+            return _summary(dest, facts, f"{dest} is prepared already; nothing was done")
+        with unfinished_folder(dest, _plan(form)) as folder:
+            manifest, seconds = _make(form, source, folder, num_workers, allow_incomplete)
+        return _summary_of_new(dest, manifest, seconds, "extracted")
     except OSError as error:  # a full disk above all
         place = f" ({error.filename})" if error.filename else ""
         raise ValueError(
@@ -60,8 +60,8 @@ def prepare(source: Path, dest: Path, *, num_workers: int, allow_incomplete: boo
         ) from None
 
 
-def _make(form: Source, source: Path, dest: Path, folder: Path, num_workers: int, allow_incomplete: bool) -> str:
-    """List or extract the images, check them, write the manifest into `folder`; returns the summary."""
+def _make(form: Source, source: Path, folder: Path, num_workers: int, allow_incomplete: bool) -> tuple[Manifest, float]:
+    """List or extract the images, check them, write the manifest into `folder`; returns it and the seconds that it took."""
     start = time.monotonic()
     manifest = form.make(num_workers=num_workers, **({"into": folder} if form.extracted else {}))
     facts: dict[str, Any] = {"source": str(source)}
@@ -70,13 +70,11 @@ def _make(form: Source, source: Path, dest: Path, folder: Path, num_workers: int
             raise ValueError(f"{'; '.join(incomplete)}. Complete it, or prepare what is there with --allow_incomplete")
         facts["incomplete"] = incomplete
     write_manifest(replace(manifest, facts=facts), folder)
-    if form.extracted:
-        finish(folder, dest)
-    done = "extracted" if form.extracted else "listed, where they lie,"
-    number = len(manifest.train) + len(manifest.val)
-    return _summary(
-        dest, read_facts(dest), f"{dest} is prepared: {number:,} images {done} in {time.monotonic() - start:,.0f} s"
-    )
+    return manifest, time.monotonic() - start
+
+
+def _plan(form: Source) -> dict[str, Any]:
+    return {"layout": form.layout, "archives": {archive.name: archive.stat().st_size for archive in form.extracted}}
 
 
 def _check_dest(source: Path, dest: Path, form: Source) -> dict[str, Any] | None:
@@ -143,6 +141,11 @@ def _check(manifest: Manifest, source: Path) -> list[str]:
         if faults:
             wrong.append(f"{source} has {len(images):,} {split} images: {'; '.join(faults)}")
     return wrong
+
+
+def _summary_of_new(dest: Path, manifest: Manifest, seconds: float, done: str) -> str:
+    number = len(manifest.train) + len(manifest.val)
+    return _summary(dest, read_facts(dest), f"{dest} is prepared: {number:,} images {done} in {seconds:,.0f} s")
 
 
 def _summary(dest: Path, facts: Mapping[str, Any], first: str) -> str:

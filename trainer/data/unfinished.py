@@ -1,57 +1,78 @@
-"""What `bitfleet data prepare` extracts lies in DEST.unfinished until all of it is there and checked."""
+"""A folder in the making: DEST.unfinished, written by one command at a time, continued after a kill, renamed at the end."""
 
 import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from bitfleet.trainer.data.index import header_size
 
-_IDENTITY = "source.json"
+_PLAN = ".plan.json"
 
 
-def unfinished_folder(dest: Path) -> Path:
-    """DEST.unfinished, beside DEST."""
-    return dest.with_name(dest.name + ".unfinished")
+@contextlib.contextmanager
+def unfinished_folder(dest: Path, plan: Mapping[str, Any]) -> Iterator[Path]:
+    """Give the folder DEST.unfinished to the block, and rename it to `dest` when the block ends without an error.
 
-
-def begin(dest: Path, layout: str, archives: Sequence[Path]) -> Path:
-    """Make DEST.unfinished, or continue the one of the same archives; returns it.
+    Args:
+        dest: An absolute path.
+        plan: What the folder is made from; one that a killed process left is continued only for an equal plan.
 
     Raises:
-        ValueError: it was begun from other archives.
+        ValueError: `dest` has something in it, is being made by another process, was begun with another plan, or cannot be
+            written.
     """
-    folder = unfinished_folder(dest)
-    file = folder / _IDENTITY
-    identity = {"layout": layout, "archives": {archive.name: archive.stat().st_size for archive in archives}}
-    if file.exists():
-        if file.read_text() != json.dumps(identity):
-            raise ValueError(
-                f"{folder} was begun from other archives than {', '.join(map(str, archives))}: choose another DEST, or "
-                "remove that folder"
-            )
-    elif folder.exists() and any(not entry.name.startswith(".tmp-") for entry in folder.iterdir()):
-        raise ValueError(f"{folder} is in the way: bitfleet did not make it; choose another DEST, or move that folder")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(file, json.dumps(identity).encode())
-    return folder
+    folder = dest.with_name(dest.name + ".unfinished")
+    with only_one(dest.with_name(dest.name + ".lock"), dest):
+        if os.path.lexists(dest) and not (dest.is_dir() and not any(dest.iterdir())):
+            raise ValueError(f"{dest} exists already: give another name, or remove it first")
+        _begin(folder, plan)
+        try:
+            yield folder
+        except BaseException:
+            if not is_begun(folder):  # refused before anything was written
+                shutil.rmtree(folder)
+            raise
+        os.sync()
+        folder.rename(dest)  # an empty DEST is replaced
+        (dest / _PLAN).unlink()
 
 
-def finish(folder: Path, dest: Path) -> None:
-    """Turn DEST.unfinished into DEST, once everything in it has reached the disk."""
-    os.sync()
-    folder.rename(dest)  # an empty DEST is replaced
-    (dest / _IDENTITY).unlink()
+def is_begun(folder: Path) -> bool:
+    """Whether something was written into an unfinished folder."""
+    return any(path.name != _PLAN for path in folder.iterdir())
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it: under its own name it is whole."""
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name and rename it: under its own name it is whole.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    with being_written(path) as unfinished:
+        unfinished.write_bytes(data)
+
+
+@contextlib.contextmanager
+def being_written(path: Path) -> Iterator[Path]:
+    """Give a path to write to, which becomes `path` when the block ends without an error.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
     unfinished = path.with_name(f".tmp-{path.name}")
-    unfinished.write_bytes(content)
-    unfinished.rename(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        unfinished.rename(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror or error}): put that right and give the same command again, it goes on"
+        ) from None
 
 
 def written_before(path: Path, size: int) -> tuple[int, int] | None:
@@ -87,18 +108,34 @@ def only_one(lock: Path, dest: Path) -> Iterator[None]:
     """Hold the file `lock` for the time of the block and remove it then; the kernel lets go of it when its holder dies.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it, or it cannot be made.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        raise ValueError(
+            f"{dest} cannot be made ({error.strerror}: {error.filename}): give a place that you can write to"
+        ) from None
     with open(lock, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another bitfleet data prepare is at work on {dest}: wait until it ends") from None
-        # Whoever held it may have removed it after it was opened here: then a third one may hold a new file of this name.
-        if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(file.fileno())):
-            raise ValueError(f"another bitfleet data prepare was at work on {dest} a moment ago: start again")
+            # One who opened the file before its last holder deleted it has the lock of a file that nobody else sees.
+            held = os.path.samestat(lock.stat(), os.fstat(file.fileno()))
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        if not held:
+            raise ValueError(f"another process is making {dest}: wait for its end, or give another DEST")
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def _begin(folder: Path, plan: Mapping[str, Any]) -> None:
+    file = folder / _PLAN
+    folder.mkdir(parents=True, exist_ok=True)
+    if not is_begun(folder):
+        file.write_text(json.dumps(plan))
+    elif not file.exists() or json.loads(file.read_bytes()) != plan:
+        raise ValueError(f"{folder} was begun with other settings or from other data: remove it, or give another DEST")

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -52,9 +53,8 @@ def _run_in_pool(
     function: Callable[[Job], Result], jobs: Sequence[Job], weights: Sequence[int], num_workers: int, progress: "_Bar"
 ) -> list[Result]:
     # Spawned, not forked: threads of this process (DALI, torch) would not survive a fork.
-    pool = ProcessPoolExecutor(
-        min(num_workers, len(jobs)), mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent
-    )
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(num_workers, len(jobs)), mp_context=context, initializer=_begin_worker)
     results: dict[int, Result] = {}
     pending: dict[Future[Result], int] = {}
     waiting = iter(enumerate(jobs))
@@ -74,16 +74,20 @@ def _run_in_pool(
     return [results[index] for index in range(len(jobs))]
 
 
-def _end_with_parent() -> None:
-    """Let this worker end when the process that started it is killed; by itself it would wait for jobs for ever."""
+def _begin_worker() -> None:
+    """Let this worker end without a word at Ctrl-C, and when its parent was killed.
+
+    It would wait for the jobs of a dead parent for ever, since it holds both ends of their pipe.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def watch() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Bar:

@@ -60,18 +60,18 @@ def test_interrupted(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         pass
 
     written: list[Path] = []
-    write_file = cifar.write_file
+    write_whole = cifar.write_whole
 
     def write_some(path: Path, content: bytes) -> None:
         if len(written) == 5:
             path.with_name(f".tmp-{path.name}").write_bytes(content[:9])
             raise PowerCutError
-        write_file(path, content)
+        write_whole(path, content)
         written.append(path)
 
     prepare(source, tmp_path / "whole", num_workers=1)
     with monkeypatch.context() as patch:
-        patch.setattr(cifar, "write_file", write_some)
+        patch.setattr(cifar, "write_whole", write_some)
         with pytest.raises(PowerCutError):
             prepare(archive(source), tmp_path / "dest", num_workers=1)
     assert not (tmp_path / "dest").exists()

@@ -110,8 +110,8 @@ def test_an_empty_dest_and_what_an_interrupted_run_left_are_used(tmp_path: Path)
 @pytest.mark.parametrize("make", FORMS[:2])
 def test_two_at_once(tmp_path: Path, make: Make) -> None:
     source, dest = make(tmp_path / "source"), tmp_path / "dest"
-    lock = tmp_path / "dest.unfinished.lock" if make is miniature.archives else dest / ".prepare.lock"
-    with only_one(lock, dest), pytest.raises(ValueError, match=f"another bitfleet data prepare is at work on {dest}"):
+    lock = tmp_path / "dest.lock" if make is miniature.archives else dest / ".prepare.lock"
+    with only_one(lock, dest), pytest.raises(ValueError, match=f"another process is making {dest}: wait"):
         prepare(source, dest, num_workers=1)
     assert not (dest / "manifest.json").exists()
     assert not lock.exists()

@@ -159,5 +159,6 @@ def test_substitutes_are_others_and_differ_by_attempt() -> None:
         for sample in range(num_samples):
             chosen = [sampler.substitute(3, 1, sample, attempt, num_samples) for attempt in range(200)]
             assert set(chosen) == set(range(num_samples)) - {sample}
-            assert chosen != [sampler.substitute(3, 2, sample, attempt, num_samples) for attempt in range(200)]
+    of_epochs = [[sampler.substitute(3, epoch, 7, attempt, 50) for attempt in range(20)] for epoch in range(3)]
+    assert len(set(map(tuple, of_epochs))) == 3
     assert sampler.substitute(3, 1, 0, 5, 1) == 0

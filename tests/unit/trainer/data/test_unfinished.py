@@ -14,7 +14,7 @@ from bitfleet.trainer.data import archives
 from bitfleet.trainer.data import prepare as preparing
 from bitfleet.trainer.data.archives import VAL_FILE
 from bitfleet.trainer.data.prepare import prepare
-from bitfleet.trainer.data.unfinished import write_file
+from bitfleet.trainer.data.unfinished import write_whole
 from tests.unit.trainer.data import miniature
 from tests.unit.trainer.data.miniature import extracted, images_of
 
@@ -23,6 +23,10 @@ REPOSITORY = Path(__file__).parents[4]
 
 class PowerCutError(BaseException):
     """The process ends here."""
+
+
+def cut(*_: object) -> None:
+    raise PowerCutError
 
 
 @pytest.fixture(autouse=True)
@@ -43,21 +47,18 @@ def test_interrupted_again_and_again(source: Path, tmp_path: Path, monkeypatch: 
             written.append(None)
             path.with_name(f".tmp-{path.name}").write_bytes(content[: len(content) // 2])
             raise PowerCutError
-        write_file(path, content)
+        write_whole(path, content)
         written.append(path)
 
-    monkeypatch.setattr(archives, "write_file", write_two_and_a_half)
+    monkeypatch.setattr(archives, "write_whole", write_two_and_a_half)
     for _ in range(8):  # the ninth would write the last of 18 images
         with pytest.raises(PowerCutError):
             prepare(source, dest, num_workers=1)
         assert not dest.exists()
 
-    def cut(*_: object) -> None:
-        raise PowerCutError
-
-    for step in ("write_manifest", "finish"):
+    for module, step in ((preparing, "write_manifest"), (os, "sync")):
         with monkeypatch.context() as patch:
-            patch.setattr(preparing, step, cut)
+            patch.setattr(module, step, cut)
             with pytest.raises(PowerCutError):
                 prepare(source, dest, num_workers=1)
         assert not dest.exists()
@@ -74,7 +75,7 @@ def test_killed(source: Path, tmp_path: Path) -> None:
         "from bitfleet.trainer.data import archives, prepare, unfinished\n"
         "from tests.unit.trainer.data import miniature\n"
         "miniature.patch(pytest.MonkeyPatch())\n"
-        "archives.write_file = lambda *file: (time.sleep(0.05), unfinished.write_file(*file))\n"
+        "archives.write_whole = lambda *file: (time.sleep(0.05), unfinished.write_whole(*file))\n"
         "prepare.prepare(*map(pathlib.Path, sys.argv[1:]), num_workers=1)\n"
     )
     dest = tmp_path / "dest"
@@ -101,11 +102,10 @@ def test_a_short_or_broken_file_of_an_earlier_run_is_written_again(source: Path,
     wrong.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="is incomplete"):
         prepare(source, tmp_path / "dest", num_workers=1)
-    (tmp_path / "dest.unfinished/source.json").unlink()
-    os.rmdir(tmp_path / "dest.unfinished")
+    assert not (tmp_path / "dest.unfinished").exists()  # nothing was written yet
     wrong.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCutError):
-        patch.setattr(preparing, "finish", lambda *_: (_ for _ in ()).throw(PowerCutError))
+        patch.setattr(os, "sync", cut)
         prepare(source, tmp_path / "dest", num_workers=1)
     files = sorted((tmp_path / "dest.unfinished/train").rglob("*.JPEG"))
     files[0].write_bytes(files[0].read_bytes()[:-1])
@@ -122,11 +122,11 @@ def test_a_full_disk_is_a_sentence_and_the_next_run_continues(
     def full(path: Path, content: bytes) -> None:
         if len(written) == 7:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write_file(path, content)
+        write_whole(path, content)
         written.append(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(archives, "write_file", full)
+        patch.setattr(archives, "write_whole", full)
         with pytest.raises(ValueError, match="No space left on device; .*it continues"):
             prepare(source, tmp_path / "dest", num_workers=1)
     times = [path.stat().st_mtime_ns for path in written]
@@ -147,18 +147,18 @@ def test_too_little_space_is_told_before(source: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "statvfs", little)
     with pytest.raises(ValueError, match=r"dest\.unfinished has 0\.0 GiB free and 0\.0 GiB are still to be written"):
         prepare(source, tmp_path / "dest", num_workers=1)
-    assert images_of(tmp_path / "dest.unfinished") == {}
+    assert not (tmp_path / "dest.unfinished").exists()
 
 
 def test_unfinished_of_another_source_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCutError):
-        patch.setattr(preparing, "finish", lambda *_: (_ for _ in ()).throw(PowerCutError))
+        patch.setattr(os, "sync", cut)
         prepare(source, tmp_path / "dest", num_workers=1)
     with (source / VAL_FILE).open("ab") as file:
         file.write(bytes(512))
-    with pytest.raises(ValueError, match=r"dest\.unfinished was begun from other archives"):
+    with pytest.raises(ValueError, match=r"dest\.unfinished was begun with other settings or from other data"):
         prepare(source, tmp_path / "dest", num_workers=1)
     (tmp_path / "other.unfinished").mkdir()
     (tmp_path / "other.unfinished/mine").touch()
-    with pytest.raises(ValueError, match=r"other\.unfinished is in the way"):
+    with pytest.raises(ValueError, match=r"other\.unfinished was begun with other settings or from other data"):
         prepare(source, tmp_path / "other", num_workers=1)
