@@ -23,7 +23,13 @@ USAGE = """usage: bitfleet bench NAME [options], on several ranks deepspeed --nu
           bytes of tensors per parameter that a rank holds after the step and at its peak, for the same
   checkpoint [--network xnornet] [--rounds 3] [--folder runs]
           what a save costs, in a new folder below --folder: bitfleet's in the background and blocking, ZeRO-1's, torch.save:
-          stall, seconds until it is on disk, MB; XNOR-Net takes 4 GB of disk (also --network birealnet18, birealnet_small)"""
+          stall, seconds until it is on disk, MB; XNOR-Net takes 4 GB of disk (also --network birealnet18, birealnet_small)
+  loader  [--root FOLDER] [--images 512] [--rounds 5] [--batch_size 64] [--num_workers CORES]
+          ImageNet's training transform on the CPU, the same files for all: bitfleet, torchvision, timm, and WebDataset and FFCV
+          where they are installed (pip install 'bitfleet[bench]'): images/s and CPU ms for an image; also the decoder and the
+          sampler alone, and files of 256 pixels. Without --root on made-up photos, which the cache folder keeps
+  loader --manifest [--rounds 5] [--num_workers CORES]
+          instead: seconds to the first batch and memory with a made-up manifest of ImageNet's length, in new processes"""
 
 
 def bench(arguments: Sequence[str]) -> None:
@@ -121,6 +127,29 @@ def _checkpoint(arguments: list[str]) -> None:
         print(format_checkpoint(network, ranks, result))
 
 
+def _loader(arguments: list[str]) -> None:
+    from bitfleet.trainer.bench_loader import bench_loader
+    from bitfleet.trainer.bench_loader_manifest import bench_manifest, format_manifest
+    from bitfleet.trainer.bench_loader_table import format_loader
+    from bitfleet.trainer.data.workers import num_cores
+
+    rounds, arguments = _take_number(arguments, "--rounds", 5)
+    workers, arguments = _take_number(arguments, "--num_workers", num_cores())
+    if "--manifest" in arguments:
+        arguments.remove("--manifest")
+        _reject(arguments, "loader --manifest")
+        if is_first_rank():  # one process measures
+            print(format_manifest(bench_manifest(num_rounds=rounds, num_workers=workers)))
+        return
+    images, arguments = _take_number(arguments, "--images", 512)
+    batch_size, arguments = _take_number(arguments, "--batch_size", 64)
+    root, arguments = take_option(arguments, "--root")
+    _reject(arguments, "loader")
+    if is_first_rank():
+        result = bench_loader(root, num_images=images, num_rounds=rounds, batch_size=batch_size, num_workers=workers)
+        print(format_loader(result))
+
+
 BENCHMARKS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "comm": _comm,
@@ -128,6 +157,7 @@ BENCHMARKS: dict[str, Callable[[list[str]], None]] = {
     "step": _step,
     "sharding": _sharding,
     "checkpoint": _checkpoint,
+    "loader": _loader,
 }
 
 

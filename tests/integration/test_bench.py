@@ -1,10 +1,12 @@
-"""What the benchmarks of traffic, memory and checkpoints count, through the launcher on two ranks. Nothing is timed."""
+"""What the benchmarks of traffic, memory, checkpoints and loaders count, through the launcher on two ranks. Nothing is timed."""
 
+import gc
 import os
 import re
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +15,10 @@ from bitfleet.launch.bench import bench
 from bitfleet.trainer.bench_checkpoint import bench_checkpoint
 from bitfleet.trainer.bench_checkpoint_table import TITLES as SAVES
 from bitfleet.trainer.bench_comm import GRAD_DTYPES, TITLES, CollectiveCounter, Method, bench_comm, interface_bytes
+from bitfleet.trainer.bench_loader_contenders import ORIGINALS, Settings, contenders, sampler_alone
+from bitfleet.trainer.bench_loader_manifest import bench_manifest
+from bitfleet.trainer.bench_loader_photos import find_photos, write_class_folders
+from bitfleet.trainer.bench_loader_table import BITFLEET, BITFLEET_SMALL, TIMM, TORCHVISION_UINT8
 from bitfleet.trainer.bench_memory import BUCKET_BYTES, TensorBytes
 from bitfleet.trainer.distributed import Ranks
 from tests.conftest import REPOSITORY, Launch, run_command
@@ -81,6 +87,62 @@ def test_checkpoint_writes_what_it_should(deepspeed: Launch, tmp_path: Path) -> 
     assert sizes["background"] <= 1.03 * float(required.replace(",", ""))  # the signs, BatchNorm's statistics
     assert sizes["background"] < sizes["torch.save"] < sizes["zero1"]
     assert list(folder.iterdir()) == []
+
+
+LOADER = ["loader", "--images", "8", "--rounds", "1", "--batch_size", "4", "--num_workers", "1"]
+
+
+@pytest.mark.slow
+def test_loader_measures_all_that_are_installed(capsys: pytest.CaptureFixture[str]) -> None:
+    bench(LOADER)
+    output = capsys.readouterr().out
+    assert "8 made-up photos of" in output
+    for title in (
+        BITFLEET,
+        TORCHVISION_UINT8,
+        "torchvision, PIL, float32",
+        TIMM,
+        "decoding alone, .*?",
+        BITFLEET_SMALL,
+    ):
+        (row,) = re.findall(rf"^  {title}  +(\d.*)$", output, re.MULTILINE)
+        assert re.fullmatch(r"[\d,]+ \(.* - .*\) +[\d.]+ \(.* - .*\) +[\d.]+", row), row
+    assert len(re.findall(r"\(at (least|most) [\d.]+( %)?\)$", output, re.MULTILINE)) == 4
+    assert psutil.Process().children() == []
+
+
+def test_every_loader_gives_the_same_kind_of_batches(tmp_path: Path) -> None:
+    write_class_folders(find_photos(None, 8, num_workers=1), tmp_path / ORIGINALS)
+    shapes = {}
+    for entry in contenders(tmp_path, Settings(batch_size=4, num_workers=1)):
+        if entry.installed and entry.title != BITFLEET_SMALL and not entry.title.startswith("decoding alone"):
+            gc.collect()  # see take_turn
+            batches = entry.batches()
+            for _ in range(5):  # more than an epoch
+                images, labels = next(batches)  # type: ignore[misc]
+            assert labels.tolist() == [0] * 4, entry.title
+            shapes[entry.title] = (tuple(images.shape), str(images.dtype))
+            del batches, images, labels
+    assert shapes.pop(BITFLEET) == ((4, 224, 224, 3), "torch.uint8")
+    assert shapes.pop("torchvision, PIL, float32") == ((4, 3, 224, 224), "torch.float32")
+    assert set(shapes.values()) == {((4, 3, 224, 224), "torch.uint8")}
+    assert {TIMM, TORCHVISION_UINT8} <= shapes.keys()
+
+
+def test_the_sampler_is_measured(tmp_path: Path) -> None:
+    write_class_folders(find_photos(None, 8, num_workers=1), tmp_path / ORIGINALS)
+    assert 0 < sampler_alone(tmp_path / ORIGINALS, Settings(batch_size=4, num_workers=1)) < 5
+
+
+@pytest.mark.slow
+def test_a_long_manifest_is_opened_in_new_processes() -> None:
+    starts = bench_manifest(num_rounds=1, num_workers=1, num_train=200_000, num_val=1000)
+    (whole,) = starts.whole
+    assert starts.num_lines == 201_000
+    assert whole.seconds > 0
+    # Names, label, height, width and bytes of 200,000 images are 13 MB.
+    assert 10e6 < whole.opened_bytes - starts.tiny.opened_bytes < 60e6
+    assert whole.peak_bytes >= whole.batch_bytes
 
 
 @pytest.mark.multinode
@@ -159,6 +221,12 @@ def test_bad_input() -> None:
         bench(["checkpoint", "--steps", "3"])
     with pytest.raises(ValueError, match="knows the networks xnornet, birealnet18, birealnet_small, not 'lenet'"):
         bench_checkpoint("lenet", Ranks(0, 1, 0, 1), torch.device("cpu"), Path("runs"), num_rounds=1)
+    with pytest.raises(ValueError, match="bench loader has no option '--steps'"):
+        bench(["loader", "--steps", "3"])
+    with pytest.raises(ValueError, match="bench loader --manifest has no option '--images'"):
+        bench(["loader", "--manifest", "--images", "3"])
+    with pytest.raises(ValueError, match="--batch_size 9 must not exceed the 8 photos; lower it, or raise --images"):
+        bench(["loader", "--images", "8", "--batch_size", "9"])
     with pytest.raises(ValueError, match="--steps must be a positive number, not '0'"):
         bench(["comm", "--steps", "0"])
     with pytest.raises(ValueError, match="there is no benchmark 'wire'; there are: train, "):
