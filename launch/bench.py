@@ -133,16 +133,16 @@ def _loader(arguments: list[str]) -> None:
     from bitfleet.trainer.bench_loader_table import format_loader
     from bitfleet.trainer.data.workers import num_cores
 
-    rounds, arguments = _take_number(arguments, "--rounds", 5)
-    workers, arguments = _take_number(arguments, "--num_workers", num_cores())
+    rounds, arguments = take_number(arguments, "--rounds", 5)
+    workers, arguments = take_number(arguments, "--num_workers", num_cores())
     if "--manifest" in arguments:
         arguments.remove("--manifest")
         _reject(arguments, "loader --manifest")
         if is_first_rank():  # one process measures
             print(format_manifest(bench_manifest(num_rounds=rounds, num_workers=workers)))
         return
-    images, arguments = _take_number(arguments, "--images", 512)
-    batch_size, arguments = _take_number(arguments, "--batch_size", 64)
+    images, arguments = take_number(arguments, "--images", 512)
+    batch_size, arguments = take_number(arguments, "--batch_size", 64)
     root, arguments = take_option(arguments, "--root")
     _reject(arguments, "loader")
     if is_first_rank():

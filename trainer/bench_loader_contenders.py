@@ -55,6 +55,8 @@ def contenders(scratch: Path, settings: Settings) -> list[Contender]:
     decoder, decode = _decoder()
     return [
         Contender(BITFLEET, lambda: _bitfleet(originals, settings)),
+        Contender("bitfleet, loader=torch", lambda: _bitfleet(originals, settings, loader="torch")),
+        Contender("bitfleet, preprocessing=official", lambda: _bitfleet(originals, settings, preprocessing="official")),
         Contender(TORCHVISION_UINT8, lambda: _torchvision_uint8(originals, settings)),
         Contender("torchvision, PIL, float32", lambda: _torchvision_pil(originals, settings)),
         Contender(TIMM, lambda: _timm(originals, settings)),
@@ -67,7 +69,7 @@ def contenders(scratch: Path, settings: Settings) -> list[Contender]:
 
 def sampler_alone(root: Path, settings: Settings) -> float:
     """CPU milliseconds that bitfleet's loader takes for an image before anything is read: order, windows, flips, paths."""
-    requests = _train_loader(root, settings)._requests(0)
+    requests = _train_loader(root, settings).requests()
     next(requests)
     start, count = time.process_time(), 0
     while time.process_time() - start < _SAMPLER_SECONDS:
