@@ -28,12 +28,12 @@ class Resizer:
         Args:
             geometry: crop_resize, resize_crop or crop_bicubic.
             image_size: Pixels, height and width of the output.
-            num_threads: Threads of the pool; crop_bicubic has one, whose operations torch shares out itself.
+            num_threads: Threads of the pool.
         """
         self._geometry = geometry
         self._image_size = image_size
-        self._num_threads = 1 if geometry == "crop_bicubic" else num_threads
-        self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="resize")
+        self._num_threads = num_threads
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="resize")
 
     def batches(self, decoded: Iterable[tuple[Sequence[Tensor], Request]]) -> Iterator[Batch]:
         """Yield the batch of each of `decoded`, in order: windows, uint8 [H, W, 3] on the CPU, and what they were asked for.
@@ -74,7 +74,6 @@ class Resizer:
         images = np.empty((len(windows), size, size, 3), np.uint8)
         for image, window, flip in zip(images, windows, flips.tolist(), strict=True):
             resized = _central(window, size) if self._geometry == "resize_crop" else _resized(window, size, size)
-            # By numpy: torch would share out each of these small copies over threads of its own.
             image[:] = (resized.flip(3) if flip else resized)[0].permute(1, 2, 0).numpy()
         return torch.from_numpy(images)
 
