@@ -12,6 +12,7 @@ import tyro
 
 from bitfleet.configs import available, load_config
 from bitfleet.launch.environment import is_first_rank
+from bitfleet.launch.options import take_option
 from bitfleet.trainer.config import TrainConfig
 
 DEFAULT_HELP = "fashion_quickstart"
@@ -57,34 +58,6 @@ def one_sentence() -> Iterator[None]:
         inside = [line.strip("│ ").strip() for line in drawn.getvalue().splitlines() if line.startswith("│")]
         sentence = itertools.takewhile(lambda line: not line.startswith("──"), inside)
         raise ValueError(" ".join(sentence) or "the command line cannot be read") from None
-
-
-def take_option(arguments: Sequence[str], option: str) -> tuple[str | None, list[str]]:
-    """Remove `option VALUE` or `option=VALUE` from `arguments`; returns (VALUE or None, the rest)."""
-    value, rest = None, []
-    pending = iter(arguments)
-    for argument in pending:
-        if argument == option:
-            value = next(pending, None)
-            if value is None:
-                raise ValueError(f"{option} needs a value")
-        elif argument.startswith(option + "="):
-            value = argument[len(option) + 1 :]
-        else:
-            rest.append(argument)
-    return value, rest
-
-
-def take_number(arguments: Sequence[str], option: str, default: int) -> tuple[int, list[str]]:
-    """Remove `option N` from `arguments`; returns (N or `default`, the rest).
-
-    Raises:
-        ValueError: N is not a positive number.
-    """
-    value, rest = take_option(arguments, option)
-    if value is not None and (not value.isdecimal() or int(value) == 0):
-        raise ValueError(f"{option} must be a positive number, not {value!r}")
-    return int(value or default), rest
 
 
 def option_names(config: Any, prefix: str = "--") -> list[str]:

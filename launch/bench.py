@@ -5,8 +5,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bitfleet.launch.arguments import parse_train, take_number, take_option
-from bitfleet.launch.environment import is_first_rank, job, run
+from bitfleet.launch.arguments import parse_train
+from bitfleet.launch.environment import is_first_rank, job, num_cores, run
+from bitfleet.launch.options import take_number, take_option
 
 USAGE = """usage: bitfleet bench NAME [options], on several ranks deepspeed --num_accelerators 2 launch/bench.py NAME [options]
 
@@ -131,7 +132,6 @@ def _loader(arguments: list[str]) -> None:
     from bitfleet.trainer.bench_loader import bench_loader
     from bitfleet.trainer.bench_loader_manifest import bench_manifest, format_manifest
     from bitfleet.trainer.bench_loader_table import format_loader
-    from bitfleet.trainer.data.workers import num_cores
 
     rounds, arguments = take_number(arguments, "--rounds", 5)
     workers, arguments = take_number(arguments, "--num_workers", num_cores())

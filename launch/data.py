@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bitfleet.launch.arguments import parse_train, take_number
-from bitfleet.launch.environment import run
+from bitfleet.launch.environment import num_cores, run
+from bitfleet.launch.options import take_flag, take_number
 
 USAGE = """usage: bitfleet data COMMAND ...
 
@@ -41,33 +41,33 @@ def data(arguments: Sequence[str]) -> None:
         return
     if command not in _PATHS:
         raise ValueError(f"there is no command {command!r} of bitfleet data; there are: prepare, verify, pack, compare")
-    from bitfleet.trainer.data.workers import num_cores
-
     num_workers, rest = take_number(rest, "--num_workers", num_cores())
     if command == "prepare":
+        allow_incomplete, rest = take_flag(rest, "--allow_incomplete")
+        source, dest = _paths(command, rest)
         from bitfleet.trainer.data.prepare import prepare
 
-        allow_incomplete, rest = _take_flag(rest, "--allow_incomplete")
-        source, dest = _paths(command, rest)
         print(prepare(source, dest, num_workers=num_workers, allow_incomplete=allow_incomplete))
     elif command == "verify":
+        (root,) = _paths(command, rest)
         from bitfleet.trainer.data.verify import verify
 
-        (root,) = _paths(command, rest)
         report, num_failed = verify(root, num_workers=num_workers)
         print(report)
         sys.exit(bool(num_failed))
     else:
+        short_side, rest = take_number(rest, "--short_side", 256)
+        shards, rest = take_flag(rest, "--shards")
+        root, dest = _paths(command, rest)
         from bitfleet.trainer.data.pack import pack
 
-        short_side, rest = take_number(rest, "--short_side", 256)
-        shards, rest = _take_flag(rest, "--shards")
-        root, dest = _paths(command, rest)
         print(pack(root, dest, short_side=short_side, shards=shards, num_workers=num_workers))
 
 
 def _compare(arguments: Sequence[str]) -> None:
     num_images, rest = take_number(arguments, "--images", 256)
+    from bitfleet.launch.arguments import parse_train
+
     config = parse_train(rest, "bitfleet data compare")
     from bitfleet.trainer.data.compare import compare
 
@@ -84,10 +84,6 @@ def _paths(command: str, arguments: Sequence[str]) -> list[Path]:
             f"bitfleet data {command} takes {_PATHS[command]} paths, not {len(arguments)}; see bitfleet data --help"
         )
     return [Path(argument).expanduser() for argument in arguments]
-
-
-def _take_flag(arguments: Sequence[str], option: str) -> tuple[bool, list[str]]:
-    return option in arguments, [argument for argument in arguments if argument != option]
 
 
 def main() -> None:

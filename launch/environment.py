@@ -41,6 +41,11 @@ def complete_environment() -> None:
     }
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def is_first_rank() -> bool:
     """Whether this process is rank 0 (or alone)."""
     return os.environ.get("RANK", "0") == "0"

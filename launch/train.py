@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bitfleet.launch.arguments import parse_train, take_option
+from bitfleet.launch.arguments import parse_train
 from bitfleet.launch.environment import REQUEUE, is_first_rank, job, run
+from bitfleet.launch.options import take_option
 
 
 def train(arguments: Sequence[str], prog: str = "launch/train.py") -> None:

@@ -20,11 +20,6 @@ _LINE_SECONDS = 10.0  # between two lines of progress where the output is a file
 _AHEAD = 4  # jobs handed out for each worker: enough that none waits, few enough that an interrupt stops soon
 
 
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def run_jobs(
     function: Callable[[Job], Result], jobs: Sequence[Job], weights: Sequence[int], *, num_workers: int, title: str
 ) -> list[Result]:

@@ -1,7 +1,7 @@
 import pytest
 
 from bitfleet.configs import available, load_config
-from bitfleet.launch.arguments import option_names, parse_train, take_option
+from bitfleet.launch.arguments import option_names, parse_train
 from bitfleet.optim import Schedule
 
 
@@ -62,12 +62,6 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     text = text.replace("-", "_").replace("__", "--")
     missing = [name for name in option_names(load_config("fashion_quickstart")) if name not in text]
     assert not missing
-
-
-def test_take_option() -> None:
-    assert take_option(["a", "--x", "1", "b"], "--x") == ("1", ["a", "b"])
-    assert take_option(["--x=1"], "--x") == ("1", [])
-    assert take_option(["a"], "--x") == (None, ["a"])
 
 
 @pytest.mark.parametrize("name", available())

@@ -1,0 +1,36 @@
+"""Options of the small commands, taken from a command line one by one; nothing heavy is imported for them."""
+
+from collections.abc import Sequence
+
+
+def take_option(arguments: Sequence[str], option: str) -> tuple[str | None, list[str]]:
+    """Remove `option VALUE` or `option=VALUE` from `arguments`; returns (VALUE or None, the rest)."""
+    value, rest = None, []
+    pending = iter(arguments)
+    for argument in pending:
+        if argument == option:
+            value = next(pending, None)
+            if value is None:
+                raise ValueError(f"{option} needs a value")
+        elif argument.startswith(option + "="):
+            value = argument[len(option) + 1 :]
+        else:
+            rest.append(argument)
+    return value, rest
+
+
+def take_number(arguments: Sequence[str], option: str, default: int) -> tuple[int, list[str]]:
+    """Remove `option N` from `arguments`; returns (N or `default`, the rest).
+
+    Raises:
+        ValueError: N is not a positive number.
+    """
+    value, rest = take_option(arguments, option)
+    if value is not None and (not value.isdecimal() or int(value) == 0):
+        raise ValueError(f"{option} must be a positive number, not {value!r}")
+    return int(value or default), rest
+
+
+def take_flag(arguments: Sequence[str], option: str) -> tuple[bool, list[str]]:
+    """Remove `option` from `arguments`; returns (whether it was there, the rest)."""
+    return option in arguments, [argument for argument in arguments if argument != option]

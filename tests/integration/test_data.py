@@ -1,0 +1,134 @@
+"""From raw images to a trained run with the commands of the README, and what a run does when its data changes under it."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from bitfleet.trainer.metrics import read_metrics
+from tests.conftest import BIN, Launch, run_command
+from tests.integration.runs import TRAIN, assert_same_bits, failed, final_tensors
+
+STEPS = 14  # past the first epoch of 12, with its validation
+WITHOUT_DALI = """
+import sys
+sys.modules["nvidia.dali"] = None  # an import of it fails
+from bitfleet.launch.train import main
+main()
+"""
+
+
+def data(*arguments: str | Path) -> tuple[int, str]:
+    done = run_command([BIN / "bitfleet", "data", *arguments], timeout=60)
+    return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny images, prepared in place."""
+    root = shutil.copytree(tiny_images, tmp_path_factory.mktemp("prepared") / "images")
+    code, output = data("prepare", root, root, "--num_workers", "1")
+    assert code == 0, output
+    assert "train     200 images" in output
+    return root
+
+
+@pytest.fixture
+def root(prepared: Path, tmp_path: Path) -> Path:
+    """A copy for a test to damage; its manifest goes with it."""
+    return shutil.copytree(prepared, tmp_path / "images")
+
+
+def options_for(tiny: list[str], root: Path, run: Path, *more: str) -> list[str]:
+    """The options `tiny` on the data in `root`, for a short run into `run`."""
+    own = {"--data.root": str(root), "--run_dir": str(run), "--stop_after_steps": str(STEPS)}
+    kept = [part for key, value in zip(tiny[::2], tiny[1::2], strict=True) for part in (key, own.pop(key, value))]
+    return [*kept, *(part for item in own.items() for part in item), *more]
+
+
+@pytest.mark.slow
+def test_folders_shards_and_the_other_loader_train_the_same_bits(
+    root: Path, deepspeed: Launch, tiny: list[str], tmp_path: Path
+) -> None:
+    """Nothing is resized here, so that DALI and torchvision give the same bytes, and a packed PNG would not."""
+    assert data("verify", root, "--num_workers", "1")[0] == 0
+    script = tmp_path / "without_dali.py"
+    script.write_text(WITHOUT_DALI)
+    done = deepspeed(2, TRAIN, *options_for(tiny, root, tmp_path / "a"))
+    assert done.returncode == 0, done.stdout
+    assert f"data: 200 training and 28 validation images of 4 classes in {root}" in done.stdout
+    done = deepspeed(2, script, *options_for(tiny, root, tmp_path / "b", "--data.loader", "torch"))
+    assert done.returncode == 0, done.stdout
+    assert_same_bits(final_tensors(tmp_path / "a", STEPS), final_tensors(tmp_path / "b", STEPS))
+    done = deepspeed(2, script, *options_for(tiny, root, tmp_path / "c"))
+    failed(done, "NVIDIA DALI, which reads the images, is not installed")
+
+    code, output = data("pack", root, tmp_path / "packed", "--shards", "--short_side", "32", "--num_workers", "1")
+    assert code == 0, output
+    done = deepspeed(2, TRAIN, *options_for(tiny, tmp_path / "packed", tmp_path / "d"))
+    assert done.returncode == 0, done.stdout
+    done = deepspeed(2, TRAIN, *options_for(tiny, tmp_path / "packed", tmp_path / "a"), "--resume", "auto")
+    failed(done, "it was trained on other data")
+
+
+def test_an_image_that_vanishes_ends_the_job_or_is_replaced(
+    root: Path, deepspeed: Launch, tiny: list[str], tmp_path: Path
+) -> None:
+    for number in (3, 4):
+        (root / f"train/class1/{number:04d}.png").unlink()
+    (root / "val/class0/0001.png").write_bytes(b"")
+    options = options_for(tiny, root, tmp_path / "run")
+    failed(deepspeed(2, TRAIN, *options, timeout=60), "train/class1/000")
+
+    done = deepspeed(2, TRAIN, *options, "--resume", "auto", "--data.on_bad_sample", "replace")
+    assert done.returncode == 0, done.stdout
+    lines = read_metrics(tmp_path / "run")
+    assert [line["replaced_samples"] for line in lines if line["kind"] == "train"][-1] >= 1
+    assert [line["num_images"] for line in lines if line["kind"] == "validation"] == [27]
+    assert "0001.png cannot be decoded" in done.stdout
+    assert "left out of validation (1 of at most 100)" in done.stdout
+
+    code, output = data("verify", root, "--num_workers", "1")
+    assert (code, "3 failed" in output) == (1, True), output
+    resume = [*options, "--resume", "auto", "--stop_after_steps", str(STEPS + 1)]
+    failed(deepspeed(2, TRAIN, *resume), "set aside by bitfleet data verify since make another one")
+    done = deepspeed(2, TRAIN, *options_for(tiny, root, tmp_path / "anew"))
+    assert done.returncode == 0, done.stdout
+    assert "198 training and 27 validation images of 4 classes" in done.stdout
+    assert "3 that bitfleet data verify set aside are LEFT OUT" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_disk_that_does_not_answer_ends_the_job(
+    root: Path, deepspeed: Launch, tiny: list[str], tmp_path: Path
+) -> None:
+    """A named pipe without a writer: opening it never returns."""
+    victim = root / "train/class1/0003.png"
+    victim.unlink()
+    os.mkfifo(victim)
+    done = deepspeed(2, TRAIN, *options_for(tiny, root, tmp_path / "run", "--data.stall_seconds", "3"), timeout=60)
+    failed(done, f"the disk does not answer: {victim} could not be read within 3 s")
+
+
+def test_compare_tells_how_far_the_loaders_are_apart(prepared: Path) -> None:
+    options = ["--data.augmentation", "random_resized_crop", "--data.root", str(prepared), "--model.num_classes", "4"]
+    code, output = data("compare", "--config", "fashion_quickstart", "--images", "20", *options)
+    assert code == 0, output
+    assert "every image is the same but for rounding" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["prepare", "x"], "bitfleet data prepare takes 2 paths, not 1"),
+        (["verify", "{root}", "--num_wokers", "2"], "bitfleet data verify has no option '--num_wokers'"),
+        (["verify", "{root}", "--num_workers", "0"], "--num_workers must be a positive number, not '0'"),
+        (["unpack", "x", "y"], "there is no command 'unpack' of bitfleet data"),
+        (["pack", "{root}", "{root}"], "exists already"),
+    ],
+)
+def test_bad_input_gets_a_sentence(prepared: Path, arguments: list[str], sentence: str) -> None:
+    done = run_command([sys.executable, "-m", "bitfleet.launch.data", *(a.format(root=prepared) for a in arguments)])
+    failed(done, sentence)

@@ -1,0 +1,24 @@
+import pytest
+
+from bitfleet.launch.options import take_flag, take_number, take_option
+
+
+def test_take_option() -> None:
+    assert take_option(["a", "--x", "1", "b"], "--x") == ("1", ["a", "b"])
+    assert take_option(["--x=1"], "--x") == ("1", [])
+    assert take_option(["a"], "--x") == (None, ["a"])
+    with pytest.raises(ValueError, match="--x needs a value"):
+        take_option(["--x"], "--x")
+
+
+def test_take_number() -> None:
+    assert take_number(["a", "--x", "12"], "--x", 3) == (12, ["a"])
+    assert take_number(["a"], "--x", 3) == (3, ["a"])
+    for value in ("0", "-1", "1.5", "many"):
+        with pytest.raises(ValueError, match=f"--x must be a positive number, not '{value}'"):
+            take_number(["--x", value], "--x", 3)
+
+
+def test_take_flag() -> None:
+    assert take_flag(["a", "--x", "b"], "--x") == (True, ["a", "b"])
+    assert take_flag(["a"], "--x") == (False, ["a"])
