@@ -6,7 +6,8 @@ hours      not measured
 expected   91.9 % top-1 (published)
 command    deepspeed --num_accelerators 1 launch/train.py --config binarynet_cifar10 --data.root /data/cifar10
 
---data.root is a folder of PNG files, train/<class>/ and val/<class>/. The paper's code has one replica: BatchNorm sees 50 images.
+--data.root is made by `bitfleet data prepare cifar-10-python.tar.gz /data/cifar10`. The paper's code has one replica:
+BatchNorm sees 50 images.
 """
 
 from bitfleet.models import ModelConfig

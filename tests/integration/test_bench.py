@@ -123,7 +123,8 @@ def test_every_loader_gives_the_same_kind_of_batches(tmp_path: Path) -> None:
             assert labels.tolist() == [0] * 4, entry.title
             shapes[entry.title] = (tuple(images.shape), str(images.dtype))
             del batches, images, labels
-    assert shapes.pop(BITFLEET) == ((4, 224, 224, 3), "torch.uint8")
+    assert shapes.pop(BITFLEET) == shapes.pop("bitfleet, loader=torch") == ((4, 224, 224, 3), "torch.uint8")
+    assert shapes.pop("bitfleet, preprocessing=official") == ((4, 224, 224, 3), "torch.float32")
     assert shapes.pop("torchvision, PIL, float32") == ((4, 3, 224, 224), "torch.float32")
     assert set(shapes.values()) == {((4, 3, 224, 224), "torch.uint8")}
     assert {TIMM, TORCHVISION_UINT8} <= shapes.keys()

@@ -113,7 +113,7 @@ def test_a_turn_counts_the_work_of_its_batches_and_no_other() -> None:
     turn = take_turn(Contender("", lambda: prefetching(0.02, depth=3)), num_batches=6, batch_size=10)
     assert 2.0 <= turn.cpu_ms < 2.7  # an item less or more: 0.33
     assert turn.images_per_second <= 60 / (6 * 0.02) * 1.2
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # threads of other tests may have ended meanwhile
 
 
 def test_a_worker_left_behind_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

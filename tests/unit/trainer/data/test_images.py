@@ -91,6 +91,24 @@ def test_validation_is_that_of_torchvision(photos: str, size: int, loader: Liter
         assert np.abs(ours - theirs).mean() <= mean, images.path(index)
 
 
+def test_validation_of_100_photos_is_that_of_torchvision(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    (tmp_path / "data/train/a").mkdir(parents=True)
+    (tmp_path / "data/val/a").mkdir(parents=True)
+    photo(40, 40).save(tmp_path / "data/train/a/0.jpg")
+    for index, (height, width) in enumerate(rng.integers(90, 500, (100, 2)).tolist()):
+        photo(height, width, index).save(tmp_path / f"data/val/a/{index:03d}.jpg", quality=90)
+    config = DataConfig(root=str(tmp_path / "data"), augmentation="random_resized_crop", image_size=224)
+    reference = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])
+    images = open_dataset(config).val
+    means = []
+    for index, ours in enumerate(validation_images(config)):
+        with Image.open(images.path(index)) as image:
+            means.append(np.abs(ours - reference(image).permute(1, 2, 0).numpy()).mean())
+    assert len(means) == 100
+    assert max(means) <= 0.25
+
+
 @pytest.mark.parametrize("name", ["dali", "torch"])
 def test_random_resized_crop_is_that_of_pillow(photos: str, name: Literal["dali", "torch"]) -> None:
     config = DataConfig(root=photos, augmentation="random_resized_crop", image_size=96, num_threads=1, loader=name)

@@ -155,7 +155,7 @@ def test_central_windows_are_those_of_torchvision(size: int) -> None:
 
 
 def test_substitutes_are_others_and_differ_by_attempt() -> None:
-    for num_samples in (2, 3, 50):
+    for num_samples in (2, 3, 9):
         for sample in range(num_samples):
             chosen = [sampler.substitute(3, 1, sample, attempt, num_samples) for attempt in range(200)]
             assert set(chosen) == set(range(num_samples)) - {sample}
