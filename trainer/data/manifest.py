@@ -138,8 +138,10 @@ def list_bytes(images: ImageList) -> bytes:
     for name, row in zip(names, columns, strict=True):
         lines.append(name + ("\t%d" * len(row) % row).encode())
     text = b"\n".join(lines) + b"\n"
-    if text.count(b"\n") != len(names) + 1 or text.count(b"\t") != len(numbers) * (len(names) + 1):
-        odd = next(name for name in names if b"\t" in name or b"\n" in name)
+    # numpy, which reads the lists, ends a line at a carriage return, too.
+    num_lines, num_tabs = len(names) + 1, len(numbers) * (len(names) + 1)
+    if (text.count(b"\n"), text.count(b"\t"), text.count(b"\r")) != (num_lines, num_tabs, 0):
+        odd = next(name for name in names if set(name) & set(b"\t\n\r"))
         raise ValueError(
             f"the path {images.folder}/{os.fsdecode(odd)!r} has a tab or a line break in it; rename the file"
         )
