@@ -45,8 +45,8 @@ def open_dataset(config: DataConfig) -> Dataset:
     and, the first time, image headers are read. Embedded data is unpacked the first time.
 
     Raises:
-        ValueError: The root is missing or neither prepared nor in class folders, the header of an image cannot be read, or the
-            disk does not answer.
+        ValueError: The root is missing or neither prepared nor in class folders, its images are not there or all quarantined,
+            the header of an image cannot be read, or the disk does not answer.
     """
     if config.root in (SUBSET_ROOT, FULL_ROOT):
         root = fashion_mnist_root(config.root)
@@ -64,6 +64,16 @@ def _open_prepared(root: Path, stall_seconds: float) -> Dataset:
     if quarantined := manifest.read_quarantine(root):
         sha = hashlib.sha256("\n".join([sha, *sorted(quarantined)]).encode(errors="surrogateescape")).hexdigest()
     train, val = manifest.without(prepared.train, quarantined), manifest.without(prepared.val, quarantined)
-    call_within(train.folder.exists, stall_seconds, train.folder)  # it may be on another disk than the manifest
+    if not call_within(train.folder.is_dir, stall_seconds, train.folder):  # it may be on another disk than the manifest
+        raise ValueError(
+            f"the images of {root} lie in {train.folder}, which is not there: mount it, or, if they were moved, run bitfleet "
+            "data prepare again"
+        )
+    for split, images in (("training", train), ("validation", val)):
+        if not len(images):
+            raise ValueError(
+                f"{root} has no {split} image left: bitfleet data verify set all of them aside (the reasons are in "
+                f"{root / manifest.QUARANTINE}); put whole files in their place and run verify again"
+            )
     num_quarantined = len(prepared.train) + len(prepared.val) - len(train) - len(val)
     return Dataset(train=train, val=val, classes=prepared.classes, sha=sha, num_quarantined=num_quarantined)

@@ -106,6 +106,20 @@ def test_quarantined_images_are_left_out_and_change_the_sha(tmp_path: Path) -> N
     assert without(whole.train, []) is whole.train
 
 
+def test_a_split_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
+    written = make(tmp_path)
+    write_manifest(written, tmp_path)
+    write_quarantine(tmp_path, {written.val.name(0): "broken"})
+    with pytest.raises(ValueError, match=r"no validation image left: .*quarantine\.tsv"):
+        open_dataset(DataConfig(root=str(tmp_path)))
+
+
+def test_images_that_were_moved_away_from_their_manifest_are_missed(tmp_path: Path) -> None:
+    write_manifest(make(tmp_path / "images"), tmp_path)
+    with pytest.raises(ValueError, match=r"lie in .*images, which is not there: mount it, or, if they were moved"):
+        open_dataset(DataConfig(root=str(tmp_path)))
+
+
 def test_merged_lists_are_in_the_order_of_class_folders(tmp_path: Path) -> None:
     a = image_list(tmp_path, [b"9", b"2", b"1"])
     b = image_list(tmp_path, [b"5"])
