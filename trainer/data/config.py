@@ -52,7 +52,8 @@ class DataConfig:
     max_bad_samples: int = 100
     """With on_bad_sample="replace": a rank that meets more different ones ends the run."""
     stall_seconds: float = 60.0
-    """A batch that takes longer to read ends the run, with the path that the disk does not give."""
+    """Where a batch takes longer to read, a file that the disk does not give is named and ends the run. If all of them can be
+    read, it gets as long once more."""
 
     def __post_init__(self) -> None:
         for name, value, least in (

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,27 +44,28 @@ def call_within(function: Callable[[], Result], seconds: float, path: Path) -> R
 def result_within(future: Future[Result], seconds: float, in_flight: Iterable[Request]) -> Result:
     """Wait for `future`.
 
+    A disk that was gone for a while and answers again gets as long once more: what waited for it has only begun to go on.
+
     Args:
         future: reads or decodes images of `in_flight`, in a thread of its own.
         seconds: how long that may take.
         in_flight: whose files are asked, should it take longer.
 
     Raises:
-        ValueError: it took longer, and a file that does not answer is the reason.
-        TimeoutError: it took longer, and every file answers.
+        ValueError: it took longer, and a file that does not answer is the reason, or it took twice as long.
+        Exception: what the work raises.
     """
-    try:
-        return future.result(seconds)
-    except TimeoutError:
-        if future.done():  # the work itself raised a TimeoutError
-            raise
-    path = _silent_file(list(in_flight))
-    if path is None:
-        raise TimeoutError(
-            f"reading images has stood still for {seconds:.0f} s, though every file that is being read answers now "
-            "(data.stall_seconds sets the limit)"
-        )
-    raise _silence(path, seconds)
+    for _ in range(2):
+        wait([future], seconds)
+        path = None if future.done() else _silent_file(list(in_flight))
+        if future.done():  # perhaps while the disk was asked
+            return future.result()
+        if path is not None:
+            raise _silence(path, seconds)
+    raise ValueError(
+        f"the disk is too slow: a batch of images could not be read within {2 * seconds:g} s, though every file of it answers "
+        "now; look after the disk or the load of this machine, or raise data.stall_seconds, and continue with --resume auto"
+    )
 
 
 def _silence(path: str, seconds: float) -> ValueError:
