@@ -73,6 +73,14 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size * 2 // 3)
 
 
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def become_text(path: Path) -> None:
+    path.write_text("<html>")
+
+
 def become_smaller(path: Path) -> None:
     photo(20, 20).save(path)
 
@@ -162,13 +170,17 @@ def test_validation_leaves_out_what_it_cannot_read(root: Path, loader: str, brok
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_fail_names_the_image_and_the_ways_out(root: Path, loader: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [(Path.unlink, "No such file"), (empty, "the file is empty"), (become_text, "it is not an image")],
+)
+def test_fail_names_the_image_and_the_ways_out(
+    root: Path, loader: str, damage: Callable[[Path], None], reason: str
+) -> None:
     config = config_of(root, loader, on_bad_sample="fail")
     dataset = open_dataset(config)
-    Path(dataset.train.path(3)).unlink()
-    with pytest.raises(
-        ValueError, match=r"a/06\.jpg cannot be decoded \(No such file.*data verify.*on_bad_sample repl"
-    ):
+    damage(Path(dataset.train.path(3)))
+    with pytest.raises(ValueError, match=rf"a/06\.jpg cannot be decoded \({reason}.*data verify.*on_bad_sample repl"):
         digests(train_loader(dataset, config).batches(), 4 * 12)
 
 
