@@ -132,6 +132,7 @@ def _label_val(val: Path, val_synsets: Sequence[str], classes: Sequence[str]) ->
 def _read_devkit(devkit: Path, into: Path) -> list[str]:
     """The synset of every validation image, by torchvision, which checks the md5 and writes beside the archive."""
     from torchvision.datasets import imagenet as torchvision_imagenet
+    from torchvision.datasets.utils import check_integrity
 
     place = into / _DEVKIT_FOLDER
     shutil.rmtree(place, ignore_errors=True)  # what a killed process left
@@ -140,9 +141,14 @@ def _read_devkit(devkit: Path, into: Path) -> list[str]:
         (place / devkit.name).symlink_to(devkit)
         try:
             torchvision_imagenet.parse_devkit_archive(place, devkit.name)
-        except RuntimeError:
+        except RuntimeError as error:
+            if not check_integrity(devkit, torchvision_imagenet.ARCHIVE_META["devkit"][1]):
+                raise ValueError(
+                    f"the archive {devkit} is incomplete or damaged (its md5 is not that of {DEVKIT_FILE}): download it again"
+                ) from None
+            # torch's word for a full disk
             raise ValueError(
-                f"the archive {devkit} is incomplete or damaged (its md5 is not that of {DEVKIT_FILE}): download it again"
+                f"the labels of {devkit} cannot be written into {place}: {error}; make room there"
             ) from None
         class_names, val_synsets = torchvision_imagenet.load_meta_file(place)
     finally:

@@ -109,6 +109,17 @@ def test_a_damaged_devkit_is_named(source: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".devkit"))
 
 
+def test_a_full_disk_is_not_taken_for_a_damaged_devkit(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(place: Path, file: str) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr("torchvision.datasets.imagenet.parse_devkit_archive", full)
+    with pytest.raises(ValueError, match=r"cannot be written into .*file write failed; make room there"):
+        prepare(source, tmp_path / "dest", num_workers=1)
+
+
 def test_wrong_classes_are_named(source: Path, tmp_path: Path) -> None:
     inner = {f"{synset}.tar": miniature.tar({"a.JPEG": miniature.photo(0, 1)}) for synset in (*SYNSETS[:2], "n9")}
     (source / TRAIN_FILE).write_bytes(miniature.tar(inner))
