@@ -36,7 +36,16 @@ def exclusive(path: Path) -> Iterator[None]:
 
     The kernel drops the lock when its holder dies, so a killed rank leaves nothing to clean up. The lock file stays:
     deleting it would let a third process lock a new file of the same name beside a second one that waits on the old.
+
+    Raises:
+        ValueError: the disk does not take what the block writes, or the lock.
     """
-    with open(path.with_name(path.name + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    try:
+        with open(path.with_name(path.name + ".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise ValueError(
+            f"the cache folder {path.parent} cannot be written ({error.strerror or error}); make room there, or set "
+            "BITFLEET_CACHE to another folder"
+        ) from None

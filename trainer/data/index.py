@@ -133,7 +133,7 @@ def _cached_image_sizes(found: ClassFolders) -> tuple[npt.NDArray[np.int32], npt
     digest.update(np.array([found.sizes, found.mtimes_ns], np.int64).tobytes())
     file = cache_folder() / f"image-sizes-{digest.hexdigest()[:32]}.npz"
     with exclusive(file):  # the other ranks of this machine wait here and then read the file
-        if not file.exists():
+        if not file.exists() or not file.stat().st_size:  # none, or what a power failure left
             heights, widths = _read_image_sizes([f"{found.folder}/{name}" for name in found.names])
             unfinished = file.with_name(f".tmp-{file.name}")
             np.savez(unfinished, heights=heights, widths=widths)

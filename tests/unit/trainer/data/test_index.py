@@ -1,5 +1,6 @@
 """Image lists from class folders: order, cached sizes, and what a wrong folder gets."""
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -146,3 +147,18 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITFLEET_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ValueError, match="set BITFLEET_CACHE to a folder that you can write to"):
         cache_folder()
+
+
+def test_a_full_cache_is_named_and_written_later(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: Path, **arrays: np.ndarray) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    found, _ = data_index.scan_root(root)
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "savez", full)
+        with pytest.raises(ValueError, match=r"cache cannot be written \(No space left on device\); make room"):
+            data_index.load_image_list(found)
+    whole = data_index.load_image_list(found)
+    for file in cache_folder().glob("*.npz"):
+        file.write_bytes(b"")
+    assert data_index.load_image_list(found).heights.tolist() == whole.heights.tolist()
