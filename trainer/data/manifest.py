@@ -50,12 +50,12 @@ def write_manifest(manifest: Manifest, folder: Path) -> str:
     """Write `manifest` into `folder`, manifest.json last; returns the sha256 of its lists.
 
     Raises:
-        ValueError: a path has a tab or a line break in it.
+        ValueError: a path has a tab or a line break in it, or a file cannot be written.
     """
     lists = [list_bytes(manifest.train), list_bytes(manifest.val)]
     sha = _sha(lists)
     for split, text in zip(SPLITS, lists, strict=True):
-        _write(folder / f"{split}.tsv", text)
+        write_list(folder / f"{split}.tsv", text)
     inside = manifest.folder.resolve() == folder.resolve()
     facts = {
         "format": _FORMAT,
@@ -68,7 +68,7 @@ def write_manifest(manifest: Manifest, folder: Path) -> str:
         **manifest.facts,
         "classes": list(manifest.classes),
     }
-    _write(folder / FILE, (json.dumps(facts, indent=1) + "\n").encode())
+    write_list(folder / FILE, (json.dumps(facts, indent=1) + "\n").encode())
     return sha
 
 
@@ -149,18 +149,31 @@ def list_bytes(images: ImageList) -> bytes:
 
 
 def read_quarantine(folder: Path) -> dict[str, str]:
-    """The images that `bitfleet data verify` set aside: name -> reason."""
+    """The images that `bitfleet data verify` set aside: name -> reason.
+
+    Raises:
+        ValueError: a line has no tab, which somebody wrote by hand.
+    """
     path = folder / QUARANTINE
     if not path.exists():
         return {}
-    lines = os.fsdecode(path.read_bytes()).rstrip("\n").split("\n")[1:]  # splitlines knows more breaks than that
-    return dict(line.split("\t", 1) for line in lines)
+    reasons = {}
+    lines = os.fsdecode(path.read_bytes()).rstrip("\n").split("\n")  # splitlines knows more breaks than that
+    for number, line in enumerate(lines[1:], start=2):
+        name, tab, reason = line.partition("\t")
+        if not tab:
+            raise ValueError(
+                f"line {number} of {path} is {line!r}: expected a path, a tab and a reason; correct it, or run bitfleet data "
+                "verify, which writes the list anew"
+            )
+        reasons[name] = reason
+    return reasons
 
 
 def write_quarantine(folder: Path, reasons: Mapping[str, str]) -> None:
     """Set the images of `reasons`, name -> reason, aside; a reader of the data set leaves them out."""
     lines = ["path\treason", *(f"{name}\t{' '.join(reason.split())}" for name, reason in sorted(reasons.items()))]
-    _write(folder / QUARANTINE, os.fsencode("\n".join(lines) + "\n"))
+    write_list(folder / QUARANTINE, os.fsencode("\n".join(lines) + "\n"))
 
 
 def without(images: ImageList, names: Collection[str]) -> ImageList:
@@ -231,10 +244,20 @@ def _read(path: Path) -> bytes:
         ) from None
 
 
-def _write(path: Path, text: bytes) -> None:
+def write_list(path: Path, text: bytes) -> None:
+    """Write a file of a data set: under its name it is whole, also after a power failure.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
     unfinished = path.with_name(f".tmp-{path.name}")
-    with open(unfinished, "wb") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(path)
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.rename(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror}): put that right and give the same command again"
+        ) from None

@@ -136,6 +136,9 @@ def _begin(folder: Path, plan: Mapping[str, Any]) -> None:
     file = folder / _PLAN
     folder.mkdir(parents=True, exist_ok=True)
     if not is_begun(folder):
-        file.write_text(json.dumps(plan))
+        try:
+            file.write_text(json.dumps(plan))
+        except OSError as error:
+            raise ValueError(f"{file} cannot be written ({error.strerror}): put that right and start again") from None
     elif not file.exists() or json.loads(file.read_bytes()) != plan:
         raise ValueError(f"{folder} was begun with other settings or from other data: remove it, or give another DEST")

@@ -14,7 +14,15 @@ from PIL import Image, UnidentifiedImageError
 
 from bitfleet.trainer.data.dali import check_installation
 from bitfleet.trainer.data.images import ImageList
-from bitfleet.trainer.data.manifest import QUARANTINE, SPLITS, Manifest, read_manifest, without, write_quarantine
+from bitfleet.trainer.data.manifest import (
+    QUARANTINE,
+    SPLITS,
+    Manifest,
+    read_manifest,
+    without,
+    write_list,
+    write_quarantine,
+)
 from bitfleet.trainer.data.oddities import KINDS, oddities
 from bitfleet.trainer.data.whole import BATCH_SIZE, WholeDecoder
 from bitfleet.trainer.data.workers import run_jobs
@@ -157,9 +165,7 @@ def _reasons(findings: Sequence[Finding]) -> dict[str, str]:
 
 def _write_findings(path: Path, findings: Sequence[Finding]) -> None:
     rows = ("\t".join((f.split, f.name, f.kind, " ".join(f.detail.split()))) for f in findings)
-    unfinished = path.with_name(f".tmp-{path.name}")
-    unfinished.write_bytes(os.fsencode("\n".join(["split\tpath\tkind\tdetail", *rows]) + "\n"))
-    unfinished.rename(path)
+    write_list(path, os.fsencode("\n".join(["split\tpath\tkind\tdetail", *rows]) + "\n"))
 
 
 def _report(

@@ -106,6 +106,18 @@ def test_quarantined_images_are_left_out_and_change_the_sha(tmp_path: Path) -> N
     assert without(whole.train, []) is whole.train
 
 
+def test_a_quarantine_that_was_edited_by_hand_is_named(tmp_path: Path) -> None:
+    (tmp_path / "quarantine.tsv").write_text("path\treason\na.jpg\tbroken\ntrain/b.jpg\n")
+    with pytest.raises(ValueError, match=r"line 3 of .*quarantine\.tsv is 'train/b\.jpg': expected a path, a tab"):
+        read_quarantine(tmp_path)
+
+
+def test_a_disk_that_takes_no_list_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-quarantine.tsv").mkdir()
+    with pytest.raises(ValueError, match=r"quarantine\.tsv cannot be written \(Is a directory\)"):
+        write_quarantine(tmp_path, {"a": "broken"})
+
+
 def test_a_split_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
     written = make(tmp_path)
     write_manifest(written, tmp_path)
