@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +52,7 @@ def scan_class_folders(folder: Path) -> ClassFolders:
     begin with a dot are left out (.ipynb_checkpoints, ._n01440764_18.JPEG).
 
     Raises:
-        ValueError: `folder` is missing, has no class folder, or a class folder has no image in it.
+        ValueError: `folder` is missing, has no class folder, or a class folder has no image in it, or what is no file.
     """
     classes = sorted((entry.name for entry in _entries(folder) if entry.is_dir()), key=os.fsencode)
     if not classes:
@@ -61,7 +62,7 @@ def scan_class_folders(folder: Path) -> ClassFolders:
         entries = [
             entry
             for entry in _entries(folder / class_name)
-            if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.is_dir()
+            if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.is_dir(follow_symlinks=False)
         ]
         if not entries:
             raise ValueError(
@@ -71,8 +72,11 @@ def scan_class_folders(folder: Path) -> ClassFolders:
         for entry in sorted(entries, key=lambda entry: os.fsencode(entry.name)):
             try:
                 status = entry.stat()
-            except FileNotFoundError:
-                raise ValueError(f"the image {entry.path} is a link to nothing; restore or remove it") from None
+            except OSError as error:
+                why = "a link to nothing" if isinstance(error, FileNotFoundError) else f"unreadable ({error.strerror})"
+                raise ValueError(f"the image {entry.path} is {why}; restore or remove it") from None
+            if not stat.S_ISREG(status.st_mode):  # to open a named pipe would never return
+                raise ValueError(f"the image {entry.path} is not a regular file; remove it from its class folder")
             found.names.append(f"{class_name}/{entry.name}")
             found.labels.append(label)
             found.sizes.append(status.st_size)

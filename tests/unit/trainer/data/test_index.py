@@ -138,6 +138,16 @@ def test_link_to_nothing_is_named(root: Path) -> None:
         data_index.scan_class_folders(root / "train")
 
 
+def test_what_is_no_file_is_named(root: Path) -> None:
+    (root / "val/a/loop.jpg").symlink_to("loop.jpg")
+    with pytest.raises(ValueError, match=r"a/loop\.jpg is unreadable \(Too many levels of symbolic links\)"):
+        data_index.scan_root(root)
+    (root / "val/a/loop.jpg").unlink()
+    os.mkfifo(root / "val/a/pipe.jpg")
+    with pytest.raises(ValueError, match=r"a/pipe\.jpg is not a regular file; remove it"):
+        data_index.scan_root(root)
+
+
 def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == tmp_path / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
