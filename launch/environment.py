@@ -1,6 +1,7 @@
 """Ranks from the environment, and what happens to a job when one of them fails."""
 
 import errno
+import io
 import os
 import socket
 import sys
@@ -9,7 +10,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from bitfleet.launch.ranks import Place, place_from, rank_of
 
 if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not wait for it
     import torch
@@ -23,22 +26,32 @@ FIRST_RANK_SPEAKS_SECONDS = 3.0
 LOST_PEER_SECONDS = 10.0
 
 
-def complete_environment() -> None:
-    """Make a process that no launcher started the only rank of a job of its own."""
-    if "RANK" in os.environ:
-        return
+def complete_environment() -> Place:
+    """Give this process the variables of torch.distributed, whatever started it; without a launcher it is a job of its own.
+
+    Raises:
+        ValueError: variables are missing or contradict each other.
+    """
+    place = place_from(os.environ)
+    os.environ |= {
+        "RANK": str(place.rank),
+        "WORLD_SIZE": str(place.world_size),
+        "LOCAL_RANK": str(place.local_rank),
+        "LOCAL_WORLD_SIZE": str(place.local_world_size),
+        "MASTER_ADDR": place.master_addr,
+        "MASTER_PORT": str(place.master_port or free_port()),
+    }
+    if place.launcher in ("alone", "by hand"):  # the shell that started it may close while it runs on
+        os.environ["BITFLEET_ALONE"] = "1"
+    return place
+
+
+def free_port() -> int:
+    """A TCP port of this machine that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "BITFLEET_ALONE": "1",
-    }
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def num_cores() -> int:
@@ -48,7 +61,7 @@ def num_cores() -> int:
 
 def is_first_rank() -> bool:
     """Whether this process is rank 0 (or alone)."""
-    return os.environ.get("RANK", "0") == "0"
+    return rank_of(os.environ) == 0
 
 
 @contextmanager
@@ -62,10 +75,33 @@ def job(device_name: str, num_threads: int | None = None) -> Iterator[tuple["Ran
     from bitfleet.trainer.distributed import choose_device, process_group, ranks_from_environment, use_device
 
     ranks = ranks_from_environment()
+    if ranks.launched:
+        _outlive_the_terminal()
     device = choose_device(device_name, ranks)
     use_device(device, ranks, num_threads)
     with process_group(device, ranks):
         yield ranks, device
+
+
+class _Lasting(io.FileIO):
+    """An output whose reader may end first: what is written then is lost, and that is no error."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            return len(data)
+
+
+def _outlive_the_terminal() -> None:
+    """A rank whose launcher died still has to save: its next print must not end it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        stream.flush()
+        lasting = io.BufferedWriter(_Lasting(stream.fileno(), "wb", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(lasting, stream.encoding, stream.errors, line_buffering=True))
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -94,7 +130,7 @@ def _fail(error: BaseException) -> NoReturn:
     if isinstance(error, ValueError | FloatingPointError) or _is_full_disk(error) or _is_disagreement(error):
         if not is_first_rank():
             time.sleep(FIRST_RANK_SPEAKS_SECONDS)
-        who = "" if is_first_rank() else f" (rank {os.environ['RANK']})"
+        who = "" if is_first_rank() else f" (rank {rank_of(os.environ)})"
         message = " ".join(str(error).split())
         if os.environ.get("BITFLEET_DEBUG"):
             traceback.print_exception(error)
@@ -105,7 +141,7 @@ def _fail(error: BaseException) -> NoReturn:
     if is_lost_peer(error):
         # The cause is another rank's, which says it; the launcher is about to take this one down.
         time.sleep(LOST_PEER_SECONDS)
-        print(f"bitfleet: rank {os.environ['RANK']} lost its peers: {error}", file=sys.stderr)
+        print(f"bitfleet: rank {rank_of(os.environ)} lost its peers: {error}", file=sys.stderr)
     else:
         traceback.print_exception(error)
     _leave(CRASH)

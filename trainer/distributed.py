@@ -58,12 +58,20 @@ def choose_device(wanted: str, ranks: Ranks) -> torch.device:
     """The device of this rank: `wanted` is "auto", "cpu" or "gpu".
 
     Raises:
-        ValueError: "gpu" without CUDA.
+        ValueError: "gpu" without CUDA, or more ranks than GPUs.
     """
     if wanted == "gpu" and not torch.cuda.is_available():
         raise ValueError('device is "gpu", but torch finds no CUDA device here: use --device cpu or auto')
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    if num_gpus == 1:  # of its own: srun --gpus-per-task=1 shows each rank one GPU, as number 0
+        return torch.device("cuda", 0)
+    if ranks.local_rank >= num_gpus:
+        raise ValueError(
+            f"rank {ranks.rank} is number {ranks.local_rank} on its machine, where torch finds {num_gpus} GPUs: "
+            f"start at most {num_gpus} ranks there"
+        )
     return torch.device("cuda", ranks.local_rank)
 
 

@@ -1,7 +1,9 @@
 """Stopping a run on request: signals, a file, or the death of the launcher; all ranks stop after the same step."""
 
 import os
+import select
 import signal
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +37,8 @@ class StopWatcher:
         self._looked_at = -FILE_SECONDS
         self._ancestors: Callable[[], tuple[int, ...]] = launcher_processes if launched else tuple
         self._launcher = self._ancestors()
+        # A rank on another machine has its input from the ssh of the launching one: it ends when that does.
+        self._input = input_from_launcher() if len(self._launcher) > 1 else None
         self._before: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> "StopWatcher":
@@ -58,7 +62,7 @@ class StopWatcher:
             self._seen, self.seen_at = reason, time.monotonic()
 
     def _look(self) -> None:
-        if self._launcher and self._ancestors() != self._launcher:
+        if (self._launcher and self._ancestors() != self._launcher) or (self._input and self._input.poll(0)):
             self._request(5)
         if self._ranks.is_first and time.monotonic() - self._looked_at >= FILE_SECONDS:
             self._looked_at = time.monotonic()
@@ -89,3 +93,16 @@ def launcher_processes() -> tuple[int, ...]:
     except OSError:
         return (parent,)
     return (parent, int(status.rpartition(")")[2].split()[1]))
+
+
+def input_from_launcher() -> "select.poll | None":
+    """Watches the end of the standard input, without reading it; None where it is no pipe or socket, or has ended already."""
+    try:
+        mode = os.fstat(0).st_mode
+    except OSError:
+        return None
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        return None
+    watch = select.poll()
+    watch.register(0, select.POLLRDHUP)  # and always POLLHUP, POLLERR
+    return None if watch.poll(0) else watch

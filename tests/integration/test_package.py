@@ -36,6 +36,8 @@ def test_install_puts_exactly_one_package(tmp_path: Path) -> None:
     for name in (
         "py.typed",
         "optim/kernels.c",
+        "launch/slurm.sh",
+        "launch/kubernetes.yaml",
         "trainer/data/fashion_mnist/subset.npz",
         "trainer/data/fashion_mnist/LICENSE.txt",
     ):

@@ -1,11 +1,14 @@
 """What a thread's failure prints."""
 
 import errno
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from bitfleet.launch.environment import _thread_failed
+from bitfleet.launch.environment import _thread_failed, complete_environment
 
 
 def fail(error: Exception) -> None:
@@ -18,3 +21,41 @@ def test_full_disk_is_left_to_the_main_thread(capsys: pytest.CaptureFixture[str]
     fail(OSError(errno.ENOENT, "No such file"))
     fail(KeyError("x"))
     assert capsys.readouterr().err.count("Exception in thread") == 2
+
+
+def test_print_after_the_end_of_the_reader_is_no_error() -> None:
+    code = """
+import sys
+from bitfleet.launch.environment import _outlive_the_terminal
+_outlive_the_terminal()
+print("first", flush=True)
+sys.stdin.readline()
+for _ in range(3):
+    print("nobody reads this")
+sys.exit(75)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as job:
+        assert job.stdout is not None
+        assert job.stdin is not None
+        assert job.stdout.readline() == b"first\n"
+        job.stdout.close()
+        job.stdin.write(b"\n")
+        job.stdin.close()
+        assert job.wait(timeout=30) == 75
+
+
+def test_environment_is_completed_once_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT BITFLEET_ALONE".split()
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that what is set below is taken back
+        monkeypatch.delenv(name)
+    assert complete_environment().launcher == "alone"
+    first = {name: os.environ[name] for name in names}
+    assert (first["WORLD_SIZE"], first["BITFLEET_ALONE"]) == ("1", "1")
+    complete_environment()
+    assert {name: os.environ[name] for name in names} == first

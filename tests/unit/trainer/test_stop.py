@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,30 @@ def test_deepspeeds_command_is_watched_behind_its_agent(tmp_path: Path) -> None:
     agent, *seen = done.stdout.split()
     assert seen == [agent, str(os.getpid())]
     assert launcher_processes() == (os.getppid(),)
+
+
+def test_end_of_the_input_is_the_end_of_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rank behind ssh sees when the launching machine is gone; an input that ended before says nothing."""
+    monkeypatch.setattr(stop, "launcher_processes", lambda: (1, 2))
+    saved = os.dup(0)
+    try:
+        for kind in (os.pipe, lambda: [end.detach() for end in socket.socketpair()]):
+            reader, writer = kind()
+            os.dup2(reader, 0)
+            os.close(reader)
+            with StopWatcher(tmp_path, ALONE, launched=True) as watcher:
+                assert watcher.agree() == ("", False)
+                os.write(writer, b"is not read")
+                assert watcher.agree() == ("", False)
+                os.close(writer)
+                assert watcher.agree()[0] == "the end of the launcher"
+            assert stop.input_from_launcher() is None
+        os.dup2(null := os.open(os.devnull, os.O_RDONLY), 0)
+        os.close(null)
+        assert stop.input_from_launcher() is None
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
 
 
 def test_folder_has_one_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,62 @@
+"""Hostfiles: `node1 slots=8`, a line a host, as DeepSpeed and Open MPI read them."""
+
+import dataclasses
+import re
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Host:
+    """A machine of the job: its name, and how many ranks run there."""
+
+    name: str
+    slots: int
+
+
+def read_hostfile(path: Path) -> list[Host]:
+    """The hosts of the file at `path`, in its order; the first one has rank 0.
+
+    Raises:
+        ValueError: there is no such file, or a line that cannot be read (it is named by its number).
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise ValueError(f"cannot read the hostfile {path}: {error.strerror}") from error
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        match = re.fullmatch(r"(\S+)\s+slots=(\d+)(\s+#.*)?", text)
+        if not match:
+            raise ValueError(f"{path}, line {number}: a host is written as `node1 slots=8`, not {text!r}")
+        name, slots = match[1], int(match[2])
+        if name in hosts:
+            raise ValueError(f"{path}, line {number}: {name} is there twice: one line a host, with all its slots")
+        if slots == 0:
+            raise ValueError(f"{path}, line {number}: {name} has 0 slots: a host has at least one rank, or no line")
+        hosts[name] = slots
+    if not hosts:
+        raise ValueError(f"the hostfile {path} names no host: write a line `node1 slots=8` for each")
+    return [Host(name, slots) for name, slots in hosts.items()]
+
+
+def is_here(name: str, own_names: Sequence[str] | None = None) -> bool:
+    """Whether `name` means this machine (`own_names` in the place of its names, for tests)."""
+    own = own_names if own_names is not None else (socket.gethostname(), socket.getfqdn())
+    return name in ("localhost", "127.0.0.1", "::1", *own, *(each.partition(".")[0] for each in own))
+
+
+def reachable_address(name: str, resolve: Callable[[str], str] = socket.gethostbyname) -> str | None:
+    """The address under which other machines reach `name`; None when it does not resolve here, or to a loopback address only.
+
+    DeepSpeed itself takes the first address that the machine lists, which may be a container bridge's.
+    """
+    try:
+        address = resolve(name)
+    except OSError:
+        return None
+    return None if address.startswith("127.") else address

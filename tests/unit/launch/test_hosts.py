@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import pytest
+
+from bitfleet.launch.hosts import Host, is_here, reachable_address, read_hostfile
+from tests.conftest import REPOSITORY
+
+
+def test_hosts_in_the_order_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("# racks\n\nnode2 slots=8\n  node1   slots=4   # old\n")
+    assert read_hostfile(path) == [Host("node2", 8), Host("node1", 4)]
+    assert read_hostfile(REPOSITORY / "launch" / "hostfile.example") == [Host("node1", 8), Host("node2", 8)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("node1 slots=8\nnode2\n", "line 2: a host is written as `node1 slots=8`, not 'node2'"),
+        ("node1 slots=8 max-slots=9\n", "line 1: a host is written"),
+        ("node1:8\n", "line 1: a host is written"),
+        ("node1 slots=1\n# x\nnode1 slots=2\n", "line 3: node1 is there twice"),
+        ("node1 slots=0\n", "line 1: node1 has 0 slots"),
+        ("# nobody\n", "names no host"),
+    ],
+)
+def test_bad_line_is_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_hostfile(tmp_path / "hosts")
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"cannot read the hostfile {tmp_path}/none: No such file"):
+        read_hostfile(tmp_path / "none")
+
+
+def test_own_names() -> None:
+    assert is_here("localhost")
+    assert is_here("node1", ["node1.site.org"])
+    assert is_here("node1.site.org", ["node1.site.org"])
+    assert not is_here("node2", ["node1.site.org"])
+
+
+def test_address_that_others_reach() -> None:
+    assert reachable_address("node1", lambda _: "10.0.0.1") == "10.0.0.1"
+    assert reachable_address("node1", lambda _: "127.0.1.1") is None  # Debian's /etc/hosts
+
+    def unknown(_: str) -> str:
+        raise OSError("no such name")
+
+    assert reachable_address("alias", unknown) is None
