@@ -10,6 +10,7 @@ COMMANDS = {
     "evaluate": "print top-1 and top-5 of a run over every validation image",
     "data": "prepare, verify, resize and compare images; `bitfleet data --help`",
     "checkpoint": "inspect, verify and compare checkpoints, write the model alone; `bitfleet checkpoint --help`",
+    "doctor": "say whether a run would work here, and on these ranks; `bitfleet doctor --help`",
     "bench": "measure bitfleet against bare loops; `bitfleet bench --help` lists the benchmarks",
     "configs": "list the configurations that --config knows",
 }
@@ -56,6 +57,10 @@ def dispatch() -> None:
         from bitfleet.launch.checkpoint import checkpoint
 
         checkpoint(rest)
+    elif command == "doctor":
+        from bitfleet.launch.doctor import doctor
+
+        doctor(rest)
     elif command == "bench":
         from bitfleet.launch.bench import bench
 

@@ -22,8 +22,12 @@ def train(arguments: Sequence[str], prog: str = "launch/train.py") -> None:
     """
     config = parse_train(arguments, prog)
     with job(config.device, config.num_threads) as (ranks, device):
+        from bitfleet.trainer.preflight import Preflight
+        from bitfleet.trainer.preflight_rehearsal import rehearse
         from bitfleet.trainer.trainer import Trainer
 
+        if config.preflight == "full":
+            rehearse(config, ranks, device)
         trainer = Trainer(config, ranks, device)
         if is_first_rank():
             print(trainer.routing)
@@ -38,7 +42,9 @@ def train(arguments: Sequence[str], prog: str = "launch/train.py") -> None:
             )
         cost = trainer.checkpoints.cost()
         if is_first_rank():
-            print(cost, end="\n\n", flush=True)
+            preflight = Preflight(trainer)
+            trainer.around_step = preflight.around_step
+            print(cost, preflight.report(), sep="\n", end="\n\n", flush=True)
         trainer.train()
         if is_first_rank() and trainer.stopped_by:
             print(

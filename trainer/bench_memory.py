@@ -1,61 +1,20 @@
 """What a rank holds: bytes of tensors after a step and at the peak within it, for the contenders of `bench comm`."""
 
 import time
-import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bitfleet.trainer.bench_comm import DEPTH, GRAD_DTYPES, METHODS, TITLES, WIDTH, Contender, GradDtype, Method
 from bitfleet.trainer.distributed import Ranks, barrier, gather_from_ranks
+from bitfleet.trainer.tensor_bytes import TensorBytes
 
 NUM_BUCKETS = 8
 BUCKET_BYTES = 4 / NUM_BUCKETS
 """Of one bucket of fp32 gradients, in bytes per parameter of the network."""
 SETTLE_SECONDS = 0.05
 """After a step gloo's threads still hold the tensors of the last collectives; they need the interpreter to let go of them."""
-
-
-class TensorBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operators have seen since it was entered and that are still alive.
-
-    Every storage counts once, however many tensors are views of it, from the operator that makes it (or first takes it) until
-    its memory is given back, whichever thread does that. Scratch memory within an operator and gloo's own buffers are no
-    tensors and do not count.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator `func` and look at the tensors that go in and come out."""
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, result)):
-            if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def take_peak(self) -> int:
-        """The most bytes alive at any time since the last call."""
-        peak, self.peak = self.peak, self.live
-        return peak
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata  # the address of the storage itself; its Python object lives as long
-        if key not in self._seen and storage.device.type != "meta":  # those have a size but no memory
-            self._seen[key] = storage.nbytes()
-            self.live += self._seen[key]
-            weakref.finalize(storage, self._gone, key).atexit = False
-
-    def _gone(self, key: int) -> None:
-        self.live -= self._seen.pop(key)
 
 
 class Row(NamedTuple):

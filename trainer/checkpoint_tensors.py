@@ -200,10 +200,19 @@ def read(folder: Path, *prefixes: str) -> Tensors:
         for name, facts in contents(folder).items()
         if name.startswith(prefixes)
     }
+    _read_alone(tensors, folder)
+    return tensors
+
+
+def read_chunks(chunks: Iterable[Chunk], folder: Path) -> None:
+    """Fill chunks, of this rank or of one of any number of ranks, in one process."""
+    _read_alone(_marked(chunks), folder)
+
+
+def _read_alone(tensors: Tensors, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # it need not be there
         dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-    return tensors
 
 
 def model_state(tensors: Mapping[str, Tensor], shapes: Mapping[str, Iterable[int]]) -> Tensors:

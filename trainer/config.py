@@ -48,6 +48,9 @@ class TrainConfig:
     """larq-zoo: binary kernels of the Keras file carry a scale for each filter, which goes into the BatchNorm behind it."""
     stop_after_steps: int | None = None
     """Stop, with a checkpoint, once so many optimizer steps are done. The schedules keep their length."""
+    preflight: Literal["basic", "full"] = "basic"
+    """What is tried before the run. basic: memory, traffic and time are predicted, then compared with the first steps. full: two
+    optimizer steps on random images, a save, and reading it back on this and on other numbers of ranks, come before it."""
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)

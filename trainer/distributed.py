@@ -154,6 +154,32 @@ def sum_of_numbers(value: int) -> int:
     return sum(objects_from_ranks(value))
 
 
+def nccl_version() -> str | None:
+    """Of the NCCL that torch was built with; None without one."""
+    if not dist.is_nccl_available():
+        return None
+    version: Any = torch.cuda.nccl.version()
+    return ".".join(map(str, version))
+
+
+def send(tensor: Tensor, peer: int) -> None:
+    """Send `tensor` to rank `peer`, which calls `receive`; returns when it may be written again."""
+    dist.send(tensor, peer)
+    _finish(tensor)
+
+
+def receive(tensor: Tensor, peer: int) -> Tensor:
+    """Fill `tensor` with what rank `peer` sends, and return it."""
+    dist.recv(tensor, peer)
+    _finish(tensor)
+    return tensor
+
+
+def _finish(tensor: Tensor) -> None:
+    if tensor.is_cuda:  # NCCL returns before anything has happened
+        torch.cuda.synchronize(tensor.device)
+
+
 def cpu_group(name: str, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> dist.ProcessGroup:
     """A gloo group of all ranks, one for each `name`: threads that share a group would mix up each other's collectives.
 

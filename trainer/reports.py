@@ -94,6 +94,10 @@ class Reports:
             self._log.write(kind, step, values)
             self.latest[kind] = {"step": step, **values}
 
+    def say(self, text: str) -> None:
+        """Print `text` beside the progress; rank 0 does."""
+        self._progress.say(text)
+
     def flush(self) -> None:
         """Bring what was reported to the disk."""
         if self._log is not None:

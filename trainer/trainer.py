@@ -1,6 +1,8 @@
 """A run: everything that it needs is built here, and the training loop."""
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -85,6 +87,8 @@ class Trainer:
         self._skipped_in_a_row = 0
         self.stopped_by = ""
         """What asked for the stop before the end; "" for nothing."""
+        self.around_step: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Entered around each step by those who measure it."""
 
     def _like_before(self, begun: Intact | None) -> int:
         """The number of replicas; where it is open, it and the threads of a rank are those of the run that is continued."""
@@ -237,7 +241,8 @@ class Trainer:
         if self.step and self._validation_is_due() and not self.reports.has_validation(self.step):
             self._validate(stop)  # the run was stopped before it
         while self.step < last and not self.stopped_by:
-            self.advance()
+            with self.around_step():
+                self.advance()
             self.checkpoints.saver.check()
             self.stopped_by, save_now = stop.agree(self.checkpoints.by_time())
             if save_now or self.stopped_by or self.step == last or self.checkpoints.by_step(self.step):

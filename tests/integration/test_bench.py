@@ -19,8 +19,9 @@ from bitfleet.trainer.bench_loader_contenders import ORIGINALS, Settings, conten
 from bitfleet.trainer.bench_loader_manifest import bench_manifest
 from bitfleet.trainer.bench_loader_photos import find_photos, write_class_folders
 from bitfleet.trainer.bench_loader_table import BITFLEET, BITFLEET_SMALL, TIMM, TORCHVISION_UINT8
-from bitfleet.trainer.bench_memory import BUCKET_BYTES, TensorBytes
+from bitfleet.trainer.bench_memory import BUCKET_BYTES
 from bitfleet.trainer.distributed import Ranks
+from bitfleet.trainer.tensor_bytes import TensorBytes
 from tests.conftest import REPOSITORY, Launch, run_command
 
 NUM_BINARY, NUM_REAL = 16 * 256**2, 16 * 256 + 2570

@@ -1,0 +1,48 @@
+"""Doctor: `bitfleet doctor [--config NAME ...]`, on all ranks `deepspeed --hostfile hosts launch/doctor.py ...`."""
+
+import sys
+from collections.abc import Sequence
+
+from bitfleet.launch.arguments import parse_train
+from bitfleet.launch.environment import is_first_rank, job, run
+
+USAGE = """usage: bitfleet doctor [--config NAME --section.field value ...]
+       deepspeed --hostfile hosts launch/doctor.py [--config NAME --section.field value ...]      (torchrun likewise)
+
+  Says in seconds whether a run would work: versions and builds, devices, cores, memory, disks, /dev/shm, limits, compiled parts;
+  with --config the data, read from every rank; on several ranks clocks, latency and bandwidth between them. A difference between
+  ranks is named with host and rank. Exit code 1 if a line says FAIL. Nothing is left behind."""
+
+
+def doctor(arguments: Sequence[str]) -> None:
+    """Examine, print the table on rank 0, and leave with 1 if anything would fail.
+
+    Raises:
+        ValueError: bad input.
+        SystemExit: 1, when a check fails.
+    """
+    own = [a for a in arguments if not a.startswith("--local_rank=")]
+    if "-h" in own or "--help" in own:
+        print(USAGE)
+        return
+    config = parse_train(own, "bitfleet doctor") if own else None
+    with job("cpu" if config and config.device == "cpu" else "auto", config.num_threads if config else None) as (
+        ranks,
+        device,
+    ):
+        from bitfleet.trainer.doctor import examine, format_checks
+
+        checks = examine(config, ranks, device)
+        if is_first_rank():
+            print(format_checks(checks), flush=True)
+    if any(check.verdict == "FAIL" for check in checks):
+        sys.exit(1)
+
+
+def main() -> None:
+    """Entry point of the file."""
+    run(lambda: doctor(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

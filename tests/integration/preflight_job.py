@@ -1,0 +1,32 @@
+"""A run whose collectives are counted for one step, beside what preflight says of it."""
+
+import sys
+
+from bitfleet.launch.arguments import parse_train
+from bitfleet.launch.environment import job, run
+from bitfleet.trainer.bench_comm import CollectiveCounter
+from bitfleet.trainer.preflight import Preflight
+from bitfleet.trainer.stop import StopWatcher
+from bitfleet.trainer.trainer import Trainer
+
+
+def main() -> None:
+    config = parse_train(sys.argv[1:], "preflight_job.py")
+    with job(config.device, config.num_threads) as (ranks, device):
+        trainer = Trainer(config, ranks, device)
+        preflight = Preflight(trainer)
+        trainer.start()
+        with StopWatcher(trainer.folder.path, ranks, launched=True) as stop:
+            trainer.train_step()
+            trainer.train_step()
+            stop.agree()
+            with CollectiveCounter(ranks.world_size) as counter:
+                trainer.train_step()
+                stop.agree()
+        if ranks.is_first:
+            print(f"predicted {preflight.sent_bytes:.1f} counted {counter.sent_bytes:.1f}", flush=True)
+        trainer.stop()
+
+
+if __name__ == "__main__":
+    run(main)

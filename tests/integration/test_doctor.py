@@ -1,0 +1,29 @@
+"""The doctor on two ranks through DeepSpeed's launcher."""
+
+import re
+from pathlib import Path
+
+from tests.conftest import BIN, Launch, run_command
+
+
+def test_two_ranks_are_examined(deepspeed: Launch, tiny: list[str], tmp_path: Path) -> None:
+    done = deepspeed(2, "launch/doctor.py", *tiny, "--output", tmp_path)
+    assert done.returncode == 0, done.stdout
+    (summary,) = re.findall(r"^(\d+) OK, (\d+) WARN, 0 FAIL$", done.stdout, re.MULTILINE)
+    assert sum(map(int, summary)) == 25
+    assert "OK    data           200 training and 28 validation images of 4 classes" in done.stdout
+    assert re.search(r"^\w+ +clocks +[\d.e+]+ ms apart at most$", done.stdout, re.MULTILINE)  # one machine, one clock
+    assert re.search(
+        r"latency +median [\d.e+]+ ms, most .*: .* \(rank 0\) and .* \(rank 1\)$", done.stdout, re.MULTILINE
+    )
+    assert re.search(
+        r"bandwidth +median [\d,]+ MB/s, .*; a rank in an all-gather [\d,]+ MB/s$", done.stdout, re.MULTILINE
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fails_is_said_and_ends_with_1(tiny: list[str], tmp_path: Path) -> None:
+    done = run_command([BIN / "bitfleet", "doctor", *tiny, "--data.root", tmp_path / "nothing", "--output", tmp_path])
+    assert done.returncode == 1, done.stdout
+    assert re.search(r"^FAIL  data +not readable on .* \(rank 0\)$", done.stdout, re.MULTILINE)
+    assert re.search(r"-> data.root='\S+nothing' does not exist", " ".join(done.stdout.split()))

@@ -1,0 +1,154 @@
+"""What a rank knows about its machine and its installation: facts for the doctor, no verdicts."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from bitfleet.optim.kernels import library
+from bitfleet.trainer.config import TrainConfig, to_dict
+from bitfleet.trainer.data.cache import cache_folder
+from bitfleet.trainer.data.readable import Readable, readable
+from bitfleet.trainer.distributed import Ranks, nccl_version
+from bitfleet.trainer.run_folder import git_revision
+
+PACKAGES = ("bitfleet", "torch", "torchvision", "deepspeed", "timm", "numpy")
+DALI_WHEELS = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """One rank's. Sizes are bytes; None is what does not exist or cannot be found out."""
+
+    rank: int
+    local_rank: int
+    local_world_size: int
+    host: str
+    versions: dict[str, str]
+    """python, glibc and packages."""
+    git: str | None
+    dali: dict[str, str]
+    """Installed wheels of DALI and their versions."""
+    torch_cuda: str | None
+    """CUDA that torch was built for."""
+    cuda_available: bool
+    nvidia_driver: bool
+    """Whether the machine has NVIDIA's kernel driver."""
+    cxx11_abi: bool
+    nccl: str | None
+    devices: list[str]
+    num_machine_cores: int
+    cores: list[int]
+    """Those that this rank may use."""
+    num_threads: int
+    free_memory: int
+    free_run: int | None
+    """Free where runs are written; None: not writable."""
+    run_folder: str
+    free_cache: int | None
+    """Free in the cache folder; None: not writable."""
+    cache_folder: str
+    shm: int | None
+    """Size of /dev/shm."""
+    open_files: int
+    """Soft limit of open files."""
+    compiler: str | None
+    """C++ compiler that torch.compile finds."""
+    kernels: str | None
+    """Why the kernels of optim/kernels.py are not built; None: they are."""
+    config: str | None = None
+    """sha256 of the configuration."""
+    data: Readable | None = None
+    """Only with a configuration, as the one above."""
+
+
+def collect_facts(config: TrainConfig | None, ranks: Ranks) -> Facts:
+    """The facts of this rank, about its data too if there is a configuration."""
+    run_folder = _existing(config.run_dir or config.output if config else Path("runs"))
+    cache, free_cache = _cache()
+    return Facts(
+        rank=ranks.rank,
+        local_rank=ranks.local_rank,
+        local_world_size=ranks.local_world_size,
+        host=socket.gethostname(),
+        versions=_versions(),
+        git=git_revision(),
+        dali={name: version for name in DALI_WHEELS if (version := _version(name))},
+        torch_cuda=torch.version.cuda,
+        cuda_available=torch.cuda.is_available(),
+        nvidia_driver=Path("/proc/driver/nvidia/version").exists(),
+        cxx11_abi=torch.compiled_with_cxx11_abi(),
+        nccl=nccl_version(),
+        devices=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        num_machine_cores=os.cpu_count() or 1,
+        cores=sorted(os.sched_getaffinity(0)),
+        num_threads=torch.get_num_threads(),
+        free_memory=_free_memory(),
+        free_run=shutil.disk_usage(run_folder).free if os.access(run_folder, os.W_OK | os.X_OK) else None,
+        run_folder=str(run_folder),
+        free_cache=free_cache,
+        cache_folder=cache,
+        shm=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        compiler=shutil.which(os.environ.get("CXX") or "g++"),
+        kernels=_kernels(),
+        config=hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest() if config else None,
+        data=readable(config.data) if config else None,
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "C library": " ".join(platform.libc_ver())}
+    return found | {package: _version(package) or "not installed" for package in PACKAGES}
+
+
+def _free_memory() -> int:
+    """What the machine has free, or the container's limit leaves (cgroup v2)."""
+    free: int = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else min(free, int(limit) - used)
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    path = path.expanduser().absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def _cache() -> tuple[str, int | None]:
+    try:
+        folder = cache_folder()
+    except ValueError as error:
+        return str(error), None
+    return str(folder), shutil.disk_usage(folder).free
+
+
+def _kernels() -> str | None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if library() is not None:
+            return None
+    return str(caught[-1].message) if caught else "they could not be built"
