@@ -142,6 +142,12 @@ def from_first_rank(value: T, group: dist.ProcessGroup | None = None) -> T:
     return box[0]
 
 
+def first_rank_that_differs(value: object) -> int | None:
+    """The first rank whose `value` (pickled: strings and numbers only) is not that of rank 0; None if there is none."""
+    everyone = objects_from_ranks(value)
+    return next((rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]), None)
+
+
 def objects_from_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """`value` of every rank, in their order (pickled: strings and numbers only)."""
     found: list[Any] = [None] * dist.get_world_size()

@@ -14,8 +14,8 @@ from bitfleet.optim import ShardedOptimizer, build_optimizer, routing_table
 from bitfleet.trainer.checkpoint import model_signature
 from bitfleet.trainer.checkpoint_loader import Intact
 from bitfleet.trainer.config import TrainConfig, resolve_replicas
-from bitfleet.trainer.data import TrainLoader, ValidationLoader, normalize, open_dataset
-from bitfleet.trainer.distributed import Ranks, from_first_rank, sum_of_numbers
+from bitfleet.trainer.data import TrainLoader, ValidationLoader, normalize, open_dataset, other_data
+from bitfleet.trainer.distributed import Ranks, first_rank_that_differs, from_first_rank, sum_of_numbers
 from bitfleet.trainer.engine import backward, create_engine, shard, whole_weights
 from bitfleet.trainer.engine_options import deepspeed_options
 from bitfleet.trainer.evaluate import validate
@@ -102,6 +102,8 @@ class Trainer:
     def _open_data(self) -> None:
         config, ranks = self.config, self.ranks
         self.dataset = open_dataset(config.data)
+        if (rank := first_rank_that_differs(self.dataset.sha)) is not None:
+            raise other_data(config.data.root, rank)
         if len(self.dataset.classes) != config.model.num_classes:
             raise ValueError(
                 f"model.num_classes is {config.model.num_classes}, but {config.data.root} has {len(self.dataset.classes)} "

@@ -19,6 +19,13 @@ from bitfleet.launch.train import main
 main()
 """
 
+EACH_IN_A_FOLDER_OF_ITS_OWN = """
+import os
+os.chdir("{folder}/" + os.environ["RANK"])
+from bitfleet.launch.train import main
+main()
+"""
+
 
 def data(*arguments: str | Path) -> tuple[int, str]:
     done = run_command([BIN / "bitfleet", "data", *arguments], timeout=60)
@@ -98,6 +105,19 @@ def test_an_image_that_vanishes_ends_the_job_or_is_replaced(
     assert done.returncode == 0, done.stdout
     assert "198 training and 27 validation images of 4 classes" in done.stdout
     assert "3 that bitfleet data verify set aside are LEFT OUT" in done.stdout
+
+
+@pytest.mark.slow
+def test_ranks_with_different_data_do_not_train(root: Path, deepspeed: Launch, tiny: list[str], tmp_path: Path) -> None:
+    """Two nodes, each with a copy of its own: on one of them verify set an image aside."""
+    for rank in "01":
+        shutil.copytree(root, tmp_path / rank / "data")
+    (tmp_path / "1/data/train/class1/0003.png").write_bytes(b"")
+    assert data("verify", tmp_path / "1/data", "--num_workers", "1")[0] == 1
+    script = tmp_path / "train.py"
+    script.write_text(EACH_IN_A_FOLDER_OF_ITS_OWN.format(folder=tmp_path))
+    done = deepspeed(2, script, *options_for(tiny, Path("data"), tmp_path / "run"))
+    failed(done, "data.root='data' is not the same data for rank 1 and for rank 0")
 
 
 @pytest.mark.slow
