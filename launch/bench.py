@@ -15,11 +15,16 @@ USAGE = """usage: bitfleet bench NAME [options], on several ranks deepspeed --nu
           the step loop against a bare torch loop of the same network with its data in memory: images/s and their ratio
   comm    [--steps 5]
           bytes that a rank sends per step: bitfleet's sharding, ZeRO-0, 1, 2 and DistributedDataParallel
-          (the wire: only in a network namespace of its own; between two: launch/two_hosts.sh)
+          (the wire: only in a network namespace of its own; of several hosts: launch/hosts.sh)
   step    [--rounds 7]
           the update of 12 and 62 million weights against fused AdamW and the limits of memory, one process: ns a weight
-  sharding [--micro_batch_size 8] [--rounds 5] [--steps 3]
-          step time of Bi-Real Net 18 and XNOR-Net: bitfleet's sharding, DistributedDataParallel, ZeRO-1
+  sharding [--network NAME] [--contender NAME] [--micro_batch_size 8] [--rounds 5] [--steps 3]
+          step time of birealnet18 and xnornet (or of NAME alone): bitfleet's sharding, DistributedDataParallel, ZeRO-1; and the
+          bytes that a rank sent, which are only this job's in a network namespace (launch/hosts.sh). With --contender bits,
+          DDP or zero1 that one alone, for machines whose memory does not hold three of a network
+  plan    --config NAME [--rates FILE] [--output FILE] [--rounds 5] [--steps 10] [--section.field value ...]
+          rates of this machine, written to FILE for `bitfleet plan --rates FILE`, and in turns with them training steps: ms that
+          the plan predicts (with FILE of --rates instead, where it is given), ms measured, and their ratio
   memory  [--steps 5]
           bytes of tensors per parameter that a rank holds after the step and at its peak, for the same
   checkpoint [--network xnornet] [--rounds 3] [--folder runs]
@@ -77,6 +82,26 @@ def _comm(arguments: list[str]) -> None:
         print(format_comm(rows, ranks))
 
 
+def _plan(arguments: list[str]) -> None:
+    rounds, arguments = take_number(arguments, "--rounds", 5)
+    steps, arguments = take_number(arguments, "--steps", 10)
+    file, arguments = take_option(arguments, "--rates")
+    output, arguments = take_option(arguments, "--output")
+    config = parse_train(arguments, "bitfleet bench plan")
+    from bitfleet.trainer.plan_rates import read_rates, write_rates
+
+    given = read_rates(Path(file)) if file else None
+    with job(config.device, config.num_threads) as (ranks, device):
+        from bitfleet.trainer.bench_rates import bench_plan, format_check
+
+        check = bench_plan(config, given, ranks, device, num_rounds=rounds, num_steps=steps)
+    if is_first_rank():
+        print(format_check(config, ranks, check))
+        if output:
+            write_rates(check.rates, Path(output))
+            print(f"rates written to {output}")
+
+
 def _memory(arguments: list[str]) -> None:
     steps, arguments = take_number(arguments, "--steps", 5)
     _reject(arguments, "memory")
@@ -101,16 +126,28 @@ def _sharding(arguments: list[str]) -> None:
     micro_batch_size, arguments = take_number(arguments, "--micro_batch_size", 8)
     rounds, arguments = take_number(arguments, "--rounds", 5)
     steps, arguments = take_number(arguments, "--steps", 3)
+    only, arguments = take_option(arguments, "--network")
+    contender, arguments = take_option(arguments, "--contender")
     _reject(arguments, "sharding")
-    with job("auto") as (ranks, device):
-        from bitfleet.trainer.bench_sharding import NETWORKS, bench_sharding, format_sharding
+    from bitfleet.trainer.bench_sharding import CONTENDERS, NETWORKS, bench_sharding, format_sharding
 
-        for network in NETWORKS:
-            seconds = bench_sharding(
-                network, ranks, device, micro_batch_size=micro_batch_size, num_rounds=rounds, num_steps=steps
+    if only is not None and only not in NETWORKS:
+        raise ValueError(f"bench sharding knows the networks {', '.join(NETWORKS)}, not {only!r}")
+    if contender is not None and contender not in CONTENDERS:
+        raise ValueError(f"bench sharding knows the contenders {', '.join(CONTENDERS)}, not {contender!r}")
+    with job("auto") as (ranks, device):
+        for network in [only] if only else NETWORKS:
+            rounds_measured = bench_sharding(
+                network,
+                ranks,
+                device,
+                micro_batch_size=micro_batch_size,
+                num_rounds=rounds,
+                num_steps=steps,
+                contenders=[contender] if contender else CONTENDERS,
             )
             if is_first_rank():
-                print(format_sharding(network, ranks, micro_batch_size, seconds), flush=True)
+                print(format_sharding(network, ranks, micro_batch_size, rounds_measured), flush=True)
 
 
 def _checkpoint(arguments: list[str]) -> None:
@@ -153,6 +190,7 @@ def _loader(arguments: list[str]) -> None:
 BENCHMARKS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "comm": _comm,
+    "plan": _plan,
     "memory": _memory,
     "step": _step,
     "sharding": _sharding,

@@ -11,6 +11,7 @@ COMMANDS = {
     "data": "prepare, verify, resize and compare images; `bitfleet data --help`",
     "checkpoint": "inspect, verify and compare checkpoints, write the model alone; `bitfleet checkpoint --help`",
     "doctor": "say whether a run would work here, and on these ranks; `bitfleet doctor --help`",
+    "plan": "predict step time, images/s and hours on a cluster, and what binds; `bitfleet plan --help`",
     "bench": "measure bitfleet against bare loops; `bitfleet bench --help` lists the benchmarks",
     "configs": "list the configurations that --config knows",
 }
@@ -61,6 +62,10 @@ def dispatch() -> None:
         from bitfleet.launch.doctor import doctor
 
         doctor(rest)
+    elif command == "plan":
+        from bitfleet.launch.plan import plan
+
+        plan(rest)
     elif command == "bench":
         from bitfleet.launch.bench import bench
 

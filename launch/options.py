@@ -34,3 +34,21 @@ def take_number(arguments: Sequence[str], option: str, default: int) -> tuple[in
 def take_flag(arguments: Sequence[str], option: str) -> tuple[bool, list[str]]:
     """Remove `option` from `arguments`; returns (whether it was there, the rest)."""
     return option in arguments, [argument for argument in arguments if argument != option]
+
+
+def take_decimal(arguments: Sequence[str], option: str) -> tuple[float | None, list[str]]:
+    """Remove `option X` from `arguments`; returns (X or None, the rest).
+
+    Raises:
+        ValueError: X is not a positive number.
+    """
+    value, rest = take_option(arguments, option)
+    if value is None:
+        return None, rest
+    try:
+        number = float(value)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{option} must be a positive number, not {value!r}")
+    return number, rest

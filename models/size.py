@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bitfleet.models.layers import QuantConv2d, QuantLinear
 
-__all__ = ["ModelSize", "count"]
+__all__ = ["ModelSize", "count", "layer_macs"]
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,29 @@ def count(model: nn.Module, input_size: tuple[int, ...]) -> ModelSize:
         input_size: shape of one image, e.g. (3, 224, 224).
     """
     macs = {True: 0, False: 0}
+    for layer, number in layer_macs(model, input_size).items():
+        macs[isinstance(layer, QuantConv2d | QuantLinear) and layer.input_quantizer is not None] += number
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return ModelSize(
+        num_parameters=sum(p.numel() for p in parameters),
+        num_binary_parameters=sum(p.numel() for p in parameters if getattr(p, "binary", False)),
+        num_running_statistics=sum(b.numel() for b in model.buffers() if b.is_floating_point()),
+        num_macs_1bit=macs[True],
+        num_macs_32bit=macs[False],
+    )
+
+
+def layer_macs(model: nn.Module, input_size: tuple[int, ...]) -> dict[nn.Module, int]:
+    """Multiply-accumulates for one image of every convolution and linear layer that a forward pass reaches.
+
+    Args:
+        model: left as it was; run in evaluation mode, on any device (on "meta" nothing is computed).
+        input_size: shape of one image, e.g. (3, 224, 224).
+    """
+    macs: dict[nn.Module, int] = {}
 
     def add_macs(layer: Any, _: tuple[Tensor, ...], output: Tensor) -> None:
-        binary = isinstance(layer, QuantConv2d | QuantLinear) and layer.input_quantizer is not None
-        macs[binary] += output.numel() * layer.weight[0].numel()
+        macs[layer] = macs.get(layer, 0) + output.numel() * layer.weight[0].numel()
 
     modes = {module: module.training for module in model.modules()}
     hooks = [m.register_forward_hook(add_macs) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -60,11 +79,4 @@ def count(model: nn.Module, input_size: tuple[int, ...]) -> ModelSize:
             hook.remove()
         for module, training in modes.items():
             module.training = training
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return ModelSize(
-        num_parameters=sum(p.numel() for p in parameters),
-        num_binary_parameters=sum(p.numel() for p in parameters if getattr(p, "binary", False)),
-        num_running_statistics=sum(b.numel() for b in model.buffers() if b.is_floating_point()),
-        num_macs_1bit=macs[True],
-        num_macs_32bit=macs[False],
-    )
+    return macs

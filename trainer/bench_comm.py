@@ -206,12 +206,12 @@ def _measure(method: Method, grad_dtype: GradDtype, ranks: Ranks, device: torch.
     for _ in range(2):  # the first one allocates state
         contender.backward()
         contender.update()
-    before = _read_interfaces(ranks)
+    before = read_interfaces(ranks)
     with CollectiveCounter(ranks.world_size) as counter:
         for _ in range(num_steps):
             contender.backward()
             contender.update()
-    after = _read_interfaces(ranks)
+    after = read_interfaces(ranks)
     num_binary = contender.num_binary
     contender.close()
     totals = torch.tensor(
@@ -221,7 +221,7 @@ def _measure(method: Method, grad_dtype: GradDtype, ranks: Ranks, device: torch.
     return Row(method, grad_dtype, num_binary, *means.tolist())
 
 
-def _read_interfaces(ranks: Ranks) -> tuple[int, int]:
+def read_interfaces(ranks: Ranks) -> tuple[int, int]:
     """(all, without the loopback) bytes sent by this machine, read between two barriers; one rank of a machine reads."""
     barrier()
     sent = interface_bytes() if ranks.local_rank == 0 else {}

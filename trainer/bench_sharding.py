@@ -7,7 +7,8 @@ import functools
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from bitfleet.models import ModelConfig, create_model
 from bitfleet.optim import OptimConfig, bop2ndorder_step_, build_optimizer
 from bitfleet.optim.routed import Group, State, rule
-from bitfleet.trainer.distributed import Ranks, barrier
+from bitfleet.trainer.bench_comm import read_interfaces
+from bitfleet.trainer.distributed import Ranks, barrier, objects_from_ranks
 from bitfleet.trainer.engine import backward, create_engine, shard
 from bitfleet.trainer.engine_options import EngineConfig, deepspeed_options
 
@@ -72,39 +74,68 @@ def make_step(contender: str, network: str, images: Tensor, labels: Tensor, rank
     return engine_step
 
 
+class Round(NamedTuple):
+    """One contender in one round, for a step."""
+
+    seconds: float
+    sent_bytes: float
+    """What the interfaces of all machines sent, divided by the ranks; in a network namespace of its own, only this job's."""
+
+
 def bench_sharding(
-    network: str, ranks: Ranks, device: torch.device, *, micro_batch_size: int, num_rounds: int, num_steps: int
-) -> dict[str, list[float]]:
-    """Seconds a step, one value a round, of each contender, after a round that does not count."""
+    network: str,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    micro_batch_size: int,
+    num_rounds: int,
+    num_steps: int,
+    contenders: Sequence[str] = CONTENDERS,
+) -> dict[str, list[Round]]:
+    """Measure each of `contenders` in turn, `num_rounds` times after a round that does not count; every rank calls this."""
     size = NETWORKS[network]
     images = torch.randn(micro_batch_size, 3, size, size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (micro_batch_size,), device=device)
-    steps = {contender: make_step(contender, network, images, labels, ranks) for contender in CONTENDERS}
-    seconds: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
+    steps = {contender: make_step(contender, network, images, labels, ranks) for contender in contenders}
+    rounds: dict[str, list[Round]] = {contender: [] for contender in contenders}
     for count in range(num_rounds + 1):
         for contender, step in steps.items():
-            barrier()
+            before, _ = read_interfaces(ranks)
             start = time.perf_counter()
             for _ in range(num_steps):
                 step()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             barrier()
+            seconds = time.perf_counter() - start
+            sent = read_interfaces(ranks)[0] - before
             if count > 0:
-                seconds[contender].append((time.perf_counter() - start) / num_steps)
+                whole = sum(objects_from_ranks(sent)) / ranks.world_size
+                rounds[contender].append(Round(seconds / num_steps, whole / num_steps))
     steps.clear()
     gc.collect()
-    return seconds
+    return rounds
 
 
-def format_sharding(network: str, ranks: Ranks, micro_batch_size: int, seconds: dict[str, list[float]]) -> str:
-    """The table of one network: ms a step and the ratio of bitfleet's step to each, medians over the rounds."""
+def format_sharding(network: str, ranks: Ranks, micro_batch_size: int, rounds: dict[str, list[Round]]) -> str:
+    """The table of one network, medians over the rounds: ms, MB that a rank sent, and the ratios of bitfleet to each."""
+    num_hosts = ranks.world_size // ranks.local_world_size
     lines = [
-        f"{network}, {NETWORKS[network]} px, {ranks.world_size} ranks x {micro_batch_size} images, median of rounds"
+        f"{network}, {NETWORKS[network]} px, {ranks.world_size} ranks x {micro_batch_size} images on {num_hosts} "
+        f"host{'s' * (num_hosts > 1)}, a step, median of {len(next(iter(rounds.values())))} rounds",
+        f"  {'':<31}{'ms':>10}{'MB sent':>10}   bitfleet / it: time, bytes",
     ]
     names = {"bits": "bitfleet", "DDP": "DDP, compiled rule", "zero1": "DeepSpeed ZeRO-1, compiled rule"}
-    for contender, values in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds["bits"], values, strict=True))
-        milliseconds = 1e3 * statistics.median(values)
-        lines.append(f"  {names[contender]:<31} {milliseconds:9.1f} ms a step   bitfleet takes {ratio:.3f} of it")
+    for contender, values in rounds.items():
+        line = (
+            f"  {names[contender]:<31}{1e3 * statistics.median(v.seconds for v in values):10,.1f}"
+            f"{1e-6 * statistics.median(v.sent_bytes for v in values):10,.1f}"
+        )
+        if "bits" in rounds:
+            pairs = list(zip(rounds["bits"], values, strict=True))
+            time_ratio = statistics.median(a.seconds / b.seconds for a, b in pairs)
+            line += (
+                f"{time_ratio:21.3f}{statistics.median(a.sent_bytes / max(b.sent_bytes, 1.0) for a, b in pairs):8.3f}"
+            )
+        lines.append(line)
     return "\n".join(lines)

@@ -21,6 +21,7 @@ from bitfleet.trainer.bench_loader_photos import find_photos, write_class_folder
 from bitfleet.trainer.bench_loader_table import BITFLEET, BITFLEET_SMALL, TIMM, TORCHVISION_UINT8
 from bitfleet.trainer.bench_memory import BUCKET_BYTES
 from bitfleet.trainer.distributed import Ranks
+from bitfleet.trainer.plan_rates import read_rates
 from bitfleet.trainer.tensor_bytes import TensorBytes
 from tests.conftest import REPOSITORY, Launch, run_command
 
@@ -56,6 +57,24 @@ def test_comm_counts_what_two_ranks_send(deepspeed: Launch) -> None:
     done = deepspeed(2, "launch/bench.py", "comm", "--steps", "2")
     assert done.returncode == 0, done.stdout
     check_traffic(parse(done.stdout))
+
+
+def test_plan_predicts_a_step_and_measures_it(deepspeed: Launch, tiny: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "rates.json"
+    done = deepspeed(2, "launch/bench.py", "plan", "--rounds", "1", "--steps", "2", "--output", file, *tiny)
+    assert done.returncode == 0, done.stdout
+    numbers = {
+        word: float(re.findall(rf"^ *{word} +([\d.,]+)", done.stdout, re.MULTILINE)[0].replace(",", ""))
+        for word in ("predicted", "measured", "ratio", "ratio to that")
+    }
+    assert all(number > 0 for number in numbers.values())
+    assert numbers["ratio"] == pytest.approx(numbers["predicted"] / numbers["measured"], rel=0.05)  # of one round
+    rates = read_rates(file)
+    assert (rates.device, rates.cores) == ("cpu", len(os.sched_getaffinity(0)))
+    again = deepspeed(2, "launch/bench.py", "plan", "--rounds", "1", "--steps", "2", "--rates", file, *tiny)
+    assert again.returncode == 0, again.stdout
+    (predicted,) = re.findall(r"^ *predicted +([\d.,]+)", again.stdout, re.MULTILINE)
+    assert float(predicted.replace(",", "")) == numbers["predicted"]
 
 
 def test_memory_of_two_ranks_stays_in_bounds(deepspeed: Launch) -> None:
@@ -150,7 +169,7 @@ def test_a_long_manifest_is_opened_in_new_processes() -> None:
 @pytest.mark.multinode
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2")
 def test_wire_between_two_hosts_carries_what_the_calls_say() -> None:
-    done = run_command([REPOSITORY / "launch" / "two_hosts.sh", "1", "launch/bench.py", "comm"])
+    done = run_command([REPOSITORY / "launch" / "hosts.sh", "2", "1", "launch/bench.py", "comm"])
     assert done.returncode == 0, done.stdout
     rows = parse(done.stdout)
     check_traffic(rows)
@@ -159,10 +178,23 @@ def test_wire_between_two_hosts_carries_what_the_calls_say() -> None:
         assert wire - between_hosts < 0.005  # nothing takes another way
 
 
-def test_two_hosts_fail_with_their_ranks() -> None:
-    done = run_command([REPOSITORY / "launch" / "two_hosts.sh"])
+@pytest.mark.multinode
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("tc") is None, reason="network namespaces need root and iproute2")
+def test_slow_wires_between_three_hosts_carry_what_the_calls_say() -> None:
+    done = run_command(
+        [REPOSITORY / "launch" / "hosts.sh", "3", "1", "--rate", "1gbit", "launch/bench.py", "comm", "--steps", "2"]
+    )
+    assert done.returncode == 0, done.stdout
+    assert "3 ranks on 3 hosts" in done.stdout
+    for _, calls, wire, between_hosts in parse(done.stdout).values():
+        assert calls <= wire <= 1.15 * calls  # small packets, each acknowledged
+        assert wire - between_hosts < 0.005
+
+
+def test_hosts_want_their_numbers() -> None:
+    done = run_command([REPOSITORY / "launch" / "hosts.sh", "2"])
     assert done.returncode == 2
-    assert "RANKS_PER_HOST SCRIPT" in done.stdout
+    assert "NUM_HOSTS RANKS_PER_HOST [--rate RATE] SCRIPT" in done.stdout
 
 
 @pytest.mark.usefixtures("process_group")
@@ -219,6 +251,12 @@ def test_bad_input() -> None:
         bench_comm(Ranks(0, 1, 0, 1), torch.device("cpu"))
     with pytest.raises(ValueError, match="bench memory has no option '--width'"):
         bench(["memory", "--width", "3"])
+    with pytest.raises(ValueError, match="bench sharding knows the networks birealnet18, xnornet, not 'lenet'"):
+        bench(["sharding", "--network", "lenet"])
+    with pytest.raises(ValueError, match="bench sharding knows the contenders bits, DDP, zero1, not 'fsdp'"):
+        bench(["sharding", "--contender", "fsdp"])
+    with pytest.raises(ValueError, match="cannot read the rates nowhere.json: No such file"):
+        bench(["plan", "--config", "fashion_quickstart", "--rates", "nowhere.json"])
     with pytest.raises(ValueError, match="bench checkpoint has no option '--steps'"):
         bench(["checkpoint", "--steps", "3"])
     with pytest.raises(ValueError, match="knows the networks xnornet, birealnet18, birealnet_small, not 'lenet'"):

@@ -1,0 +1,223 @@
+"""The arithmetic of a plan: what hides behind what, what binds, and where more nodes stop to help."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from bitfleet.configs import load_config
+from bitfleet.launch.plan import plan
+from bitfleet.trainer.engine_options import EngineConfig
+from bitfleet.trainer.plan import Cluster, Estimate, efficiency_of, estimate, find_limit, message_seconds, scan
+from bitfleet.trainer.plan_rates import GPUS, Rates, numbers, published, read_rates, write_rates
+from bitfleet.trainer.plan_traffic import Message, describe
+
+XNOR = load_config("xnornet_imagenet")
+SMALL = load_config("fashion_quickstart")
+
+
+def rates(**changes: float | str) -> Rates:
+    """A machine on which everything but what `changes` says takes next to no time."""
+    values: dict[str, float | str] = {
+        "name": "made up",
+        "device": "gpu",
+        "cores": 8.0,
+        "flops_per_second": 1e30,
+        "module_seconds": 1e-30,
+        "whole_ns": 1e-30,
+        "update_ns": 1e-30,
+        "plain_update_ns": 1e-30,
+        "decode_seconds": 1e-30,
+        "core_decode_seconds": 1e-30,
+        "copy_bytes_per_second": 1e30,
+        "local_bytes_per_second": 1e30,
+        "latency_seconds": 1e-30,
+        "link_efficiency": 1.0,
+    }
+    values |= changes
+    return Rates(sources=dict.fromkeys(values, "made up"), **values)  # type: ignore[arg-type]
+
+
+def cluster(num_nodes: int = 1, ranks_per_node: int = 8, link: float = 1e30, cores: float = 8.0) -> Cluster:
+    return Cluster(num_nodes=num_nodes, ranks_per_node=ranks_per_node, link_bytes_per_second=link, cores=cores)
+
+
+def test_a_gpu_hides_data_behind_compute() -> None:
+    network = describe(XNOR)
+    flops = 6 * network.macs * 128 / 0.020  # 20 ms for the 128 images of a rank
+    for decode, step, binding in ((0.010, 0.020, "compute"), (0.030, 0.030, "data")):
+        e = estimate(XNOR, network, rates(flops_per_second=flops, decode_seconds=decode / 128), cluster())
+        assert (e.images_per_rank, e.world_size, e.binding) == (128, 8, binding)
+        assert e.step == pytest.approx(step)
+        assert e.data == pytest.approx(decode)
+        assert e.images_per_second == pytest.approx(1024 / step)
+
+
+def test_ranks_share_the_cores_of_a_cpu() -> None:
+    network = describe(SMALL)
+    cpu = rates(
+        device="cpu", flops_per_second=6 * network.macs * 100, decode_seconds=1 / 200
+    )  # a core: 100 and 200 images/s
+    for ranks in (1, 2, 4):
+        e = estimate(SMALL, network, cpu, cluster(ranks_per_node=ranks, cores=2))
+        assert e.compute == pytest.approx(128 / (2 * 100))
+        assert e.data == pytest.approx(128 / (2 * 200))
+        assert e.step == pytest.approx(e.compute + e.data)
+        assert e.binding == "compute"
+    # What each rank does whatever its batch grows with the ranks.
+    cpu = rates(device="cpu", module_seconds=0.001 / network.num_modules)
+    assert estimate(SMALL, network, cpu, cluster(ranks_per_node=4, cores=2)).step == pytest.approx(0.002)
+
+
+def test_launches_bind_where_a_batch_is_small() -> None:
+    network = describe(XNOR)
+    gpu = rates(flops_per_second=6 * network.macs * 1000, module_seconds=0.5 / network.num_modules)
+    assert estimate(XNOR, network, gpu, cluster()).binding == "launches"
+    assert estimate(XNOR, network, gpu, cluster(ranks_per_node=1)).binding == "compute"
+    # Two micro-batches a rank are launched twice.
+    twice = estimate(dataclasses.replace(XNOR, num_replicas=16), network, gpu, cluster())
+    assert twice.launches == pytest.approx(1.0)
+
+
+def test_cores_that_decode_for_gpus_are_shared_and_copies_are_paid() -> None:
+    config = dataclasses.replace(XNOR, data=dataclasses.replace(XNOR.data, device="cpu"))
+    gpu = rates(core_decode_seconds=0.004, copy_bytes_per_second=128 * 3 * 224**2 / 0.5)
+    e = estimate(config, describe(config), gpu, cluster(cores=16))
+    assert e.data == pytest.approx(1024 * 0.004 / 16)
+    assert e.compute == pytest.approx(0.5)
+
+
+def test_gradients_hide_behind_backward_but_the_last_bucket_and_the_gather_do_not() -> None:
+    network = describe(XNOR)
+    # A link on which the gradients of a step between 2 ranks take (58.2 + 4.2) M * 4 bytes / 2 / 125 MB/s = 1 s.
+    link, nodes = 125e6, cluster(num_nodes=2, ranks_per_node=1, link=125e6)
+    slow = rates(flops_per_second=6 * network.macs * 512 / 60)  # backward takes 40 s
+    e = estimate(XNOR, network, slow, nodes)
+    assert e.gradients == pytest.approx(0.5 * 4 * network.num_parameters / link, rel=1e-3)
+    last = 0.5 * 4 * 4_153_344 / link  # the bucket of the first convolution, padded to 64 a rank or less
+    assert e.exposed == pytest.approx(last, rel=1e-2)
+    signs, values = 58_236_928 / 8, 4 * 4_150_176
+    assert e.after == pytest.approx((0.5 * (signs + values) + 4 * network.num_statistics) / link, rel=1e-3)
+    fast = estimate(XNOR, network, rates(), nodes)
+    assert fast.exposed == pytest.approx(fast.gradients)
+    assert fast.binding == "network"
+    # All-reduce of DeepSpeed's stage 0 leaves after backward.
+    none = dataclasses.replace(XNOR, engine=EngineConfig(sharding="none"))
+    unsharded = estimate(none, network, slow, nodes)
+    assert unsharded.exposed == pytest.approx(4 * network.num_parameters / link)
+
+
+def test_bf16_halves_the_gradients_of_the_plan() -> None:
+    network, nodes = describe(XNOR), cluster(num_nodes=4, ranks_per_node=2, link=1e9)
+    half = dataclasses.replace(XNOR, engine=EngineConfig(grad_comm_dtype="bf16"))
+    fp32, bf16 = (estimate(config, network, rates(), nodes).gradients for config in (XNOR, half))
+    assert bf16 == pytest.approx(fp32 / 2)
+
+
+def test_a_message_takes_rounds_and_the_slower_of_two_ways() -> None:
+    message = Message("all_gather", 8e6)
+    machine = rates(latency_seconds=1e-3, local_bytes_per_second=1e9, link_efficiency=0.5)
+    # 8 ranks: 3 rounds; a node sends 7 MB on, at half of 1e9 bytes/s.
+    assert message_seconds(message, machine, cluster(num_nodes=2, ranks_per_node=4, link=1e9)) == pytest.approx(
+        0.003 + 0.014
+    )
+    # Inside of a node each of 4 ranks sends 6 MB at 1e9.
+    assert message_seconds(message, machine, cluster(ranks_per_node=4)) == pytest.approx(0.002 + 0.006)
+
+
+def made_up(num_nodes: int, images_per_second: float) -> Estimate:
+    values = {name: 0.0 for name in Estimate._fields} | {"images_per_second": images_per_second, "binding": "network"}
+    return Estimate(**values | {"num_nodes": num_nodes})  # type: ignore[arg-type]
+
+
+def test_the_limit_is_where_a_doubling_adds_little_or_efficiency_halves() -> None:
+    assert find_limit([made_up(1, 100), made_up(2, 190), made_up(4, 195)]) == (2, "4 give 3% more images/s")
+    assert find_limit([made_up(1, 100), made_up(2, 90)]) == (1, "2 give 10% less images/s")
+    assert find_limit([made_up(1, 100), made_up(2, 130), made_up(4, 180)]) == (
+        2,
+        "with 4 a node does 45% of what 1 alone does",
+    )
+    assert find_limit([made_up(1, 100), made_up(2, 200), made_up(4, 390)]) == (4, "")
+    # From 4 to 5 nodes is a third of a doubling.
+    assert find_limit([made_up(1, 100), made_up(4, 390), made_up(5, 410)]).num_nodes == 5
+    assert efficiency_of(made_up(4, 300), made_up(1, 100)) == 0.75
+
+
+def test_a_scan_goes_as_far_as_the_batch_divides() -> None:
+    found = scan(XNOR, describe(XNOR), rates(), cluster(num_nodes=8))
+    assert [e.num_nodes for e in found] == [1, 2, 4, 8, 16, 32, 64, 128]
+    fixed = dataclasses.replace(XNOR, num_replicas=24, global_batch_size=1200)
+    assert [e.num_nodes for e in scan(fixed, describe(XNOR), rates(), cluster(num_nodes=3))] == [1, 3]
+    with pytest.raises(ValueError, match="global_batch_size is 128, which 3 replicas on 3 ranks cannot share equally"):
+        estimate(SMALL, describe(SMALL), rates(), cluster(ranks_per_node=3))
+
+
+def test_published_rates_name_their_sources() -> None:
+    for gpu in GPUS:
+        for precision in ("fp32", "bf16"):
+            found = published(gpu, precision)  # type: ignore[arg-type]
+            assert all(found.sources[name] for name in numbers(found))
+            assert all(math.isfinite(value) for value in numbers(found).values())
+    assert published("h100", "bf16").flops_per_second > published("a100", "bf16").flops_per_second
+    with pytest.raises(ValueError, match="there are published rates for a100, h100, not for 'v100'"):
+        published("v100", "fp32")
+
+
+def test_rates_survive_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rates.json"
+    write_rates(rates(cores=3.0), path)
+    assert read_rates(path) == rates(cores=3.0)
+    with pytest.raises(ValueError, match="cannot read the rates .*missing.json: No such file"):
+        read_rates(tmp_path / "missing.json")
+    values = json.loads(path.read_text())
+    for broken, word in (
+        ({"cores": -1}, "cores must be positive"),
+        ({"cores": "many"}, "cores: "),
+        ({"sources": {}}, "sources says"),
+    ):
+        path.write_text(json.dumps(values | broken))
+        with pytest.raises(ValueError, match=f"is no file of rates .*{word}"):
+            read_rates(path)
+
+
+def test_command_prints_the_answer_the_table_and_the_sources(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    picture = tmp_path / "new" / "plan.png"
+    plan(f"--nodes 8 --gpus 8 --network 400 --gpu h100 --config xnornet_imagenet --output {picture}".split())
+    output = capsys.readouterr().out
+    assert re.search(
+        r"^8 nodes with 8 GPUs each: [\d,]+ images/s, .* hours for 100 epochs of .*; the network binds\.$", output, re.M
+    )
+    assert re.search(r"^More than 1 node does not help: 2 give \d+% less images/s\.$", output, re.M)
+    assert len(re.findall(r"^ +(> )?\d+ +\d+ +\d+ .* (data|compute|network)$", output, re.M)) == 8
+    assert "MLPerf training 4.0" in output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_takes_measured_rates(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_rates(rates(device="cpu", cores=2.0, flops_per_second=1e10), tmp_path / "rates.json")
+    plan(f"--gpus 2 --rates {tmp_path}/rates.json --config fashion_quickstart --epochs 3 --images 1280".split())
+    output = capsys.readouterr().out
+    assert re.search(
+        r"^1 node with 2 ranks each: .* for 3 epochs of 1,280 images; forward and backward binds\.$", output, re.M
+    )
+
+
+def test_bad_input() -> None:
+    for arguments, sentence in (
+        ("--config xnornet_imagenet", "whose rates\\? Pass either --gpu NAME or --rates FILE"),
+        ("--gpu h100 --rates x --config xnornet_imagenet", "whose rates"),
+        ("--gpu h100 --nodes 2 --config xnornet_imagenet", "how fast is the network\\? Pass --network"),
+        (
+            "--gpu h100 --nodes 2 --network fast --config xnornet_imagenet",
+            "--network must be a positive number, not 'fast'",
+        ),
+        ("--gpu h100 --nodes 3 --network 1 --config xnornet_imagenet", "global_batch_size is 1024, which 24 replicas"),
+        ("--gpu h100 --config xnornet_imagenet --speed 3", "there is no option --speed"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            plan(arguments.split())
