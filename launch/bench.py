@@ -58,7 +58,7 @@ def _train(arguments: list[str]) -> None:
     rounds, arguments = take_number(arguments, "--rounds", 5)
     steps, arguments = take_number(arguments, "--steps", 40)
     config = parse_train(arguments, "bitfleet bench train")
-    with job(config.device, config.num_threads) as (ranks, device):
+    with job(config.device, config) as (ranks, device):
         from bitfleet.trainer.bench_train import bench_train
 
         result = bench_train(config, ranks, device, num_rounds=rounds, num_steps=steps)
@@ -91,7 +91,7 @@ def _plan(arguments: list[str]) -> None:
     from bitfleet.trainer.plan_rates import read_rates, write_rates
 
     given = read_rates(Path(file)) if file else None
-    with job(config.device, config.num_threads) as (ranks, device):
+    with job(config.device, config) as (ranks, device):
         from bitfleet.trainer.bench_rates import bench_plan, format_check
 
         check = bench_plan(config, given, ranks, device, num_rounds=rounds, num_steps=steps)

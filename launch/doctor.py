@@ -26,10 +26,7 @@ def doctor(arguments: Sequence[str]) -> None:
         print(USAGE)
         return
     config = parse_train(own, "bitfleet doctor") if own else None
-    with job("cpu" if config and config.device == "cpu" else "auto", config.num_threads if config else None) as (
-        ranks,
-        device,
-    ):
+    with job("cpu" if config and config.device == "cpu" else "auto") as (ranks, device):
         from bitfleet.trainer.doctor import examine, format_checks
 
         checks = examine(config, ranks, device)

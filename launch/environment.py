@@ -1,5 +1,6 @@
 """Ranks from the environment, and what happens to a job when one of them fails."""
 
+import datetime
 import errno
 import io
 import os
@@ -17,13 +18,15 @@ from bitfleet.launch.ranks import Place, place_from, rank_of
 if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not wait for it
     import torch
 
+    from bitfleet.trainer.config import TrainConfig
     from bitfleet.trainer.distributed import Ranks
 
 USER_ERROR, CRASH = 2, 1
 REQUEUE = 75
 """Exit code of a run that was asked to stop and saved its state: the same command continues it (EX_TEMPFAIL of sysexits.h)."""
 FIRST_RANK_SPEAKS_SECONDS = 3.0
-LOST_PEER_SECONDS = 10.0
+LOST_PEER_SECONDS = 25.0
+"""How long a rank whose collective failed waits for the reason: longer than a silent rank is waited for."""
 
 
 def complete_environment() -> Place:
@@ -65,21 +68,28 @@ def is_first_rank() -> bool:
 
 
 @contextmanager
-def job(device_name: str, num_threads: int | None = None) -> Iterator[tuple["Ranks", "torch.device"]]:
+def job(device_name: str, config: "TrainConfig | None" = None) -> Iterator[tuple["Ranks", "torch.device"]]:
     """This process as a rank of its job: the ranks, the device ("auto", "cpu" or "gpu") and the process group.
 
+    Args:
+        device_name: "auto", "cpu" or "gpu".
+        config: of the run, where there is one: it must be the same on every rank, and says threads and timeout.
+
     Raises:
-        ValueError: "gpu" without CUDA.
+        ValueError: "gpu" without CUDA; a rank that does not come, or that differs from rank 0.
     """
     complete_environment()
-    from bitfleet.trainer.distributed import choose_device, process_group, ranks_from_environment, use_device
+    from bitfleet.trainer.agreement import facts_of_config
+    from bitfleet.trainer.distributed import COLLECTIVE_TIMEOUT, choose_device, ranks_from_environment, use_device
+    from bitfleet.trainer.membership import membership
 
     ranks = ranks_from_environment()
     if ranks.launched:
         _outlive_the_terminal()
     device = choose_device(device_name, ranks)
-    use_device(device, ranks, num_threads)
-    with process_group(device, ranks):
+    use_device(device, ranks, config.num_threads if config else None)
+    timeout = datetime.timedelta(minutes=config.engine.collective_timeout_minutes) if config else COLLECTIVE_TIMEOUT
+    with membership.join(ranks, device, facts_of_config(config) if config else {}, timeout) as ranks:
         yield ranks, device
 
 
@@ -129,22 +139,64 @@ def run(main: Callable[[], None]) -> NoReturn:
 def _fail(error: BaseException) -> NoReturn:
     if isinstance(error, ValueError | FloatingPointError) or _is_full_disk(error) or _is_disagreement(error):
         if not is_first_rank():
-            time.sleep(FIRST_RANK_SPEAKS_SECONDS)
-        who = "" if is_first_rank() else f" (rank {rank_of(os.environ)})"
+            _leave_with_others(FIRST_RANK_SPEAKS_SECONDS)
+            _tell_others(USER_ERROR)
         message = " ".join(str(error).split())
         if os.environ.get("BITFLEET_DEBUG"):
             traceback.print_exception(error)
-        print(f"bitfleet: error{who}: {message}", file=sys.stderr)
+        print(f"bitfleet: error{_who()}: {message}", file=sys.stderr, flush=True)
+        if is_first_rank():
+            _tell_others(USER_ERROR)
         _leave(USER_ERROR)
     from bitfleet.trainer.distributed import is_lost_peer
+    from bitfleet.trainer.rendezvous import PeerFailed
 
+    if isinstance(error, PeerFailed):
+        _leave(error.code)
     if is_lost_peer(error):
-        # The cause is another rank's, which says it; the launcher is about to take this one down.
-        time.sleep(LOST_PEER_SECONDS)
-        print(f"bitfleet: rank {rank_of(os.environ)} lost its peers: {error}", file=sys.stderr)
+        # The cause is another rank's, which says it; or nobody knows it.
+        _leave_with_others(LOST_PEER_SECONDS)
+        print(f"bitfleet: error{_who()}: lost its peers: {error}", file=sys.stderr, flush=True)
     else:
+        print(f"bitfleet: error{_who()}: {type(error).__name__}: {error}", file=sys.stderr)
         traceback.print_exception(error)
+    _tell_others(CRASH)
     _leave(CRASH)
+
+
+def _who() -> str:
+    """This rank, and its host where the job has several, for a message; nothing for rank 0 of one host."""
+    if _is_on_many_hosts():
+        return f" (rank {rank_of(os.environ)} on {socket.gethostname()})"
+    return "" if is_first_rank() else f" (rank {rank_of(os.environ)})"
+
+
+def _is_on_many_hosts() -> bool:
+    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return local_size is not None and local_size != os.environ.get("WORLD_SIZE")
+
+
+def _leave_with_others(seconds: float) -> None:
+    """Leave without a word if another rank fails within `seconds`, which says why."""
+    if "bitfleet.trainer.membership" not in sys.modules:
+        time.sleep(seconds)
+        return
+    from bitfleet.trainer.membership import membership
+
+    if (code := membership.others_failed(seconds)) is not None:
+        _leave(code)
+
+
+def _tell_others(code: int) -> None:
+    """Tell the other ranks that this one fails; the launcher of another host does not. Leaves if one of them was first."""
+    if "bitfleet.trainer.membership" not in sys.modules and not _is_on_many_hosts():
+        return
+    from bitfleet.trainer.membership import membership
+
+    if membership.is_watched or _is_on_many_hosts():
+        first = membership.leave(code, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        if first is not None:
+            _leave(first)
 
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:

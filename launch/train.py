@@ -21,7 +21,7 @@ def train(arguments: Sequence[str], prog: str = "launch/train.py") -> None:
         ValueError: bad input.
     """
     config = parse_train(arguments, prog)
-    with job(config.device, config.num_threads) as (ranks, device):
+    with job(config.device, config) as (ranks, device):
         from bitfleet.trainer.preflight import Preflight
         from bitfleet.trainer.preflight_rehearsal import rehearse
         from bitfleet.trainer.trainer import Trainer

@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ class Saver:
         self.run, self.config, self.ranks = run, config, ranks
         self.last: Path | None = None
         """The checkpoint that was committed last."""
+        self.seconds: float | None = None
+        """How long the last save took, from its begin until it was committed."""
         self._validation_top1 = validation_top1
         self._group = cpu_group("save", SAVE_TIMEOUT)
         self._buffers: Tensors = {}
@@ -78,13 +81,14 @@ class Saver:
             ValueError: the save before this one failed.
         """
         self.flush()
+        begun_at = time.monotonic()
         temporary = self.run / FOLDER / f".tmp-{step:08d}"
         self.begin(temporary)
         if write_further:
             write_further(temporary)
         self._copy(tensors)
         self._thread = threading.Thread(
-            target=self._work, args=(step, temporary, dict(meta)), name="checkpoint", daemon=True
+            target=self._work, args=(step, temporary, dict(meta), begun_at), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -126,7 +130,7 @@ class Saver:
         fresh = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return checkpoint_tensors.copy_mark(tensor, fresh)
 
-    def _work(self, step: int, temporary: Path, meta: dict[str, Any]) -> None:
+    def _work(self, step: int, temporary: Path, meta: dict[str, Any], begun_at: float) -> None:
         committed = temporary.with_name(f"step-{step:08d}")
         problem: str | None = None
         try:
@@ -138,7 +142,7 @@ class Saver:
                 return
             problem = _reason(error)
         if problem is None:
-            self.last = committed
+            self.last, self.seconds = committed, time.monotonic() - begun_at
             return
         if self.ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import functools
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
@@ -13,11 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=5)
+_timeout = COLLECTIVE_TIMEOUT
 ALONE = "BITFLEET_ALONE"
 """Environment variable of a process that no launcher started."""
 SAVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -34,6 +37,8 @@ class Ranks:
     local_world_size: int
     launched: bool = False
     """Whether a launcher started this process."""
+    hosts: tuple[str, ...] = ()
+    """The host of every rank; empty for a single rank."""
 
     @property
     def is_first(self) -> bool:
@@ -97,16 +102,30 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def process_group(device: torch.device, ranks: Ranks) -> Iterator[None]:
-    """The default process group (NCCL on CUDA, else gloo) at MASTER_ADDR and MASTER_PORT, destroyed on the way out.
+def process_group(
+    device: torch.device,
+    ranks: Ranks,
+    timeout: datetime.timedelta = COLLECTIVE_TIMEOUT,
+    store: Store | None = None,
+) -> Iterator[None]:
+    """The default process group (NCCL on CUDA, else gloo), destroyed on the way out.
 
     A process that failed must not wait for its peers, so on an exception the group is left to the end of the process.
+
+    Args:
+        device: where the model runs.
+        ranks: this process's place.
+        timeout: after which a collective fails, here and in `cpu_group`.
+        store: where the ranks have met; None: at MASTER_ADDR and MASTER_PORT.
     """
+    global _timeout
+    _timeout = timeout
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         rank=ranks.rank,
         world_size=ranks.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=timeout,
+        store=None if store is None else PrefixStore("group", store),
     )
     yield
     dist.barrier()
@@ -142,17 +161,16 @@ def from_first_rank(value: T, group: dist.ProcessGroup | None = None) -> T:
     return box[0]
 
 
-def first_rank_that_differs(value: object) -> int | None:
-    """The first rank whose `value` (pickled: strings and numbers only) is not that of rank 0; None if there is none."""
-    everyone = objects_from_ranks(value)
-    return next((rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]), None)
-
-
 def objects_from_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """`value` of every rank, in their order (pickled: strings and numbers only)."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value, group=group)
     return found
+
+
+def hosts_of_ranks() -> tuple[str, ...]:
+    """The host name of every rank, in their order."""
+    return tuple(objects_from_ranks(socket.gethostname(), cpu_group("control")))
 
 
 def sum_of_numbers(value: int) -> int:
@@ -186,12 +204,12 @@ def _finish(tensor: Tensor) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
-def cpu_group(name: str, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT) -> dist.ProcessGroup:
+def cpu_group(name: str, timeout: datetime.timedelta | None = None) -> dist.ProcessGroup:
     """A gloo group of all ranks, one for each `name`: threads that share a group would mix up each other's collectives.
 
-    Every rank asks for the same groups in the same order.
+    Every rank asks for the same groups in the same order. `timeout` None: that of the process group.
     """
-    return _cpu_group(name, timeout, dist.group.WORLD)
+    return _cpu_group(name, timeout or _timeout, dist.group.WORLD)
 
 
 @functools.lru_cache(maxsize=4)

@@ -58,6 +58,8 @@ class EngineConfig:
     it and stop, naming the parameters. For "bits" only; DeepSpeed's ZeRO always skips."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the forward pass. Weights, gradients and moments stay fp32."""
+    collective_timeout_minutes: float = 5.0
+    """How long ranks wait for each other, at the start and in every collective, before the job fails."""
     deepspeed: Path | None = None
     """JSON file of further DeepSpeed options (comms_logger, zero_optimization.reduce_bucket_size, ...)."""
 
@@ -71,6 +73,10 @@ class EngineConfig:
             raise ValueError(f"engine.max_grad_norm must be positive, not {self.max_grad_norm}")
         if self.check_every_steps is not None and self.check_every_steps < 1:
             raise ValueError(f"engine.check_every_steps must be at least 1, not {self.check_every_steps}")
+        if not self.collective_timeout_minutes > 0:
+            raise ValueError(
+                f"engine.collective_timeout_minutes must be positive, not {self.collective_timeout_minutes}"
+            )
         own = self.max_grad_norm is not None or self.grad_comm_dtype != "fp32" or self.on_nonfinite != "skip"
         if self.sharding != "bits" and own:
             raise ValueError(

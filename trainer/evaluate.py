@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from bitfleet.models import create_model
+from bitfleet.trainer.agreement import agree
 from bitfleet.trainer.checkpoint import is_checkpoint, latest_checkpoint, read_meta
 from bitfleet.trainer.checkpoint_loader import load_model
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.data import ValidationLoader, normalize, open_dataset, other_data
-from bitfleet.trainer.distributed import Ranks, first_rank_that_differs
+from bitfleet.trainer.data import ValidationLoader, normalize, open_dataset
+from bitfleet.trainer.distributed import Ranks
 from bitfleet.trainer.engine import autocast
 from bitfleet.trainer.metrics import Accuracy, AccuracyMeter
 from bitfleet.trainer.run_folder import read_config
@@ -78,8 +79,7 @@ def evaluate_run(path: Path, *, data_root: str | None, ranks: Ranks, device: tor
     data = config.data if data_root is None else dataclasses.replace(config.data, root=data_root)
     config = dataclasses.replace(config, data=data)
     dataset = open_dataset(data)
-    if (rank := first_rank_that_differs(dataset.sha)) is not None:
-        raise other_data(data.root, rank)
+    agree(ranks, {f"the lists of images in {data.root} (sha256)": dataset.sha})
     classes = read_meta(checkpoint)["classes"]
     if list(dataset.classes) != classes:
         raise ValueError(

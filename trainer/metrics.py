@@ -85,10 +85,15 @@ class AccuracyMeter:
 
     def read(self) -> Accuracy:
         """Means over everything counted on all ranks since the last reading; every rank calls this."""
-        loss, top1, top5, num_images = sum_over_ranks_(self._sums).tolist()
+        return self.read_with([])[0]
+
+    def read_with(self, values: Sequence[float]) -> tuple[Accuracy, list[float]]:
+        """`read`, and in the same collective the sums of `values` over the ranks."""
+        sums = torch.cat([self._sums, torch.tensor(values, dtype=torch.float64).to(self._sums.device)])
+        loss, top1, top5, num_images, *sums_of_values = sum_over_ranks_(sums).tolist()
         self._sums.zero_()
         count = max(num_images, 1.0)
-        return Accuracy(loss / count, top1 / count, top5 / count, int(num_images))
+        return Accuracy(loss / count, top1 / count, top5 / count, int(num_images)), sums_of_values
 
 
 class FlipCounter:
@@ -160,12 +165,13 @@ class MetricsWriter:
         order_event_files(run / TENSORBOARD, time.time())
         self._tensorboard = SummaryWriter(str(run / TENSORBOARD), purge_step=start_step + 1)
 
-    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Log `values` of `kind` ("train" or "validation") after `step` optimizer steps."""
+    def write(self, kind: str, step: int, values: Mapping[str, float | str]) -> None:
+        """Log `values` of `kind` ("train" or "validation") after `step` optimizer steps; TensorBoard gets the numbers."""
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
         for key, value in values.items():
-            self._tensorboard.add_scalar(f"{kind}/{key}", value, step)
+            if not isinstance(value, str):
+                self._tensorboard.add_scalar(f"{kind}/{key}", value, step)
 
     def write_text(self, tag: str, text: str) -> None:
         """Show a text in TensorBoard, line by line."""

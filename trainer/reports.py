@@ -37,7 +37,7 @@ class Reports:
         facts: dict[str, Any],
         routing: str,
     ) -> None:
-        self.latest: dict[str, dict[str, float]] = {}
+        self.latest: dict[str, dict[str, float | str]] = {}
         """The last line of each kind, on rank 0."""
         self._config, self._steps_per_epoch = config, steps_per_epoch
         self._log: MetricsWriter | None = None
@@ -56,13 +56,13 @@ class Reports:
         return bool(from_first_rank(self.latest.get("validation", {}).get("step") == step))
 
     def train(
-        self, step: int, accuracy: Accuracy, further: Mapping[str, float], seconds: float, data_seconds: float
+        self, step: int, accuracy: Accuracy, further: Mapping[str, float | str], seconds: float, data_seconds: float
     ) -> None:
         """Report training since the last report: means, `further` values, and the time that it took."""
         if self._log is None:
             return
         speed = accuracy.num_images / seconds
-        values = {
+        values: dict[str, float | str] = {
             "loss": accuracy.loss,
             "top1": accuracy.top1,
             "top5": accuracy.top5,
@@ -78,7 +78,7 @@ class Reports:
             loss=accuracy.loss,
             top1=accuracy.top1,
             images_per_second=speed,
-            flip_ratio=further.get("flip_ratio"),
+            flip_ratio=None if (flips := further.get("flip_ratio")) is None else float(flips),
         )
 
     def validation(self, step: int, accuracy: Accuracy) -> None:
@@ -89,14 +89,14 @@ class Reports:
             f"top-1 {accuracy.top1:.2%} top-5 {accuracy.top5:.2%} ({accuracy.num_images:,} images)"
         )
 
-    def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+    def say(self, text: str) -> None:
+        """Print a line, on rank 0."""
+        self._progress.say(text)
+
+    def _write(self, kind: str, step: int, values: Mapping[str, float | str]) -> None:
         if self._log is not None:
             self._log.write(kind, step, values)
             self.latest[kind] = {"step": step, **values}
-
-    def say(self, text: str) -> None:
-        """Print `text` beside the progress; rank 0 does."""
-        self._progress.say(text)
 
     def flush(self) -> None:
         """Bring what was reported to the disk."""

@@ -1,5 +1,6 @@
 """The checkpoints of a run: what they say of it, when they are due, and how it continues from one."""
 
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -26,6 +27,10 @@ from bitfleet.trainer.distributed import Ranks, sum_of_numbers
 from bitfleet.trainer.engine import load_engine, whole_weights
 from bitfleet.trainer.metrics import read_metrics
 from bitfleet.trainer.run_folder import RunFolder, versions
+
+ASSUMED_BYTES_PER_SECOND = 50e6
+"""Of writing, hashing and flushing a checkpoint, before one has been measured: a slow disk."""
+LAUNCHER_SECONDS = 30
 
 
 class Parts(NamedTuple):
@@ -102,6 +107,8 @@ class RunCheckpoints:
         newest = None if folder.branches else latest_checkpoint(folder.path)
         self._last_step = step_of(newest) if newest else 0
         self._last_time = time.monotonic()
+        self._earlier_seconds: float | None = None
+        self._has_told_grace = False
 
     @property
     def _elastic(self) -> Optimizer | None:
@@ -123,6 +130,7 @@ class RunCheckpoints:
             checkpoint_loader.load(self.parts.model, self._elastic, checkpoint)
             self.parts.engine.lr_scheduler.load_state_dict({"num_steps_done": meta["step"]})
             self.parts.engine.global_steps = meta["step"]
+        self._earlier_seconds = meta.get("save_seconds")
         self._last_step = meta["step"]
         return self._last_step
 
@@ -158,6 +166,7 @@ class RunCheckpoints:
             "sample_offset": step % self._steps_per_epoch * config.global_batch_size,
             "skipped_steps": skipped,
             "world_size": self.ranks.world_size,
+            "save_seconds": self.saver.seconds or self._earlier_seconds,
             **self._facts,
             **facts,
             "schedules": {
@@ -197,4 +206,25 @@ class RunCheckpoints:
         if config.keep_every_steps:
             text += f", and one every {config.keep_every_steps:,} steps for ever"
         free = shutil.disk_usage(self.folder.path if self.folder.path.exists() else Path.cwd()).free
-        return text + f"; {free / 1e9:,.1f} GB free in {self.folder.path / FOLDER}"
+        text += f"; {free / 1e9:,.1f} GB free in {self.folder.path / FOLDER}"
+        if self._earlier_seconds is not None:
+            return f"{text}\n{grace(self._earlier_seconds, 'as measured before')}"
+        return (
+            f"{text}\n{grace(each / ASSUMED_BYTES_PER_SECOND, f'assumed at {ASSUMED_BYTES_PER_SECOND / 1e6:.0f} MB/s')}"
+        )
+
+    def new_grace(self, step_seconds: float) -> str:
+        """What a stop needs, in words, once a save has been measured; "" before, and when it has been told."""
+        if self.saver.seconds is None or self._has_told_grace:
+            return ""
+        self._has_told_grace = True
+        return grace(self.saver.seconds, "measured", step_seconds)
+
+
+def grace(save_seconds: float, how: str, step_seconds: float = 0.0) -> str:
+    """What a stop needs, in words: a step, the save that is under way, and the one of the stop."""
+    needed = math.ceil(step_seconds + 2 * save_seconds)
+    text = f"a stop needs about {needed} s between SIGTERM and SIGKILL (a save takes {save_seconds:.1f} s, {how})"
+    if needed > LAUNCHER_SECONDS:
+        text += f": more than the {LAUNCHER_SECONDS} s that DeepSpeed's launcher gives; send SIGUSR1 in time instead"
+    return text

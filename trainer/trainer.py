@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from bitfleet.models import create_model
 from bitfleet.optim import ShardedOptimizer, build_optimizer, routing_table
+from bitfleet.trainer.agreement import agree
 from bitfleet.trainer.checkpoint import model_signature
 from bitfleet.trainer.checkpoint_loader import Intact
 from bitfleet.trainer.config import TrainConfig, resolve_replicas
-from bitfleet.trainer.data import TrainLoader, ValidationLoader, normalize, open_dataset, other_data
-from bitfleet.trainer.distributed import Ranks, first_rank_that_differs, from_first_rank, sum_of_numbers
+from bitfleet.trainer.data import TrainLoader, ValidationLoader, normalize, open_dataset
+from bitfleet.trainer.distributed import Ranks, from_first_rank, sum_of_numbers
 from bitfleet.trainer.engine import backward, create_engine, shard, whole_weights
 from bitfleet.trainer.engine_options import deepspeed_options
 from bitfleet.trainer.evaluate import validate
+from bitfleet.trainer.heartbeat import reached
 from bitfleet.trainer.initial_weights import load_initial_weights, seed_everything
 from bitfleet.trainer.metrics import AccuracyMeter, FlipCounter, Stopwatch
 from bitfleet.trainer.reports import Reports
@@ -26,6 +28,7 @@ from bitfleet.trainer.run_checkpoints import Parts, RunCheckpoints, find_start, 
 from bitfleet.trainer.run_folder import RunFolder, choose_run_folder, take_folder
 from bitfleet.trainer.running_statistics import RunningStatistics
 from bitfleet.trainer.stop import StopWatcher
+from bitfleet.trainer.stragglers import OwnTime, StragglerWatch, spread
 
 MAX_SKIPPED_IN_A_ROW = 20
 """So many steps without a finite gradient are no accident."""
@@ -72,6 +75,7 @@ class Trainer:
         self.engine = create_engine(self.model, self.sharded, schedules, options, device)
         self.statistics = RunningStatistics(self.model, self.num_replicas)
         self.meter, self.flips, self.stopwatch = AccuracyMeter(device), FlipCounter(self.model), Stopwatch()
+        self.own_time, self.stragglers = OwnTime(device), StragglerWatch(ranks.hosts)
         self.checkpoints = RunCheckpoints(
             config,
             self.folder,
@@ -81,6 +85,7 @@ class Trainer:
             steps_per_epoch=self.loader.steps_per_epoch,
         )
         self.step = self._resume(begun) if begun else 0
+        reached(self.step)
         # A new run takes its folder last: what is refused leaves none behind.
         if ranks.is_first and self._lock is None:
             self._lock = take_folder(self.folder)
@@ -102,8 +107,7 @@ class Trainer:
     def _open_data(self) -> None:
         config, ranks = self.config, self.ranks
         self.dataset = open_dataset(config.data)
-        if (rank := first_rank_that_differs(self.dataset.sha)) is not None:
-            raise other_data(config.data.root, rank)
+        agree(ranks, {f"the lists of images in {config.data.root} (sha256)": self.dataset.sha})
         if len(self.dataset.classes) != config.model.num_classes:
             raise ValueError(
                 f"model.num_classes is {config.model.num_classes}, but {config.data.root} has {len(self.dataset.classes)} "
@@ -154,6 +158,7 @@ class Trainer:
         self.meter.keep()
         for _ in range(self.num_replicas // self.ranks.world_size):
             start = time.perf_counter()
+            self.own_time.begin()
             images, labels = next(self.batches)
             self.stopwatch.waited(time.perf_counter() - start)
             labels = labels.to(self.device, non_blocking=True)
@@ -162,6 +167,7 @@ class Trainer:
             logits: Tensor = self.engine(images)
             loss = nn.functional.cross_entropy(logits.float(), labels)
             backward(self.engine, loss, self.config.engine.sharding)
+            self.own_time.end()
             self.statistics.end_replica()
             self.meter.add(loss, logits.detach(), labels)
             self.engine.step()
@@ -170,7 +176,9 @@ class Trainer:
         else:
             self.statistics.end_step()
             self._skipped_in_a_row = 0
+        self.own_time.end_step()
         self.step += 1
+        reached(self.step)
 
     def _skip_step(self) -> None:
         """The optimizer updated nothing: let go of what the forward passes left behind, and stop if that is wanted."""
@@ -243,10 +251,13 @@ class Trainer:
         if self.step and self._validation_is_due() and not self.reports.has_validation(self.step):
             self._validate(stop)  # the run was stopped before it
         while self.step < last and not self.stopped_by:
+            start = time.perf_counter()
             with self.around_step():
                 self.advance()
             self.checkpoints.saver.check()
             self.stopped_by, save_now = stop.agree(self.checkpoints.by_time())
+            if sentence := self.checkpoints.new_grace(time.perf_counter() - start):
+                self.reports.say(sentence)
             if save_now or self.stopped_by or self.step == last or self.checkpoints.by_step(self.step):
                 self.save()
             if not self.stopped_by and self._validation_is_due():
@@ -286,7 +297,9 @@ class Trainer:
     def _report(self, hyperparameters: dict[str, float]) -> None:
         with whole_weights(self.engine):
             flips = self.flips.after_step() if self.ranks.is_first else {}
-        train = self.meter.read()
+        own_seconds = [0.0] * self.ranks.world_size
+        own_seconds[self.ranks.rank] = self.own_time.read()
+        train, own_seconds = self.meter.read_with(own_seconds)
         seconds, data_seconds = self.stopwatch.read()
         if train.num_images == 0:  # every step was skipped
             return
@@ -297,4 +310,9 @@ class Trainer:
         facts: dict[str, Any] = {"skipped_steps": self.num_skipped_steps}
         if self.config.data.on_bad_sample == "replace":
             facts["replaced_samples"] = sum_of_numbers(self.loader.num_replaced)
+        if self.ranks.world_size > 1:
+            found = spread(own_seconds)
+            facts |= found._asdict() | {"slowest_host": self.ranks.hosts[found.slowest_rank]}
+            if sentence := self.stragglers.report(found):
+                self.reports.say(sentence)
         self.reports.train(self.step, train, hyperparameters | flips | facts, seconds, data_seconds)

@@ -48,6 +48,8 @@ def act(trainer: Trainer | None = None) -> None:
     elif action == "nan":
         assert trainer is not None
         spoil(trainer)
+    elif action == "raise":
+        raise RuntimeError("an error that nobody expects")
     elif action.startswith("fill:"):  # a file system of its own
         with Path(target, "filler").open("wb") as file:
             try:

@@ -13,6 +13,7 @@ from bitfleet.trainer.metrics import read_metrics
 TRAIN = "launch/train.py"
 NUM_STEPS = 30  # 12 steps an epoch: two and a half epochs
 TIMES = {"images_per_second", "data_wait_seconds", "seconds"}
+TIMES |= {"slowest_rank", "slowest_host", "slowest_seconds", "median_seconds"}
 
 
 def final_tensors(run: Path, num_steps: int = NUM_STEPS) -> dict[str, Tensor]:

@@ -40,6 +40,12 @@ def test_run_folder_holds_what_the_design_says(straight: tuple[Path, str]) -> No
     assert set(weights["blocks.0.conv.weight"].unique().tolist()) == {-1.0, 1.0}
     assert re.search(r"blocks\.0\.conv\.weight +16x16x3x3 +binary +bop2ndorder +2,304 +18,432", output)
     assert re.search(r"checkpoints: 0\.6 MB each, at most 4 at a time \(2\.6 MB\); [\d,.]+ GB free in ", output)
+    assert re.search(
+        r"a stop needs about 1 s between SIGTERM and SIGKILL \(a save takes 0\.0 s, assumed at 50 MB/s\)", output
+    )
+    assert re.search(
+        r"a stop needs about \d+ s between SIGTERM and SIGKILL \(a save takes \d+\.\d s, measured\)", output
+    )
     for command in ("tensorboard --logdir", "bitfleet evaluate", "--resume"):
         assert command in output
 
@@ -60,6 +66,10 @@ def test_metrics_are_complete(straight: tuple[Path, str]) -> None:
         "images_per_second",
         "data_wait_seconds",
         "flip_ratio",
+        "slowest_rank",
+        "slowest_host",
+        "slowest_seconds",
+        "median_seconds",
     }
     assert names <= train[0].keys()
     assert sum(key.startswith("flip_ratio/") for key in train[0]) == 6

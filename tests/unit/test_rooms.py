@@ -19,7 +19,12 @@ OWNERS = {
     "h5py": ("models/keras_files.py",),
     "tensorboard": ("trainer/metrics.py",),
     "torch.utils.tensorboard": ("trainer/metrics.py",),
-    "torch.distributed": ("trainer/distributed.py", "optim/sharding", "trainer/checkpoint_tensors.py"),
+    "torch.distributed": (
+        "trainer/distributed.py",
+        "optim/sharding",
+        "trainer/checkpoint_tensors.py",
+        "trainer/rendezvous.py",
+    ),
 }
 FILES = [path for room in ROOMS for path in sorted((REPOSITORY / room).rglob("*.py"))]
 

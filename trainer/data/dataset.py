@@ -38,14 +38,6 @@ class Dataset:
         return text
 
 
-def other_data(root: str, rank: int) -> ValueError:
-    """What to raise on every rank when `rank` has opened another data set than rank 0."""
-    return ValueError(
-        f"data.root={root!r} is not the same data for rank {rank} and for rank 0 (the sha256 of their lists differs): give "
-        f"every node the same images, manifest and {manifest.QUARANTINE}, and start when bitfleet data verify has ended"
-    )
-
-
 def open_dataset(config: DataConfig) -> Dataset:
     """List the images of `config.root`.
 

@@ -1,0 +1,163 @@
+"""How the ranks of a job find each other, and how a rank that fails before that tells the others.
+
+All ranks meet at torch's key-value store, which rank 0 (or torchrun's agent) serves at MASTER_ADDR and MASTER_PORT. Here the
+waiting is bitfleet's own: it names the ranks that do not come, and it ends in seconds when one of them has failed.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+import time
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+_ARRIVED, _ALL, _FAILED, _HEARD = "bitfleet/arrived", "bitfleet/all", "bitfleet/failed", "bitfleet/heard"
+POLL_SECONDS = 0.2
+TELL_SECONDS = 15.0
+"""How long a rank that fails at the very start waits for the others, whose imports may take longer."""
+
+
+class PeerFailed(Exception):
+    """Another rank has failed, and says so itself; `code` is its exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Meeting:
+    """This process at the store; every rank of a job that was launched makes one.
+
+    Args:
+        rank: of this process.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.address, self.port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._store: Store | None = None
+        self.is_over = False
+        """Whether all ranks have met."""
+
+    def store(self, timeout: datetime.timedelta) -> Store:
+        """Connect to the store, or serve it; waits for the server at most `timeout`.
+
+        Raises:
+            ValueError: nobody serves it, or this rank cannot.
+        """
+        if self._store is None:
+            serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            if not serves:
+                self._wait_for_server(timeout)
+            try:
+                self._store = dist.TCPStore(  # type: ignore[attr-defined]  # a star import
+                    self.address, self.port, is_master=serves, timeout=timeout, wait_for_workers=False
+                )
+            except dist.DistNetworkError as error:
+                raise ValueError(
+                    f"rank {self.rank} cannot {'serve' if serves else 'reach'} the meeting point {self.address}:{self.port} of "
+                    f"the job ({str(error).splitlines()[0]}): is another job using the port? Pass another --master_port"
+                ) from None
+        return self._store
+
+    def _wait_for_server(self, timeout: datetime.timedelta) -> None:
+        """Knock until somebody listens; torch's own waiting prints stack traces."""
+        give_up = time.monotonic() + timeout.total_seconds()
+        while True:
+            try:
+                socket.create_connection((self.address, self.port), timeout=5).close()
+                return
+            except OSError as error:
+                if time.monotonic() > give_up:
+                    raise ValueError(
+                        f"rank {self.rank} has not reached rank 0 at {self.address}:{self.port} within "
+                        f"{in_words(timeout)} ({error.strerror or error}): has its host started, can this host reach it, and "
+                        "is --master_addr right?"
+                    ) from None
+                time.sleep(POLL_SECONDS)
+
+    def wait_for_all(self, timeout: datetime.timedelta) -> Store:
+        """Wait until every rank has come; returns the store.
+
+        Raises:
+            ValueError: some have not come within `timeout`; they are named.
+            PeerFailed: one of them has failed.
+        """
+        give_up = time.monotonic() + timeout.total_seconds()
+        store = self.store(timeout)
+        try:
+            store.set(f"bitfleet/host/{self.rank}", socket.gethostname())
+            if store.add(_ARRIVED, 1) == self.world_size:
+                store.set(_ALL, "")
+            while not store.check([_ALL]):
+                self.look_for_failure()
+                if time.monotonic() > give_up:
+                    raise ValueError(self._who_is_missing(store, timeout))
+                time.sleep(POLL_SECONDS)
+        except dist.DistError as error:
+            raise ValueError(
+                f"rank {self.rank} lost rank 0 at {self.address}:{self.port} before the job began "
+                f"({str(error).splitlines()[0]})"
+            ) from None
+        self.is_over = True
+        return store
+
+    def look_for_failure(self) -> None:
+        """Raise PeerFailed if another rank has told of a failure."""
+        assert self._store is not None
+        if self._store.check([_FAILED]):
+            failure: dict[str, Any] = json.loads(self._store.get(_FAILED))
+            if failure["rank"] != self.rank:
+                with contextlib.suppress(dist.DistError):  # rank 0 may be leaving
+                    self._store.add(_HEARD, 1)
+                raise PeerFailed(failure["code"])
+
+    def _who_is_missing(self, store: Store, timeout: datetime.timedelta) -> str:
+        hosts: dict[str, list[int]] = {}
+        missing = []
+        for rank in range(self.world_size):
+            if store.check([key := f"bitfleet/host/{rank}"]):
+                hosts.setdefault(store.get(key).decode(), []).append(rank)
+            else:
+                missing.append(rank)
+        came = ", ".join(f"{in_ranks(ranks)} on {host}" for host, ranks in hosts.items())
+        return (
+            f"{in_ranks(missing)} of {self.world_size} did not come to {self.address}:{self.port} within {in_words(timeout)} "
+            f"(there: {came}): have all hosts started, and can they reach it?"
+        )
+
+    def tell_failure(self, code: int, timeout: datetime.timedelta) -> None:
+        """Tell the ranks that wait, or will come, that this one has failed; returns when they know, or after TELL_SECONDS.
+
+        Args:
+            code: exit code of this process.
+            timeout: how long to wait for rank 0's store.
+
+        Raises:
+            PeerFailed: another rank has told of a failure before.
+        """
+        with contextlib.suppress(ValueError, dist.DistError):  # nobody can be told
+            store = self.store(timeout)
+            mine = json.dumps({"rank": self.rank, "code": code})
+            if store.compare_set(_FAILED, "", mine).decode() != mine:
+                self.look_for_failure()
+            give_up = time.monotonic() + TELL_SECONDS
+            while self.rank == 0 and store.add(_HEARD, 0) < self.world_size - 1 and time.monotonic() < give_up:
+                time.sleep(POLL_SECONDS)
+
+
+def in_words(timeout: datetime.timedelta) -> str:
+    """A timeout in minutes, or in seconds below one: "5 minutes"."""
+    seconds = timeout.total_seconds()
+    return f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} s"
+
+
+def in_ranks(ranks: list[int]) -> str:
+    """ "rank 3", or "ranks 2, 3"; of many only the first ones."""
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}"
