@@ -6,7 +6,7 @@ from collections.abc import Sequence
 def take_option(arguments: Sequence[str], option: str) -> tuple[str | None, list[str]]:
     """Remove `option VALUE` or `option=VALUE` from `arguments`; returns (VALUE or None, the rest)."""
     value, rest = None, []
-    pending = iter(arguments)
+    pending = map(_with_underscores, arguments)
     for argument in pending:
         if argument == option:
             value = next(pending, None)
@@ -33,7 +33,14 @@ def take_number(arguments: Sequence[str], option: str, default: int) -> tuple[in
 
 def take_flag(arguments: Sequence[str], option: str) -> tuple[bool, list[str]]:
     """Remove `option` from `arguments`; returns (whether it was there, the rest)."""
-    return option in arguments, [argument for argument in arguments if argument != option]
+    given = list(map(_with_underscores, arguments))
+    return option in given, [argument for argument in given if argument != option]
+
+
+def _with_underscores(argument: str) -> str:
+    """--short-side is --short_side, as tyro has it; a value keeps its hyphens."""
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
 
 
 def take_decimal(arguments: Sequence[str], option: str) -> tuple[float | None, list[str]]:

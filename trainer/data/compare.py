@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Literal
 
 import torch
 
@@ -12,7 +13,7 @@ from bitfleet.trainer.data.dataset import Dataset, open_dataset
 from bitfleet.trainer.data.loaders import TrainLoader, ValidationLoader
 from bitfleet.trainer.data.request import Batch
 
-_LOADERS = ("dali", "torch")
+_LOADERS: tuple[Literal["dali"], Literal["torch"]] = ("dali", "torch")
 _BATCH = 32
 _TOLERANCE = (
     2.0  # mean |difference| of an image, of 255; rounding gives 0.1 to 0.3, another orientation or colour space 20
@@ -65,7 +66,8 @@ def compare(config: DataConfig, *, num_images: int, seed: int) -> tuple[str, int
 
 
 def _differences(dataset: Dataset, config: DataConfig, split: str, seed: int) -> Iterator[ImageDifference]:
-    configs = [dataclasses.replace(config, loader=name, val_batch_size=_BATCH) for name in _LOADERS]  # type: ignore[arg-type]
+    strict = dataclasses.replace(config, val_batch_size=_BATCH, on_bad_sample="fail")
+    configs = [dataclasses.replace(strict, loader=name) for name in _LOADERS]
     paths: Iterator[str]
     streams: list[Iterable[Batch]]
     if split == "validation":

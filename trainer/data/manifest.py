@@ -88,6 +88,12 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     files = folder if facts["files"] == "." else Path(facts["files"])
     del lists  # the text of 1.28 M lines; numpy reads the file again, in C
     train, val = (_parse(folder / f"{split}.tsv", files, facts["longest_path"]) for split in SPLITS)
+    num_labels = 1 + max((int(images.labels.max()) for images in (train, val) if len(images)), default=-1)
+    if num_labels > len(facts["classes"]):
+        raise ValueError(
+            f"the manifest {folder / FILE} names {len(facts['classes'])} classes and its lists have {num_labels}: run "
+            "bitfleet data prepare again"
+        )
     known = {"format", "layout", "files", "images", "bytes", "longest_path", "sha256", "classes"}
     manifest = Manifest(
         train=train,
@@ -108,13 +114,16 @@ def read_facts(folder: Path) -> dict[str, Any]:
     path = folder / FILE
     if not path.exists():
         raise ValueError(f"{folder} has no {FILE}: make it a data set with `bitfleet data prepare SOURCE DEST` first")
+    unreadable = ValueError(f"the manifest {path} cannot be read: run bitfleet data prepare again")
     try:
         facts: dict[str, Any] = json.loads(_read(path))
-        if facts["format"] != _FORMAT:
-            raise ValueError(f"the manifest {path} has format {facts['format']}; this bitfleet reads format {_FORMAT}")
-        assert {"layout", "files", "longest_path", "sha256", "classes"} <= facts.keys()
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AssertionError):
-        raise ValueError(f"the manifest {path} cannot be read: run bitfleet data prepare again") from None
+        if (found := facts["format"]) != _FORMAT:
+            raise ValueError(f"the manifest {path} has format {found!r}; this bitfleet reads format {_FORMAT}")
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError):
+        raise unreadable from None
+    kinds = {"layout": str, "files": str, "longest_path": int, "sha256": str, "classes": list}
+    if not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
+        raise unreadable
     return facts
 
 

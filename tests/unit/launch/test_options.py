@@ -7,6 +7,7 @@ def test_take_option() -> None:
     assert take_option(["a", "--x", "1", "b"], "--x") == ("1", ["a", "b"])
     assert take_option(["--x=1"], "--x") == ("1", [])
     assert take_option(["a"], "--x") == (None, ["a"])
+    assert take_option(["--x-y", "a-b", "--z=c-d", "e-f"], "--x_y") == ("a-b", ["--z=c-d", "e-f"])
     with pytest.raises(ValueError, match="--x needs a value"):
         take_option(["--x"], "--x")
 
@@ -22,3 +23,4 @@ def test_take_number() -> None:
 def test_take_flag() -> None:
     assert take_flag(["a", "--x", "b"], "--x") == (True, ["a", "b"])
     assert take_flag(["a"], "--x") == (False, ["a"])
+    assert take_flag(["--x-y"], "--x_y") == (True, [])

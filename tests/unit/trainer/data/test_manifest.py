@@ -1,5 +1,6 @@
 """Manifests: what is written is read again, from anywhere, and a list that was changed is refused."""
 
+import json
 import re
 from pathlib import Path
 
@@ -140,3 +141,12 @@ def test_merged_lists_are_in_the_order_of_class_folders(tmp_path: Path) -> None:
 
 def test_names_of_images_in_shards() -> None:
     assert shard_and_member("train/000001.tar/n01/a.jpg") == ("train/000001.tar", "n01/a.jpg")
+
+
+@pytest.mark.parametrize("change", [("classes", 3), ("longest_path", "29"), ("classes", ["a"])])
+def test_a_manifest_changed_by_hand_is_refused(tmp_path: Path, change: tuple[str, object]) -> None:
+    write_manifest(make(tmp_path), tmp_path)
+    facts = json.loads((tmp_path / FILE).read_text())
+    (tmp_path / FILE).write_text(json.dumps(facts | dict([change])))
+    with pytest.raises(ValueError, match=r"manifest\.json (cannot be read|names 1 classes and its lists have 2)"):
+        open_dataset(DataConfig(root=str(tmp_path)))
