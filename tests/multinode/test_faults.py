@@ -103,13 +103,13 @@ def test_a_run_goes_on_after_every_fault(two_hosts: Lab, one_host: Path, options
 
 
 def another_checkout(folder: Path, file: str, old: str, new: str) -> dict[Path, Path]:
-    """This project as it is on another host: in one file `old` is `new`."""
-    copy = folder / "checkout"
-    shutil.copytree(REPOSITORY, copy, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".*_cache"))
-    text = (copy / file).read_text()
+    """A room of this project as it is on another host: in one file `old` is `new`. (.venv, which may lie here, is shared.)"""
+    room = Path(file).parts[0]
+    copy = shutil.copytree(REPOSITORY / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (folder / file).read_text()
     assert old in text
-    (copy / file).write_text(text.replace(old, new))
-    return {REPOSITORY: copy}
+    (folder / file).write_text(text.replace(old, new))
+    return {REPOSITORY / room: copy}
 
 
 def another_version(folder: Path, _: Path) -> dict[Path, Path]:
