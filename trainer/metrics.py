@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from bitfleet.optim import is_binary
 from bitfleet.trainer.distributed import sum_over_ranks_
@@ -210,3 +211,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise ValueError(f"{path}:{number} is not JSON: {error}") from error
     return metrics
+
+
+def hyperparameters_of(optimizer: Optimizer) -> dict[str, float]:
+    """The scheduled values of an optimizer, for the metrics."""
+    values: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        values |= {key: group[key] for key in ("gamma", "sigma", "threshold", "lr") if key in group}
+    return values

@@ -89,8 +89,7 @@ def estimate(config: TrainConfig, network: Network, rates: Rates, cluster: Clust
     num_micro_batches = resolve_replicas(config, world_size) // world_size
     images_per_rank = config.global_batch_size // world_size
     on_gpu = rates.device == "gpu"
-    share = cluster.ranks_per_node / (cluster.ranks_per_node if on_gpu else cluster.cores)
-    """Ranks for each device."""
+    share = 1.0 if on_gpu else cluster.ranks_per_node / cluster.cores  # ranks for each device
     decoded_by_cores = config.data.device == "cpu" or config.data.loader == "torch"
     copy = 0.0
     if on_gpu and decoded_by_cores:

@@ -2,8 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,6 +52,10 @@ class OwnTime:
         self._events, self._seconds, self._num_steps = [], 0.0, 0
         return result
 
+    def read_among(self, num_ranks: int, rank: int) -> list[float]:
+        """The reading of `rank` in a list with a place for every rank, to be summed over them."""
+        return [self.read() if each == rank else 0.0 for each in range(num_ranks)]
+
 
 class Spread(NamedTuple):
     """The slowest rank, and how the others do; seconds a step."""
@@ -75,6 +79,15 @@ class StragglerWatch:
     def __init__(self, hosts: Sequence[str]) -> None:
         self._hosts = hosts
         self._rank, self._in_a_row = -1, 0
+
+    def facts(self, seconds: Sequence[float], say: Callable[[str], None]) -> dict[str, Any]:
+        """What the metrics say of the `seconds` of each rank; a straggler is also told to `say`."""
+        if len(seconds) < 2:
+            return {}
+        found = spread(seconds)
+        if sentence := self.report(found):
+            say(sentence)
+        return found._asdict() | {"slowest_host": self._hosts[found.slowest_rank]}
 
     def report(self, found: Spread) -> str:
         """A sentence when `found` makes a rank a straggler, else ""."""

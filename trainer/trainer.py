@@ -22,16 +22,14 @@ from bitfleet.trainer.engine_options import deepspeed_options
 from bitfleet.trainer.evaluate import validate
 from bitfleet.trainer.heartbeat import reached
 from bitfleet.trainer.initial_weights import load_initial_weights, seed_everything
-from bitfleet.trainer.metrics import AccuracyMeter, FlipCounter, Stopwatch
+from bitfleet.trainer.metrics import AccuracyMeter, FlipCounter, Stopwatch, hyperparameters_of
+from bitfleet.trainer.nonfinite import MAX_SKIPPED_IN_A_ROW, nonfinite_gradient
 from bitfleet.trainer.reports import Reports
 from bitfleet.trainer.run_checkpoints import Parts, RunCheckpoints, find_start, identity
 from bitfleet.trainer.run_folder import RunFolder, choose_run_folder, take_folder
 from bitfleet.trainer.running_statistics import RunningStatistics
 from bitfleet.trainer.stop import StopWatcher
-from bitfleet.trainer.stragglers import OwnTime, StragglerWatch, spread
-
-MAX_SKIPPED_IN_A_ROW = 20
-"""So many steps without a finite gradient are no accident."""
+from bitfleet.trainer.stragglers import OwnTime, StragglerWatch
 
 
 class Trainer:
@@ -190,13 +188,7 @@ class Trainer:
             return
         self.sharded.num_skipped_steps -= 1
         self._save_and_wait()
-        names = self.sharded.nonfinite or ["all parameters together"]  # a sum of finite ones can overflow
-        more = f" and of {len(names) - 3} more" if len(names) > 3 else ""
-        raise FloatingPointError(
-            f"the gradient of {', '.join(names[:3])}{more} is not finite in step {self.step + 1}"
-            f"{f', nor was one in the {row} before it' if (row := self._skipped_in_a_row - 1) else ''}; the state before it is "
-            f"saved: lower the learning rate, or continue with --engine.on_nonfinite skip"
-        )
+        raise nonfinite_gradient(self.sharded.nonfinite, self.step + 1, self._skipped_in_a_row - 1)
 
     def _save_and_wait(self) -> None:
         self.save()
@@ -226,7 +218,7 @@ class Trainer:
         with whole_weights(self.engine):
             if self.ranks.is_first:
                 self.flips.before_step()
-        hyperparameters = self._hyperparameters()
+        hyperparameters = hyperparameters_of(self.optimizer)
         self.train_step()
         self._report(hyperparameters)
 
@@ -288,17 +280,10 @@ class Trainer:
             self.reports.validation(self.step, accuracy)
         self.stopwatch.leave_out(time.perf_counter() - start)  # images/s are those of the steps
 
-    def _hyperparameters(self) -> dict[str, float]:
-        values: dict[str, float] = {}
-        for group in self.optimizer.param_groups:
-            values |= {key: group[key] for key in ("gamma", "sigma", "threshold", "lr") if key in group}
-        return values
-
     def _report(self, hyperparameters: dict[str, float]) -> None:
         with whole_weights(self.engine):
             flips = self.flips.after_step() if self.ranks.is_first else {}
-        own_seconds = [0.0] * self.ranks.world_size
-        own_seconds[self.ranks.rank] = self.own_time.read()
+        own_seconds = self.own_time.read_among(self.ranks.world_size, self.ranks.rank)
         train, own_seconds = self.meter.read_with(own_seconds)
         seconds, data_seconds = self.stopwatch.read()
         if train.num_images == 0:  # every step was skipped
@@ -310,9 +295,5 @@ class Trainer:
         facts: dict[str, Any] = {"skipped_steps": self.num_skipped_steps}
         if self.config.data.on_bad_sample == "replace":
             facts["replaced_samples"] = sum_of_numbers(self.loader.num_replaced)
-        if self.ranks.world_size > 1:
-            found = spread(own_seconds)
-            facts |= found._asdict() | {"slowest_host": self.ranks.hosts[found.slowest_rank]}
-            if sentence := self.stragglers.report(found):
-                self.reports.say(sentence)
+        facts |= self.stragglers.facts(own_seconds, self.reports.say)
         self.reports.train(self.step, train, hyperparameters | flips | facts, seconds, data_seconds)

@@ -8,6 +8,7 @@ from bitfleet.trainer.data import packed_shards
 from bitfleet.trainer.data.images import ImageList
 from bitfleet.trainer.data.index import load_image_list, scan_root
 from bitfleet.trainer.data.manifest import Manifest, read_manifest, write_manifest
+from tests.unit.trainer.data import miniature
 from tests.unit.trainer.data.test_images import photo
 
 SIZES = [(75, 100), (100, 66), (51, 200), (48, 48), (40, 300), (47, 61), (33, 30), (49, 49)]
@@ -28,6 +29,12 @@ def contents(root: Path) -> dict[str, bytes]:
 def lists(root: Path) -> tuple[ImageList, ImageList]:
     manifest, _ = read_manifest(root)
     return manifest.train, manifest.val
+
+
+@pytest.fixture
+def miniature_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ILSVRC2012 and CIFAR-10 have the few classes and images of miniature.py."""
+    miniature.patch(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,7 @@ from bitfleet.trainer.data.prepare import prepare
 from tests.unit.trainer.data import miniature
 from tests.unit.trainer.data.miniature import BRIGHTNESS, SYNSETS, VAL_SYNSETS, extracted, images_of
 
-
-@pytest.fixture(autouse=True)
-def _miniature(monkeypatch: pytest.MonkeyPatch) -> None:
-    miniature.patch(monkeypatch)
+pytestmark = pytest.mark.usefixtures("miniature_counts")
 
 
 @pytest.fixture

@@ -18,9 +18,7 @@ Make = Callable[[Path], Path]
 FORMS = [miniature.archives, miniature.class_folders, miniature.kaggle]
 
 
-@pytest.fixture(autouse=True)
-def _miniature(monkeypatch: pytest.MonkeyPatch) -> None:
-    miniature.patch(monkeypatch)
+pytestmark = pytest.mark.usefixtures("miniature_counts")
 
 
 def prepared(source: Path, dest: Path) -> Dataset:

@@ -29,9 +29,7 @@ def cut(*_: object) -> None:
     raise PowerCutError
 
 
-@pytest.fixture(autouse=True)
-def _miniature(monkeypatch: pytest.MonkeyPatch) -> None:
-    miniature.patch(monkeypatch)
+pytestmark = pytest.mark.usefixtures("miniature_counts")
 
 
 @pytest.fixture

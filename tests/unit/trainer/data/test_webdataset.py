@@ -13,9 +13,7 @@ from tests.unit.trainer.data.miniature import SYNSETS, photo
 TRAIN = {"0.cls": b"0", "0.jpg": photo(0, 1), "1.cls": b"1\n", "1.png": photo(1, 3)}
 
 
-@pytest.fixture(autouse=True)
-def _miniature(monkeypatch: pytest.MonkeyPatch) -> None:
-    miniature.patch(monkeypatch)
+pytestmark = pytest.mark.usefixtures("miniature_counts")
 
 
 def index(folder: Path, train: Mapping[str, bytes], val: Mapping[str, bytes] = TRAIN) -> webdataset.Manifest:
