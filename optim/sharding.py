@@ -20,6 +20,9 @@ from bitfleet.optim.sharding_reduction import Reduction
 
 BUCKET_NUMEL = 1 << 23
 
+Observer = Callable[[Bucket, Tensor, Tensor], None]
+"""(bucket, reduced gradient of this rank's slice [slice_numel], what flipped there: packed, uint8 [slice_numel / 8])."""
+
 
 class ShardedOptimizer(torch.optim.Optimizer):
     """Shards any `RoutedOptimizer` (Bop2ndOrder, Bop, or one with groups of several rules) over a process group.
@@ -77,6 +80,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self.num_replicas % self.world_size:
             raise ValueError(f"num_replicas is {num_replicas}, which {self.world_size} ranks cannot share equally")
         self.max_grad_norm, self.check_every = max_grad_norm, check_every
+        self.observers: list[Observer] = []
+        """Told of every update of a binary bucket on this rank, after the update and before the weights travel."""
         self.buckets: list[Bucket] = []
         super().__init__(optimizer.param_groups, {})
         self.buckets = make_buckets(self.param_groups, bucket_numel, self.rank, self.world_size)
@@ -118,7 +123,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return
         gathers = []
         for index, bucket in enumerate(self.buckets):
+            before = bucket.signs().clone() if self.observers and bucket.binary else None
             bucket.update_(grads[index], used[index])
+            if before is not None:
+                flips = before.bitwise_xor_(bucket.signs())
+                for observe in self.observers:
+                    observe(bucket, grads[index], flips)
             grads[index] = grads[index].new_empty(0)  # freed
             gathers.append(self._gather(bucket))
         for bucket, (work, gathered) in zip(self.buckets, gathers, strict=True):
