@@ -32,8 +32,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     1. Construction: parameters become views of flat buckets, and take the values of rank 0.
     2. Backward: a hook moves each gradient into its bucket and frees it. A rank runs `num_replicas / N` backward passes (micro-
        batches) a step; their gradients are summed in a binary tree. During the last one a complete bucket is sent at once,
-       while backward goes on: an all-to-all gives every rank its slice from every other, buckets always in the same order. What
-       arrived is summed in the same tree, continued over the ranks, in fp32: for a power of two of replicas the sum has the same
+       while backward goes on, buckets always in the same order (sharding_exchange.py says how): every rank gets the sum of its
+       slice over all ranks, in the same tree continued over the ranks, in fp32: for a power of two of replicas it has the same
        bits on 1, 2, 4, ... ranks. The bucket's buffers are freed as it lands.
     3. `step()`: one all-reduce of a few numbers says whether every gradient is finite (if not, no rank updates anything),
        which parameters had one anywhere, and the norm for clipping. The rule updates the slice: binary ones on packed signs.
@@ -93,6 +93,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._reduction = Reduction(
             self.buckets,
             process_group,
+            rank=self.rank,
             world_size=self.world_size,
             num_replicas=self.num_replicas,
             grad_dtype=grad_dtype,

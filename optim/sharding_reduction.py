@@ -1,30 +1,26 @@
 """Gradients of a sharded optimizer on their way: out of backward, over the ranks, into each rank's slice."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bitfleet.optim.buckets import Bucket, tree_sum
+from bitfleet.optim.buckets import Bucket
+from bitfleet.optim.sharding_exchange import AllToAll, Courier, Flight, can_halve, halving_sum
 
 MAX_FLIGHTS = 2
 """Reductions under way at a time: one on the wire, one waiting for it. More would only hold more memory."""
 
 
-class _Flight:
-    """A reduction under way: its buffers live until it has landed."""
-
-    def __init__(self, work: dist.Work | None, send: Tensor, received: Tensor) -> None:
-        self.work, self.send, self.received = work, send, received
-
-
 class Reduction:
-    """Point 2 of the protocol of `ShardedOptimizer`: hooks on the parameters, one all-to-all a bucket, sums in a tree.
+    """Point 2 of the protocol of `ShardedOptimizer`: hooks on the parameters, one exchange a bucket, sums in a tree.
 
     Args:
         buckets: all of them, in the order in which they are sent.
         process_group: the ranks.
+        rank: this one's number among them.
         world_size: their number.
         num_replicas: backward passes of a step over all ranks.
         grad_dtype: what gradients travel as.
@@ -35,13 +31,16 @@ class Reduction:
         buckets: Sequence[Bucket],
         process_group: dist.ProcessGroup | None,
         *,
+        rank: int,
         world_size: int,
         num_replicas: int,
         grad_dtype: torch.dtype,
     ) -> None:
         self.buckets, self.process_group, self.world_size = buckets, process_group, world_size
         self.num_replicas, self.grad_dtype = num_replicas, grad_dtype
-        self._flights: dict[int, _Flight] = {}
+        self._courier = Courier(buckets[0].weights.device)
+        self._halving = functools.partial(halving_sum, rank=rank, world_size=world_size, group=process_group)
+        self._flights: dict[int, Flight] = {}
         self._reduced: dict[int, Tensor] = {}
         self._replicas_done = self._next = 0
         self._in_backward = False
@@ -96,7 +95,7 @@ class Reduction:
             self._send(self._next)
             self._next += 1
         for index, flight in list(self._flights.items()):
-            if flight.work is None or flight.work.is_completed():
+            if flight.done():
                 self._land(index)
 
     def _send(self, index: int) -> None:
@@ -104,23 +103,21 @@ class Reduction:
         bucket.end_replica()
         total = bucket.take_gradient()
         if self.world_size == 1:
-            self._flights[index] = _Flight(None, total, total)
-            return
-        send = total.to(self.grad_dtype)
-        received = torch.empty_like(send)
-        # As bytes, because gloo has no bfloat16.
-        work = dist.all_to_all_single(
-            received.view(torch.uint8), send.view(torch.uint8), group=self.process_group, async_op=True
-        )
-        self._flights[index] = _Flight(work, send, received)
+            self._reduced[index] = self._mean(total)
+        elif can_halve(self.world_size, self.grad_dtype):
+            self._flights[index] = self._courier.send(self._halving, total)
+        else:
+            self._flights[index] = AllToAll(
+                total, world_size=self.world_size, group=self.process_group, grad_dtype=self.grad_dtype
+            )
 
     def _land(self, index: int) -> None:
-        """Sum what has arrived for bucket `index` over the ranks, and free its buffers."""
-        flight = self._flights.pop(index)
-        if flight.work is not None:
-            flight.work.wait()
-        total = tree_sum([part.float() for part in flight.received.view(self.world_size, -1)])
-        self._reduced[index] = total if self.num_replicas == 1 else total.div_(self.num_replicas)
+        """Wait for the sum of bucket `index` over the ranks."""
+        self._reduced[index] = self._mean(self._flights.pop(index).result())
+
+    def _mean(self, total: Tensor) -> Tensor:
+        # A new tensor: the sum may be a view into a buffer of the whole bucket, which is freed now.
+        return total if self.num_replicas == 1 else total / self.num_replicas
 
     def check_complete(self) -> None:
         """Raise ValueError unless this rank has made all its backward passes of a step."""
@@ -152,3 +149,4 @@ class Reduction:
         """Take the hooks off the parameters."""
         for hook in self._hooks:
             hook.remove()
+        self._courier.close()

@@ -7,14 +7,14 @@ wire: what the network interfaces of the machine say they sent, headers and ackn
 import gc
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfleet.models import QuantLinear, ste_sign
-from bitfleet.optim import OptimConfig, ShardedOptimizer, build_optimizer, is_binary
+from bitfleet.optim import OptimConfig, ShardedOptimizer, build_optimizer, is_binary, sharding_exchange
 from bitfleet.optim.sharding import BUCKET_NUMEL
 from bitfleet.trainer.distributed import Ranks, barrier, data_parallel, sum_over_ranks_
 from bitfleet.trainer.engine import backward, create_engine
@@ -138,13 +138,28 @@ class CollectiveCounter(TorchDispatchMode):
     """Counts, while it is entered, what this rank's collectives have to send, whoever calls them.
 
     It sits below Python, where all of them end as operators of the library c10d: also those that DistributedDataParallel calls
-    from C++. Every group is taken to hold all ranks.
+    from C++. Only the swaps of bitfleet's reduction, which happen in a thread of their own, are counted where they are called.
+    Every group is taken to hold all ranks.
     """
 
     def __init__(self, world_size: int) -> None:
         super().__init__()
         self.world_size = world_size
         self.sent_bytes = 0.0
+
+    def __enter__(self) -> Self:
+        self._swap = sharding_exchange.swap
+        sharding_exchange.swap = self._counted_swap
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        sharding_exchange.swap = self._swap
+        super().__exit__(*exception)
+
+    def _counted_swap(self, send: Tensor, received: Tensor, peer: int, group: Any) -> None:
+        self.sent_bytes += send.nbytes
+        self._swap(send, received, peer, group)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator `func`, and count it if it is a collective."""

@@ -14,12 +14,13 @@ from bitfleet.models.size import layer_macs
 from bitfleet.optim import build_optimizer
 from bitfleet.optim.buckets import make_buckets
 from bitfleet.optim.sharding import BUCKET_NUMEL
+from bitfleet.optim.sharding_exchange import can_halve
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import DataConfig, open_dataset
 
 IMAGENET_IMAGES = 1_281_167
-Kind = Literal["all_to_all", "all_gather", "all_reduce"]
-PASSES: dict[Kind, int] = {"all_to_all": 1, "all_gather": 1, "all_reduce": 2}
+Kind = Literal["halving", "all_to_all", "all_gather", "all_reduce"]
+PASSES: dict[Kind, int] = {"halving": 1, "all_to_all": 1, "all_gather": 1, "all_reduce": 2}
 """Times (N - 1) / N of the whole tensor that a rank sends; an all-reduce is a reduce-scatter and an all-gather."""
 
 
@@ -37,10 +38,15 @@ class Message(NamedTuple):
         return PASSES[self.kind] * (world_size - 1) / world_size * self.whole_bytes
 
     def between_bytes(self, num_nodes: int, ranks_per_node: int) -> float:
-        """What leaves a node for others: of a ring one pass, of a flat all-to-all what each of its ranks sends elsewhere."""
+        """What leaves a node for others: of a ring one pass, of a flat all-to-all what each of its ranks sends elsewhere.
+
+        Halving leaves a node when each of its ranks has 1 / ranks_per_node left to swap.
+        """
         world_size = num_nodes * ranks_per_node
         if num_nodes == 1:
             return 0.0
+        if self.kind == "halving":
+            return (num_nodes - 1) / num_nodes * self.whole_bytes
         if self.kind == "all_to_all":
             return ranks_per_node * (world_size - ranks_per_node) / world_size * self.whole_bytes
         return self.sent_bytes(world_size)
@@ -125,14 +131,15 @@ def traffic(network: Network, config: TrainConfig, world_size: int) -> Traffic:
     if network.num_statistics:
         control.append(Message("all_gather", 4 * network.num_statistics * world_size))
     if sharding == "bits":
-        width = 2 if config.engine.grad_comm_dtype == "bf16" else 4
+        dtype = torch.bfloat16 if config.engine.grad_comm_dtype == "bf16" else torch.float32
+        kind: Kind = "halving" if can_halve(world_size, dtype) else "all_to_all"
         buckets = make_buckets(network.groups, BUCKET_NUMEL, 0, world_size)
         gradients, gathers, reached = [], [], 0.0
         for bucket in buckets:
             # Sent in one order: a bucket waits for those before it.
             reached = max([reached, *(network.ready[segment.param] for segment in bucket.segments)])
             numel = world_size * bucket.slice_numel
-            gradients.append(Message("all_to_all", width * numel, reached))
+            gradients.append(Message(kind, dtype.itemsize * numel, reached))
             gathers.append(Message("all_gather", numel / 8 if bucket.binary else 4 * numel))
         return Traffic(gradients, [Message("all_reduce", 4 * (2 + network.num_tensors)), *gathers, *control])
     if sharding == "zero3":

@@ -91,14 +91,16 @@ def test_bytes_for_a_binary_and_another_weight() -> None:
     assert ready[-1] == 1.0
 
 
-def test_between_nodes_a_flat_all_to_all_is_dearer_than_a_ring() -> None:
+def test_between_nodes_a_flat_all_to_all_is_dearer_than_a_ring_and_halving_is_not() -> None:
     # As docs/sharding.md counted between two hosts of two ranks, for a rank: 2.08 and 3.03 bytes per binary weight.
     assert Message("all_to_all", 4).between_bytes(2, 2) == 4
     assert Message("all_gather", 1 / 8).between_bytes(2, 2) == 3 / 32
     assert Message("all_reduce", 4).between_bytes(2, 2) == 6
     assert Message("all_reduce", 4).between_bytes(1, 4) == 0
     assert Message("all_to_all", 4).between_bytes(8, 8) == 28  # docs/sharding.md
-    for kind in ("all_to_all", "all_gather", "all_reduce"):
+    assert Message("halving", 4).between_bytes(2, 2) == 2
+    assert Message("halving", 4).between_bytes(8, 8) == 3.5
+    for kind in ("halving", "all_to_all", "all_gather", "all_reduce"):
         message = Message(kind, 1.0)  # type: ignore[arg-type]
         assert message.between_bytes(4, 1) == message.sent_bytes(4)
 

@@ -1,0 +1,88 @@
+"""The reduction of a bucket over ranks that are threads: they swap through queues instead of a process group."""
+
+import queue
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitfleet.optim import sharding_exchange
+from bitfleet.optim.buckets import tree_sum
+from bitfleet.optim.sharding_exchange import Courier, can_halve, halving_sum
+
+SLICE = 64
+
+
+@pytest.fixture
+def mail(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], int]:
+    """Bytes that each rank (by its thread's name) sent to each other one."""
+    boxes: dict[tuple[str, str], queue.SimpleQueue[Tensor]] = {}
+    sent: dict[tuple[str, int], int] = {}
+
+    def swap(send: Tensor, received: Tensor, peer: int, _: object) -> None:
+        me = threading.current_thread().name
+        lock = (
+            boxes.setdefault((me, str(peer)), queue.SimpleQueue()),
+            boxes.setdefault((str(peer), me), queue.SimpleQueue()),
+        )
+        lock[0].put(send.clone())
+        received.copy_(lock[1].get(timeout=10))
+        sent[me, peer] = sent.get((me, peer), 0) + send.nbytes
+
+    monkeypatch.setattr(sharding_exchange, "swap", swap)
+    return sent
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_halving_has_the_bits_of_the_tree_and_the_bytes_of_a_reduce_scatter(
+    world_size: int, mail: dict[tuple[str, int], int]
+) -> None:
+    torch.manual_seed(world_size)
+    # Far apart, so that another order of the sum would have other bits.
+    grads = [torch.randn(world_size * SLICE) * 10.0 ** torch.randint(-6, 7, (1,)) for _ in range(world_size)]
+    sums: list[Tensor] = [torch.empty(0)] * world_size
+
+    def run(rank: int) -> None:
+        total = grads[rank].clone()
+        sums[rank] = halving_sum(total, torch.empty_like(total), rank=rank, world_size=world_size, group=None).clone()
+
+    threads = [threading.Thread(target=run, args=(rank,), name=str(rank)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(torch.cat(sums), tree_sum(grads))
+    whole = 4 * world_size * SLICE
+    for rank in range(world_size):
+        by_distance = {peer ^ rank: count for (me, peer), count in mail.items() if me == str(rank)}
+        assert by_distance == {2**k: whole // 2 ** (k + 1) for k in range(world_size.bit_length() - 1)}
+
+
+def test_what_can_be_halved() -> None:
+    assert [n for n in range(1, 10) if can_halve(n, torch.float32)] == [1, 2, 4, 8]
+    assert not can_halve(4, torch.bfloat16)
+
+
+def test_a_courier_keeps_the_order_and_hands_over_failures() -> None:
+    courier, order = Courier(torch.device("cpu")), []
+    release = threading.Event()
+
+    def slow(total: Tensor, scratch: Tensor) -> Tensor:
+        assert release.wait(10)
+        order.append("slow")
+        return scratch.copy_(total)
+
+    def failing(total: Tensor, scratch: Tensor) -> Tensor:
+        order.append("failing")
+        raise RuntimeError("Connection closed by peer")
+
+    first, second = courier.send(slow, torch.ones(3)), courier.send(failing, torch.ones(3))
+    assert not first.done()
+    release.set()
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        second.result()
+    assert first.done()
+    assert torch.equal(first.result(), torch.ones(3))
+    assert order == ["slow", "failing"]
+    courier.close()
