@@ -19,6 +19,8 @@ JSONL = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 EVENT_PREFIX = "events.out.tfevents."
 LOSS_GRID = 2.0**30
+SCHEDULED = ("gamma", "sigma", "threshold", "alpha", "latent_lr", "lr")
+"""Hyperparameters that schedules write into the groups of an optimizer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,5 +219,5 @@ def hyperparameters_of(optimizer: Optimizer) -> dict[str, float]:
     """The scheduled values of an optimizer, for the metrics."""
     values: dict[str, float] = {}
     for group in optimizer.param_groups:
-        values |= {key: group[key] for key in ("gamma", "sigma", "threshold", "lr") if key in group}
+        values |= {key: group[key] for key in SCHEDULED if key in group}
     return values

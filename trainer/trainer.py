@@ -67,7 +67,7 @@ class Trainer:
         self.model.to(device)
         # As the paper's code: decay_steps = epochs * images // batch, a little longer than the run of whole batches.
         decay_steps = config.epochs * len(self.dataset.train) // config.global_batch_size
-        self.optimizer, schedules = build_optimizer(self.model, config.optim, num_steps=decay_steps)
+        self.optimizer, schedules = build_optimizer(self.model, config.optim, num_steps=decay_steps, seed=config.seed)
         self.routing, signature = routing_table(self.optimizer), model_signature(self.model)
         self.sharded = shard(self.optimizer, config.engine, self.num_replicas)
         self.engine = create_engine(self.model, self.sharded, schedules, options, device)
