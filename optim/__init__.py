@@ -1,5 +1,6 @@
 """Optimizers for binarized networks: update rules, parameter groups, schedules. Plain PyTorch, usable in any loop."""
 
+from bitfleet.optim.bnew import bnew_step_
 from bitfleet.optim.bop import Bop, bop_step_
 from bitfleet.optim.bop2ndorder import Bop2ndOrder, bop2ndorder_step_
 from bitfleet.optim.config import HYPERPARAMETERS, OptimConfig, build_optimizer, with_rule
@@ -26,6 +27,7 @@ __all__ = [
     "Sgdat",
     "ShardedOptimizer",
     "TwoEma",
+    "bnew_step_",
     "bop2ndorder_step_",
     "bop_step_",
     "build_optimizer",

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from bitfleet.optim import bnew
 from bitfleet.optim.adam import KERAS_DEFAULTS
 from bitfleet.optim.bop2ndorder import Correction
 from bitfleet.optim.latent import check_momentum
@@ -12,7 +13,7 @@ from bitfleet.optim.param_groups import BINARY, DECAYED, FULL_PRECISION, check_c
 from bitfleet.optim.routed import RULES, Group, RoutedOptimizer
 from bitfleet.optim.schedules import HyperparameterScheduler, Schedule, constant, linear
 
-BinaryRule = Literal["bop2ndorder", "bop", "latent_adam", "latent_sgd", "two_ema", "sgdat", "diode"]
+BinaryRule = Literal["bop2ndorder", "bop", "latent_adam", "latent_sgd", "two_ema", "sgdat", "diode", "bnew"]
 
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     # The class defaults of the official code.
@@ -33,6 +34,8 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "sgdat": {"latent_lr": constant(1e-4), "threshold": constant(1e-7)},
     # bitorch-engine's rates; the learning rate is our choice, as large as the state at the start.
     "diode": {"gamma": constant(1e-2), "alpha": constant(1e-4), "latent_lr": constant(1e-3)},
+    # The official runs on CIFAR-10, which freeze after 0.983; earlier here, so that a short run has steps left then.
+    "bnew": {"latent_lr": linear(1e-2, 0.0), "rho": 1e-3, "rho_from": 1 / 6, "frozen_from": 0.95},
 }
 """Rule -> the fields of `OptimConfig` that it has, and what they are where they are not set."""
 
@@ -57,9 +60,15 @@ class OptimConfig:
     alpha: Schedule | None = None
     """Rate of the second average (two_ema, diode)."""
     latent_lr: Schedule | None = None
-    """Learning rate of the latent weights (latent_adam, latent_sgd), or of what stands for them (sgdat, diode)."""
+    """Learning rate of the latent weights (latent_adam, latent_sgd), or of what stands for them (sgdat, diode, bnew)."""
     momentum: float | None = None
     """Momentum of latent_sgd."""
+    rho: float | None = None
+    """Factor of bnew's regulariser at the end of the run; it rises from 0."""
+    rho_from: float | None = None
+    """Part of the run after which bnew's regulariser begins."""
+    frozen_from: float | None = None
+    """Part of the run after which bnew's weights are signs, frozen."""
     lr: Schedule = dataclasses.field(default_factory=lambda: constant(1e-3))
     """Learning rate of Adam, which trains the full-precision parameters."""
     weight_decay: float = 0.0
@@ -80,6 +89,8 @@ class OptimConfig:
                 self._check_rate(name, getattr(self, name))
         if self.momentum is not None:
             check_momentum(self.momentum)
+        if self.rule == "bnew":
+            bnew.check_phases(*(getattr(self, name) for name in ("rho", "rho_from", "frozen_from")))
         if not self.weight_decay >= 0.0:
             raise ValueError(f"optim.weight_decay must not be negative, not {self.weight_decay}")
         if (self.weight_decay > 0.0) != bool(self.decayed):
@@ -157,6 +168,8 @@ def build_optimizer(
         FULL_PRECISION: {"lr": config.lr},
         DECAYED: {"lr": config.lr},
     }
+    if config.rule == "bnew":
+        schedules[BINARY] |= bnew.phase_schedules(values, num_steps)
 
     groups = [group | settings[group["name"]] for group in param_groups(model, decayed=config.decayed)]
     optimizer = RoutedOptimizer(groups)

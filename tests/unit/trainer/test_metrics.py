@@ -180,3 +180,15 @@ def test_running_statistics_of_a_model_without_any() -> None:
     statistics.end_replica()
     statistics.end_step()
     assert statistics.flat.numel() == 0
+
+
+def test_a_real_weight_flips_with_its_sign() -> None:
+    """Weights of bnew change at every step; their signs do not."""
+    model = nn.Linear(4, 1, bias=False)
+    model.weight.binary = True  # type: ignore[attr-defined]
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.5, -0.5, 0.0, 1.0]]))
+        flips = FlipCounter(model)
+        flips.before_step()
+        model.weight.copy_(torch.tensor([[0.4, 0.1, -0.1, 1.0]]))
+    assert flips.after_step()["flip_ratio"] == 0.5
