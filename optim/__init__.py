@@ -11,6 +11,7 @@ from bitfleet.optim.routed import RoutedOptimizer
 from bitfleet.optim.schedules import HyperparameterScheduler, Schedule, constant, linear
 from bitfleet.optim.sgdat import Sgdat, sgdat_step_
 from bitfleet.optim.sharding import ShardedOptimizer
+from bitfleet.optim.transitions import TransitionConfig, driven_values
 from bitfleet.optim.two_ema import TwoEma, two_ema_step_
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Schedule",
     "Sgdat",
     "ShardedOptimizer",
+    "TransitionConfig",
     "TwoEma",
     "bnew_step_",
     "bop2ndorder_step_",
@@ -34,6 +36,7 @@ __all__ = [
     "check_claims",
     "constant",
     "diode_step_",
+    "driven_values",
     "is_binary",
     "latent_adam_step_",
     "latent_sgd_step_",

@@ -12,6 +12,7 @@ from bitfleet.optim.latent import check_momentum
 from bitfleet.optim.param_groups import BINARY, DECAYED, FULL_PRECISION, check_claims, param_groups
 from bitfleet.optim.routed import RULES, Group, RoutedOptimizer
 from bitfleet.optim.schedules import HyperparameterScheduler, Schedule, constant, linear
+from bitfleet.optim.transitions import KEY, TransitionConfig, check_transitions, target_of
 
 BinaryRule = Literal["bop2ndorder", "bop", "latent_adam", "latent_sgd", "two_ema", "sgdat", "diode", "bnew"]
 
@@ -75,6 +76,8 @@ class OptimConfig:
     """L2 factor on `decayed`, added to the gradient as weight_decay * w (Keras' l2(x) is weight_decay = 2 x)."""
     decayed: tuple[str, ...] = ()
     """Shell patterns of the parameters that have weight decay."""
+    transitions: TransitionConfig = dataclasses.field(default_factory=TransitionConfig)
+    """A controller that drives one of the hyperparameters by the rate of flips."""
 
     def __post_init__(self) -> None:
         check_rule(self.rule)
@@ -91,6 +94,7 @@ class OptimConfig:
             check_momentum(self.momentum)
         if self.rule == "bnew":
             bnew.check_phases(*(getattr(self, name) for name in ("rho", "rho_from", "frozen_from")))
+        check_transitions(self.transitions, self.rule, getattr(self, self.transitions.drives, None))
         if not self.weight_decay >= 0.0:
             raise ValueError(f"optim.weight_decay must not be negative, not {self.weight_decay}")
         if (self.weight_decay > 0.0) != bool(self.decayed):
@@ -170,6 +174,11 @@ def build_optimizer(
     }
     if config.rule == "bnew":
         schedules[BINARY] |= bnew.phase_schedules(values, num_steps)
+
+    if config.transitions.drives != "off":
+        driven = schedules[BINARY].pop(config.transitions.drives)
+        binary[config.transitions.drives] = driven.start
+        binary[KEY] = target_of(config.transitions, driven, num_steps)
 
     groups = [group | settings[group["name"]] for group in param_groups(model, decayed=config.decayed)]
     optimizer = RoutedOptimizer(groups)

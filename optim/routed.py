@@ -88,13 +88,18 @@ class RoutedOptimizer(torch.optim.Optimizer):
         """Update every parameter that has a gradient.
 
         Raises:
-            ValueError: the rule begins with random state, and the parameters were replaced after construction (DeepSpeed's ZeRO).
+            ValueError: the rule begins with random state, and the parameters were replaced after construction (DeepSpeed's ZeRO);
+                or a group has transitions.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            if "transitions" in group:
+                raise ValueError(
+                    "a group is driven by its transitions, which only ShardedOptimizer counts: wrap the optimizer"
+                )
             for param in group["params"]:
                 if param.grad is None:
                     continue

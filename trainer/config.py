@@ -73,6 +73,11 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, not {self.seed}")
+        if self.optim.transitions.drives != "off" and self.engine.sharding != "bits":
+            raise ValueError(
+                f'optim.transitions needs engine.sharding "bits", which counts the flips, not {self.engine.sharding!r}: set '
+                f"optim.transitions.drives to off or choose that sharding"
+            )
         if RULES[self.optim.rule].begin_ is not None and self.engine.stage > 0:
             raise ValueError(
                 f'optim.rule {self.optim.rule} needs engine.sharding "bits" or "none", not {self.engine.sharding!r}: its state '

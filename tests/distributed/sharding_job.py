@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bitfleet.optim import Bop, Bop2ndOrder, RoutedOptimizer, ShardedOptimizer
 from bitfleet.optim.buckets import tree_sum
+from bitfleet.optim.schedules import constant
+from bitfleet.optim.transitions import Target, next_rate, next_value
 from tests.golden import recipe
 
 SIZES = [(1001,), (7,), (64,), (13, 5, 2), (1,), (3, 3, 16, 16)]
@@ -315,6 +317,37 @@ def check_shard_continues_exactly(folder: Path) -> None:
     assert all(torch.equal(t, state[name][key]) for name, s in second.gather_state().items() for key, t in s.items())
 
 
+def check_transitions() -> None:
+    """K, U, weights and moments are those of a plain optimizer whose flips are counted in its weights, on any number of ranks."""
+    rank, world_size, count = dist.get_rank(), dist.get_world_size(), len(SIZES)
+    mine, theirs = make_params(0), make_params(0)
+    target = Target(drives="gamma", schedule=constant(0.05), momentum=0.5, gain=10.0, initial=1e-2)
+    plain = make_plain(theirs, RULES["bop"])
+    driven = make_plain(mine, RULES["bop"])
+    driven.param_groups[0]["transitions"] = target
+    sharded = ShardedOptimizer(driven, bucket_numel=1000)
+    rate, changed, numel = 0.0, 0, sum(param.numel() for param in theirs[:count])
+    for step in range(20):
+        backward(mine, [draw(step, rank, index) for index in range(len(mine))])
+        for index, param in enumerate(theirs):
+            param.grad = reduce([draw(step, r, index) for r in range(world_size)], world_size, param)
+        if step:
+            rate = next_rate(rate, changed / numel, target.momentum)
+            plain.param_groups[0]["gamma"] = next_value(plain.param_groups[0]["gamma"], 0.05 - rate, target)
+        before = [param.detach().clone() for param in theirs[:count]]
+        sharded.step()
+        plain.step()
+        changed = sum(int((a != b).sum()) for a, b in zip(before, theirs, strict=False))
+    gamma = plain.param_groups[0]["gamma"]
+    assert_equal(sharded, plain, mine, theirs)
+    state = sharded.transition_state()
+    assert state == {"values": [[rate, gamma]], "flips": changed}
+    assert gamma != 1e-2
+    assert changed > 0
+    sharded.load_transition_state(state)
+    assert sharded.transition_state() == state  # counted once, not by every rank
+
+
 def check_golden_vectors(golden: Path) -> None:
     """The recorded trajectories through the sharded class; every rank has the same gradient, whose mean is itself."""
     for trajectory in recipe.TRAJ:
@@ -363,6 +396,7 @@ def main() -> None:
     if dist.get_world_size() > 1:
         check_planted_flip_is_named()
     check_shard_continues_exactly(folder)
+    check_transitions()
     if dist.get_world_size() != 3:  # the mean of equal gradients is exact
         check_golden_vectors(golden)
     dist.barrier()
