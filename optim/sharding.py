@@ -209,8 +209,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's share of the state and the hyperparameters; to be loaded on the same rank of as many."""
-        settings = ("params", KEY)
-        groups = [{key: value for key, value in group.items() if key not in settings} for group in self.param_groups]
+        groups = [{k: value for k, value in group.items() if k not in ("params", KEY)} for group in self.param_groups]
         return {
             "param_groups": groups,
             "shard": shard_state.shard(self.buckets),
