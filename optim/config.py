@@ -45,7 +45,7 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
 class OptimConfig:
     """Rule and schedules. Schedules without a length run over epochs * training images // global batch steps.
 
-    None: the default of the rule (`HYPERPARAMETERS`), which is filled in; None stays where the rule has no such thing.
+    None: the default of the rule (`HYPERPARAMETERS`) is filled in; what the rule does not have stays None.
     """
 
     rule: BinaryRule = "bop2ndorder"
@@ -138,12 +138,13 @@ def with_rule(config: OptimConfig, rule: str) -> OptimConfig:
         ValueError: there is no such rule.
     """
     check_rule(rule)
-    dropped = {
+    dropped: dict[str, Any] = {
         field.name: field.default
         for field in dataclasses.fields(config)
         if field.name in HYPERPARAMETERS[config.rule] and field.name not in HYPERPARAMETERS[rule]
     }
-    return dataclasses.replace(config, **{"rule": rule, **dropped})
+    changes: dict[str, Any] = {"rule": rule}
+    return dataclasses.replace(config, **changes, **dropped)
 
 
 def build_optimizer(

@@ -11,7 +11,7 @@ from bitfleet.optim.routed import RULES, Group, State
 
 __all__ = ["CHUNK", "update_bits_"]
 
-CHUNK = 65_536
+CHUNK = 262_144
 """Weights that a CPU unpacks at a time: they, their gradient and state stay in its cache. A multiple of 64."""
 
 

@@ -29,6 +29,17 @@ RULES: dict[str, dict[str, Any]] = {
         for correction in ("none", "as_coded", "adam")
     },
 }
+UNPACKED: dict[str, dict[str, Any]] = {
+    rule["rule"]: rule
+    for rule in (
+        {"rule": "latent_adam", "latent_lr": 1e-2, "seed": 3},
+        {"rule": "latent_sgd", "latent_lr": 1e-1, "momentum": 0.9, "seed": 3},
+        {"rule": "two_ema", "gamma": 1e-1, "alpha": 1e-2},
+        {"rule": "sgdat", "latent_lr": 1e-2, "threshold": 1e-2},
+        {"rule": "diode", "gamma": 1e-1, "alpha": 1e-2, "latent_lr": 1e-2, "seed": 3},
+    )
+}
+"""Rules without a kernel on packed signs; three of them begin at random."""
 Gradient = Callable[[int, int, int], Tensor | None]
 
 
@@ -293,11 +304,11 @@ def check_planted_flip_is_named() -> None:
         sharded.step()
 
 
-def check_shard_continues_exactly(folder: Path) -> None:
-    """State taken from one optimizer and given to a fresh one goes on with the same bits."""
+def check_shard_continues_exactly(folder: Path, rule: dict[str, Any], key: str) -> None:
+    """State taken from one optimizer and given to a fresh one, with another `key`, goes on with the same bits."""
     rank = dist.get_rank()
     params, resumed = make_params(0), make_params(5)
-    first, second = (ShardedOptimizer(make_plain(p, RULES["adam"])) for p in (params, resumed))
+    first, second = (ShardedOptimizer(make_plain(p, rule)) for p in (params, resumed))
     for step in range(10):
         backward(params, [unused_somewhere(step, rank, index) for index in range(len(params))])
         first.step()
@@ -305,7 +316,7 @@ def check_shard_continues_exactly(folder: Path) -> None:
     with torch.no_grad():
         for a, b in zip(resumed, params, strict=True):
             a.copy_(b)
-    second.param_groups[0]["gamma"] = 0.5
+    second.param_groups[0][key] = 0.5
     second.load_state_dict(torch.load(folder / f"shard{rank}"))
     for step in range(10, 20):
         for each, optimizer in ((params, first), (resumed, second)):
@@ -386,6 +397,9 @@ def main() -> None:
     check_equal(RULES["none"], 30, draw, bucket_numel=100, local_replicas=4)
     check_equal(RULES["adam"], 30, unused_somewhere)
     check_equal(RULES["adam"], 30, unused_somewhere, bucket_numel=100, local_replicas=2)
+    for rule in UNPACKED.values():
+        check_equal(rule, 20, unused_somewhere)
+        check_equal(rule, 10, draw, bucket_numel=100, local_replicas=2)
     check_frozen_and_tied_parameters()
     check_misuse_is_named()
     check_second_gradient_is_refused()
@@ -395,7 +409,8 @@ def main() -> None:
     check_non_finite_gradient_skips_the_step()
     if dist.get_world_size() > 1:
         check_planted_flip_is_named()
-    check_shard_continues_exactly(folder)
+    check_shard_continues_exactly(folder, RULES["adam"], "gamma")
+    check_shard_continues_exactly(folder, UNPACKED["latent_adam"], "latent_lr")
     check_transitions()
     if dist.get_world_size() != 3:  # the mean of equal gradients is exact
         check_golden_vectors(golden)
