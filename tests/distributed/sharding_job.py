@@ -37,9 +37,10 @@ UNPACKED: dict[str, dict[str, Any]] = {
         {"rule": "two_ema", "gamma": 1e-1, "alpha": 1e-2},
         {"rule": "sgdat", "latent_lr": 1e-2, "threshold": 1e-2},
         {"rule": "diode", "gamma": 1e-1, "alpha": 1e-2, "latent_lr": 1e-2, "seed": 3},
+        {"rule": "bnew", "latent_lr": 1e-2, "rho": 1e-2, "free": 1.0, "seed": 3},
     )
 }
-"""Rules without a kernel on packed signs; three of them begin at random."""
+"""Rules without a kernel on packed signs; four of them begin at random, and the weights of bnew are values."""
 Gradient = Callable[[int, int, int], Tensor | None]
 
 
