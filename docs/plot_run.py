@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bitfleet.trainer.metrics import read_metrics
+from bitfleet.trainer.metrics import SCHEDULED, read_metrics
 
 
 def series(lines: list[dict[str, float]], kind: str, key: str) -> tuple[list[float], list[float]]:
@@ -40,8 +40,10 @@ def plot(run: Path, output: Path) -> None:
     axes[2].plot(steps, values, color="black", linewidth=1.5, label="all layers")
     axes[2].set_title("flip ratio of a step")
     axes[2].set_yscale("log")
-    for key in ("gamma", "sigma", "threshold", "lr"):
-        axes[3].plot(*series(lines, "train", key), label=key)
+    for key in SCHEDULED:
+        steps, values = series(lines, "train", key)
+        if values:
+            axes[3].plot(steps, values, label=key)
     axes[3].set_title("schedules")
     axes[3].set_yscale("log")
     for axis in axes:

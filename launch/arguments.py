@@ -6,16 +6,19 @@ import io
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from typing import Any
+from typing import Any, get_args
 
 import tyro
 
 from bitfleet.configs import available, load_config
 from bitfleet.launch.environment import is_first_rank
 from bitfleet.launch.options import take_option
+from bitfleet.optim import with_rule
+from bitfleet.optim.config import check_belongs
 from bitfleet.trainer.config import TrainConfig
 
 DEFAULT_HELP = "fashion_quickstart"
+RULE = "--optim.rule"
 
 
 def parse_train(arguments: Sequence[str], prog: str) -> TrainConfig:
@@ -32,6 +35,9 @@ def parse_train(arguments: Sequence[str], prog: str) -> TrainConfig:
             raise ValueError(f"which run? Pass --config NAME, one of: {', '.join(available())}")
         name = DEFAULT_HELP
     default = load_config(name)
+    rule, _ = take_option(rest, RULE)
+    if rule is not None:
+        default = dataclasses.replace(default, optim=with_rule(default.optim, rule))
     _reject_unknown(rest, default)
     with one_sentence():
         return tyro.cli(
@@ -61,13 +67,13 @@ def one_sentence() -> Iterator[None]:
 
 
 def option_names(config: Any, prefix: str = "--") -> list[str]:
-    """Every option that overrides a field of the dataclass `config`."""
+    """Every option that overrides a field of the dataclass `config`; parts that are None have none."""
     names = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             names += option_names(value, f"{prefix}{field.name}.")
-        else:
+        elif value is not None or not any(map(dataclasses.is_dataclass, get_args(field.type))):
             names.append(prefix + field.name)
     return names
 
@@ -77,5 +83,7 @@ def _reject_unknown(arguments: Sequence[str], config: TrainConfig) -> None:
     for argument in arguments:
         option = argument.split("=")[0].replace("-", "_").replace("__", "--", 1)
         if argument.startswith("--") and option not in known and argument != "--help":
+            if option.startswith("--optim."):
+                check_belongs(config.optim.rule, option.split(".")[1])
             near = difflib.get_close_matches(argument.split("=")[0], known, n=1, cutoff=0.0)[0]
             raise ValueError(f"there is no option {argument.split('=')[0]}; did you mean {near}?")

@@ -9,8 +9,8 @@ from bitfleet.models.birealnet import BiRealNet, birealnet18, birealnet34, birea
 from bitfleet.models.config import ModelConfig, create_model
 from bitfleet.models.keras_weights import kernel_from_keras, load_keras_weights
 from bitfleet.models.layers import QuantConv2d, QuantLinear
-from bitfleet.models.normalization import BatchNorm, ChannelLayerNorm
-from bitfleet.models.quantizers import approx_sign, ste_sign
+from bitfleet.models.normalization import BatchNorm, ChannelAffine, ChannelLayerNorm
+from bitfleet.models.quantizers import approx_sign, hardtanh_tanh_sign, ste_sign
 from bitfleet.models.same_padding import SameAvgPool2d, SameConv2d, SameMaxPool2d
 from bitfleet.models.size import ModelSize, count
 from bitfleet.models.xnornet import XNORNet, xnornet
@@ -19,6 +19,7 @@ __all__ = [
     "BatchNorm",
     "BiRealNet",
     "BinaryNet",
+    "ChannelAffine",
     "ChannelLayerNorm",
     "ModelConfig",
     "ModelSize",
@@ -35,6 +36,7 @@ __all__ = [
     "birealnet_small",
     "count",
     "create_model",
+    "hardtanh_tanh_sign",
     "kernel_from_keras",
     "load_keras_weights",
     "ste_sign",

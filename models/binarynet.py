@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitfleet.models.layers import QuantConv2d, QuantLinear
 from bitfleet.models.normalization import Norm, normalization
-from bitfleet.models.quantizers import Quantizer, ste_sign
+from bitfleet.models.quantizers import Binarizer, quantizer_of
 from bitfleet.models.registry import model_options, register_model
 
 __all__ = ["BinaryNet", "binarynet"]
@@ -28,11 +28,15 @@ class BinaryNet(nn.Module):
         num_classes: outputs.
         norm: "batch" or "layer".
         in_chans: channels of the images.
+        binarizer: quantizer of the features: "ste", "approx" or "hardtanh_tanh".
     """
 
-    def __init__(self, *, num_classes: int = 10, norm: Norm = "batch", in_chans: int = 3) -> None:
+    def __init__(
+        self, *, num_classes: int = 10, norm: Norm = "batch", in_chans: int = 3, binarizer: Binarizer = "ste"
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
+        quantizer = quantizer_of(binarizer)
 
         def conv(
             in_channels: int,
@@ -40,13 +44,14 @@ class BinaryNet(nn.Module):
             *,
             pool: bool = False,
             padding: Literal["same", "valid"] = "same",
-            input_quantizer: Quantizer | None = ste_sign,
+            first: bool = False,
         ) -> list[nn.Module]:
+            input_quantizer = None if first else quantizer
             layer = QuantConv2d(in_channels, out_channels, 3, padding=padding, input_quantizer=input_quantizer)
             return [layer, *([nn.MaxPool2d(2)] if pool else []), _norm(norm, out_channels)]
 
         self.features = nn.Sequential(
-            *conv(in_chans, 128, padding="valid", input_quantizer=None),
+            *conv(in_chans, 128, padding="valid", first=True),
             *conv(128, 128, pool=True),
             *conv(128, 256),
             *conv(256, 256, pool=True),
@@ -55,7 +60,7 @@ class BinaryNet(nn.Module):
         )
         layers: list[nn.Module] = [nn.Flatten()]
         for in_features, out_features in ((512 * 3 * 3, 1024), (1024, 1024), (1024, num_classes)):
-            layers.append(QuantLinear(in_features, out_features, input_quantizer=ste_sign))
+            layers.append(QuantLinear(in_features, out_features, input_quantizer=quantizer))
             layers.append(_norm(norm, out_features))
         self.classifier = nn.Sequential(*layers)
 

@@ -12,38 +12,61 @@ from torch import Tensor, nn
 from bitfleet.models.initializers import glorot_normal_, glorot_uniform_
 from bitfleet.models.layers import QuantConv2d
 from bitfleet.models.normalization import Norm, normalization
-from bitfleet.models.quantizers import approx_sign
+from bitfleet.models.quantizers import Binarizer, Quantizer, quantizer_of
 from bitfleet.models.registry import model_options, register_model
 from bitfleet.models.same_padding import SameAvgPool2d, SameConv2d, SameMaxPool2d
 
-__all__ = ["BiRealNet", "birealnet18", "birealnet34", "birealnet_small"]
+__all__ = ["BiRealNet", "Residual", "birealnet18", "birealnet34", "birealnet_small"]
+
+Residual = Literal["single", "double"]
 
 
-def _norm(kind: Norm, num_channels: int) -> nn.Module:
-    return normalization(kind, num_channels, momentum=0.8, eps=1e-3)
+def _norm(kind: Norm, num_channels: int, gain: float = 1.0) -> nn.Module:
+    return normalization(kind, num_channels, momentum=0.8, eps=1e-3, gain=gain)
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(
+        SameAvgPool2d(2, stride) if stride > 1 else nn.Identity(),
+        SameConv2d(in_channels, out_channels, 1, initializer=glorot_normal_),
+        _norm(norm, out_channels),
+    )
 
 
 class _Block(nn.Module):
     """sign -> binary 3x3 convolution -> norm, plus the shortcut."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm, quantizer: Quantizer) -> None:
         super().__init__()
-        self.shortcut: nn.Module = nn.Identity()
-        if stride > 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                SameAvgPool2d(2, stride) if stride > 1 else nn.Identity(),
-                SameConv2d(in_channels, out_channels, 1, initializer=glorot_normal_),
-                _norm(norm, out_channels),
-            )
+        self.shortcut = _shortcut(in_channels, out_channels, stride, norm)
         self.conv = QuantConv2d(
-            in_channels, out_channels, 3, stride, input_quantizer=approx_sign, initializer=glorot_normal_
+            in_channels, out_channels, 3, stride, input_quantizer=quantizer, initializer=glorot_normal_
         )
-        self.norm = _norm(norm, out_channels)
+        # Sums of so many +-1 have this standard deviation.
+        self.norm = _norm(norm, out_channels, gain=(9 * in_channels) ** -0.5)
+
+    def convolved(self, x: Tensor) -> Tensor:
+        """The block without its shortcut."""
+        normalized: Tensor = self.norm(self.conv(x))
+        return normalized
 
     def forward(self, x: Tensor) -> Tensor:
-        normalized: Tensor = self.norm(self.conv(x))
         shortcut: Tensor = self.shortcut(x)
-        return normalized + shortcut
+        return self.convolved(x) + shortcut
+
+
+class _Pair(nn.Module):
+    """Two convolutions of blocks within one shortcut, as in ResNet, but for its ReLU: a sign follows."""
+
+    def __init__(self, first: _Block, second: _Block) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut: Tensor = self.first.shortcut(x)
+        return self.second.convolved(self.first.convolved(x)) + shortcut
 
 
 class BiRealNet(nn.Module):
@@ -55,8 +78,13 @@ class BiRealNet(nn.Module):
         stem: "imagenet" (7x7 convolution and 3x3 max pool, both stride 2) or "small" for images of 28 to 32 pixels
             (3x3 convolution, 2x2 max pool).
         num_classes: outputs.
-        norm: "batch" or "layer".
+        norm: "batch", "layer", or "none": a learned factor (from 1 / sqrt(fan in) behind a binary convolution) and offset.
         in_chans: channels of the images.
+        binarizer: quantizer of the features: "ste", "approx" or "hardtanh_tanh".
+        residual: "double": a shortcut around every binary convolution. "single": around every two of them, as in ResNet.
+
+    Raises:
+        ValueError: an unknown option, or `residual="single"` with an odd number in `depths`.
     """
 
     def __init__(
@@ -68,25 +96,34 @@ class BiRealNet(nn.Module):
         num_classes: int = 1000,
         norm: Norm = "batch",
         in_chans: int = 3,
+        binarizer: Binarizer = "approx",
+        residual: Residual = "double",
     ) -> None:
         super().__init__()
+        if residual not in ("single", "double"):
+            raise ValueError(f'residual is {residual!r}; expected "single" or "double"')
+        if residual == "single" and any(depth % 2 for depth in depths):
+            raise ValueError(
+                f'depths are {depths}; residual="single" pairs the convolutions of a stage: expected even numbers'
+            )
         if stem not in ("imagenet", "small"):
             raise ValueError(f'stem is {stem!r}; expected "imagenet" or "small"')
-        self.num_classes = num_classes
+        self.num_classes, self.residual = num_classes, residual
         large = stem == "imagenet"
         self.stem = nn.Sequential(
             SameConv2d(in_chans, width, 7 if large else 3, 2 if large else 1, initializer=glorot_normal_),
             _norm(norm, width),
             SameMaxPool2d(3 if large else 2, 2),
         )
+        quantizer, channels = quantizer_of(binarizer), width
         blocks = []
-        channels = width
         for stage, depth in enumerate(depths):
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(_Block(channels, width * 2**stage, stride, norm))
+                blocks.append(_Block(channels, width * 2**stage, stride, norm, quantizer))
                 channels = width * 2**stage
-        self.blocks = nn.Sequential(*blocks)
+        pairs = [_Pair(first, second) for first, second in zip(blocks[::2], blocks[1::2], strict=False)]
+        self.blocks = nn.Sequential(*(blocks if residual == "double" else pairs))
         self.head = nn.Linear(channels, num_classes)
         glorot_uniform_(self.head.weight)
         nn.init.zeros_(self.head.bias)

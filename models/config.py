@@ -15,12 +15,16 @@ class ModelConfig:
     """Name in timm's registry."""
     num_classes: int = 1000
     """Outputs of the classifier."""
-    norm: Literal["batch", "layer"] | None = None
-    """Normalisation of bitfleet's networks. None: the network's own default."""
+    norm: Literal["batch", "layer", "none"] | None = None
+    """Normalisation of bitfleet's networks; none (Bi-Real Nets): a factor and an offset alone. None: the network's default."""
     width: int | None = None
     """Channels of the first stage of a Bi-Real Net. None: the network's own default."""
     depths: tuple[int, ...] | None = None
     """Binary convolutions in each stage of a Bi-Real Net. None: the network's own default."""
+    binarizer: Literal["ste", "approx", "hardtanh_tanh"] | None = None
+    """Pseudo-gradient of the sign of the features in bitfleet's networks. None: the network's own default."""
+    residual: Literal["single", "double"] | None = None
+    """Shortcuts of a Bi-Real Net: around every two binary convolutions, or around every one. None: the network's own default."""
 
     def __post_init__(self) -> None:
         if self.num_classes < 1:
@@ -33,9 +37,8 @@ def create_model(config: ModelConfig) -> nn.Module:
     Raises:
         ValueError: no such network, or one that does not take an option.
     """
-    options: dict[str, Any] = {
-        key: value for key in ("norm", "width", "depths") if (value := getattr(config, key)) is not None
-    }
+    names = ("norm", "width", "depths", "binarizer", "residual")
+    options: dict[str, Any] = {key: value for key in names if (value := getattr(config, key)) is not None}
     if not timm.is_model(config.name):
         near = timm.list_models(f"*{config.name[:6]}*")[:3] or ["birealnet18", "xnornet", "binarynet"]
         raise ValueError(f"there is no network {config.name!r} (model.name); did you mean one of {', '.join(near)}?")

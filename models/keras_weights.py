@@ -18,7 +18,7 @@ from bitfleet.models.binarynet import BinaryNet
 from bitfleet.models.birealnet import BiRealNet
 from bitfleet.models.keras_files import Array, read_keras_file
 from bitfleet.models.layers import QuantConv2d, QuantLinear
-from bitfleet.models.normalization import BatchNorm, ChannelLayerNorm
+from bitfleet.models.normalization import BatchNorm, ChannelAffine, ChannelLayerNorm
 from bitfleet.models.same_padding import SameConv2d
 from bitfleet.models.xnornet import XNORNet
 
@@ -170,6 +170,11 @@ def _chain(modules: Sequence[nn.Module], num_pixels: int) -> list[_Layer]:
 
 def _birealnet(model: BiRealNet) -> list[_Layer]:
     """A block creates its shortcut first, but at equal depth Keras lists the first addend, the binary convolution, first."""
+    if model.residual != "double" or isinstance(model.stem[1], ChannelAffine):
+        raise ValueError(
+            'the BiRealNet has residual="single" or norm="none", which no Keras code was published for; expected '
+            'residual="double" and norm "batch" or "layer"'
+        )
     created = _Created()
     layers = [created.add(model.stem[0]), created.add(model.stem[1])]
     block: Any

@@ -65,7 +65,7 @@ class QuantConv2d(_BinaryWeight, nn.Conv2d):
         kernel_size: side of the square kernel.
         stride: step in both directions.
         padding: "same" as in TensorFlow, also strided, or "valid" (none).
-        input_quantizer: `ste_sign` or `approx_sign`; None for a first layer, which sees the real input.
+        input_quantizer: a quantizer of quantizers.py; None for a first layer, which sees the real input.
         initializer: draws the sample whose signs (0 -> +1) are the initial weights.
     """
 
@@ -115,7 +115,7 @@ class QuantLinear(_BinaryWeight, nn.Linear):
     Args:
         in_features: size of the last dimension of the input.
         out_features: size of the last dimension of the output.
-        input_quantizer: `ste_sign` or `approx_sign`; None for a first layer, which sees the real input.
+        input_quantizer: a quantizer of quantizers.py; None for a first layer, which sees the real input.
         initializer: draws the sample whose signs (0 -> +1) are the initial weights.
     """
 

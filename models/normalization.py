@@ -1,4 +1,4 @@
-"""The two normalizations of the official code, with Keras' constants and statistics."""
+"""The two normalizations of the official code, with Keras' constants and statistics, and none, for ablations."""
 
 from typing import Literal
 
@@ -6,26 +6,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["BatchNorm", "ChannelLayerNorm", "Norm", "normalization"]
+__all__ = ["BatchNorm", "ChannelAffine", "ChannelLayerNorm", "Norm", "normalization"]
 
-Norm = Literal["batch", "layer"]
+Norm = Literal["batch", "layer", "none"]
 
 
-def normalization(kind: Norm, num_channels: int, *, momentum: float, eps: float, scale: bool = True) -> nn.Module:
+def normalization(
+    kind: Norm, num_channels: int, *, momentum: float, eps: float, scale: bool = True, gain: float | None = None
+) -> nn.Module:
     """Normalization layer of a model variant.
 
     Args:
-        kind: "batch", or "layer" (the variants of the official code's master branch).
+        kind: "batch", "layer" (the variants of the official code's master branch), or "none": what is left of a normalization
+            without its statistics, a factor and an offset.
         num_channels: size of dimension 1 of the input.
         momentum: Keras' momentum of the running statistics, 1 minus PyTorch's; unused by "layer".
         eps: added to the variance; unused by "layer", which has Keras' default 1e-3 in every model.
         scale: whether to learn a factor beside the offset.
+        gain: where the factor of "none" starts. None: the network has no such variant.
+
+    Raises:
+        ValueError: no such kind, or none that the network has.
     """
     if kind == "batch":
         return BatchNorm(num_channels, momentum=momentum, eps=eps, scale=scale)
     if kind == "layer":
         return ChannelLayerNorm(num_channels, scale=scale)
-    raise ValueError(f'norm is {kind!r}; expected "batch" or "layer"')
+    if kind == "none" and gain is not None:
+        return ChannelAffine(num_channels, gain)
+    expected = '"batch" or "layer"' if gain is None else '"batch", "layer" or "none"'
+    raise ValueError(f"norm is {kind!r}; expected {expected}")
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -95,3 +105,27 @@ class ChannelLayerNorm(nn.LayerNorm):
         # Both moves are views; on a channels_last input they also make the data contiguous for the kernel.
         result = F.layer_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.bias, self.eps)
         return result.movedim(-1, 1)
+
+
+class ChannelAffine(nn.Module):
+    """A learned factor and offset of each channel, without statistics: [N, C] or [N, C, H, W].
+
+    Args:
+        num_channels: C.
+        gain: where the factors start; the offsets start at 0.
+    """
+
+    def __init__(self, num_channels: int, gain: float) -> None:
+        super().__init__()
+        self.gain = gain
+        self.weight = nn.Parameter(torch.full((num_channels,), gain))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale and shift dimension 1."""
+        shape = (-1,) + (1,) * (x.dim() - 2)
+        return x * self.weight.view(shape) + self.bias.view(shape)
+
+    def extra_repr(self) -> str:
+        """Options in `print(model)`."""
+        return f"{self.weight.numel()}, gain={self.gain:.3g}"

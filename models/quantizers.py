@@ -1,12 +1,12 @@
 """Binary activation quantizers: the sign forward, a pseudo-gradient backward.
 
-Both agree with larq bit for bit (sign(0) = sign(-0.0) = +1). Where autograd runs eagerly they keep as little as an exact
-backward allows; under torch.compile they save the input, because the compiler recomputes cheap operations by itself and
-packed bits would only keep it from fusing.
+`ste_sign` and `approx_sign` agree with larq bit for bit (sign(0) = sign(-0.0) = +1). Where autograd runs eagerly they keep as
+little as an exact backward allows; under torch.compile they save the input, because the compiler recomputes cheap operations by
+itself and packed bits would only keep it from fusing.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +14,22 @@ from torch.autograd.function import once_differentiable
 
 from bitfleet.models.bits import pack_bits, unpack_bits
 
-__all__ = ["Quantizer", "approx_sign", "ste_sign"]
+__all__ = ["Binarizer", "Quantizer", "approx_sign", "hardtanh_tanh_sign", "quantizer_of", "ste_sign"]
 
 Quantizer = Callable[[Tensor], Tensor]
+Binarizer = Literal["ste", "approx", "hardtanh_tanh"]
+
+
+def quantizer_of(binarizer: Binarizer) -> Quantizer:
+    """The quantizer that a network's option `binarizer` names.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    known: dict[str, Quantizer] = {"ste": ste_sign, "approx": approx_sign, "hardtanh_tanh": hardtanh_tanh_sign}
+    if binarizer not in known:
+        raise ValueError(f'binarizer is {binarizer!r}; expected "ste", "approx" or "hardtanh_tanh"')
+    return known[binarizer]
 
 
 def ste_sign(x: Tensor) -> Tensor:
@@ -55,6 +68,26 @@ def approx_sign(x: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and x.requires_grad):
         return _sign(x)
     result: Tensor = _ApproxSign.apply(x)
+    return result
+
+
+def hardtanh_tanh_sign(x: Tensor) -> Tensor:
+    r"""Sign with the gradient of tanh inside the region where Hardtanh is not clipped.
+
+    Forward: $q(x) = +1$ if $x \ge 0$, else $-1$. Backward: $\partial q / \partial x = 1 - \tanh^2(x)$ if $|x| \le 1$, else $0$.
+
+    Source: the feature binarizer that De Putter and Corporaal, "How to train accurate BNNs for embedded systems?", arXiv
+    2206.12322, call Hardtanh-tanh. Their formula was not at hand: this one is read from the name, and may differ from it.
+
+    Args:
+        x: floating point, any shape.
+
+    Returns:
+        +-1, shape, dtype and memory format of `x`. Backward keeps `x` itself, as `approx_sign`.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return _sign(x)
+    result: Tensor = _HardtanhTanhSign.apply(x)
     return result
 
 
@@ -103,3 +136,17 @@ class _ApproxSign(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         # 2 - 2|x| is negative exactly where |x| > 1, so a clamp is the mask. In place: the passes stay in the cache.
         return x.abs().mul_(-2).add_(2).clamp_min_(0).mul_(grad)
+
+
+class _HardtanhTanhSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _sign(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x: Tensor
+        (x,) = ctx.saved_tensors
+        inside = (x.abs() <= 1).to(grad.dtype)
+        return x.tanh().square_().neg_().add_(1).mul_(inside).mul_(grad)

@@ -5,27 +5,18 @@ Rastegari et al., "XNOR-Net: ImageNet Classification Using Binary Convolutional 
 biases nor dropout, and zeros padded after the sign.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from bitfleet.models.initializers import glorot_uniform_
 from bitfleet.models.layers import QuantConv2d
 from bitfleet.models.normalization import Norm, normalization
-from bitfleet.models.quantizers import ste_sign
+from bitfleet.models.quantizers import Binarizer, quantizer_of
 from bitfleet.models.registry import model_options, register_model
 from bitfleet.models.same_padding import SameConv2d
 
 __all__ = ["XNORNet", "xnornet"]
-
-
-def _binary(norm: Norm, in_channels: int, out_channels: int, kernel_size: int, *, same: bool = True) -> list[nn.Module]:
-    return [
-        normalization(norm, in_channels, momentum=0.9, eps=1e-4),
-        QuantConv2d(
-            in_channels, out_channels, kernel_size, padding="same" if same else "valid", input_quantizer=ste_sign
-        ),
-    ]
 
 
 class XNORNet(nn.Module):
@@ -35,26 +26,37 @@ class XNORNet(nn.Module):
         num_classes: outputs.
         norm: "batch" or "layer".
         in_chans: channels of the images.
+        binarizer: quantizer of the features: "ste", "approx" or "hardtanh_tanh".
     """
 
-    def __init__(self, *, num_classes: int = 1000, norm: Norm = "batch", in_chans: int = 3) -> None:
+    def __init__(
+        self, *, num_classes: int = 1000, norm: Norm = "batch", in_chans: int = 3, binarizer: Binarizer = "ste"
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
+        quantizer = quantizer_of(binarizer)
+
+        def conv(
+            in_channels: int, out_channels: int, kernel_size: int, padding: Literal["same", "valid"] = "same"
+        ) -> list[nn.Module]:
+            layer = QuantConv2d(in_channels, out_channels, kernel_size, padding=padding, input_quantizer=quantizer)
+            return [normalization(norm, in_channels, momentum=0.9, eps=1e-4), layer]
+
         self.features = nn.Sequential(
             SameConv2d(in_chans, 96, 11, 4),
             normalization(norm, 96, momentum=0.9, eps=1e-5),
             nn.ReLU(inplace=True),
             nn.MaxPool2d(3, 2),
-            *_binary(norm, 96, 256, 5),
+            *conv(96, 256, 5),
             nn.MaxPool2d(3, 2),
-            *_binary(norm, 256, 384, 3),
-            *_binary(norm, 384, 384, 3),
-            *_binary(norm, 384, 256, 3),
+            *conv(256, 384, 3),
+            *conv(384, 384, 3),
+            *conv(384, 256, 3),
             nn.MaxPool2d(3, 2),
         )
         self.classifier = nn.Sequential(
-            *_binary(norm, 256, 4096, 6, same=False),
-            *_binary(norm, 4096, 4096, 1, same=False),
+            *conv(256, 4096, 6, "valid"),
+            *conv(4096, 4096, 1, "valid"),
             normalization(norm, 4096, momentum=0.9, eps=1e-3),
             nn.ReLU(inplace=True),
             nn.Flatten(),

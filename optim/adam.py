@@ -16,24 +16,61 @@ KERAS_DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-7, "weight_de
 """tf.keras.optimizers.Adam, which trains everything that is not binary in all runs of the paper."""
 
 
-@rule("keras_adam", "exp_avg", "exp_avg_sq")
-def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
-    beta1, beta2 = group["betas"]
+def adam_step_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: Tensor,
+    lr: float,
+    betas: tuple[float, float] = KERAS_DEFAULTS["betas"],
+    eps: float = KERAS_DEFAULTS["eps"],
+    weight_decay: float = 0.0,
+) -> None:
+    """One update in place, elementwise.
+
+    Args:
+        weight: any shape, fp32 or bf16.
+        grad: gradient with respect to `weight`, same shape.
+        exp_avg: first moment, fp32, same shape.
+        exp_avg_sq: second moment, fp32, same shape.
+        step: 1-based number of this update, 0-dim, on the CPU.
+        lr: learning rate.
+        betas: decay of the two moments.
+        eps: Keras' epsilon.
+        weight_decay: L2 factor.
+    """
     adam(
         [weight],
         [grad],
-        [state["exp_avg"]],
-        [state["exp_avg_sq"]],
+        [exp_avg],
+        [exp_avg_sq],
         [],
         # torch's function counts the step itself.
-        [state["step"] - 1],
+        [step - 1],
         foreach=False,
         fused=False,
         amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"] / (1.0 - beta2 ** int(state["step"])) ** 0.5,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps / (1.0 - betas[1] ** int(step)) ** 0.5,
         maximize=False,
+    )
+
+
+@rule("keras_adam", "exp_avg", "exp_avg_sq")
+def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
+    adam_step_(
+        weight,
+        grad,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        step=state["step"],
+        lr=group["lr"],
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
     )

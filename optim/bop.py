@@ -32,7 +32,7 @@ def bop_step_(weight: Tensor, grad: Tensor, exp_avg: Tensor, *, gamma: float, th
     flip_(weight, weight * exp_avg, threshold, exp_avg)
 
 
-@rule("bop", "exp_avg")
+@rule("bop", "exp_avg", flips=True)
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     bop_step_(weight, grad, state["exp_avg"], gamma=group["gamma"], threshold=group["threshold"])
 

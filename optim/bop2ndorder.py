@@ -103,7 +103,7 @@ def check_threshold(value: float) -> None:
         raise ValueError(f"threshold must not be negative, not {value}")
 
 
-@rule("bop2ndorder", "exp_avg", "exp_avg_sq")
+@rule("bop2ndorder", "exp_avg", "exp_avg_sq", flips=True)
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     bop2ndorder_step_(
         weight,

@@ -7,39 +7,18 @@ words; every parameter of a binary bucket begins at a multiple of 64 for the sam
     |   slice of rank 0     |  slice of rank 1   | ...                       |
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bitfleet.optim.bits import pack_signs, unpack_signs
-from bitfleet.optim.kernels import bop2ndorder_bits_, bop_bits_
-from bitfleet.optim.routed import RULES, Group, State
+from bitfleet.optim.counter_random import uniform
+from bitfleet.optim.routed import RULES, Group, names_of
+from bitfleet.optim.slice_updates import CHUNK, update_bits_
 
 ALIGN = 64
-
-
-def _bop2ndorder(bits: Tensor, grad: Tensor, state: State, group: Group) -> None:
-    bop2ndorder_bits_(
-        bits,
-        grad,
-        state["exp_avg"],
-        state["exp_avg_sq"],
-        gamma=group["gamma"],
-        sigma=group["sigma"],
-        threshold=group["threshold"],
-        correction=group["correction"],
-        step=int(state["step"]),
-    )
-
-
-def _bop(bits: Tensor, grad: Tensor, state: State, group: Group) -> None:
-    bop_bits_(bits, grad, state["exp_avg"], gamma=group["gamma"], threshold=group["threshold"])
-
-
-BITS_UPDATES: dict[str, Callable[[Tensor, Tensor, State, Group], None]] = {"bop2ndorder": _bop2ndorder, "bop": _bop}
-"""Rules that update packed signs (uint8, 8 weights a byte) instead of weights; their buckets travel as bits."""
 
 
 class Segment(NamedTuple):
@@ -72,7 +51,8 @@ class Bucket:
 
     def __init__(self, named: Sequence[tuple[str, nn.Parameter]], group: Group, rank: int, world_size: int) -> None:
         self.group = group
-        self.binary = group["rule"] in BITS_UPDATES
+        self.binary = RULES[group["rule"]].flips
+        """Its weights are +-1, exist as packed signs on their owner, and travel as bits."""
         self.segments: list[Segment] = []
         end = 0
         for name, param in named:
@@ -168,16 +148,36 @@ class Bucket:
             used: for each segment, whether any rank had a gradient for it; the others keep weight and state, as a plain
                 optimizer skips parameters without a gradient.
         """
+        self._begin_({index for index, is_used in enumerate(used) if is_used and self.steps[index] == 0})
         for index, is_used in enumerate(used):
             self.steps[index] += is_used
         for low, high, step in self._runs(used):
             state = {key: tensor[low:high] for key, tensor in self.state.items()}
             state["step"] = torch.tensor(float(step))
             if self.binary:
-                BITS_UPDATES[self.group["rule"]](self.signs()[low // 8 : high // 8], grad[low:high], state, self.group)
+                update_bits_(self.signs()[low // 8 : high // 8], grad[low:high], state, self.group)
             else:
                 weights = self.weights[self.begin + low : self.begin + high]
                 RULES[self.group["rule"]].update_(weights, grad[low:high], state, self.group)
+
+    def _begin_(self, indices: set[int]) -> None:
+        """Fill the state of the segments `indices`, which are about to have their first update, where the rule asks for it."""
+        begin_ = RULES[self.group["rule"]].begin_
+        if begin_ is None:
+            return
+        for index, name, first, low, high in self.pieces():
+            for start in range(low, high, CHUNK) if index in indices else ():
+                end = min(start + CHUNK, high)
+                numbers = uniform(self.group["seed"], name, first + start - low, end - start, self.weights.device)
+                state = {key: tensor[start:end] for key, tensor in self.state.items()}
+                begin_(self._owned(start, end), numbers, self.segments[index].param.shape, state, self.group)
+
+    def _owned(self, low: int, high: int) -> Tensor:
+        """Weights `low` ... `high` - 1 of this rank's slice; of a binary bucket, where `low` is a multiple of 8, a copy."""
+        if not self.binary:
+            return self.weights[self.begin + low : self.begin + high]
+        bits = self.signs()[low // 8 : -(-high // 8)]
+        return unpack_signs(bits, torch.empty(8 * bits.numel(), device=bits.device))[: high - low]
 
     def _runs(self, used: Sequence[bool]) -> Iterator[tuple[int, int, int]]:
         """(first, last + 1, step) of stretches of the slice that are updated alike; usually the whole slice."""
@@ -243,14 +243,12 @@ class Bucket:
 def make_buckets(groups: Sequence[Group], bucket_numel: int, rank: int, world_size: int) -> list[Bucket]:
     """Cut the parameters of `groups` into buckets of about `bucket_numel` elements.
 
-    Backward reaches the parameters of a group roughly in the reverse order of their creation, so the last ones come first. A
-    group without "param_names" gets running numbers for names.
+    Backward reaches the parameters of a group roughly in the reverse order of their creation, so the last ones come first.
     """
     buckets = []
     for number, group in enumerate(groups):
-        names = group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
         named: list[tuple[str, nn.Parameter]] = []
-        for name, param in reversed(list(zip(names, group["params"], strict=True))):
+        for name, param in reversed(list(zip(names_of(number, group), group["params"], strict=True))):
             same_kind = not named or (named[0][1].dtype == param.dtype and named[0][1].device == param.device)
             if named and (not same_kind or sum(p.numel() for _, p in named) + param.numel() > bucket_numel):
                 buckets.append(Bucket(named, group, rank, world_size))

@@ -1,60 +1,154 @@
 """The optimizer part of a run's configuration, and what is built from it."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
+from bitfleet.optim import bnew
 from bitfleet.optim.adam import KERAS_DEFAULTS
 from bitfleet.optim.bop2ndorder import Correction
+from bitfleet.optim.latent import check_momentum
 from bitfleet.optim.param_groups import BINARY, DECAYED, FULL_PRECISION, check_claims, param_groups
-from bitfleet.optim.routed import Group, RoutedOptimizer
-from bitfleet.optim.schedules import HyperparameterScheduler, Schedule, constant
+from bitfleet.optim.routed import RULES, Group, RoutedOptimizer
+from bitfleet.optim.schedules import HyperparameterScheduler, Schedule, constant, linear
+from bitfleet.optim.transitions import KEY, TransitionConfig, check_transitions, target_of
+
+BinaryRule = Literal["bop2ndorder", "bop", "latent_adam", "latent_sgd", "two_ema", "sgdat", "diode", "bnew"]
+
+HYPERPARAMETERS: dict[str, dict[str, Any]] = {
+    # The class defaults of the official code.
+    "bop2ndorder": {
+        "gamma": constant(1e-6),
+        "sigma": constant(1e-2),
+        "threshold": constant(1e-6),
+        "correction": "none",
+    },
+    "bop": {"gamma": constant(1e-6), "threshold": constant(1e-6)},
+    # Keras' Adam, from where larq-zoo's XNOR-Net starts (its Bi-Real Net: 5e-3).
+    "latent_adam": {"latent_lr": constant(1e-3)},
+    # Where SGD starts in Lee et al. (arXiv 2404.19248), and the usual momentum.
+    "latent_sgd": {"latent_lr": constant(1e-1), "momentum": 0.9},
+    # The official code has no defaults. gamma is a momentum of 0.9; alpha falls to 0 as there, from where is our choice.
+    "two_ema": {"gamma": constant(1e-1), "alpha": linear(1e-3, 0.0)},
+    # The official code's learning rate; the threshold is that of its runs.
+    "sgdat": {"latent_lr": constant(1e-4), "threshold": constant(1e-7)},
+    # bitorch-engine's rates; the learning rate is our choice, as large as the state at the start.
+    "diode": {"gamma": constant(1e-2), "alpha": constant(1e-4), "latent_lr": constant(1e-3)},
+    # The official runs on CIFAR-10, which freeze after 0.983; earlier here, so that a short run has steps left then.
+    "bnew": {"latent_lr": linear(1e-2, 0.0), "rho": 1e-3, "rho_from": 1 / 6, "frozen_from": 0.95},
+}
+"""Rule -> the fields of `OptimConfig` that it has, and what they are where they are not set."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """Rule and schedules. Schedules without a length run over epochs * training images // global batch steps."""
+    """Rule and schedules. Schedules without a length run over epochs * training images // global batch steps.
 
-    rule: Literal["bop2ndorder", "bop"] = "bop2ndorder"
-    """Rule of the binary weights."""
+    None: the default of the rule (`HYPERPARAMETERS`) is filled in; what the rule does not have stays None.
+    """
+
+    rule: BinaryRule = "bop2ndorder"
+    """Rule of the binary weights; docs/optimizers.md lists them with their hyperparameters."""
     correction: Correction = "none"
     """Bias correction of bop2ndorder: none, as_coded (the official "unbiased" class) or adam."""
-    gamma: Schedule = dataclasses.field(default_factory=lambda: constant(1e-6))
-    """Rate of the first moment; the class default of the official code."""
-    sigma: Schedule = dataclasses.field(default_factory=lambda: constant(1e-2))
-    """Rate of the second moment (bop2ndorder); the class default of the official code."""
-    threshold: Schedule = dataclasses.field(default_factory=lambda: constant(1e-6))
-    """Flip above it; the class default of the official code."""
+    gamma: Schedule | None = None
+    """Rate of the first moment or average."""
+    sigma: Schedule | None = None
+    """Rate of the second moment (bop2ndorder)."""
+    threshold: Schedule | None = None
+    """Flip above it; sgdat: what each flip adds to the threshold of its weight."""
+    alpha: Schedule | None = None
+    """Rate of the second average (two_ema, diode)."""
+    latent_lr: Schedule | None = None
+    """Learning rate of the latent weights (latent_adam, latent_sgd), or of what stands for them (sgdat, diode, bnew)."""
+    momentum: float | None = None
+    """Momentum of latent_sgd."""
+    rho: float | None = None
+    """Factor of bnew's regulariser at the end of the run; it rises from 0."""
+    rho_from: float | None = None
+    """Part of the run after which bnew's regulariser begins."""
+    frozen_from: float | None = None
+    """Part of the run after which bnew's weights are signs, frozen."""
     lr: Schedule = dataclasses.field(default_factory=lambda: constant(1e-3))
     """Learning rate of Adam, which trains the full-precision parameters."""
     weight_decay: float = 0.0
     """L2 factor on `decayed`, added to the gradient as weight_decay * w (Keras' l2(x) is weight_decay = 2 x)."""
     decayed: tuple[str, ...] = ()
     """Shell patterns of the parameters that have weight decay."""
+    transitions: TransitionConfig = dataclasses.field(default_factory=TransitionConfig)
+    """A controller that drives one of the hyperparameters by the rate of flips."""
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "sigma"):
-            schedule: Schedule = getattr(self, name)
-            largest = max(schedule.start, schedule.end if schedule.kind in ("polynomial", "cosine") else 0.0)
-            if schedule.kind == "exponential" and schedule.rate > 1.0:
-                raise ValueError(
-                    f"optim.{name} must not grow by stairs: its rate is {schedule.rate}, expected at most 1"
-                )
-            if not 0.0 < largest <= 1.0:
-                raise ValueError(f"optim.{name} must stay in (0, 1], but reaches {largest}")
-            if self.correction != "none" and schedule.kind in ("polynomial", "cosine") and schedule.end == 0.0:
-                raise ValueError(f"optim.{name} must not end at 0: the correction {self.correction!r} divides by it")
+        check_rule(self.rule)
+        for field in dataclasses.fields(self):
+            if field.name in HYPERPARAMETERS[self.rule]:
+                if getattr(self, field.name) is None:
+                    object.__setattr__(self, field.name, HYPERPARAMETERS[self.rule][field.name])
+            elif getattr(self, field.name) != field.default:
+                check_belongs(self.rule, field.name)
+        for name in ("gamma", "sigma", "alpha"):
+            if getattr(self, name) is not None:
+                self._check_rate(name, getattr(self, name))
+        if self.momentum is not None:
+            check_momentum(self.momentum)
+        if self.rule == "bnew":
+            bnew.check_phases(*(getattr(self, name) for name in ("rho", "rho_from", "frozen_from")))
+        check_transitions(self.transitions, self.rule, getattr(self, self.transitions.drives, None))
         if not self.weight_decay >= 0.0:
             raise ValueError(f"optim.weight_decay must not be negative, not {self.weight_decay}")
         if (self.weight_decay > 0.0) != bool(self.decayed):
             raise ValueError("optim.weight_decay and optim.decayed go together: one of them is set without the other")
-        if self.rule == "bop" and self.correction != "none":
-            raise ValueError(f'optim.correction belongs to bop2ndorder; rule bop wants "none", not {self.correction!r}')
+
+    def _check_rate(self, name: str, schedule: Schedule) -> None:
+        largest = max(schedule.start, schedule.end if schedule.kind in ("polynomial", "cosine") else 0.0)
+        if schedule.kind == "exponential" and schedule.rate > 1.0:
+            raise ValueError(f"optim.{name} must not grow by stairs: its rate is {schedule.rate}, expected at most 1")
+        if not 0.0 < largest <= 1.0:
+            raise ValueError(f"optim.{name} must stay in (0, 1], but reaches {largest}")
+        if self.correction != "none" and schedule.kind in ("polynomial", "cosine") and schedule.end == 0.0:
+            raise ValueError(f"optim.{name} must not end at 0: the correction {self.correction!r} divides by it")
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Those of the rule, by name: a `Schedule`, or a value that stays."""
+        return {name: getattr(self, name) for name in HYPERPARAMETERS[self.rule]}
+
+
+def check_rule(rule: str) -> None:
+    """Raise ValueError unless `rule` is one for binary weights."""
+    if rule not in HYPERPARAMETERS:
+        raise ValueError(f"optim.rule must be one of {', '.join(get_args(BinaryRule))}, not {rule!r}")
+
+
+def check_belongs(rule: str, name: str) -> None:
+    """Raise ValueError if the field `name` of `OptimConfig` is a hyperparameter, but none of `rule`."""
+    owners = [owner for owner, names in HYPERPARAMETERS.items() if name in names]
+    if owners and rule not in owners:
+        raise ValueError(
+            f"optim.{name} belongs to {', '.join(owners)}; the rule {rule} has {', '.join(HYPERPARAMETERS[rule])}: "
+            f"leave optim.{name} out or choose another optim.rule"
+        )
+
+
+def with_rule(config: OptimConfig, rule: str) -> OptimConfig:
+    """`config` with another rule: what both rules have is kept, what the new one does not have is dropped.
+
+    Raises:
+        ValueError: there is no such rule.
+    """
+    check_rule(rule)
+    dropped: dict[str, Any] = {
+        field.name: field.default
+        for field in dataclasses.fields(config)
+        if field.name in HYPERPARAMETERS[config.rule] and field.name not in HYPERPARAMETERS[rule]
+    }
+    changes: dict[str, Any] = {"rule": rule}
+    return dataclasses.replace(config, **changes, **dropped)
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimConfig, *, num_steps: int
+    model: nn.Module, config: OptimConfig, *, num_steps: int, seed: int = 0
 ) -> tuple[RoutedOptimizer, dict[str, dict[str, Schedule]]]:
     """The optimizer of `model` and the schedules of its groups.
 
@@ -62,19 +156,30 @@ def build_optimizer(
         model: its binary weights carry the mark; it may have none, or nothing else.
         config: rule and schedules.
         num_steps: length of the schedules that do not state theirs.
+        seed: of state that begins at random.
 
     Returns:
         The optimizer, whose groups hold the values of step 0, and group name -> hyperparameter -> schedule for
         `HyperparameterScheduler`.
     """
-    binary: Group = {"rule": config.rule}
-    schedules = {BINARY: {"gamma": config.gamma, "threshold": config.threshold}}
-    if config.rule == "bop2ndorder":
-        binary["correction"] = config.correction
-        schedules[BINARY]["sigma"] = config.sigma
+    values = config.hyperparameters
+    binary: Group = {"rule": config.rule} | {k: v for k, v in values.items() if not isinstance(v, Schedule)}
+    if RULES[config.rule].begin_ is not None:
+        binary["seed"] = seed
     adam: Group = {"rule": "keras_adam", **KERAS_DEFAULTS}
     settings = {BINARY: binary, FULL_PRECISION: adam, DECAYED: {**adam, "weight_decay": config.weight_decay}}
-    schedules[FULL_PRECISION] = schedules[DECAYED] = {"lr": config.lr}
+    schedules = {
+        BINARY: {name: value for name, value in values.items() if isinstance(value, Schedule)},
+        FULL_PRECISION: {"lr": config.lr},
+        DECAYED: {"lr": config.lr},
+    }
+    if config.rule == "bnew":
+        schedules[BINARY] |= bnew.phase_schedules(values, num_steps)
+
+    if config.transitions.drives != "off":
+        driven = schedules[BINARY].pop(config.transitions.drives)
+        binary[config.transitions.drives] = driven.start
+        binary[KEY] = target_of(config.transitions, driven, num_steps)
 
     groups = [group | settings[group["name"]] for group in param_groups(model, decayed=config.decayed)]
     optimizer = RoutedOptimizer(groups)

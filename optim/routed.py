@@ -3,6 +3,10 @@
 DeepSpeed wants a single optimizer object, while a binarized network needs two rules: a bit-flipping one for the +-1 weights and
 Adam for the rest (larq's CaseOptimizer). `RoutedOptimizer` looks up the rule that each group names. Every rule is elementwise,
 so it may be given whole parameters or the flat slices into which DeepSpeed's ZeRO cuts them.
+
+State that does not begin at 0 is filled by the rule's `begin_` before the first update of a parameter, from random numbers that
+belong to the element (counter_random.py): the same however parameters are cut. Which elements a slice of DeepSpeed's holds is
+not known here, so such a rule is refused there.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,9 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bitfleet.optim.counter_random import uniform
+
 State = dict[str, Tensor]
 Group = dict[str, Any]
 Update = Callable[[Tensor, Tensor, State, Group], None]
+
+
+Begin = Callable[[Tensor, Tensor, torch.Size, State, Group], None]
 
 
 class Rule(NamedTuple):
@@ -22,20 +31,30 @@ class Rule(NamedTuple):
     update_: Update
     state_keys: tuple[str, ...]
     """fp32 tensors of the weight's shape that start at 0. The 0-dim tensor `step` comes on top."""
+    flips: bool = False
+    """Its weights are +-1 and stay so: a sharded optimizer keeps and sends them as bits, else as values."""
+    begin_: Begin | None = None
+    """(weight, uniform, shape, state, group) -> None: fills the state of elements before their first update. `uniform` holds a
+    number in (0, 1) for each (fp32), `shape` is that of the whole parameter; group["seed"] is the seed of the numbers."""
 
 
 RULES: dict[str, Rule] = {}
 
 
-def rule(name: str, *state_keys: str) -> Callable[[Update], Update]:
-    """Register an update function under the name that parameter groups use."""
+def rule(name: str, *state_keys: str, flips: bool = False, begin_: Begin | None = None) -> Callable[[Update], Update]:
+    """Register an update function under the name that parameter groups use; for the rest see `Rule`."""
 
     def register(update_: Update) -> Update:
         assert name not in RULES, name
-        RULES[name] = Rule(update_, state_keys)
+        RULES[name] = Rule(update_, state_keys, flips, begin_)
         return update_
 
     return register
+
+
+def names_of(number: int, group: Group) -> list[str]:
+    """The names of the parameters of the `number`-th group: its "param_names", else running numbers."""
+    return group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
 
 
 class RoutedOptimizer(torch.optim.Optimizer):
@@ -49,26 +68,58 @@ class RoutedOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Iterable[Any], defaults: Group | None = None) -> None:
+        self._names: dict[Tensor, str] = {}
         super().__init__(params, defaults or {})
-        for group in self.param_groups:
-            if group.get("rule") not in RULES:
-                raise ValueError(f"a parameter group names the rule {group.get('rule')!r}; known are {sorted(RULES)}")
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, as in torch.optim.
+
+        Raises:
+            ValueError: it names no known rule.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group.get("rule") not in RULES:
+            raise ValueError(f"a parameter group names the rule {group.get('rule')!r}; known are {sorted(RULES)}")
+        self._names |= zip(group["params"], names_of(len(self.param_groups) - 1, group), strict=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient.
+
+        Raises:
+            ValueError: the rule begins with random state, and the parameters were replaced after construction (DeepSpeed's ZeRO);
+                or a group has transitions.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            if "transitions" in group:
+                raise ValueError(
+                    "a group is driven by its transitions, which only ShardedOptimizer counts: wrap the optimizer"
+                )
             for param in group["params"]:
                 if param.grad is None:
                     continue
                 state = self._state_of(param, group)
+                if RULES[group["rule"]].begin_ is not None and state["step"] == 0:
+                    self._begin_(param, state, group)
                 state["step"] += 1
                 RULES[group["rule"]].update_(param, param.grad, state, group)
         return loss
+
+    def _begin_(self, param: Tensor, state: State, group: Group) -> None:
+        if param not in self._names:
+            raise ValueError(
+                f"the rule {group['rule']} begins with random state for each parameter, but its parameters were replaced by "
+                f"others, as DeepSpeed's ZeRO does: use ShardedOptimizer or no sharding"
+            )
+        begin_ = RULES[group["rule"]].begin_
+        assert begin_ is not None
+        numbers = uniform(group["seed"], self._names[param], 0, param.numel(), param.device)
+        begin_(param, numbers.view(param.shape), param.shape, state, group)
 
     def create_state(self) -> None:
         """Make the state of every parameter that has none, as before its first update: a checkpoint is read into it."""

@@ -34,12 +34,16 @@ class Schedule:
     """Factor of each exponential stair."""
     warmup_steps: int = 0
     """The value is multiplied by (t + 1)/warmup_steps during the first so many steps."""
+    delay_steps: int = 0
+    """The value stays at `start` for so many steps, from which t counts; an open `num_steps` is what is left of the run."""
 
     def __post_init__(self) -> None:
         if self.num_steps is not None and self.num_steps < 1:
             raise ValueError(f"num_steps of a schedule must be at least 1, not {self.num_steps}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps of a schedule must not be negative, not {self.warmup_steps}")
+        if self.delay_steps < 0:
+            raise ValueError(f"delay_steps of a schedule must not be negative, not {self.delay_steps}")
         for name in ("start", "end", "power", "rate"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -47,11 +51,12 @@ class Schedule:
 
     def over(self, num_steps: int) -> "Schedule":
         """This schedule with an open length filled in by `num_steps`."""
-        return self if self.num_steps is not None else dataclasses.replace(self, num_steps=num_steps)
+        left = max(1, num_steps - self.delay_steps)
+        return self if self.num_steps is not None else dataclasses.replace(self, num_steps=left)
 
     def __call__(self, step: int) -> float:
         """Value at the 0-based `step`, in float64."""
-        value = self._decayed(step)
+        value = self._decayed(max(0, step - self.delay_steps))
         return value * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else value
 
     def _decayed(self, step: int) -> float:

@@ -17,6 +17,7 @@ from bitfleet.optim.routed import RoutedOptimizer
 from bitfleet.optim.shard_state import Chunk
 from bitfleet.optim.sharding_agreement import WeightsDiffer, differing_weights, union
 from bitfleet.optim.sharding_reduction import Reduction
+from bitfleet.optim.transitions import KEY, controller_of
 
 BUCKET_NUMEL = 1 << 23
 
@@ -35,8 +36,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
        while backward goes on, buckets always in the same order (sharding_exchange.py says how): every rank gets the sum of its
        slice over all ranks, in the same tree continued over the ranks, in fp32: for a power of two of replicas it has the same
        bits on 1, 2, 4, ... ranks. The bucket's buffers are freed as it lands.
-    3. `step()`: one all-reduce of a few numbers says whether every gradient is finite (if not, no rank updates anything),
-       which parameters had one anywhere, and the norm for clipping. The rule updates the slice: binary ones on packed signs.
+    3. `step()`: one all-reduce of a few numbers says whether every gradient is finite (if not, no rank updates anything), which
+       parameters had one anywhere, the norm for clipping, and what the last step flipped (transitions.py, where one is set). The
+       rule updates the slice: binary ones on packed signs.
     4. All-gather: packed signs, 8 weights a byte, for the rules of +-1 weights; values for the others. They are unpacked into
        the parameters.
 
@@ -86,6 +88,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().__init__(optimizer.param_groups, {})
         self.buckets = make_buckets(self.param_groups, bucket_numel, self.rank, self.world_size)
         self.num_steps = self.num_skipped_steps = 0
+        self.transitions = controller_of(self.param_groups, self.buckets)
+        self.observers += [self.transitions.observe] if self.transitions else []
         self.nonfinite: list[str] = []
         """Parameters whose gradient was not finite in the last step that was skipped."""
         for bucket in self.buckets if self.world_size > 1 else ():
@@ -147,7 +151,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if self.max_grad_norm is not None and not bucket.binary:
                 norm_squared = norm_squared + grad.square().sum()
         flags = torch.tensor([float(flag) for bucket in self.buckets for flag in bucket.used], device=total.device)
-        facts = torch.cat([torch.stack([(~total.isfinite()).float(), norm_squared]), flags])
+        flips = [self.transitions.facts()] if self.transitions else []
+        facts = torch.cat([torch.stack([(~total.isfinite()).float(), norm_squared]), flags, *flips])
         if self.world_size > 1:
             dist.all_reduce(facts, group=self.process_group)
         num_bad, norm_squared_sum, *counts = facts.tolist()
@@ -159,6 +164,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if num_bad:
             self.nonfinite = union(shard_state.nonfinite(self.buckets, grads), self.process_group)
             return None
+        if self.transitions:
+            self.transitions.drive(counts[-2:], self.num_steps, is_first=self.num_steps == self.num_skipped_steps)
         if self.max_grad_norm is not None:
             scale = min(1.0, self.max_grad_norm / (norm_squared_sum**0.5 + 1e-6))
             for bucket, grad in zip(self.buckets, grads, strict=True):
@@ -203,12 +210,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's share of the state and the hyperparameters; to be loaded on the same rank of as many."""
-        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        groups = [{k: value for k, value in group.items() if k not in ("params", KEY)} for group in self.param_groups]
         return {
             "param_groups": groups,
             "shard": shard_state.shard(self.buckets),
             "steps": self.steps(),
             "num_steps": self.num_steps,
+            "flips": int(self.transitions.flips) if self.transitions else 0,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -219,6 +227,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         shard_state.load_(self.buckets, state_dict["shard"], state_dict["steps"])
         self.num_steps = state_dict["num_steps"]
+        if self.transitions:
+            self.transitions.flips.fill_(state_dict["flips"])
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)
 
@@ -245,6 +255,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def bit_chunks(self) -> list[Chunk]:
         """This rank's stretches of the binary weights, as packed signs."""
         return shard_state.bit_chunks(self.buckets)
+
+    def transition_state(self) -> dict[str, Any] | None:
+        """What `transitions` needs to continue, if there are any, the same on every rank; every rank calls this."""
+        if self.transitions is None:
+            return None
+        flips = self.transitions.flips.clone()
+        if self.world_size > 1:
+            dist.all_reduce(flips, group=self.process_group)
+        return self.transitions.state(int(flips))
+
+    def load_transition_state(self, state: dict[str, Any] | None) -> None:
+        """Continue from `transition_state` of any number of ranks."""
+        if self.transitions is not None and state is not None:
+            self.transitions.load(state, is_first_rank=self.rank == 0)
 
     def steps(self) -> dict[str, int]:
         """Updates that each parameter has had; the same on every rank."""

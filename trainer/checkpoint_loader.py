@@ -96,6 +96,7 @@ def load(model: nn.Module, optimizer: Optimizer, checkpoint: Intact) -> None:
     model.load_state_dict(checkpoint_tensors.model_state(targets, model_signature(model)))
     if isinstance(optimizer, ShardedOptimizer):
         optimizer.load_steps(meta["optimizer_steps"], meta["step"], meta["skipped_steps"])
+        optimizer.load_transition_state(meta.get("transitions"))
     else:
         assert isinstance(optimizer, RoutedOptimizer)
         optimizer.load_steps(meta["optimizer_steps"])

@@ -1,6 +1,7 @@
 """The tensors of a checkpoint, on torch.distributed.checkpoint (DCP) with safetensors storage: no pickle, any number of ranks.
 
-    bits.<parameter>            a binary weight as packed signs, uint8 [ceil(numel / 8)], least significant bit first
+    bits.<parameter>            a binary weight as packed signs, uint8 [ceil(numel / 8)], least significant bit first; one that is
+                                not +-1 yet (the rule bnew) is not stored so
     model.<tensor>              any other parameter or buffer, as it is
     optim.<key>.<parameter>     a moment, flat fp32 [numel]
 
@@ -81,15 +82,17 @@ def tensors_to_save(model: nn.Module, optimizer: Optimizer | None, ranks: Ranks)
     in_chunks: set[str] = set()
     if isinstance(optimizer, ShardedOptimizer):
         found |= _marked(optimizer.chunks()) | _marked(optimizer.bit_chunks())
-        in_chunks = set(optimizer.steps())
+        in_chunks = {segment.name for bucket in optimizer.buckets if bucket.binary for segment in bucket.segments}
     if not ranks.is_first:
         return found
     binary = {name for name, param in model.named_parameters() if is_binary(param)}
     for name, tensor in model.state_dict().items():
-        if name not in binary:
-            found[MODEL + name] = tensor.detach()
-        elif name not in in_chunks:
+        if name in in_chunks:
+            continue
+        if name in binary and bool((tensor.detach().abs() == 1).all()):
             found[BITS + name] = _packed(tensor)
+        else:
+            found[MODEL + name] = tensor.detach()
     if isinstance(optimizer, RoutedOptimizer):
         found |= _plain_state(optimizer)
     return found

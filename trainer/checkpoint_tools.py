@@ -75,7 +75,8 @@ def export_weights(path: Path, out: Path, *, packed: bool) -> str:
     Args:
         path: checkpoint or run folder.
         out: the file to write; its name ends in .safetensors.
-        packed: binary weights as bits.<name>, uint8, 8 a byte, least significant bit first, instead of +-1 in fp32.
+        packed: binary weights as bits.<name>, uint8, 8 a byte, least significant bit first, instead of +-1 in fp32; those that
+            are not +-1 yet (the rule bnew) as they are.
 
     Raises:
         ValueError: there is no such checkpoint, it is damaged, or the file is not to be written.
@@ -105,7 +106,12 @@ def export_weights(path: Path, out: Path, *, packed: bool) -> str:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise ValueError(f"cannot write {out}: {error}") from error
-    return f"{out}: {len(state)} tensors, {out.stat().st_size:,} bytes, of step {meta['step']:,}"
+    text = f"{out}: {len(state)} tensors, {out.stat().st_size:,} bytes, of step {meta['step']:,}"
+    if meta["config"]["optim"]["rule"] == "bnew" and not any(name.startswith(BITS) for name in tensors):
+        text += (
+            "; the weights of bnew are not +-1 before they are frozen (optim.frozen_from): they are written as they are"
+        )
+    return text
 
 
 def first_difference(a: Path, b: Path) -> str | None:

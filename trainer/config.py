@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 
 from bitfleet.models import ModelConfig
 from bitfleet.optim import OptimConfig
+from bitfleet.optim.routed import RULES
 from bitfleet.trainer.checkpoint import CheckpointConfig
 from bitfleet.trainer.data import DataConfig
 from bitfleet.trainer.engine_options import EngineConfig
@@ -72,6 +73,16 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, not {self.seed}")
+        if self.optim.transitions.drives != "off" and self.engine.sharding != "bits":
+            raise ValueError(
+                f'optim.transitions needs engine.sharding "bits", which counts the flips, not {self.engine.sharding!r}: set '
+                f"optim.transitions.drives to off or choose that sharding"
+            )
+        if RULES[self.optim.rule].begin_ is not None and self.engine.stage > 0:
+            raise ValueError(
+                f'optim.rule {self.optim.rule} needs engine.sharding "bits" or "none", not {self.engine.sharding!r}: its state '
+                f"begins with random numbers for each weight, and DeepSpeed's slices do not say which weights they hold"
+            )
 
 
 def resolve_replicas(config: TrainConfig, world_size: int, before: int | None = None) -> int:

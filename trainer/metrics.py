@@ -19,6 +19,8 @@ JSONL = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 EVENT_PREFIX = "events.out.tfevents."
 LOSS_GRID = 2.0**30
+SCHEDULED = ("gamma", "sigma", "threshold", "alpha", "latent_lr", "rho", "lr")
+"""Hyperparameters that schedules write into the groups of an optimizer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +100,7 @@ class AccuracyMeter:
 
 
 class FlipCounter:
-    """Fraction of the binary weights that one optimizer step changed (larq's flip_ratio), overall and per parameter."""
+    """Fraction of the binary weights whose sign one optimizer step changed (larq's flip_ratio), overall and per parameter."""
 
     def __init__(self, model: nn.Module) -> None:
         self._params = [(name, param) for name, param in model.named_parameters() if is_binary(param)]
@@ -113,7 +115,7 @@ class FlipCounter:
         if not self._params:
             return {}
         pairs = zip(self._before, self._params, strict=True)
-        flips = torch.stack([(before != param.detach()).sum() for before, (_, param) in pairs]).tolist()
+        flips = torch.stack([((before >= 0) != (param.detach() >= 0)).sum() for before, (_, param) in pairs]).tolist()
         self._before = []
         sizes = [param.numel() for _, param in self._params]
         layers = {
@@ -217,5 +219,5 @@ def hyperparameters_of(optimizer: Optimizer) -> dict[str, float]:
     """The scheduled values of an optimizer, for the metrics."""
     values: dict[str, float] = {}
     for group in optimizer.param_groups:
-        values |= {key: group[key] for key in ("gamma", "sigma", "threshold", "lr") if key in group}
+        values |= {key: group[key] for key in SCHEDULED if key in group}
     return values

@@ -141,7 +141,8 @@ def traffic(network: Network, config: TrainConfig, world_size: int) -> Traffic:
             numel = world_size * bucket.slice_numel
             gradients.append(Message(kind, dtype.itemsize * numel, reached))
             gathers.append(Message("all_gather", numel / 8 if bucket.binary else 4 * numel))
-        return Traffic(gradients, [Message("all_reduce", 4 * (2 + network.num_tensors)), *gathers, *control])
+        num_facts = 2 + network.num_tensors + (2 if config.optim.transitions.drives != "off" else 0)
+        return Traffic(gradients, [Message("all_reduce", 4 * num_facts), *gathers, *control])
     if sharding == "zero3":
         raise ValueError('the plan knows engine.sharding "bits", "none", "zero1" and "zero2", not "zero3"')
     # DeepSpeed's buckets are as large as the network (engine.py), so they leave at the end of backward.

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from bitfleet.models import create_model
-from bitfleet.optim import ShardedOptimizer, build_optimizer, is_binary
+from bitfleet.optim import ShardedOptimizer, build_optimizer
 from bitfleet.optim.buckets import make_buckets
+from bitfleet.optim.routed import RULES
 from bitfleet.optim.shard_state import chunks
 from bitfleet.optim.sharding import BUCKET_NUMEL
 from bitfleet.trainer import checkpoint_tensors
@@ -157,18 +159,19 @@ def _try_steps(
         optimizer.check_agreement()
         checked = ", equal on all ranks" if ranks.world_size > 1 else ""
     with whole_weights(parts.engine):
-        _agree(_problem_of_steps(model, losses))
+        _agree(_problem_of_steps(model, optimizer, losses))
     say(
         f"{NUM_STEPS} optimizer steps of {config.model.name} on {MICRO_BATCH} random images a micro-batch: losses "
         f"{', '.join(f'{loss:.2f}' for loss in losses)}; binary weights are +-1{checked}"
     )
 
 
-def _problem_of_steps(model: nn.Module, losses: list[float]) -> str | None:
+def _problem_of_steps(model: nn.Module, optimizer: Optimizer, losses: list[float]) -> str | None:
     if not torch.tensor(losses).isfinite().all():
         return f"the losses are {losses}"
+    flipped = {name for group in optimizer.param_groups if RULES[group["rule"]].flips for name in group["param_names"]}
     for name, param in model.named_parameters():
-        if is_binary(param) and not bool((param.abs() == 1).all()):
+        if name in flipped and not bool((param.abs() == 1).all()):
             return f"the binary weight {name} is not +-1"
     return None
 

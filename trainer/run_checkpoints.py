@@ -159,6 +159,7 @@ class RunCheckpoints:
             return
         config, optimizer = self.config, self._elastic
         skipped = optimizer.num_skipped_steps if isinstance(optimizer, ShardedOptimizer) else 0
+        transitions = optimizer.transition_state() if isinstance(optimizer, ShardedOptimizer) else None
         steps = optimizer.steps() if isinstance(optimizer, ShardedOptimizer | RoutedOptimizer) else {}
         meta = {
             "step": step,
@@ -177,6 +178,7 @@ class RunCheckpoints:
             "versions": versions(),
             "model": self.parts.signature,
             "optimizer_steps": steps,
+            "transitions": transitions,
         }
         with whole_weights(self.parts.engine):
             tensors = checkpoint_tensors.tensors_to_save(self.parts.model, optimizer, self.ranks)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfleet.models import create_model
-from bitfleet.optim import ShardedOptimizer, build_optimizer, routing_table
+from bitfleet.optim import ShardedOptimizer, build_optimizer, driven_values, routing_table
 from bitfleet.trainer.agreement import agree
 from bitfleet.trainer.checkpoint import model_signature
 from bitfleet.trainer.checkpoint_loader import Intact
@@ -67,7 +67,7 @@ class Trainer:
         self.model.to(device)
         # As the paper's code: decay_steps = epochs * images // batch, a little longer than the run of whole batches.
         decay_steps = config.epochs * len(self.dataset.train) // config.global_batch_size
-        self.optimizer, schedules = build_optimizer(self.model, config.optim, num_steps=decay_steps)
+        self.optimizer, schedules = build_optimizer(self.model, config.optim, num_steps=decay_steps, seed=config.seed)
         self.routing, signature = routing_table(self.optimizer), model_signature(self.model)
         self.sharded = shard(self.optimizer, config.engine, self.num_replicas)
         self.engine = create_engine(self.model, self.sharded, schedules, options, device)
@@ -220,7 +220,7 @@ class Trainer:
                 self.flips.before_step()
         hyperparameters = hyperparameters_of(self.optimizer)
         self.train_step()
-        self._report(hyperparameters)
+        self._report(hyperparameters | driven_values(self.optimizer.param_groups))
 
     def train(self) -> None:
         """Run from the current step to the end, to `stop_after_steps`, or to a request to stop (`stopped_by`).

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bitfleet.optim import Bop, Bop2ndOrder, RoutedOptimizer, ShardedOptimizer
 from bitfleet.optim.buckets import tree_sum
+from bitfleet.optim.schedules import constant
+from bitfleet.optim.transitions import Target, next_rate, next_value
 from tests.golden import recipe
 
 SIZES = [(1001,), (7,), (64,), (13, 5, 2), (1,), (3, 3, 16, 16)]
@@ -27,6 +29,18 @@ RULES: dict[str, dict[str, Any]] = {
         for correction in ("none", "as_coded", "adam")
     },
 }
+UNPACKED: dict[str, dict[str, Any]] = {
+    rule["rule"]: rule
+    for rule in (
+        {"rule": "latent_adam", "latent_lr": 1e-2, "seed": 3},
+        {"rule": "latent_sgd", "latent_lr": 1e-1, "momentum": 0.9, "seed": 3},
+        {"rule": "two_ema", "gamma": 1e-1, "alpha": 1e-2},
+        {"rule": "sgdat", "latent_lr": 1e-2, "threshold": 1e-2},
+        {"rule": "diode", "gamma": 1e-1, "alpha": 1e-2, "latent_lr": 1e-2, "seed": 3},
+        {"rule": "bnew", "latent_lr": 1e-2, "rho": 1e-2, "free": 1.0, "seed": 3},
+    )
+}
+"""Rules without a kernel on packed signs; four of them begin at random, and the weights of bnew are values."""
 Gradient = Callable[[int, int, int], Tensor | None]
 
 
@@ -291,11 +305,11 @@ def check_planted_flip_is_named() -> None:
         sharded.step()
 
 
-def check_shard_continues_exactly(folder: Path) -> None:
-    """State taken from one optimizer and given to a fresh one goes on with the same bits."""
+def check_shard_continues_exactly(folder: Path, rule: dict[str, Any], key: str) -> None:
+    """State taken from one optimizer and given to a fresh one, with another `key`, goes on with the same bits."""
     rank = dist.get_rank()
     params, resumed = make_params(0), make_params(5)
-    first, second = (ShardedOptimizer(make_plain(p, RULES["adam"])) for p in (params, resumed))
+    first, second = (ShardedOptimizer(make_plain(p, rule)) for p in (params, resumed))
     for step in range(10):
         backward(params, [unused_somewhere(step, rank, index) for index in range(len(params))])
         first.step()
@@ -303,7 +317,7 @@ def check_shard_continues_exactly(folder: Path) -> None:
     with torch.no_grad():
         for a, b in zip(resumed, params, strict=True):
             a.copy_(b)
-    second.param_groups[0]["gamma"] = 0.5
+    second.param_groups[0][key] = 0.5
     second.load_state_dict(torch.load(folder / f"shard{rank}"))
     for step in range(10, 20):
         for each, optimizer in ((params, first), (resumed, second)):
@@ -313,6 +327,37 @@ def check_shard_continues_exactly(folder: Path) -> None:
         assert torch.equal(a, b)
     state = first.gather_state()
     assert all(torch.equal(t, state[name][key]) for name, s in second.gather_state().items() for key, t in s.items())
+
+
+def check_transitions() -> None:
+    """K, U, weights and moments are those of a plain optimizer whose flips are counted in its weights, on any number of ranks."""
+    rank, world_size, count = dist.get_rank(), dist.get_world_size(), len(SIZES)
+    mine, theirs = make_params(0), make_params(0)
+    target = Target(drives="gamma", schedule=constant(0.05), momentum=0.5, gain=10.0, initial=1e-2)
+    plain = make_plain(theirs, RULES["bop"])
+    driven = make_plain(mine, RULES["bop"])
+    driven.param_groups[0]["transitions"] = target
+    sharded = ShardedOptimizer(driven, bucket_numel=1000)
+    rate, changed, numel = 0.0, 0, sum(param.numel() for param in theirs[:count])
+    for step in range(20):
+        backward(mine, [draw(step, rank, index) for index in range(len(mine))])
+        for index, param in enumerate(theirs):
+            param.grad = reduce([draw(step, r, index) for r in range(world_size)], world_size, param)
+        if step:
+            rate = next_rate(rate, changed / numel, target.momentum)
+            plain.param_groups[0]["gamma"] = next_value(plain.param_groups[0]["gamma"], 0.05 - rate, target)
+        before = [param.detach().clone() for param in theirs[:count]]
+        sharded.step()
+        plain.step()
+        changed = sum(int((a != b).sum()) for a, b in zip(before, theirs, strict=False))
+    gamma = plain.param_groups[0]["gamma"]
+    assert_equal(sharded, plain, mine, theirs)
+    state = sharded.transition_state()
+    assert state == {"values": [[rate, gamma]], "flips": changed}
+    assert gamma != 1e-2
+    assert changed > 0
+    sharded.load_transition_state(state)
+    assert sharded.transition_state() == state  # counted once, not by every rank
 
 
 def check_golden_vectors(golden: Path) -> None:
@@ -353,6 +398,9 @@ def main() -> None:
     check_equal(RULES["none"], 30, draw, bucket_numel=100, local_replicas=4)
     check_equal(RULES["adam"], 30, unused_somewhere)
     check_equal(RULES["adam"], 30, unused_somewhere, bucket_numel=100, local_replicas=2)
+    for rule in UNPACKED.values():
+        check_equal(rule, 20, unused_somewhere)
+        check_equal(rule, 10, draw, bucket_numel=100, local_replicas=2)
     check_frozen_and_tied_parameters()
     check_misuse_is_named()
     check_second_gradient_is_refused()
@@ -362,7 +410,9 @@ def main() -> None:
     check_non_finite_gradient_skips_the_step()
     if dist.get_world_size() > 1:
         check_planted_flip_is_named()
-    check_shard_continues_exactly(folder)
+    check_shard_continues_exactly(folder, RULES["adam"], "gamma")
+    check_shard_continues_exactly(folder, UNPACKED["latent_adam"], "latent_lr")
+    check_transitions()
     if dist.get_world_size() != 3:  # the mean of equal gradients is exact
         check_golden_vectors(golden)
     dist.barrier()

@@ -17,6 +17,35 @@ def test_overrides_reach_nested_fields() -> None:
     assert str(config.run_dir) == "/x"
 
 
+def test_another_rule_brings_its_own_hyperparameters() -> None:
+    arguments = "--config fashion_quickstart --optim.rule latent_sgd --optim.latent_lr.start 0.2 --optim.momentum 0.5"
+    optim = parse_train(arguments.split(), "t").optim
+    before = load_config("fashion_quickstart").optim
+    assert (optim.rule, optim.latent_lr, optim.momentum) == ("latent_sgd", Schedule(start=0.2), 0.5)
+    assert (optim.gamma, optim.sigma, optim.threshold, optim.lr) == (None, None, None, before.lr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "--optim.rule bop --optim.sigma.start 0.1",
+            "optim.sigma belongs to bop2ndorder; the rule bop has gamma, threshold",
+        ),
+        ("--optim.latent_lr.start=0.1", "optim.latent_lr belongs to latent_adam.*; the rule bop2ndorder has gamma"),
+        ("--optim.momentum 0.1", "optim.momentum belongs to latent_sgd"),
+        ("--optim.rule bob", "optim.rule must be one of bop2ndorder, .*, not 'bob'"),
+        (
+            "--optim.rule diode --engine.sharding zero1",
+            'optim.rule diode needs engine.sharding "bits" or "none", not \'zero1\'',
+        ),
+    ],
+)
+def test_what_does_not_belong_to_a_rule_is_refused(arguments: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_train(["--config", "fashion_quickstart", *arguments.split()], "t")
+
+
 def test_launcher_arguments_are_ignored() -> None:
     assert parse_train(["--local_rank=1", "--config=fashion_quickstart"], "t") == load_config("fashion_quickstart")
 

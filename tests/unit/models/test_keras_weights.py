@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -282,6 +283,12 @@ def test_no_file_of_keras(file: str, write: Callable[[Path], None], message: str
 def test_unknown_network(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the network is Linear, .* expected BinaryNet, XNORNet or BiRealNet"):
         load_keras_weights(nn.Linear(1, 1), tmp_path / "weights.npz")
+
+
+@pytest.mark.parametrize("options", [{"residual": "single"}, {"norm": "none"}])
+def test_ablations_have_no_keras_code(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'residual="single" or norm="none", which no Keras code was published for'):
+        load_keras_weights(BiRealNet(width=4, depths=(2,), stem="small", **options), tmp_path / "weights.npz")
 
 
 def test_scales_that_cannot_be_folded(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 
 import pytest
@@ -14,6 +15,7 @@ from bitfleet.models import (
     SameConv2d,
     SameMaxPool2d,
     approx_sign,
+    hardtanh_tanh_sign,
     ste_sign,
 )
 from bitfleet.models.initializers import glorot_normal_, glorot_uniform_, random_signs_
@@ -114,3 +116,12 @@ def test_batch_norm_of_rows_averages_the_biased_variance() -> None:
 def test_batch_norm_rejects_other_shapes() -> None:
     with pytest.raises(ValueError, match="3 dimensions"):
         BatchNorm(3, momentum=0.9, eps=1e-3)(torch.randn(2, 3, 4))
+
+
+def test_gradient_of_hardtanh_tanh() -> None:
+    x = torch.tensor([-3.0, -1.0, -0.3, -0.0, 0.0, 0.5, 1.0, 1.0001, torch.inf], requires_grad=True)
+    signs = hardtanh_tanh_sign(x)
+    assert signs.tolist() == [-1, -1, -1, 1, 1, 1, 1, 1, 1]
+    (3 * signs).sum().backward()
+    expected = [3 / math.cosh(value) ** 2 if abs(value) <= 1 else 0.0 for value in x.detach().double().tolist()]
+    torch.testing.assert_close(x.grad, torch.tensor(expected), rtol=1e-6, atol=1e-7)

@@ -3,7 +3,16 @@ import timm
 import torch
 from torch import nn
 
-from bitfleet.models import BiRealNet, ChannelLayerNorm, ModelConfig, ModelSize, XNORNet, count, create_model
+from bitfleet.models import (
+    BiRealNet,
+    ChannelLayerNorm,
+    ModelConfig,
+    ModelSize,
+    XNORNet,
+    count,
+    create_model,
+    hardtanh_tanh_sign,
+)
 
 SIZES = {
     "birealnet18": ModelSize(11_689_512, 10_985_472, 9_600, 1_676_279_808, 137_793_536),
@@ -47,6 +56,50 @@ def test_birealnet_small(side: int, norm: str) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_a_single_residual_has_the_parameters_of_the_double_one() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("birealnet18", residual="single")
+    assert count(model, (3, 224, 224)) == SIZES["birealnet18"]
+    assert len(model.blocks) == 8
+
+
+def test_a_single_residual_jumps_over_two_convolutions() -> None:
+    double, single = (
+        BiRealNet(width=8, depths=(2, 2), stem="small", residual=kind).eval() for kind in ("double", "single")
+    )
+    single.load_state_dict(
+        dict(zip(single.state_dict(), double.state_dict().values(), strict=True))  # the same layers in the same order
+    )
+    x = torch.randn(2, 3, 16, 16)
+    features = double.stem(x)
+    for first, second in zip(double.blocks[::2], double.blocks[1::2], strict=True):
+        middle = first.norm(first.conv(features))
+        features = second.norm(second.conv(middle)) + first.shortcut(features)
+    assert torch.equal(single(x), double.head(features.mean((2, 3))))
+    assert not torch.equal(single(x), double(x))
+
+
+def test_no_normalization() -> None:
+    model = timm.create_model("birealnet_small", norm="none")
+    assert not list(model.buffers())
+    assert model.get_parameter("blocks.2.norm.weight").detach().tolist() == pytest.approx([(9 * 16) ** -0.5] * 32)
+    features = model.blocks(model.stem(torch.randn(8, 3, 32, 32)))
+    assert 0.1 < float(features.detach().std()) < 10  # without the statistics nothing grows with the fan-in
+    with pytest.raises(ValueError, match='norm is \'none\'; expected "batch" or "layer"$'):
+        timm.create_model("binarynet", norm="none")
+
+
+@pytest.mark.parametrize(("name", "default"), [("birealnet_small", "approx"), ("xnornet", "ste"), ("binarynet", "ste")])
+def test_binarizers(name: str, default: str) -> None:
+    def quantizers(**options: str) -> list[object]:
+        with torch.device("meta"):
+            model = timm.create_model(name, **options)
+        return [module.input_quantizer for module in model.modules() if hasattr(module, "input_quantizer")]
+
+    assert quantizers(binarizer=default) == quantizers()
+    assert set(quantizers(binarizer="hardtanh_tanh")) - {None} == {hardtanh_tanh_sign}
+
+
 @pytest.mark.parametrize(("name", "side"), [("birealnet18", 64), ("xnornet", 224), ("binarynet", 32)])
 def test_layer_norm_variants(name: str, side: int) -> None:
     model = timm.create_model(name, num_classes=7, norm="layer")
@@ -75,9 +128,16 @@ def test_no_pretrained_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"norm": "group"}, "norm is 'group'"), ({"stem": "tiny"}, "stem is 'tiny'")]
+    ("options", "message"),
+    [
+        ({"norm": "group"}, 'norm is \'group\'; expected "batch", "layer" or "none"'),
+        ({"stem": "tiny"}, "stem is 'tiny'"),
+        ({"binarizer": "tanh"}, "binarizer is 'tanh'; expected .*hardtanh_tanh"),
+        ({"residual": "triple"}, "residual is 'triple'"),
+        ({"residual": "single", "depths": (2, 3)}, r"depths are \(2, 3\); .*expected even numbers"),
+    ],
 )
-def test_wrong_options(options: dict[str, str], message: str) -> None:
+def test_wrong_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         timm.create_model("birealnet_small", **options)
 
@@ -106,6 +166,8 @@ def test_model_of_a_config() -> None:
     assert model.num_classes == 7
     assert any(isinstance(module, ChannelLayerNorm) for module in model.modules())
     assert list(create_model(ModelConfig(name="birealnet_small", num_classes=7)).buffers())
+    switched = ModelConfig(name="birealnet_small", num_classes=7, binarizer="ste", residual="single")
+    assert len(create_model(switched).blocks) == 3  # type: ignore[arg-type]
 
 
 def test_unknown_model() -> None:
@@ -116,6 +178,10 @@ def test_unknown_model() -> None:
 def test_option_of_another_model() -> None:
     with pytest.raises(ValueError, match="xnornet does not take one of the options .*depths"):
         create_model(ModelConfig(name="xnornet", depths=(1, 1)))
+    with pytest.raises(ValueError, match="xnornet does not take one of the options .*residual"):
+        create_model(ModelConfig(name="xnornet", residual="single"))
+    with pytest.raises(ValueError, match="resnet18 does not take one of the options .*binarizer"):
+        create_model(ModelConfig(name="resnet18", binarizer="ste"))
 
 
 def test_wrong_number_of_classes() -> None:

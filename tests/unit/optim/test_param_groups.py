@@ -1,8 +1,11 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from bitfleet.optim import (
+    HYPERPARAMETERS,
     OptimConfig,
     RoutedOptimizer,
     Schedule,
@@ -12,7 +15,9 @@ from bitfleet.optim import (
     linear,
     param_groups,
     routing_table,
+    with_rule,
 )
+from bitfleet.optim.routed import RULES
 
 
 def network() -> nn.Sequential:
@@ -111,6 +116,41 @@ def test_table_counts_weights_and_state() -> None:
     ]
 
 
+@pytest.mark.parametrize("rule", [rule for rule in HYPERPARAMETERS if RULES[rule].flips])
+def test_groups_hold_the_hyperparameters_of_their_rule(rule: str) -> None:
+    """And nothing else; where none is set they are the defaults, and one update with them works."""
+    model = network()
+    config = OptimConfig(rule=rule)  # type: ignore[arg-type]
+    optimizer, schedules = build_optimizer(model, config, num_steps=10, seed=4)
+    group = next(group for group in optimizer.param_groups if group["name"] == "binary")
+    begins = {"seed"} if RULES[rule].begin_ else set()
+    assert set(group) == {"params", "param_names", "name", "rule", *HYPERPARAMETERS[rule], *begins}
+    for name, default in HYPERPARAMETERS[rule].items():
+        assert getattr(config, name) == default
+        assert group[name] == (default.start if isinstance(default, Schedule) else default)
+        assert (name in schedules["binary"]) == isinstance(default, Schedule)
+    others = {name for names in HYPERPARAMETERS.values() for name in names} - set(HYPERPARAMETERS[rule])
+    assert all(getattr(config, name) in (None, "none") for name in others)
+    model(torch.randn(16, 4)).square().sum().backward()
+    optimizer.step()
+    assert set(model[1].weight.detach().unique().tolist()) <= {-1.0, 1.0}
+
+
+def test_another_rule_keeps_what_both_have() -> None:
+    config = OptimConfig(
+        gamma=linear(1e-3, 1e-4), correction="adam", lr=constant(0.5), weight_decay=0.1, decayed=("x",)
+    )
+    other = with_rule(config, "two_ema")
+    assert (other.gamma, other.sigma, other.threshold, other.correction) == (config.gamma, None, None, "none")
+    assert other.alpha == HYPERPARAMETERS["two_ema"]["alpha"]
+    assert (other.lr, other.weight_decay, other.decayed) == (config.lr, 0.1, ("x",))
+    assert with_rule(other, "bop2ndorder") == dataclasses.replace(
+        OptimConfig(), gamma=config.gamma, lr=config.lr, weight_decay=0.1, decayed=("x",)
+    )
+    with pytest.raises(ValueError, match="optim.rule must be one of"):
+        with_rule(config, "keras_adam")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -121,7 +161,22 @@ def test_table_counts_weights_and_state() -> None:
         ({"weight_decay": -1.0}, "weight_decay must not be negative"),
         ({"weight_decay": 1e-6}, "go together"),
         ({"decayed": ("x",)}, "go together"),
-        ({"rule": "bop", "correction": "adam"}, "correction belongs to bop2ndorder"),
+        (
+            {"rule": "bop", "correction": "adam"},
+            "optim.correction belongs to bop2ndorder; the rule bop has gamma, threshold",
+        ),
+        (
+            {"rule": "bop", "sigma": constant(0.1)},
+            "optim.sigma belongs to bop2ndorder; the rule bop has gamma, threshold",
+        ),
+        (
+            {"latent_lr": constant(0.1)},
+            "optim.latent_lr belongs to latent_adam, latent_sgd, sgdat, diode, bnew; the rule bop2ndorder",
+        ),
+        ({"rule": "latent_adam", "momentum": 0.0}, "optim.momentum belongs to latent_sgd"),
+        ({"rule": "latent_sgd", "momentum": 1.0}, r"momentum must be in \[0, 1\), not 1.0"),
+        ({"rule": "two_ema", "alpha": constant(0.0)}, "optim.alpha must stay in"),
+        ({"rule": "bob"}, "optim.rule must be one of bop2ndorder, bop, .*, not 'bob'"),
     ],
 )
 def test_bad_configurations_are_named(options: dict[str, object], message: str) -> None:

@@ -242,3 +242,24 @@ def test_files_have_the_mode_of_other_files(tmp_path: Path) -> None:
         os.umask(before)
     (file,) = folder.iterdir()
     assert file.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.usefixtures("process_group")
+def test_weights_of_bnew_are_stored_as_values_until_they_are_signs() -> None:
+    model = create_model(SMALL)
+    optimizer, _ = build_optimizer(model, OptimConfig(rule="bnew"), num_steps=10)
+    sharded = ShardedOptimizer(optimizer)
+    model(torch.randn(4, 3, 28, 28)).square().mean().backward()
+    sharded.step()
+    name = "blocks.0.conv.weight"
+    stored = checkpoint_tensors.tensors_to_save(model, sharded, ALONE)
+    assert not any(key.startswith(checkpoint_tensors.BITS) for key in stored)
+    assert torch.equal(stored[f"model.{name}"], model.get_parameter(name))
+    optimizer.param_groups[0]["free"] = 0.0
+    model(torch.randn(4, 3, 28, 28)).square().mean().backward()
+    sharded.step()
+    stored = checkpoint_tensors.tensors_to_save(model, sharded, ALONE)
+    shapes = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    assert f"bits.{name}" in stored
+    assert torch.equal(checkpoint_tensors.model_state(stored, shapes)[name], model.get_parameter(name))
+    sharded.close()

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from bitfleet.configs import available, load_config
+from bitfleet.optim import OptimConfig, TransitionConfig
 from bitfleet.trainer.config import from_dict, resolve_replicas, to_dict
 
 
@@ -38,3 +39,13 @@ def test_world_size_that_does_not_divide_is_refused(fields: dict[str, int], worl
 def test_counts_must_be_positive(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
         dataclasses.replace(load_config("fashion_quickstart"), **{name: 0})
+
+
+def test_transitions_need_our_own_sharding() -> None:
+    config = load_config("fashion_quickstart")
+    optim = OptimConfig(rule="latent_adam", transitions=TransitionConfig(drives="latent_lr"))
+    assert from_dict(to_dict(dataclasses.replace(config, optim=optim))).optim == optim
+    with pytest.raises(
+        ValueError, match=r'optim.transitions needs engine.sharding "bits", which counts .* not \'zero1\''
+    ):
+        dataclasses.replace(config, optim=optim, engine=dataclasses.replace(config.engine, sharding="zero1"))

@@ -6,11 +6,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bitfleet.optim import HYPERPARAMETERS, OptimConfig, Schedule, build_optimizer
 from bitfleet.trainer.metrics import (
+    SCHEDULED,
     AccuracyMeter,
     FlipCounter,
     MetricsWriter,
     Stopwatch,
+    hyperparameters_of,
     order_event_files,
     read_metrics,
 )
@@ -27,6 +30,17 @@ def test_accuracy_is_the_mean_over_images_of_uneven_batches() -> None:
     accuracy = meter.read()
     assert accuracy == pytest.approx((8 / 5, 3 / 5, 4 / 5, 5))
     assert meter.read().num_images == 0
+
+
+@pytest.mark.parametrize("rule", HYPERPARAMETERS)
+def test_every_schedule_is_reported(rule: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 2))
+    model[0].weight.binary = True  # type: ignore[assignment]
+    optimizer, _ = build_optimizer(model, OptimConfig(rule=rule), num_steps=10)  # type: ignore[arg-type]
+    expected = {name: value.start for name, value in HYPERPARAMETERS[rule].items() if isinstance(value, Schedule)}
+    expected |= {"rho": 0.0} if rule == "bnew" else {}
+    assert hyperparameters_of(optimizer) == expected | {"lr": 1e-3}
+    assert set(SCHEDULED) >= set(expected)
 
 
 class HostReads(TorchDispatchMode):
@@ -180,3 +194,15 @@ def test_running_statistics_of_a_model_without_any() -> None:
     statistics.end_replica()
     statistics.end_step()
     assert statistics.flat.numel() == 0
+
+
+def test_a_real_weight_flips_with_its_sign() -> None:
+    """Weights of bnew change at every step; their signs do not."""
+    model = nn.Linear(4, 1, bias=False)
+    model.weight.binary = True  # type: ignore[attr-defined]
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.5, -0.5, 0.0, 1.0]]))
+        flips = FlipCounter(model)
+        flips.before_step()
+        model.weight.copy_(torch.tensor([[0.4, 0.1, -0.1, 1.0]]))
+    assert flips.after_step()["flip_ratio"] == 0.5

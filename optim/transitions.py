@@ -1,0 +1,210 @@
+"""TRS: a controller that holds the rate at which weights change their sign to a schedule.
+
+Paper: Lee, Jeon, Kim, Ham: "Scheduling Weight Transitions for Quantization-Aware Training", ICCV 2025, arXiv 2404.19248. Before
+the update of step t:
+
+    k_t = fraction of the binary weights that the last update changed                       0 before the first
+    K_t = m K_(t-1) + (1 - m) k_t                                                           "transition_rate"; K_0 = 0
+    U_t = max(0, U_(t-1) + eta (R_t - K_t)),  eta = gain U_0                                drives = "latent_lr", the paper's form
+    U_t = U_(t-1) exp(gain (R_t - K_t))                                                     drives = "gamma"
+    U_t = U_(t-1) exp(-gain (R_t - K_t))                                                    drives = "threshold"
+
+and step t is made with U_t in place of the hyperparameter; U_0 is what the configuration gives it. One k for all binary weights.
+R_t is a schedule, in the paper a cosine from lambda to 0, lambda near 5e-3 (times sqrt(bits), here 1).
+
+gamma and threshold are ours. Both act over decades and must stay above 0, so what the paper adds, relative to U_0, is added to
+their logarithm: near U_0 it is the same. A higher threshold flips less: its sign is reversed. They stay within a factor of 1e6 of
+U_0 (gamma also at most 1): beyond it nothing changes any more, and the way back would be as long.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bitfleet.optim.buckets import Bucket
+from bitfleet.optim.routed import Group
+from bitfleet.optim.schedules import Schedule
+
+Driven = Literal["latent_lr", "gamma", "threshold"]
+DRIVEN_RULES: dict[Driven, tuple[str, ...]] = {
+    "latent_lr": ("latent_adam", "latent_sgd"),
+    "gamma": ("bop", "bop2ndorder"),
+    "threshold": ("bop", "bop2ndorder"),
+}
+KEY, RATE = "transitions", "transition_rate"
+"""Keys of a group: its `Target`, and K."""
+RANGE = 1e6
+PART = 4096
+"""A count travels as two float32, its quotient and remainder: the sums are exact up to 2^36 flips and 4096 ranks."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TransitionConfig:
+    """Scheduled weight transitions (TRS, arXiv 2404.19248); needs sharding "bits", which counts the flips."""
+
+    drives: Literal["off", "latent_lr", "gamma", "threshold"] = "off"
+    """The hyperparameter that is driven, which is then a constant where it begins: latent_lr of latent_adam and latent_sgd, gamma
+    or threshold of bop and bop2ndorder."""
+    target: Schedule = dataclasses.field(default_factory=lambda: Schedule(start=5e-3, kind="cosine"))
+    """R, the fraction of the binary weights that each step is to flip; starts at the paper's lambda."""
+    momentum: float = 0.99
+    """m of the average over steps."""
+    gain: float = 1.0
+    """eta as a multiple of the hyperparameter's beginning; the paper's is 1."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"optim.transitions.momentum must be in [0, 1), not {self.momentum}")
+        if not 0.0 < self.gain < math.inf:
+            raise ValueError(f"optim.transitions.gain must be finite and above 0, not {self.gain}")
+        highest = max(self.target.start, self.target.end if self.target.kind in ("polynomial", "cosine") else 0.0)
+        if highest > 1.0:
+            raise ValueError(f"optim.transitions.target is a fraction, but reaches {highest}; expected at most 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """What the controller of a group needs; group["transitions"]."""
+
+    drives: Driven
+    schedule: Schedule
+    """R, its length filled in."""
+    momentum: float
+    gain: float
+    initial: float
+    """U_0."""
+
+
+def check_transitions(config: TransitionConfig, rule: str, driven: Schedule | None) -> None:
+    """Raise ValueError unless `rule` has the hyperparameter that is driven, as a constant from which the controller can go.
+
+    Args:
+        config: the controller.
+        rule: of the binary weights.
+        driven: schedule of the hyperparameter; None where the rule has none.
+    """
+    if config.drives == "off":
+        return
+    name, rules = config.drives, DRIVEN_RULES[config.drives]
+    if rule not in rules or driven is None:
+        raise ValueError(f"optim.transitions.drives {name!r} belongs to the rules {' and '.join(rules)}, not to {rule}")
+    if driven.kind != "constant" or driven.warmup_steps:
+        raise ValueError(
+            f"optim.{name} has a schedule of its own, but optim.transitions drives it: expected a constant, where it begins"
+        )
+    if not driven.start > 0.0:
+        raise ValueError(
+            f"optim.{name} is {driven.start}, from where optim.transitions cannot drive it: expected above 0"
+        )
+
+
+def target_of(config: TransitionConfig, driven: Schedule, num_steps: int) -> Target:
+    """The group's part of a configuration that `check_transitions` let pass; `num_steps` is the length of the run."""
+    assert config.drives != "off"
+    return Target(
+        drives=config.drives,
+        schedule=config.target.over(num_steps),
+        momentum=config.momentum,
+        gain=config.gain,
+        initial=driven.start,
+    )
+
+
+def next_rate(rate: float, fraction: float, momentum: float) -> float:
+    """K_t of K_(t-1) and k_t."""
+    return momentum * rate + (1.0 - momentum) * fraction
+
+
+def next_value(value: float, gap: float, target: Target) -> float:
+    """U_t of U_(t-1) and R_t - K_t."""
+    if target.drives == "latent_lr":
+        return max(0.0, value + target.gain * target.initial * gap)
+    moved = value * math.exp(target.gain * (gap if target.drives == "gamma" else -gap))
+    low, high = target.initial / RANGE, target.initial * RANGE
+    return min(max(moved, low), min(high, 1.0) if target.drives == "gamma" else high)
+
+
+def num_flips(flips: Tensor) -> Tensor:
+    """Bits that are 1 in `flips`, uint8 [n], n a multiple of 8; int64 [], without a wait for the device."""
+    words = flips.view(torch.int64)  # shifts carry the sign along; every mask drops it
+    words = words - ((words >> 1) & 0x5555555555555555)
+    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return ((words * 0x0101010101010101) >> 56).sum()
+
+
+class TransitionController:
+    """Counts this rank's flips and drives the groups that have a target. K and U live in the groups.
+
+    Args:
+        groups: parameter groups; those with the key "transitions" are driven.
+        numel: binary weights of all ranks.
+        device: where the flips are.
+    """
+
+    def __init__(self, groups: Sequence[Group], numel: int, device: torch.device) -> None:
+        self.groups = [group for group in groups if KEY in group]
+        self.numel = numel
+        self._flips = torch.zeros((), dtype=torch.int64, device=device)
+        for group in self.groups:
+            group.setdefault(RATE, 0.0)
+
+    def observe(self, _bucket: Bucket, _grad: Tensor, flips: Tensor) -> None:
+        """Count; an observer of `ShardedOptimizer`."""
+        self._flips += num_flips(flips)
+
+    @property
+    def flips(self) -> Tensor:
+        """This rank's flips of the last update, int64 []."""
+        return self._flips
+
+    def facts(self) -> Tensor:
+        """The count as two fp32 numbers whose sums over the ranks are exact."""
+        return torch.stack([self._flips // PART, self._flips % PART]).float()
+
+    def drive(self, facts: Sequence[float], step: int, *, is_first: bool) -> None:
+        """Write K and U of the 0-based `step` into the groups, and begin a new count.
+
+        Args:
+            facts: sums of `facts` over the ranks.
+            step: about to be made.
+            is_first: no update was made before: K and U stay where they begin.
+        """
+        self._flips.zero_()
+        if is_first:
+            return
+        quotient, remainder = map(int, facts)
+        fraction = (PART * quotient + remainder) / max(self.numel, 1)
+        for group in self.groups:
+            target: Target = group[KEY]
+            group[RATE] = next_rate(group[RATE], fraction, target.momentum)
+            group[target.drives] = next_value(group[target.drives], target.schedule(step) - group[RATE], target)
+
+    def state(self, flips: int) -> dict[str, Any]:
+        """K and U of each driven group, and the last update's `flips` of all ranks, for a checkpoint."""
+        values = [[group[RATE], group[group[KEY].drives]] for group in self.groups]
+        return {"values": values, "flips": flips}
+
+    def load(self, state: dict[str, Any], *, is_first_rank: bool) -> None:
+        """Continue from `state` on any number of ranks."""
+        for group, (rate, value) in zip(self.groups, state["values"], strict=True):
+            group[RATE], group[group[KEY].drives] = rate, value
+        self._flips.fill_(state["flips"] if is_first_rank else 0)
+
+
+def controller_of(groups: Sequence[Group], buckets: Sequence[Bucket]) -> TransitionController | None:
+    """The controller of the groups that have a target, None where none has."""
+    if not any(KEY in group for group in groups):
+        return None
+    numel = sum(bucket.numel for bucket in buckets if bucket.binary)
+    return TransitionController(groups, numel, buckets[0].weights.device)
+
+
+def driven_values(groups: Sequence[Group]) -> dict[str, float]:
+    """K and U with which the last step was made, by group key; empty where nothing is driven."""
+    driven = [group for group in groups if KEY in group]
+    return {key: group[key] for group in driven for key in (RATE, group[KEY].drives) if key in group}
