@@ -108,6 +108,8 @@ class OptimConfig:
             raise ValueError(f"optim.{name} must stay in (0, 1], but reaches {largest}")
         if self.correction != "none" and schedule.kind in ("polynomial", "cosine") and schedule.end == 0.0:
             raise ValueError(f"optim.{name} must not end at 0: the correction {self.correction!r} divides by it")
+        if self.correction != "none" and schedule.kind == "exponential" and schedule.rate == 0.0:
+            raise ValueError(f"optim.{name}.rate must not be 0: the correction {self.correction!r} divides by it")
 
     @property
     def hyperparameters(self) -> dict[str, Any]:

@@ -27,7 +27,9 @@ class Schedule:
     """constant; polynomial: (start - end) (1 - t/num_steps)^power + end; exponential: start * rate^floor(t/num_steps)
     (staircase); cosine: half a cosine from start to end."""
     num_steps: int | None = None
-    """Length of the decay in steps (exponential: of one stair). None: the whole run."""
+    """Length of the decay in steps (exponential: of one stair). None: `share` of the run."""
+    share: float = 1.0
+    """Length of the decay (exponential: of one stair) as a share of the run, where `num_steps` is None."""
     power: float = 1.0
     """Exponent of the polynomial; 1 is linear."""
     rate: float = 0.1
@@ -40,6 +42,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.num_steps is not None and self.num_steps < 1:
             raise ValueError(f"num_steps of a schedule must be at least 1, not {self.num_steps}")
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"share of a schedule must be in (0, 1], not {self.share}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps of a schedule must not be negative, not {self.warmup_steps}")
         if self.delay_steps < 0:
@@ -50,9 +54,10 @@ class Schedule:
                 raise ValueError(f"{name} of a schedule must be finite and not negative, not {value}")
 
     def over(self, num_steps: int) -> "Schedule":
-        """This schedule with an open length filled in by `num_steps`."""
-        left = max(1, num_steps - self.delay_steps)
-        return self if self.num_steps is not None else dataclasses.replace(self, num_steps=left)
+        """This schedule with an open length filled in, for a run of `num_steps` steps."""
+        if self.num_steps is not None:
+            return self
+        return dataclasses.replace(self, num_steps=max(1, round(self.share * num_steps) - self.delay_steps))
 
     def __call__(self, step: int) -> float:
         """Value at the 0-based `step`, in float64."""

@@ -93,7 +93,7 @@ def collect_facts(config: TrainConfig | None, ranks: Ranks) -> Facts:
         num_machine_cores=os.cpu_count() or 1,
         cores=sorted(os.sched_getaffinity(0)),
         num_threads=torch.get_num_threads(),
-        free_memory=_free_memory(),
+        free_memory=free_memory(),
         free_run=shutil.disk_usage(run_folder).free if os.access(run_folder, os.W_OK | os.X_OK) else None,
         run_folder=str(run_folder),
         free_cache=free_cache,
@@ -119,7 +119,7 @@ def _versions() -> dict[str, str]:
     return found | {package: _version(package) or "not installed" for package in PACKAGES}
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """What the machine has free, or the container's limit leaves (cgroup v2)."""
     free: int = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")

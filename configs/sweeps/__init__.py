@@ -1,0 +1,26 @@
+"""Sweeps, one a file: a header (section of the paper, question, what the paper did, number of runs) and `sweep() -> Sweep`."""
+
+import difflib
+import importlib
+from pathlib import Path
+
+from bitfleet.trainer.sweep import Sweep
+
+
+def available_sweeps() -> list[str]:
+    """Names of all sweeps."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
+
+
+def load_sweep(name: str) -> Sweep:
+    """The sweep called `name`.
+
+    Raises:
+        ValueError: there is none; the message names the nearest.
+    """
+    names = available_sweeps()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        raise ValueError(f"there is no sweep {name!r}; did you mean {near!r}? There are: {', '.join(names)}")
+    sweep: Sweep = importlib.import_module(f"bitfleet.configs.sweeps.{name}").sweep()
+    return sweep

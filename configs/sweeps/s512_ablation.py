@@ -1,0 +1,39 @@
+"""gamma, sigma and threshold of Bop2ndOrder, one at a time.
+
+section    5.1.2 and 5.1.3 of arXiv 2104.05124
+question   how far can each hyperparameter be from its best value?
+paper      BinaryNet with BatchNorm on CIFAR-10, unbiased (as_coded), 100 epochs in batches of 100, one of them varied around
+           gamma 1e-7, sigma 1e-3, threshold 1e-6. We do not know its ranges: here three powers of ten to either side.
+runs       (7 + 6 + 6) points x 3 seeds = 57
+command    bitfleet sweep s512_ablation
+           as in the paper: --config binarynet_cifar10 --epochs 100 --global_batch_size 100 --optim.lr.kind constant
+"""
+
+from bitfleet.trainer.sweep import Point, Sweep, held
+
+CENTRE = {"gamma": 1e-7, "sigma": 1e-3, "threshold": 1e-6}
+VALUES = {
+    "gamma": (1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4),
+    "sigma": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+    "threshold": (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3),
+}
+RULE = ("--optim.rule", "bop2ndorder", "--optim.correction", "as_coded")
+
+
+def point(values: dict[str, float]) -> Point:
+    """All three held at `values`."""
+    return Point(dict(values), (*RULE, *(word for name, value in values.items() for word in held(name, value))))
+
+
+def sweep() -> Sweep:
+    """The centre comes first, and once. The learning rate is the base's."""
+    lines = [
+        point(CENTRE | {name: value}) for name, values in VALUES.items() for value in values if value != CENTRE[name]
+    ]
+    return Sweep(
+        name="s512_ablation",
+        title="5.1.2 One hyperparameter at a time",
+        question="How does accuracy depend on gamma, on sigma and on the threshold, each varied alone?",
+        base="fashion_small",
+        points=(point(CENTRE), *lines),
+    )

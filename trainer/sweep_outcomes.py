@@ -1,0 +1,58 @@
+"""What became of the runs of a sweep, remembered in its folder; and what a run that failed had to say."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter
+
+from bitfleet.trainer.sweep_pool import Ended
+
+FILE = "outcomes.json"
+_SENTENCE = re.compile(r"^bitfleet: error(?: \(rank [^)]*\))?: (.*)$", re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a run."""
+
+    status: Literal["pending", "finished", "failed"] = "pending"
+    seconds: float = 0.0
+    """Of all its attempts."""
+    failures: int = 0
+    """In all."""
+    error: str = ""
+    """The sentence of the last failure, "" after success."""
+
+
+def read_outcomes(folder: Path) -> dict[str, Outcome]:
+    """Name of a run -> what became of it; nothing for a folder in which no sweep has been."""
+    file = folder / FILE
+    return TypeAdapter(dict[str, Outcome]).validate_json(file.read_bytes()) if file.is_file() else {}
+
+
+def write_outcomes(folder: Path, outcomes: Mapping[str, Outcome]) -> None:
+    """Remember `outcomes` in `folder`."""
+    temporary = folder / (FILE + ".tmp")
+    temporary.write_text(
+        json.dumps({name: dataclasses.asdict(each) for name, each in outcomes.items()}, indent=1) + "\n"
+    )
+    os.replace(temporary, folder / FILE)
+
+
+def sentence_of(ended: Ended) -> str:
+    """Why a run failed: its own sentence, else how it ended."""
+    if said := _SENTENCE.findall(ended.output):
+        return str(said[-1]).strip()
+    how = (
+        f"it was killed by {signal.Signals(-ended.code).name}"
+        if ended.code < 0
+        else f"it left with exit code {ended.code}"
+    )
+    lines = [line.strip() for line in ended.output.splitlines() if line.strip()]
+    return f"{how}; the last line of {ended.job.log} is {lines[-1] if lines else 'missing'!r}"

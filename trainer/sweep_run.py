@@ -1,0 +1,154 @@
+"""A sweep from its start, or from where it was left, to its end."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from bitfleet.trainer.config import to_dict
+from bitfleet.trainer.metrics import read_metrics
+from bitfleet.trainer.preflight import clock
+from bitfleet.trainer.run_folder import CONFIG, read_config
+from bitfleet.trainer.run_lock import lock_run
+from bitfleet.trainer.sweep import PlannedRun, Sweep
+from bitfleet.trainer.sweep_outcomes import Outcome, read_outcomes, sentence_of, write_outcomes
+from bitfleet.trainer.sweep_pool import Ended, Job, run_jobs
+from bitfleet.trainer.sweep_table import PLACES, flatten, write_question, write_table
+
+MAX_FAILURES = 2
+"""A run that fails so often is given up; one that was given up gets one more attempt when the sweep is started again."""
+STOPPED = 75
+"""Exit code of a run that saved its state because it was asked to stop, as in launch/environment.py."""
+_HOW = (*PLACES, "num_threads", "data.num_threads", "preflight")
+"""Fields in which a run may differ from its earlier part."""
+
+
+def run_sweep(
+    sweep: Sweep,
+    runs: Sequence[PlannedRun],
+    folder: Path,
+    command: Callable[[PlannedRun], tuple[str, ...]],
+    places: Sequence[Mapping[str, str]],
+    options: Sequence[str] = (),
+) -> int:
+    """Run what is not finished of `runs`; the table in `folder` is renewed after each.
+
+    Args:
+        sweep: the sweep.
+        runs: its runs.
+        folder: its folder.
+        command: of a run.
+        places: how many at once, and what each place adds to the environment.
+        options: of all runs, for sweep.json.
+
+    Returns:
+        Exit code: 0 when all are finished, 1 when any has failed, 75 when it or a run was asked to stop.
+
+    Raises:
+        ValueError: another sweep is at work in `folder`, or a run in it has another configuration.
+    """
+    check_folders(runs)
+    with lock_run(folder):
+        progress = _Progress(sweep, runs, folder, len(places))
+        write_question(folder, sweep, options)
+        write_table(folder, sweep, runs, progress.outcomes)
+        jobs = [Job(run.name, command(run), folder / "logs" / f"{run.name}.log") for run in progress.unfinished()]
+        was_asked = run_jobs(jobs, places, progress.ended)
+        return progress.close(was_asked)
+
+
+def check_folders(runs: Sequence[PlannedRun]) -> None:
+    """Raise ValueError where the folder of a run holds one of another configuration."""
+    for run in runs:
+        path = run.config.run_dir
+        assert path is not None
+        if not (path / CONFIG).is_file():
+            continue
+        before, now = flatten(to_dict(read_config(path))), flatten(to_dict(run.config))
+        for field in sorted(set(now) - set(_HOW)):
+            if before[field] != now[field]:
+                raise ValueError(
+                    f"{path} holds a run whose {field} is {before[field]}, and this sweep wants {now[field]}: pass another "
+                    f"--output, or move that folder away"
+                )
+
+
+class _Progress:
+    """What has become of the runs so far; remembered, written into the table and said after each."""
+
+    def __init__(self, sweep: Sweep, runs: Sequence[PlannedRun], folder: Path, at_once: int) -> None:
+        self._sweep, self._runs, self._folder, self._at_once = sweep, runs, folder, at_once
+        self._by_name = {run.name: run for run in runs}
+        self._before = read_outcomes(folder)
+        """Also of runs that are not asked for now: other seeds."""
+        self.outcomes = {run.name: self._before.get(run.name, Outcome()) for run in runs}
+        self._attempts: dict[str, int] = {
+            name: MAX_FAILURES - 1 if outcome.status == "failed" else 0 for name, outcome in self.outcomes.items()
+        }
+        self._begun, self._num_before = time.monotonic(), self._count("finished")
+        if self._num_before:
+            print(f"{self._num_before} of {len(runs)} runs are finished already", flush=True)
+
+    def unfinished(self) -> list[PlannedRun]:
+        """The runs to be started."""
+        return [run for run in self._runs if self.outcomes[run.name].status != "finished"]
+
+    def ended(self, ended: Ended) -> bool:
+        """Note how a run has ended; whether it shall be tried again."""
+        name, before = ended.job.name, self.outcomes[ended.job.name]
+        outcome = dataclasses.replace(before, seconds=before.seconds + ended.seconds)
+        again = False
+        if ended.code == 0:
+            outcome = dataclasses.replace(outcome, status="finished", error="")
+        elif ended.stopped or ended.code == STOPPED:
+            outcome = dataclasses.replace(outcome, status="pending")
+        else:
+            self._attempts[name] += 1
+            again = self._attempts[name] < MAX_FAILURES
+            outcome = dataclasses.replace(
+                outcome, status="pending" if again else "failed", failures=before.failures + 1, error=sentence_of(ended)
+            )
+        self.outcomes[name] = outcome
+        write_outcomes(self._folder, self._before | self.outcomes)
+        write_table(self._folder, self._sweep, self._runs, self.outcomes)
+        print(self._line(name, ended, again), flush=True)
+        return again
+
+    def _line(self, name: str, ended: Ended, again: bool) -> str:
+        outcome = self.outcomes[name]
+        finished, failed = self._count("finished"), self._count("failed")
+        head = f"[{finished + failed} of {len(self._runs)}] {name}"
+        if again:
+            return f"{head}: failed, will be tried again: {outcome.error}"
+        if outcome.status == "failed":
+            return f"{head}: FAILED: {outcome.error}"
+        if outcome.status == "pending":
+            return f"{head}: stopped; the same command continues it"
+        done = finished - self._num_before
+        left = len(self._runs) - finished - failed
+        seconds = (time.monotonic() - self._begun) / done * left
+        return f"{head}: {self._top1(name)} in {ended.seconds:.0f} s; ETA {clock(seconds)}"
+
+    def _top1(self, name: str) -> str:
+        path = self._by_name[name].config.run_dir
+        assert path is not None
+        validations = [line for line in read_metrics(path) if line["kind"] == "validation"]
+        return f"top-1 {validations[-1]['top1']:.2%}" if validations else "no validation"
+
+    def _count(self, status: str) -> int:
+        return sum(outcome.status == status for outcome in self.outcomes.values())
+
+    def close(self, was_asked: bool) -> int:
+        """Say what there is; the exit code of the sweep."""
+        failed = [name for name, outcome in self.outcomes.items() if outcome.status == "failed"]
+        pending = self._count("pending")
+        print(
+            f"{self._count('finished')} finished, {len(failed)} failed, {pending} to be done, in "
+            f"{clock(time.monotonic() - self._begun)}; {self._folder / 'sweep.csv'}"
+        )
+        for name in failed:
+            print(f"  {name}: {self.outcomes[name].error} (log: {self._folder / 'logs' / name}.log)")
+        if was_asked or pending:
+            print(f"exit code {STOPPED}: the same command continues the sweep", flush=True)
+            return STOPPED
+        return 1 if failed else 0

@@ -1,0 +1,123 @@
+"""What a sweep writes: sweep.csv, one row a run, and sweep.json, what was asked. Both are replaced as a whole."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bitfleet.trainer.config import TrainConfig, to_dict
+from bitfleet.trainer.metrics import read_metrics
+from bitfleet.trainer.run_folder import git_revision, versions
+from bitfleet.trainer.sweep import PlannedRun, Sweep
+from bitfleet.trainer.sweep_outcomes import Outcome
+
+CSV, JSON = "sweep.csv", "sweep.json"
+MAX_POINTS = 200
+"""Of a training curve; a longer one is thinned evenly, its last point kept. Validation curves are whole."""
+PLACES = ("run_dir", "output", "resume")
+"""Fields that say where a run is, not what it is."""
+END = {"loss": "train_loss", "top1": "train_top1", "flip_ratio": "flip_ratio", "images_per_second": "images_per_second"}
+"""Key of the last training line -> column."""
+COLUMNS = (
+    *(f"end.{key}" for key in ("top1", "top5", "loss", *END.values())),
+    *("best.top1", "seconds", "error", "steps_per_epoch"),
+    *(f"curve.{key}" for key in ("step", "top1", "loss", "train_step", "train_loss", "flip_ratio")),
+)
+Cell = str | float | int
+
+
+def write_table(folder: Path, sweep: Sweep, runs: Sequence[PlannedRun], outcomes: Mapping[str, Outcome]) -> None:
+    """Write sweep.csv into `folder`: a row for each of `runs`, also for those that are still to come.
+
+    Columns: run, status (finished, failed, pending), seed; axis.<axis>; config.<field> for what differs between the runs; end.*,
+    best.top1, curve.* (JSON lists) from metrics.jsonl, accuracies as fractions; seconds over all attempts; error.
+    """
+    differing = differing_fields([run.config for run in runs])
+    axes = list(sweep.axes)
+    head = ["run", "status", "seed", *(f"axis.{axis}" for axis in axes), *(f"config.{field}" for field in differing[0])]
+    text = io.StringIO()
+    table = csv.DictWriter(text, [*head, *COLUMNS], restval="", lineterminator="\n")
+    table.writeheader()
+    for run, fields in zip(runs, differing, strict=True):
+        outcome = outcomes.get(run.name, Outcome())
+        row: dict[str, Cell] = {"run": run.name, "status": outcome.status, "seed": run.config.seed}
+        row |= {f"axis.{axis}": value for axis, value in run.point.labels.items()}
+        row |= {f"config.{field}": _cell(value) for field, value in fields.items()}
+        row |= {"seconds": round(outcome.seconds, 1), "error": outcome.error}
+        assert run.config.run_dir is not None
+        table.writerow(row | curves(read_metrics(run.config.run_dir)))
+    replace(folder / CSV, text.getvalue())
+
+
+def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Cell]:
+    """The columns that come from the lines of a run's metrics.jsonl; empty for what has not come yet."""
+    lines = list(lines)
+    train = [line for line in lines if line["kind"] == "train"]
+    validation = [line for line in lines if line["kind"] == "validation"]
+    row: dict[str, Cell] = {}
+    if validation:
+        row |= {f"end.{key}": validation[-1][key] for key in ("top1", "top5", "loss")}
+        row["best.top1"] = max(line["top1"] for line in validation)
+        row |= {
+            f"curve.{key}": json.dumps([_short(line[key]) for line in validation]) for key in ("step", "top1", "loss")
+        }
+    if train:
+        row |= {f"end.{column}": train[-1][key] for key, column in END.items() if key in train[-1]}
+        row["steps_per_epoch"] = round(train[-1]["step"] / train[-1]["epoch"])
+        every = -(-len(train) // MAX_POINTS)
+        kept = train[::-1][::every][::-1]
+        for key, column in (("step", "train_step"), ("loss", "train_loss"), ("flip_ratio", "flip_ratio")):
+            if key in train[-1]:
+                row[f"curve.{column}"] = json.dumps([_short(line[key]) for line in kept])
+    return row
+
+
+def write_question(folder: Path, sweep: Sweep, words: Sequence[str]) -> None:
+    """Write sweep.json into `folder`: title, question, base, axes, seeds, options of all runs, git revision, versions."""
+    content = {
+        "name": sweep.name,
+        "title": sweep.title,
+        "question": sweep.question,
+        "base": sweep.base,
+        "axes": sweep.axes,
+        "seeds": sweep.seeds,
+        "options": list(words),
+        "git": git_revision(),
+        "versions": versions(),
+    }
+    replace(folder / JSON, json.dumps(content, indent=2) + "\n")
+
+
+def differing_fields(configs: Sequence[TrainConfig]) -> list[dict[str, Any]]:
+    """For each configuration the fields, dotted, in which it differs from any other; where the runs are is left out."""
+    flat = [flatten(to_dict(config)) for config in configs]
+    fields = [field for field in flat[0] if field not in PLACES]
+    kept = [field for field in fields if any(other[field] != flat[0][field] for other in flat)]
+    return [{field: each[field] for field in kept} for each in flat]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of dictionaries as dotted names -> leaves."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
+
+
+def replace(path: Path, text: str) -> None:
+    """Write `text` to `path`; who reads meanwhile sees the old or the new whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _cell(value: Any) -> Cell:
+    return "" if value is None else value if isinstance(value, str | int | float) else json.dumps(value)
+
+
+def _short(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.6g}")
