@@ -94,9 +94,14 @@ def write_question(folder: Path, sweep: Sweep, words: Sequence[str]) -> None:
 def differing_fields(configs: Sequence[TrainConfig]) -> list[dict[str, Any]]:
     """For each configuration the fields, dotted, in which it differs from any other; where the runs are is left out."""
     flat = [flatten(to_dict(config)) for config in configs]
-    fields = [field for field in flat[0] if field not in PLACES]
-    kept = [field for field in fields if any(other[field] != flat[0][field] for other in flat)]
-    return [{field: each[field] for field in kept} for each in flat]
+    # A schedule that a rule does not have is None, and its fields are nowhere.
+    fields = dict.fromkeys(field for each in flat for field, value in each.items() if value is not None)
+    kept = [
+        field
+        for field in fields
+        if field not in PLACES and any(other.get(field) != flat[0].get(field) for other in flat)
+    ]
+    return [{field: each.get(field) for field in kept} for each in flat]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
