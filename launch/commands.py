@@ -34,6 +34,8 @@ class Request:
     """With --no_ssh: the number of this machine."""
     remote: bool = False
     """Whether the only host is another machine."""
+    visible_devices: bool = False
+    """CUDA_VISIBLE_DEVICES names a device for each rank: DeepSpeed heeds it only where it is given no number."""
     exports: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Environment that must travel."""
 
@@ -75,7 +77,7 @@ def deepspeed_words(request: Request) -> list[str]:
     words = [tool("deepspeed")]
     if request.hostfile is not None and (request.by_ssh or request.node_rank is not None):
         words += ["--hostfile", str(request.hostfile)]
-    else:
+    elif not request.visible_devices:
         words += ["--num_accelerators", str(request.world_size)]
     if request.node_rank is not None:
         words += ["--no_ssh", "--node_rank", str(request.node_rank)]

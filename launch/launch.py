@@ -120,7 +120,11 @@ def start(request: Request, config: TrainConfig) -> int:
     told: set[int] = set()
     if not request.by_ssh:
         if request.node_rank is None:
-            request = dataclasses.replace(request, master_port=request.master_port or free_port())
+            port, visible = request.master_port or free_port(), environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            on_gpus = config.device != "cpu" and gpus_here(0) > 0
+            request = dataclasses.replace(
+                request, master_port=port, visible_devices=on_gpus and len(visible) == request.world_size
+            )
         return supervise(deepspeed_words(request), environ, lambda number: ask_ranks(number, told))
     if shutil.which("pdsh") is None:
         raise ValueError(
@@ -153,11 +157,11 @@ def start(request: Request, config: TrainConfig) -> int:
     return code
 
 
-def gpus_here() -> int:
-    """GPUs of this machine; 1 without any."""
+def gpus_here(otherwise: int = 1) -> int:
+    """GPUs that this process may use; `otherwise` without any."""
     import torch
 
-    return torch.cuda.device_count() or 1
+    return torch.cuda.device_count() or otherwise
 
 
 def main() -> None:

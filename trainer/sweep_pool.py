@@ -111,6 +111,7 @@ def _start(job: Job, place: Mapping[str, str]) -> _Child:
 
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
+        offset = log.tell()
         process = subprocess.Popen(
             job.command,
             env={**os.environ, **place},
@@ -120,7 +121,7 @@ def _start(job: Job, place: Mapping[str, str]) -> _Child:
             start_new_session=True,  # what a terminal sends reaches this process only
             preexec_fn=end_with_parent,
         )
-        return _Child(job, process, time.monotonic(), log.tell())
+        return _Child(job, process, time.monotonic(), offset)
 
 
 def _ask(children: Iterable[_Child], told: set[int], *, kill: bool) -> None:

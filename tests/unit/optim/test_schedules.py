@@ -34,6 +34,7 @@ def test_warmup_multiplies() -> None:
         ({"start": -1.0}, "start of a schedule"),
         ({"start": math.nan}, "start of a schedule"),
         ({"start": 1.0, "num_steps": 0}, "num_steps"),
+        ({"start": 1.0, "share": 0.0}, r"share of a schedule must be in \(0, 1\], not 0.0"),
         ({"start": 1.0, "warmup_steps": -1}, "warmup_steps"),
     ],
 )
@@ -47,6 +48,9 @@ def test_open_length_must_be_filled_before_use() -> None:
         linear(1.0, 0.0)(0)
     assert linear(1.0, 0.0).over(10)(5) == 0.5
     assert linear(1.0, 0.0, 20).over(10)(5) == 0.75
+    stairs = Schedule(start=1.0, kind="exponential", rate=0.1, share=0.25).over(10)  # 2.5 steps, to even
+    assert [stairs(step) for step in (0, 1, 2, 4)] == pytest.approx([1.0, 1.0, 0.1, 0.01])
+    assert Schedule(start=1.0, share=0.01).over(10).num_steps == 1
 
 
 def test_scheduler_writes_the_value_of_the_coming_step() -> None:
