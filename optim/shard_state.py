@@ -38,12 +38,13 @@ def chunks(buckets: Sequence[Bucket]) -> list[Chunk]:
 
 def bit_chunks(buckets: Sequence[Bucket]) -> list[Chunk]:
     """This rank's stretches of the binary weights, as packed signs."""
+    return [chunk for bucket in buckets if bucket.binary for chunk in packed_chunks(bucket, BITS, bucket.signs())]
+
+
+def packed_chunks(bucket: Bucket, key: str, packed: Tensor) -> list[Chunk]:
+    """The stretches, by parameter, of what holds a bit for each weight of a slice: uint8 [slice_numel / 8]."""
     return [
-        Chunk(
-            BITS, name, bucket.signs()[low // 8 : -(-high // 8)], first // 8, -(-bucket.segments[i].param.numel() // 8)
-        )
-        for bucket in buckets
-        if bucket.binary
+        Chunk(key, name, packed[low // 8 : -(-high // 8)], first // 8, -(-bucket.segments[i].param.numel() // 8))
         for i, name, first, low, high in bucket.pieces()
     ]
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bitfleet.optim import RoutedOptimizer, ShardedOptimizer
+from bitfleet.optim.diagnostics import BitDiagnostics
 from bitfleet.trainer import checkpoint_tensors
 from bitfleet.trainer.checkpoint import (
     check_model,
@@ -21,6 +22,9 @@ from bitfleet.trainer.checkpoint import (
     verify,
 )
 from bitfleet.trainer.distributed import Ranks, barrier, cpu_group, objects_from_ranks
+
+DIAGNOSTICS_SINCE = "diagnostics_since"
+"""Key of meta.json: steps that were done when the memory of flips began."""
 
 
 class Intact(NamedTuple):
@@ -100,6 +104,21 @@ def load(model: nn.Module, optimizer: Optimizer, checkpoint: Intact) -> None:
     else:
         assert isinstance(optimizer, RoutedOptimizer)
         optimizer.load_steps(meta["optimizer_steps"])
+
+
+def load_diagnostics(diagnostics: BitDiagnostics, checkpoint: Intact, ranks: Ranks) -> None:
+    """Fill the memory of flips, after `load`; every rank calls this. A checkpoint without one begins it, and rank 0 says so."""
+    path, meta = checkpoint
+    since = meta.get(DIAGNOSTICS_SINCE)
+    if since is not None:
+        checkpoint_tensors.read_into(checkpoint_tensors.diagnostics_targets(diagnostics), path, cpu_group("control"))
+    elif ranks.is_first:
+        print(
+            f"bitfleet: {path} was written without metrics.diagnostics: they begin after step {meta['step']:,}",
+            file=sys.stderr,
+            flush=True,
+        )
+    diagnostics.begin(meta["step"] if since is None else since)
 
 
 def load_model(model: nn.Module, checkpoint: Path) -> None:

@@ -4,6 +4,7 @@
                                 not +-1 yet (the rule bnew) is not stored so
     model.<tensor>              any other parameter or buffer, as it is
     optim.<key>.<parameter>     a moment, flat fp32 [numel]
+    diagnostics.<key>.<parameter>   memory of flips, packed like the bits; only of a run with metrics.diagnostics
 
 With sharding "bits" each rank writes its slices of bits and moments as chunks of these logical tensors, rank 0 the rest; else
 rank 0 writes everything. A chunk is a plain view with the attributes of DCP's CheckpointableTensor; reading on another number of
@@ -41,13 +42,14 @@ from torch.optim import Optimizer
 
 from bitfleet.optim import RoutedOptimizer, ShardedOptimizer, is_binary
 from bitfleet.optim.bits import pack_signs, unpack_signs
+from bitfleet.optim.diagnostics import BitDiagnostics
 from bitfleet.optim.routed import RULES
 from bitfleet.optim.shard_state import BITS as CHUNK_BITS
 from bitfleet.optim.shard_state import Chunk
 from bitfleet.trainer.distributed import Ranks
 
 Tensors = dict[str, Tensor]
-MODEL, BITS, OPTIM = "model.", "bits.", "optim."
+MODEL, BITS, OPTIM, DIAGNOSTICS = "model.", "bits.", "optim.", "diagnostics."
 
 
 def shard_files(rank: int) -> str:
@@ -70,15 +72,18 @@ def copy_mark(source: Tensor, target: Tensor) -> Tensor:
     return target
 
 
-def tensors_to_save(model: nn.Module, optimizer: Optimizer | None, ranks: Ranks) -> Tensors:
+def tensors_to_save(
+    model: nn.Module, optimizer: Optimizer | None, ranks: Ranks, diagnostics: BitDiagnostics | None = None
+) -> Tensors:
     """This rank's share of a checkpoint: views where possible, nothing is copied but packed signs.
 
     Args:
         model: its weights are whole on every rank.
         optimizer: None leaves its state out: it is in DeepSpeed's own files.
         ranks: this process's place.
+        diagnostics: of the optimizer, if there are any.
     """
-    found: Tensors = {}
+    found: Tensors = diagnostics_targets(diagnostics) if diagnostics is not None else {}
     in_chunks: set[str] = set()
     if isinstance(optimizer, ShardedOptimizer):
         found |= _marked(optimizer.chunks()) | _marked(optimizer.bit_chunks())
@@ -98,9 +103,9 @@ def tensors_to_save(model: nn.Module, optimizer: Optimizer | None, ranks: Ranks)
     return found
 
 
-def _marked(chunks: Iterable[Chunk]) -> Tensors:
+def _marked(chunks: Iterable[Chunk], prefix: str = OPTIM) -> Tensors:
     return {
-        (BITS if chunk.key == CHUNK_BITS else f"{OPTIM}{chunk.key}.") + chunk.name: logical_chunk(
+        (BITS if chunk.key == CHUNK_BITS else f"{prefix}{chunk.key}.") + chunk.name: logical_chunk(
             chunk.tensor.view(-1), chunk.offset, chunk.numel
         )
         for chunk in chunks
@@ -238,6 +243,11 @@ def state_targets(optimizer: Optimizer) -> Tensors:
     assert isinstance(optimizer, RoutedOptimizer)
     optimizer.create_state()
     return _plain_state(optimizer)
+
+
+def diagnostics_targets(diagnostics: BitDiagnostics) -> Tensors:
+    """Views of this rank's memory of flips: what is saved, and where it belongs when it is read."""
+    return _marked(diagnostics.chunks(), DIAGNOSTICS)
 
 
 def total_bytes(tensors: Mapping[str, Any]) -> int:

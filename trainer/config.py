@@ -71,6 +71,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.metrics.diagnostics and self.engine.sharding != "bits":
+            raise ValueError(
+                f"metrics.diagnostics are counted in the step of engine.sharding bits, but that is {self.engine.sharding!r}: "
+                f"leave them out, or use --engine.sharding bits"
+            )
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, not {self.seed}")
         if self.optim.transitions.drives != "off" and self.engine.sharding != "bits":

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from bitfleet.optim import is_binary
 from bitfleet.trainer.distributed import sum_over_ranks_
+from bitfleet.trainer.metrics_diagnostics import show_diagnostics
 
 JSONL = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -29,6 +30,8 @@ class MetricsConfig:
 
     every_steps: int = 10
     """Log every so many optimizer steps; on all other steps metrics cost no host sync."""
+    diagnostics: bool = False
+    """Log also what the flips of the binary weights amount to (docs/diagnostics.md); wants engine.sharding bits."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
@@ -167,14 +170,24 @@ class MetricsWriter:
         self._file = path.open("a")
         order_event_files(run / TENSORBOARD, time.time())
         self._tensorboard = SummaryWriter(str(run / TENSORBOARD), purge_step=start_step + 1)
+        self._has_layout = False
 
     def write(self, kind: str, step: int, values: Mapping[str, float | str]) -> None:
         """Log `values` of `kind` ("train" or "validation") after `step` optimizer steps; TensorBoard gets the numbers."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        self._append(kind, step, values)
         for key, value in values.items():
             if not isinstance(value, str):
                 self._tensorboard.add_scalar(f"{kind}/{key}", value, step)
+
+    def write_diagnostics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Log the diagnostics of bits (`BitDiagnostics.values`) after `step` optimizer steps."""
+        self._append("diagnostics", step, values)
+        show_diagnostics(self._tensorboard, step, values, with_layout=not self._has_layout)
+        self._has_layout = True
+
+    def _append(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
 
     def write_text(self, tag: str, text: str) -> None:
         """Show a text in TensorBoard, line by line."""

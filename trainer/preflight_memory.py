@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bitfleet.models import create_model
 from bitfleet.optim import RoutedOptimizer, ShardedOptimizer
 from bitfleet.optim.buckets import tree_sum
+from bitfleet.optim.diagnostics import BITS_PER_WEIGHT
 from bitfleet.optim.routed import RULES
 from bitfleet.optim.sharding_reduction import MAX_FLIGHTS
 from bitfleet.trainer.config import TrainConfig
@@ -101,6 +102,8 @@ def predict_memory(
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     numel = sum(bucket.numel for bucket in buckets)
     state = sum(_state_bytes(bucket, config.engine, world_size) for bucket in buckets)
+    if config.metrics.diagnostics:
+        state += sum(BITS_PER_WEIGHT * bucket.numel // 8 // world_size for bucket in buckets if bucket.binary)
     weights = 4 * numel // (world_size if config.engine.sharding == "zero3" else 1) + frozen + buffers
     local_replicas = num_replicas // world_size
     batch = config.global_batch_size // num_replicas

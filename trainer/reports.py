@@ -38,7 +38,7 @@ class Reports:
         routing: str,
     ) -> None:
         self.latest: dict[str, dict[str, float | str]] = {}
-        """The last line of each kind, on rank 0."""
+        """The last line of "train" and of "validation", on rank 0."""
         self._config, self._steps_per_epoch = config, steps_per_epoch
         self._log: MetricsWriter | None = None
         if ranks.is_first:
@@ -46,7 +46,9 @@ class Reports:
             self._log = MetricsWriter(path, step)
             self._log.write_text("config", (path / "config.json").read_text())
             self._log.write_text("routing", routing)
-            self.latest = {line.pop("kind"): line for line in read_metrics(path)}
+            self.latest = {
+                line.pop("kind"): line for line in read_metrics(path) if line["kind"] in ("train", "validation")
+            }
         self._progress = Progress(
             start_step=step, num_steps=num_steps, steps_per_epoch=steps_per_epoch, visible=ranks.is_first
         )
@@ -88,6 +90,11 @@ class Reports:
             f"epoch {step // self._steps_per_epoch}/{self._config.epochs}: validation loss {accuracy.loss:.3f} "
             f"top-1 {accuracy.top1:.2%} top-5 {accuracy.top5:.2%} ({accuracy.num_images:,} images)"
         )
+
+    def diagnostics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Report the diagnostics of bits after `step`, if there are any."""
+        if self._log is not None and values:
+            self._log.write_diagnostics(step, values)
 
     def say(self, text: str) -> None:
         """Print a line, on rank 0."""

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bitfleet.optim import RoutedOptimizer, ShardedOptimizer
+from bitfleet.optim.diagnostics import BitDiagnostics
 from bitfleet.trainer import checkpoint_loader, checkpoint_tensors
 from bitfleet.trainer.checkpoint import (
     ENGINE,
@@ -20,7 +21,7 @@ from bitfleet.trainer.checkpoint import (
     latest_checkpoint,
     step_of,
 )
-from bitfleet.trainer.checkpoint_loader import Intact
+from bitfleet.trainer.checkpoint_loader import DIAGNOSTICS_SINCE, Intact
 from bitfleet.trainer.checkpoint_saver import Saver
 from bitfleet.trainer.config import TrainConfig, to_dict
 from bitfleet.trainer.distributed import Ranks, sum_of_numbers
@@ -41,6 +42,7 @@ class Parts(NamedTuple):
     optimizer: Optimizer
     signature: dict[str, list[int]]
     """Of the model before the engine had it: zero3 takes the weights apart."""
+    diagnostics: BitDiagnostics | None = None
 
 
 def find_start(folder: RunFolder, ranks: Ranks) -> Intact | None:
@@ -128,6 +130,8 @@ class RunCheckpoints:
             load_engine(self.parts.engine, path, ENGINE)
         else:
             checkpoint_loader.load(self.parts.model, self._elastic, checkpoint)
+            if self.parts.diagnostics is not None:
+                checkpoint_loader.load_diagnostics(self.parts.diagnostics, checkpoint, self.ranks)
             self.parts.engine.lr_scheduler.load_state_dict({"num_steps_done": meta["step"]})
             self.parts.engine.global_steps = meta["step"]
         self._earlier_seconds = meta.get("save_seconds")
@@ -180,12 +184,17 @@ class RunCheckpoints:
             "optimizer_steps": steps,
             "transitions": transitions,
         }
+        if self.parts.diagnostics is not None:
+            meta[DIAGNOSTICS_SINCE] = self.parts.diagnostics.since
         with whole_weights(self.parts.engine):
-            tensors = checkpoint_tensors.tensors_to_save(self.parts.model, optimizer, self.ranks)
+            tensors = self._tensors()
             if optimizer is None:  # zero3 takes the weights apart again, before DeepSpeed writes its files
                 tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         self.saver.save(step, tensors, meta, self._write_engine if optimizer is None else None)
         self._last_step, self._last_time = step, time.monotonic()
+
+    def _tensors(self) -> checkpoint_tensors.Tensors:
+        return checkpoint_tensors.tensors_to_save(self.parts.model, self._elastic, self.ranks, self.parts.diagnostics)
 
     def _write_engine(self, folder: Path) -> None:
         self.parts.engine.save_checkpoint(str(folder), tag=ENGINE, save_latest=False)
@@ -196,9 +205,7 @@ class RunCheckpoints:
     def cost(self) -> str:
         """What checkpoints will take on disk, in words; every rank calls this."""
         with whole_weights(self.parts.engine):
-            mine = checkpoint_tensors.total_bytes(
-                checkpoint_tensors.tensors_to_save(self.parts.model, self._elastic, self.ranks)
-            )
+            mine = checkpoint_tensors.total_bytes(self._tensors())
         if self._elastic is None:  # weights and moments once more, in DeepSpeed's files
             mine += 12 * sum(param.numel() for param in self.parts.model.parameters()) // self.ranks.world_size
         each = sum_of_numbers(mine)

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,20 +15,21 @@ from bitfleet.trainer.checkpoint import model_signature
 from bitfleet.trainer.checkpoint_loader import Intact
 from bitfleet.trainer.config import TrainConfig, resolve_replicas
 from bitfleet.trainer.data import TrainLoader, ValidationLoader, normalize, open_dataset
-from bitfleet.trainer.distributed import Ranks, from_first_rank, sum_of_numbers
-from bitfleet.trainer.engine import backward, create_engine, shard, whole_weights
+from bitfleet.trainer.distributed import Ranks, from_first_rank
+from bitfleet.trainer.engine import backward, create_engine, shard
 from bitfleet.trainer.engine_options import deepspeed_options
 from bitfleet.trainer.evaluate import validate
+from bitfleet.trainer.flips import make_diagnostics, step_flips
 from bitfleet.trainer.heartbeat import reached
 from bitfleet.trainer.initial_weights import load_initial_weights, seed_everything
-from bitfleet.trainer.metrics import AccuracyMeter, FlipCounter, Stopwatch, hyperparameters_of
+from bitfleet.trainer.metrics import hyperparameters_of
 from bitfleet.trainer.nonfinite import MAX_SKIPPED_IN_A_ROW, nonfinite_gradient
+from bitfleet.trainer.readings import Readings
 from bitfleet.trainer.reports import Reports
 from bitfleet.trainer.run_checkpoints import Parts, RunCheckpoints, find_start, identity
 from bitfleet.trainer.run_folder import RunFolder, choose_run_folder, take_folder
 from bitfleet.trainer.running_statistics import RunningStatistics
 from bitfleet.trainer.stop import StopWatcher
-from bitfleet.trainer.stragglers import OwnTime, StragglerWatch
 
 
 class Trainer:
@@ -72,13 +72,14 @@ class Trainer:
         self.sharded = shard(self.optimizer, config.engine, self.num_replicas)
         self.engine = create_engine(self.model, self.sharded, schedules, options, device)
         self.statistics = RunningStatistics(self.model, self.num_replicas)
-        self.meter, self.flips, self.stopwatch = AccuracyMeter(device), FlipCounter(self.model), Stopwatch()
-        self.own_time, self.stragglers = OwnTime(device), StragglerWatch(ranks.hosts)
+        diagnostics = make_diagnostics(config, self.sharded)
+        flips = step_flips(self.engine, self.model, self.sharded, ranks, diagnostics)
+        self.readings = Readings(config, ranks, device, flips)
         self.checkpoints = RunCheckpoints(
             config,
             self.folder,
             ranks,
-            Parts(self.engine, self.model, self.sharded, signature),
+            Parts(self.engine, self.model, self.sharded, signature, diagnostics),
             identity(config, self.num_replicas, ranks.world_size, self.dataset.sha),
             steps_per_epoch=self.loader.steps_per_epoch,
         )
@@ -125,7 +126,7 @@ class Trainer:
     def _resume(self, begun: Intact) -> int:
         step = self.checkpoints.resume(begun)
         if self.ranks.is_first:
-            self.meter.load(begun.meta["meter"])
+            self.readings.meter.load(begun.meta["meter"])
         return step
 
     @property
@@ -140,7 +141,7 @@ class Trainer:
             self.step,
             {
                 "classes": list(self.dataset.classes),
-                "meter": self.meter.peek(),
+                "meter": self.readings.meter.peek(),
                 "num_threads": torch.get_num_threads(),
                 "metrics": self.reports.latest,
             },
@@ -153,28 +154,28 @@ class Trainer:
             FloatingPointError: a gradient is not finite, and `engine.on_nonfinite` is "stop".
         """
         skipped_before = self.num_skipped_steps
-        self.meter.keep()
+        self.readings.meter.keep()
         for _ in range(self.num_replicas // self.ranks.world_size):
             start = time.perf_counter()
-            self.own_time.begin()
+            self.readings.own_time.begin()
             images, labels = next(self.batches)
-            self.stopwatch.waited(time.perf_counter() - start)
+            self.readings.stopwatch.waited(time.perf_counter() - start)
             labels = labels.to(self.device, non_blocking=True)
             images = normalize(images.to(self.device, non_blocking=True), self.config.data.mean, self.config.data.std)
             self.statistics.start_replica()
             logits: Tensor = self.engine(images)
             loss = nn.functional.cross_entropy(logits.float(), labels)
             backward(self.engine, loss, self.config.engine.sharding)
-            self.own_time.end()
+            self.readings.own_time.end()
             self.statistics.end_replica()
-            self.meter.add(loss, logits.detach(), labels)
+            self.readings.meter.add(loss, logits.detach(), labels)
             self.engine.step()
         if self.num_skipped_steps > skipped_before:
             self._skip_step()
         else:
             self.statistics.end_step()
             self._skipped_in_a_row = 0
-        self.own_time.end_step()
+        self.readings.own_time.end_step()
         self.step += 1
         reached(self.step)
 
@@ -182,7 +183,7 @@ class Trainer:
         """The optimizer updated nothing: let go of what the forward passes left behind, and stop if that is wanted."""
         assert isinstance(self.sharded, ShardedOptimizer)
         self.statistics.abandon_step()
-        self.meter.forget()
+        self.readings.meter.forget()
         self._skipped_in_a_row += 1
         if self.config.engine.on_nonfinite == "skip" and self._skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
             return
@@ -208,16 +209,14 @@ class Trainer:
         )
         self.batches = self.loader.batches(self.step)
         self.engine.train()
-        self.stopwatch.read()
+        self.readings.stopwatch.read()
 
     def advance(self) -> None:
         """One step; on a logging step also its host syncs and its report."""
         if (self.step + 1) % self.config.metrics.every_steps and self.step + 1 != self.num_steps:
             self.train_step()
             return
-        with whole_weights(self.engine):
-            if self.ranks.is_first:
-                self.flips.before_step()
+        self.readings.flips.before_step()
         hyperparameters = hyperparameters_of(self.optimizer)
         self.train_step()
         self._report(hyperparameters | driven_values(self.optimizer.param_groups))
@@ -278,22 +277,18 @@ class Trainer:
         accuracy = validate(self.model, self.validation_loader, self.config, self.device, must_stop)
         if accuracy is not None:
             self.reports.validation(self.step, accuracy)
-        self.stopwatch.leave_out(time.perf_counter() - start)  # images/s are those of the steps
+        self.readings.stopwatch.leave_out(time.perf_counter() - start)  # images/s are those of the steps
 
     def _report(self, hyperparameters: dict[str, float]) -> None:
-        with whole_weights(self.engine):
-            flips = self.flips.after_step() if self.ranks.is_first else {}
-        own_seconds = self.own_time.read_among(self.ranks.world_size, self.ranks.rank)
-        train, own_seconds = self.meter.read_with(own_seconds)
-        seconds, data_seconds = self.stopwatch.read()
+        reading = self.readings.read(
+            num_skipped_steps=self.num_skipped_steps, num_replaced=self.loader.num_replaced, say=self.reports.say
+        )
+        train = reading.train
         if train.num_images == 0:  # every step was skipped
             return
         if not np.isfinite(train.loss):
             if isinstance(self.sharded, ShardedOptimizer):  # which let no such gradient into its state
                 self._save_and_wait()
             raise FloatingPointError(f"the training loss is {train.loss} at step {self.step}: lower the learning rate")
-        facts: dict[str, Any] = {"skipped_steps": self.num_skipped_steps}
-        if self.config.data.on_bad_sample == "replace":
-            facts["replaced_samples"] = sum_of_numbers(self.loader.num_replaced)
-        facts |= self.stragglers.facts(own_seconds, self.reports.say)
-        self.reports.train(self.step, train, hyperparameters | flips | facts, seconds, data_seconds)
+        self.reports.train(self.step, train, hyperparameters | reading.further, reading.seconds, reading.data_seconds)
+        self.reports.diagnostics(self.step, reading.diagnostics)

@@ -18,6 +18,7 @@ from bitfleet.optim import Bop, Bop2ndOrder, RoutedOptimizer, ShardedOptimizer
 from bitfleet.optim.buckets import tree_sum
 from bitfleet.optim.schedules import constant
 from bitfleet.optim.transitions import Target, next_rate, next_value
+from tests.distributed.diagnostics_check import check_diagnostics
 from tests.golden import recipe
 
 SIZES = [(1001,), (7,), (64,), (13, 5, 2), (1,), (3, 3, 16, 16)]
@@ -360,6 +361,22 @@ def check_transitions() -> None:
     assert sharded.transition_state() == state  # counted once, not by every rank
 
 
+def check_diagnostics_of_bits(folder: Path) -> None:
+    """Slices of every rank put together are what one would count on whole weights; thresholds near the noise."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mine, theirs = make_params(0), make_params(0)
+    rule = RULES["adam"] | {"gamma": 0.05}
+
+    def take_step(step: int, sharded: ShardedOptimizer, plain: RoutedOptimizer) -> None:
+        backward(mine, [draw(step, rank, index) for index in range(len(mine))])
+        for index, param in enumerate(theirs):
+            param.grad = reduce([draw(step, r, index) for r in range(world_size)], world_size, param)
+        sharded.step()
+        plain.step()
+
+    check_diagnostics(mine, theirs, lambda params: make_plain(params, rule), take_step, folder)
+
+
 def check_golden_vectors(golden: Path) -> None:
     """The recorded trajectories through the sharded class; every rank has the same gradient, whose mean is itself."""
     for trajectory in recipe.TRAJ:
@@ -413,6 +430,7 @@ def main() -> None:
     check_shard_continues_exactly(folder, RULES["adam"], "gamma")
     check_shard_continues_exactly(folder, UNPACKED["latent_adam"], "latent_lr")
     check_transitions()
+    check_diagnostics_of_bits(folder)
     if dist.get_world_size() != 3:  # the mean of equal gradients is exact
         check_golden_vectors(golden)
     dist.barrier()

@@ -13,7 +13,8 @@ from tests.integration.runs import NUM_STEPS, TRAIN, assert_same_bits, failed, f
 
 @pytest.fixture(scope="module")
 def options(tiny: list[str]) -> list[str]:
-    return [*tiny, "--num_replicas", "4", "--num_threads", "1", "--resume", "auto"]
+    further = "--num_replicas 4 --num_threads 1 --metrics.diagnostics True --resume auto"
+    return [*tiny, *further.split()]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def straight(deepspeed: Launch, options: list[str], tmp_path_factory: pytest.Tem
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Weights, buffers, moments, counts, and everything that was logged."""
+    """Weights, buffers, moments, counts, the memory of flips, and everything that was logged."""
     assert_same_bits(final_tensors(a), final_tensors(b))
     for key in ("optimizer_steps", "schedules", "skipped_steps", "sample_offset", "meter"):
         assert read_meta(checkpoints(a)[-1])[key] == read_meta(checkpoints(b)[-1])[key], key
@@ -48,6 +49,7 @@ def test_resume_on_other_ranks_ends_with_the_same_bits(
     assert_same_run(straight, tmp_path / "run")
     state = final_tensors(straight)
     assert any(name.startswith("optim.exp_avg_sq.blocks") for name in state)
+    assert any(tensor.any() for name, tensor in state.items() if name.startswith("diagnostics.fours.blocks"))
     assert any(name.endswith("running_var") for name in state)
 
 

@@ -17,8 +17,8 @@ OWNERS = {
     "deepspeed": ("trainer/engine.py", "launch/"),
     "nvidia": ("trainer/data/",),
     "h5py": ("models/keras_files.py",),
-    "tensorboard": ("trainer/metrics.py",),
-    "torch.utils.tensorboard": ("trainer/metrics.py",),
+    "tensorboard": ("trainer/metrics",),
+    "torch.utils.tensorboard": ("trainer/metrics",),
     "torch.distributed": (
         "trainer/distributed.py",
         "optim/sharding",

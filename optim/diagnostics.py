@@ -1,0 +1,292 @@
+"""What the flips of a sharded optimizer amount to: counts over this rank's slices, by parameter. No communication here.
+
+Every step costs a few operations on packed bits, an eighth of a byte a weight each. What needs gradient and moments is counted
+only in the steps that are asked for. Counts are integers: summed over the ranks they are the same on any number of them.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfleet.optim.bop2ndorder import EPS, bias_corrections
+from bitfleet.optim.buckets import Bucket
+from bitfleet.optim.routed import Group, State
+from bitfleet.optim.shard_state import Chunk, packed_chunks
+from bitfleet.optim.sharding import ShardedOptimizer
+
+WINDOW = 100
+"""Steps over which the flips of a weight are counted; windows follow each other and do not overlap."""
+LOWEST, HIGHEST = -60, 20
+"""The histogram of |r| has a bin for each octave from 2^LOWEST to 2^HIGHEST; what is outside is in its first or last bin."""
+NUM_BINS = HIGHEST - LOWEST
+CHUNK = 1 << 16  # weights whose temporaries stay in the cache
+BITS_PER_WEIGHT = 5
+"""What a `FlipHistory` holds."""
+
+FLIPS, DEAD_BAND, NEVER, OSCILLATORS, AGREEMENT = (
+    "flip_ratio",
+    "dead_band",
+    "never_flipped",
+    "oscillators",
+    "sign_agreement",
+)
+KEYS = (FLIPS, DEAD_BAND, NEVER, OSCILLATORS, AGREEMENT)
+"""The counts of a parameter, in this order; each is reported as a fraction of its weights."""
+LOG_RATIO = "log_ratio"
+AVERAGE = "exp_avg"
+"""The state whose sign is compared with the gradient's."""
+PI = "pi"
+
+Ratio = Callable[[State, Group], Tensor]
+
+
+def _moment(state: State, group: Group) -> Tensor:
+    return state["exp_avg"]
+
+
+def _normalised_moment(state: State, group: Group) -> Tensor:
+    if group["correction"] == "none":
+        return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + EPS)
+    step = max(int(state["step"]), 1)
+    divisor, divisor_sq = bias_corrections(group["correction"], group["gamma"], group["sigma"], step)
+    return (state["exp_avg"] / divisor) / ((state["exp_avg_sq"] / divisor_sq).sqrt() + EPS)
+
+
+RATIOS: dict[str, Ratio] = {"bop": _moment, "bop2ndorder": _normalised_moment}
+"""Rule -> r, fp32 [n], which it compared with the group's "threshold" in the update that led to `state`. A rule that is not here
+compares nothing: it has no dead band and no histogram."""
+
+
+def popcount(packed: Tensor) -> Tensor:
+    """How many bits of `packed`, uint8 [n], are 1: int64 []."""
+    byte = torch.arange(256, device=packed.device)
+    ones = ((byte[:, None] >> torch.arange(8, device=packed.device)) & 1).sum(1)
+    return (torch.bincount(packed, minlength=256) * ones).sum()
+
+
+def octave_counts(ratio: Tensor) -> Tensor:
+    """The histogram of |`ratio`|, fp32 [n], not negative, over octaves: int64 [NUM_BINS].
+
+    A bin is the exponent of the float, so no logarithm rounds a value into its neighbour.
+    """
+    exponents = (ratio.view(torch.int32) >> 23).sub_(127 + LOWEST).clamp_(0, NUM_BINS - 1)
+    return torch.bincount(exponents.to(torch.uint8), minlength=NUM_BINS)
+
+
+def octave_edges() -> list[float]:
+    """log10 of the edges of the histogram, NUM_BINS + 1 of them."""
+    return [round(octave * math.log10(2.0), 4) for octave in range(LOWEST, HIGHEST + 1)]
+
+
+def log_flip_ratio(flip_ratio: float) -> float:
+    """pi = ln(flip_ratio + e^-9), equation 7 of Bop's paper (arXiv 1906.02107): -9 where nothing flips."""
+    return math.log(flip_ratio + math.exp(-9.0))
+
+
+class FlipHistory:
+    """Packed memory of the flips of one slice, uint8 [slice_numel / 8] each.
+
+    `ones`, `twos` and `fours` are the digits of a counter for every weight, which stays in `fours` once it has been at 4.
+    """
+
+    def __init__(self, slice_numel: int, device: torch.device) -> None:
+        self.flipped, self.ones, self.twos, self.fours, self.oscillated = torch.zeros(
+            BITS_PER_WEIGHT, slice_numel // 8, dtype=torch.uint8, device=device
+        )
+
+    def add_(self, flips: Tensor) -> None:
+        """Count the flips of a step."""
+        self.flipped |= flips
+        carry = self.ones & flips
+        self.ones ^= flips
+        flips_of_four = self.twos & carry
+        self.twos ^= carry
+        self.fours |= flips_of_four
+
+    def end_window_(self) -> None:
+        """Keep who flipped at least four times, and count from 0."""
+        self.oscillated, self.fours = self.fours, self.oscillated
+        for digit in (self.ones, self.twos, self.fours):
+            digit.zero_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> what a checkpoint keeps."""
+        return vars(self)
+
+
+class FlipCounts:
+    """How many weights of each parameter a step flipped: an observer for the steps that are asked for."""
+
+    def __init__(self, sharded: ShardedOptimizer) -> None:
+        self.buckets = [bucket for bucket in sharded.buckets if bucket.binary]
+        segments = [segment for bucket in self.buckets for segment in bucket.segments]
+        self.sizes = {segment.name: segment.param.numel() for segment in reversed(segments)}
+        """Parameter -> its weights, in the order of the model as far as the buckets keep it."""
+        self._places = {name: place for place, name in enumerate(self.sizes)}
+        self._counts = self._zeros(len(self.sizes))
+
+    def _zeros(self, count: int) -> Tensor:
+        device = self.buckets[0].weights.device if self.buckets else None
+        return torch.zeros(count, dtype=torch.int64, device=device)
+
+    def observe(self, bucket: Bucket, grad: Tensor, flips: Tensor) -> None:
+        """An observer of `ShardedOptimizer`."""
+        for _, name, _, low, high in bucket.pieces():
+            self._counts[self._places[name]] += popcount(flips[low // 8 : -(-high // 8)])
+
+    def take(self) -> Tensor:
+        """The counts since the last call, int64 [parameters], of this rank's slices."""
+        counts, self._counts = self._counts, torch.zeros_like(self._counts)
+        return counts
+
+    def flip_ratios(self, counts: Sequence[int]) -> dict[str, float]:
+        """ "flip_ratio" overall and "flip_ratio/<parameter>" each, of counts that were summed over the ranks."""
+        return _fractions(FLIPS, self.sizes, dict(zip(self.sizes, counts, strict=True)))
+
+
+class BitDiagnostics(FlipCounts):
+    """The counts of `KEYS` and the histogram of |r|; its memory of earlier flips goes into checkpoints.
+
+    Args:
+        sharded: the optimizer, which it observes from now on; some of its parameters are binary.
+
+    Raises:
+        ValueError: no parameter is updated as bits.
+    """
+
+    def __init__(self, sharded: ShardedOptimizer) -> None:
+        super().__init__(sharded)
+        if not self.buckets:
+            rules = sorted({group["rule"] for group in sharded.param_groups})
+            raise ValueError(
+                f"diagnostics of bits need weights that are updated as bits, but the rules here, {', '.join(rules)}, have none"
+            )
+        self.wanted = False
+        """Whether the coming step is counted; `take` ends it."""
+        self.since = 0
+        """Steps that were done when the history began."""
+        self._sharded, self._num_windows, self._is_counted = sharded, 0, False
+        self._owners = {segment.name: bucket for bucket in self.buckets for segment in bucket.segments}
+        self._history = {bucket: FlipHistory(bucket.slice_numel, bucket.weights.device) for bucket in self.buckets}
+        self._matrix = self._zeros(len(self.sizes) * len(KEYS)).view(-1, len(KEYS))
+        self._bins = self._zeros(NUM_BINS)
+        self._threshold: float | None = None
+        sharded.observers.append(self.observe)
+
+    def begin(self, since: int) -> None:
+        """Go on from the steps that the optimizer has done and from what is in `chunks`; it began after `since` steps."""
+        self.since, self._num_windows = since, self._sharded.num_steps // WINDOW
+
+    def chunks(self) -> list[Chunk]:
+        """This rank's stretches of the history, packed, for a checkpoint of the steps that are done."""
+        self._end_windows(self._sharded.num_steps)
+        return [
+            chunk
+            for bucket, history in self._history.items()
+            for key, tensor in history.tensors().items()
+            for chunk in packed_chunks(bucket, key, tensor)
+        ]
+
+    def _end_windows(self, num_steps: int) -> None:
+        """End those that are over once `num_steps` are done; a skipped step tells no observer, but it counts."""
+        for _ in range(min(num_steps // WINDOW - self._num_windows, 2)):
+            for history in self._history.values():
+                history.end_window_()
+        self._num_windows = num_steps // WINDOW
+
+    def observe(self, bucket: Bucket, grad: Tensor, flips: Tensor) -> None:
+        """An observer of `ShardedOptimizer`."""
+        self._end_windows(self._sharded.num_steps - 1)
+        history = self._history[bucket]
+        history.add_(flips)
+        if not self.wanted:
+            return
+        self._is_counted = True
+        if bucket.group["rule"] in RATIOS:  # now: schedules move on before it is reported
+            self._threshold = float(bucket.group["threshold"])
+        for index, name, _, low, high in bucket.pieces():
+            row = self._matrix[self._places[name]]
+            row[KEYS.index(FLIPS)] += popcount(flips[low // 8 : -(-high // 8)])
+            self._count_moments(bucket, grad, row, index, low, high)
+
+    def _count_moments(self, bucket: Bucket, grad: Tensor, row: Tensor, index: int, low: int, high: int) -> None:
+        """Dead band, agreement and histogram of the elements `low`... of a slice, which belong to segment `index`."""
+        group, step = bucket.group, torch.tensor(float(bucket.steps[index]))
+        ratio_of = RATIOS.get(group["rule"])
+        for first in range(low, high, CHUNK):
+            part = slice(first, min(first + CHUNK, high))
+            state = {"step": step} | {key: tensor[part] for key, tensor in bucket.state.items()}
+            if ratio_of is not None:
+                ratio = ratio_of(state, group).abs()
+                row[KEYS.index(DEAD_BAND)] += torch.count_nonzero(ratio <= group["threshold"])
+                self._bins += octave_counts(ratio)
+            if AVERAGE in state:
+                row[KEYS.index(AGREEMENT)] += torch.count_nonzero(grad[part].sign() == state[AVERAGE].sign())
+
+    def take(self) -> Tensor:
+        """The counts of this rank's slices after the step that was `wanted`, for `flip_ratios` and `values`.
+
+        Returns:
+            int64, to be summed over the ranks; all 0 in the first place when the step was skipped, as on every rank.
+        """
+        self._end_windows(self._sharded.num_steps)
+        for bucket, history in self._history.items():
+            for _, name, _, low, high in bucket.pieces():
+                row, packed = self._matrix[self._places[name]], slice(low // 8, -(-high // 8))
+                row[KEYS.index(NEVER)] += high - low - popcount(history.flipped[packed])
+                row[KEYS.index(OSCILLATORS)] += popcount(history.oscillated[packed])
+        is_counted = torch.full((1,), int(self._is_counted), device=self._bins.device)
+        counts = torch.cat([is_counted, self._matrix.view(-1), self._bins])
+        self._matrix.zero_()
+        self._bins.zero_()
+        self.wanted = self._is_counted = False
+        return counts
+
+    def flip_ratios(self, counts: Sequence[int]) -> dict[str, float]:
+        """As of `FlipCounts`, from the summed counts of `take`; 0 where the step was skipped."""
+        return super().flip_ratios(counts[1 + KEYS.index(FLIPS) : 1 + len(KEYS) * len(self.sizes) : len(KEYS)])
+
+    def values(self, counts: Sequence[int]) -> dict[str, Any]:
+        """What a report says: each of `KEYS` and "pi" overall and as "<key>/<parameter>", "threshold", "since", "log_ratio".
+
+        Left out is what does not exist: everything after a skipped step; oscillators before a whole window has been seen; what
+        needs r or the average for parameters whose rule has none.
+
+        Args:
+            counts: of `take`, summed over the ranks.
+        """
+        if not counts[0]:
+            return {}
+        found: dict[str, Any] = {"since": self.since}
+        table = counts[1 : 1 + len(KEYS) * len(self.sizes)]
+        for place, key in enumerate(KEYS):
+            column = dict(zip(self.sizes, table[place :: len(KEYS)], strict=True))
+            found |= _fractions(key, {name: self.sizes[name] for name in self.sizes if self._has(key, name)}, column)
+        found |= {
+            f"{PI}{key.removeprefix(FLIPS)}": log_flip_ratio(found[key]) for key in list(found) if _is_of(FLIPS, key)
+        }
+        if self._threshold is not None:
+            found["threshold"] = self._threshold
+            found[LOG_RATIO] = {"edges": octave_edges(), "counts": list(counts[-NUM_BINS:])}
+        return found
+
+    def _has(self, key: str, name: str) -> bool:
+        if key == OSCILLATORS:
+            return (self._num_windows - 1) * WINDOW >= self.since
+        bucket = self._owners[name]
+        return {DEAD_BAND: bucket.group["rule"] in RATIOS, AGREEMENT: AVERAGE in bucket.state}.get(key, True)
+
+
+def _is_of(key: str, name: str) -> bool:
+    return name == key or name.startswith(key + "/")
+
+
+def _fractions(key: str, sizes: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, float]:
+    """`key` over all parameters of `sizes`, and "key/<parameter>" of each; empty without any."""
+    if not sizes:
+        return {}
+    overall = sum(counts[name] for name in sizes) / sum(sizes.values())
+    return {key: overall} | {f"{key}/{name}": counts[name] / size for name, size in sizes.items()}

@@ -1,0 +1,53 @@
+"""What is read at a logging step: the means since the last one, and how long everything took."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from bitfleet.trainer.config import TrainConfig
+from bitfleet.trainer.distributed import Ranks, sum_of_numbers
+from bitfleet.trainer.flips import StepFlips
+from bitfleet.trainer.metrics import Accuracy, AccuracyMeter, Stopwatch
+from bitfleet.trainer.stragglers import OwnTime, StragglerWatch
+
+
+class Reading(NamedTuple):
+    """Of the steps since the last one; flips and diagnostics of the last step."""
+
+    train: Accuracy
+    further: dict[str, Any]
+    """Flip ratios and facts, for the line of `train`; nothing without images, or when the loss is not finite."""
+    diagnostics: dict[str, Any]
+    seconds: float
+    data_seconds: float
+
+
+class Readings:
+    """The meters of a run, on every rank."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, device: torch.device, flips: StepFlips) -> None:
+        self.meter, self.stopwatch, self.own_time = AccuracyMeter(device), Stopwatch(), OwnTime(device)
+        self.flips, self._stragglers = flips, StragglerWatch(ranks.hosts)
+        self._counts_replaced, self._ranks = config.data.on_bad_sample == "replace", ranks
+
+    def read(self, *, num_skipped_steps: int, num_replaced: int, say: Callable[[str], None]) -> Reading:
+        """Read all of them, which syncs the host; every rank calls this after a step before which it called `flips.before_step`.
+
+        Args:
+            num_skipped_steps: of the run so far.
+            num_replaced: samples that this rank's loader replaced so far.
+            say: is told that a rank is slow.
+        """
+        flips = self.flips.after_step()
+        own_seconds = self.own_time.read_among(self._ranks.world_size, self._ranks.rank)
+        train, own_seconds = self.meter.read_with(own_seconds)
+        seconds, data_seconds = self.stopwatch.read()
+        if train.num_images == 0 or not math.isfinite(train.loss):
+            return Reading(train, {}, {}, seconds, data_seconds)
+        facts: dict[str, Any] = {"skipped_steps": num_skipped_steps}
+        if self._counts_replaced:
+            facts["replaced_samples"] = sum_of_numbers(num_replaced)
+        facts |= self._stragglers.facts(own_seconds, say)
+        return Reading(train, flips.ratios | facts, flips.diagnostics, seconds, data_seconds)
