@@ -5,6 +5,8 @@ import pytest
 
 from bitfleet.configs import available, load_config
 from bitfleet.trainer.config import from_dict, resolve_replicas, to_dict
+from bitfleet.trainer.engine_options import EngineConfig
+from bitfleet.trainer.metrics import MetricsConfig
 
 
 @pytest.mark.parametrize("name", available())
@@ -38,3 +40,14 @@ def test_world_size_that_does_not_divide_is_refused(fields: dict[str, int], worl
 def test_counts_must_be_positive(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
         dataclasses.replace(load_config("fashion_quickstart"), **{name: 0})
+
+
+def test_diagnostics_want_sharded_bits() -> None:
+    with pytest.raises(
+        ValueError, match="metrics.diagnostics are counted in the step of engine.sharding bits.*'zero1'"
+    ):
+        dataclasses.replace(
+            load_config("fashion_quickstart"),
+            engine=EngineConfig(sharding="zero1"),
+            metrics=MetricsConfig(diagnostics=True),
+        )
