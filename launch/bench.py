@@ -25,6 +25,8 @@ USAGE = """usage: bitfleet bench NAME [options], on several ranks deepspeed --nu
   plan    --config NAME [--rates FILE] [--output FILE] [--rounds 5] [--steps 10] [--section.field value ...]
           rates of this machine, written to FILE for `bitfleet plan --rates FILE`, and in turns with them training steps: ms that
           the plan predicts (with FILE of --rates instead, where it is given), ms measured, and their ratio
+  diagnostics --config NAME [--rounds 5] [--steps 20] [--section.field value ...]
+          the whole training loop with metrics.diagnostics against the same without: ms a step and their ratio
   memory  [--steps 5]
           bytes of tensors per parameter that a rank holds after the step and at its peak, for the same
   checkpoint [--network xnornet] [--rounds 3] [--folder runs]
@@ -100,6 +102,18 @@ def _plan(arguments: list[str]) -> None:
         if output:
             write_rates(check.rates, Path(output))
             print(f"rates written to {output}")
+
+
+def _diagnostics(arguments: list[str]) -> None:
+    rounds, arguments = take_number(arguments, "--rounds", 5)
+    steps, arguments = take_number(arguments, "--steps", 20)
+    config = parse_train(arguments, "bitfleet bench diagnostics")
+    with job(config.device, config) as (ranks, device):
+        from bitfleet.trainer.bench_diagnostics import bench_diagnostics, format_diagnostics
+
+        cost = bench_diagnostics(config, ranks, device, num_rounds=rounds, num_steps=steps)
+    if is_first_rank():
+        print(format_diagnostics(config, ranks, cost))
 
 
 def _memory(arguments: list[str]) -> None:
@@ -191,6 +205,7 @@ BENCHMARKS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "comm": _comm,
     "plan": _plan,
+    "diagnostics": _diagnostics,
     "memory": _memory,
     "step": _step,
     "sharding": _sharding,

@@ -22,7 +22,7 @@ WINDOW = 100
 LOWEST, HIGHEST = -60, 20
 """The histogram of |r| has a bin for each octave from 2^LOWEST to 2^HIGHEST; what is outside is in its first or last bin."""
 NUM_BINS = HIGHEST - LOWEST
-CHUNK = 1 << 16  # weights whose temporaries stay in the cache
+CPU_CHUNK, CHUNK = 1 << 16, 1 << 22  # weights: temporaries that stay in the cache; few launches on a GPU
 BITS_PER_WEIGHT = 5
 """What a `FlipHistory` holds."""
 
@@ -216,8 +216,9 @@ class BitDiagnostics(FlipCounts):
         """Dead band, agreement and histogram of the elements `low`... of a slice, which belong to segment `index`."""
         group, step = bucket.group, torch.tensor(float(bucket.steps[index]))
         ratio_of = RATIOS.get(group["rule"])
-        for first in range(low, high, CHUNK):
-            part = slice(first, min(first + CHUNK, high))
+        width = CPU_CHUNK if grad.device.type == "cpu" else CHUNK
+        for first in range(low, high, width):
+            part = slice(first, min(first + width, high))
             state = {"step": step} | {key: tensor[part] for key, tensor in bucket.state.items()}
             if ratio_of is not None:
                 ratio = ratio_of(state, group).abs()

@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bitfleet.configs import load_config
 from bitfleet.launch.bench import bench
 from bitfleet.trainer.bench_checkpoint import bench_checkpoint
 from bitfleet.trainer.bench_checkpoint_table import TITLES as SAVES
 from bitfleet.trainer.bench_comm import GRAD_DTYPES, TITLES, CollectiveCounter, Method, bench_comm, interface_bytes
+from bitfleet.trainer.bench_diagnostics import bench_diagnostics
 from bitfleet.trainer.bench_loader_contenders import ORIGINALS, Settings, contenders, sampler_alone
 from bitfleet.trainer.bench_loader_manifest import bench_manifest
 from bitfleet.trainer.bench_loader_photos import find_photos, write_class_folders
@@ -23,7 +25,7 @@ from bitfleet.trainer.bench_memory import BUCKET_BYTES
 from bitfleet.trainer.distributed import Ranks
 from bitfleet.trainer.plan_rates import read_rates
 from bitfleet.trainer.tensor_bytes import TensorBytes
-from tests.conftest import REPOSITORY, Launch, run_command
+from tests.conftest import BIN, REPOSITORY, Launch, run_command
 
 NUM_BINARY, NUM_REAL = 16 * 256**2, 16 * 256 + 2570
 Table = dict[tuple[Method, str], list[float]]
@@ -75,6 +77,16 @@ def test_plan_predicts_a_step_and_measures_it(deepspeed: Launch, tiny: list[str]
     assert again.returncode == 0, again.stdout
     (predicted,) = re.findall(r"^ *predicted +([\d.,]+)", again.stdout, re.MULTILINE)
     assert float(predicted.replace(",", "")) == numbers["predicted"]
+
+
+@pytest.mark.slow
+def test_diagnostics_are_measured_with_and_without(tiny: list[str]) -> None:
+    done = run_command([BIN / "bitfleet", "bench", "diagnostics", "--rounds", "1", "--steps", "5", *tiny])
+    assert done.returncode == 0, done.stdout
+    (row,) = re.findall(r"^  CPU ms of rank 0 +([\d.]+) +([\d.]+) +([\d.]+) ", done.stdout, re.MULTILINE)
+    without, with_them, ratio = map(float, row)
+    assert ratio == pytest.approx(with_them / without, rel=0.01)  # of one round
+    assert re.search(r"a line of them in metrics\.jsonl: 2,\d{3} bytes", done.stdout)
 
 
 def test_memory_of_two_ranks_stays_in_bounds(deepspeed: Launch) -> None:
@@ -255,6 +267,9 @@ def test_bad_input() -> None:
         bench(["sharding", "--network", "lenet"])
     with pytest.raises(ValueError, match="bench sharding knows the contenders bits, DDP, zero1, not 'fsdp'"):
         bench(["sharding", "--contender", "fsdp"])
+    with pytest.raises(ValueError, match="--steps is 7, expected a multiple of metrics.every_steps, which is 10"):
+        config = load_config("fashion_quickstart")
+        bench_diagnostics(config, Ranks(0, 1, 0, 1), torch.device("cpu"), num_rounds=1, num_steps=7)
     with pytest.raises(ValueError, match="cannot read the rates nowhere.json: No such file"):
         bench(["plan", "--config", "fashion_quickstart", "--rates", "nowhere.json"])
     with pytest.raises(ValueError, match="bench checkpoint has no option '--steps'"):

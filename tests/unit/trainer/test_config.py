@@ -6,6 +6,8 @@ import pytest
 from bitfleet.configs import available, load_config
 from bitfleet.optim import OptimConfig, TransitionConfig
 from bitfleet.trainer.config import from_dict, resolve_replicas, to_dict
+from bitfleet.trainer.engine_options import EngineConfig
+from bitfleet.trainer.metrics import MetricsConfig
 
 
 @pytest.mark.parametrize("name", available())
@@ -49,3 +51,14 @@ def test_transitions_need_our_own_sharding() -> None:
         ValueError, match=r'optim.transitions needs engine.sharding "bits", which counts .* not \'zero1\''
     ):
         dataclasses.replace(config, optim=optim, engine=dataclasses.replace(config.engine, sharding="zero1"))
+
+
+def test_diagnostics_want_sharded_bits() -> None:
+    with pytest.raises(
+        ValueError, match="metrics.diagnostics are counted in the step of engine.sharding bits.*'zero1'"
+    ):
+        dataclasses.replace(
+            load_config("fashion_quickstart"),
+            engine=EngineConfig(sharding="zero1"),
+            metrics=MetricsConfig(diagnostics=True),
+        )

@@ -11,6 +11,7 @@ from bitfleet.optim import ShardedOptimizer, build_optimizer
 from bitfleet.trainer.checkpoint import model_signature
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.engine_options import EngineConfig
+from bitfleet.trainer.metrics import MetricsConfig
 from bitfleet.trainer.preflight import clock, megabytes, sent_bytes
 from bitfleet.trainer.preflight_memory import BucketShape, Memory, bucket_shapes, predict_memory
 from bitfleet.trainer.preflight_rehearsal import difference
@@ -52,6 +53,8 @@ def test_memory_by_hand() -> None:
     numel = 294_912 + 13_760  # parameters and padding to 64
     assert alone.state == 8 * numel + 294_912 // 8
     assert two.state == alone.state // 2
+    diagnosed = predicted(small(metrics=MetricsConfig(diagnostics=True)), 2, 2)
+    assert diagnosed.state == two.state + 5 * 294_912 // 8 // 2
     assert alone.weights == two.weights
     assert 4 * numel < alone.weights < 4.05 * numel  # and the buffers of BatchNorm
     assert alone.gradients == 4 * numel
