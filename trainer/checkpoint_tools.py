@@ -80,10 +80,6 @@ def export_weights(path: Path, out: Path, *, packed: bool) -> str:
     Raises:
         ValueError: there is no such checkpoint, it is damaged, or the file is not to be written.
     """
-    if out.suffix != ".safetensors":
-        raise ValueError(
-            f"the weights are written as safetensors: call the file {out.with_suffix('.safetensors')}, not {out}"
-        )
     checkpoint = find(path)
     meta = verify(checkpoint)
     tensors = checkpoint_tensors.read(checkpoint, MODEL, BITS)
@@ -97,6 +93,20 @@ def export_weights(path: Path, out: Path, *, packed: bool) -> str:
         "step": str(meta["step"]),
         "shapes": json.dumps(meta["model"]),
     }
+    write_safetensors(state, out, facts)
+    return f"{out}: {len(state)} tensors, {out.stat().st_size:,} bytes, of step {meta['step']:,}"
+
+
+def write_safetensors(state: Tensors, out: Path, facts: dict[str, str]) -> None:
+    """Write `state` with `facts` as metadata to `out`, which is there whole or not at all.
+
+    Raises:
+        ValueError: its name does not end in .safetensors, or it cannot be written.
+    """
+    if out.suffix != ".safetensors":
+        raise ValueError(
+            f"the weights are written as safetensors: call the file {out.with_suffix('.safetensors')}, not {out}"
+        )
     temporary = out.with_name(out.name + ".tmp")
     try:
         safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, facts)
@@ -105,7 +115,6 @@ def export_weights(path: Path, out: Path, *, packed: bool) -> str:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise ValueError(f"cannot write {out}: {error}") from error
-    return f"{out}: {len(state)} tensors, {out.stat().st_size:,} bytes, of step {meta['step']:,}"
 
 
 def first_difference(a: Path, b: Path) -> str | None:
@@ -124,7 +133,7 @@ def first_difference(a: Path, b: Path) -> str | None:
         values = [checkpoint_tensors.read(path, name)[name].reshape(-1) for path in paths]
         differs = (values[0].view(torch.uint8) != values[1].view(torch.uint8)).nonzero()
         if len(differs):
-            return _element(name, int(differs[0]), values, len(differs))
+            return describe_element(name, int(differs[0]), values, len(differs))
     return None
 
 
@@ -132,7 +141,8 @@ def _kind(facts: Any) -> str:
     return f"{list(facts.size)} {str(facts.properties.dtype).removeprefix('torch.')}"
 
 
-def _element(name: str, byte: int, values: list[torch.Tensor], num_bytes: int) -> str:
+def describe_element(name: str, byte: int, values: list[torch.Tensor], num_bytes: int) -> str:
+    """Where two tensors called `name` differ, in words: `values`, flat, in `num_bytes` bytes of which `byte` is the first."""
     index = byte // values[0].element_size()
     one, other = (value[index].item() for value in values)
     if name.startswith(BITS):

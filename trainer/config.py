@@ -12,6 +12,7 @@ from bitfleet.optim import OptimConfig
 from bitfleet.trainer.checkpoint import CheckpointConfig
 from bitfleet.trainer.data import DataConfig
 from bitfleet.trainer.engine_options import EngineConfig
+from bitfleet.trainer.journal import JournalConfig
 from bitfleet.trainer.metrics import MetricsConfig
 
 
@@ -57,6 +58,7 @@ class TrainConfig:
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig)
+    journal: JournalConfig = dataclasses.field(default_factory=JournalConfig)
 
     def __post_init__(self) -> None:
         for name in (
@@ -72,6 +74,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, not {self.seed}")
+        if self.journal.enabled and self.engine.sharding != "bits":
+            raise ValueError(f'journal.enabled needs engine.sharding "bits", not "{self.engine.sharding}"')
 
 
 def resolve_replicas(config: TrainConfig, world_size: int, before: int | None = None) -> int:
