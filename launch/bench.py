@@ -32,6 +32,8 @@ USAGE = """usage: bitfleet bench NAME [options], on several ranks deepspeed --nu
   checkpoint [--network xnornet] [--rounds 3] [--folder runs]
           what a save costs, in a new folder below --folder: bitfleet's in the background and blocking, ZeRO-1's, torch.save:
           stall, seconds until it is on disk, MB; XNOR-Net takes 4 GB of disk (also --network birealnet18, birealnet_small)
+  journal --config NAME [--rounds 5] [--steps 20] [--section.field value ...]
+          training steps with and without the flip journal in turns, bytes a step; and the encoding of made-up flips
   loader  [--root FOLDER] [--images 512] [--rounds 5] [--batch_size 64] [--num_workers CORES]
           ImageNet's training transform on the CPU, the same files for all: bitfleet, torchvision, timm, and WebDataset and FFCV
           where they are installed (pip install 'bitfleet[bench]'): images/s and CPU ms for an image; also the decoder and the
@@ -179,6 +181,18 @@ def _checkpoint(arguments: list[str]) -> None:
         print(format_checkpoint(network, ranks, result))
 
 
+def _journal(arguments: list[str]) -> None:
+    rounds, arguments = take_number(arguments, "--rounds", 5)
+    steps, arguments = take_number(arguments, "--steps", 20)
+    config = parse_train(arguments, "bitfleet bench journal")
+    with job(config.device, config) as (ranks, device):
+        from bitfleet.trainer.bench_journal import bench_journal, encodings, format_journal
+
+        cost = bench_journal(config, ranks, device, num_rounds=rounds, num_steps=steps)
+    if is_first_rank():
+        print(format_journal(config.name, ranks, cost, encodings()))
+
+
 def _loader(arguments: list[str]) -> None:
     from bitfleet.trainer.bench_loader import bench_loader
     from bitfleet.trainer.bench_loader_manifest import bench_manifest, format_manifest
@@ -210,6 +224,7 @@ BENCHMARKS: dict[str, Callable[[list[str]], None]] = {
     "step": _step,
     "sharding": _sharding,
     "checkpoint": _checkpoint,
+    "journal": _journal,
     "loader": _loader,
 }
 

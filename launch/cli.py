@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": "print top-1 and top-5 of a run over every validation image",
     "data": "prepare, verify, resize and compare images; `bitfleet data --help`",
     "checkpoint": "inspect, verify and compare checkpoints, write the model alone; `bitfleet checkpoint --help`",
+    "journal": "rebuild the binary weights of any step from a run's flip journal; `bitfleet journal --help`",
     "doctor": "say whether a run would work here, and on these ranks; `bitfleet doctor --help`",
     "plan": "predict step time, images/s and hours on a cluster, and what binds; `bitfleet plan --help`",
     "bench": "measure bitfleet against bare loops; `bitfleet bench --help` lists the benchmarks",
@@ -64,6 +65,10 @@ def dispatch() -> None:
         from bitfleet.launch.checkpoint import checkpoint
 
         checkpoint(rest)
+    elif command == "journal":
+        from bitfleet.launch.journal import journal
+
+        journal(rest)
     elif command == "doctor":
         from bitfleet.launch.doctor import doctor
 

@@ -81,10 +81,6 @@ def export_weights(path: Path, out: Path, *, packed: bool) -> str:
     Raises:
         ValueError: there is no such checkpoint, it is damaged, or the file is not to be written.
     """
-    if out.suffix != ".safetensors":
-        raise ValueError(
-            f"the weights are written as safetensors: call the file {out.with_suffix('.safetensors')}, not {out}"
-        )
     checkpoint = find(path)
     meta = verify(checkpoint)
     tensors = checkpoint_tensors.read(checkpoint, MODEL, BITS)
@@ -98,6 +94,25 @@ def export_weights(path: Path, out: Path, *, packed: bool) -> str:
         "step": str(meta["step"]),
         "shapes": json.dumps(meta["model"]),
     }
+    write_safetensors(state, out, facts)
+    text = f"{out}: {len(state)} tensors, {out.stat().st_size:,} bytes, of step {meta['step']:,}"
+    if meta["config"]["optim"]["rule"] == "bnew" and not any(name.startswith(BITS) for name in tensors):
+        text += (
+            "; the weights of bnew are not +-1 before they are frozen (optim.frozen_from): they are written as they are"
+        )
+    return text
+
+
+def write_safetensors(state: Tensors, out: Path, facts: dict[str, str]) -> None:
+    """Write `state` with `facts` as metadata to `out`, which is there whole or not at all.
+
+    Raises:
+        ValueError: its name does not end in .safetensors, or it cannot be written.
+    """
+    if out.suffix != ".safetensors":
+        raise ValueError(
+            f"the weights are written as safetensors: call the file {out.with_suffix('.safetensors')}, not {out}"
+        )
     temporary = out.with_name(out.name + ".tmp")
     try:
         safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, facts)
@@ -106,12 +121,6 @@ def export_weights(path: Path, out: Path, *, packed: bool) -> str:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise ValueError(f"cannot write {out}: {error}") from error
-    text = f"{out}: {len(state)} tensors, {out.stat().st_size:,} bytes, of step {meta['step']:,}"
-    if meta["config"]["optim"]["rule"] == "bnew" and not any(name.startswith(BITS) for name in tensors):
-        text += (
-            "; the weights of bnew are not +-1 before they are frozen (optim.frozen_from): they are written as they are"
-        )
-    return text
 
 
 def first_difference(a: Path, b: Path) -> str | None:
@@ -130,7 +139,7 @@ def first_difference(a: Path, b: Path) -> str | None:
         values = [checkpoint_tensors.read(path, name)[name].reshape(-1) for path in paths]
         differs = (values[0].view(torch.uint8) != values[1].view(torch.uint8)).nonzero()
         if len(differs):
-            return _element(name, int(differs[0]), values, len(differs))
+            return describe_element(name, int(differs[0]), values, len(differs))
     return None
 
 
@@ -138,7 +147,8 @@ def _kind(facts: Any) -> str:
     return f"{list(facts.size)} {str(facts.properties.dtype).removeprefix('torch.')}"
 
 
-def _element(name: str, byte: int, values: list[torch.Tensor], num_bytes: int) -> str:
+def describe_element(name: str, byte: int, values: list[torch.Tensor], num_bytes: int) -> str:
+    """Where two tensors called `name` differ, in words: `values`, flat, in `num_bytes` bytes of which `byte` is the first."""
     index = byte // values[0].element_size()
     one, other = (value[index].item() for value in values)
     if name.startswith(BITS):

@@ -13,6 +13,7 @@ from bitfleet.optim.routed import RULES
 from bitfleet.trainer.checkpoint import CheckpointConfig
 from bitfleet.trainer.data import DataConfig
 from bitfleet.trainer.engine_options import EngineConfig
+from bitfleet.trainer.journal import JournalConfig
 from bitfleet.trainer.metrics import MetricsConfig
 
 
@@ -58,6 +59,7 @@ class TrainConfig:
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig)
+    journal: JournalConfig = dataclasses.field(default_factory=JournalConfig)
 
     def __post_init__(self) -> None:
         for name in (
@@ -88,6 +90,8 @@ class TrainConfig:
                 f'optim.rule {self.optim.rule} needs engine.sharding "bits" or "none", not {self.engine.sharding!r}: its state '
                 f"begins with random numbers for each weight, and DeepSpeed's slices do not say which weights they hold"
             )
+        if self.journal.enabled and self.engine.sharding != "bits":
+            raise ValueError(f'journal.enabled needs engine.sharding "bits", not "{self.engine.sharding}"')
 
 
 def resolve_replicas(config: TrainConfig, world_size: int, before: int | None = None) -> int:

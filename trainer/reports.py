@@ -1,11 +1,17 @@
-"""What a run tells: its folder's files, TensorBoard and the progress bar. Rank 0 writes, the others have the same object."""
+"""What a run tells: its folder's files, TensorBoard and the progress bar.
+
+Rank 0 writes, the others have the same object; of the flip journal each writes its share.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch.optim import Optimizer
+
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.distributed import Ranks, from_first_rank
+from bitfleet.trainer.journal_writer import open_journal
 from bitfleet.trainer.metrics import Accuracy, MetricsWriter, read_metrics
 from bitfleet.trainer.progress import Progress
 from bitfleet.trainer.run_folder import write_config
@@ -23,6 +29,10 @@ class Reports:
         steps_per_epoch: global batches in an epoch.
         facts: for config.json.
         routing: the table of parameters.
+        optimizer: what the journal, if there is one, hears of flips from.
+
+    Raises:
+        ValueError: the journal cannot be begun.
     """
 
     def __init__(
@@ -36,6 +46,7 @@ class Reports:
         steps_per_epoch: int,
         facts: dict[str, Any],
         routing: str,
+        optimizer: Optimizer,
     ) -> None:
         self.latest: dict[str, dict[str, float | str]] = {}
         """The last line of "train" and of "validation", on rank 0."""
@@ -49,6 +60,7 @@ class Reports:
             self.latest = {
                 line.pop("kind"): line for line in read_metrics(path) if line["kind"] in ("train", "validation")
             }
+        self._journal = open_journal(config.journal.enabled, path, ranks, optimizer)
         self._progress = Progress(
             start_step=step, num_steps=num_steps, steps_per_epoch=steps_per_epoch, visible=ranks.is_first
         )
@@ -106,12 +118,24 @@ class Reports:
             self.latest[kind] = {"step": step, **values}
 
     def flush(self) -> None:
-        """Bring what was reported to the disk."""
+        """Bring what was reported to the disk.
+
+        Raises:
+            ValueError: the journal could not be written.
+        """
+        if self._journal is not None:
+            self._journal.flush()
         if self._log is not None:
             self._log.flush()
 
     def close(self) -> None:
-        """Close everything; the progress bar stays as it is."""
+        """Close everything; the progress bar stays as it is.
+
+        Raises:
+            ValueError: the journal could not be written.
+        """
         self._progress.close()
+        if self._journal is not None:
+            self._journal.close()
         if self._log is not None:
             self._log.close()

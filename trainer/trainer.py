@@ -206,6 +206,7 @@ class Trainer:
             steps_per_epoch=self.loader.steps_per_epoch,
             facts={"world_size": self.ranks.world_size, "num_replicas": self.num_replicas, "device": str(self.device)},
             routing=self.routing,
+            optimizer=self.sharded,
         )
         self.batches = self.loader.batches(self.step)
         self.engine.train()

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from bitfleet.trainer.checkpoint import checkpoints, read_meta
+from bitfleet.trainer.journal_reader import read_parts, weights_after
+from bitfleet.trainer.journal_tools import verified
 from tests.conftest import BIN, Launch, run_command
 from tests.integration.runs import NUM_STEPS, TRAIN, assert_same_bits, failed, final_tensors, metrics, scalar_steps
 
 
 @pytest.fixture(scope="module")
 def options(tiny: list[str]) -> list[str]:
-    further = "--num_replicas 4 --num_threads 1 --metrics.diagnostics True --resume auto"
+    further = "--num_replicas 4 --num_threads 1 --metrics.diagnostics True --resume auto --journal.enabled True"
     return [*tiny, *further.split()]
 
 
@@ -51,6 +53,19 @@ def test_resume_on_other_ranks_ends_with_the_same_bits(
     assert any(name.startswith("optim.exp_avg_sq.blocks") for name in state)
     assert any(tensor.any() for name, tensor in state.items() if name.startswith("diagnostics.fours.blocks"))
     assert any(name.endswith("running_var") for name in state)
+    assert_same_journal(straight, tmp_path / "run")
+
+
+def assert_same_journal(a: Path, b: Path) -> None:
+    """The binary weights of every step, and those of the checkpoints."""
+    assert [len(part.files) for part in read_parts(a)] == [2]
+    assert len(read_parts(b)) == 2
+    for run in (a, b):
+        lines = verified(run).splitlines()
+        assert len(lines) == len(checkpoints(run)) + 1
+        assert all(line.endswith(": the same bits") for line in lines[:-1])
+    for step in range(NUM_STEPS + 1):
+        assert_same_bits(weights_after(a, step)[0], weights_after(b, step)[0])
 
 
 def test_second_run_in_a_folder_is_refused(options: list[str], tmp_path: Path) -> None:
