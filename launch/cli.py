@@ -12,6 +12,7 @@ COMMANDS = {
     "checkpoint": "inspect, verify and compare checkpoints, write the model alone; `bitfleet checkpoint --help`",
     "doctor": "say whether a run would work here, and on these ranks; `bitfleet doctor --help`",
     "plan": "predict step time, images/s and hours on a cluster, and what binds; `bitfleet plan --help`",
+    "advise": "say what a run's hyperparameters will do, or after it what they did; `bitfleet advise --help`",
     "bench": "measure bitfleet against bare loops; `bitfleet bench --help` lists the benchmarks",
     "configs": "list the configurations that --config knows",
 }
@@ -66,6 +67,10 @@ def dispatch() -> None:
         from bitfleet.launch.plan import plan
 
         plan(rest)
+    elif command == "advise":
+        from bitfleet.launch.advise import advise
+
+        advise(rest)
     elif command == "bench":
         from bitfleet.launch.bench import bench
 
