@@ -14,6 +14,7 @@ COMMANDS = {
     "journal": "rebuild the binary weights of any step from a run's flip journal; `bitfleet journal --help`",
     "doctor": "say whether a run would work here, and on these ranks; `bitfleet doctor --help`",
     "plan": "predict step time, images/s and hours on a cluster, and what binds; `bitfleet plan --help`",
+    "advise": "say what a run's hyperparameters will do, or after it what they did; `bitfleet advise --help`",
     "bench": "measure bitfleet against bare loops; `bitfleet bench --help` lists the benchmarks",
     "report": "turn sweeps and runs into one HTML page with pictures; `bitfleet report --help`",
     "configs": "list the configurations that --config knows",
@@ -77,6 +78,10 @@ def dispatch() -> None:
         from bitfleet.launch.plan import plan
 
         plan(rest)
+    elif command == "advise":
+        from bitfleet.launch.advise import advise
+
+        advise(rest)
     elif command == "bench":
         from bitfleet.launch.bench import bench
 

@@ -72,8 +72,9 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             assert self.momentum is not None
             with torch.no_grad():
                 num_rows, variance = x.shape[0], x.to(self.running_var.dtype).var(0, correction=0)
-                # unbiased = biased * n / (n - 1), of which biased / (n - 1) is too much
-                self.running_var.sub_(variance, alpha=self.momentum / (num_rows - 1))
+                # unbiased = biased * n / (n - 1), of which biased / (n - 1) is too much. Through .data: autograd has saved
+                # running_var, does not read it in training, yet would refuse one that was changed since.
+                self.running_var.data.sub_(variance, alpha=self.momentum / (num_rows - 1))
         return result
 
     def _check_input_dim(self, input: Tensor) -> None:

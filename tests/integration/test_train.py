@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bitfleet.trainer.advice_run import advise_run
 from bitfleet.trainer.checkpoint import checkpoints
 from bitfleet.trainer.metrics import read_metrics
 from tests.conftest import BIN, Launch, free_port, run_command
@@ -48,6 +49,12 @@ def test_run_folder_holds_what_the_design_says(straight: tuple[Path, str]) -> No
     )
     for command in ("tensorboard --logdir", "bitfleet evaluate", "--resume"):
         assert command in output
+
+
+def test_advice_reads_the_run(straight: tuple[Path, str]) -> None:
+    text = advise_run(straight[0])
+    assert re.search(r"measured: flips at step 30 .* %, predicted .* %", text)
+    assert re.search(r"measured: r, step 30 +\d\.\de-0\d, predicted \d\.\de-0\d", text)
 
 
 def test_metrics_are_complete(straight: tuple[Path, str]) -> None:

@@ -113,6 +113,16 @@ def test_batch_norm_of_rows_averages_the_biased_variance() -> None:
     torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * x.var(0, correction=0))
 
 
+def test_batch_norm_of_rows_has_the_gradient_of_any_other() -> None:
+    x = torch.randn(10, 3, requires_grad=True)
+    factors = torch.randn(10, 3)
+    (grad,) = torch.autograd.grad((factors * BatchNorm(3, momentum=0.9, eps=1e-3)(x)).sum(), x)
+    (expected,) = torch.autograd.grad(
+        (factors * torch.nn.functional.batch_norm(x, None, None, training=True, eps=1e-3)).sum(), x
+    )
+    torch.testing.assert_close(grad, expected)
+
+
 def test_batch_norm_rejects_other_shapes() -> None:
     with pytest.raises(ValueError, match="3 dimensions"):
         BatchNorm(3, momentum=0.9, eps=1e-3)(torch.randn(2, 3, 4))

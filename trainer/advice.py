@@ -1,0 +1,56 @@
+"""Advice on a run before it is made: what its hyperparameters do, and whether that can be meant. Arithmetic, no training.
+
+Each rule of the binary weights has its own advice in `ADVICE`; what concerns every run is here.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from bitfleet.optim import Schedule
+from bitfleet.trainer.advice_flips import flip_lines
+from bitfleet.trainer.advice_outlook import Line, Outlook, Verdict
+
+ADVICE: dict[str, Callable[[Outlook], list[Line]]] = {"bop2ndorder": flip_lines, "bop": flip_lines}
+"""Rule of the binary weights -> the lines about it."""
+
+
+def advise(outlook: Outlook) -> list[Line]:
+    """The lines about a run before it is made."""
+    rule = outlook.config.optim.rule
+    if rule in ADVICE:
+        return ADVICE[rule](outlook) + schedule_lines(outlook)
+    sentence = (
+        f"there is no advice for this rule yet, only for {' and '.join(sorted(ADVICE))}; the schedules are checked"
+    )
+    return [Line("rule", rule, "look", sentence), *schedule_lines(outlook)]
+
+
+def schedule_lines(outlook: Outlook) -> list[Line]:
+    """Where each schedule of the configuration ends, and whether the run gets there."""
+    optim = outlook.config.optim
+    fields = [field.name for field in dataclasses.fields(optim) if isinstance(getattr(optim, field.name), Schedule)]
+    unused = {"sigma"} if optim.rule == "bop" else set()
+    return [_schedule_line(name, getattr(optim, name), outlook) for name in fields if name not in unused]
+
+
+def _schedule_line(name: str, schedule: Schedule, outlook: Outlook) -> Line:
+    filled, last = schedule.over(outlook.decay_steps), outlook.num_steps
+    length = filled.num_steps or last
+    value = f"{filled(0):.3g} -> {filled(last - 1):.3g}"
+    title = f"schedule of {name}"
+    if schedule.kind == "constant":
+        return Line(title, value, "ok", "constant")
+    if schedule.kind == "exponential":
+        count = (last - 1) // length
+        verdict: Verdict = "ok" if count else "look"
+        return Line(title, value, verdict, f"{count} stairs of {length:,} steps x {schedule.rate:g} within the run")
+    if length < 0.9 * last:
+        why = f"it is at its end {filled.end:g} from step {length:,} of {last:,} on: is the run meant to be longer than it?"
+        return Line(title, value, "look", why)
+    if length > 1.1 * last:
+        why = f"it would end at {filled.end:g} after {length:,} steps, but the run has {last:,}"
+        return Line(title, value, "look", why)
+    short = length - last + 1
+    if short <= 0:
+        return Line(title, value, "ok", f"it reaches its end, {filled.end:g}")
+    return Line(title, value, "ok", f"the last step is {short:,} before its end, {filled.end:g}")

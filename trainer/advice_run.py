@@ -1,0 +1,59 @@
+"""Advice from a configuration, or from the folder of a run, to text."""
+
+from pathlib import Path
+
+from bitfleet.trainer.advice import ADVICE, advise
+from bitfleet.trainer.advice_gradient import Gradient, measure_gradient
+from bitfleet.trainer.advice_measured import checkpoint_step, measured_lines, read_flips, steps_to_compare
+from bitfleet.trainer.advice_outlook import count_images, make_outlook
+from bitfleet.trainer.advice_table import format_advice
+from bitfleet.trainer.config import TrainConfig
+from bitfleet.trainer.run_folder import read_config
+
+
+def advise_config(config: TrainConfig, num_images: int | None = None) -> str:
+    """The table about a run that is to be made.
+
+    Args:
+        config: of the run.
+        num_images: training images; None: counted, or those of the data set that has as many classes.
+
+    Raises:
+        ValueError: the number of images is not known, or less than a batch.
+    """
+    number, origin = _images(config, num_images)
+    make_outlook(config, number)  # before the time for a backward pass is spent
+    outlook = make_outlook(config, number, _gradient(config))
+    return format_advice(outlook, origin, advise(outlook))
+
+
+def advise_run(run: Path, num_images: int | None = None) -> str:
+    """The table about a run that was made, or is being made: predicted, then measured.
+
+    Raises:
+        ValueError: no run, nothing logged yet; or as `advise_config`.
+    """
+    config = read_config(run)
+    number, origin = _images(config, num_images)
+    outlook = make_outlook(config, number)
+    if config.optim.rule not in ADVICE:
+        return format_advice(outlook, origin, advise(outlook))
+    flips = read_flips(run)
+    at = checkpoint_step(run)
+    steps = {*steps_to_compare(flips, outlook.num_steps), *([at] if at else [])}
+    if max(steps) > outlook.num_steps:
+        raise ValueError(
+            f"{run} is at step {max(steps):,}, but {number:,} images make {outlook.num_steps:,} steps: pass --images, "
+            f"the number of training images that it had"
+        )
+    outlook = make_outlook(config, number, _gradient(config), sorted(steps))
+    return format_advice(outlook, origin, advise(outlook) + measured_lines(run, outlook, flips))
+
+
+def _images(config: TrainConfig, num_images: int | None) -> tuple[int, str]:
+    return (num_images, "as given") if num_images else count_images(config.data, config.model.num_classes)
+
+
+def _gradient(config: TrainConfig) -> Gradient | None:
+    """Only for the rules that make something of it."""
+    return measure_gradient(config) if config.optim.rule in ADVICE else None
