@@ -22,7 +22,7 @@ from bitfleet.trainer.engine_options import deepspeed_options
 from bitfleet.trainer.evaluate import validate
 from bitfleet.trainer.heartbeat import reached
 from bitfleet.trainer.initial_weights import load_initial_weights, seed_everything
-from bitfleet.trainer.metrics import AccuracyMeter, FlipCounter, Stopwatch, hyperparameters_of
+from bitfleet.trainer.metrics import Accuracy, AccuracyMeter, FlipCounter, Stopwatch, hyperparameters_of
 from bitfleet.trainer.nonfinite import MAX_SKIPPED_IN_A_ROW, nonfinite_gradient
 from bitfleet.trainer.reports import Reports
 from bitfleet.trainer.run_checkpoints import Parts, RunCheckpoints, find_start, identity
@@ -92,6 +92,8 @@ class Trainer:
         """What asked for the stop before the end; "" for nothing."""
         self.around_step: Callable[[], AbstractContextManager[None]] = nullcontext
         """Entered around each step by those who measure it."""
+        self.after_validation: Callable[[int, Accuracy], str] = lambda step, accuracy: ""
+        """What is to be said after a validation: of the steps done and its accuracy."""
 
     def _like_before(self, begun: Intact | None) -> int:
         """The number of replicas; where it is open, it and the threads of a rank are those of the run that is continued."""
@@ -277,14 +279,13 @@ class Trainer:
         start = time.perf_counter()
         accuracy = validate(self.model, self.validation_loader, self.config, self.device, must_stop)
         if accuracy is not None:
-            self.reports.validation(self.step, accuracy)
+            self.reports.validation(self.step, accuracy, self.after_validation(self.step, accuracy))
         self.stopwatch.leave_out(time.perf_counter() - start)  # images/s are those of the steps
 
     def _report(self, hyperparameters: dict[str, float]) -> None:
         with whole_weights(self.engine):
             flips = self.flips.after_step() if self.ranks.is_first else {}
-        own_seconds = self.own_time.read_among(self.ranks.world_size, self.ranks.rank)
-        train, own_seconds = self.meter.read_with(own_seconds)
+        train, own_seconds = self.meter.read_with(self.own_time.read_among(self.ranks.world_size, self.ranks.rank))
         seconds, data_seconds = self.stopwatch.read()
         if train.num_images == 0:  # every step was skipped
             return
