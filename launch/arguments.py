@@ -34,18 +34,30 @@ def parse_train(arguments: Sequence[str], prog: str) -> TrainConfig:
         if not wants_help:
             raise ValueError(f"which run? Pass --config NAME, one of: {', '.join(available())}")
         name = DEFAULT_HELP
-    default = load_config(name)
-    rule, _ = take_option(rest, RULE)
+    description = (
+        f"Train the run {name!r}; the defaults below are its values. Configurations: {', '.join(available())}."
+    )
+    return override(load_config(name), rest, prog=f"{prog} --config {name}", description=description)
+
+
+def override(default: TrainConfig, arguments: Sequence[str], *, prog: str, description: str) -> TrainConfig:
+    """`default` with the fields that `arguments` name.
+
+    Raises:
+        ValueError: unknown option (the nearest is named), or a value that does not fit.
+        SystemExit: after --help.
+    """
+    rule, _ = take_option(list(arguments), RULE)
     if rule is not None:
         default = dataclasses.replace(default, optim=with_rule(default.optim, rule))
-    _reject_unknown(rest, default)
+    _reject_unknown(arguments, default)
     with one_sentence():
         return tyro.cli(
             TrainConfig,
-            prog=f"{prog} --config {name}",
-            description=f"Train the run {name!r}; the defaults below are its values. Configurations: {', '.join(available())}.",
+            prog=prog,
+            description=description,
             default=default,
-            args=rest,
+            args=arguments,
             config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
             console_outputs=is_first_rank(),
         )

@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "train a run on one rank; `bitfleet train --config NAME --help` lists its options",
     "launch": "start a run on all ranks and nodes, or print how SLURM, torchrun, ... do; `bitfleet launch --help`",
     "sweep": "run a sweep of configs/sweeps/, or list them with their questions; `bitfleet sweep --help`",
+    "reproduce": "run the paper's experiments and judge them against its numbers; `bitfleet reproduce --help`",
     "evaluate": "print top-1 and top-5 of a run over every validation image",
     "data": "prepare, verify, resize and compare images; `bitfleet data --help`",
     "checkpoint": "inspect, verify and compare checkpoints, write the model alone; `bitfleet checkpoint --help`",
@@ -54,6 +55,10 @@ def dispatch() -> None:
         from bitfleet.launch.sweep import sweep
 
         sweep(rest)
+    elif command == "reproduce":
+        from bitfleet.launch.reproduce import reproduce
+
+        reproduce(rest)
     elif command == "evaluate":
         from bitfleet.launch.evaluate import evaluate
 

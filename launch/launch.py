@@ -22,6 +22,8 @@ from bitfleet.trainer.stop import STOP_FILE
 USAGE = """usage: bitfleet launch deepspeed --config NAME [where] [--section.field value ...]
        bitfleet launch --print deepspeed|slurm|torchrun|mpirun|kubernetes --config NAME [where] [--section.field value ...]
 
+With --reproduce NAME instead of --config it is `bitfleet reproduce NAME` on all ranks.
+
 Starts the run under DeepSpeed and stays above it: SIGTERM, SIGUSR1, SIGINT and SIGHUP make all ranks save and end (exit code
 75), nobody is left behind, and the exit code is not 0 when the launcher was killed. With --print only shows the command, and
 what it assumes.
@@ -71,7 +73,7 @@ def read_request(arguments: Sequence[str], launcher: str) -> tuple[Request, Trai
     no_ssh, rest = take_flag(rest, "--no_ssh")
     nodes, rest = take_number(rest, "--nodes", 0)
     gpus, rest = take_number(rest, "--gpus", 0)
-    config = parse_train(rest, f"bitfleet launch {launcher}")
+    config = _parse_run(rest, f"bitfleet launch {launcher}")
     if port > 65535:
         raise ValueError(f"--master_port must be at most 65535, not {port}")
     if hostfile and (nodes or gpus):
@@ -88,6 +90,16 @@ def read_request(arguments: Sequence[str], launcher: str) -> tuple[Request, Trai
     if len(hosts) > 1 and config.run_dir is None:
         raise ValueError("pass --run_dir: a folder that all nodes share, where the run and its checkpoints are")
     return (_for_deepspeed(request, no_ssh, node_rank) if launcher == "deepspeed" else request), config
+
+
+def _parse_run(arguments: Sequence[str], prog: str) -> TrainConfig:
+    name, rest = take_option(arguments, "--reproduce")
+    if name is None:
+        return parse_train(arguments, prog)
+    from bitfleet.launch.reproduce import parse_reproduce
+
+    _, _, config = parse_reproduce([name, *rest], prog)
+    return config
 
 
 def _for_deepspeed(request: Request, no_ssh: bool, node_rank: str | None) -> Request:

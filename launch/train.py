@@ -8,53 +8,82 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bitfleet.launch.arguments import parse_train
 from bitfleet.launch.environment import REQUEUE, is_first_rank, job, run
 from bitfleet.launch.options import take_option
 
+if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not wait for it
+    import torch
+
+    from bitfleet.trainer.config import TrainConfig
+    from bitfleet.trainer.distributed import Ranks
+    from bitfleet.trainer.trainer import Trainer
+
 
 def train(arguments: Sequence[str], prog: str = "launch/train.py") -> None:
-    """Parse `arguments` and train.
+    """Parse `arguments` and train; `--reproduce NAME` instead of --config is `bitfleet reproduce NAME`, for every launcher.
 
     Raises:
         ValueError: bad input.
     """
+    name, rest = take_option([a for a in arguments if not a.startswith("--local_rank=")], "--reproduce")
+    if name is not None:
+        from bitfleet.launch.reproduce import reproduce
+
+        reproduce([name, *rest], prog)
+        return
     config = parse_train(arguments, prog)
     with job(config.device, config) as (ranks, device):
-        from bitfleet.trainer.preflight import Preflight
-        from bitfleet.trainer.preflight_rehearsal import rehearse
-        from bitfleet.trainer.trainer import Trainer
-
-        if config.preflight == "full":
-            rehearse(config, ranks, device)
-        trainer = Trainer(config, ranks, device)
-        if is_first_rank():
-            print(trainer.routing)
-            print(f"data: {trainer.dataset.summary()}")
-            state = f"continues {trainer.begun.path}" if trainer.begun else "starts"
-            if trainer.step >= trainer.num_steps:
-                state = "is finished"
-            elif config.stop_after_steps and trainer.step >= config.stop_after_steps:
-                state = f"is at step {trainer.step:,}, past --stop_after_steps {config.stop_after_steps:,}: nothing is to be done"
-            print(
-                f"run {trainer.folder.path} {state}: {trainer.num_steps:,} steps on {ranks.world_size} ranks ({device.type})"
-            )
-        cost = trainer.checkpoints.cost()
-        if is_first_rank():
-            preflight = Preflight(trainer)
-            trainer.around_step = preflight.around_step
-            print(cost, preflight.report(), sep="\n", end="\n\n", flush=True)
+        trainer = prepared_trainer(config, ranks, device)
         trainer.train()
-        if is_first_rank() and trainer.stopped_by:
-            print(
-                f"\nbitfleet: stopped by {trainer.stopped_by} after step {trainer.step:,}; saved "
-                f"{trainer.seconds_to_stop:.1f} s after it; exit code {REQUEUE}: the same command with --resume auto continues"
-            )
+        say_stopped(trainer)
         if is_first_rank():
             print(next_commands(trainer.folder.path, arguments, ranks.world_size), flush=True)
     if trainer.stopped_by:
         sys.exit(REQUEUE)
+
+
+def prepared_trainer(config: "TrainConfig", ranks: "Ranks", device: "torch.device") -> "Trainer":
+    """The trainer of the run, after rank 0 has said what it will do and take.
+
+    Raises:
+        ValueError: bad input.
+    """
+    from bitfleet.trainer.preflight import Preflight
+    from bitfleet.trainer.preflight_rehearsal import rehearse
+    from bitfleet.trainer.trainer import Trainer
+
+    if config.preflight == "full":
+        rehearse(config, ranks, device)
+    trainer = Trainer(config, ranks, device)
+    if is_first_rank():
+        print(trainer.routing)
+        print(f"data: {trainer.dataset.summary()}")
+        state = f"continues {trainer.begun.path}" if trainer.begun else "starts"
+        if trainer.step >= trainer.num_steps:
+            state = "is finished"
+        elif config.stop_after_steps and trainer.step >= config.stop_after_steps:
+            state = f"is at step {trainer.step:,}, past --stop_after_steps {config.stop_after_steps:,}: nothing is to be done"
+        print(
+            f"run {trainer.folder.path} {state}: {trainer.num_steps:,} steps on {ranks.world_size} ranks ({device.type})"
+        )
+    cost = trainer.checkpoints.cost()
+    if is_first_rank():
+        preflight = Preflight(trainer)
+        trainer.around_step = preflight.around_step
+        print(cost, preflight.report(), sep="\n", end="\n\n", flush=True)
+    return trainer
+
+
+def say_stopped(trainer: "Trainer", again: str = "the same command with --resume auto continues") -> None:
+    """Say on rank 0 that the run was asked to stop, if it was, and what continues it."""
+    if is_first_rank() and trainer.stopped_by:
+        print(
+            f"\nbitfleet: stopped by {trainer.stopped_by} after step {trainer.step:,}; saved "
+            f"{trainer.seconds_to_stop:.1f} s after it; exit code {REQUEUE}: {again}"
+        )
 
 
 def next_commands(run_folder: os.PathLike[str], arguments: Sequence[str], world_size: int) -> str:

@@ -95,13 +95,15 @@ class Reports:
             flip_ratio=None if (flips := further.get("flip_ratio")) is None else float(flips),
         )
 
-    def validation(self, step: int, accuracy: Accuracy) -> None:
-        """Report a validation."""
+    def validation(self, step: int, accuracy: Accuracy, remark: str = "") -> None:
+        """Report a validation, and say `remark` after it."""
         self._write("validation", step, accuracy._asdict())
         self._progress.say(
             f"epoch {step // self._steps_per_epoch}/{self._config.epochs}: validation loss {accuracy.loss:.3f} "
             f"top-1 {accuracy.top1:.2%} top-5 {accuracy.top5:.2%} ({accuracy.num_images:,} images)"
         )
+        if remark:
+            self._progress.say(remark)
 
     def diagnostics(self, step: int, values: Mapping[str, Any]) -> None:
         """Report the diagnostics of bits after `step`, if there are any."""

@@ -1,6 +1,6 @@
 """The folder of a run: which one it is, and what is written into it once.
 
-config.json     resolved configuration, git revision, versions, ranks
+config.json     resolved configuration, git revision, versions, ranks, machine
 checkpoints/    step-00001234/, one folder a checkpoint
 tensorboard/    event files
 metrics.jsonl   one line a logging step or validation
@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 
 from bitfleet.trainer.checkpoint import is_checkpoint, latest_checkpoint
 from bitfleet.trainer.config import TrainConfig, from_dict, to_dict
+from bitfleet.trainer.hardware import hardware
 from bitfleet.trainer.run_lock import lock_run
 
 CONFIG = "config.json"
@@ -114,9 +115,10 @@ def take_folder(folder: RunFolder) -> IO[str]:
 
 
 def write_config(path: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
-    """Write config.json: the resolved configuration, `facts`, git revision and versions."""
+    """Write config.json: the resolved configuration, `facts`, git revision, versions and the machine."""
     path.mkdir(parents=True, exist_ok=True)
-    content = {"config": to_dict(config), **facts, "git": git_revision(), "versions": versions()}
+    facts = {**facts, "git": git_revision(), "versions": versions(), "hardware": hardware()}
+    content = {"config": to_dict(config), **facts}
     temporary = path / (CONFIG + ".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(temporary, path / CONFIG)

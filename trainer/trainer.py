@@ -22,7 +22,7 @@ from bitfleet.trainer.evaluate import validate
 from bitfleet.trainer.flips import make_diagnostics, step_flips
 from bitfleet.trainer.heartbeat import reached
 from bitfleet.trainer.initial_weights import load_initial_weights, seed_everything
-from bitfleet.trainer.metrics import hyperparameters_of
+from bitfleet.trainer.metrics import Accuracy, hyperparameters_of
 from bitfleet.trainer.nonfinite import MAX_SKIPPED_IN_A_ROW, nonfinite_gradient
 from bitfleet.trainer.readings import Readings
 from bitfleet.trainer.reports import Reports
@@ -93,6 +93,8 @@ class Trainer:
         """What asked for the stop before the end; "" for nothing."""
         self.around_step: Callable[[], AbstractContextManager[None]] = nullcontext
         """Entered around each step by those who measure it."""
+        self.after_validation: Callable[[int, Accuracy], str] = lambda step, accuracy: ""
+        """What is to be said after a validation: of the steps done and its accuracy."""
 
     def _like_before(self, begun: Intact | None) -> int:
         """The number of replicas; where it is open, it and the threads of a rank are those of the run that is continued."""
@@ -277,7 +279,7 @@ class Trainer:
         start = time.perf_counter()
         accuracy = validate(self.model, self.validation_loader, self.config, self.device, must_stop)
         if accuracy is not None:
-            self.reports.validation(self.step, accuracy)
+            self.reports.validation(self.step, accuracy, self.after_validation(self.step, accuracy))
         self.readings.stopwatch.leave_out(time.perf_counter() - start)  # images/s are those of the steps
 
     def _report(self, hyperparameters: dict[str, float]) -> None:

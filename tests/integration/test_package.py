@@ -40,6 +40,7 @@ def test_install_puts_exactly_one_package(tmp_path: Path) -> None:
         "launch/kubernetes.yaml",
         "trainer/data/fashion_mnist/subset.npz",
         "trainer/data/fashion_mnist/LICENSE.txt",
+        "trainer/reproduce/expected/fashion_dry_run.json",
     ):
         assert (target / "bitfleet" / name).is_file(), name
     check = (
