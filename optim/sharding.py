@@ -94,13 +94,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Parameters whose gradient was not finite in the last step that was skipped."""
         for bucket in self.buckets if self.world_size > 1 else ():
             dist.broadcast(bucket.weights, group_src=0, group=self.process_group)
+        place = {"rank": self.rank, "world_size": self.world_size}
         self._reduction = Reduction(
-            self.buckets,
-            process_group,
-            rank=self.rank,
-            world_size=self.world_size,
-            num_replicas=self.num_replicas,
-            grad_dtype=grad_dtype,
+            self.buckets, process_group, **place, num_replicas=self.num_replicas, grad_dtype=grad_dtype
         )
 
     # Step.

@@ -57,10 +57,12 @@ class Outlook:
     def rule(self) -> FlipRule:
         """The rule, if it is one that compares a ratio with a threshold."""
         optim = self.config.optim
+        assert optim.gamma is not None, optim.rule
+        assert optim.threshold is not None, optim.rule
         return FlipRule(
             gamma=optim.gamma.over(self.decay_steps),
             threshold=optim.threshold.over(self.decay_steps),
-            sigma=optim.sigma.over(self.decay_steps) if optim.rule == "bop2ndorder" else None,
+            sigma=optim.sigma.over(self.decay_steps) if optim.sigma is not None else None,
             correction=optim.correction,
         )
 

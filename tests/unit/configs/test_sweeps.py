@@ -12,7 +12,7 @@ RUNS = {
     "s512_ablation": 57,
     "s513_pairs": 61,
     "s514_schedulers": 21,
-    "s52_optimizers": 12,
+    "s52_optimizers": 54,
 }
 
 
