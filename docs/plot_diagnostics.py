@@ -26,6 +26,7 @@ def plot(run: Path, output: Path) -> None:
     lines: list[dict[str, Any]] = [line for line in read_metrics(run) if line["kind"] == "diagnostics"]
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.4), constrained_layout=True)
     for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=False):
+        style = "steps-post" if key == "oscillators" else "default"
         layers = [name for name in lines[-1] if name.startswith(f"{key}/")]
         for index, layer in enumerate(layers):
             chosen = [line for line in lines if layer in line]
@@ -36,6 +37,7 @@ def plot(run: Path, output: Path) -> None:
                 [line[layer] for line in chosen],
                 color=shade,
                 linewidth=0.8,
+                drawstyle=style,
                 label=label,
             )
         chosen = [line for line in lines if key in line]
@@ -44,6 +46,7 @@ def plot(run: Path, output: Path) -> None:
             [line[key] for line in chosen],
             color="black",
             linewidth=1.6,
+            drawstyle=style,
             label="all layers",
         )
         axis.set_title(title, fontsize=10)
@@ -63,11 +66,17 @@ def _histogram(axis: Any, lines: list[dict[str, Any]]) -> None:
     edges = np.array(lines[0]["log_ratio"]["edges"])[first : last + 2]
     share = counts[first : last + 1] / counts.sum(axis=0)
     steps = [0, *(line["step"] for line in lines)]
-    mesh = axis.pcolormesh(steps, edges, np.ma.masked_equal(share, 0.0), cmap="viridis")
+    mesh = axis.pcolormesh(steps, edges, np.ma.masked_equal(share, 0.0), cmap="viridis", norm="log")
     axis.figure.colorbar(mesh, ax=axis, label="share of the weights")
     axis.plot([line["step"] for line in lines], np.log10([line["threshold"] for line in lines]), color="#d94801")
     axis.annotate(
-        "threshold", (lines[-1]["step"], np.log10(lines[-1]["threshold"])), color="#d94801", ha="right", va="top"
+        "threshold",
+        (lines[-1]["step"], np.log10(lines[-1]["threshold"])),
+        xytext=(-4, 5),
+        textcoords="offset points",
+        color="black",
+        backgroundcolor="#ffffffb0",
+        ha="right",
     )
     axis.set_title("log10 |r|, which is compared with the threshold", fontsize=10)
     axis.set_xlabel("step")

@@ -70,7 +70,7 @@ def bench_diagnostics(
             assert json.loads(last)["kind"] == "diagnostics", last
             size = len(last)
         barrier()
-    return Cost(turns[0], turns[1], line_bytes=size)
+    return Cost(turns[0], turns[1], size)
 
 
 def _start(config: TrainConfig, ranks: Ranks, device: torch.device, run_dir: Path, diagnostics: bool) -> Trainer:
