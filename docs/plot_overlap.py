@@ -1,4 +1,4 @@
-"""Draw when gradients travel: `torchrun --nproc_per_node 2 docs/plot_overlap.py OUTPUT.png`. Needs matplotlib (the extra `dev`).
+"""Draw when gradients travel: `torchrun --nproc_per_node 2 docs/plot_overlap.py OUTPUT.png`.
 
 Rank 0 profiles one step of Bi-Real Net 18 on 64x64 images and draws what its threads did.
 """

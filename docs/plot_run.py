@@ -1,4 +1,4 @@
-"""Draw a run's metrics.jsonl: `python docs/plot_run.py RUN OUTPUT.png`. Needs matplotlib (the extra `dev`)."""
+"""Draw a run's metrics.jsonl: `python docs/plot_run.py RUN OUTPUT.png`."""
 
 import sys
 from pathlib import Path

@@ -13,6 +13,7 @@ COMMANDS = {
     "doctor": "say whether a run would work here, and on these ranks; `bitfleet doctor --help`",
     "plan": "predict step time, images/s and hours on a cluster, and what binds; `bitfleet plan --help`",
     "bench": "measure bitfleet against bare loops; `bitfleet bench --help` lists the benchmarks",
+    "report": "turn sweeps and runs into one HTML page with pictures; `bitfleet report --help`",
     "configs": "list the configurations that --config knows",
 }
 
@@ -70,6 +71,10 @@ def dispatch() -> None:
         from bitfleet.launch.bench import bench
 
         bench(rest)
+    elif command == "report":
+        from bitfleet.launch.report import report
+
+        report(rest)
     elif command == "configs":
         from bitfleet.configs import available
 

@@ -1,9 +1,12 @@
-"""The plan as a picture. Needs matplotlib (the extra `dev`)."""
+"""The plan as a picture."""
 
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.plan import Estimate, find_limit
@@ -18,12 +21,8 @@ def plot_plan(
     """Draw images/s over the nodes, and what each resource needs of a step.
 
     Raises:
-        ValueError: matplotlib is not installed, or the file cannot be written.
+        ValueError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("the picture needs matplotlib: pip install matplotlib, or leave --output out") from None
     figure = Figure(figsize=(11, 5), constrained_layout=True)
     left, right = figure.subplots(1, 2)
     words = "\n".join(textwrap.fill(sentence, 125) for sentence in answer(config, num_images, estimates, asked, unit))
@@ -46,8 +45,6 @@ def plot_plan(
 
 
 def _draw_throughput(axis: Any, nodes: list[int], estimates: Sequence[Estimate]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
     values = [e.images_per_second for e in estimates]
     low, high = min(values) / 2.2, max(values) * 2
     axis.set_yscale("log")
@@ -73,8 +70,6 @@ def _draw_throughput(axis: Any, nodes: list[int], estimates: Sequence[Estimate])
 
 
 def _draw_parts(axis: Any, nodes: list[int], estimates: Sequence[Estimate]) -> None:
-    from matplotlib.ticker import FuncFormatter
-
     ends = []
     for name, color in COLORS.items():
         values = [1e3 * getattr(e, name) for e in estimates]

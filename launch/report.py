@@ -1,0 +1,31 @@
+"""`bitfleet report`: sweeps and runs as one HTML page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bitfleet.launch.options import take_option
+
+USAGE = """usage: bitfleet report PATH... [--output FOLDER]
+
+Turn sweeps and runs into FOLDER/report.html, one page that needs nothing else, and FOLDER/report/*.png. A PATH is a sweep's
+folder or sweep.csv, or a run's folder. Without --output the page goes into the folder of the only PATH."""
+
+
+def report(arguments: Sequence[str]) -> None:
+    """Write the report that `arguments` ask for, and print where it is and what it says.
+
+    Raises:
+        ValueError: an option is unknown, or a path has nothing to report.
+    """
+    if "-h" in arguments or "--help" in arguments:
+        print(USAGE)
+        return
+    output, paths = take_option(arguments, "--output")
+    for path in paths:
+        if path.startswith("-"):
+            raise ValueError(f"bitfleet report has no option {path}; it knows --output FOLDER")
+
+    from bitfleet.trainer.report import write_report
+
+    page, lines = write_report([Path(path) for path in paths], Path(output) if output else None)
+    print("\n".join([*lines, f"report: {page}"]))

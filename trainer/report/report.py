@@ -1,0 +1,67 @@
+"""From paths of sweeps and runs to the report."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from bitfleet.trainer.metrics import JSONL
+from bitfleet.trainer.report.page import Section, write_page
+from bitfleet.trainer.report.run_results import RunResults, answer, read_run
+from bitfleet.trainer.report.run_section import run_section
+from bitfleet.trainer.report.sweep_findings import answer as answer_of_sweep
+from bitfleet.trainer.report.sweep_reader import CSV, read_sweep
+from bitfleet.trainer.report.sweep_results import SweepResults
+from bitfleet.trainer.report.sweep_section import sweep_section
+from bitfleet.trainer.run_folder import CONFIG
+
+
+def write_report(paths: Sequence[Path], output: Path | None = None) -> tuple[Path, list[str]]:
+    """Turn sweeps and runs into one page.
+
+    Args:
+        paths: sweep folders, sweep.csv files, run folders, mixed at will.
+        output: folder of report.html and report/*.png. None: the folder of the only path.
+
+    Returns:
+        The page, and the answer of each path in a line.
+
+    Raises:
+        ValueError: a path is neither a sweep nor a run, has nothing to report, or the folder cannot be written.
+    """
+    if not paths:
+        raise ValueError("report on what? Pass sweep folders, CSV files of sweeps or run folders")
+    if output is None:
+        if len(paths) > 1:
+            raise ValueError(f"where to? A report on {len(paths)} paths needs --output FOLDER")
+        output = paths[0] if paths[0].is_dir() else paths[0].parent
+    found = [_read(path) for path in paths]
+    keys: list[str] = []
+    sections: list[Section] = []
+    lines: list[str] = []
+    for path, each in zip(paths, found, strict=True):
+        key = _key(each, path, keys)
+        keys.append(key)
+        sections.append(sweep_section(each, key) if isinstance(each, SweepResults) else run_section(each, key))
+        sentences = answer_of_sweep(each) if isinstance(each, SweepResults) else answer(each)
+        lines.append(f"{path}: {' '.join(sentences)}")
+    title = sections[0].title if len(sections) == 1 else f"{len(sections)} sweeps and runs"
+    return write_page(title, sections, output), lines
+
+
+def _read(path: Path) -> SweepResults | RunResults:
+    if not path.exists():
+        raise ValueError(f"there is nothing at {path}: expected a sweep folder, a CSV file of a sweep or a run folder")
+    if path.is_file() or (path / CSV).is_file():
+        return read_sweep(path)
+    if (path / CONFIG).is_file() or (path / JSONL).is_file():
+        return read_run(path)
+    raise ValueError(
+        f"{path} is neither a sweep (there is no {CSV} in it) nor a run (there is no {CONFIG}): pass the folder of one"
+    )
+
+
+def _key(each: SweepResults | RunResults, path: Path, taken: Sequence[str]) -> str:
+    name = each.name if isinstance(each, SweepResults) else os.path.basename(path.resolve())
+    slug = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-") or "part"
+    return slug if slug not in taken else f"{slug}-{len(taken) + 1}"
