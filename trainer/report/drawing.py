@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from scipy.optimize import isotonic_regression
 
+from bitfleet.trainer.report.sweep_results import show
+
 WORDS = ("#332288", "#CC6677", "#117733", "#DDAA33", "#88CCEE", "#882255", "#44AA99", "#AA4499", "#999933", "#555555")
 """For colour-blind readers: Paul Tol's "muted", the yellow darker."""
 MAX_LINES = len(WORDS)
@@ -96,9 +98,7 @@ def logarithmic(axis: Any) -> None:
     low, high = axis.get_ylim()
     if high < 100 * low:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(
-            FuncFormatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e"))
-        )
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show(float(f"{value:.3g}"))))
     axis.yaxis.set_minor_locator(NullLocator())
 
 
