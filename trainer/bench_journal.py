@@ -27,21 +27,21 @@ NUM_WEIGHTS = 10_985_472
 
 
 class Cost(NamedTuple):
-    """Seconds of `num_steps` training steps, a value a round, and what the journal took in the rounds that had one."""
+    """Of `num_steps` training steps, a value a round, and what the journal took in the rounds that had one."""
 
     off: list[float]
+    """Seconds without a journal."""
     on: list[float]
+    """Seconds with one."""
+    cpu_off: list[float]
+    """Seconds of CPU time of this rank's process, which other work on the machine moves less."""
+    cpu_on: list[float]
     num_steps: int
     num_weights: int
     num_flips: float
     """A step."""
     num_bytes: float
     """A step, over all ranks, without whole signs."""
-
-    @property
-    def ratios(self) -> list[float]:
-        """With / without, in rising order."""
-        return sorted(on / off for on, off in zip(self.on, self.off, strict=True))
 
 
 class Encoding(NamedTuple):
@@ -71,8 +71,8 @@ def bench_journal(config: TrainConfig, ranks: Ranks, device: torch.device, *, nu
                 f"the run has {trainer.num_steps:,} steps, the benchmark makes {needed:,}: fewer --steps or --rounds"
             )
         trainer.start()
-        off: list[float] = []
-        on: list[float] = []
+        off: list[tuple[float, float]] = []
+        on: list[tuple[float, float]] = []
         for count in range(num_rounds + 1):
             for enabled in (False, True) if count % 2 else (True, False):
                 journal = open_journal(True, run, ranks, trainer.sharded) if enabled else None
@@ -87,12 +87,16 @@ def bench_journal(config: TrainConfig, ranks: Ranks, device: torch.device, *, nu
         size = sum_of_numbers(sum(FRAME_BYTES + frame.length for frame in frames)) / (num_rounds * num_steps)
         num_weights = sum(param.numel() for param in trainer.model.parameters() if is_binary(param))
         barrier()
-    return Cost(off[1:], on[1:], num_steps, num_weights, flips, size)
+    seconds = [list(values) for measured in (off, on) for values in zip(*measured[1:], strict=True)]
+    return Cost(seconds[0], seconds[2], seconds[1], seconds[3], num_steps, num_weights, flips, size)
 
 
-def _seconds(trainer: Trainer, num_steps: int, device: torch.device, journal: JournalWriter | None) -> float:
+def _seconds(
+    trainer: Trainer, num_steps: int, device: torch.device, journal: JournalWriter | None
+) -> tuple[float, float]:
+    """Seconds, and of CPU time."""
     barrier()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     for _ in range(num_steps):
         trainer.train_step()  # without logging steps, which might fall on one side more often
     if journal is not None:
@@ -100,7 +104,7 @@ def _seconds(trainer: Trainer, num_steps: int, device: torch.device, journal: Jo
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     barrier()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def encodings(num_weights: int = NUM_WEIGHTS, flip_ratios: Sequence[float] = FLIP_RATIOS) -> list[Encoding]:
@@ -128,14 +132,12 @@ def encodings(num_weights: int = NUM_WEIGHTS, flip_ratios: Sequence[float] = FLI
 
 def format_journal(name: str, ranks: Ranks, cost: Cost, rows: Sequence[Encoding]) -> str:
     """Both measurements as text."""
-    off, on = (1e3 * statistics.median(values) / cost.num_steps for values in (cost.off, cost.on))
     lines = [
         f"{name} on {ranks.world_size} ranks, {cost.num_weights:,} binary weights, median of {len(cost.on)} rounds of "
         f"{cost.num_steps} steps",
-        f"  step without the journal  {off:10.2f} ms",
-        f"  step with it              {on:10.2f} ms, the last one flushed to the disk",
-        f"  ratio                     {statistics.median(cost.ratios):10.4f} (the middle half of the rounds: "
-        f"{cost.ratios[len(cost.ratios) // 4]:.3f} to {cost.ratios[-1 - len(cost.ratios) // 4]:.3f})",
+        f"  {'':24}{'without ms':>12}{'with ms':>12}{'ratio':>9}  of the middle half of the rounds",
+        _row("step", cost.off, cost.on, cost.num_steps),
+        _row("CPU time of rank 0", cost.cpu_off, cost.cpu_on, cost.num_steps),
         f"  flips a step              {cost.num_flips:10,.0f} ({cost.num_flips / cost.num_weights:.4%})",
         f"  bytes a step              {cost.num_bytes:10,.0f}",
         "",
@@ -147,3 +149,13 @@ def format_journal(name: str, ranks: Ranks, cost: Cost, rows: Sequence[Encoding]
         times = f"{1e3 * row.encode_seconds:12.1f}{1e3 * row.decode_seconds:12.1f}"
         lines.append(f"{row.flip_ratio:12.4%}{row.num_bytes:12,}{over:14.3f}{times}")
     return "\n".join(lines)
+
+
+def _row(title: str, off: Sequence[float], on: Sequence[float], num_steps: int) -> str:
+    ratios = sorted(a / b for a, b in zip(on, off, strict=True))
+    without, with_ = (1e3 * statistics.median(values) / num_steps for values in (off, on))
+    quarter = len(ratios) // 4
+    return (
+        f"  {title:24}{without:12.2f}{with_:12.2f}{statistics.median(ratios):9.4f}  "
+        f"{ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f}"
+    )
