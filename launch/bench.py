@@ -18,10 +18,10 @@ USAGE = """usage: bitfleet bench NAME [options], on several ranks deepspeed --nu
           (the wire: only in a network namespace of its own; of several hosts: launch/hosts.sh)
   step    [--rounds 7]
           the update of 12 and 62 million weights against fused AdamW and the limits of memory, one process: ns a weight
-  sharding [--network NAME] [--contender NAME] [--micro_batch_size 8] [--rounds 5] [--steps 3]
+  sharding [--network NAME] [--contender NAME,...] [--micro_batch_size 8] [--rounds 5] [--steps 3]
           step time of birealnet18 and xnornet (or of NAME alone): bitfleet's sharding, DistributedDataParallel, ZeRO-1; and the
-          bytes that a rank sent, which are only this job's in a network namespace (launch/hosts.sh). With --contender bits,
-          DDP or zero1 that one alone, for machines whose memory does not hold three of a network
+          bytes that a rank sent, which are only this job's in a network namespace (launch/hosts.sh). With --contender bits,DDP
+          those alone (bits, DDP, zero1), for machines whose memory does not hold three of a network
   plan    --config NAME [--rates FILE] [--output FILE] [--rounds 5] [--steps 10] [--section.field value ...]
           rates of this machine, written to FILE for `bitfleet plan --rates FILE`, and in turns with them training steps: ms that
           the plan predicts (with FILE of --rates instead, where it is given), ms measured, and their ratio
@@ -149,8 +149,9 @@ def _sharding(arguments: list[str]) -> None:
 
     if only is not None and only not in NETWORKS:
         raise ValueError(f"bench sharding knows the networks {', '.join(NETWORKS)}, not {only!r}")
-    if contender is not None and contender not in CONTENDERS:
-        raise ValueError(f"bench sharding knows the contenders {', '.join(CONTENDERS)}, not {contender!r}")
+    contenders = contender.split(",") if contender else list(CONTENDERS)
+    if unknown := [name for name in contenders if name not in CONTENDERS]:
+        raise ValueError(f"bench sharding knows the contenders {', '.join(CONTENDERS)}, not {unknown[0]!r}")
     with job("auto") as (ranks, device):
         for network in [only] if only else NETWORKS:
             rounds_measured = bench_sharding(
@@ -160,7 +161,7 @@ def _sharding(arguments: list[str]) -> None:
                 micro_batch_size=micro_batch_size,
                 num_rounds=rounds,
                 num_steps=steps,
-                contenders=[contender] if contender else CONTENDERS,
+                contenders=contenders,
             )
             if is_first_rank():
                 print(format_sharding(network, ranks, micro_batch_size, rounds_measured), flush=True)
