@@ -4,6 +4,7 @@ Rank 0 profiles one step of Bi-Real Net 18 on 64x64 images and draws what its th
 """
 
 import sys
+from typing import Any
 
 import matplotlib
 import torch
@@ -15,12 +16,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bitfleet.models import ModelConfig, create_model
-from bitfleet.optim import OptimConfig, ShardedOptimizer, build_optimizer
+from bitfleet.optim import OptimConfig, ShardedOptimizer, build_optimizer, sharding_exchange
 
 ROWS = {
     "forward": ("forward", "#9ecae1"),
     "backward": ("backward", "#3182bd"),
-    "gloo:all_to_all": ("gradients (all-to-all)", "#d94801"),
+    "swap": ("gradients (swaps)", "#d94801"),
     "step": ("optimizer.step()", "#74c476"),
     "gloo:all_gather": ("signs (all-gather)", "#fdae6b"),
 }
@@ -44,7 +45,15 @@ def profile_step() -> list[tuple[str, float, float]]:
     step()
     step()
     dist.barrier()
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    plain_swap = sharding_exchange.swap
+
+    def shown_swap(*arguments: Any) -> None:
+        with record_function("swap"):
+            plain_swap(*arguments)
+
+    sharding_exchange.swap = shown_swap
+    all_threads = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # swaps have a thread of their own
+    with profile(activities=[ProfilerActivity.CPU], experimental_config=all_threads) as profiler:
         step()
     found = []
     for event in profiler.events():

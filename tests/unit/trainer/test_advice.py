@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from bitfleet.configs import available, load_config
-from bitfleet.optim import OptimConfig, constant, linear
+from bitfleet.optim import OptimConfig, constant, linear, with_rule
 from bitfleet.trainer import advice
 from bitfleet.trainer.advice import advise
 from bitfleet.trainer.advice_gradient import Gradient, measure_gradient
@@ -23,8 +23,9 @@ def lines_of(config: TrainConfig, num_images: int = 6000, gradient: Gradient | N
     return {line.quantity: line for line in found}
 
 
-def with_optim(config: TrainConfig = SMALL, **changes: object) -> TrainConfig:
-    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, **changes))  # type: ignore[arg-type]
+def with_optim(config: TrainConfig = SMALL, *, rule: str = "bop2ndorder", **changes: object) -> TrainConfig:
+    optim = with_rule(config.optim, rule)
+    return dataclasses.replace(config, optim=dataclasses.replace(optim, **changes))  # type: ignore[arg-type]
 
 
 def test_nothing_is_wrong_with_the_shipped_ones(monkeypatch: pytest.MonkeyPatch) -> None:
