@@ -132,7 +132,8 @@ def start(request: Request, config: TrainConfig) -> int:
     told: set[int] = set()
     if not request.by_ssh:
         if request.node_rank is None:
-            port, visible = request.master_port or free_port(), environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            port = request.master_port or free_port()
+            visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
             on_gpus = config.device != "cpu" and gpus_here(0) > 0
             request = dataclasses.replace(
                 request, master_port=port, visible_devices=on_gpus and len(visible) == request.world_size

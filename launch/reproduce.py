@@ -71,9 +71,11 @@ def parse_reproduce(arguments: Sequence[str], prog: str) -> tuple[Paper, TrainCo
     """NAME and options: what is to be reproduced, its recipe, and the run.
 
     Raises:
-        ValueError: unknown name or option, or a value that does not fit.
+        ValueError: no name, an unknown name or option, or a value that does not fit.
         SystemExit: after --help.
     """
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(f"which run of the paper? Its name comes first, one of: {', '.join(PAPERS)}")
     name, *rest = arguments
     paper = find_paper(name)
     is_dry, rest = take_flag(rest, "--dry_run")

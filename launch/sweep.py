@@ -23,7 +23,7 @@ and failed ones tried once more. Ctrl-C or SIGTERM: all runs save and end, exit 
 reason, the others go on, exit code 1. Options with a dot are for all runs.
 
   --config BASE    the configuration that the points change (the sweep's own)
-  --seeds 0,1,2    seeds (the sweep's own)
+  --seeds 0,1,2    seeds (the sweep's own); those that were run before stay in sweep.csv
   --ranks N        ranks of a run; with GPUs one for each (1)
   --at_once N      runs at once (as many as cores, memory and GPUs allow)
   --output FOLDER  the runs and sweep.csv are below FOLDER/NAME (runs/sweeps)
@@ -55,14 +55,15 @@ def sweep(arguments: Sequence[str]) -> None:
 
     from bitfleet.configs.sweeps import load_sweep
     from bitfleet.launch.arguments import parse_train
-    from bitfleet.trainer.sweep import plan_runs
+    from bitfleet.trainer.sweep import plan_runs, with_threads
     from bitfleet.trainer.sweep_run import run_sweep
 
     asked = load_sweep(name)
     asked = dataclasses.replace(asked, base=base or asked.base, seeds=read_seeds(seeds) if seeds else asked.seeds)
     folder = Path(output or "runs/sweeps") / name
-    slots = slots_here(parse_train(["--config", asked.base, *rest], "bitfleet sweep"), ranks, at_once or None)
-    runs = plan_runs(asked, folder, rest, slots.threads, lambda words: parse_train(words, "bitfleet sweep"))
+    planned = plan_runs(asked, folder, rest, lambda words: parse_train(words, "bitfleet sweep"))
+    slots = slots_here([run.config for run in planned], ranks, at_once or None)
+    runs = [with_threads(run, slots.threads) for run in planned]
     print(describe(asked, len(runs), len(slots.environments), slots.reason), flush=True)
     if only_print:
         for run in runs:
@@ -101,8 +102,8 @@ def words_of(run: "PlannedRun", ranks: int) -> tuple[str, ...]:
     return ("train", *run.arguments) if ranks == 1 else ("launch", "deepspeed", "--gpus", str(ranks), *run.arguments)
 
 
-def slots_here(config: "TrainConfig", ranks: int, at_once: int | None) -> "Slots":
-    """The places for runs on this machine.
+def slots_here(configs: Sequence["TrainConfig"], ranks: int, at_once: int | None) -> "Slots":
+    """The places on this machine for runs of `configs`; each fits the largest of them.
 
     Raises:
         ValueError: there are not enough GPUs, or the run cannot be built.
@@ -110,19 +111,19 @@ def slots_here(config: "TrainConfig", ranks: int, at_once: int | None) -> "Slots
     import torch
 
     from bitfleet.trainer.doctor_facts import free_memory
-    from bitfleet.trainer.sweep_slots import bytes_of_rank, find_slots
+    from bitfleet.trainer.sweep_slots import bytes_of_largest, find_slots
 
     gpus: list[str] = []
-    if config.device != "cpu" and torch.cuda.is_available():
+    if any(config.device != "cpu" for config in configs) and torch.cuda.is_available():
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
     return find_slots(
         ranks=ranks,
-        threads=config.num_threads,
+        threads=max((config.num_threads for config in configs if config.num_threads), default=None),
         at_once=at_once,
         cores=num_cores(),
         free_bytes=free_memory(),
-        rank_bytes=bytes_of_rank(config, ranks),
+        rank_bytes=bytes_of_largest(configs, ranks),
         gpus=gpus,
     )
 

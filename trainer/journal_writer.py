@@ -40,12 +40,12 @@ def open_journal(enabled: bool, run: Path, ranks: Ranks, optimizer: Optimizer) -
     """The journal of a run from the present step on, a new part; None without one. Every rank calls this.
 
     Raises:
-        ValueError: no weights of the run travel as bits, or the journal cannot be written.
+        ValueError: no weights of the run travel as bits, or the journal, or the mark of its end, cannot be written.
     """
     folder = run / FOLDER
     if not enabled:
-        if ranks.is_first and folder.is_dir() and isinstance(optimizer, ShardedOptimizer):
-            (folder / marker_name(_next_part(folder), optimizer.num_steps)).touch()
+        if problem := from_first_rank(_mark_end(folder, optimizer) if ranks.is_first else ""):
+            raise ValueError(problem)
         return None
     if not isinstance(optimizer, ShardedOptimizer) or not any(bucket.binary for bucket in optimizer.buckets):
         raise ValueError(
@@ -64,6 +64,19 @@ def open_journal(enabled: bool, run: Path, ranks: Ranks, optimizer: Optimizer) -
         raise ValueError(problem)
     path = folder / file_name(part, optimizer.num_steps, ranks.rank, ranks.world_size)
     return JournalWriter(path, optimizer)
+
+
+def _mark_end(folder: Path, optimizer: Optimizer) -> str:
+    """Note in a journal that is there that the run goes on without it; what is wrong, in words."""
+    if folder.is_dir() and isinstance(optimizer, ShardedOptimizer):
+        try:
+            (folder / marker_name(_next_part(folder), optimizer.num_steps)).touch()
+        except OSError as error:
+            return (
+                f"{folder} cannot be told that the flip journal ends here: {error.strerror or error}; make room, or move that "
+                f"folder away"
+            )
+    return ""
 
 
 def _next_part(folder: Path) -> int:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from bitfleet.optim import is_binary
 from bitfleet.trainer.distributed import sum_over_ranks_
 from bitfleet.trainer.metrics_diagnostics import show_diagnostics
+from bitfleet.trainer.whole_file import replace
 
 JSONL = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -164,9 +165,7 @@ class MetricsWriter:
 
         path = run / JSONL
         kept = [line for line in read_metrics(run) if line["step"] <= start_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        replace(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         order_event_files(run / TENSORBOARD, time.time())
         self._tensorboard = SummaryWriter(str(run / TENSORBOARD), purge_step=start_step + 1)

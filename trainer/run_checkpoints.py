@@ -23,7 +23,7 @@ from bitfleet.trainer.checkpoint import (
 )
 from bitfleet.trainer.checkpoint_loader import DIAGNOSTICS_SINCE, Intact
 from bitfleet.trainer.checkpoint_saver import Saver
-from bitfleet.trainer.config import TrainConfig, to_dict
+from bitfleet.trainer.config import MACHINE, TrainConfig, to_dict
 from bitfleet.trainer.distributed import Ranks, sum_of_numbers
 from bitfleet.trainer.engine import load_engine, whole_weights
 from bitfleet.trainer.metrics import read_metrics
@@ -64,10 +64,8 @@ def identity(config: TrainConfig, num_replicas: int, world_size: int, data_sha: 
     DeepSpeed's own shards can only be read on as many ranks as wrote them; all else is free of the number of ranks.
     """
     resolved = to_dict(config)
-    # where the data is, who decodes it, and what is done about faults
-    machine = ("root", "device", "num_threads", "on_bad_sample", "max_bad_samples", "stall_seconds")
     sections = {
-        "data": {key: value for key, value in resolved["data"].items() if key not in machine},
+        "data": {key: value for key, value in resolved["data"].items() if key not in MACHINE},
         "engine": {
             key: resolved["engine"][key] for key in ("sharding", "precision", "grad_comm_dtype", "max_grad_norm")
         },

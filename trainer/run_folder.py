@@ -11,7 +11,6 @@ import datetime
 import functools
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -21,6 +20,7 @@ from bitfleet.trainer.checkpoint import is_checkpoint, latest_checkpoint
 from bitfleet.trainer.config import TrainConfig, from_dict, to_dict
 from bitfleet.trainer.hardware import hardware
 from bitfleet.trainer.run_lock import lock_run
+from bitfleet.trainer.whole_file import replace
 
 CONFIG = "config.json"
 PACKAGES = "bitfleet torch torchvision deepspeed timm tensorboard numpy nvidia-dali-cuda130 nvidia-dali-cuda120".split()
@@ -116,12 +116,9 @@ def take_folder(folder: RunFolder) -> IO[str]:
 
 def write_config(path: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
     """Write config.json: the resolved configuration, `facts`, git revision, versions and the machine."""
-    path.mkdir(parents=True, exist_ok=True)
     facts = {**facts, "git": git_revision(), "versions": versions(), "hardware": hardware()}
     content = {"config": to_dict(config), **facts}
-    temporary = path / (CONFIG + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path / CONFIG)
+    replace(path / CONFIG, json.dumps(content, indent=2) + "\n")
 
 
 @functools.cache

@@ -8,8 +8,11 @@ from pathlib import Path
 from bitfleet.trainer.config import TrainConfig
 
 Label = str | float
-SWEPT = ("--config", "--seed", "--run_dir", "--output", "--resume", "--name")
-"""Options of a run that the sweep itself sets."""
+SWEPT = {
+    **dict.fromkeys(("--config", "--seed", "--run_dir", "--output", "--resume", "--name"), "the sweep itself sets it"),
+    "--stop_after_steps": "a run that ends before its end would count as finished; --epochs makes all runs shorter",
+}
+"""Options that no run of a sweep is given -> why."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class Sweep:
     """Points and seeds; every point is run with every seed.
 
     Raises:
-        ValueError: no points or seeds, two points of the same labels, or an option that the sweep itself sets.
+        ValueError: no points or seeds, two points of the same labels, or an option that a run of a sweep must not have.
     """
 
     name: str
@@ -60,7 +63,7 @@ class Sweep:
             raise ValueError(f"two points of the sweep {self.name} are called {twice[0]}: give them different labels")
         for point in self.points:
             if own := options_of(point.overrides) & set(SWEPT):
-                raise ValueError(f"the point {point.slug} sets {min(own)}, which the sweep itself sets: leave it out")
+                raise ValueError(f"the point {point.slug} sets {min(own)}: leave it out: {SWEPT[min(own)]}")
 
     @property
     def axes(self) -> dict[str, list[Label]]:
@@ -77,13 +80,27 @@ class Sweep:
 class PlannedRun:
     """One point with one seed."""
 
-    name: str
-    """Of its folder."""
     point: Point
     config: TrainConfig
     """Resolved, with seed and run folder."""
-    arguments: tuple[str, ...]
-    """Of `bitfleet train`."""
+    words: tuple[str, ...]
+    """Of its command line, without seed and run folder."""
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+        assert self.config.run_dir is not None
+        return self.config.run_dir
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.path.name
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Of `bitfleet train`."""
+        return (*self.words, "--seed", str(self.config.seed), "--run_dir", str(self.path), "--resume", "auto")
 
 
 def held(hyperparameter: str, value: float) -> tuple[str, ...]:
@@ -101,7 +118,6 @@ def plan_runs(
     sweep: Sweep,
     folder: Path,
     common: Sequence[str],
-    threads: int,
     parse: Callable[[Sequence[str]], TrainConfig],
 ) -> list[PlannedRun]:
     """Every run of `sweep`, parsed: what is misspelt is found before the first one starts. All points of a seed come together.
@@ -110,14 +126,13 @@ def plan_runs(
         sweep: the sweep.
         folder: its own; the runs are below it.
         common: options of all runs.
-        threads: of a rank, where the options do not say.
         parse: from words to a configuration.
 
     Raises:
         ValueError: an option or value that does not fit, or one that is swept as well.
     """
     if own := options_of(common) & set(SWEPT):
-        raise ValueError(f"{min(own)} cannot be passed on to the runs of a sweep: the sweep itself sets it")
+        raise ValueError(f"{min(own)} cannot be passed on to the runs of a sweep: {SWEPT[min(own)]}")
     parsed = []
     for point in sweep.points:
         if both := options_of(common) & options_of(point.overrides):
@@ -129,18 +144,23 @@ def plan_runs(
             config = parse(words)
         except ValueError as error:
             raise ValueError(f"the point {point.slug} of the sweep {sweep.name}: {error}") from error
-        for option, given in (("--num_threads", config.num_threads), ("--data.num_threads", config.data.num_threads)):
-            if given is None:
-                words += [option, str(threads)]
-        data = dataclasses.replace(config.data, num_threads=config.data.num_threads or threads)
-        parsed.append((point, words, dataclasses.replace(config, num_threads=config.num_threads or threads, data=data)))
-    return [_with_seed(point, words, config, seed, folder) for seed in sweep.seeds for point, words, config in parsed]
+        config = dataclasses.replace(config, run_dir=folder / "runs" / point.slug, resume="auto")
+        parsed.append(PlannedRun(point, config, tuple(words)))
+    return [with_seed(run, seed) for seed in sweep.seeds for run in parsed]
 
 
-def _with_seed(point: Point, words: Sequence[str], config: TrainConfig, seed: int, folder: Path) -> PlannedRun:
-    name = f"{point.slug}-seed{seed}"
-    run_dir = folder / "runs" / name
-    own = ("--seed", str(seed), "--run_dir", str(run_dir), "--resume", "auto")
-    return PlannedRun(
-        name, point, dataclasses.replace(config, seed=seed, run_dir=run_dir, resume="auto"), (*words, *own)
-    )
+def with_seed(run: PlannedRun, seed: int) -> PlannedRun:
+    """`run` with another seed, in a folder beside its own."""
+    run_dir = run.path.with_name(f"{run.point.slug}-seed{seed}")
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, seed=seed, run_dir=run_dir))
+
+
+def with_threads(run: PlannedRun, threads: int) -> PlannedRun:
+    """`run` with `threads` of a rank, where its options do not say how many."""
+    config, words = run.config, list(run.words)
+    for option, given in (("--num_threads", config.num_threads), ("--data.num_threads", config.data.num_threads)):
+        if given is None:
+            words += [option, str(threads)]
+    data = dataclasses.replace(config.data, num_threads=config.data.num_threads or threads)
+    config = dataclasses.replace(config, num_threads=config.num_threads or threads, data=data)
+    return dataclasses.replace(run, config=config, words=tuple(words))

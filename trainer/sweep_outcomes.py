@@ -2,16 +2,16 @@
 
 import dataclasses
 import json
-import os
 import re
 import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from bitfleet.trainer.sweep_pool import Ended
+from bitfleet.trainer.whole_file import replace
 
 FILE = "outcomes.json"
 _SENTENCE = re.compile(r"^bitfleet: error(?: \(rank [^)]*\))?: (.*)$", re.MULTILINE)
@@ -31,28 +31,37 @@ class Outcome:
 
 
 def read_outcomes(folder: Path) -> dict[str, Outcome]:
-    """Name of a run -> what became of it; nothing for a folder in which no sweep has been."""
+    """Name of a run -> what became of it; nothing for a folder in which no sweep has been.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     file = folder / FILE
-    return TypeAdapter(dict[str, Outcome]).validate_json(file.read_bytes()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        return TypeAdapter(dict[str, Outcome]).validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise ValueError(
+            f"{file} is damaged: delete it; the same command then continues each run from its last checkpoint, which for a "
+            f"finished one takes seconds"
+        ) from error
 
 
 def write_outcomes(folder: Path, outcomes: Mapping[str, Outcome]) -> None:
     """Remember `outcomes` in `folder`."""
-    temporary = folder / (FILE + ".tmp")
-    temporary.write_text(
-        json.dumps({name: dataclasses.asdict(each) for name, each in outcomes.items()}, indent=1) + "\n"
-    )
-    os.replace(temporary, folder / FILE)
+    content = {name: dataclasses.asdict(each) for name, each in outcomes.items()}
+    replace(folder / FILE, json.dumps(content, indent=1) + "\n")
 
 
 def sentence_of(ended: Ended) -> str:
     """Why a run failed: its own sentence, else how it ended."""
     if said := _SENTENCE.findall(ended.output):
         return str(said[-1]).strip()
-    how = (
-        f"it was killed by {signal.Signals(-ended.code).name}"
-        if ended.code < 0
-        else f"it left with exit code {ended.code}"
-    )
+    how = f"it left with exit code {ended.code}"
+    if ended.code < 0:
+        how = f"it was killed by {signal.Signals(-ended.code).name}"
+    elif ended.code == 0:
+        how += ", but there is no validation in its folder"
     lines = [line.strip() for line in ended.output.splitlines() if line.strip()]
     return f"{how}; the last line of {ended.job.log} is {lines[-1] if lines else 'missing'!r}"

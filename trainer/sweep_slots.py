@@ -1,12 +1,14 @@
 """How many runs of a sweep go on at once: by cores, memory and GPUs."""
 
+import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from bitfleet.models import create_model
 from bitfleet.optim import build_optimizer
+from bitfleet.optim.routed import RULES
 from bitfleet.trainer.checkpoint import model_signature
-from bitfleet.trainer.config import TrainConfig, resolve_replicas
+from bitfleet.trainer.config import TrainConfig, resolve_replicas, to_dict
 from bitfleet.trainer.preflight_memory import bucket_shapes, predict_memory
 
 PROCESS_BYTES = 1_000_000_000
@@ -37,6 +39,25 @@ def bytes_of_rank(config: TrainConfig, ranks: int) -> int:
     shapes = bucket_shapes(optimizer, model_signature(model))
     replicas = resolve_replicas(config, ranks)
     return PROCESS_BYTES + predict_memory(config, shapes, world_size=ranks, num_replicas=replicas).peak
+
+
+def bytes_of_largest(configs: Sequence[TrainConfig], ranks: int) -> int:
+    """The most that one rank of any of these runs will take.
+
+    Raises:
+        ValueError: as `bytes_of_rank`.
+    """
+    largest: dict[str, TrainConfig] = {}
+    for config in configs:
+        # Of the optimizer, memory depends on the tensors of state of its rule, the more the larger; a network is built once.
+        alike = to_dict(config) | {"seed": 0, "run_dir": None, "optim": config.optim.decayed}
+        key = json.dumps(alike, sort_keys=True)
+        largest[key] = max(largest.get(key, config), config, key=_num_moments)
+    return max(bytes_of_rank(config, ranks) for config in largest.values())
+
+
+def _num_moments(config: TrainConfig) -> int:
+    return len(RULES[config.optim.rule].state_keys)
 
 
 def find_slots(

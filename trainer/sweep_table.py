@@ -3,22 +3,24 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitfleet.trainer.config import TrainConfig, to_dict
+from bitfleet.trainer.config import MACHINE, TrainConfig, to_dict
 from bitfleet.trainer.metrics import read_metrics
 from bitfleet.trainer.run_folder import git_revision, versions
 from bitfleet.trainer.sweep import PlannedRun, Sweep
 from bitfleet.trainer.sweep_outcomes import Outcome
+from bitfleet.trainer.whole_file import replace
 
 CSV, JSON = "sweep.csv", "sweep.json"
 MAX_POINTS = 200
 """Of a training curve; a longer one is thinned evenly, its last point kept. Validation curves are whole."""
 PLACES = ("run_dir", "output", "resume")
 """Fields that say where a run is, not what it is."""
+HOW = (*PLACES, "device", "num_threads", "preflight", *(f"data.{name}" for name in MACHINE))
+"""Fields in which a run may differ from its earlier part, and from the same run elsewhere."""
 END = {"loss": "train_loss", "top1": "train_top1", "flip_ratio": "flip_ratio", "images_per_second": "images_per_second"}
 """Key of the last training line -> column."""
 COLUMNS = (
@@ -47,8 +49,7 @@ def write_table(folder: Path, sweep: Sweep, runs: Sequence[PlannedRun], outcomes
         row |= {f"axis.{axis}": value for axis, value in run.point.labels.items()}
         row |= {f"config.{field}": _cell(value) for field, value in fields.items()}
         row |= {"seconds": round(outcome.seconds, 1), "error": outcome.error}
-        assert run.config.run_dir is not None
-        table.writerow(row | curves(read_metrics(run.config.run_dir)))
+        table.writerow(row | curves(read_metrics(run.path)))
     replace(folder / CSV, text.getvalue())
 
 
@@ -75,16 +76,20 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Cell]:
     return row
 
 
-def write_question(folder: Path, sweep: Sweep, words: Sequence[str]) -> None:
-    """Write sweep.json into `folder`: title, question, base, axes, seeds, options of all runs, git revision, versions."""
+def write_question(folder: Path, sweep: Sweep, words: Sequence[str], runs: Sequence[PlannedRun]) -> None:
+    """Write sweep.json into `folder`: what was asked, with git revision and versions.
+
+    `config` is the resolved configuration of the first of `runs`: with what differs, in sweep.csv, it is that of every run.
+    """
     content = {
         "name": sweep.name,
         "title": sweep.title,
         "question": sweep.question,
         "base": sweep.base,
         "axes": sweep.axes,
-        "seeds": sweep.seeds,
+        "seeds": list(dict.fromkeys(run.config.seed for run in runs)),
         "options": list(words),
+        "config": to_dict(runs[0].config),
         "git": git_revision(),
         "versions": versions(),
     }
@@ -110,14 +115,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return leaves
-
-
-def replace(path: Path, text: str) -> None:
-    """Write `text` to `path`; who reads meanwhile sees the old or the new whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _cell(value: Any) -> Cell:

@@ -2,11 +2,12 @@
 
 import base64
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from bitfleet.trainer.whole_file import replace
 
 TEMPLATE = "page.html"
 PAGE = "report.html"
@@ -75,9 +76,7 @@ def write_page(title: str, sections: Sequence[Section], output: Path) -> Path:
             for block in section.blocks:
                 if block.png:
                     (output / PICTURES / f"{section.key}-{block.picture}.png").write_bytes(block.png)
-        temporary = page.with_suffix(".tmp")
-        temporary.write_text(html, encoding="utf-8")
-        os.replace(temporary, page)
+        replace(page, html)
     except OSError as error:
         raise ValueError(f"cannot write the report into {output}: {error}; choose another --output") from error
     return page

@@ -10,6 +10,7 @@ from bitfleet.trainer.report.page import Section, write_page
 from bitfleet.trainer.report.run_results import RunResults, answer, read_run
 from bitfleet.trainer.report.run_section import run_section
 from bitfleet.trainer.report.sweep_findings import answer as answer_of_sweep
+from bitfleet.trainer.report.sweep_parts import belong_together, join
 from bitfleet.trainer.report.sweep_reader import CSV, read_sweep
 from bitfleet.trainer.report.sweep_results import SweepResults
 from bitfleet.trainer.report.sweep_section import sweep_section
@@ -20,11 +21,11 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> tuple[Pat
     """Turn sweeps and runs into one page.
 
     Args:
-        paths: sweep folders, sweep.csv files, run folders, mixed at will.
+        paths: sweep folders, sweep.csv files, run folders, mixed at will; parts of one sweep, with other seeds, become one.
         output: folder of report.html and report/*.png. None: the folder of the only path.
 
     Returns:
-        The page, and the answer of each path in a line.
+        The page, and the answer of each section in a line.
 
     Raises:
         ValueError: a path is neither a sweep nor a run, has nothing to report, or the folder cannot be written.
@@ -35,18 +36,33 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> tuple[Pat
         if len(paths) > 1:
             raise ValueError(f"where to? A report on {len(paths)} paths needs --output FOLDER")
         output = paths[0] if paths[0].is_dir() else paths[0].parent
-    found = [_read(path) for path in paths]
+    found = _joined([([path], _read(path)) for path in paths])
     keys: list[str] = []
     sections: list[Section] = []
     lines: list[str] = []
-    for path, each in zip(paths, found, strict=True):
-        key = _key(each, path, keys)
+    for parts, each in found:
+        key = _key(each, parts[0], keys)
         keys.append(key)
         sections.append(sweep_section(each, key) if isinstance(each, SweepResults) else run_section(each, key))
         sentences = answer_of_sweep(each) if isinstance(each, SweepResults) else answer(each)
-        lines.append(f"{path}: {' '.join(sentences)}")
+        lines.append(f"{', '.join(map(str, parts))}: {' '.join(sentences)}")
     title = sections[0].title if len(sections) == 1 else f"{len(sections)} sweeps and runs"
     return write_page(title, sections, output), lines
+
+
+def _joined(
+    found: Sequence[tuple[list[Path], SweepResults | RunResults]],
+) -> list[tuple[list[Path], SweepResults | RunResults]]:
+    """`found`, paths and what is there, with the parts of a sweep at the place of the first of them."""
+    kept: list[tuple[list[Path], SweepResults | RunResults]] = []
+    for paths, each in found:
+        for number, (others, other) in enumerate(kept):
+            if isinstance(each, SweepResults) and isinstance(other, SweepResults) and belong_together(other, each):
+                kept[number] = [*others, *paths], join(other, each)
+                break
+        else:
+            kept.append((paths, each))
+    return kept
 
 
 def _read(path: Path) -> SweepResults | RunResults:

@@ -202,7 +202,7 @@ def _facts(results: SweepResults) -> list[Block]:
         ("sweep", results.name),
         ("base configuration", results.base),
         ("read from", str(results.path)),
-        *((str(name), _text(value)) for name, value in results.facts.items()),
+        *((str(name), _text(value)) for name, value in results.facts.items() if name != "config"),  # too long here
     ]
     filled = tuple((name, value) for name, value in rows if value)
     return [Block(heading="Where this comes from", table=Table(header=("", ""), rows=filled, num_words=2))]

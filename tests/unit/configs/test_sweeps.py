@@ -4,6 +4,7 @@ import pytest
 
 from bitfleet.configs.sweeps import available_sweeps, load_sweep
 from bitfleet.launch.arguments import parse_train
+from bitfleet.optim.config import HYPERPARAMETERS
 from bitfleet.trainer.sweep import Sweep, plan_runs
 
 RUNS = {
@@ -20,7 +21,7 @@ RUNS = {
 def test_every_point_of_every_sweep_is_a_run(name: str) -> None:
     sweep = load_sweep(name)
     assert sweep.name == name
-    runs = plan_runs(sweep, Path("f"), (), 1, lambda words: parse_train(words, "t"))
+    runs = plan_runs(sweep, Path("f"), (), lambda words: parse_train(words, "t"))
     assert len(runs) == RUNS[name]
     distinct = {str((run.config.optim, run.config.model)) for run in runs}
     assert len(distinct) == len(sweep.points)  # no two points are the same run
@@ -31,7 +32,13 @@ def test_same_sweeps_on_the_papers_networks(base: str) -> None:
     for name in ("regime", "s511_bias_and_norm", "s514_schedulers", "s52_optimizers"):
         sweep = load_sweep(name)
         moved = Sweep(name, sweep.title, sweep.question, base, sweep.points, (0,))
-        assert len(plan_runs(moved, Path("f"), (), 1, lambda words: parse_train(words, "t"))) == len(sweep.points)
+        assert len(plan_runs(moved, Path("f"), (), lambda words: parse_train(words, "t"))) == len(sweep.points)
+
+
+def test_every_rule_is_compared() -> None:
+    points = load_sweep("s52_optimizers").points
+    rules = {parse_train(["--config", "fashion_small", *point.overrides], "t").optim.rule for point in points}
+    assert rules == set(HYPERPARAMETERS)
 
 
 def test_second_moment_is_frozen_after_a_tenth() -> None:

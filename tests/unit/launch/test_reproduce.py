@@ -29,6 +29,8 @@ def test_dry_run_is_of_the_embedded_images() -> None:
     [
         ("birealnet", "not 'birealnet'; did you mean 'birealnet18'"),
         ("birealnet18 --epoch 3", "no option --epoch; did you mean --epochs"),
+        ("--check /nowhere", "which run of the paper.* one of: birealnet18, xnornet, binarynet"),
+        ("--dry_run birealnet18", "Its name comes first"),
         ("birealnet18 --check /nowhere", "/nowhere is not a run folder"),
         ("birealnet18 --check /nowhere --epochs 3", "judges a run as it is: leave out --epochs 3"),
     ],
@@ -40,7 +42,11 @@ def test_bad_input_is_one_sentence(arguments: str, message: str) -> None:
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     reproduce([])
-    assert "usage: bitfleet reproduce birealnet18|xnornet|binarynet" in capsys.readouterr().out
+    reproduce(["--help"])
+    assert capsys.readouterr().out.count("usage: bitfleet reproduce birealnet18|xnornet|binarynet") == 2
+    with pytest.raises(SystemExit, match="0"):
+        reproduce(["xnornet", "--help"])
+    assert "--optim.rule" in capsys.readouterr().out
 
 
 def test_every_launcher_starts_it(tmp_path: Path) -> None:

@@ -219,6 +219,20 @@ def test_full_disk(tmp_path: Path, loop: Loop) -> None:
         start(tmp_path, loop)
 
 
+def test_mark_of_the_end_that_cannot_be_written(tmp_path: Path, loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert open_journal(False, tmp_path, ALONE, loop.sharded) is None  # there is no journal to be marked
+    start(tmp_path, loop).close()
+
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "touch", full)
+    with pytest.raises(
+        ValueError, match="journal cannot be told that the flip journal ends here: No space left on device"
+    ):
+        open_journal(False, tmp_path, ALONE, loop.sharded)
+
+
 def test_verify_finds_a_flipped_bit(tmp_path: Path, loop: Loop) -> None:
     def save(step: int) -> None:
         tensors = tensors_to_save(loop.model, loop.sharded, ALONE)

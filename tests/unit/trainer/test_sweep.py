@@ -5,7 +5,7 @@ import pytest
 
 from bitfleet.launch.arguments import parse_train
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.sweep import PlannedRun, Point, Sweep, held, plan_runs
+from bitfleet.trainer.sweep import PlannedRun, Point, Sweep, held, plan_runs, with_seed, with_threads
 
 
 def parse(words: list[str] | tuple[str, ...]) -> TrainConfig:
@@ -21,7 +21,7 @@ B = Point({"gamma": 1e-3}, held("gamma", 1e-3))
 
 
 def plan(sweep: Sweep, *common: str, threads: int = 1) -> list[PlannedRun]:
-    return plan_runs(sweep, Path("f"), common, threads, parse)
+    return [with_threads(run, threads) for run in plan_runs(sweep, Path("f"), common, parse)]
 
 
 def test_every_point_with_every_seed_all_points_of_a_seed_together() -> None:
@@ -47,6 +47,12 @@ def test_threads_are_set_where_they_are_open() -> None:
     (run,) = plan(make(A, seeds=(0,)), "--num_threads", "3", threads=2)
     assert (run.config.num_threads, run.config.data.num_threads) == (3, 2)
     assert parse(run.arguments) == run.config
+
+
+def test_another_seed_has_a_folder_of_its_own() -> None:
+    first, other = plan(make(A))
+    assert with_seed(first, 1) == other
+    assert first.path == Path("f/runs/gamma-1e-07_norm-batch-norm-x-seed0")
 
 
 def test_axes_keep_the_order_of_the_points() -> None:
@@ -78,5 +84,12 @@ def test_misspelt_point_is_found_before_anything_starts() -> None:
 def test_option_that_is_swept_cannot_be_common() -> None:
     with pytest.raises(ValueError, match=r"--optim.gamma.start cannot be the same for all runs: the point gamma-1e-07"):
         plan(make(A), "--optim.gamma.start=1e-5")
-    with pytest.raises(ValueError, match="--seed cannot be passed on"):
+    with pytest.raises(ValueError, match="--seed cannot be passed on to the runs of a sweep: the sweep itself sets it"):
         plan(make(A), "--seed", "3")
+
+
+def test_runs_of_a_sweep_go_to_their_end() -> None:
+    with pytest.raises(ValueError, match="--stop_after_steps cannot be passed on .*would count as finished"):
+        plan(make(A), "--stop-after-steps=3")
+    with pytest.raises(ValueError, match="the point a-1 sets --stop_after_steps"):
+        make(Point({"a": 1}, ("--stop_after_steps", "3")))

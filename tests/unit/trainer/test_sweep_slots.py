@@ -3,7 +3,10 @@ from typing import Any
 import pytest
 
 from bitfleet.configs import load_config
-from bitfleet.trainer.sweep_slots import PROCESS_BYTES, bytes_of_rank, find_slots
+from bitfleet.launch.arguments import parse_train
+from bitfleet.trainer import sweep_slots
+from bitfleet.trainer.config import TrainConfig
+from bitfleet.trainer.sweep_slots import PROCESS_BYTES, bytes_of_largest, bytes_of_rank, find_slots
 
 GB = 10**9
 MACHINE: dict[str, Any] = {
@@ -51,3 +54,25 @@ def test_memory_of_a_run_follows_its_batch() -> None:
     config = load_config("fashion_small")
     whole, half = (bytes_of_rank(config, ranks) - PROCESS_BYTES for ranks in (1, 2))
     assert 5e6 < half < 0.6 * whole < 30e6
+
+
+def test_memory_is_that_of_the_largest_run_and_a_network_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = (
+        "",
+        "--optim.rule bop",
+        "--optim.rule latent_adam",
+        "--optim.gamma.start 1e-5",
+        "--seed 3",
+        "--model.norm none",
+    )
+    configs = [parse_train(["--config", "fashion_small", *each.split()], "t") for each in options]
+    built: list[TrainConfig] = []
+
+    def noted(config: TrainConfig, ranks: int) -> int:
+        built.append(config)
+        return bytes_of_rank(config, ranks)
+
+    monkeypatch.setattr(sweep_slots, "bytes_of_rank", noted)
+    largest = bytes_of_largest(configs, 1)
+    assert [(each.optim.rule, each.model.norm) for each in built] == [("latent_adam", "batch"), ("bop2ndorder", "none")]
+    assert largest == max(bytes_of_rank(config, 1) for config in configs) > bytes_of_rank(configs[1], 1)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from bitfleet.launch.arguments import parse_train
+from bitfleet.trainer.config import from_dict
 from bitfleet.trainer.sweep import Point, Sweep, plan_runs
 from bitfleet.trainer.sweep_outcomes import Outcome
 from bitfleet.trainer.sweep_table import CSV, JSON, MAX_POINTS, curves, write_question, write_table
@@ -41,7 +42,7 @@ def test_long_training_curve_is_thinned_and_keeps_its_end() -> None:
 def test_table_has_a_row_for_every_run_and_the_fields_that_differ(tmp_path: Path) -> None:
     points = (Point({"norm": "batch"}, ("--model.norm", "batch")), Point({"other": 2.0}, ("--model.depths", "1", "2")))
     sweep = Sweep("s", "Title", "Question?", "fashion_small", points, (0,))
-    runs = plan_runs(sweep, tmp_path, ["--epochs", "2"], 1, lambda words: parse_train(words, "t"))
+    runs = plan_runs(sweep, tmp_path, ["--epochs", "2"], lambda words: parse_train(words, "t"))
     run_dir = runs[0].config.run_dir
     assert run_dir
     run_dir.mkdir(parents=True)
@@ -52,7 +53,7 @@ def test_table_has_a_row_for_every_run_and_the_fields_that_differ(tmp_path: Path
         runs,
         {"norm-batch-seed0": Outcome("finished", 12.34), "other-2-seed0": Outcome("failed", 3, 2, "no, it")},
     )
-    write_question(tmp_path, sweep, ["--epochs", "2"])
+    write_question(tmp_path, sweep, ["--epochs", "2"], runs)
     with (tmp_path / CSV).open(newline="") as file:
         first, second = csv.DictReader(file)
     assert (first["run"], first["status"], first["seed"], first["seconds"]) == (
@@ -72,12 +73,15 @@ def test_table_has_a_row_for_every_run_and_the_fields_that_differ(tmp_path: Path
         "fashion_small",
         ["--epochs", "2"],
     )
+    # The configuration of the first run, and what differs, is that of every run.
+    assert from_dict(asked["config"]) == runs[0].config
+    assert asked["config"]["model"]["depths"] != json.loads(second["config.model.depths"]) == [1, 2]
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_field_that_only_tells_where_a_run_is_does_not_differ(tmp_path: Path) -> None:
     sweep = Sweep("s", "T", "Q?", "fashion_small", (Point({"a": 1.0}, ()),), (0, 1))
-    runs = plan_runs(sweep, tmp_path, [], 1, lambda words: parse_train(words, "t"))
+    runs = plan_runs(sweep, tmp_path, [], lambda words: parse_train(words, "t"))
     assert runs[0].config.run_dir != runs[1].config.run_dir
     write_table(tmp_path, sweep, [dataclasses.replace(run) for run in runs], {})
     header = (tmp_path / CSV).read_text().splitlines()[0].split(",")

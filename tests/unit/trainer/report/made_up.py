@@ -64,7 +64,7 @@ def failed(labels: Mapping[str, object], seed: int, error: str) -> dict[str, str
     }
 
 
-def write(folder: Path, axes: Sequence[str], rows: Iterable[Mapping[str, str]], **facts: object) -> Path:
+def write(folder: Path, axes: Sequence[str], rows: Iterable[Mapping[str, str]], /, **facts: object) -> Path:
     """A sweep folder of `rows`; `facts` go into its sweep.json."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = [*COLUMNS[:3], *(f"axis.{axis}" for axis in axes), *COLUMNS[3:]]
