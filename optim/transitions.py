@@ -198,7 +198,7 @@ class TransitionController:
         saved, here = [each[0] for each in state["values"]], [group[KEY].drives for group in self.groups]
         if saved != here:
             raise ValueError(
-                f"the saved transitions drive {saved}, here they drive {here}: continue with the optim.transitions that were saved"
+                f"the saved transitions drive {saved}, here they drive {here}: continue with the optim.transitions of then"
             )
         for group, (_, rate, value) in zip(self.groups, state["values"], strict=True):
             group[RATE], group[group[KEY].drives] = rate, value
