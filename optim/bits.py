@@ -7,11 +7,11 @@ take a multiply-and-gather to pack and a table of 256 x 8 values to unpack. All 
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitfleet.optim.kernels import library, num_threads, pack_flags
 
-__all__ = ["pack_signs", "unpack_signs"]
+__all__ = ["pack_signs", "popcount", "unpack_signs"]
 
 
 def pack_signs(weights: Tensor, out: Tensor | None = None) -> Tensor:
@@ -83,3 +83,20 @@ def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
     byte = torch.arange(256, device=device).unsqueeze(1)
     bit = (byte >> torch.arange(8, device=device)) & 1
     return torch.where(bit == 1, 1.0, -1.0).to(dtype)
+
+
+def popcount(packed: Tensor) -> Tensor:
+    """How many bits of `packed` are 1, without a wait for the device, as torch.bincount has one.
+
+    Args:
+        packed: uint8 [n], contiguous; a view into another tensor begins at a multiple of 8 of its bytes.
+
+    Returns:
+        int64 [].
+    """
+    whole = packed if packed.numel() % 8 == 0 else nn.functional.pad(packed, (0, -packed.numel() % 8))
+    words = whole.view(torch.int64)  # shifts carry the sign along; every mask drops it
+    words = words - ((words >> 1) & 0x5555555555555555)
+    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return ((words * 0x0101010101010101) >> 56).sum()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bitfleet.optim.bits import pack_signs, unpack_signs
 from bitfleet.optim.counter_random import uniform
+from bitfleet.optim.param_groups import is_binary
 from bitfleet.optim.routed import RULES, Group, names_of
 from bitfleet.optim.slice_updates import CHUNK, update_bits_
 
@@ -53,6 +54,8 @@ class Bucket:
         self.group = group
         self.binary = RULES[group["rule"]].flips
         """Its weights are +-1, exist as packed signs on their owner, and travel as bits."""
+        self.is_clipped = not self.binary and not is_binary(named[0][1])
+        """Whether its gradients count for, and are scaled to, a largest norm: those of weights that become binary do not."""
         self.segments: list[Segment] = []
         end = 0
         for name, param in named:
@@ -249,7 +252,7 @@ def make_buckets(groups: Sequence[Group], bucket_numel: int, rank: int, world_si
     for number, group in enumerate(groups):
         named: list[tuple[str, nn.Parameter]] = []
         for name, param in reversed(list(zip(names_of(number, group), group["params"], strict=True))):
-            same_kind = not named or (named[0][1].dtype == param.dtype and named[0][1].device == param.device)
+            same_kind = not named or _kind(named[0][1]) == _kind(param)
             if named and (not same_kind or sum(p.numel() for _, p in named) + param.numel() > bucket_numel):
                 buckets.append(Bucket(named, group, rank, world_size))
                 named = []
@@ -257,3 +260,8 @@ def make_buckets(groups: Sequence[Group], bucket_numel: int, rank: int, world_si
         if named:
             buckets.append(Bucket(named, group, rank, world_size))
     return buckets
+
+
+def _kind(param: nn.Parameter) -> tuple[torch.dtype, torch.device, bool]:
+    """What the parameters of a bucket have in common."""
+    return param.dtype, param.device, is_binary(param)

@@ -163,6 +163,9 @@ def build_optimizer(
     Returns:
         The optimizer, whose groups hold the values of step 0, and group name -> hyperparameter -> schedule for
         `HyperparameterScheduler`.
+
+    Raises:
+        ValueError: transitions without binary weights, or a schedule that ends before its delay.
     """
     values = config.hyperparameters
     binary: Group = {"rule": config.rule} | {k: v for k, v in values.items() if not isinstance(v, Schedule)}
@@ -184,6 +187,11 @@ def build_optimizer(
         binary[KEY] = target_of(config.transitions, driven, num_steps)
 
     groups = [group | settings[group["name"]] for group in param_groups(model, decayed=config.decayed)]
+    if config.transitions.drives != "off" and all(group["name"] != BINARY for group in groups):
+        raise ValueError(
+            f"optim.transitions.drives is {config.transitions.drives!r}, but the model has no binary weights, whose flips it "
+            f"holds to a target: choose a binarized network, or set it to off"
+        )
     optimizer = RoutedOptimizer(groups)
     check_claims(model, optimizer)
     used = {

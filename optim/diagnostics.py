@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfleet.optim.bits import popcount
 from bitfleet.optim.bop2ndorder import EPS, bias_corrections
 from bitfleet.optim.buckets import Bucket
 from bitfleet.optim.routed import Group, State
@@ -58,13 +59,6 @@ def _normalised_moment(state: State, group: Group) -> Tensor:
 RATIOS: dict[str, Ratio] = {"bop": _moment, "bop2ndorder": _normalised_moment}
 """Rule -> r, fp32 [n], which it compared with the group's "threshold" in the update that led to `state`. A rule that is not here
 compares nothing: it has no dead band and no histogram."""
-
-
-def popcount(packed: Tensor) -> Tensor:
-    """How many bits of `packed`, uint8 [n], are 1: int64 []."""
-    byte = torch.arange(256, device=packed.device)
-    ones = ((byte[:, None] >> torch.arange(8, device=packed.device)) & 1).sum(1)
-    return (torch.bincount(packed, minlength=256) * ones).sum()
 
 
 def octave_counts(ratio: Tensor) -> Tensor:

@@ -83,6 +83,10 @@ class RoutedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"a parameter group names the rule {group.get('rule')!r}; known are {sorted(RULES)}")
         self._names |= zip(group["params"], names_of(len(self.param_groups) - 1, group), strict=True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As of torch.optim, which leaves out what it does not know: a copy or a pickle has the names of its own parameters."""
+        return {**super().__getstate__(), "_names": self._names}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient.

@@ -8,7 +8,7 @@ own 0-based iteration: the first update uses schedule(0). `HyperparameterSchedul
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch.optim import Optimizer
 
@@ -37,9 +37,12 @@ class Schedule:
     warmup_steps: int = 0
     """The value is multiplied by (t + 1)/warmup_steps during the first so many steps."""
     delay_steps: int = 0
-    """The value stays at `start` for so many steps, from which t counts; an open `num_steps` is what is left of the run."""
+    """The value stays at `start` for so many steps, from which t counts. An open length ends where it would without them; a
+    stair keeps its length."""
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind of a schedule must be one of {', '.join(get_args(Kind))}, not {self.kind!r}")
         if self.num_steps is not None and self.num_steps < 1:
             raise ValueError(f"num_steps of a schedule must be at least 1, not {self.num_steps}")
         if not 0.0 < self.share <= 1.0:
@@ -54,10 +57,21 @@ class Schedule:
                 raise ValueError(f"{name} of a schedule must be finite and not negative, not {value}")
 
     def over(self, num_steps: int) -> "Schedule":
-        """This schedule with an open length filled in, for a run of `num_steps` steps."""
+        """This schedule with an open length filled in, for a run of `num_steps` steps.
+
+        Raises:
+            ValueError: it would end before its delay does.
+        """
         if self.num_steps is not None:
             return self
-        return dataclasses.replace(self, num_steps=max(1, round(self.share * num_steps) - self.delay_steps))
+        length = max(1, round(self.share * num_steps))
+        if self.kind in ("polynomial", "cosine"):
+            if self.delay_steps >= length:
+                raise ValueError(
+                    f"delay_steps of a schedule is {self.delay_steps}, but it ends after {length} steps: expected less"
+                )
+            length -= self.delay_steps
+        return dataclasses.replace(self, num_steps=length)
 
     def __call__(self, step: int) -> float:
         """Value at the 0-based `step`, in float64."""

@@ -54,7 +54,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         bucket_numel: parameters in a bucket, about.
         grad_dtype: what gradients travel as: torch.float32, or torch.bfloat16 at half the traffic; sums are fp32 always, but what
             is rounded before it travels depends on the number of ranks, and so do the bits.
-        max_grad_norm: clip the gradients of full-precision groups (only of those) to this norm over all of them.
+        max_grad_norm: clip the gradients of full-precision weights (none that are binary or marked so) to this norm over all.
         check_every: compare the weights of all ranks before every so many-th step; see `check_agreement`. A difference at any
             other step is overwritten by its gather.
     """
@@ -144,7 +144,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         total = grads[0].new_zeros(())
         for bucket, grad in zip(self.buckets, grads, strict=True):
             total = total + grad.sum()
-            if self.max_grad_norm is not None and not bucket.binary:
+            if self.max_grad_norm is not None and bucket.is_clipped:
                 norm_squared = norm_squared + grad.square().sum()
         flags = torch.tensor([float(flag) for bucket in self.buckets for flag in bucket.used], device=total.device)
         flips = [self.transitions.facts()] if self.transitions else []
@@ -165,7 +165,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self.max_grad_norm is not None:
             scale = min(1.0, self.max_grad_norm / (norm_squared_sum**0.5 + 1e-6))
             for bucket, grad in zip(self.buckets, grads, strict=True):
-                if not bucket.binary and scale < 1.0:
+                if bucket.is_clipped and scale < 1.0:
                     grad.mul_(scale)
         return used
 
@@ -212,6 +212,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             "shard": shard_state.shard(self.buckets),
             "steps": self.steps(),
             "num_steps": self.num_steps,
+            "num_skipped_steps": self.num_skipped_steps,
             "flips": int(self.transitions.flips) if self.transitions else 0,
         }
 
@@ -222,7 +223,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             ValueError: it is of another layout.
         """
         shard_state.load_(self.buckets, state_dict["shard"], state_dict["steps"])
-        self.num_steps = state_dict["num_steps"]
+        self.num_steps, self.num_skipped_steps = state_dict["num_steps"], state_dict.get("num_skipped_steps", 0)
         if self.transitions:
             self.transitions.flips.fill_(state_dict["flips"])
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):

@@ -4,13 +4,14 @@ Paper: Lee, Jeon, Kim, Ham: "Scheduling Weight Transitions for Quantization-Awar
 the update of step t:
 
     k_t = fraction of the binary weights that the last update changed                       0 before the first
-    K_t = m K_(t-1) + (1 - m) k_t                                                           "transition_rate"; K_0 = 0
+    K_t = m K_(t-1) + (1 - m) k_t                                                           "transition_rate"
     U_t = max(0, U_(t-1) + eta (R_t - K_t)),  eta = gain U_0                                drives = "latent_lr", the paper's form
     U_t = U_(t-1) exp(gain (R_t - K_t))                                                     drives = "gamma"
     U_t = U_(t-1) exp(-gain (R_t - K_t))                                                    drives = "threshold"
 
-and step t is made with U_t in place of the hyperparameter; U_0 is what the configuration gives it. One k for all binary weights.
-R_t is a schedule, in the paper a cosine from lambda to 0, lambda near 5e-3 (times sqrt(bits), here 1).
+and step t is made with U_t in place of the hyperparameter. The first update is made with U_0 and K = 0; U_0 is what the
+configuration gives it. One k for all binary weights. R_t is a schedule, in the paper a cosine from lambda to 0, lambda near 5e-3
+(times sqrt(bits), here 1).
 
 gamma and threshold are ours. Both act over decades and must stay above 0, so what the paper adds, relative to U_0, is added to
 their logarithm: near U_0 it is the same. A higher threshold flips less: its sign is reversed. They stay within a factor of 1e6 of
@@ -20,11 +21,12 @@ U_0 (gamma also at most 1): beyond it nothing changes any more, and the way back
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from bitfleet.optim.bits import popcount
 from bitfleet.optim.buckets import Bucket
 from bitfleet.optim.routed import Group
 from bitfleet.optim.schedules import Schedule
@@ -57,10 +59,17 @@ class TransitionConfig:
     """eta as a multiple of the hyperparameter's beginning; the paper's is 1."""
 
     def __post_init__(self) -> None:
+        choices = ("off", *get_args(Driven))
+        if self.drives not in choices:
+            raise ValueError(f"optim.transitions.drives must be one of {', '.join(choices)}, not {self.drives!r}")
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"optim.transitions.momentum must be in [0, 1), not {self.momentum}")
         if not 0.0 < self.gain < math.inf:
             raise ValueError(f"optim.transitions.gain must be finite and above 0, not {self.gain}")
+        if self.target.kind == "exponential" and self.target.rate > 1.0:
+            raise ValueError(
+                f"optim.transitions.target must not grow by stairs: its rate is {self.target.rate}, expected at most 1"
+            )
         highest = max(self.target.start, self.target.end if self.target.kind in ("polynomial", "cosine") else 0.0)
         if highest > 1.0:
             raise ValueError(f"optim.transitions.target is a fraction, but reaches {highest}; expected at most 1")
@@ -128,15 +137,6 @@ def next_value(value: float, gap: float, target: Target) -> float:
     return min(max(moved, low), min(high, 1.0) if target.drives == "gamma" else high)
 
 
-def num_flips(flips: Tensor) -> Tensor:
-    """Bits that are 1 in `flips`, uint8 [n], n a multiple of 8; int64 [], without a wait for the device."""
-    words = flips.view(torch.int64)  # shifts carry the sign along; every mask drops it
-    words = words - ((words >> 1) & 0x5555555555555555)
-    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
-    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return ((words * 0x0101010101010101) >> 56).sum()
-
-
 class TransitionController:
     """Counts this rank's flips and drives the groups that have a target. K and U live in the groups.
 
@@ -155,7 +155,7 @@ class TransitionController:
 
     def observe(self, _bucket: Bucket, _grad: Tensor, flips: Tensor) -> None:
         """Count; an observer of `ShardedOptimizer`."""
-        self._flips += num_flips(flips)
+        self._flips += popcount(flips)
 
     @property
     def flips(self) -> Tensor:
@@ -185,13 +185,22 @@ class TransitionController:
             group[target.drives] = next_value(group[target.drives], target.schedule(step) - group[RATE], target)
 
     def state(self, flips: int) -> dict[str, Any]:
-        """K and U of each driven group, and the last update's `flips` of all ranks, for a checkpoint."""
-        values = [[group[RATE], group[group[KEY].drives]] for group in self.groups]
+        """What is driven, K and U of each driven group, and the last update's `flips` of all ranks, for a checkpoint."""
+        values = [[group[KEY].drives, group[RATE], group[group[KEY].drives]] for group in self.groups]
         return {"values": values, "flips": flips}
 
     def load(self, state: dict[str, Any], *, is_first_rank: bool) -> None:
-        """Continue from `state` on any number of ranks."""
-        for group, (rate, value) in zip(self.groups, state["values"], strict=True):
+        """Continue from `state` on any number of ranks.
+
+        Raises:
+            ValueError: something else is driven there.
+        """
+        saved, here = [each[0] for each in state["values"]], [group[KEY].drives for group in self.groups]
+        if saved != here:
+            raise ValueError(
+                f"the saved transitions drive {saved}, here they drive {here}: continue with the optim.transitions of then"
+            )
+        for group, (_, rate, value) in zip(self.groups, state["values"], strict=True):
             group[RATE], group[group[KEY].drives] = rate, value
         self._flips.fill_(state["flips"] if is_first_rank else 0)
 

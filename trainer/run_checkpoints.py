@@ -23,7 +23,7 @@ from bitfleet.trainer.checkpoint import (
 )
 from bitfleet.trainer.checkpoint_loader import DIAGNOSTICS_SINCE, Intact
 from bitfleet.trainer.checkpoint_saver import Saver
-from bitfleet.trainer.config import MACHINE, TrainConfig, to_dict
+from bitfleet.trainer.config import MACHINE, TrainConfig, from_dict, to_dict
 from bitfleet.trainer.distributed import Ranks, sum_of_numbers
 from bitfleet.trainer.engine import load_engine, whole_weights
 from bitfleet.trainer.metrics import read_metrics
@@ -79,6 +79,15 @@ def identity(config: TrainConfig, num_replicas: int, world_size: int, data_sha: 
     return {"num_replicas": num_replicas, "data_sha": data_sha} | fixed | facts
 
 
+def _in_todays_fields(meta: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`meta` with the `identity` that its run would have now: fields that are younger than it have their defaults."""
+    try:
+        saved = from_dict(meta["config"])
+    except ValueError:  # it has what is refused today: compared as it was written
+        return meta
+    return {**meta, **identity(saved, meta["num_replicas"], meta["world_size"], meta["data_sha"])}
+
+
 class RunCheckpoints:
     """Saves and resumes one run.
 
@@ -123,7 +132,7 @@ class RunCheckpoints:
         """
         path, meta = checkpoint
         check_model(meta["model"], self.parts.signature, path)
-        check_meta(meta, self._facts, path)
+        check_meta(_in_todays_fields(meta), self._facts, path)
         if self._elastic is None:
             load_engine(self.parts.engine, path, ENGINE)
         else:

@@ -189,6 +189,7 @@ class Trainer:
         self._skipped_in_a_row += 1
         if self.config.engine.on_nonfinite == "skip" and self._skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
             return
+        self.sharded.num_steps -= 1  # the step is made again by the run that continues
         self.sharded.num_skipped_steps -= 1
         self._save_and_wait()
         raise nonfinite_gradient(self.sharded.nonfinite, self.step + 1, self._skipped_in_a_row - 1)

@@ -98,15 +98,23 @@ def assert_equal(
 
 
 def check_equal(
-    rule: dict[str, Any], num_steps: int, gradient: Gradient, *, local_replicas: int = 1, **options: Any
+    rule: dict[str, Any],
+    num_steps: int,
+    gradient: Gradient,
+    *,
+    local_replicas: int = 1,
+    later: dict[str, Any] | None = None,
+    **options: Any,
 ) -> None:
-    """Train both side by side and compare every bit of weights and state at the end."""
+    """Train both side by side and compare every bit of weights and state at the end; `later` is the rule's second half."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     num_replicas = local_replicas * world_size
     mine, theirs = make_params(0 if rank == 0 else 1 + rank), make_params(0)  # rank 0's are broadcast
     sharded = ShardedOptimizer(make_plain(mine, rule), num_replicas=num_replicas, **options)
     plain = make_plain(theirs, rule)
     for step in range(num_steps):
+        for each in (sharded, plain) if later and step == num_steps // 2 else ():
+            each.param_groups[0].update(later)
         for replica in range(rank * local_replicas, (rank + 1) * local_replicas):
             backward(mine, [gradient(step, replica, index) for index in range(len(mine))])
         for index, param in enumerate(theirs):
@@ -354,7 +362,7 @@ def check_transitions() -> None:
     gamma = plain.param_groups[0]["gamma"]
     assert_equal(sharded, plain, mine, theirs)
     state = sharded.transition_state()
-    assert state == {"values": [[rate, gamma]], "flips": changed}
+    assert state == {"values": [["gamma", rate, gamma]], "flips": changed}
     assert gamma != 1e-2
     assert changed > 0
     sharded.load_transition_state(state)
@@ -418,6 +426,7 @@ def main() -> None:
     for rule in UNPACKED.values():
         check_equal(rule, 20, unused_somewhere)
         check_equal(rule, 10, draw, bucket_numel=100, local_replicas=2)
+    check_equal(UNPACKED["bnew"], 20, unused_somewhere, later={"free": 0.0}, bucket_numel=100)
     check_frozen_and_tied_parameters()
     check_misuse_is_named()
     check_second_gradient_is_refused()

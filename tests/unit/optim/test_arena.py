@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -31,12 +32,13 @@ SHAPE, STEPS = (6, 5, 3, 3), 150
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Make = Callable[[Any], RoutedOptimizer]
 
+DIODE = {"latent_lr": 1e-2, "gamma": 0.2, "alpha": 0.03, "seed": 5}
 MAKERS: dict[str, Make] = {
     "latent_adam": lambda p: LatentAdam(p, latent_lr=2e-2, seed=5),
     "latent_sgd": lambda p: LatentSgd(p, latent_lr=2e-2, momentum=0.8, seed=5),
     "two_ema": lambda p: TwoEma(p, gamma=0.2, alpha=0.03),
     "sgdat": lambda p: Sgdat(p, latent_lr=1e-2, threshold=3e-3),
-    "diode": lambda p: Diode(p, latent_lr=1e-2, gamma=0.2, alpha=0.03, seed=5),
+    "diode": lambda p: Diode(p, **DIODE),
 }
 
 
@@ -275,3 +277,22 @@ def test_padding_of_a_foreign_slice_stays(name: str) -> None:
 def test_bad_hyperparameters_are_named(make: Make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make([nn.Parameter(torch.ones(4))])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_begins_with_the_same_random_state(copied: Callable[[Any], Any]) -> None:
+    """The names, of which the random numbers are a function, go along; strange parameters are refused there too."""
+    param = nn.Parameter(first_weight())
+    optimizer = RoutedOptimizer([{"params": [("layer.weight", param)], "rule": "diode", **DIODE}])
+    other_param, other = copied((param, optimizer))
+    assert other_param is other.param_groups[0]["params"][0] is not param
+    for weight, each in ((param, optimizer), (other_param, other)):
+        weight.grad = gradients()[0]
+        each.step()
+    state = other.state[other_param]
+    assert all(torch.equal(tensor, state[key]) for key, tensor in optimizer.state[param].items())
+    flat = nn.Parameter(param.detach().flatten())
+    flat.grad = torch.ones_like(flat)
+    other.param_groups[0]["params"] = [flat]
+    with pytest.raises(ValueError, match="its parameters were replaced"):
+        other.step()

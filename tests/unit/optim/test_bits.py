@@ -4,7 +4,7 @@ import torch
 
 from bitfleet.optim import bits as bits_module
 from bitfleet.optim import kernels
-from bitfleet.optim.bits import pack_signs, unpack_signs
+from bitfleet.optim.bits import pack_signs, popcount, unpack_signs
 
 TYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -81,3 +81,11 @@ def test_bad_tensors() -> None:
         unpack_signs(torch.zeros(3, dtype=torch.uint8), torch.ones(16))
     with pytest.raises(ValueError, match="bits are on meta, weights on cpu"):
         pack_signs(torch.ones(16), torch.zeros(2, dtype=torch.uint8, device="meta"))
+
+
+@pytest.mark.parametrize("numel", [0, 1, 8, 767, 8000])
+def test_popcount_counts_every_bit(numel: int) -> None:
+    """Also of a view, and of words whose highest bit is set."""
+    packed = np.random.default_rng(0).integers(0, 256, 16 + numel, dtype=np.uint8)
+    packed[16:24], packed[24:32] = 255, 0
+    assert int(popcount(torch.from_numpy(packed)[16:])) == int(np.unpackbits(packed[16:]).sum())

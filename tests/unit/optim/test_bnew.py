@@ -66,6 +66,22 @@ def test_only_signs_begin_anew() -> None:
     assert param.flatten().tolist() == [0.25, -float(u[1]), float(u[2]), -0.5]
 
 
+def test_clipping_leaves_weights_that_become_binary_alone() -> None:
+    """By their mark: they travel as values. Neither are they scaled, nor do they count for the norm."""
+    marked, bias, unmarked = nn.Parameter(signs(4, 5)), nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4))
+    marked.binary = True  # type: ignore[attr-defined]
+    adam = {"rule": "keras_adam", "betas": (0.9, 0.999), "eps": 1e-7, "lr": 0.1, "weight_decay": 0.0}
+    groups = [{"params": [("w", marked), ("b", unmarked)], **GROUP}, {"params": [("bias", bias)], **adam}]
+    sharded = ShardedOptimizer(RoutedOptimizer(groups), max_grad_norm=1.0)
+    (2.0 * marked.sum() + 3.0 * bias.sum() + 4.0 * unmarked.sum()).backward()
+    sharded.step()
+    norm = math.sqrt(3 * 3.0**2 + 4 * 4.0**2)
+    found = {name: state["exp_avg"].unique() for name, state in sharded.gather_state().items()}
+    for name, expected in {"w": 2.0, "bias": 3.0 / norm, "b": 4.0 / norm}.items():
+        torch.testing.assert_close(found[name], torch.tensor([0.1 * expected]))
+    sharded.close()
+
+
 def test_slices_have_the_bits_of_the_whole() -> None:
     """As three ranks would have them, through buckets of values."""
     whole = nn.Parameter(signs(17, 23))

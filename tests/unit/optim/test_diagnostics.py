@@ -19,7 +19,6 @@ from bitfleet.optim.diagnostics import (
     FlipHistory,
     octave_counts,
     octave_edges,
-    popcount,
 )
 
 BOP = {"rule": "bop", "gamma": 0.02, "threshold": 0.05}
@@ -41,12 +40,6 @@ def step(param: nn.Parameter, sharded: ShardedOptimizer, grad: Tensor) -> Tensor
 
 def read(diagnostics: BitDiagnostics) -> dict[str, Any]:
     return diagnostics.values(diagnostics.take().tolist())
-
-
-def test_popcount_counts_every_byte() -> None:
-    packed = torch.arange(256, dtype=torch.uint8).repeat(3)
-    assert int(popcount(packed)) == 3 * 256 * 4
-    assert int(popcount(packed[:0])) == 0
 
 
 def test_octaves_are_those_of_the_logarithm() -> None:

@@ -36,6 +36,7 @@ def test_warmup_multiplies() -> None:
         ({"start": 1.0, "num_steps": 0}, "num_steps"),
         ({"start": 1.0, "share": 0.0}, r"share of a schedule must be in \(0, 1\], not 0.0"),
         ({"start": 1.0, "warmup_steps": -1}, "warmup_steps"),
+        ({"start": 1.0, "kind": "linear"}, "kind of a schedule must be one of constant, polynomial, .*, not 'linear'"),
     ],
 )
 def test_bad_values_are_named(options: dict[str, float], message: str) -> None:
@@ -51,6 +52,19 @@ def test_open_length_must_be_filled_before_use() -> None:
     stairs = Schedule(start=1.0, kind="exponential", rate=0.1, share=0.25).over(10)  # 2.5 steps, to even
     assert [stairs(step) for step in (0, 1, 2, 4)] == pytest.approx([1.0, 1.0, 0.1, 0.01])
     assert Schedule(start=1.0, share=0.01).over(10).num_steps == 1
+
+
+def test_an_open_length_after_a_delay() -> None:
+    """A decay ends where it would without the delay; a stair keeps its length."""
+    delayed = Schedule(start=1.0, end=0.0, kind="polynomial", share=0.5, delay_steps=10).over(60)
+    assert [delayed(step) for step in (0, 10, 20, 30)] == [1.0, 1.0, 0.5, 0.0]
+    stairs = Schedule(start=1.0, kind="exponential", rate=0.5, share=0.25, delay_steps=30).over(40)
+    assert [stairs(step) for step in (39, 40, 49, 50)] == [1.0, 0.5, 0.5, 0.25]
+    assert Schedule(start=1.0, share=0.25, delay_steps=30).over(40)(35) == 1.0
+    late = Schedule(start=1.0, kind="cosine", share=0.25, delay_steps=10)
+    with pytest.raises(ValueError, match="delay_steps of a schedule is 10, but it ends after 10 steps: expected less"):
+        late.over(40)
+    assert late.over(44).num_steps == 1
 
 
 def test_scheduler_writes_the_value_of_the_coming_step() -> None:

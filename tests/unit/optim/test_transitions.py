@@ -4,7 +4,6 @@ import dataclasses
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from bitfleet.optim.transitions import (
     check_transitions,
     driven_values,
     next_value,
-    num_flips,
 )
 
 TARGET = Target(
@@ -90,11 +88,14 @@ def test_a_skipped_step_drives_nothing() -> None:
     sharded.close()
 
 
-@pytest.mark.parametrize("way", ["state_dict", "checkpoint"])
-def test_continues_exactly(way: str) -> None:
+@pytest.mark.parametrize(("way", "num_updates"), [("state_dict", 10), ("state_dict", 0), ("checkpoint", 10)])
+def test_continues_exactly(way: str, num_updates: int) -> None:
+    """The first step was skipped: the one after it is the first update, in the copy as well."""
     params, first = make("threshold")
+    (params[0] * torch.inf).sum().backward()
+    first.step()
     resumed, second = make("threshold", seed=9)
-    for step in range(10):
+    for step in range(num_updates):
         backward(params, step)
         first.step()
     with torch.no_grad():
@@ -107,7 +108,8 @@ def test_continues_exactly(way: str) -> None:
             mine.tensor.copy_(saved.tensor)
         second.load_steps(first.steps(), first.num_steps, first.num_skipped_steps)
         second.load_transition_state(first.transition_state())
-    for step in range(10, 20):
+    assert second.num_skipped_steps == 1
+    for step in range(num_updates, num_updates + 10):
         for each, optimizer in ((params, first), (resumed, second)):
             backward(each, step)
             optimizer.step()
@@ -115,13 +117,6 @@ def test_continues_exactly(way: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(params, resumed, strict=True))
     first.close()
     second.close()
-
-
-def test_flips_are_counted_by_the_bit() -> None:
-    words = np.random.default_rng(0).integers(0, 256, 8 * 1000, dtype=np.uint8)
-    words[:8], words[8:16] = 255, 0
-    assert int(num_flips(torch.from_numpy(words))) == int(np.unpackbits(words).sum())
-    assert int(num_flips(torch.zeros(0, dtype=torch.uint8))) == 0
 
 
 @pytest.mark.parametrize("counts", [[2**24 + 1, 2**24 + 3, 58_236_929], [1, 0, 4095, 2**31 + 7], [PART - 1] * 4000])
@@ -179,6 +174,11 @@ def test_what_cannot_be_driven(drives: Any, rule: str, driven: Schedule | None, 
         ({"momentum": 1.0}, r"transitions.momentum must be in \[0, 1\), not 1.0"),
         ({"gain": 0.0}, "transitions.gain must be finite and above 0, not 0.0"),
         ({"target": constant(1.5)}, "transitions.target is a fraction, but reaches 1.5"),
+        (
+            {"target": Schedule(start=0.1, kind="exponential", rate=2.0)},
+            "transitions.target must not grow by stairs: its rate is 2.0, expected at most 1",
+        ),
+        ({"drives": "lr"}, "transitions.drives must be one of off, latent_lr, gamma, threshold, not 'lr'"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
@@ -198,6 +198,27 @@ def test_the_configuration_gives_the_group_its_target() -> None:
     assert group["latent_lr"] == 2e-3
     assert group["transitions"].initial == 2e-3
     assert group["transitions"].schedule(25) == pytest.approx(2.5e-3)
+
+
+def test_without_binary_weights_nothing_can_be_driven() -> None:
+    from bitfleet.optim import build_optimizer
+
+    config = OptimConfig(rule="latent_adam", transitions=TransitionConfig(drives="latent_lr"))
+    with pytest.raises(ValueError, match="transitions.drives is 'latent_lr', but the model has no binary weights"):
+        build_optimizer(nn.Linear(4, 2), config, num_steps=50)
+
+
+def test_state_of_another_hyperparameter_is_refused() -> None:
+    """gamma would begin at a threshold's value, and nothing would say so."""
+    (_, first), (_, second) = make("threshold"), make("gamma")
+    with pytest.raises(
+        ValueError, match=r"transitions drive \['threshold'\], here they drive \['gamma'\]: continue with"
+    ):
+        second.load_transition_state(first.transition_state())
+    assert second.param_groups[0]["gamma"] == STARTS["gamma"]
+    second.load_transition_state(None)
+    first.close()
+    second.close()
 
 
 def test_the_count_is_of_the_last_update() -> None:

@@ -142,6 +142,25 @@ def test_next_part_takes_over(tmp_path: Path, loop: Loop) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_a_step_that_was_skipped_is_made_again(tmp_path: Path, loop: Loop) -> None:
+    """As after a stop at a gradient that is not finite: the new part counts, whether the old one tells of the step or not."""
+    for begin, told in ((0, True), (5, False)):
+        writer = start(tmp_path, loop)
+        loop.steps(6, skip=(begin + 6,))
+        loop.sharded.num_steps -= not told
+        writer.close()
+        assert read_parts(tmp_path)[-1].last_step == begin + 5 + told
+        loop.go_back(begin + 5)
+    writer = start(tmp_path, loop)
+    loop.steps(3)
+    writer.close()
+    assert any((loop.weights[11][name] != loop.weights[10][name]).any() for name in SHAPES)
+    assert covered(read_parts(tmp_path)) == "0 to 13"
+    assert not any(part.gap for part in read_parts(tmp_path))
+    assert_same(tmp_path, loop, range(14))
+    assert "; 0 steps skipped" in journal_tools.info(tmp_path)
+
+
 def test_cut_off_and_damaged_files(tmp_path: Path, loop: Loop) -> None:
     """A kill cuts the last frame off; anything else is damage and named, and what lies before or behind it is still read."""
     writer = start(tmp_path, loop)
