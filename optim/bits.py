@@ -96,7 +96,8 @@ def popcount(packed: Tensor) -> Tensor:
     """
     whole = packed if packed.numel() % 8 == 0 else nn.functional.pad(packed, (0, -packed.numel() % 8))
     words = whole.view(torch.int64)  # shifts carry the sign along; every mask drops it
-    words = words - ((words >> 1) & 0x5555555555555555)
-    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
-    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return ((words * 0x0101010101010101) >> 56).sum()
+    words = words - (words >> 1).bitwise_and_(0x5555555555555555)
+    quarters = (words >> 2).bitwise_and_(0x3333333333333333)
+    words.bitwise_and_(0x3333333333333333).add_(quarters)
+    words.add_(words >> 4).bitwise_and_(0x0F0F0F0F0F0F0F0F)
+    return words.mul_(0x0101010101010101).bitwise_right_shift_(56).sum()
