@@ -7,33 +7,51 @@ import dataclasses
 from collections.abc import Callable
 
 from bitfleet.optim import Schedule
+from bitfleet.trainer.advice_averages import diode_lines, two_ema_lines
 from bitfleet.trainer.advice_flips import flip_lines
+from bitfleet.trainer.advice_latent import bnew_lines, latent_adam_lines, latent_sgd_lines, sgdat_lines
 from bitfleet.trainer.advice_outlook import Line, Outlook, Verdict
 
-ADVICE: dict[str, Callable[[Outlook], list[Line]]] = {"bop2ndorder": flip_lines, "bop": flip_lines}
+ADVICE: dict[str, Callable[[Outlook], list[Line]]] = {
+    "bop2ndorder": flip_lines,
+    "bop": flip_lines,
+    "latent_adam": latent_adam_lines,
+    "latent_sgd": latent_sgd_lines,
+    "two_ema": two_ema_lines,
+    "sgdat": sgdat_lines,
+    "diode": diode_lines,
+    "bnew": bnew_lines,
+}
 """Rule of the binary weights -> the lines about it."""
 
 
 def advise(outlook: Outlook) -> list[Line]:
     """The lines about a run before it is made."""
-    rule = outlook.config.optim.rule
-    if rule in ADVICE:
-        return ADVICE[rule](outlook) + schedule_lines(outlook)
-    sentence = (
-        f"there is no advice for this rule yet, only for {' and '.join(sorted(ADVICE))}; the schedules are checked"
+    lines = ADVICE[outlook.config.optim.rule](outlook) + schedule_lines(outlook)
+    return lines if outlook.driven is None else _as_beginning(lines, outlook)
+
+
+def _as_beginning(lines: list[Line], outlook: Outlook) -> list[Line]:
+    """`lines` of a run of which a controller drives a hyperparameter: what they call wrong it may put right."""
+    name, target = outlook.driven, outlook.config.optim.transitions.target.over(outlook.decay_steps)
+    why = (
+        f"optim.transitions moves it from there so that the flips follow a target, {target(0):.3g} -> "
+        f"{target(outlook.num_steps - 1):.3g} of the weights a step; what follows is for its beginning"
     )
-    return [Line("rule", rule, "look", sentence), *schedule_lines(outlook)]
+    first = Line(f"{name} is driven", f"from {outlook.schedule(str(name))(0):.3g}", "look", why)
+    return [first, *(line._replace(verdict="look") if line.verdict == "wrong" else line for line in lines)]
 
 
 def schedule_lines(outlook: Outlook) -> list[Line]:
     """Where each schedule of the configuration ends, and whether the run gets there."""
     optim = outlook.config.optim
     fields = [field.name for field in dataclasses.fields(optim) if isinstance(getattr(optim, field.name), Schedule)]
-    unused = {"sigma"} if optim.rule == "bop" else set()
-    return [_schedule_line(name, getattr(optim, name), outlook) for name in fields if name not in unused]
+    return [_schedule_line(name, getattr(optim, name), outlook) for name in fields]
 
 
 def _schedule_line(name: str, schedule: Schedule, outlook: Outlook) -> Line:
+    if name == outlook.driven:
+        return Line(f"schedule of {name}", f"{schedule(0):.3g}", "ok", "driven from here")
     filled, last = schedule.over(outlook.decay_steps), outlook.num_steps
     length = filled.num_steps or last
     value = f"{filled(0):.3g} -> {filled(last - 1):.3g}"

@@ -2,8 +2,9 @@
 
 import math
 
-from bitfleet.optim.advice import Snapshot, first_flip_ratio, first_ratio, noise_floor, outlived_step, settled_step
+from bitfleet.optim.advice import Snapshot, first_flip_ratio, first_ratio, noise_floor, settled_step
 from bitfleet.optim.bop2ndorder import EPS
+from bitfleet.trainer.advice_memory import memory_line, reach
 from bitfleet.trainer.advice_outlook import LOOKS, Line, Outlook, Verdict
 
 HALF_ULP = 2.0**-24
@@ -79,6 +80,9 @@ def _ratio_line(outlook: Outlook, found: Snapshot) -> Line:
     why = f"of noise; {percent(found.free_flip_ratio)} at threshold 0"
     if found.flip_ratio == 0.0 and found.step == outlook.middle:
         verdict, why = "wrong", f"{why}; no weight flips any more: lower the threshold or raise gamma"
+    elif found.flip_ratio == 0.0:
+        when = "by then no weight flips any more" if found.step > outlook.middle else "no weight flips there"
+        verdict, why = "look", f"{why}; {when}: is it meant?"
     elif found.flip_ratio > 0.1 and found.step >= 100:
         verdict, why = "look", f"{why}: weights follow single batches; a smaller gamma averages more of them"
     elif found.step == outlook.num_steps and found.flip_ratio > 0.01:
@@ -137,27 +141,8 @@ def _regime_line(place: str, found: Snapshot, outlook: Outlook) -> Line:
 
 def memory_lines(outlook: Outlook) -> list[Line]:
     """How far back the moments reach, against the length of the run."""
-    rule, last = outlook.rule, outlook.num_steps
-    start, end = (rule.gamma(step) for step in (0, last - 1))
-    outlived = outlived_step(rule.gamma, last)
-    value = _memory(start, end)
-    epochs = f"{1 / start / outlook.steps_per_epoch:,.2g} epochs at the start"
-    if outlived is None:
-        line = Line("memory 1/gamma", value, "ok", f"{epochs}; to the end shorter than what is left of the run")
-    elif outlived <= 1:
-        why = f"{epochs}, longer than the whole run: m is a sum of all gradients, and the first are never forgotten"
-        line = Line("memory 1/gamma", value, "look", why)
-    else:
-        share = outlived / last
-        why = f"{epochs}; from step {outlived:,} ({share:.0%} of the run) longer than what is left: from there the weights set"
-        line = Line("memory 1/gamma", value, "ok" if share > 0.3 else "look", why)
-    return [line, *_second_moment_lines(outlook)]
-
-
-def _memory(start: float, end: float) -> str:
-    """1/rate at the first and the last step, in steps."""
-    first, last = (f"{1 / rate:,.0f}" if 1 / rate < 1e8 else f"{1 / rate:.0e}" for rate in (start, max(end, 1e-300)))
-    return f"{first} steps" if first == last else f"{first} -> {last} steps"
+    never = "m is a sum of all gradients, and the first are never forgotten"
+    return [memory_line("gamma", outlook.rule.gamma, outlook, never), *_second_moment_lines(outlook)]
 
 
 def _second_moment_lines(outlook: Outlook) -> list[Line]:
@@ -165,7 +150,7 @@ def _second_moment_lines(outlook: Outlook) -> list[Line]:
     if rule.sigma is None:
         return []
     start, end = rule.sigma(0), rule.sigma(last - 1)
-    value = _memory(start, end)
+    value = reach(start, end)
     settled = settled_step(rule.sigma, last)
     effect = {
         "none": "until then r is larger than its floor, as v is too small",

@@ -20,8 +20,12 @@ FACTOR = 2.0
 """Measured and predicted are called alike within this factor."""
 
 
-def read_flips(run: Path) -> dict[int, float]:
+def read_flips(run: Path, *, may_be_none: bool = False) -> dict[int, float]:
     """Step -> flip ratio of every line that a run logged in training.
+
+    Args:
+        run: its folder.
+        may_be_none: its rule keeps its weights as values, whose signs not every way of sharding counts.
 
     Raises:
         ValueError: the run has not logged any.
@@ -31,7 +35,7 @@ def read_flips(run: Path) -> dict[int, float]:
         for line in read_metrics(run)
         if "flip_ratio" in line and line["kind"] == "train"
     }
-    if not flips:
+    if not flips and not may_be_none:
         raise ValueError(
             f"{run} has no flip_ratio in metrics.jsonl: it has not logged a step, or has no binary weights"
         )
@@ -40,6 +44,8 @@ def read_flips(run: Path) -> dict[int, float]:
 
 def steps_to_compare(flips: Mapping[int, float], num_steps: int) -> list[int]:
     """Of the logged steps those nearest to the steps that are looked at, each once."""
+    if not flips:
+        return []
     wanted = [step for step in (*LOOKS, num_steps // 2, num_steps) if step <= max(flips)] + [max(flips)]
     return sorted({min(flips, key=lambda logged: abs(math.log(logged / max(step, 1)))) for step in wanted})
 
@@ -64,11 +70,36 @@ def checkpoint_step(run: Path) -> int | None:
     return int(read_meta(checkpoint)["step"]) if checkpoint else None
 
 
-def _flip_line(found: Snapshot, flips: Mapping[int, float], num_steps: int) -> Line:
-    around = [flips[step] for step in window(found.step, num_steps) if step in flips]
-    measured = math.fsum(around) / len(around)
-    value = f"{percent(measured)}, predicted {percent(found.flip_ratio)}"
+def measured_flip_lines(outlook: Outlook, flips: Mapping[int, float]) -> list[Line]:
+    """What was measured where no flips were predicted, beside the target where a controller drives the run."""
+    if not flips:
+        return [Line("measured: flips", "not logged", "ok", "the weights are values, of whose signs nothing is logged")]
+    return [_plain_flip_line(step, outlook, flips) for step in outlook.more_steps]
+
+
+def _plain_flip_line(step: int, outlook: Outlook, flips: Mapping[int, float]) -> Line:
+    measured, over = _around(step, flips, outlook.num_steps)
+    title, value = f"measured: flips at step {step:,}", percent(measured)
+    if outlook.driven is not None:
+        target = outlook.config.optim.transitions.target.over(outlook.decay_steps)(step - 1)
+        return Line(
+            title, f"{value}, target {percent(target)}", "ok", f"{outlook.driven} is driven towards it ({over})"
+        )
+    if measured == 0.0 and step <= outlook.middle:
+        return Line(title, value, "look", f"no weight flips, and half of the run is still to come ({over})")
+    return Line(title, value, "ok", f"there is no prediction for this rule ({over})")
+
+
+def _around(step: int, flips: Mapping[int, float], num_steps: int) -> tuple[float, str]:
+    """The mean of the flips logged around `step`, and over what it is."""
+    around = [flips[each] for each in window(step, num_steps) if each in flips]
     over = f"mean of {len(around)} logged steps" if len(around) > 1 else "of this step"
+    return math.fsum(around) / len(around), over
+
+
+def _flip_line(found: Snapshot, flips: Mapping[int, float], num_steps: int) -> Line:
+    measured, over = _around(found.step, flips, num_steps)
+    value = f"{percent(measured)}, predicted {percent(found.flip_ratio)}"
     verdict, why = _compared(
         measured,
         found.flip_ratio,

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Collection
 from typing import Literal, NamedTuple
 
+from bitfleet.optim import Schedule
 from bitfleet.optim.advice import FlipRule, Snapshot, simulate
 from bitfleet.trainer.advice_gradient import Gradient
 from bitfleet.trainer.config import TrainConfig
@@ -13,6 +14,8 @@ from bitfleet.trainer.data import DataConfig, open_dataset
 Verdict = Literal["ok", "look", "wrong"]
 PUBLISHED_IMAGES = {1000: (1_281_167, "ImageNet"), 100: (50_000, "CIFAR-100"), 10: (50_000, "CIFAR-10")}
 """Number of classes -> training images, for runs whose data are elsewhere."""
+PREDICTED = ("bop2ndorder", "bop")
+"""Rules whose flips on noise are predicted."""
 LOOKS = (1, 2, 10, 100, 1000, 10_000)
 """Steps whose flip ratio is predicted, beside the middle of the run and its end."""
 
@@ -53,16 +56,32 @@ class Outlook:
         """Length of the schedules that state none."""
         return self.config.epochs * self.num_images // self.config.global_batch_size
 
+    @property
+    def predicts_flips(self) -> bool:
+        """Whether the rule is one whose flips on noise are predicted."""
+        return self.config.optim.rule in PREDICTED
+
+    @property
+    def driven(self) -> str | None:
+        """The hyperparameter that a controller drives; None where none does."""
+        drives = self.config.optim.transitions.drives
+        return None if drives == "off" else drives
+
+    def schedule(self, name: str) -> Schedule:
+        """The schedule of the hyperparameter `name`, which the rule has, its length filled in."""
+        found = getattr(self.config.optim, name)
+        assert isinstance(found, Schedule), name
+        return found.over(self.decay_steps)
+
     @functools.cached_property
     def rule(self) -> FlipRule:
         """The rule, if it is one that compares a ratio with a threshold."""
         optim = self.config.optim
-        assert optim.gamma is not None, optim.rule
-        assert optim.threshold is not None, optim.rule
+        assert self.predicts_flips, optim.rule
         return FlipRule(
-            gamma=optim.gamma.over(self.decay_steps),
-            threshold=optim.threshold.over(self.decay_steps),
-            sigma=optim.sigma.over(self.decay_steps) if optim.sigma is not None else None,
+            gamma=self.schedule("gamma"),
+            threshold=self.schedule("threshold"),
+            sigma=self.schedule("sigma") if optim.sigma is not None else None,
             correction=optim.correction,
         )
 

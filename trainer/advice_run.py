@@ -2,13 +2,23 @@
 
 from pathlib import Path
 
-from bitfleet.trainer.advice import ADVICE, advise
+from bitfleet.optim.routed import RULES
+from bitfleet.trainer.advice import advise
 from bitfleet.trainer.advice_gradient import Gradient, measure_gradient
-from bitfleet.trainer.advice_measured import checkpoint_step, measured_lines, read_flips, steps_to_compare
-from bitfleet.trainer.advice_outlook import count_images, make_outlook
+from bitfleet.trainer.advice_measured import (
+    checkpoint_step,
+    measured_flip_lines,
+    measured_lines,
+    read_flips,
+    steps_to_compare,
+)
+from bitfleet.trainer.advice_outlook import PREDICTED, count_images, make_outlook
 from bitfleet.trainer.advice_table import format_advice
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.run_folder import read_config
+
+SCALED = (*PREDICTED, "latent_sgd", "sgdat")
+"""Rules about which the size of the gradients says something."""
 
 
 def advise_config(config: TrainConfig, num_images: int | None = None) -> str:
@@ -36,18 +46,18 @@ def advise_run(run: Path, num_images: int | None = None) -> str:
     config = read_config(run)
     number, origin = _images(config, num_images)
     outlook = make_outlook(config, number)
-    if config.optim.rule not in ADVICE:
-        return format_advice(outlook, origin, advise(outlook))
-    flips = read_flips(run)
-    at = checkpoint_step(run)
+    flips = read_flips(run, may_be_none=not RULES[config.optim.rule].flips)
+    is_compared = outlook.predicts_flips and outlook.driven is None
+    at = checkpoint_step(run) if is_compared else None
     steps = {*steps_to_compare(flips, outlook.num_steps), *([at] if at else [])}
-    if max(steps) > outlook.num_steps:
+    if max(steps, default=0) > outlook.num_steps:
         raise ValueError(
             f"{run} is at step {max(steps):,}, but {number:,} images make {outlook.num_steps:,} steps: pass --images, "
             f"the number of training images that it had"
         )
     outlook = make_outlook(config, number, _gradient(config), sorted(steps))
-    return format_advice(outlook, origin, advise(outlook) + measured_lines(run, outlook, flips))
+    measured = measured_lines(run, outlook, flips) if is_compared else measured_flip_lines(outlook, flips)
+    return format_advice(outlook, origin, advise(outlook) + measured)
 
 
 def _images(config: TrainConfig, num_images: int | None) -> tuple[int, str]:
@@ -55,5 +65,5 @@ def _images(config: TrainConfig, num_images: int | None) -> tuple[int, str]:
 
 
 def _gradient(config: TrainConfig) -> Gradient | None:
-    """Only for the rules that make something of it."""
-    return measure_gradient(config) if config.optim.rule in ADVICE else None
+    """Only for the rules whose hyperparameters have its scale, or that are asked for it."""
+    return measure_gradient(config) if config.optim.rule in SCALED else None

@@ -25,4 +25,5 @@ def format_advice(outlook: Outlook, images_from: str, lines: Sequence[Line]) -> 
         text += [f"{cells}  {first}", *(" " * (sum(widths) + 6) + rest for rest in more)]
     counts = Counter(line.verdict for line in lines)
     found = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("ok", "look", "wrong"))
-    return "\n".join([*text, "", f"{found}. Predictions are for gradients that are independent normal numbers: noise."])
+    assumption = " Predictions are for gradients that are independent normal numbers: noise."
+    return "\n".join([*text, "", f"{found}.{assumption if outlook.predicts_flips else ''}"])

@@ -46,16 +46,23 @@ def bench_diagnostics(
     Reports, their files and TensorBoard are in both. Which loop is first changes from round to round.
 
     Raises:
-        ValueError: `num_steps` is no multiple of metrics.every_steps, so that the turns would not report equally often.
+        ValueError: `num_steps` is no multiple of metrics.every_steps, so that the turns would not report equally often; or
+            the run has fewer steps than both loops make.
     """
     every = config.metrics.every_steps
     if num_steps < 1 or num_steps % every:
         raise ValueError(f"--steps is {num_steps}, expected a multiple of metrics.every_steps, which is {every}")
     with tempfile.TemporaryDirectory() as folder:
         trainers = [
-            _start(config, ranks, device, Path(from_first_rank(folder)) / f"run{number}", bool(number))
+            _make(config, ranks, device, Path(from_first_rank(folder)) / f"run{number}", bool(number))
             for number in range(2)
         ]
+        if (needed := (num_rounds + 1) * num_steps) > (available := trainers[0].num_steps):
+            raise ValueError(
+                f"the run has {available:,} steps, the benchmark makes {needed:,} of each loop: fewer --steps or --rounds"
+            )
+        for trainer in trainers:
+            trainer.start()
         turns: list[list[Turn]] = [[], []]
         for count in range(num_rounds + 1):
             for number in (0, 1) if count % 2 else (1, 0):
@@ -73,11 +80,9 @@ def bench_diagnostics(
     return Cost(turns[0], turns[1], size)
 
 
-def _start(config: TrainConfig, ranks: Ranks, device: torch.device, run_dir: Path, diagnostics: bool) -> Trainer:
+def _make(config: TrainConfig, ranks: Ranks, device: torch.device, run_dir: Path, diagnostics: bool) -> Trainer:
     metrics = dataclasses.replace(config.metrics, diagnostics=diagnostics)
-    trainer = Trainer(dataclasses.replace(config, metrics=metrics, run_dir=run_dir, resume=None), ranks, device)
-    trainer.start()
-    return trainer
+    return Trainer(dataclasses.replace(config, metrics=metrics, run_dir=run_dir, resume=None), ranks, device)
 
 
 def _turn(trainer: Trainer, device: torch.device, num_steps: int) -> Turn:

@@ -92,19 +92,23 @@ def answer(run: RunResults) -> list[str]:
     """How the run ended, or where it is, in sentences."""
     top1 = run.curve("validation", "top1")
     train = run.last("train")
-    step, epoch = int(run.lines[-1]["step"]), train.get("epoch")
-    epochs = run.config.get("epochs")
-    where = f"step {step:,}" + (f" (epoch {epoch:.1f} of {epochs})" if epoch is not None and epochs else "")
+    steps_per_epoch = train["step"] / train["epoch"] if train.get("epoch") else None
+    last_step = int(max(train.get("step", 0), run.last("validation").get("step", 0)))
     sentences = []
     if top1.values:
         best = max(top1.values)
         at = top1.steps[top1.values.index(best)]
         last = run.last("validation")
         top5 = f", top-5 {100 * last['top5']:.1f} %" if _is_number(last.get("top5")) else ""
+        step = int(top1.steps[-1])
+        where = _place(step, steps_per_epoch, run.config.get("epochs"))
         sentences.append(f"Validation after {where}: top-1 {100 * top1.values[-1]:.1f} %{top5}.")
         if best > top1.values[-1]:
             sentences.append(f"The best was {100 * best:.1f} %, after step {at:,.0f}.")
+        if last_step > step:
+            sentences.append(f"Training is at {_place(last_step, steps_per_epoch, run.config.get('epochs'))}.")
     else:
+        where = _place(last_step, steps_per_epoch, run.config.get("epochs"))
         sentences.append(f"No validation yet; training is at {where}.")
     flips = run.curve("train", "flip_ratio")
     if flips.values:
@@ -147,6 +151,11 @@ def _schedule(value: Mapping[str, Any]) -> str:
         text += f" of power {value['power']:g}" if kind == "polynomial" and value.get("power", 1.0) != 1.0 else ""
     warmup = value.get("warmup_steps")
     return text + (f", warm-up of {warmup} steps" if warmup else "")
+
+
+def _place(step: int, steps_per_epoch: float | None, epochs: int | None) -> str:
+    where = f"step {step:,}"
+    return f"{where} (epoch {step / steps_per_epoch:.1f} of {epochs})" if steps_per_epoch and epochs else where
 
 
 def _parts(fraction: float) -> str:

@@ -1,5 +1,6 @@
 """A sweep's part of the page."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -146,11 +147,22 @@ def _robustness_row(slope: Slope) -> tuple[str, ...]:
 def _published(results: SweepResults) -> list[Block]:
     network = next((name for name in networks() if results.base.startswith(name + "_")), "")
     best = results.ranked[0]
+    root, num_classes = data_of_sweep(results)
     block = published_block(
-        network, 10 if "cifar10" in results.base else 1000, results.base, f"{best.name} (best of this sweep)",
-        plus_minus(best.top1), plus_minus(best.end("top5")),
+        network, num_classes, root, f"{best.name} (best of this sweep)", plus_minus(best.top1),
+        plus_minus(best.end("top5")),
     )  # fmt: skip
     return [block] if block else []
+
+
+def data_of_sweep(results: SweepResults) -> tuple[str, int]:
+    """Root and classes of the data of the sweep's runs, as sweep.json tells them; else what its base is named after."""
+    config = results.facts.get("config") or {}
+    words = [str(word) for word in results.facts.get("options") or ()]
+    options = dict(itertools.pairwise(words)) | dict(word.split("=", 1) for word in words if "=" in word)
+    root = config.get("data", {}).get("root") or options.get("--data.root") or results.base
+    of_base = 10 if "cifar10" in results.base else 1000
+    return str(root), int(config.get("model", {}).get("num_classes") or options.get("--model.num_classes") or of_base)
 
 
 def _points(results: SweepResults) -> Block:

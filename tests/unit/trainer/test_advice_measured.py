@@ -1,5 +1,6 @@
 """Predicted beside measured: a made-up run whose gradients are noise, and one whose gradients are not."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from bitfleet.configs import load_config
-from bitfleet.optim import bop2ndorder_step_
+from bitfleet.optim import OptimConfig, bop2ndorder_step_
+from bitfleet.optim.transitions import TransitionConfig
 from bitfleet.trainer import checkpoint_tensors
 from bitfleet.trainer.advice_measured import read_flips, steps_to_compare
 from bitfleet.trainer.advice_run import advise_run
@@ -73,6 +75,36 @@ def test_gradients_with_a_mean_flip_less(tmp_path: Path) -> None:
     assert " look " in line
     assert "x the prediction: gradients agree from step to step" in line
     assert "gradients have a mean" in line_of(text, "measured: r, step 60")
+
+
+def logged_run(run: Path, optim: OptimConfig, flips: dict[int, float]) -> Path:
+    """A run of fashion_quickstart with another rule that logged these flips and nothing else."""
+    run.mkdir()
+    write_config(run, dataclasses.replace(load_config("fashion_quickstart"), optim=optim), {})
+    lines = [{"kind": "train", "step": step, "flip_ratio": ratio} for step, ratio in flips.items()]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run / "metrics.jsonl").write_text(text or '{"kind": "train", "step": 10, "loss": 1.0}\n')
+    return run
+
+
+def test_flips_of_every_rule_are_shown(tmp_path: Path) -> None:
+    text = advise_run(logged_run(tmp_path / "a", OptimConfig(rule="two_ema"), {1: 0.25, 10: 0.0}), 6000)
+    assert " 25 % ok " in line_of(text, "measured: flips at step 1 ")
+    assert " 0 % look " in line_of(text, "measured: flips at step 10 ")
+    text = advise_run(logged_run(tmp_path / "b", OptimConfig(rule="bnew"), {}), 6000)
+    assert " not logged ok " in line_of(text, "measured: flips")
+    with pytest.raises(ValueError, match="no flip_ratio in metrics.jsonl"):
+        advise_run(logged_run(tmp_path / "c", OptimConfig(rule="diode"), {}), 6000)
+
+
+def test_driven_run_is_not_compared_with_a_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitfleet.trainer.advice_run.measure_gradient", lambda config: None)
+    optim = OptimConfig(transitions=TransitionConfig(drives="gamma"))
+    text = advise_run(logged_run(tmp_path / "run", optim, {1: 0.5, 100: 0.004}), 6000)
+    assert "50 %, target 0.5 % ok gamma is driven" in line_of(text, "measured: flips at step 1 ")
+    assert " 0.4 %, target 0.49 % ok " in line_of(text, "measured: flips at step 100 ")
+    assert "gamma is driven  " in text
+    assert not any("prediction" in line or "predicted" in line for line in text.splitlines() if "measured" in line)
 
 
 def test_steps_that_are_compared() -> None:

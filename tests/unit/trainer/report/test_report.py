@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from bitfleet.configs import load_config
+from bitfleet.trainer.advice_flips import RECIPES
 from bitfleet.trainer.report import write_report
 from bitfleet.trainer.report.drawing import spread_out
-from bitfleet.trainer.report.published import networks, published
+from bitfleet.trainer.report.published import data_of, is_comparable, networks, published
+from bitfleet.trainer.report.run_results import answer, read_run
+from bitfleet.trainer.report.sweep_results import SweepResults
+from bitfleet.trainer.report.sweep_section import data_of_sweep
+from bitfleet.trainer.reproduce.papers import PAPERS
 from tests.unit.trainer.report import made_up
 
 VOID = {"meta", "img", "br", "link", "hr"}
@@ -85,6 +91,30 @@ def test_a_run_shows_its_bits_and_its_neighbours(tmp_path: Path) -> None:
     assert "3e-04 → 3e-05, polynomial" in text or "0.0003 → 3e-05, polynomial" in text
 
 
+def test_validation_is_told_at_its_own_step(tmp_path: Path) -> None:
+    sentences = answer(read_run(made_up.run_folder(tmp_path / "run", 10)))
+    assert sentences[0].startswith("Validation after step 80 (epoch 2.0 of 3): top-1 58.0 %")
+    assert sentences[1] == "Training is at step 100 (epoch 2.5 of 3)."
+
+
+@pytest.mark.parametrize(
+    ("facts", "is_other"),
+    [
+        ({}, False),
+        ({"options": ["--epochs", "3", "--data.root", "/data/cifar10"]}, False),
+        ({"options": ["--data.root", "fashion-mnist"]}, True),
+        ({"options": ["--data.root=fashion-mnist"]}, True),
+        ({"options": ["--model.num_classes", "7"]}, True),
+        ({"config": {"data": {"root": "fashion-mnist"}, "model": {"num_classes": 10}}}, True),
+        ({"config": {"data": {"root": "data/cifar10"}, "model": {"num_classes": 10}}}, False),
+    ],
+)
+def test_a_sweep_is_compared_only_on_the_published_data(facts: dict[str, object], is_other: bool) -> None:
+    results = SweepResults(Path(), "s", "s", "", "binarynet_cifar10", (), (), None, facts)
+    root, num_classes = data_of_sweep(results)
+    assert is_comparable("binarynet", num_classes, root) is not is_other
+
+
 def test_two_steps_are_enough_and_paths_can_be_mixed(tmp_path: Path) -> None:
     run, sweep = made_up.run_folder(tmp_path / "run", 2), made_up.rules(tmp_path / "rules", 2, 2)
     page, lines = write_report([run, sweep / "sweep.csv"], tmp_path / "both")
@@ -122,6 +152,17 @@ def test_labels_are_moved_apart_and_no_further() -> None:
     assert spread_out([0.99, 1.0], 0.1) == pytest.approx([0.9, 1.0])
     crowded = spread_out([0.5] * 30, 0.1)
     assert all(b - a == pytest.approx(0.1) for a, b in itertools.pairwise(crowded))
+
+
+def test_published_numbers_are_the_same_everywhere() -> None:
+    assert set(PAPERS) == set(networks()) == set(RECIPES)
+    for name, paper in PAPERS.items():
+        rows = [(row.top1, row.top5) for row in published(name) if row.same_network]
+        assert {(paper.top1, paper.top5), *((near.top1, near.top5) for near in paper.neighbours)} <= set(rows)
+        config = load_config(paper.config)
+        assert config.model.name == name
+        assert config.optim.gamma is not None
+        assert RECIPES[name] == (config.global_batch_size, config.optim.gamma.start, data_of(name))
 
 
 def test_the_papers_numbers_are_there_with_their_source() -> None:
