@@ -118,6 +118,9 @@ def label_ends(axis: Any, ends: Sequence[End], *, font: float = FONT - 1) -> Non
     if not ends:
         return
     height = axis.get_window_extent().height / axis.get_figure().dpi * 72  # in points, nearly: before the layout
+    low, high = axis.get_ylim()
+    # A line may end outside, as at 0 on a logarithmic axis: its label points to the border.
+    ends = [end._replace(y=min(max(end.y, low), high)) for end in ends]
     places = [_fraction(axis, end.y) for end in ends]
     order = np.argsort(places, kind="stable")
     placed = spread_out([places[index] for index in order], font * 1.22 / height)
