@@ -71,6 +71,12 @@ def test_step_1_under_each_threshold() -> None:
     assert (held.value, held.verdict) == ("0 %", "look")
 
 
+def test_a_gamma_that_begins_at_0() -> None:
+    found = lines_of(with_optim(gamma=linear(0.0, 1e-3)))
+    assert found["flips at step 1"].value == "0 %"
+    assert (found["memory in images"].value, found["memory in images"].verdict) == ("endless", "look")
+
+
 def test_bop_needs_the_gradient() -> None:
     config = with_optim(rule="bop", threshold=constant(3e-8))
     found = lines_of(config)  # m is 3e-4 * 1e-4 = 3e-8 of one standard deviation: half of 31.7 %
