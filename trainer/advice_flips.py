@@ -169,7 +169,9 @@ def batch_line(outlook: Outlook) -> Line:
     config, gamma = outlook.config, outlook.rule.gamma(0)
     batch = config.global_batch_size
     if gamma == 0.0:
-        return Line("memory in images", "endless", "look", "gamma is 0 at the start: the average, and the weights, stand still")
+        return Line(
+            "memory in images", "endless", "look", "gamma is 0 at the start: the average, and the weights, stand still"
+        )
     value = f"{batch / gamma:,.3g} images"
     why = f"at twice the batch the same memory is gamma {min(1.0, 2 * gamma):.3g} at the start, and the run has half the steps"
     if config.model.name not in RECIPES:

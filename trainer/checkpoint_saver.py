@@ -1,5 +1,6 @@
 """Saving while training goes on: a copy to host memory, then a thread that writes, hashes and commits."""
 
+import copy
 import os
 import shutil
 import threading
@@ -87,8 +88,10 @@ class Saver:
         if write_further:
             write_further(temporary)
         self._copy(tensors)
+        # A copy whole: the caller's latest metrics change while the files are written, and meta.json carries its own sha256.
+        now = copy.deepcopy(dict(meta))
         self._thread = threading.Thread(
-            target=self._work, args=(step, temporary, dict(meta), begun_at), name="checkpoint", daemon=True
+            target=self._work, args=(step, temporary, now, begun_at), name="checkpoint", daemon=True
         )
         self._thread.start()
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,24 @@ def test_failed_save_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch: py
     saver.save(8, tensors, {"step": 8})
     saver.flush()
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000008"]
+
+
+@pytest.mark.usefixtures("process_group")
+def test_metrics_that_change_during_a_save_do_not_damage_it(tmp_path: Path) -> None:
+    """The dictionary of the latest metrics is the run's own: a validation writes into it while the files are written."""
+    model, optimizer = build(0, sharded=True)
+    metrics: dict[str, dict[str, float]] = {"validation": {"step": 6}}
+
+    class Slow(Saver):
+        def write_meta(self, temporary: Path, meta: Mapping[str, Any]) -> None:
+            metrics["validation"]["step"] = 7
+            metrics["train"] = {"step": 7}
+            super().write_meta(temporary, meta)
+
+    saver = Slow(tmp_path, CheckpointConfig(), ALONE, dict)
+    saver.save(6, checkpoint_tensors.tensors_to_save(model, optimizer, ALONE), {"step": 6, "metrics": metrics})
+    saver.flush()
+    assert read_meta(checkpoints(tmp_path)[0])["metrics"] == {"validation": {"step": 6}}
 
 
 def test_file_that_is_not_safetensors_is_refused(tmp_path: Path) -> None:
