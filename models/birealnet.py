@@ -53,8 +53,10 @@ class _Block(nn.Module):
         return normalized
 
     def forward(self, x: Tensor) -> Tensor:
+        # In this order, the shortcut last: DeepSpeed's zero3 hooks every module, and sums gradients in the order of their calls.
+        convolved = self.convolved(x)
         shortcut: Tensor = self.shortcut(x)
-        return self.convolved(x) + shortcut
+        return convolved + shortcut
 
 
 class _Pair(nn.Module):
@@ -65,8 +67,9 @@ class _Pair(nn.Module):
         self.first, self.second = first, second
 
     def forward(self, x: Tensor) -> Tensor:
+        convolved = self.second.convolved(self.first.convolved(x))
         shortcut: Tensor = self.first.shortcut(x)
-        return self.second.convolved(self.first.convolved(x)) + shortcut
+        return convolved + shortcut
 
 
 class BiRealNet(nn.Module):
