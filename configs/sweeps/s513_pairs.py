@@ -10,17 +10,21 @@ command    bitfleet sweep s513_pairs
 
 import itertools
 
-from bitfleet.configs.sweeps.s512_ablation import CENTRE, VALUES, point
+from bitfleet.configs.sweeps.s512_ablation import CENTRE, point
 from bitfleet.trainer.sweep import Point, Sweep
 
 PAIRS = (("gamma", "threshold"), ("sigma", "threshold"), ("gamma", "sigma"))
+
+
+VALUES = {name: tuple(float(f"{start * 10.0**power:.0e}") for power in range(-2, 3)) for name, start in CENTRE.items()}
+"""Two powers of ten to either side of the centre."""
 
 
 def sweep() -> Sweep:
     """Five values of each, two powers of ten to either side. The learning rate is the base's."""
     points: dict[str, Point] = {}
     for first, second in PAIRS:
-        for values in itertools.product(VALUES[first][1:-1], VALUES[second][1:-1]):
+        for values in itertools.product(VALUES[first], VALUES[second]):
             each = point(CENTRE | dict(zip((first, second), values, strict=True)))
             points[each.slug] = each
     return Sweep(

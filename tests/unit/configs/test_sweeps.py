@@ -10,7 +10,7 @@ from bitfleet.trainer.sweep import Sweep, plan_runs
 RUNS = {
     "regime": 15,
     "s511_bias_and_norm": 18,
-    "s512_ablation": 57,
+    "s512_ablation": 39,
     "s513_pairs": 61,
     "s514_schedulers": 21,
     "s52_optimizers": 54,
