@@ -145,7 +145,12 @@ class CollectiveCounter(TorchDispatchMode):
     def __init__(self, world_size: int) -> None:
         super().__init__()
         self.world_size = world_size
-        self.sent_bytes = 0.0
+        self._called_bytes, self._swapped_bytes = 0.0, 0  # each written by one thread only
+
+    @property
+    def sent_bytes(self) -> float:
+        """What has been counted so far."""
+        return self._called_bytes + self._swapped_bytes
 
     def __enter__(self) -> Self:
         self._swap = sharding_exchange.swap
@@ -158,7 +163,7 @@ class CollectiveCounter(TorchDispatchMode):
         super().__exit__(*exception)
 
     def _counted_swap(self, send: Tensor, received: Tensor, peer: int, group: Any) -> None:
-        self.sent_bytes += send.nbytes
+        self._swapped_bytes += send.nbytes
         self._swap(send, received, peer, group)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -168,7 +173,7 @@ class CollectiveCounter(TorchDispatchMode):
             assert name in SHARES, f"no rule for the collective {name}"
             # Of an all-gather the output is the whole tensor, of a reduce-scatter the input.
             whole = max(sum(tensor.nbytes for tensor in _tensors(argument)) for argument in args)
-            self.sent_bytes += SHARES[name] * (self.world_size - 1) / self.world_size * whole
+            self._called_bytes += SHARES[name] * (self.world_size - 1) / self.world_size * whole
         return func(*args, **(kwargs or {}))
 
 

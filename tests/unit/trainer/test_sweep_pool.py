@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -42,6 +43,14 @@ def test_two_places_and_one_more_attempt(tmp_path: Path) -> None:
     assert first.output == "p\n"
     assert seen[-1].output in ("p\n", "q\n") or seen[-1].job.name == "a"
     assert len((tmp_path / "b.log").read_text().split()) == 2
+
+
+@pytest.fixture(autouse=True)
+def listening() -> Iterator[None]:
+    """SIGINT is heard, also where the tests run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
