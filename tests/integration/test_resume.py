@@ -39,7 +39,13 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "stop"), [(2, 2, 24), (2, 1, 17), (1, 4, 17), pytest.param(4, 2, 17, marks=pytest.mark.slow)]
+    ("first", "second", "stop"),
+    [
+        (2, 2, 24),
+        (2, 1, 17),
+        pytest.param(1, 4, 17, marks=pytest.mark.slow),
+        pytest.param(4, 2, 17, marks=pytest.mark.slow),
+    ],
 )
 def test_resume_on_other_ranks_ends_with_the_same_bits(
     first: int, second: int, stop: int, straight: Path, deepspeed: Launch, options: list[str], tmp_path: Path

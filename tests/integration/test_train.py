@@ -99,7 +99,10 @@ def test_tensorboard_shows_the_run(straight: tuple[Path, str]) -> None:
     assert "config/text_summary" in events.Tags()["tensors"]
 
 
-@pytest.mark.parametrize("sharding", ["none", "zero1", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+@pytest.mark.parametrize(
+    "sharding",
+    [pytest.param("none", marks=pytest.mark.slow), "zero1", pytest.param("zero2", marks=pytest.mark.slow), "zero3"],
+)
 def test_deepspeed_stages_train_the_same_bits(
     sharding: str, straight: tuple[Path, str], deepspeed: Launch, tiny: list[str], tmp_path: Path
 ) -> None:
