@@ -417,13 +417,15 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     folder, golden = Path(sys.argv[1]), Path(__file__).parents[1] / "golden"
+    # Each rank checks against the gradients of all: on 8 of them shorter.
+    many = dist.get_world_size() > 4
     for rule in RULES.values():
-        check_equal(rule, 200, draw)
+        check_equal(rule, 50 if many else 200, draw)
     check_equal(RULES["none"], 30, draw, bucket_numel=100)
     check_equal(RULES["none"], 30, draw, bucket_numel=100, local_replicas=4)
     check_equal(RULES["adam"], 30, unused_somewhere)
     check_equal(RULES["adam"], 30, unused_somewhere, bucket_numel=100, local_replicas=2)
-    for rule in UNPACKED.values():
+    for rule in () if many else UNPACKED.values():
         check_equal(rule, 20, unused_somewhere)
         check_equal(rule, 10, draw, bucket_numel=100, local_replicas=2)
     check_equal(UNPACKED["bnew"], 20, unused_somewhere, later={"free": 0.0}, bucket_numel=100)
