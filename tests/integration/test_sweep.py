@@ -23,10 +23,10 @@ NUM_STEPS = 60 * 12
 
 
 def start(output: Path, tiny: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """s52_optimizers, two runs at once, as in a terminal of its own."""
+    """The sweep `regime`, two runs at once, as in a terminal of its own."""
     options = f"--seeds 0 --at_once 2 --output {output} --epochs 60".split()
     _, base = take_option(tiny, "--epochs")
-    command = [sys.executable, "-m", "bitfleet.launch.cli", "sweep", "s52_optimizers", *options, *base]
+    command = [sys.executable, "-m", "bitfleet.launch.cli", "sweep", "regime", *options, *base]
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}/src:{REPOSITORY}"}
     with log.open("ab") as file:
         return subprocess.Popen(
@@ -47,8 +47,9 @@ def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
 
 
 def test_interrupted_killed_and_failing_runs(tiny: list[str], tmp_path: Path) -> None:
-    folder, log = tmp_path / "s52_optimizers", tmp_path / "log"
-    names = [f"optimizer-{name}-seed0" for name in ("bop2ndorder", "bop2ndorder-as-coded", "bop2ndorder-adam", "bop")]
+    folder, log = tmp_path / "regime", tmp_path / "log"
+    variants = ("published", "threshold-0", "frozen-v", "bop-threshold-0", "threshold-high")
+    names = [f"variant-{name}-seed0" for name in variants]
     runs = {name: folder / "runs" / name for name in names}
 
     def under_way(count: int) -> bool:
@@ -75,7 +76,7 @@ def test_interrupted_killed_and_failing_runs(tiny: list[str], tmp_path: Path) ->
     assert [log_file.read_text().count("stopped by SIGTERM after step") for log_file in folder.glob("logs/*")] == [2, 2]
 
     # One run cannot have its folder: given up after two attempts, with its sentence; the others come to their end.
-    (taken,) = [run for run in runs.values() if run.name == "optimizer-bop-seed0"]
+    (taken,) = [run for run in runs.values() if run.name == "variant-threshold-high-seed0"]
     taken.mkdir(parents=True, exist_ok=True)
     with (taken / ".lock").open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -84,14 +85,14 @@ def test_interrupted_killed_and_failing_runs(tiny: list[str], tmp_path: Path) ->
         sweep = start(tmp_path, tiny, log)
         assert sweep.wait(400) == 1, log.read_text()
     found = rows(folder)
-    assert [found[name]["status"] for name in names] == ["finished"] * 3 + ["failed"]
+    assert [found[name]["status"] for name in names] == ["finished"] * 4 + ["failed"]
     assert "is in use by process 77 on elsewhere" in found[taken.name]["error"]
 
     # And at last that one, alone.
-    kept = {name: (runs[name] / "metrics.jsonl").stat().st_mtime_ns for name in names[:3]}
+    kept = {name: (runs[name] / "metrics.jsonl").stat().st_mtime_ns for name in names[:4]}
     sweep = start(tmp_path, tiny, log)
     assert sweep.wait(200) == 0, log.read_text()
-    assert {name: (runs[name] / "metrics.jsonl").stat().st_mtime_ns for name in names[:3]} == kept
+    assert {name: (runs[name] / "metrics.jsonl").stat().st_mtime_ns for name in names[:4]} == kept
     for name, row in rows(folder).items():
         assert (row["status"], row["error"]) == ("finished", "")
         lines = read_metrics(runs[name])
