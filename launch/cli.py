@@ -1,5 +1,7 @@
 """The command `bitfleet`."""
 
+import difflib
+import importlib
 import sys
 
 from bitfleet.launch.environment import run
@@ -20,6 +22,8 @@ COMMANDS = {
     "report": "turn sweeps and runs into one HTML page with pictures; `bitfleet report --help`",
     "configs": "list the configurations that --config knows",
 }
+OF_MANY_RANKS = ("train", "evaluate")
+"""Commands that launch/NAME.py starts as well: they are told how they were called."""
 
 
 def usage() -> str:
@@ -43,67 +47,20 @@ def dispatch() -> None:
         print(usage())
         return
     command, *rest = arguments
-    if command == "train":
-        from bitfleet.launch.train import train
-
-        train(rest, prog="bitfleet train")
-    elif command == "launch":
-        from bitfleet.launch.launch import launch
-
-        launch(rest)
-    elif command == "sweep":
-        from bitfleet.launch.sweep import sweep
-
-        sweep(rest)
-    elif command == "reproduce":
-        from bitfleet.launch.reproduce import reproduce
-
-        reproduce(rest)
-    elif command == "evaluate":
-        from bitfleet.launch.evaluate import evaluate
-
-        evaluate(rest, prog="bitfleet evaluate")
-    elif command == "data":
-        from bitfleet.launch.data import data
-
-        data(rest)
-    elif command == "checkpoint":
-        from bitfleet.launch.checkpoint import checkpoint
-
-        checkpoint(rest)
-    elif command == "journal":
-        from bitfleet.launch.journal import journal
-
-        journal(rest)
-    elif command == "doctor":
-        from bitfleet.launch.doctor import doctor
-
-        doctor(rest)
-    elif command == "plan":
-        from bitfleet.launch.plan import plan
-
-        plan(rest)
-    elif command == "advise":
-        from bitfleet.launch.advise import advise
-
-        advise(rest)
-    elif command == "bench":
-        from bitfleet.launch.bench import bench
-
-        bench(rest)
-    elif command == "report":
-        from bitfleet.launch.report import report
-
-        report(rest)
-    elif command == "configs":
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"there is no command {command!r}; did you mean `bitfleet {near}`?")
+    if command == "configs":
         from bitfleet.configs import available
 
         print("\n".join(available()))
+        return
+    # A command is the function of its name in the module of its name, which is imported only now: torch takes seconds.
+    function = getattr(importlib.import_module(f"bitfleet.launch.{command}"), command)
+    if command in OF_MANY_RANKS:
+        function(rest, prog=f"bitfleet {command}")
     else:
-        import difflib
-
-        near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"there is no command {command!r}; did you mean `bitfleet {near}`?")
+        function(rest)
 
 
 def main() -> None:
