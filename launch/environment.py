@@ -84,8 +84,6 @@ def job(device_name: str, config: "TrainConfig | None" = None) -> Iterator[tuple
     from bitfleet.trainer.membership import membership
 
     ranks = ranks_from_environment()
-    if ranks.launched:
-        _outlive_the_terminal()
     device = choose_device(device_name, ranks)
     use_device(device, ranks, config.num_threads if config else None)
     timeout = datetime.timedelta(minutes=config.engine.collective_timeout_minutes) if config else COLLECTIVE_TIMEOUT
@@ -106,9 +104,11 @@ class _Lasting(io.FileIO):
 
 
 def _outlive_the_terminal() -> None:
-    """A rank whose launcher died still has to save: its next print must not end it."""
+    """A rank whose launcher or `tee` died still has to save: its next print must not end it. Nor is `| head` an error."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        if stream is None:  # closed by the shell
+            continue
         stream.flush()
         lasting = io.BufferedWriter(_Lasting(stream.fileno(), "wb", closefd=False))
         setattr(sys, name, io.TextIOWrapper(lasting, stream.encoding, stream.errors, line_buffering=True))
@@ -122,6 +122,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     single rank meets is said by that rank. The process leaves without waiting for peers, which may be stuck in a collective.
     """
     threading.excepthook = _thread_failed
+    _outlive_the_terminal()
     try:
         main()
     except SystemExit as leaving:
@@ -218,8 +219,9 @@ def _is_disagreement(error: BaseException) -> bool:
 
 
 def _leave(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
     # Destructors of a process group or of DALI may wait for others for ever, and those of gloo abort a process now and then even
     # though its group is destroyed ("terminate called without an active exception"): a run that ended well must not end so.
     os._exit(code)

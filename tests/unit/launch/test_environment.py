@@ -26,13 +26,14 @@ def test_full_disk_is_left_to_the_main_thread(capsys: pytest.CaptureFixture[str]
 def test_print_after_the_end_of_the_reader_is_no_error() -> None:
     code = """
 import sys
-from bitfleet.launch.environment import _outlive_the_terminal
-_outlive_the_terminal()
-print("first", flush=True)
-sys.stdin.readline()
-for _ in range(3):
-    print("nobody reads this")
-sys.exit(75)
+from bitfleet.launch.environment import run
+def main():
+    print("first")
+    sys.stdin.readline()
+    for _ in range(3):
+        print("nobody reads this")
+    sys.exit(75)
+run(main)
 """
     with subprocess.Popen(
         [sys.executable, "-u", "-c", code],
@@ -47,6 +48,18 @@ sys.exit(75)
         job.stdin.write(b"\n")
         job.stdin.close()
         assert job.wait(timeout=30) == 75
+
+
+def test_closed_output_is_no_error() -> None:
+    code = "from bitfleet.launch.environment import run; run(lambda: print('nobody reads this'))"
+    done = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" >&-', sys.executable, code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_environment_is_completed_once_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
