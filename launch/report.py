@@ -8,8 +8,8 @@ from bitfleet.launch.options import take_option
 USAGE = """usage: bitfleet report PATH... [--output FOLDER]
 
 Turn sweeps and runs into FOLDER/report.html, one page that needs nothing else, and FOLDER/report/*.png. A PATH is a sweep's
-folder or sweep.csv, or a run's folder; parts of one sweep, run with other seeds elsewhere, become one. Without --output the page
-goes into the folder of the only PATH."""
+folder or sweep.csv, or a run's folder; parts of one sweep, run with other seeds elsewhere, become one; several runs are compared.
+Without --output the page goes into the folder of the only PATH."""
 
 
 def report(arguments: Sequence[str]) -> None:

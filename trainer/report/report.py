@@ -1,5 +1,6 @@
 """From paths of sweeps and runs to the report."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from bitfleet.trainer.metrics import JSONL
 from bitfleet.trainer.report.page import Section, write_page
+from bitfleet.trainer.report.run_comparison import NAME, compare, differences
 from bitfleet.trainer.report.run_results import RunResults, answer, read_run
 from bitfleet.trainer.report.run_section import run_section
 from bitfleet.trainer.report.sweep_findings import answer as answer_of_sweep
@@ -25,7 +27,7 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> tuple[Pat
         output: folder of report.html and report/*.png. None: the folder of the only path.
 
     Returns:
-        The page, and the answer of each section in a line.
+        The page, and the answer of each section in a line. Several runs are compared first.
 
     Raises:
         ValueError: a path is neither a sweep nor a run, has nothing to report, or the folder cannot be written.
@@ -37,7 +39,7 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> tuple[Pat
             raise ValueError(f"where to? A report on {len(paths)} paths needs --output FOLDER")
         output = paths[0] if paths[0].is_dir() else paths[0].parent
     found = _joined([([path], _read(path)) for path in paths])
-    keys: list[str] = []
+    keys = [NAME]
     sections: list[Section] = []
     lines: list[str] = []
     for parts, each in found:
@@ -46,7 +48,12 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> tuple[Pat
         sections.append(sweep_section(each, key) if isinstance(each, SweepResults) else run_section(each, key))
         sentences = answer_of_sweep(each) if isinstance(each, SweepResults) else answer(each)
         lines.append(f"{', '.join(map(str, parts))}: {' '.join(sentences)}")
-    title = sections[0].title if len(sections) == 1 else f"{len(sections)} sweeps and runs"
+    runs = [each for _, each in found if isinstance(each, RunResults)]
+    if (together := compare(runs)) is not None:
+        section = sweep_section(together, NAME)
+        sections.insert(0, dataclasses.replace(section, blocks=(*section.blocks, differences(runs))))
+        lines.insert(0, f"{together.title}: {' '.join(answer_of_sweep(together))}")
+    title = sections[0].title if len(found) == 1 else f"{len(found)} sweeps and runs"
     return write_page(title, sections, output), lines
 
 

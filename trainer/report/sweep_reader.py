@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,39 @@ def read_sweep(path: Path) -> SweepResults:
         ValueError: it is no sweep, it is empty or damaged, or none of its runs has finished.
     """
     file = path / CSV if path.is_dir() else path
-    runs, axes = _read_rows(file)
-    facts = _read_facts(file.with_suffix(".json"))
+    rows, columns = _read_rows(file)
+    for column in ("run", "status", "seed"):
+        if column not in columns:
+            raise ValueError(
+                f"{file} is not a sweep: it has no column {column!r}; expected the {CSV} that `bitfleet sweep` writes"
+            )
+    if not rows:
+        raise ValueError(f"the sweep {file} is empty: expected a row for each run")
+    axes = tuple(column.removeprefix("axis.") for column in columns if column.startswith("axis."))
+    results = results_of(rows, axes, file, _read_facts(file.with_suffix(".json")))
+    if not results.ranked:
+        runs = results.unfinished
+        failed = [run for run in runs if run.status == "failed"]
+        why = f"; the first failure: {failed[0].name}: {failed[0].error}" if failed else ""
+        raise ValueError(
+            f"no run of the sweep {file} has finished ({len(failed)} of {len(runs)} failed): there is nothing to report{why}"
+        )
+    return results
+
+
+def results_of(
+    rows: Sequence[Mapping[str, str]], axes: tuple[str, ...], file: Path, facts: Mapping[str, Any]
+) -> SweepResults:
+    """Rows with the columns of sweep.csv, and the content of its sweep.json, as a sweep.
+
+    Raises:
+        ValueError: a cell is damaged; its line in `file` is named.
+    """
+    numeric = {axis for axis in axes if all(_is_number(row[f"axis.{axis}"]) for row in rows if row[f"axis.{axis}"])}
+    runs = [_read_run(row, axes, numeric, f"{file}:{line}") for line, row in enumerate(rows, start=2)]
+    facts = dict(facts)
     name = str(facts.pop("name", file.parent.name if file.name == CSV else file.stem))
-    results = SweepResults(
+    return SweepResults(
         path=file,
         name=name,
         title=str(facts.pop("title", name)),
@@ -34,33 +63,16 @@ def read_sweep(path: Path) -> SweepResults:
         centre=centre_of({run.labels for run in runs}),
         facts=facts,
     )
-    if not results.ranked:
-        failed = [run for run in runs if run.status == "failed"]
-        why = f"; the first failure: {failed[0].name}: {failed[0].error}" if failed else ""
-        raise ValueError(
-            f"no run of the sweep {file} has finished ({len(failed)} of {len(runs)} failed): there is nothing to report{why}"
-        )
-    return results
 
 
-def _read_rows(file: Path) -> tuple[list[SweepRun], tuple[str, ...]]:
+def _read_rows(file: Path) -> tuple[list[dict[str, str]], list[str]]:
     csv.field_size_limit(2**31 - 1)  # a curve of a long run is one cell
     try:
         with file.open(newline="", encoding="utf-8") as stream:
             reader = csv.DictReader(stream)
-            rows, columns = list(reader), reader.fieldnames or []
+            return list(reader), list(reader.fieldnames or [])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"cannot read the sweep {file}: {error}") from error
-    for column in ("run", "status", "seed"):
-        if column not in columns:
-            raise ValueError(
-                f"{file} is not a sweep: it has no column {column!r}; expected the {CSV} that `bitfleet sweep` writes"
-            )
-    if not rows:
-        raise ValueError(f"the sweep {file} is empty: expected a row for each run")
-    axes = tuple(column.removeprefix("axis.") for column in columns if column.startswith("axis."))
-    numeric = {axis for axis in axes if all(_is_number(row[f"axis.{axis}"]) for row in rows if row[f"axis.{axis}"])}
-    return [_read_run(row, axes, numeric, f"{file}:{line}") for line, row in enumerate(rows, start=2)], axes
 
 
 def _read_run(row: Mapping[str, str], axes: tuple[str, ...], numeric: set[str], where: str) -> SweepRun:
