@@ -53,7 +53,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             are not scaled by the caller: the optimizer divides by num_replicas.
         bucket_numel: parameters in a bucket, about.
         grad_dtype: what gradients travel as: torch.float32, or torch.bfloat16 at half the traffic; sums are fp32 always, but what
-            is rounded before it travels depends on the number of ranks, and so do the bits.
+            is rounded before it travels depends on rank and number of ranks, and so do the bits.
         max_grad_norm: clip the gradients of full-precision weights (none that are binary or marked so) to this norm over all.
         check_every: compare the weights of all ranks before every so many-th step; see `check_agreement`. A difference at any
             other step is overwritten by its gather.

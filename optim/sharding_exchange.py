@@ -1,13 +1,13 @@
 """One bucket's gradients on their way from all ranks into the slice of each, summed in one fixed tree over the ranks.
 
-Both ways send (N - 1) / N of the bucket from each rank, and give the bits of `tree_sum` over the ranks:
+Both ways send (N - 1) / N of the bucket from each rank, and in fp32 give the bits of `tree_sum` over the ranks:
 
-- Halving, for a power of two of ranks and fp32: with the neighbour rank ^ 1 each rank swaps one half of the bucket against the
-  other and adds; then with rank ^ 2 half of what is left; and so on (recursive halving: Thakur, Rabenseifner, Gropp,
-  "Optimization of Collective Communication Operations in MPICH", 2005). Ranks of a node are neighbours, so the large messages
-  stay inside of it: with G ranks on each of n nodes a node sends (n - 1) / n of one bucket to others, an all-to-all G times as
-  much.
-- All-to-all, for any other number of ranks, and for bf16: partial sums would have to be rounded again at every swap.
+- Halving, for a power of two of ranks: with the neighbour rank ^ 1 each rank swaps one half of the bucket against the other and
+  adds; then with rank ^ 2 half of what is left; and so on (recursive halving: Thakur, Rabenseifner, Gropp, "Optimization of
+  Collective Communication Operations in MPICH", 2005). Ranks of a node are neighbours, so the large messages stay inside of it:
+  with G ranks on each of n nodes a node sends (n - 1) / n of one bucket to others, an all-to-all G times as much. In bf16 what is
+  swapped is rounded, what a rank keeps is not, and sums are fp32: log2(N) roundings lie on the way of half of the gradients.
+- All-to-all, for any other number of ranks: every gradient is rounded once in bf16.
 """
 
 import queue
@@ -23,7 +23,8 @@ from torch import Tensor
 from bitfleet.optim.buckets import tree_sum
 
 Exchange = Callable[[Tensor, Tensor], Tensor]
-"""(a bucket's gradients of this rank [N * slice], room for as many) -> their sum over the ranks, of this rank's slice [slice]."""
+"""(a bucket's gradients of this rank, fp32 [N * slice], room for as many of what travels) -> their sum over the ranks, of this
+rank's slice, fp32 [slice]."""
 
 
 _Order = tuple[Exchange, Tensor, Tensor, "Future[Tensor]"]
@@ -39,9 +40,9 @@ class Flight(Protocol):
         """The sum over the ranks of this rank's slice, fp32 [slice]."""
 
 
-def can_halve(world_size: int, grad_dtype: torch.dtype) -> bool:
+def can_halve(world_size: int) -> bool:
     """Whether gradients go by halving; else by all-to-all."""
-    return grad_dtype == torch.float32 and world_size & (world_size - 1) == 0
+    return world_size & (world_size - 1) == 0
 
 
 def halving_sum(
@@ -51,33 +52,33 @@ def halving_sum(
 
     Args:
         total: this rank's gradients, fp32 [world_size * slice]; written over.
-        scratch: of the same shape; written over.
+        scratch: fp32 or bf16, which is what travels, of the same shape; written over.
         rank: this rank within `group`.
         world_size: a power of two.
         group: the ranks.
 
     Returns:
-        The sum over the ranks of slice `rank`, fp32 [slice], a view into one of the two.
+        The sum over the ranks of slice `rank`, fp32 [slice], a view into `total`.
     """
-    part, there = total.view(world_size, -1), scratch
-    here, distance = total, 1
+    part, distance = total.view(world_size, -1), 1
     while distance < world_size:
-        pairs = part.view(len(part) // 2, 2, -1)  # slices of ranks whose bit at `distance` is 0 and 1
+        pairs = part.view(len(part) // 2, 2, part.shape[1])  # slices of ranks whose bit at `distance` is 0 and 1
         mine = rank // distance % 2
-        send, received = there[: part.numel()].view(2, len(part) // 2, -1)
+        send, received = scratch[: part.numel()].view(2, *pairs[:, 0].shape)
         send.copy_(pairs[:, 1 - mine])
         swap(send, received, rank ^ distance, group)
-        part = received.add_(pairs[:, mine])
-        here, there, distance = there, here, 2 * distance
+        part = pairs[:, mine].add_(received)
+        distance *= 2
     return part.view(-1)
 
 
 def swap(send: Tensor, received: Tensor, peer: int, group: dist.ProcessGroup | None) -> None:
     """Send `send` to rank `peer` of `group` and receive `received` from it at the same time."""
-    # The receive first: with the send first gloo moves one direction after the other, at half the rate.
+    # The receive first: with the send first gloo moves one direction after the other, at half the rate. As bytes, because gloo
+    # has no bfloat16.
     messages = [
-        dist.P2POp(dist.irecv, received, group=group, group_peer=peer),
-        dist.P2POp(dist.isend, send, group=group, group_peer=peer),
+        dist.P2POp(dist.irecv, received.view(torch.uint8), group=group, group_peer=peer),
+        dist.P2POp(dist.isend, send.view(torch.uint8), group=group, group_peer=peer),
     ]
     for work in dist.batch_isend_irecv(messages):
         work.wait()
@@ -119,16 +120,21 @@ class Courier:
     """Runs exchanges one after another while backward goes on: a thread does on a CPU, a stream of its own on a GPU.
 
     The thread is a daemon: one that waits for a lost rank must not keep a failed process alive.
+
+    Args:
+        device: where the gradients are.
+        grad_dtype: what they travel as.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, grad_dtype: torch.dtype) -> None:
+        self._grad_dtype = grad_dtype
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def send(self, exchange: Exchange, total: Tensor) -> Flight:
         """Start `exchange` of `total`, after those that were started before; `total` now belongs to it."""
-        scratch = torch.empty_like(total)  # here, where those who count memory see it
+        scratch = torch.empty_like(total, dtype=self._grad_dtype)  # here, where those who count memory see it
         if self._stream is not None:
             return _Streamed(exchange, total, scratch, self._stream)
         if self._thread is None:

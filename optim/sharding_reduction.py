@@ -38,7 +38,7 @@ class Reduction:
     ) -> None:
         self.buckets, self.process_group, self.world_size = buckets, process_group, world_size
         self.num_replicas, self.grad_dtype = num_replicas, grad_dtype
-        self._courier = Courier(buckets[0].weights.device)
+        self._courier = Courier(buckets[0].weights.device, grad_dtype)
         self._halving = functools.partial(halving_sum, rank=rank, world_size=world_size, group=process_group)
         self._flights: dict[int, Flight] = {}
         self._reduced: dict[int, Tensor] = {}
@@ -104,7 +104,7 @@ class Reduction:
         total = bucket.take_gradient()
         if self.world_size == 1:
             self._reduced[index] = self._mean(total)
-        elif can_halve(self.world_size, self.grad_dtype):
+        elif can_halve(self.world_size):
             self._flights[index] = self._courier.send(self._halving, total)
         else:
             self._flights[index] = AllToAll(

@@ -47,7 +47,7 @@ class EngineConfig:
     """bits: bitfleet's own sharding (docs/sharding.md), binary weights travel as bits. none: every rank holds all state.
     zero1, zero2, zero3: DeepSpeed's ZeRO shards the optimizer state, the gradients as well, the weights as well."""
     grad_comm_dtype: Literal["fp32", "bf16"] = "fp32"
-    """What gradients travel as between the ranks; sums are fp32. For "bits" only."""
+    """What gradients travel as between the ranks; sums are fp32. bf16 halves the traffic. For "bits" only."""
     max_grad_norm: float | None = None
     """Clip the gradients of the full-precision parameters (only of those) to this norm. For "bits" only."""
     check_every_steps: int | None = 1000

@@ -132,7 +132,7 @@ def traffic(network: Network, config: TrainConfig, world_size: int) -> Traffic:
         control.append(Message("all_gather", 4 * network.num_statistics * world_size))
     if sharding == "bits":
         dtype = torch.bfloat16 if config.engine.grad_comm_dtype == "bf16" else torch.float32
-        kind: Kind = "halving" if can_halve(world_size, dtype) else "all_to_all"
+        kind: Kind = "halving" if can_halve(world_size) else "all_to_all"
         buckets = make_buckets(network.groups, BUCKET_NUMEL, 0, world_size)
         gradients, gathers, reached = [], [], 0.0
         for bucket in buckets:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from bitfleet.models import create_model
 from bitfleet.optim import RoutedOptimizer, ShardedOptimizer
-from bitfleet.optim.buckets import tree_sum
 from bitfleet.optim.diagnostics import BITS_PER_WEIGHT
 from bitfleet.optim.routed import RULES
+from bitfleet.optim.sharding_exchange import can_halve
 from bitfleet.optim.sharding_reduction import MAX_FLIGHTS
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import normalize
@@ -238,14 +238,14 @@ class _GradientFlow:
         if self._world_size == 1:
             self._reduced.append(total)
             return
-        send = total.to(self._dtype)
-        self._flights.append((send, torch.empty_like(send)))
+        send = total if can_halve(self._world_size) else total.to(self._dtype)
+        self._flights.append((send, torch.empty_like(total, dtype=self._dtype)))
         del total
         self._note()
 
     def _land(self) -> None:
-        _, received = self._flights.pop(0)
-        self._reduced.append(tree_sum([part.float() for part in received.view(self._world_size, -1)]))
+        send, _ = self._flights.pop(0)
+        self._reduced.append(_empty(send.numel() // self._world_size))
         self._note()
 
     def _note(self) -> None:

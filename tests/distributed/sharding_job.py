@@ -19,6 +19,7 @@ from bitfleet.optim.buckets import tree_sum
 from bitfleet.optim.schedules import constant
 from bitfleet.optim.transitions import Target, next_rate, next_value
 from tests.distributed.diagnostics_check import check_diagnostics
+from tests.distributed.rounded import rounded_sums
 from tests.golden import recipe
 
 SIZES = [(1001,), (7,), (64,), (13, 5, 2), (1,), (3, 3, 16, 16)]
@@ -235,20 +236,26 @@ def check_failed_backward_can_be_forgotten() -> None:
 
 
 def check_rounded_on_the_wire() -> None:
-    """bf16 gradients: each rank's sum is rounded once, the sum over the ranks is fp32."""
-
-    def rounded(step: int, replica: int, index: int) -> Tensor:
-        grad = draw(step, replica, index)
-        return grad.bfloat16().float() if world_size > 1 else grad  # one rank sends nothing
-
+    """bf16 gradients: what leaves a rank is rounded, sums are fp32."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     mine, theirs = make_params(0), make_params(0)
     sharded = ShardedOptimizer(make_plain(mine, RULES["none"]), grad_dtype=torch.bfloat16)
     plain = make_plain(theirs, RULES["none"])
+    owners = {
+        segment.param: torch.arange(segment.start, segment.end) // bucket.slice_numel
+        for bucket in sharded.buckets
+        for segment in bucket.segments
+    }
     for step in range(20):
         backward(mine, [draw(step, rank, index) for index in range(len(mine))])
-        for index, param in enumerate(theirs):
-            param.grad = reduce([rounded(step, r, index) for r in range(world_size)], world_size, param)
+        for index, (param, like) in enumerate(zip(theirs, mine, strict=True)):
+            grads = [draw(step, r, index) for r in range(world_size)]
+            if world_size & (world_size - 1):  # all-to-all
+                param.grad = reduce([grad.bfloat16().float() for grad in grads], world_size, param)
+            else:
+                sums = torch.stack(rounded_sums(grads)).view(world_size, -1)
+                mean = sums.gather(0, owners[like][None])[0] / world_size
+                param.grad = mean.view(param.shape)
         sharded.step()
         plain.step()
     assert_equal(sharded, plain, mine, theirs)
