@@ -11,9 +11,9 @@ READY := .venv/.ready
 train: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_accelerators $(ACCELERATORS) launch/train.py --config fashion_quickstart $(ARGS)
 
-# Everything that this machine can run in minutes, a file a core at a time. One test: make test ARGS="-n 0 -k golden"
+# Everything that this machine can run in minutes, a file a core at a time, whole jobs first. One test: make test ARGS="-n 0 -k golden"
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not multinode and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not multinode and not gpu" $(ARGS)
 
 # What takes minutes, or root and network namespaces.
 test-slow: $(READY)

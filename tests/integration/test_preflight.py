@@ -20,7 +20,7 @@ def test_traffic_is_what_is_counted(options: list[str], deepspeed: Launch, tiny:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_full_changes_no_bit_of_the_run(num_ranks: int, deepspeed: Launch, tiny: list[str], tmp_path: Path) -> None:
     outputs = []
     for kind in ("basic", "full"):

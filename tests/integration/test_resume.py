@@ -106,6 +106,7 @@ def test_damaged_checkpoint_is_set_aside(straight: Path, options: list[str], tmp
     assert_same_run(straight, run)
 
 
+@pytest.mark.slow
 def test_weights_file_begins_another_run(straight: Path, tiny: list[str], tmp_path: Path) -> None:
     """`bitfleet checkpoint`: verify, diff, weights, and a run that begins from them."""
     tool = [BIN / "bitfleet", "checkpoint"]
