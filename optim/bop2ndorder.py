@@ -16,7 +16,7 @@ The published ImageNet runs and 91.9 % on CIFAR-10 use "none", 91.4 % on CIFAR-1
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -103,6 +103,12 @@ def check_threshold(value: float) -> None:
         raise ValueError(f"threshold must not be negative, not {value}")
 
 
+def check_correction(value: str) -> None:
+    """Raise ValueError unless `value` is a bias correction."""
+    if value not in get_args(Correction):
+        raise ValueError(f"correction must be one of {', '.join(get_args(Correction))}, not {value!r}")
+
+
 @rule("bop2ndorder", "exp_avg", "exp_avg_sq", flips=True)
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     bop2ndorder_step_(
@@ -143,7 +149,6 @@ class Bop2ndOrder(RoutedOptimizer):
         check_rate("gamma", gamma)
         check_rate("sigma", sigma)
         check_threshold(threshold)
-        if correction not in ("none", "as_coded", "adam"):
-            raise ValueError(f'correction must be "none", "as_coded" or "adam", not {correction!r}')
+        check_correction(correction)
         defaults = {"gamma": gamma, "sigma": sigma, "threshold": threshold, "correction": correction}
         super().__init__(params, {"rule": "bop2ndorder", **defaults})

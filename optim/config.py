@@ -7,7 +7,7 @@ from torch import nn
 
 from bitfleet.optim import bnew
 from bitfleet.optim.adam import KERAS_DEFAULTS
-from bitfleet.optim.bop2ndorder import Correction
+from bitfleet.optim.bop2ndorder import Correction, check_correction
 from bitfleet.optim.latent import check_momentum
 from bitfleet.optim.param_groups import BINARY, DECAYED, FULL_PRECISION, check_claims, param_groups
 from bitfleet.optim.routed import RULES, Group, RoutedOptimizer
@@ -87,6 +87,7 @@ class OptimConfig:
                     object.__setattr__(self, field.name, HYPERPARAMETERS[self.rule][field.name])
             elif getattr(self, field.name) != field.default:
                 check_belongs(self.rule, field.name)
+        check_correction(self.correction)
         for name in ("gamma", "sigma", "alpha"):
             if getattr(self, name) is not None:
                 self._check_rate(name, getattr(self, name))
