@@ -40,9 +40,15 @@ def flip_(weight: Tensor, signal: Tensor, threshold: float, exp_avg: Tensor) -> 
 
 
 def bias_corrections(correction: Correction, gamma: float, sigma: float, step: int) -> tuple[float, float]:
-    """Divisors of the first and the second moment at the 1-based `step`, in float64."""
+    """Divisors of the first and the second moment at the 1-based `step`, in float64.
+
+    Raises:
+        ValueError: one would be 0; the ratio would be NaN, which turns a weight into +1.
+    """
     if correction == "none":
         return 1.0, 1.0
+    if not (gamma > 0.0 and sigma > 0.0):
+        raise ValueError(f"the correction {correction!r} divides by gamma and sigma, which are {gamma} and {sigma}")
     if correction == "as_coded":
         return gamma, sigma
     return _one_minus_power(gamma, step), _one_minus_power(sigma, step)

@@ -107,8 +107,12 @@ class OptimConfig:
             raise ValueError(f"optim.{name} must not grow by stairs: its rate is {schedule.rate}, expected at most 1")
         if not 0.0 < largest <= 1.0:
             raise ValueError(f"optim.{name} must stay in (0, 1], but reaches {largest}")
-        if self.correction != "none" and schedule.kind in ("polynomial", "cosine") and schedule.end == 0.0:
-            raise ValueError(f"optim.{name} must not end at 0: the correction {self.correction!r} divides by it")
+        if self.correction != "none" and schedule.kind in ("polynomial", "cosine"):
+            for place, value in (("begin", schedule.start), ("end", schedule.end)):
+                if value == 0.0:
+                    raise ValueError(
+                        f"optim.{name} must not {place} at 0: the correction {self.correction!r} divides by it"
+                    )
         if self.correction != "none" and schedule.kind == "exponential" and schedule.rate == 0.0:
             raise ValueError(f"optim.{name}.rate must not be 0: the correction {self.correction!r} divides by it")
 

@@ -138,6 +138,19 @@ def test_a_rate_of_one_needs_no_correction() -> None:
     assert torch.equal(*weights)
 
 
+@pytest.mark.parametrize("correction", ["as_coded", "adam"])
+@pytest.mark.parametrize("rate", ["gamma", "sigma"])
+def test_a_correction_does_not_divide_by_0(rate: str, correction: str) -> None:
+    """0 / 0 is NaN, with which every weight became +1."""
+    weight = nn.Parameter(signs(100))
+    optimizer = Bop2ndOrder([weight], gamma=0.1, sigma=0.1, threshold=1e-3, correction=correction)  # type: ignore[arg-type]
+    optimizer.param_groups[0][rate] = 0.0  # as by a schedule
+    weight.grad = torch.ones(100)
+    with pytest.raises(ValueError, match=f"the correction '{correction}' divides by gamma and sigma, which are"):
+        optimizer.step()
+    assert torch.equal(weight, signs(100))
+
+
 def test_unknown_rule_is_named() -> None:
     with pytest.raises(ValueError, match="'bob'.*'bop'"):
         RoutedOptimizer([{"params": [nn.Parameter(signs(4))], "rule": "bob"}])
