@@ -43,7 +43,7 @@ def adam_step_(
     """
     adam(
         [weight],
-        [grad],
+        [grad.float()],
         [exp_avg],
         [exp_avg_sq],
         [],

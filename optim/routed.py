@@ -131,6 +131,16 @@ class RoutedOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 self._state_of(param, group)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of torch.optim, but state stays fp32: torch casts it to the type of its parameter, and bf16 would round it."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for number, param in zip(numbers, params, strict=True):
+            saved: State = state_dict["state"].get(number, {})
+            if param.dtype != torch.float32 and saved:
+                self.state[param] |= {key: saved[key].to(param.device, torch.float32) for key in saved if key != "step"}
+
     def steps(self) -> dict[str, int]:
         """Updates that each parameter has had; groups need "param_names"."""
         return {

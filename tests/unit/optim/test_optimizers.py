@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from bitfleet.optim import Bop, Bop2ndOrder, RoutedOptimizer, bop2ndorder_step_
+from bitfleet.optim import Bop, Bop2ndOrder, OptimConfig, RoutedOptimizer, bop2ndorder_step_, build_optimizer
+from bitfleet.optim.routed import RULES
 
 
 def signs(count: int, seed: int = 0) -> torch.Tensor:
@@ -136,6 +137,31 @@ def test_a_rate_of_one_needs_no_correction() -> None:
         weight.grad = torch.randn(100, generator=torch.Generator().manual_seed(4))
         optimizer.step()
     assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_bf16_weights_keep_fp32_state(rule: str) -> None:
+    """Through an update, and through a state dict."""
+    torch.manual_seed(5)
+    model = nn.Linear(30, 20, bias=False).bfloat16()
+    if rule != "keras_adam":
+        model.weight.data = signs(600).view(20, 30).bfloat16()
+        model.weight.binary = True  # type: ignore[attr-defined]
+    config = OptimConfig() if rule == "keras_adam" else OptimConfig(rule=rule)  # type: ignore[arg-type]
+    first, _ = build_optimizer(model, config, num_steps=10)
+    for _ in range(3):
+        model.weight.grad = torch.randn(20, 30).bfloat16()
+        first.step()
+    second, _ = build_optimizer(copy.deepcopy(model), config, num_steps=10)
+    second.load_state_dict(second.state_dict())
+    assert second.steps() == {"weight": 0}
+    second.load_state_dict(first.state_dict())
+    (state,), (loaded,) = first.state.values(), second.state.values()
+    assert int(loaded["step"]) == 3
+    for key in RULES[rule].state_keys:
+        assert state[key].any()
+        assert loaded[key].dtype == torch.float32
+        assert torch.equal(loaded[key], state[key])
 
 
 @pytest.mark.parametrize("correction", ["as_coded", "adam"])
