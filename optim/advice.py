@@ -79,7 +79,7 @@ class Snapshot(NamedTuple):
     @property
     def move(self) -> float:
         """How far one step moves r, as a standard deviation."""
-        return self.gamma * self.ratio_rms / self.exp_avg_rms
+        return self.gamma * self.ratio_rms / (self.exp_avg_rms or 1.0)  # 0 as long as gamma was
 
 
 def window(step: int, num_steps: int) -> range:
@@ -109,7 +109,7 @@ def first_flip_ratio(rule: FlipRule, gradient: float) -> float:
     """
     if rule.sigma is not None:
         return 0.5 if first_ratio(rule, gradient) > rule.threshold(0) else 0.0
-    return 0.5 * math.erfc(rule.threshold(0) / (rule.gamma(0) * gradient) / math.sqrt(2.0))
+    return 0.5 * math.erfc(rule.threshold(0) / max(rule.gamma(0) * gradient, 1e-300) / math.sqrt(2.0))
 
 
 def free_flip_ratio(gamma: float, variance: float) -> float:
@@ -133,7 +133,7 @@ def narrow_band_share(move: float, threshold: float) -> float:
         move: standard deviation of a step of r.
         threshold: half the width of the band.
     """
-    return min(1.0, math.sqrt(math.pi / 2.0) * move / (2.0 * threshold + 1.166 * move))
+    return min(1.0, math.sqrt(math.pi / 2.0) * move / (2.0 * threshold + 1.166 * move or 1.0))
 
 
 def settled_step(sigma: Schedule, num_steps: int) -> int | None:

@@ -128,6 +128,8 @@ def _regime_line(place: str, found: Snapshot, outlook: Outlook) -> Line:
         return Line(
             title, value, "ok", f"the threshold matters: it holds these weights at step {found.step:,}{settled}"
         )
+    if found.free_flip_ratio == 0.0:
+        return Line(title, value, "ok", f"gamma is {found.gamma:g} there: m and the weights stand still{settled}")
     kept = found.flip_ratio / found.free_flip_ratio
     if kept > 0.9:
         why = f"w is -sign(m): threshold and second moment hardly matter here{settled}"
@@ -192,10 +194,11 @@ def batch_line(outlook: Outlook) -> Line:
 def float_lines(outlook: Outlook) -> list[Line]:
     """Whether fp32 keeps what the rule adds up."""
     end, middle = outlook.snapshots[outlook.num_steps], outlook.snapshots[outlook.middle]
-    lines = [_absorbed_line("m", end.gamma / end.exp_avg_rms, middle.gamma / middle.exp_avg_rms, outlook.num_steps)]
+    at_end, in_middle = (found.gamma / (found.exp_avg_rms or 1.0) for found in (end, middle))  # 0 as long as gamma was
+    lines = [_absorbed_line("m", at_end, in_middle, outlook.num_steps)]
     if outlook.rule.sigma is None:
         return lines
-    at_end, in_middle = (found.sigma / found.second_moment for found in (end, middle))
+    at_end, in_middle = (found.sigma / (found.second_moment or 1.0) for found in (end, middle))
     lines.append(_absorbed_line("v", at_end, in_middle, outlook.num_steps))
     noise = HALF_ULP * end.ratio_rms
     if 0 < end.threshold < noise:
@@ -235,6 +238,9 @@ def _small_gradient_lines(outlook: Outlook) -> list[Line]:
     rule, gradient = outlook.rule, outlook.gradient
     assert rule.sigma is not None
     sigma = rule.sigma(0)
+    if sigma == 0.0:
+        why = "sigma is 0 at step 1: v stays 0, and r is m / 1e-10, until it rises; let it begin above 0"
+        return [Line("epsilon 1e-10", "any g", "look", why)]
     least = EPS / math.sqrt(sigma) * (math.sqrt(sigma) if rule.correction != "none" else 1.0)
     underflow = math.sqrt(SMALLEST_NORMAL / sigma)
     lines = []

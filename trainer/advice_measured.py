@@ -128,7 +128,7 @@ def _diagnostics_lines(metrics: Sequence[Mapping[str, Any]], outlook: Outlook) -
     if (band := last.get("dead_band")) is not None:
         lines.append(_band_line(f"measured: dead band, step {last['step']:,}", band, nearest))
     if (agreement := last.get("sign_agreement")) is not None:
-        noise = 0.5 + math.asin(min(1.0, nearest.gamma / nearest.exp_avg_rms)) / math.pi
+        noise = 0.5 + math.asin(min(1.0, nearest.gamma / (nearest.exp_avg_rms or 1.0))) / math.pi
         verdict: Verdict = "ok" if abs(agreement - noise) < 0.1 else "look"
         why = "of gradients that have the sign of their average; the nearer to noise, the less a single batch says"
         value = f"{agreement:.1%}, of noise {noise:.1%}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bitfleet.configs import available, load_config
-from bitfleet.optim import OptimConfig, constant, linear, with_rule
+from bitfleet.optim import OptimConfig, Schedule, constant, linear, with_rule
 from bitfleet.optim.transitions import TransitionConfig
 from bitfleet.trainer.advice import advise
 from bitfleet.trainer.advice_flips import batch_line
@@ -75,6 +75,27 @@ def test_a_gamma_that_begins_at_0() -> None:
     found = lines_of(with_optim(gamma=linear(0.0, 1e-3)))
     assert found["flips at step 1"].value == "0 %"
     assert (found["memory in images"].value, found["memory in images"].verdict) == ("endless", "look")
+
+
+@pytest.mark.parametrize("rule", ["bop", "bop2ndorder"])
+@pytest.mark.parametrize("threshold", [0.0, 1e-9])
+def test_a_gamma_that_is_0_for_a_time(rule: str, threshold: float) -> None:
+    """At its beginning, and after a schedule that ends within the run."""
+    late = Schedule(start=0.0, end=1e-3, kind="polynomial", delay_steps=600)
+    found = lines_of(with_optim(rule=rule, gamma=late, threshold=constant(threshold)))
+    assert found["flips at step 552 (middle)"].verdict == "wrong"
+    assert found["fp32: m at the end"].verdict == "wrong"  # in the middle it stands still
+    found = lines_of(with_optim(rule=rule, gamma=linear(1e-3, 0.0, 800), threshold=constant(threshold)))
+    assert found["flips at step 1,104 (end)"].value == "0 %"
+    assert "gamma is 0 there: m and the weights stand still" in found["threshold against r, end"].why
+
+
+def test_a_sigma_that_begins_at_0() -> None:
+    found = lines_of(with_optim(sigma=linear(0.0, 1e-2)))
+    assert (found["epsilon 1e-10"].value, found["epsilon 1e-10"].verdict) == ("any g", "look")
+    assert found["memory 1/sigma"].value.startswith("endless -> ")
+    late = Schedule(start=0.0, end=1e-2, kind="polynomial", delay_steps=600)
+    assert lines_of(with_optim(sigma=late))["fp32: v at the end"].verdict == "wrong"
 
 
 def test_bop_needs_the_gradient() -> None:
