@@ -11,6 +11,9 @@ bnn_optimization/optimizers.py. With m, v = 0 at the start, g the gradient with 
     r  = (m / (1-(1-gamma)^t)) / (sqrt(v / (1-(1-sigma)^t)) + 1e-10)      "adam", Adam's correction; t = 1, 2, ...
     w <- -w where w r > threshold, +1 where w r = threshold exactly, else w
 
+gamma and sigma are those of the step. So "adam" is exact for constants only: after the published ImageNet schedules, gamma
+1e-4 to 1e-9, it divides m by 0.0015, where 0.998 is what m has taken in, and r is 655 times as large.
+
 The published ImageNet runs and 91.9 % on CIFAR-10 use "none", 91.4 % on CIFAR-10 "as_coded".
 """
 

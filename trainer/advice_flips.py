@@ -157,7 +157,7 @@ def _second_moment_lines(outlook: Outlook) -> list[Line]:
     effect = {
         "none": "until then r is larger than its floor, as v is too small",
         "as_coded": "v is divided by sigma, not by what is missing",
-        "adam": "the correction makes up for it",
+        "adam": f"the correction makes up for it{'' if rule.sigma.kind == 'constant' else ' in part, as sigma changes'}",
     }[rule.correction]
     if settled is None:
         return [Line("memory 1/sigma", value, "look", f"v does not settle within the run: {effect}")]

@@ -98,6 +98,13 @@ def test_a_sigma_that_begins_at_0() -> None:
     assert lines_of(with_optim(sigma=late))["fp32: v at the end"].verdict == "wrong"
 
 
+def test_adams_correction_is_exact_for_a_constant_only() -> None:
+    held = lines_of(with_optim(sigma=constant(1e-2), correction="adam"))["memory 1/sigma"]
+    assert held.why.endswith("the correction makes up for it")
+    rising = lines_of(with_optim(sigma=linear(1e-4, 1e-2), correction="adam"))["memory 1/sigma"]
+    assert rising.why.endswith("the correction makes up for it in part, as sigma changes")
+
+
 def test_bop_needs_the_gradient() -> None:
     config = with_optim(rule="bop", threshold=constant(3e-8))
     found = lines_of(config)  # m is 3e-4 * 1e-4 = 3e-8 of one standard deviation: half of 31.7 %
