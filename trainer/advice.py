@@ -57,6 +57,8 @@ def _schedule_line(name: str, schedule: Schedule, outlook: Outlook) -> Line:
     value = f"{filled(0):.3g} -> {filled(last - 1):.3g}"
     title = f"schedule of {name}"
     if schedule.kind == "constant":
+        if schedule.end != 0.0:
+            return Line(title, value, "look", f"constant: its end, {schedule.end:g}, is used by other kinds only")
         return Line(title, value, "ok", "constant")
     if schedule.kind == "exponential":
         count = (last - 1) // length

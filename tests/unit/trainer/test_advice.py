@@ -42,6 +42,13 @@ def with_optim(config: TrainConfig = SMALL, *, rule: str = "bop2ndorder", **chan
     return dataclasses.replace(config, optim=dataclasses.replace(optim, **changes))  # type: ignore[arg-type]
 
 
+def test_an_end_without_a_kind_is_named() -> None:
+    for end, verdict in ((0.0, "ok"), (1e-4, "look")):
+        line = lines_of(with_optim(lr=Schedule(start=1e-3, end=end)))["schedule of lr"]
+        assert line.verdict == verdict
+    assert line.why == "constant: its end, 0.0001, is used by other kinds only"
+
+
 def test_nothing_is_wrong_with_the_shipped_ones() -> None:
     for name in available():
         config = load_config(name)
