@@ -16,7 +16,7 @@ MIN_FILLED = 0.6
 
 
 class Slope(NamedTuple):
-    """Accuracy along one hyperparameter, everything else held at the best point's values."""
+    """Accuracy along one hyperparameter, everything else held at the values of the best point that has such a line."""
 
     axis: str
     group: str
@@ -149,19 +149,28 @@ def slopes(results: SweepResults) -> list[Slope]:
     for axis in filter(results.is_numeric, results.axes):
         having = [point for point in results.points if point.get(axis) is not None]
         for words, group in _by(having, lambda point: _words(point, results)):
-            best = max((point for point in group if point.top1), key=_mean, default=None)
-            if best is None:
-                continue
-            line = [point for point in group if point.without(axis) == best.without(axis)]
-            positive = tuple(
-                sorted((point for point in line if _at(point, axis) > 0), key=lambda point: _at(point, axis))
-            )
+            line, positive = _best_line(group, axis)
             if len(positive) >= 3 and (region := _region(positive, axis, None)) is not None:
                 zero = next((point for point in line if _at(point, axis) == 0), None)
                 seeds = sorted({run.seed for point in positive for run in point.finished})
                 widths = [each.decades for seed in seeds if (each := _region(positive, axis, seed)) is not None]
                 found.append(Slope(axis, words, positive, zero, region, tuple(widths)))
     return found
+
+
+def _best_line(group: Sequence[SweepPoint], axis: str) -> tuple[list[SweepPoint], tuple[SweepPoint, ...]]:
+    """The points that differ from the best one on `axis` alone, and those above 0, ascending.
+
+    Where these are fewer than three, the best point counts through which three go: in a sweep around a centre the best
+    point lies on one axis, and on the other ones the line is that through the centre.
+    """
+    ranked = sorted((point for point in group if point.top1), key=_mean, reverse=True)
+    for best in ranked:
+        line = [point for point in group if point.without(axis) == best.without(axis)]
+        positive = sorted((point for point in line if _at(point, axis) > 0), key=lambda point: _at(point, axis))
+        if len(positive) >= 3:
+            return line, tuple(positive)
+    return [], ()
 
 
 def _region(points: Sequence[SweepPoint], axis: str, seed: str | None) -> Plateau | None:

@@ -107,7 +107,8 @@ def _robustness(results: SweepResults) -> list[Block]:
         Block(
             heading="Robustness to the hyperparameters",
             text=f"Width of the region in which top-1 (mean over the seeds) stays within {100 * WITHIN:.0f} point of the best "
-            "along that axis, all else as at that best point; between two settings accuracy is taken as linear in the logarithm. "
+            "along that axis, all else as at the best point through which three or more settings go (around a centre: "
+            "the centre); between two settings accuracy is taken as linear in the logarithm. "
             "≥: the region reaches the end of what was tried.",
             picture="robustness",
             png=draw_slopes(found),

@@ -101,6 +101,20 @@ def test_a_star_of_points_is_named_and_drawn_from_its_centre(tmp_path: Path) -> 
     assert grids(results) == []
 
 
+def test_around_a_centre_every_axis_is_measured_also_where_another_point_is_the_best(tmp_path: Path) -> None:
+    centre = {"gamma": "1e-07", "threshold": "1e-06"}
+    away = {"gamma": {"1e-09": 0.78, "1e-05": 0.795}, "threshold": {"1e-08": 0.7, "0.0001": 0.82}}
+    rows = [made_up.row(centre, 0, 0.8)]
+    rows += [made_up.row({**centre, axis: at}, 0, top1) for axis, each in away.items() for at, top1 in each.items()]
+    gamma, threshold = slopes(read_sweep(made_up.write(tmp_path, ["gamma", "threshold"], rows)))
+    # The best point, threshold 1e-4, has no other gamma beside it: gamma is measured through the centre.
+    assert [point.get("gamma") for point in gamma.points] == [1e-9, 1e-7, 1e-5]
+    # One point in half of the two decades that lose two, and the whole two decades that lose half a point.
+    assert gamma.region.decades == pytest.approx(3.0)
+    assert [point.get("threshold") for point in threshold.points] == [1e-8, 1e-6, 1e-4]
+    assert threshold.region.decades == pytest.approx(1.0)
+
+
 def test_words_make_slopes_of_their_own(tmp_path: Path) -> None:
     rows = [
         made_up.row({"rule": rule, "gamma": f"1e-{power}"}, 0, 0.9 - loss * abs(power - 5))
