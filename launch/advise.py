@@ -15,7 +15,7 @@ fp32, schedules. Of a run folder: the same, and beside it what the run's metrics
   --images N       training images (those of data.root where it is here, else those of ImageNet or CIFAR by the classes)
 
 Each line has a verdict: ok; look: unusual, is it meant?; wrong: this cannot work as it is. The exit code is 0 whatever the
-verdicts are: they are advice about gradients that nobody has seen yet, and should not stop a script. It is 1 for bad input."""
+verdicts are: they are advice about gradients that nobody has seen yet, and should not stop a script. It is 2 for bad input."""
 
 
 def advise(arguments: Sequence[str]) -> None:

@@ -147,7 +147,8 @@ def print_torchrun(request: Request) -> Printed:
     return Printed(
         tuple(lines),
         (
-            f"{request.master_addr or host_zero(request)} reaches the first node from every node, port {request.port} open",
+            f"the name {request.master_addr or host_zero(request)} leads to the first node from every node; "
+            f"port {request.port} is open there",
             SAME,
             SHARED,
             "torchrun returns 1 also for a run that was stopped and saved (75)",

@@ -59,7 +59,9 @@ def sweep(arguments: Sequence[str]) -> None:
     from bitfleet.trainer.sweep_run import run_sweep
 
     asked = load_sweep(name)
-    asked = dataclasses.replace(asked, base=base or asked.base, seeds=read_seeds(seeds) if seeds else asked.seeds)
+    asked = dataclasses.replace(
+        asked, base=base or asked.base, seeds=asked.seeds if seeds is None else read_seeds(seeds)
+    )
     folder = Path(output or "runs/sweeps") / name
     planned = plan_runs(asked, folder, rest, lambda words: parse_train(words, "bitfleet sweep"))
     slots = slots_here([run.config for run in planned], ranks, at_once or None)

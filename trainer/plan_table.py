@@ -21,6 +21,7 @@ WORDS: dict[Resource, str] = {
     "network": "the network",
     "update": "the optimizer's update",
 }
+PLURAL: tuple[Resource, ...] = ("compute", "launches")
 
 
 def num_hours(config: TrainConfig, num_images: int, estimate: Estimate) -> float:
@@ -42,7 +43,7 @@ def answer(
     return [
         f"{nodes} with {asked.world_size // asked.num_nodes} {unit}s each: {asked.images_per_second:,.0f} images/s, "
         f"{1e3 * asked.step:,.1f} ms a step, {num_hours(config, num_images, asked):,.1f} hours for {config.epochs} epochs of "
-        f"{num_images:,} images; {WORDS[asked.binding]} binds.",
+        f"{num_images:,} images; {WORDS[asked.binding]} bind{'' if asked.binding in PLURAL else 's'}.",
         more,
     ]
 

@@ -219,7 +219,7 @@ def test_command_takes_measured_rates(capsys: pytest.CaptureFixture[str], tmp_pa
     plan(f"--gpus 2 --rates {tmp_path}/rates.json --config fashion_quickstart --epochs 3 --images 1280".split())
     output = capsys.readouterr().out
     assert re.search(
-        r"^1 node with 2 ranks each: .* for 3 epochs of 1,280 images; forward and backward binds\.$", output, re.M
+        r"^1 node with 2 ranks each: .* for 3 epochs of 1,280 images; forward and backward bind\.$", output, re.M
     )
 
 
