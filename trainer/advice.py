@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from bitfleet.optim import Schedule
 from bitfleet.trainer.advice_averages import diode_lines, two_ema_lines
+from bitfleet.trainer.advice_batch import batch_lines
 from bitfleet.trainer.advice_flips import flip_lines
 from bitfleet.trainer.advice_latent import bnew_lines, latent_adam_lines, latent_sgd_lines, sgdat_lines
 from bitfleet.trainer.advice_outlook import Line, Outlook, Verdict
@@ -27,7 +28,7 @@ ADVICE: dict[str, Callable[[Outlook], list[Line]]] = {
 
 def advise(outlook: Outlook) -> list[Line]:
     """The lines about a run before it is made."""
-    lines = ADVICE[outlook.config.optim.rule](outlook) + schedule_lines(outlook)
+    lines = ADVICE[outlook.config.optim.rule](outlook) + batch_lines(outlook) + schedule_lines(outlook)
     return lines if outlook.driven is None else _as_beginning(lines, outlook)
 
 

@@ -97,6 +97,22 @@ def test_latent_sgd_sums_gradients_up() -> None:
     assert lines_of("latent_sgd", None)["steps to the other sign"].value == "unknown"
 
 
+@pytest.mark.parametrize("rule", sorted(ADVICE.keys() - {"bop", "bop2ndorder"}))
+def test_twice_the_batch_is_as_far_in_half_of_the_steps(rule: str) -> None:
+    line = lines_of(rule)["at twice the batch"]
+    assert line.verdict == "ok"
+    optim = OptimConfig(rule=rule)  # type: ignore[arg-type]
+    said = dict(part.split() for part in line.value.split(", "))
+    for name, value in said.items():
+        now = getattr(optim, name)
+        assert float(value) == pytest.approx(2 * (now if isinstance(now, float) else now.over(NUM_STEPS)(0)), rel=1e-2)
+    assert said.keys() == {
+        "two_ema": {"gamma", "alpha"},
+        "diode": {"gamma", "alpha"},
+        "bnew": {"latent_lr", "rho"},
+    }.get(rule, {"latent_lr"})
+
+
 def test_controller_sees_to_the_end_of_the_learning_rate() -> None:
     found = lines_of("latent_adam", transitions=TransitionConfig(drives="latent_lr"))
     assert found["latent_lr is driven"].verdict == "look"
