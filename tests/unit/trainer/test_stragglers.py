@@ -1,7 +1,6 @@
 """The slowest rank, and when it is said."""
 
-import time
-
+import pytest
 import torch
 
 from bitfleet.trainer.stragglers import OwnTime, Spread, StragglerWatch, spread
@@ -22,14 +21,16 @@ def test_straggler_is_said_once_after_three_reports_in_a_row() -> None:
     )
 
 
-def test_own_time_is_what_lies_between_begin_and_end() -> None:
+def test_own_time_is_what_lies_between_begin_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("bitfleet.trainer.stragglers.time.perf_counter", lambda: now)
     clock = OwnTime(torch.device("cpu"))
     for _ in range(2):
         for _ in range(2):
             clock.begin()
-            time.sleep(0.01)
+            now += 1.0
             clock.end()
-            time.sleep(0.1)
+            now += 100.0
         clock.end_step()
-    assert 0.02 <= clock.read() < 0.1
+    assert clock.read() == 2.0
     assert clock.read() == 0.0
