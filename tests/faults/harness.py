@@ -148,7 +148,8 @@ def kill_after(seconds: float, choose: str) -> Callable[[subprocess.Popen[str]],
                 os.killpg(job.pid, signal.SIGKILL)
         for pid in members(job.pid):
             if f"--local_rank={choose}" in command_of(pid):
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                    os.kill(pid, signal.SIGKILL)
         return time.monotonic()
 
     return meanwhile

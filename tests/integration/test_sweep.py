@@ -46,6 +46,14 @@ def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
         time.sleep(0.1)
 
 
+def is_running(process: psutil.Process) -> bool:
+    """Whether the process is there and no zombie; it may go between two looks at it."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_interrupted_killed_and_failing_runs(tiny: list[str], tmp_path: Path) -> None:
     folder, log = tmp_path / "regime", tmp_path / "log"
     variants = ("published", "threshold-0", "frozen-v", "bop-threshold-0", "threshold-high")
@@ -72,7 +80,7 @@ def test_interrupted_killed_and_failing_runs(tiny: list[str], tmp_path: Path) ->
     assert len(children) == 2
     sweep.kill()
     sweep.wait()
-    wait_for(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children), 60)
+    wait_for(lambda: not any(map(is_running, children)), 60)
     assert [log_file.read_text().count("stopped by SIGTERM after step") for log_file in folder.glob("logs/*")] == [2, 2]
 
     # One run cannot have its folder: given up after two attempts, with its sentence; the others come to their end.

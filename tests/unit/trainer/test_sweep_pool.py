@@ -18,16 +18,24 @@ def shell(tmp_path: Path, name: str, script: str) -> Job:
     return Job(name, ("sh", "-c", script), tmp_path / f"{name}.log")
 
 
+def is_running(pid: int) -> bool:
+    """Whether the process is there and no zombie; it may go between two looks at it."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_pool, "LOOK_SECONDS", 0.01)
 
 
 def test_two_places_and_one_more_attempt(tmp_path: Path) -> None:
-    """ "b" fails the first time: it comes back behind "c", and its log keeps both attempts."""
+    """ "b" fails the first time: it comes back behind "c", and its log keeps both attempts; "a" has its place all the time."""
     jobs = [
-        shell(tmp_path, "a", "sleep 0.1; echo $PLACE"),
-        shell(tmp_path, "b", "echo $PLACE; test -e b2 || { touch b2; exit 3; }"),
+        shell(tmp_path, "a", "while ! test -e b3; do sleep 0.01; done; echo $PLACE"),
+        shell(tmp_path, "b", "echo $PLACE; test -e b2 && touch b3 || { touch b2; exit 3; }"),
     ]
     jobs = [job._replace(command=("sh", "-c", f"cd {tmp_path}; {job.command[2]}")) for job in jobs]
     seen: list[Ended] = []
@@ -78,16 +86,16 @@ def test_request_stops_what_runs_and_starts_nothing_more(number: signal.Signals,
 
 
 def test_second_interrupt_kills(tmp_path: Path) -> None:
-    ready = tmp_path / "ready"
-    deaf = shell(tmp_path, "deaf", f"trap '' TERM; touch {ready}; while :; do sleep 0.05; done")
+    """Two that come before Python has looked at the first are one, so the second waits until the first has gone on."""
+    ready, asked = tmp_path / "ready", tmp_path / "asked"
+    deaf = shell(tmp_path, "deaf", f"trap 'touch {asked}' TERM; touch {ready}; while :; do sleep 0.05; done")
     seen: list[int] = []
 
     def ask() -> None:
-        while not ready.exists():
-            time.sleep(0.01)
-        for _ in range(2):
+        for there in (ready, asked):
+            while not there.exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
 
     asking = threading.Thread(target=ask)
     asking.start()
@@ -112,7 +120,7 @@ def test_nobody_outlives_a_killed_pool(tmp_path: Path) -> None:
     pool.kill()
     pool.wait()
     number = int(pid.read_text())
-    while psutil.pid_exists(number) and psutil.Process(number).status() != psutil.STATUS_ZOMBIE:
+    while is_running(number):
         assert time.monotonic() < give_up
         time.sleep(0.02)
     assert (tmp_path / "log").read_text() == "saved\n"
