@@ -1,6 +1,8 @@
 """What tests of several rooms share: a cache of their own, tiny images, and jobs started by the real launchers."""
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -56,11 +58,16 @@ def tiny(tiny_images: Path) -> list[str]:
 
 
 def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port that is free, and that only who asks for it by its number will get.
+
+    Ports below 32768 Linux gives to nobody by itself, so it is still free when a launcher has started seconds later, whatever
+    other tests open meanwhile. Ports that bitfleet computes (launch/ranks.py) and torch's own lie below 30000.
+    """
+    while True:
+        port = random.SystemRandom().randrange(30_000, 32_768)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def run_command(

@@ -10,7 +10,7 @@ from bitfleet.trainer import rendezvous
 from bitfleet.trainer.rendezvous import Meeting, PeerFailed, in_ranks, in_words
 from tests.conftest import free_port
 
-LONG, SHORT = datetime.timedelta(seconds=60), datetime.timedelta(seconds=1)
+LONG, SHORT = datetime.timedelta(seconds=60), datetime.timedelta(seconds=4)
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +52,12 @@ def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> No
     for result in results:
         assert isinstance(result, ValueError)
         assert "ranks 1, 3 of 4 did not come to 127.0.0.1:" in str(result)
-        assert "within 1 s (there: ranks 0, 2 on host-a): have all hosts started" in str(result)
+        assert "within 4 s (there: ranks 0, 2 on host-a): have all hosts started" in str(result)
 
 
 def test_rank_0_that_does_not_come() -> None:
     with pytest.raises(
-        ValueError, match=r"rank 1 has not reached rank 0 at 127.0.0.1:\d+ within 1 s \(Connection refused\)"
+        ValueError, match=r"rank 1 has not reached rank 0 at 127.0.0.1:\d+ within 4 s \(Connection refused\)"
     ):
         Meeting(1, 2).wait_for_all(SHORT)
 
