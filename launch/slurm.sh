@@ -40,9 +40,10 @@ arguments+=(--run_dir "$run_dir" --resume auto)
 
 # srun answers SIGTERM by killing its tasks, so the ranks get SIGUSR1 for either: they agree on a step, save and end with 75.
 signalled=
+srun=
 stop() {
     signalled=1
-    kill -USR1 "$srun" 2>/dev/null || true
+    if [ -n "$srun" ]; then kill -USR1 "$srun" 2>/dev/null || true; fi
 }
 trap stop USR1 TERM
 
@@ -51,6 +52,7 @@ trap stop USR1 TERM
 # The ranks of a node share its cores (--cpu-bind=none): bitfleet divides them.
 srun --kill-on-bad-exit=0 --wait=60 --cpu-bind=none python -m bitfleet.launch.train "${arguments[@]}" &
 srun=$!
+if [ -n "$signalled" ]; then stop; fi # it came before the number of srun was known
 while :; do # a signal interrupts wait
     signalled=
     code=0

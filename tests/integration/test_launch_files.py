@@ -83,6 +83,18 @@ def test_slurm_saves_and_requeues(number: signal.Signals, fakes: dict[str, str],
     assert (str(config.run_dir), config.resume, config.seed) == ("/shared/my run", "auto", 0)
 
 
+SIGNAL_BEFORE_SRUN_IS_KNOWN = """
+trap 'if [ "$BASH_COMMAND" = "srun=\\$!" ]; then while [ ! -e "$FAKE/ready" ]; do sleep 0.02; done; kill -USR1 $$; fi' DEBUG
+"""
+
+
+def test_slurm_passes_a_signal_on_that_comes_while_srun_starts(fakes: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "env").write_text(SIGNAL_BEFORE_SRUN_IS_KNOWN)
+    output, _ = slurm_job(fakes | {"BASH_ENV": str(tmp_path / "env")}, *RUN).communicate(timeout=20)
+    assert "requeued" in output
+    assert (tmp_path / "scontrol").read_text() == "requeue 4711\n"
+
+
 @pytest.mark.parametrize("code", [0, 1, 2, 137])
 def test_slurm_requeues_nothing_else(code: int, fakes: dict[str, str], tmp_path: Path) -> None:
     job = slurm_job(fakes | {"FAKE_CODE": str(code)}, *RUN)
