@@ -12,8 +12,13 @@ WAIT_SECONDS = 5.0
 """A run that is requeued may start before the last process of its earlier part has left."""
 
 
-def lock_run(run: Path) -> IO[str]:
-    """Take the run folder for this process; it is released when the returned file is closed or the process ends.
+def lock_run(run: Path, option: str = "--run_dir") -> IO[str]:
+    """Take the folder of a run (or a sweep) for this process; it is released when the returned file is closed or the process
+    ends.
+
+    Args:
+        run: the folder; it is made if need be.
+        option: what chooses another one, for the message.
 
     Raises:
         ValueError: another run is writing into it.
@@ -31,7 +36,7 @@ def lock_run(run: Path) -> IO[str]:
                 owner = file.read().strip() or "another process"
                 file.close()
                 raise ValueError(
-                    f"the run folder {run} is in use by {owner}: wait until that run ends, or choose another --run_dir"
+                    f"the folder {run} is in use by {owner}: wait until that run ends, or choose another {option}"
                 ) from None
             time.sleep(0.2)
     file.truncate(0)

@@ -47,7 +47,7 @@ def run_sweep(
     Raises:
         ValueError: another sweep is at work in `folder`, or a run in it has another configuration.
     """
-    with lock_run(folder):
+    with lock_run(folder, "--output"):
         shown = with_earlier_seeds(runs, folder)
         check_folders(shown)
         progress = _Progress(sweep, runs, shown, folder)

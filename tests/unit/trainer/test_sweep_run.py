@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from bitfleet.launch.arguments import parse_train
-from bitfleet.trainer import sweep_pool
+from bitfleet.trainer import run_lock, sweep_pool
 from bitfleet.trainer.config import to_dict
 from bitfleet.trainer.run_folder import CONFIG, write_config
+from bitfleet.trainer.run_lock import lock_run
 from bitfleet.trainer.sweep import PlannedRun, Point, Sweep, plan_runs
 from bitfleet.trainer.sweep_outcomes import read_outcomes, sentence_of
 from bitfleet.trainer.sweep_pool import Ended, Job
@@ -138,6 +139,13 @@ def test_run_without_a_validation_has_not_finished(tmp_path: Path) -> None:
     assert sweep_of(tmp_path, [DONE, "echo nothing; true", DONE]) == 1
     assert column(tmp_path, "status") == ["finished", "failed", "finished"]
     assert "exit code 0, but there is no validation in its folder; the last line of" in column(tmp_path, "error")[1]
+
+
+def test_folder_of_a_sweep_that_is_at_work_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "WAIT_SECONDS", 0.1)
+    with lock_run(tmp_path), pytest.raises(ValueError, match="in use by process .* or choose another --output$"):
+        run_sweep(SWEEP, planned(tmp_path), tmp_path, command_of, [{}])
+    assert not (tmp_path / "sweep.csv").exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"a": {"status": "well"}}'])
