@@ -1,7 +1,7 @@
 """What is read at a logging step: the means since the last one, and how long everything took."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ class Reading(NamedTuple):
     diagnostics: dict[str, Any]
     seconds: float
     data_seconds: float
+    images_per_second: float
+    """Of the images of `train` that belong to `seconds`: not those that a run had counted before it was interrupted."""
 
 
 class Readings:
@@ -30,7 +32,13 @@ class Readings:
     def __init__(self, config: TrainConfig, ranks: Ranks, device: torch.device, flips: StepFlips) -> None:
         self.meter, self.stopwatch, self.own_time = AccuracyMeter(device), Stopwatch(), OwnTime(device)
         self.flips, self._stragglers = flips, StragglerWatch(ranks.hosts)
+        self._num_earlier_images = 0
         self._counts_replaced, self._ranks = config.data.on_bad_sample == "replace", ranks
+
+    def load(self, sums: Sequence[float]) -> None:
+        """Continue from the meter's sums of a checkpoint, on rank 0."""
+        self.meter.load(sums)
+        self._num_earlier_images = int(sums[-1])
 
     def read(self, *, num_skipped_steps: int, num_replaced: int, say: Callable[[str], None]) -> Reading:
         """Read all of them, which syncs the host; every rank calls this after a step before which it called `flips.before_step`.
@@ -44,10 +52,11 @@ class Readings:
         own_seconds = self.own_time.read_among(self._ranks.world_size, self._ranks.rank)
         train, own_seconds = self.meter.read_with(own_seconds)
         seconds, data_seconds = self.stopwatch.read()
+        speed, self._num_earlier_images = (train.num_images - self._num_earlier_images) / seconds, 0
         if train.num_images == 0 or not math.isfinite(train.loss):
-            return Reading(train, {}, {}, seconds, data_seconds)
+            return Reading(train, {}, {}, seconds, data_seconds, speed)
         facts: dict[str, Any] = {"skipped_steps": num_skipped_steps}
         if self._counts_replaced:
             facts["replaced_samples"] = sum_of_numbers(num_replaced)
         facts |= self._stragglers.facts(own_seconds, say)
-        return Reading(train, flips.ratios | facts, flips.diagnostics, seconds, data_seconds)
+        return Reading(train, flips.ratios | facts, flips.diagnostics, seconds, data_seconds, speed)

@@ -14,6 +14,7 @@ from bitfleet.trainer.distributed import Ranks, from_first_rank
 from bitfleet.trainer.journal_writer import open_journal
 from bitfleet.trainer.metrics import Accuracy, MetricsWriter, read_metrics
 from bitfleet.trainer.progress import Progress
+from bitfleet.trainer.readings import Reading
 from bitfleet.trainer.run_folder import write_config
 
 
@@ -69,22 +70,21 @@ class Reports:
         """Whether the validation after `step` has been reported; every rank calls this."""
         return bool(from_first_rank(self.latest.get("validation", {}).get("step") == step))
 
-    def train(
-        self, step: int, accuracy: Accuracy, further: Mapping[str, float | str], seconds: float, data_seconds: float
-    ) -> None:
-        """Report training since the last report: means, `further` values, and the time that it took."""
+    def train(self, step: int, reading: Reading, hyperparameters: Mapping[str, float]) -> None:
+        """Report training since the last report: means, what else was read, and the time that it took."""
         if self._log is None:
             return
-        speed = accuracy.num_images / seconds
+        accuracy, further, speed = reading.train, reading.further, reading.images_per_second
         values: dict[str, float | str] = {
             "loss": accuracy.loss,
             "top1": accuracy.top1,
             "top5": accuracy.top5,
             "epoch": step / self._steps_per_epoch,
+            **hyperparameters,
             **further,
             "images_per_second": speed,
-            "data_wait_seconds": data_seconds,
-            "seconds": seconds,
+            "data_wait_seconds": reading.data_seconds,
+            "seconds": reading.seconds,
         }
         self._write("train", step, values)
         self._progress.update(

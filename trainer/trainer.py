@@ -128,7 +128,7 @@ class Trainer:
     def _resume(self, begun: Intact) -> int:
         step = self.checkpoints.resume(begun)
         if self.ranks.is_first:
-            self.readings.meter.load(begun.meta["meter"])
+            self.readings.load(begun.meta["meter"])
         return step
 
     @property
@@ -294,5 +294,5 @@ class Trainer:
             if isinstance(self.sharded, ShardedOptimizer):  # which let no such gradient into its state
                 self._save_and_wait()
             raise FloatingPointError(f"the training loss is {train.loss} at step {self.step}: lower the learning rate")
-        self.reports.train(self.step, train, hyperparameters | reading.further, reading.seconds, reading.data_seconds)
+        self.reports.train(self.step, reading, hyperparameters)
         self.reports.diagnostics(self.step, reading.diagnostics)
