@@ -197,7 +197,7 @@ def test_a_disk_that_does_not_answer_is_named(root: Path, loader: str, monkeypat
     try:
         with pytest.raises(ValueError, match=r"the disk does not answer: .*/a/06\.jpg could not be read within 1 s"):
             digests(train_loader(dataset, config).batches(), 4 * 12)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 30
     finally:
         free = threading.Thread(target=answer, args=(path,), daemon=True)
         free.start()

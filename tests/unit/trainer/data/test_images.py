@@ -215,7 +215,7 @@ def test_an_image_that_cannot_be_decoded_is_named_at_once(
     assert sum(len(next(batches)[1]) for _ in range(3)) == 12
     with pytest.raises(ValueError, match=r"the image .*/val/a/14\.jpg cannot be decoded \(.*replace the file"):
         next(batches)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # not by data.stall_seconds, 60 s
 
     broken.write_bytes(whole)
     assert sum(len(labels) for _, labels in loader) == 20
