@@ -1,16 +1,17 @@
 """Ranks from the environment, and what happens to a job when one of them fails."""
 
+import contextlib
 import datetime
 import errno
 import io
 import os
+import random
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bitfleet.launch.ranks import Place, place_from, rank_of
@@ -50,11 +51,16 @@ def complete_environment() -> Place:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of this machine that is free, and that only who asks for it by its number will get.
+
+    It is bound seconds later, when torch is imported. Ports below 32768 Linux gives to nobody by itself; those of launch/ranks.py
+    and torch's own lie below 30000.
+    """
+    while True:
+        port = random.SystemRandom().randrange(30_000, 32_768)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
 
 
 def num_cores() -> int:
@@ -67,7 +73,7 @@ def is_first_rank() -> bool:
     return rank_of(os.environ) == 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def job(device_name: str, config: "TrainConfig | None" = None) -> Iterator[tuple["Ranks", "torch.device"]]:
     """This process as a rank of its job: the ranks, the device ("auto", "cpu" or "gpu") and the process group.
 

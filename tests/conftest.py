@@ -1,10 +1,7 @@
 """What tests of several rooms share: a cache of their own, tiny images, and jobs started by the real launchers."""
 
-import contextlib
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +11,8 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from PIL import Image
+
+from bitfleet.launch.environment import free_port
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -55,19 +54,6 @@ def tiny(tiny_images: Path) -> list[str]:
         f"--config fashion_quickstart --data.root {tiny_images} --model.num_classes 4 --global_batch_size 16 --epochs 3 "
         "--metrics.every_steps 5 --model.width 16"
     ).split()
-
-
-def free_port() -> int:
-    """A TCP port that is free, and that only who asks for it by its number will get.
-
-    Ports below 32768 Linux gives to nobody by itself, so it is still free when a launcher has started seconds later, whatever
-    other tests open meanwhile. Ports that bitfleet computes (launch/ranks.py) and torch's own lie below 30000.
-    """
-    while True:
-        port = random.SystemRandom().randrange(30_000, 32_768)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def run_command(

@@ -1,5 +1,6 @@
 """The files of launch/: they parse, what they call exists; slurm.sh saves and requeues (srun and scontrol are fakes)."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import time
 import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ echo "$@" > "$FAKE/scontrol"
 FAKE_BITFLEET = """#!/usr/bin/env bash
 printf '%s\\n' "$@"
 """
+Slurm = Callable[..., subprocess.Popen[str]]
 RUN = ["--config", "fashion_quickstart", "--run_dir", "/shared/my run", "--optim.gamma.start", "1e-4"]
 
 
@@ -51,14 +54,22 @@ def test_scripts_parse_and_may_be_run(path: Path) -> None:
     assert os.access(path, os.X_OK)
 
 
-def slurm_job(fakes: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        ["bash", LAUNCH / "slurm.sh", *arguments],
-        env=fakes,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture
+def slurm_job() -> Iterator[Slurm]:
+    """Starts slurm.sh in a process group of its own, of which nothing outlives the test."""
+    jobs: list[subprocess.Popen[str]] = []
+
+    def start(fakes: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+        command = ["bash", LAUNCH / "slurm.sh", *arguments]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        jobs.append(subprocess.Popen(command, env=fakes, text=True, start_new_session=True, **streams))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.communicate()
 
 
 def run_arguments(tmp_path: Path) -> list[str]:
@@ -69,7 +80,9 @@ def run_arguments(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_slurm_saves_and_requeues(number: signal.Signals, fakes: dict[str, str], tmp_path: Path) -> None:
+def test_slurm_saves_and_requeues(
+    slurm_job: Slurm, number: signal.Signals, fakes: dict[str, str], tmp_path: Path
+) -> None:
     job = slurm_job(fakes, *RUN)
     give_up = time.monotonic() + 20
     while not (tmp_path / "ready").exists():
@@ -88,7 +101,9 @@ trap 'if [ "$BASH_COMMAND" = "srun=\\$!" ]; then while [ ! -e "$FAKE/ready" ]; d
 """
 
 
-def test_slurm_passes_a_signal_on_that_comes_while_srun_starts(fakes: dict[str, str], tmp_path: Path) -> None:
+def test_slurm_passes_a_signal_on_that_comes_while_srun_starts(
+    slurm_job: Slurm, fakes: dict[str, str], tmp_path: Path
+) -> None:
     (tmp_path / "env").write_text(SIGNAL_BEFORE_SRUN_IS_KNOWN)
     output, _ = slurm_job(fakes | {"BASH_ENV": str(tmp_path / "env")}, *RUN).communicate(timeout=20)
     assert "requeued" in output
@@ -96,14 +111,16 @@ def test_slurm_passes_a_signal_on_that_comes_while_srun_starts(fakes: dict[str, 
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 137])
-def test_slurm_requeues_nothing_else(code: int, fakes: dict[str, str], tmp_path: Path) -> None:
+def test_slurm_requeues_nothing_else(slurm_job: Slurm, code: int, fakes: dict[str, str], tmp_path: Path) -> None:
     job = slurm_job(fakes | {"FAKE_CODE": str(code)}, *RUN)
     output, _ = job.communicate(timeout=20)
     assert job.returncode == code, output
     assert not (tmp_path / "scontrol").exists()
 
 
-def test_slurm_array_has_a_folder_and_a_seed_for_each_index(fakes: dict[str, str], tmp_path: Path) -> None:
+def test_slurm_array_has_a_folder_and_a_seed_for_each_index(
+    slurm_job: Slurm, fakes: dict[str, str], tmp_path: Path
+) -> None:
     job = slurm_job(
         fakes | {"FAKE_CODE": "0", "SLURM_ARRAY_TASK_ID": "2"}, "--config=fashion_quickstart", "--run_dir=/runs/x"
     )
@@ -113,7 +130,7 @@ def test_slurm_array_has_a_folder_and_a_seed_for_each_index(fakes: dict[str, str
     assert (str(config.run_dir), config.seed) == ("/runs/x-2", 2)
 
 
-def test_slurm_needs_a_run_folder(fakes: dict[str, str]) -> None:
+def test_slurm_needs_a_run_folder(slurm_job: Slurm, fakes: dict[str, str]) -> None:
     output, _ = (job := slurm_job(fakes, "--config", "fashion_quickstart")).communicate(timeout=20)
     assert (job.returncode, output.startswith("slurm.sh: error: pass --run_dir")) == (2, True)
 

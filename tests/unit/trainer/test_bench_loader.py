@@ -111,7 +111,7 @@ def prefetching(seconds: float, depth: int) -> Iterator[int]:
 def test_a_turn_counts_the_work_of_its_batches_and_no_other() -> None:
     before = threading.active_count()
     turn = take_turn(Contender("", lambda: prefetching(0.02, depth=3)), num_batches=6, batch_size=10)
-    assert 2.0 <= turn.cpu_ms < 2.7  # an item less or more: 0.33
+    assert 2.0 <= turn.cpu_ms < 3.0  # an item less or more: 0.33; all that is prefetched: 3.0
     assert turn.images_per_second <= 60 / (6 * 0.02) * 1.2
     assert threading.active_count() <= before  # threads of other tests may have ended meanwhile
 
