@@ -8,6 +8,7 @@ import platform
 import resource
 import shutil
 import socket
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def collect_facts(config: TrainConfig | None, ranks: Ranks) -> Facts:
         cores=sorted(os.sched_getaffinity(0)),
         num_threads=torch.get_num_threads(),
         free_memory=free_memory(),
-        free_run=shutil.disk_usage(run_folder).free if os.access(run_folder, os.W_OK | os.X_OK) else None,
+        free_run=free_where_writable(run_folder),
         run_folder=str(run_folder),
         free_cache=free_cache,
         cache_folder=cache,
@@ -128,6 +129,15 @@ def free_memory() -> int:
     except (OSError, ValueError):
         return free
     return free if limit == "max" else min(free, int(limit) - used)
+
+
+def free_where_writable(folder: Path) -> int | None:
+    """Bytes free for files in `folder`; None where none can be made: rights alone do not say it, least of all to root."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return shutil.disk_usage(folder).free
+    except OSError:
+        return None
 
 
 def _existing(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from bitfleet.trainer.data import DataConfig
 from bitfleet.trainer.data.readable import Readable, readable
 from bitfleet.trainer.distributed import Ranks
 from bitfleet.trainer.doctor import all_checks, format_checks
-from bitfleet.trainer.doctor_facts import Facts, collect_facts
+from bitfleet.trainer.doctor_facts import Facts, collect_facts, free_where_writable
 from bitfleet.trainer.doctor_network import Network, Pair, measure_network
 from bitfleet.trainer.doctor_table import Check
 
@@ -203,6 +204,13 @@ def test_facts_of_this_machine_are_collected() -> None:
     assert facts.kernels is None
     assert (facts.config, facts.data) == (None, None)
     assert measure_network(ranks, torch.device("cpu")) is None
+
+
+def test_a_folder_that_takes_no_files_has_no_room(tmp_path: Path) -> None:
+    assert free_where_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    # Root may write into /proc by its rights, yet nobody can make a file there.
+    assert free_where_writable(Path("/proc")) is None
 
 
 def test_data_that_cannot_be_read_is_a_problem(tmp_path: Any) -> None:
