@@ -135,12 +135,16 @@ def read_config(path: Path) -> TrainConfig:
     """The configuration of the run at `path`.
 
     Raises:
-        ValueError: there is no run.
+        ValueError: there is no run, or its file is damaged.
     """
     file = path / CONFIG
     if not file.is_file():
         raise ValueError(f"{path} is not a run folder: there is no {CONFIG} in it")
-    return from_dict(json.loads(file.read_text())["config"])
+    try:
+        read = json.loads(file.read_text())["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: expected the JSON that a run writes at its start ({error})") from error
+    return from_dict(read)
 
 
 def git_revision() -> str | None:

@@ -119,3 +119,10 @@ def test_config_file_states_revision_and_versions(tmp_path: Path) -> None:
     assert content["world_size"] == 2
     assert {"python", "torch", "deepspeed"} <= content["versions"].keys()
     assert "git" in content
+
+
+@pytest.mark.parametrize("text", ["{bad", "[]", "{}"])
+def test_a_damaged_configuration_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is damaged: expected the JSON that a run writes"):
+        read_config(tmp_path)
