@@ -79,7 +79,8 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Cell]:
 def write_question(folder: Path, sweep: Sweep, words: Sequence[str], runs: Sequence[PlannedRun]) -> None:
     """Write sweep.json into `folder`: what was asked, with git revision and versions.
 
-    `config` is the resolved configuration of the first of `runs`: with what differs, in sweep.csv, it is that of every run.
+    `config` is the resolved configuration of the first of `runs` without its place: with what differs, in sweep.csv, it is that
+    of every run.
     """
     content = {
         "name": sweep.name,
@@ -89,7 +90,7 @@ def write_question(folder: Path, sweep: Sweep, words: Sequence[str], runs: Seque
         "axes": sweep.axes,
         "seeds": list(dict.fromkeys(run.config.seed for run in runs)),
         "options": list(words),
-        "config": to_dict(runs[0].config),
+        "config": {field: value for field, value in to_dict(runs[0].config).items() if field not in PLACES},
         "git": git_revision(),
         "versions": versions(),
     }
