@@ -24,8 +24,16 @@ from bitfleet.trainer.report.sweep_results import Curve, show
 TRAIN, VALIDATION, BLACK = "#7fb3d8", "#d94801", "#222222"
 
 
-def _plot(axis: Any, curve: Curve, color: str, width: float) -> None:
-    axis.plot(*curve, color=color, linewidth=width, marker="o" if len(curve.steps) < 3 else None, markersize=4)
+def _plot(axis: Any, curve: Curve, color: str, width: float, *, jumps: bool = False) -> None:
+    style = "steps-post" if jumps else "default"
+    axis.plot(
+        *curve,
+        color=color,
+        linewidth=width,
+        marker="o" if len(curve.steps) < 3 else None,
+        markersize=4,
+        drawstyle=style,
+    )
 
 
 def draw_learning(run: RunResults) -> bytes:
@@ -68,7 +76,9 @@ def draw_flips(run: RunResults) -> bytes | None:
     return png(picture.figure)
 
 
-def _draw_layers(axis: Any, whole: Curve, layers: dict[str, Curve], *, logarithmic_scale: bool) -> list[End]:
+def _draw_layers(
+    axis: Any, whole: Curve, layers: dict[str, Curve], *, logarithmic_scale: bool, jumps: bool = False
+) -> list[End]:
     """Every layer's curve and the whole; names for all where they are few, else for the first and the last layer."""
     ends = []
     for index, ((name, curve), color) in enumerate(zip(layers.items(), ordered_colors(len(layers)), strict=True)):
@@ -76,12 +86,12 @@ def _draw_layers(axis: Any, whole: Curve, layers: dict[str, Curve], *, logarithm
         if not kept:
             continue
         part = Curve(tuple(x for x, _ in kept), tuple(y for _, y in kept))
-        _plot(axis, part, color, 0.9)
+        _plot(axis, part, color, 0.9, jumps=jumps)
         if len(layers) < MAX_LINES or index in (0, len(layers) - 1):
             ends.append(End(part.steps[-1], part.values[-1], name.removesuffix(".weight"), color))
     kept = [(x, y) for x, y in zip(*whole, strict=True) if y > 0 or not logarithmic_scale]
     if kept:
-        _plot(axis, Curve(tuple(x for x, _ in kept), tuple(y for _, y in kept)), BLACK, 2.0)
+        _plot(axis, Curve(tuple(x for x, _ in kept), tuple(y for _, y in kept)), BLACK, 2.0, jumps=jumps)
         ends.append(End(*kept[-1], "all", BLACK))
     return ends
 
@@ -141,7 +151,8 @@ def draw_diagnostics(run: RunResults) -> bytes | None:
     picture = panels(len(keys), width=5.0, height=3.2)
     for axis, key in zip(picture.axes, keys, strict=True):
         whole, layers = run.curve("diagnostics", key), run.layers("diagnostics", key)
-        ends = _draw_layers(axis, whole, layers, logarithmic_scale=False)
+        # Oscillators are counted anew when a window of 100 steps ends.
+        ends = _draw_layers(axis, whole, layers, logarithmic_scale=False, jumps=key == "oscillators")
         values = [value for curve in (whole, *layers.values()) for value in curve.values]
         percent(axis, min(values), max(values))
         steps(axis)
