@@ -51,6 +51,8 @@ def dispatch() -> None:
         near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
         raise ValueError(f"there is no command {command!r}; did you mean `bitfleet {near}`?")
     if command == "configs":
+        if rest:
+            raise ValueError(f"bitfleet configs takes no arguments, not {rest[0]!r}; it lists what --config knows")
         from bitfleet.configs import available
 
         print("\n".join(available()))

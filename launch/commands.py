@@ -105,12 +105,11 @@ def print_deepspeed(request: Request) -> Printed:
     """`deepspeed`: here, over ssh, or on each node by --no_ssh."""
     command = shlex.join(deepspeed_words(request))
     if not request.by_ssh and request.node_rank is None:
+        ranks = f"{request.world_size} rank{'s' * (request.world_size > 1)}"
         where = (
             "" if sum(1 for _ in request.hosts) == 1 and not request.hosts[0].name else f" ({request.hosts[0].name})"
         )
-        return Printed(
-            (command,), (f"{request.world_size} ranks on this machine{where}, one a GPU where there are GPUs",)
-        )
+        return Printed((command,), (f"{ranks} on this machine{where}, one a GPU where there are GPUs",))
     port = f"port {request.port} and the ports that Linux gives to clients open between the nodes"
     if request.node_rank is not None:
         return Printed(
@@ -121,7 +120,7 @@ def print_deepspeed(request: Request) -> Printed:
     lines = [f"PDSH_SSH_ARGS_APPEND={shlex.quote(SSH_OPTIONS)} {command}"]
     if export:
         lines.insert(
-            0, f"printf '%s\\n' {shlex.join(export)} > .deepspeed_env    # your environment, for the other nodes"
+            0, f"printf '%s\\n' {shlex.join(export)} >> .deepspeed_env    # your environment, for the other nodes"
         )
     address = (
         f"--master_addr {request.master_addr} reaches {request.hosts[0].name} from every node"

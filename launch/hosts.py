@@ -2,8 +2,11 @@
 
 import dataclasses
 import re
+import shlex
 import socket
+import subprocess
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
@@ -42,6 +45,33 @@ def read_hostfile(path: Path) -> list[Host]:
     if not hosts:
         raise ValueError(f"the hostfile {path} names no host: write a line `node1 slots=8` for each")
     return [Host(name, slots) for name, slots in hosts.items()]
+
+
+SSH_SECONDS = 30.0
+"""How long a host may take to answer; ssh itself gives up on one that is not there after a third of it."""
+
+
+def check_reachable(names: Sequence[str], ssh_options: str) -> None:
+    """Raise ValueError unless ssh runs a command on every host of `names`; those where it does not are named, with its reason."""
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        reasons = pool.map(lambda name: _why_unreachable(name, ssh_options), names)
+        missing = [f"{name} ({reason})" for name, reason in zip(names, reasons, strict=True) if reason]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"ssh does not reach {', '.join(missing[:3])}{more}: `ssh HOST true` must work here without a password for every host"
+        )
+
+
+def _why_unreachable(name: str, ssh_options: str) -> str:
+    seconds = int(SSH_SECONDS / 3)
+    command = ["ssh", *shlex.split(ssh_options), "-o", f"ConnectTimeout={seconds}", name, "true"]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SSH_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {SSH_SECONDS:g} s"
+    said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return said[-1].strip() if done.returncode else ""
 
 
 def is_here(name: str, own_names: Sequence[str] | None = None) -> bool:

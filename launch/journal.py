@@ -36,7 +36,8 @@ def journal(arguments: Sequence[str]) -> None:
         output, rest = take_option(rest, "--output")
         packed, rest = take_flag(rest, "--packed")
         if step is None or not step.isdecimal():
-            raise ValueError(f"bitfleet journal weights needs --step, a number of optimizer steps, not {step!r}")
+            given = f", not {step!r}" if step else ""
+            raise ValueError(f"bitfleet journal weights needs --step K, a number of optimizer steps{given}")
     if unknown := [argument for argument in rest if argument.startswith("--")]:
         raise ValueError(
             f"bitfleet journal {command} has no option {unknown[0]!r}; `bitfleet journal --help` lists them"

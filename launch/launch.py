@@ -13,7 +13,7 @@ from bitfleet.launch.arguments import parse_train
 from bitfleet.launch.commands import PRINTERS, SSH_OPTIONS, Request, deepspeed_words, host_zero
 from bitfleet.launch.environment import free_port, run
 from bitfleet.launch.exports import deepspeed_line, traveling, users_lines
-from bitfleet.launch.hosts import Host, is_here, reachable_address, read_hostfile
+from bitfleet.launch.hosts import Host, check_reachable, is_here, reachable_address, read_hostfile
 from bitfleet.launch.options import take_flag, take_number, take_option
 from bitfleet.launch.supervise import ask_by_file, ask_ranks, supervise
 from bitfleet.trainer.config import TrainConfig
@@ -126,7 +126,7 @@ def start(request: Request, config: TrainConfig) -> int:
     """Run DeepSpeed's command below this process; the exit code of the run.
 
     Raises:
-        ValueError: pdsh is missing, or a line of a .deepspeed_env of the user's cannot be read.
+        ValueError: pdsh is missing, ssh does not reach a host, or a line of a .deepspeed_env of the user's cannot be read.
     """
     environ = dict(os.environ)
     told: set[int] = set()
@@ -149,6 +149,8 @@ def start(request: Request, config: TrainConfig) -> int:
         )
     stop_file, written = config.run_dir / STOP_FILE, list[float]()
     environ["PDSH_SSH_ARGS_APPEND"] = f"{environ.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS}".strip()
+    if "PDSH_SSH_ARGS" not in environ:  # the user's own way to call ssh
+        check_reachable([host.name for host in request.hosts], environ["PDSH_SSH_ARGS_APPEND"])
     lines = users_lines((Path.home(), Path.cwd()))
     lines += [deepspeed_line(name, value) for name, value in request.exports.items()]
     with tempfile.TemporaryDirectory(prefix="bitfleet-") as folder:

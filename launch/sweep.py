@@ -46,6 +46,8 @@ def sweep(arguments: Sequence[str]) -> None:
     name, *rest = arguments
     if name.startswith("-"):
         raise ValueError(f"which sweep? Its name comes first, before {name}; `bitfleet sweep` lists them")
+    if rest and not rest[0].startswith("-"):
+        raise ValueError(f"one sweep at a time: {name!r} or {rest[0]!r}?")
     only_print, rest = take_flag(rest, "--print")
     base, rest = take_option(rest, "--config")
     seeds, rest = take_option(rest, "--seeds")

@@ -67,7 +67,8 @@ def prepared_trainer(config: "TrainConfig", ranks: "Ranks", device: "torch.devic
         elif config.stop_after_steps and trainer.step >= config.stop_after_steps:
             state = f"is at step {trainer.step:,}, past --stop_after_steps {config.stop_after_steps:,}: nothing is to be done"
         print(
-            f"run {trainer.folder.path} {state}: {trainer.num_steps:,} steps on {ranks.world_size} ranks ({device.type})"
+            f"run {trainer.folder.path} {state}: {trainer.num_steps:,} steps on {ranks.world_size} "
+            f"rank{'s' * (ranks.world_size > 1)} ({device.type})"
         )
     cost = trainer.checkpoints.cost()
     if is_first_rank():

@@ -1,8 +1,10 @@
+import os
 from pathlib import Path
 
 import pytest
 
-from bitfleet.launch.hosts import Host, is_here, reachable_address, read_hostfile
+from bitfleet.launch import hosts
+from bitfleet.launch.hosts import Host, check_reachable, is_here, reachable_address, read_hostfile
 from tests.conftest import REPOSITORY
 
 
@@ -33,6 +35,30 @@ def test_bad_line_is_named(text: str, message: str, tmp_path: Path) -> None:
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"cannot read the hostfile {tmp_path}/none: No such file"):
         read_hostfile(tmp_path / "none")
+
+
+FAKE_SSH = """#!/usr/bin/env bash
+while [[ $1 == -* ]]; do shift 2; done
+case $1 in
+    good*) exec "${@:2}" ;;
+    silent) exec sleep 60 ;;
+    *) echo "Warning: of something"; echo "$1: Permission denied (publickey)." >&2; exit 255 ;;
+esac
+"""
+
+
+def test_hosts_that_ssh_does_not_reach_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "ssh").write_text(FAKE_SSH)
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    check_reachable(["good1", "good2"], "-o BatchMode=yes")
+    monkeypatch.setattr(hosts, "SSH_SECONDS", 1.0)
+    with pytest.raises(
+        ValueError, match=r"reach bad \(bad: Permission denied \(publickey\)\.\), silent \(no answer within 1 s"
+    ):
+        check_reachable(["good1", "bad", "silent"], "-o BatchMode=yes")
+    with pytest.raises(ValueError, match=r" and 2 more: `ssh HOST true` must work"):
+        check_reachable([f"bad{number}" for number in range(5)], "")
 
 
 def test_own_names() -> None:

@@ -311,8 +311,8 @@ def test_commands(tmp_path: Path, loop: Loop, capsys: pytest.CaptureFixture[str]
     assert "steps 0 to 6" in capsys.readouterr().out
     for arguments, sentence in (
         (["weigths", "RUN"], "no command 'weigths' of bitfleet journal; there are: weights, info, verify"),
-        (["weights", "RUN"], "needs --step, a number of optimizer steps, not None"),
-        (["weights", "RUN", "--step", "-1"], "needs --step, a number of optimizer steps, not '-1'"),
+        (["weights", "RUN"], "needs --step K, a number of optimizer steps"),
+        (["weights", "RUN", "--step", "-1"], "needs --step K, a number of optimizer steps, not '-1'"),
         (["info", "RUN", "--step"], "has no option '--step'"),
         (["verify"], "takes one run folder, not 0"),
         (["weights", str(run), "--step", "1", "--output", str(tmp_path / "x.bin")], "x.safetensors, not"),
