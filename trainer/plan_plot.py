@@ -12,7 +12,7 @@ from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.plan import Estimate, find_limit
 from bitfleet.trainer.plan_table import WORDS, answer
 
-COLORS = {"data": "#756bb1", "compute": "#2c7fb8", "launches": "#7fcdbb", "network": "#d94801", "update": "#969696"}
+COLORS = {"data": "#756bb1", "compute": "#2c7fb8", "launches": "#2f9c86", "network": "#d94801", "update": "#969696"}
 
 
 def plot_plan(
@@ -62,9 +62,15 @@ def _draw_throughput(axis: Any, nodes: list[int], estimates: Sequence[Estimate])
         axis.annotate(f"more than {limit.num_nodes} do not help", (0.98, 0.03), xycoords="axes fraction", color="#d94801",
                       fontsize=9, ha="right")  # fmt: skip
     axis.plot(nodes, values, color="black", marker="o")
-    for e in estimates:
-        axis.annotate(f"{e.images_per_second:,.0f}\n{e.binding}", (e.num_nodes, e.images_per_second), xytext=(0, -9),
-                      textcoords="offset points", ha="center", va="top", fontsize=7.5, color=COLORS[e.binding])  # fmt: skip
+    for e, before, after in zip(estimates, [values[0], *values], [*values[1:], values[-1]], strict=False):
+        value = e.images_per_second
+        place, side = (0, -9), "center"
+        if after > 1.3 * value:  # beside a steep line, which would run through what stands below the point
+            place, side = (7, 0), "left"
+        elif value > 1.3 * before:
+            place, side = (4, -14), "left"
+        axis.annotate(f"{value:,.0f}\n{e.binding}", (e.num_nodes, value), xytext=place, textcoords="offset points", ha=side,
+                      va="top", fontsize=7.5, color=COLORS[e.binding])  # fmt: skip
     axis.set_xlim(nodes[0] / 1.5, nodes[-1] * 1.4)
     axis.set_title("images/s, and what binds", fontsize=10)
 
