@@ -36,6 +36,16 @@ def test_only_what_tells_runs_apart_names_them_and_the_table_has_all(tmp_path: P
     assert [row[1:] for row in table.rows] == [("0", "64", "bop"), ("0", "128", "bnew")]
 
 
+def test_runs_of_several_configurations_are_not_held_against_the_published_accuracy_of_one(tmp_path: Path) -> None:
+    runs = [read_run(made_up.run_folder(tmp_path / rule, rule=rule)) for rule in ("bop", "bnew")]
+    for name in ("birealnet18_imagenet", "xnornet_imagenet"):
+        runs[0].facts["config"]["name"] = "birealnet18_imagenet"
+        runs[1].facts["config"]["name"] = name
+        results = compare(runs)
+        assert results is not None
+        assert results.base == (name if name == "birealnet18_imagenet" else "several")
+
+
 def test_a_run_that_goes_on_says_how_far_it_is(tmp_path: Path) -> None:
     runs = [read_run(made_up.run_folder(tmp_path / str(lines), lines)) for lines in (12, 8)]
     results = compare(runs)
