@@ -89,6 +89,7 @@ def test_diagnostics_are_measured_with_and_without(tiny: list[str]) -> None:
     assert re.search(r"a line of them in metrics\.jsonl: 2,\d{3} bytes", done.stdout)
 
 
+@pytest.mark.slow
 def test_memory_of_two_ranks_stays_in_bounds(deepspeed: Launch) -> None:
     done = deepspeed(2, "launch/bench.py", "memory", "--steps", "2")
     assert done.returncode == 0, done.stdout

@@ -118,6 +118,7 @@ def test_deepspeed_stages_train_the_same_bits(
         failed(done, "its world_size is 2, here it is 1; resume with the number of ranks of the run that wrote it")
 
 
+@pytest.mark.slow
 def test_on_one_rank_all_shardings_are_the_plain_optimizer(tiny: list[str], tmp_path: Path) -> None:
     weights = []
     for sharding in ("bits", "zero1", "none"):
