@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from bitfleet.optim.kernels import library, num_threads, pack_flags
+from bitfleet.optim.kernels import kernel_library, num_threads, pack_flags
 
 __all__ = ["pack_signs", "popcount", "unpack_signs"]
 
@@ -27,7 +27,7 @@ def pack_signs(weights: Tensor, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = torch.empty(weights.numel() // 8, dtype=torch.uint8, device=weights.device)
     _check(out, weights, "weights")
-    built = library() if _has_kernel(weights) else None
+    built = kernel_library() if _has_kernel(weights) else None
     if built is None:
         return out.copy_(pack_flags(weights >= 0))
     numel = weights.numel()
@@ -48,7 +48,7 @@ def unpack_signs(bits: Tensor, out: Tensor) -> Tensor:
         `out`.
     """
     _check(bits, out, "out")
-    built = library() if _has_kernel(out) else None
+    built = kernel_library() if _has_kernel(out) else None
     if built is None:
         torch.index_select(_table(out.dtype, out.device), 0, bits.int(), out=out.view(-1, 8))
         return out

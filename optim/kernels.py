@@ -32,7 +32,7 @@ from torch import Tensor
 
 from bitfleet.optim.bop2ndorder import EPS, Correction, bias_corrections
 
-__all__ = ["bop2ndorder_bits_", "bop_bits_", "library", "pack_flags"]
+__all__ = ["bop2ndorder_bits_", "bop_bits_", "kernel_library", "pack_flags"]
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC")
@@ -129,7 +129,7 @@ def _update_(part: _Slice, rates: _Rates) -> None:
     if part.bits.device.type != "cpu":
         _update_compiled_(part, rates)
         return
-    built = library()
+    built = kernel_library()
     if built is None:
         _update_chunked_(part, rates)
         return
@@ -223,7 +223,7 @@ def _warn_of_eager(problem: str) -> None:
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def kernel_library() -> ctypes.CDLL | None:
     """The functions of kernels.c, built on the first call in this process; None, after one warning, where that fails."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     problem = "no C compiler (cc or gcc) on the PATH"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bitfleet.optim import bop2ndorder_step_
 from bitfleet.optim.bits import pack_signs, unpack_signs
-from bitfleet.optim.kernels import bop2ndorder_bits_, library
+from bitfleet.optim.kernels import bop2ndorder_bits_, kernel_library
 from bitfleet.trainer.engine import deepspeed_cpu_adam
 
 SIZES = (12_000_000, 62_000_000)
@@ -66,7 +66,7 @@ def bench_step(sizes: Sequence[int] = SIZES, num_rounds: int = 7) -> list[Row]:
     Raises:
         ValueError: there is no C compiler, or a size is no positive multiple of 64.
     """
-    if library() is None:
+    if kernel_library() is None:
         raise ValueError("the benchmark of the step needs a C and a C++ compiler (gcc and g++) on the PATH")
     for size in sizes:
         if size <= 0 or size % 64:

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from bitfleet.optim.kernels import library
+from bitfleet.optim.kernels import kernel_library
 from bitfleet.trainer.config import TrainConfig, to_dict
 from bitfleet.trainer.data.cache import cache_folder
 from bitfleet.trainer.data.readable import Readable, readable
@@ -159,6 +159,6 @@ def _cache() -> tuple[str, int | None]:
 def _kernels() -> str | None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        if library() is not None:
+        if kernel_library() is not None:
             return None
     return str(caught[-1].message) if caught else "they could not be built"

@@ -13,8 +13,8 @@ TYPES = [torch.float32, torch.bfloat16, torch.float64]
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both implementations, the kernel on several threads whatever the size."""
     if request.param == "torch":
-        monkeypatch.setattr(bits_module, "library", lambda: None)
-    elif kernels.library() is None:
+        monkeypatch.setattr(bits_module, "kernel_library", lambda: None)
+    elif kernels.kernel_library() is None:
         pytest.skip("no C compiler")
     monkeypatch.setattr(bits_module, "num_threads", lambda numel: 3)
     return str(request.param)

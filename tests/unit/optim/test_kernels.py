@@ -27,7 +27,7 @@ PATHS = [
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every implementation; the kernel on three threads, eager torch in small chunks."""
     if request.param != "kernel":
-        monkeypatch.setattr(kernels, "library", lambda: None)
+        monkeypatch.setattr(kernels, "kernel_library", lambda: None)
     if request.param == "compiled":
         monkeypatch.setattr(kernels, "_update_chunked_", kernels._update_compiled_)
         monkeypatch.setattr(kernels, "_warn_of_eager", pytest.fail)
@@ -40,9 +40,9 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def new_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """As in a new process with an empty cache folder."""
     monkeypatch.setenv("BITFLEET_CACHE", str(tmp_path / "cache"))
-    kernels.library.cache_clear()
+    kernels.kernel_library.cache_clear()
     yield tmp_path / "cache"
-    kernels.library.cache_clear()
+    kernels.kernel_library.cache_clear()
 
 
 def wild_grad(numel: int, generator: torch.Generator) -> Tensor:
@@ -190,19 +190,19 @@ def test_bad_tensors() -> None:
 
 @needs_compiler
 def test_built_once_and_again_when_damaged(new_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernels.library() is not None
+    assert kernels.kernel_library() is not None
     (path,) = new_library.iterdir()
     built = path.stat().st_ino
-    kernels.library.cache_clear()
-    assert kernels.library() is not None
+    kernels.kernel_library.cache_clear()
+    assert kernels.kernel_library() is not None
     assert path.stat().st_ino == built
     # Elsewhere: a file that this process has mapped is not read again.
     monkeypatch.setenv("BITFLEET_CACHE", str(new_library / "other"))
     damaged = new_library / "other" / path.name
     damaged.parent.mkdir()
     damaged.write_bytes(path.read_bytes()[:100])
-    kernels.library.cache_clear()
-    assert kernels.library() is not None
+    kernels.kernel_library.cache_clear()
+    assert kernels.kernel_library() is not None
     assert damaged.stat().st_size > 100
 
 
@@ -218,7 +218,7 @@ def test_several_build_at_once(new_library: Path) -> None:
 @needs_compiler
 def test_without_openmp_on_one_thread(new_library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_compiler(monkeypatch, tmp_path, f'case "$*" in *-fopenmp*) exit 1 ;; esac; exec {shutil.which("cc")} "$@"')
-    assert kernels.library() is not None
+    assert kernels.kernel_library() is not None
     twins = Twins(4096)
     twins.bop(torch.randn(4096, generator=twins.generator), gamma=1.0, threshold=0.5)
 
@@ -247,7 +247,7 @@ def test_one_warning_then_torch(
     else:
         fake_compiler(monkeypatch, tmp_path, script)
     with pytest.warns(RuntimeWarning, match=f"eager torch.*{message}"):
-        assert kernels.library() is None
+        assert kernels.kernel_library() is None
     twins = Twins(1024)
     twins.bop(torch.randn(1024, generator=twins.generator), gamma=1.0, threshold=0.5)  # an error if it warned again
 
@@ -256,7 +256,7 @@ def test_one_warning_then_torch(
 def test_folder_that_cannot_be_made(new_library: Path) -> None:
     new_library.write_text("a file in its place")
     with pytest.warns(RuntimeWarning, match="BITFLEET_CACHE may name another folder"):
-        assert kernels.library() is None
+        assert kernels.kernel_library() is None
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         bench_step.bench_step([100], 1)
     with pytest.raises(ValueError, match="number of rounds must be positive, not 0"):
         bench_step.bench_step([64], 0)
-    monkeypatch.setattr(bench_step, "library", lambda: None)
+    monkeypatch.setattr(bench_step, "kernel_library", lambda: None)
     with pytest.raises(ValueError, match="needs a C and a C\\+\\+ compiler"):
         bench_step.bench_step([64], 1)
 
