@@ -150,16 +150,7 @@ def run_folder(
 ) -> Path:
     """A run with a line of training every 10 steps and a validation every 40, which ends at a top-1 of 0.7 + `more`."""
     folder.mkdir(parents=True, exist_ok=True)
-    optim = {"rule": rule, "correction": "none", "weight_decay": 0.0}
-    for key, start in (("gamma", 3e-4), ("sigma", 1e-4), ("threshold", 1e-8), ("lr", 2.5e-3)):
-        optim[key] = {"start": start, "end": start / 10, "kind": "polynomial", "power": 1.0}  # type: ignore[assignment]
-    model = {"name": "birealnet18", "num_classes": 10, "norm": "batch"}
-    data = {"root": "fashion-mnist", "image_size": 32, "augmentation": "pad_crop"}
-    config = {"name": "made_up", "epochs": 3, "global_batch_size": 128, "seed": seed, "run_dir": str(folder)}
-    content = {"config": {**config, "model": model, "data": data, "optim": optim}, "world_size": 1, "num_replicas": 1}
-    (folder / "config.json").write_text(
-        json.dumps(content | {"device": "cpu", "git": "abc", "versions": {"torch": "2"}})
-    )
+    (folder / "config.json").write_text(json.dumps(_config(folder, seed, rule)))
     lines: list[dict[str, object]] = []
     for index in range(num_lines):
         step, done = 10 * (index + 1), (index + 1) / num_lines
@@ -205,6 +196,17 @@ def run_folder(
             )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+def _config(folder: Path, seed: int, rule: str) -> dict[str, object]:
+    optim: dict[str, object] = {"rule": rule, "correction": "none", "weight_decay": 0.0}
+    for key, start in (("gamma", 3e-4), ("sigma", 1e-4), ("threshold", 1e-8), ("lr", 2.5e-3)):
+        optim[key] = {"start": start, "end": start / 10, "kind": "polynomial", "power": 1.0}
+    model = {"name": "birealnet18", "num_classes": 10, "norm": "batch"}
+    data = {"root": "fashion-mnist", "image_size": 32, "augmentation": "pad_crop"}
+    config = {"name": "made_up", "epochs": 3, "global_batch_size": 128, "seed": seed, "run_dir": str(folder)}
+    content = {"config": {**config, "model": model, "data": data, "optim": optim}, "world_size": 1, "num_replicas": 1}
+    return content | {"device": "cpu", "git": "abc", "versions": {"torch": "2"}}
 
 
 def _bits(done: float, layers: int) -> dict[str, object]:
