@@ -5,12 +5,15 @@ what was not tried. Nothing heavy is imported here: the process that starts the 
 """
 
 import json
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 SHOWN_ERROR = 300  # characters
+WIDTH = 160  # of a table
+PROSE_WIDTH = 130
 
 
 def append_row(path: Path, part: str, what: str, **facts: Any) -> None:
@@ -60,7 +63,19 @@ def _format_block(rows: Sequence[Row]) -> list[str]:
         return [f"  {rows[0]['what']}: skipped, {rows[0]['skipped']}"]
     cells = [["", *names], *([row["what"], *(_format_value(row[name]) for name in names)] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    if sum(widths) + 2 * len(widths) > WIDTH:
+        return [line for row in rows for line in _format_long(row, names)]
     return [_format_line(line, widths) for line in cells]
+
+
+def _format_long(row: Row, names: Sequence[str]) -> list[str]:
+    """A row that is too wide for a table: one fact below the other."""
+    lines = [f"  {row['what']}"]
+    for name in names:
+        lines += textwrap.wrap(
+            f"{name}: {_format_value(row[name])}", PROSE_WIDTH, initial_indent="    ", subsequent_indent="      "
+        )
+    return lines
 
 
 def _format_line(cells: Iterable[str], widths: Sequence[int]) -> str:

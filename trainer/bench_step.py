@@ -65,10 +65,24 @@ class Contender(NamedTuple):
     run: Callable[[], object]
 
 
-def bench_step(sizes: Sequence[int] = SIZES, num_rounds: int = 7, device: torch.device = CPU) -> list[Row]:
+def bench_step(
+    sizes: Sequence[int] = SIZES,
+    num_rounds: int = 7,
+    device: torch.device = CPU,
+    *,
+    weights_per_turn: int = 50_000_000,
+    with_deepspeed: bool = True,
+) -> list[Row]:
     """Measure every contender on `device` in turns, `num_rounds` times after a round that does not count.
 
     All work on the same gradients and moments, so none finds more of its data in a cache than another.
+
+    Args:
+        sizes: numbers of weights.
+        num_rounds: turns of each contender that count.
+        device: where the weights are.
+        weights_per_turn: calls of a turn, times the weights of a call, are about as many.
+        with_deepspeed: whether DeepSpeedCPUAdam is a contender on a CPU; the first time it compiles for half a minute.
 
     Raises:
         ValueError: there is no C compiler, which a CPU needs, or a size is no positive multiple of 64.
@@ -80,13 +94,19 @@ def bench_step(sizes: Sequence[int] = SIZES, num_rounds: int = 7, device: torch.
             raise ValueError(f"sizes must be positive multiples of 64, not {size}")
     if num_rounds < 1:
         raise ValueError(f"the number of rounds must be positive, not {num_rounds}")
-    return [row for size in sizes for row in _bench_size(size, num_rounds, device)]
+    rows = []
+    for size in sizes:
+        num_calls = max(2 if device.type == "cpu" else 5, weights_per_turn // size)
+        rows += _bench_size(
+            size, contenders(size, device, with_deepspeed=with_deepspeed), num_rounds, num_calls, device
+        )
+    return rows
 
 
-def _bench_size(numel: int, num_rounds: int, device: torch.device) -> list[Row]:
-    entries = contenders(numel, device)
+def _bench_size(
+    numel: int, entries: dict[str, Contender], num_rounds: int, num_calls: int, device: torch.device
+) -> list[Row]:
     seconds: dict[str, list[float]] = {name: [] for name in entries}
-    num_calls = max(2 if device.type == "cpu" else 5, 50_000_000 // numel)
     for count in range(num_rounds + 1):
         for name, contender in entries.items():
             contender.run()
@@ -113,7 +133,7 @@ def _bench_size(numel: int, num_rounds: int, device: torch.device) -> list[Row]:
     return [row(name) for name in entries]
 
 
-def contenders(numel: int, device: torch.device = CPU) -> dict[str, Contender]:
+def contenders(numel: int, device: torch.device = CPU, *, with_deepspeed: bool = True) -> dict[str, Contender]:
     """The lines of the table, over shared buffers of `numel` weights on `device`."""
     generator = torch.Generator(device).manual_seed(0)
     grad = torch.randn(numel, generator=generator, device=device) * 1e-3
@@ -139,7 +159,7 @@ def contenders(numel: int, device: torch.device = CPU) -> dict[str, Contender]:
 
     parameter = nn.Parameter(weight)
     parameter.grad = grad
-    deepspeed = deepspeed_cpu_adam(parameter) if device.type == "cpu" else None
+    deepspeed = deepspeed_cpu_adam(parameter) if with_deepspeed and device.type == "cpu" else None
     return {
         REFERENCE: Contender(28, adamw("fused")),
         "AdamW foreach": Contender(28, adamw("foreach")),
