@@ -1,4 +1,7 @@
+import _thread
+import threading
 import traceback
+import warnings
 from traceback import FrameSummary
 
 import pytest
@@ -25,10 +28,21 @@ def test_place_is_the_innermost_line_of_bitfleet() -> None:
 def test_waits_for_the_device_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     before = torch.cuda.synchronize
+    done = threading.Event()
+
+    def from_torch() -> None:
+        torch.cuda.synchronize()
+        done.set()
+
     with host_syncs(CPU) as places:
         torch.cuda.synchronize()
         torch.cuda.synchronize(0)
-    assert sum(places.values()) == 2
+        loader = threading.Thread(target=torch.cuda.synchronize)
+        loader.start()
+        loader.join()
+        _thread.start_new_thread(from_torch, ())  # as the threads of autograd, which Python did not make
+        assert done.wait(10)
+    assert sum(places.values()) == 3
     assert torch.cuda.synchronize is before
 
 
@@ -37,8 +51,6 @@ def test_torchs_warnings_of_synchronisation_are_counted(monkeypatch: pytest.Monk
     modes: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     with host_syncs(torch.device("cuda", 0)) as places:
-        import warnings
-
         for message in ("called a synchronizing CUDA operation", "called a synchronizing CUDA operation", "other"):
             warnings.warn(message, UserWarning, stacklevel=1)
     assert modes == ["warn", "default"]
