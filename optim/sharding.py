@@ -96,10 +96,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().__init__(optimizer.param_groups, {})
         self.buckets = make_buckets(self.param_groups, bucket_numel, self.rank, self.world_size)
         self.num_steps = self._num_skipped_steps = 0
+        self.keeps_gradients = False
+        """Whether the reduced gradients outlive the update: a CUDA graph has their addresses."""
         self.num_skipped_in_a_row = 0
         """Skipped steps that the host knows of since the last one that was not."""
-        self.is_known_skipped = False
-        """Whether the host knows that the last step changed nothing."""
+        self.updated: bool | Tensor = True
+        """Whether the last step changed anything: True or False where the host knows, else bool [] on the device."""
         self.transitions = controller_of(self.param_groups, self.buckets)
         self.observers += [self.transitions.observe] if self.transitions else []
         self.nonfinite: list[str] = []
@@ -199,16 +201,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
             used = [[next(flags) > 0 for _ in bucket.segments] for bucket in self.buckets]
             if waits and num_bad:
                 self.nonfinite = union(shard_state.nonfinite(self.buckets, self._grads), self.process_group)
-                self._grads = []
+                self._grads = self._grads if self.keeps_gradients else []
                 self.num_steps += 1
                 self._count_skipped()
-                self.is_known_skipped = True
+                self.updated = False
                 return False
             if self.transitions:
                 is_first = self.num_steps == self._num_skipped_steps
                 self.transitions.drive(counts[-2:], self.num_steps, is_first=is_first)
         self.num_steps += 1
-        self.is_known_skipped = False
+        self.updated = True if waits else self.finite
         self._runs = [bucket.advance(flags) for bucket, flags in zip(self.buckets, used, strict=True)]
         if waits:
             self.num_skipped_in_a_row = 0
@@ -252,7 +254,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 flips = before.bitwise_xor_(bucket.signs())
                 for observe in self.observers:
                     observe(bucket, self._grads[index], flips)
-            self._grads[index] = self._grads[index].new_empty(0)  # freed
+            if not self.keeps_gradients:
+                self._grads[index] = self._grads[index].new_empty(0)
             gathers.append(self._gather(bucket))
         for bucket, (work, gathered) in zip(self.buckets, gathers, strict=True):
             if work is not None:
@@ -295,7 +298,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def forget_skipped_step(self) -> None:
         """Take back the count of the last step, which was skipped: the run that continues makes it again."""
-        assert self.is_known_skipped
+        assert self.updated is False
         self.num_steps -= 1
         self._num_skipped_steps -= 1
 

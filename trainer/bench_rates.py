@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bitfleet.models import create_model
 from bitfleet.optim import build_optimizer
 from bitfleet.optim.buckets import Bucket, make_buckets
+from bitfleet.optim.routed import numbers_of
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import TrainLoader, normalize, open_dataset
 from bitfleet.trainer.distributed import (
@@ -125,7 +126,8 @@ class _Probe:
     def update(self, grads: list[Tensor]) -> None:
         """The rule on every weight."""
         for bucket, grad in zip(self.buckets, grads, strict=True):
-            bucket.update_(grad, [True] * len(bucket.segments))
+            for run in bucket.advance([True] * len(bucket.segments)):
+                bucket.update_(grad, run, numbers_of(bucket.group, run.step), None)
 
     @torch.no_grad()
     def bucket_ns(self) -> tuple[float, float]:

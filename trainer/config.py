@@ -93,6 +93,14 @@ class TrainConfig:
                 f'optim.rule {self.optim.rule} needs engine.sharding "bits" or "none", not {self.engine.sharding!r}: its state '
                 f"begins with random numbers for each weight, and DeepSpeed's slices do not say which weights they hold"
             )
+        on_host = {
+            "metrics.diagnostics": self.metrics.diagnostics,
+            "journal.enabled": self.journal.enabled,
+            "optim.transitions": self.optim.transitions.drives != "off",
+        }
+        if self.engine.cuda_graph and any(on_host.values()):
+            names = " and ".join(name for name, is_on in on_host.items() if is_on)
+            raise ValueError(f"engine.cuda_graph cannot hold what looks at every step on the host: leave out {names}")
         if self.journal.enabled and self.engine.sharding != "bits":
             raise ValueError(f'journal.enabled needs engine.sharding "bits", not "{self.engine.sharding}"')
 

@@ -178,6 +178,15 @@ def sum_of_numbers(value: int) -> int:
     return sum(objects_from_ranks(value))
 
 
+def numbers_from_ranks(value: float) -> list[float]:
+    """`value` of every rank, in their order, without waiting for a GPU."""
+    if dist.get_world_size() == 1:
+        return [value]
+    everyone = [torch.zeros((), dtype=torch.float64) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, torch.tensor(value, dtype=torch.float64), group=cpu_group("control"))
+    return [float(each) for each in everyone]
+
+
 def nccl_version() -> str | None:
     """Of the NCCL that torch was built with; None without one."""
     if not dist.is_nccl_available():

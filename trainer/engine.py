@@ -27,6 +27,7 @@ def shard(optimizer: RoutedOptimizer, config: EngineConfig, num_replicas: int) -
         grad_dtype=torch.bfloat16 if config.grad_comm_dtype == "bf16" else torch.float32,
         max_grad_norm=config.max_grad_norm,
         check_every=config.check_every_steps,
+        defers=False if config.on_nonfinite == "stop" else None,
     )
 
 

@@ -58,6 +58,9 @@ class EngineConfig:
     it and stop, naming the parameters. For "bits" only; DeepSpeed's ZeRO always skips."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the forward pass. Weights, gradients and moments stay fp32."""
+    cuda_graph: bool = False
+    """Launch the whole step as two CUDA graphs: for small networks and batches, whose kernels run shorter than it takes to launch
+    them. A GPU and a single rank; for "bits" only."""
     collective_timeout_minutes: float = 5.0
     """How long ranks wait for each other, at the start and in every collective, before the job fails."""
     deepspeed: Path | None = None
@@ -78,9 +81,14 @@ class EngineConfig:
                 f"engine.collective_timeout_minutes must be positive, not {self.collective_timeout_minutes}"
             )
         own = self.max_grad_norm is not None or self.grad_comm_dtype != "fp32" or self.on_nonfinite != "skip"
-        if self.sharding != "bits" and own:
+        if self.sharding != "bits" and (own or self.cuda_graph):
             raise ValueError(
-                f'engine.max_grad_norm, grad_comm_dtype and on_nonfinite need engine.sharding "bits", not "{self.sharding}"'
+                f"engine.max_grad_norm, grad_comm_dtype, on_nonfinite and cuda_graph need engine.sharding "
+                f'"bits", not "{self.sharding}"'
+            )
+        if self.cuda_graph and self.on_nonfinite == "stop":
+            raise ValueError(
+                'engine.cuda_graph cannot stop before a step that is not finite: use engine.on_nonfinite "skip"'
             )
 
 

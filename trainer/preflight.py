@@ -68,7 +68,7 @@ class Preflight:
             config.engine,
             world_size=world_size,
             num_replicas=trainer.num_replicas,
-            num_statistics=trainer.statistics.flat.numel(),
+            num_statistics=trainer.statistics.numel,
         )
         """Bytes that a rank sends per step; None where that is not predicted."""
         self._num_done, self._seconds = 0, 0.0

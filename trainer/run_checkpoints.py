@@ -171,6 +171,7 @@ class RunCheckpoints:
         config, optimizer = self.config, self._elastic
         skipped = optimizer.num_skipped_steps if isinstance(optimizer, ShardedOptimizer) else 0
         transitions = optimizer.transition_state() if isinstance(optimizer, ShardedOptimizer) else None
+        scale = optimizer.loss_scale if isinstance(optimizer, ShardedOptimizer) else None
         steps = optimizer.steps() if isinstance(optimizer, ShardedOptimizer | RoutedOptimizer) else {}
         meta = {
             "step": step,
@@ -190,6 +191,7 @@ class RunCheckpoints:
             "model": self.parts.signature,
             "optimizer_steps": steps,
             "transitions": transitions,
+            "loss_scale": scale.state() if scale else None,
         }
         if self.parts.diagnostics is not None:
             meta[DIAGNOSTICS_SINCE] = self.parts.diagnostics.since
