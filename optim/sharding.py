@@ -16,6 +16,7 @@ from bitfleet.optim.buckets import Bucket, make_buckets
 from bitfleet.optim.routed import RoutedOptimizer
 from bitfleet.optim.shard_state import Chunk
 from bitfleet.optim.sharding_agreement import WeightsDiffer, differing_weights, union
+from bitfleet.optim.sharding_exchange import all_gather_single
 from bitfleet.optim.sharding_reduction import Reduction
 from bitfleet.optim.transitions import KEY, controller_of
 
@@ -177,7 +178,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             whole = torch.empty(bucket.weights.numel() // 8, dtype=torch.uint8, device=mine.device)
         else:
             whole, mine = bucket.weights, mine.clone()
-        return dist.all_gather_single(whole, mine, group=self.process_group, async_op=True), whole
+        return all_gather_single(whole, mine, group=self.process_group, async_op=True), whole
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of a step that was begun, as after a backward pass that raised.
@@ -289,7 +290,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 whole = mine
                 if self.world_size > 1:
                     whole = torch.empty(self.world_size * mine.numel(), device=mine.device)
-                    dist.all_gather_single(whole, mine, group=self.process_group)
+                    all_gather_single(whole, mine, group=self.process_group)
                 for segment in bucket.segments:
                     tensor = whole[segment.start : segment.end].view(segment.param.shape).clone()
                     result.setdefault(segment.name, {})[key] = tensor
