@@ -18,6 +18,7 @@ from bitfleet.optim.loss_scale import LossScale
 from bitfleet.optim.routed import RoutedOptimizer, numbers_of
 from bitfleet.optim.shard_state import Chunk
 from bitfleet.optim.sharding_agreement import WeightsDiffer, differing_weights, union
+from bitfleet.optim.sharding_exchange import all_gather_single
 from bitfleet.optim.sharding_reduction import Reduction
 from bitfleet.optim.step_numbers import StepNumbers
 from bitfleet.optim.transitions import KEY, controller_of
@@ -294,7 +295,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             whole = torch.empty(bucket.weights.numel() // 8, dtype=torch.uint8, device=mine.device)
         else:
             whole, mine = bucket.weights, mine.clone()
-        return dist.all_gather_single(whole, mine, group=self.process_group, async_op=True), whole
+        return all_gather_single(whole, mine, group=self.process_group, async_op=True), whole
 
     def forget_skipped_step(self) -> None:
         """Take back the count of the last step, which was skipped: the run that continues makes it again."""
@@ -420,7 +421,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 whole = mine
                 if self.world_size > 1:
                     whole = torch.empty(self.world_size * mine.numel(), device=mine.device)
-                    dist.all_gather_single(whole, mine, group=self.process_group)
+                    all_gather_single(whole, mine, group=self.process_group)
                 for segment in bucket.segments:
                     tensor = whole[segment.start : segment.end].view(segment.param.shape).clone()
                     result.setdefault(segment.name, {})[key] = tensor

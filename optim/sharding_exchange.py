@@ -14,13 +14,17 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bitfleet.optim.buckets import tree_sum
+
+all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Gather one tensor of each rank into one of all: torch's function of this name, or what it is called before torch 2.13, of which
+torch 2.14 warns."""
 
 Exchange = Callable[[Tensor, Tensor], Tensor]
 """(a bucket's gradients of this rank, fp32 [N * slice], room for as many of what travels) -> their sum over the ranks, of this

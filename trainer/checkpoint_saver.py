@@ -23,6 +23,7 @@ from bitfleet.trainer.checkpoint import (
     superseded,
     write_meta,
 )
+from bitfleet.trainer.checkpoint_planners import copy_mark
 from bitfleet.trainer.checkpoint_tensors import Tensors
 from bitfleet.trainer.distributed import (
     SAVE_TIMEOUT,
@@ -131,7 +132,7 @@ class Saver:
         if held is not None and held.shape == tensor.shape and held.dtype == tensor.dtype:
             return held
         fresh = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return checkpoint_tensors.copy_mark(tensor, fresh)
+        return copy_mark(tensor, fresh)
 
     def _work(self, step: int, temporary: Path, meta: dict[str, Any], begun_at: float) -> None:
         committed = temporary.with_name(f"step-{step:08d}")

@@ -17,6 +17,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.nn.parallel import DistributedDataParallel
 
+from bitfleet.optim.sharding_exchange import all_gather_single
+
 T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=5)
@@ -150,7 +152,7 @@ def gather_from_ranks(tensor: Tensor) -> list[Tensor]:
     if world_size == 1:
         return [tensor]
     everyone = tensor.new_empty(world_size * tensor.numel())
-    dist.all_gather_single(everyone, tensor)
+    all_gather_single(everyone, tensor)
     return list(everyone.view(world_size, -1))
 
 
