@@ -39,7 +39,12 @@ USAGE = """usage: bitfleet bench NAME [options], on several ranks deepspeed --nu
           where they are installed (pip install 'bitfleet[bench]'): images/s and CPU ms for an image; also the decoder and the
           sampler alone, and files of 256 pixels. Without --root on made-up photos, which the cache folder keeps
   loader --manifest [--rounds 5] [--num_workers CORES]
-          instead: seconds to the first batch and memory with a made-up manifest of ImageNet's length, in new processes"""
+          instead: seconds to the first batch and memory with a made-up manifest of ImageNet's length, in new processes
+  gpu     [--seconds 600] [--output FILE.jsonl] [--only PART ...] [--tiny] [--cifar ROOT] [--imagenet ROOT]
+          what one GPU should show, against its targets (docs/gpu.md): bits against the CPU's, the update, networks, host syncs,
+          repeatability, the trainer, BinaryNet on CIFAR-10 (class folders in ROOT), DALI (photos in ROOT, or made-up ones).
+          Parts: probe rule gradients update networks repeat trainer cifar dali; what no longer fits into the seconds is
+          skipped. Each result is a line of FILE at once. --tiny: a dry run of every part in a minute or two, on a CPU too"""
 
 
 def bench(arguments: Sequence[str]) -> None:
@@ -216,6 +221,13 @@ def _loader(arguments: list[str]) -> None:
         print(format_loader(result))
 
 
+def _gpu(arguments: list[str]) -> None:
+    from bitfleet.launch.bench_gpu import bench_gpu
+
+    if is_first_rank():  # each part is a process of its own
+        bench_gpu(arguments)
+
+
 BENCHMARKS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "comm": _comm,
@@ -227,6 +239,7 @@ BENCHMARKS: dict[str, Callable[[list[str]], None]] = {
     "checkpoint": _checkpoint,
     "journal": _journal,
     "loader": _loader,
+    "gpu": _gpu,
 }
 
 
