@@ -105,6 +105,16 @@ class _Probe:
         loss = nn.functional.cross_entropy(self.model(self.images[:num_images]), self.labels[:num_images])
         torch.autograd.backward(loss)
 
+    def launch_seconds(self, fixed: float) -> float:
+        """Of one kernel.
+
+        Args:
+            fixed: seconds of `passes` that do not depend on the number of images.
+        """
+        num_kernels = self.network.passes.forward.eager + self.network.passes.backward.eager
+        # A GPU is done with two images before its host has launched the next kernel. On a CPU they are work.
+        return (self.seconds(lambda: self.passes(2), 4) if self.device.type == "cuda" else fixed) / num_kernels
+
     def decode_core_seconds(self, num_batches: int) -> float:
         """CPU time of an image, over all threads of this process."""
         next(self.batches)
@@ -161,7 +171,9 @@ class _Probe:
         values = {
             "cores": self.cores,
             "flops_per_second": FLOP_PER_MAC * self.network.macs / slope,
-            "module_seconds": fixed / self.network.num_modules,
+            "launch_seconds": self.launch_seconds(fixed),
+            "graph_seconds": 10e-6,
+            "node_seconds": 1e-6,
             "whole_ns": filled,
             "update_ns": updated,
             "plain_update_ns": 40 * updated,
@@ -178,6 +190,8 @@ class _Probe:
             "flops_per_second": f"{here}: {self.config.model.name}, {self.config.data.image_size} px, "
             f"{1 / slope:,.1f} images/s",
             "plain_update_ns": "40 times update_ns (docs/sharding.md)",
+            "graph_seconds": "assumed",
+            "node_seconds": "assumed",
             "copy_bytes_per_second": "assumed: PCIe 4",
             "link_efficiency": "assumed",
         }
