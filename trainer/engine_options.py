@@ -151,4 +151,6 @@ def deepspeed_options(
                 f'{config.deepspeed} sets the DeepSpeed option "{key}", which belongs to the field {OWNED[key]}'
             )
     options.setdefault("steps_per_print", 2**31)  # the progress bar prints
+    # On by default, and synchronised: it would drain the GPU twice per micro-batch for a figure that nobody reads.
+    options.setdefault("timers", {"throughput": {"enabled": False}})
     return merge(owned, options, config.deepspeed)

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from bitfleet.trainer.engine import load_engine
+from bitfleet.models import ModelConfig, create_model
+from bitfleet.optim import OptimConfig, ShardedOptimizer, build_optimizer
+from bitfleet.trainer.engine import create_engine, load_engine
 from bitfleet.trainer.engine_options import EngineConfig, deepspeed_options
 
 
@@ -27,9 +29,11 @@ def test_configuration_fills_what_it_owns(tmp_path: Path) -> None:
 
 
 def test_user_options_pass_through(tmp_path: Path) -> None:
-    extra = {"comms_logger": {"enabled": True}, "zero_optimization": {"reduce_bucket_size": 7, "stage": 1}}
+    assert options(tmp_path)["timers"] == {"throughput": {"enabled": False}}
+    timers = {"throughput": {"enabled": True, "synchronized": False}}
+    extra = {"timers": timers, "zero_optimization": {"reduce_bucket_size": 7, "stage": 1}}
     filled = options(tmp_path, extra, sharding="zero1")
-    assert filled["comms_logger"] == {"enabled": True}
+    assert filled["timers"] == timers
     assert filled["zero_optimization"] == {"reduce_bucket_size": 7, "stage": 1}
 
 
@@ -113,3 +117,30 @@ def test_misspelt_nested_keys_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f'no DeepSpeed option "{section}.{key}"; did you mean "{section}.{near}"'):
             options(tmp_path, {section: {key: True}})
+
+
+@pytest.mark.usefixtures("process_group")
+def test_device_is_the_one_that_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that sees one GPU as number 0 keeps it, whatever LOCAL_RANK says; and DeepSpeed measures no throughput."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    from deepspeed.accelerator import get_accelerator
+
+    current: list[int] = []
+    monkeypatch.setattr(type(get_accelerator()), "set_device", lambda self, index: current.append(index))
+
+    def build(device: torch.device, **fields: Any) -> Any:
+        model = create_model(ModelConfig(name="birealnet_small", width=8, num_classes=4))
+        optimizer, schedules = build_optimizer(model, OptimConfig(), num_steps=10)
+        settings = deepspeed_options(EngineConfig(**fields), global_batch_size=4, num_replicas=1, world_size=1)
+        return create_engine(model, ShardedOptimizer(optimizer), schedules, settings, device)
+
+    engine = build(torch.device("cuda", 0))
+    assert (current, engine.local_rank) == ([0], 3)
+    assert engine.tput_timer.config.enabled is False
+    build(torch.device("cpu"))  # which has no number: DeepSpeed's own, which means nothing there
+    assert current == [0, 3]
+    with pytest.raises(
+        ValueError, match='"zero3" uses GPU number LOCAL_RANK, which is 3, but .* sees its GPU as number 0'
+    ):
+        build(torch.device("cuda", 0), sharding="zero3")
