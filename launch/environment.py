@@ -79,18 +79,22 @@ def job(device_name: str, config: "TrainConfig | None" = None) -> Iterator[tuple
 
     Args:
         device_name: "auto", "cpu" or "gpu".
-        config: of the run, where there is one: it must be the same on every rank, and says threads and timeout.
+        config: of the run, where there is one: it must be the same on every rank, and says precision, threads and timeout.
 
     Raises:
-        ValueError: "gpu" without CUDA; a rank that does not come, or that differs from rank 0.
+        ValueError: "gpu" without CUDA; a precision that the device does not have; a rank that does not come, or that differs from
+            rank 0.
     """
     complete_environment()
     from bitfleet.trainer.agreement import facts_of_config
+    from bitfleet.trainer.arithmetic import use_arithmetic
     from bitfleet.trainer.distributed import COLLECTIVE_TIMEOUT, choose_device, ranks_from_environment, use_device
+    from bitfleet.trainer.engine_options import EngineConfig
     from bitfleet.trainer.membership import membership
 
     ranks = ranks_from_environment()
     device = choose_device(device_name, ranks)
+    use_arithmetic(device, config.engine if config else EngineConfig())
     use_device(device, ranks, config.num_threads if config else None)
     timeout = datetime.timedelta(minutes=config.engine.collective_timeout_minutes) if config else COLLECTIVE_TIMEOUT
     with membership.join(ranks, device, facts_of_config(config) if config else {}, timeout) as ranks:

@@ -43,12 +43,15 @@ def plan(arguments: Sequence[str]) -> None:
         raise ValueError("how fast is the network? Pass --network, the Gbit/s of a node")
     config = parse_train(rest, "bitfleet plan")
 
+    from bitfleet.trainer.engine_options import AUTOCAST, resolve_precision
     from bitfleet.trainer.plan import Cluster, other_shardings, scan
     from bitfleet.trainer.plan_rates import published, read_rates
     from bitfleet.trainer.plan_table import format_plan
     from bitfleet.trainer.plan_traffic import count_images, describe
 
-    rates = read_rates(Path(file)) if file else published(gpu or "", config.engine.precision)
+    # The table's rate of fp32 is that of TF32; its bf16 stands for fp16 too.
+    halved = resolve_precision(config.engine.precision, "cuda") in AUTOCAST
+    rates = read_rates(Path(file)) if file else published(gpu or "", "bf16" if halved else "fp32")
     cluster = Cluster(
         num_nodes=num_nodes,
         ranks_per_node=ranks_per_node,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfleet.optim import HyperparameterScheduler, RoutedOptimizer, Schedule, ShardedOptimizer
-from bitfleet.trainer.engine_options import EngineConfig
+from bitfleet.trainer.engine_options import AUTOCAST, EngineConfig
 
 
 def shard(optimizer: RoutedOptimizer, config: EngineConfig, num_replicas: int) -> RoutedOptimizer | ShardedOptimizer:
@@ -42,7 +42,8 @@ def backward(engine: Any, loss: Tensor, sharding: str) -> None:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """`EngineConfig.precision` for forward passes outside of the engine."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    dtype: torch.dtype = getattr(torch, AUTOCAST.get(precision, "bfloat16"))
+    return torch.autocast(device.type, dtype, enabled=precision in AUTOCAST)
 
 
 def whole_weights(engine: Any) -> AbstractContextManager[None]:
@@ -103,6 +104,8 @@ def create_engine(
         raise ValueError(
             f"DeepSpeed refuses the option {name!r} of engine.deepspeed ({error.title}): {first['msg']}{hint}"
         ) from error
+    # For fp16 DeepSpeed makes a torch.amp.GradScaler, whose step waits for the GPU. With sharding "bits" the optimizer scales.
+    engine.torch_autocast_z0_gradscaler = None
     return engine
 
 

@@ -62,12 +62,19 @@ def identity(config: TrainConfig, num_replicas: int, world_size: int, data_sha: 
     """What must be equal for a resumed run to be the same run: field -> value.
 
     DeepSpeed's own shards can only be read on as many ranks as wrote them; all else is free of the number of ranks.
+
+    Args:
+        config: the run; its precision is the one that it computes in, not "auto".
+        num_replicas: micro-batches per step.
+        world_size: number of ranks.
+        data_sha: of the lists of images.
     """
     resolved = to_dict(config)
     sections = {
         "data": {key: value for key, value in resolved["data"].items() if key not in MACHINE},
         "engine": {
-            key: resolved["engine"][key] for key in ("sharding", "precision", "grad_comm_dtype", "max_grad_norm")
+            key: resolved["engine"][key]
+            for key in ("sharding", "precision", "deterministic", "grad_comm_dtype", "max_grad_norm")
         },
         "model": resolved["model"],
         "optim": resolved["optim"],

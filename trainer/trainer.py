@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from bitfleet.models import create_model
 from bitfleet.optim import ShardedOptimizer, build_optimizer, driven_values, routing_table
 from bitfleet.trainer.agreement import agree
+from bitfleet.trainer.arithmetic import use_arithmetic
 from bitfleet.trainer.checkpoint import model_signature
 from bitfleet.trainer.checkpoint_loader import Intact
-from bitfleet.trainer.config import TrainConfig, resolve_replicas
+from bitfleet.trainer.config import TrainConfig, resolve_replicas, with_precision
 from bitfleet.trainer.data import TrainLoader, ValidationLoader, normalize, open_dataset
 from bitfleet.trainer.distributed import Ranks, from_first_rank
 from bitfleet.trainer.engine import backward, create_engine, shard
@@ -50,6 +51,8 @@ class Trainer:
         self._lock = take_folder(self.folder) if self.folder.checkpoint and ranks.is_first else None
         self.begun = begun = find_start(self.folder, ranks)
         """The checkpoint that it continues from."""
+        self.config = config = with_precision(config, device.type, begun.meta["engine.precision"] if begun else None)
+        use_arithmetic(device, config.engine)
         self.num_replicas = self._like_before(begun)
         options = deepspeed_options(
             config.engine,
