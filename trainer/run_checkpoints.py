@@ -28,6 +28,7 @@ from bitfleet.trainer.distributed import Ranks, sum_of_numbers
 from bitfleet.trainer.engine import load_engine, whole_weights
 from bitfleet.trainer.metrics import read_metrics
 from bitfleet.trainer.run_folder import RunFolder, versions
+from bitfleet.trainer.stop import AGREE_SECONDS
 
 ASSUMED_BYTES_PER_SECOND = 50e6
 """Of writing, hashing and flushing a checkpoint, before one has been measured: a slow disk."""
@@ -245,8 +246,8 @@ class RunCheckpoints:
 
 
 def grace(save_seconds: float, how: str, step_seconds: float = 0.0) -> str:
-    """What a stop needs, in words: a step, the save that is under way, and the one of the stop."""
-    needed = math.ceil(step_seconds + 2 * save_seconds)
+    """What a stop needs, in words: the steps until the ranks agree on it, the save that is under way, and the one of the stop."""
+    needed = math.ceil(max(step_seconds, AGREE_SECONDS) + 2 * save_seconds)
     text = f"a stop needs about {needed} s between SIGTERM and SIGKILL (a save takes {save_seconds:.1f} s, {how})"
     if needed > LAUNCHER_SECONDS:
         text += f": more than the {LAUNCHER_SECONDS} s that DeepSpeed's launcher gives; send SIGUSR1 in time instead"

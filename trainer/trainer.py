@@ -253,7 +253,7 @@ class Trainer:
             with self.around_step():
                 self.advance()
             self.checkpoints.saver.check()
-            self.stopped_by, save_now = stop.agree(self.checkpoints.by_time())
+            self.stopped_by, save_now = stop.after_step(self.checkpoints.by_time())
             if sentence := self.checkpoints.new_grace(time.perf_counter() - start):
                 self.reports.say(sentence)
             if save_now or self.stopped_by or self.step == last or self.checkpoints.by_step(self.step):

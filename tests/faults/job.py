@@ -133,6 +133,7 @@ if __name__ == "__main__":
     watch_steps()
     watch_backward_and_validation()
     StopWatcher.__init__.__globals__["FILE_SECONDS"] = 0.0
+    StopWatcher.__init__.__globals__["AGREE_SECONDS"] = 0.1  # the run has 30 steps of 40 ms
     if "clock_back" in FAULT:
         set_clock_back(FAULT["clock_back"])
     sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
