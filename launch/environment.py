@@ -148,6 +148,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def _fail(error: BaseException) -> NoReturn:
+    error = _in_a_sentence(error)
     if isinstance(error, ValueError | FloatingPointError) or _is_full_disk(error) or _is_disagreement(error):
         if not is_first_rank():
             _leave_with_others(FIRST_RANK_SPEAKS_SECONDS)
@@ -214,6 +215,20 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
     """A full disk under TensorBoard's writer thread is raised again in the main thread, which says it in a sentence."""
     if failure.exc_value is None or not _is_full_disk(failure.exc_value):
         threading.__excepthook__(failure)
+
+
+def _in_a_sentence(error: BaseException) -> BaseException:
+    """A GPU without memory as a ValueError; every other error as it is."""
+    if "torch" in sys.modules:
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError):
+            from bitfleet.trainer.out_of_memory import out_of_memory
+
+            sentence = ValueError(f"{out_of_memory(error)}: use smaller batches, or a GPU that nothing else uses")
+            sentence.__cause__ = error
+            return sentence
+    return error
 
 
 def _is_full_disk(error: BaseException) -> bool:

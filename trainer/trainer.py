@@ -25,6 +25,8 @@ from bitfleet.trainer.heartbeat import reached
 from bitfleet.trainer.initial_weights import load_initial_weights, seed_everything
 from bitfleet.trainer.metrics import Accuracy, hyperparameters_of
 from bitfleet.trainer.nonfinite import MAX_SKIPPED_IN_A_ROW, nonfinite_gradient
+from bitfleet.trainer.out_of_memory import training_out_of_memory
+from bitfleet.trainer.preflight_memory import bucket_shapes, predict_memory
 from bitfleet.trainer.readings import Readings
 from bitfleet.trainer.reports import Reports
 from bitfleet.trainer.run_checkpoints import Parts, RunCheckpoints, find_start, identity
@@ -233,16 +235,26 @@ class Trainer:
 
         Raises:
             FloatingPointError: losses or gradients are not finite; the state before is saved.
-            ValueError: a checkpoint could not be written.
+            ValueError: a checkpoint could not be written, or the GPU is out of memory.
         """
         last = min(self.num_steps, self.config.stop_after_steps or self.num_steps)
         with StopWatcher(self.folder.path, self.ranks, launched=self.ranks.launched) as stop:
             try:
                 self._run_steps(last, stop)
-            except Exception:
+            except Exception as error:
                 self.checkpoints.saver.let_finish()
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise ValueError(self._out_of_memory(error)) from error
                 raise
             self.seconds_to_stop = time.monotonic() - stop.seen_at if stop.seen_at is not None else 0.0
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> str:
+        place = {"num_replicas": self.num_replicas, "world_size": self.ranks.world_size}
+        shapes = bucket_shapes(self.sharded, self.checkpoints.parts.signature)
+        predicted = predict_memory(self.config, shapes, **place).peak
+        return training_out_of_memory(
+            error, self.config, num_replicas=self.num_replicas, device=self.device, predicted=predicted
+        )
 
     def _run_steps(self, last: int, stop: StopWatcher) -> None:
         self.start()

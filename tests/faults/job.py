@@ -50,6 +50,10 @@ def act(trainer: Trainer | None = None) -> None:
         spoil(trainer)
     elif action == "raise":
         raise RuntimeError("an error that nobody expects")
+    elif action == "out of memory":
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ... 1 MiB is free. And so on"
+        )
     elif action.startswith("fill:"):  # a file system of its own
         with Path(target, "filler").open("wb") as file:
             try:
