@@ -44,13 +44,13 @@ def plan(arguments: Sequence[str]) -> None:
         raise ValueError("how fast is the network? Pass --network, the Gbit/s of a node")
     config = parse_train(rest, "bitfleet plan")
 
+    from bitfleet.trainer.engine_options import resolve_precision
     from bitfleet.trainer.plan import Cluster, all_modes, other_shardings, scan
     from bitfleet.trainer.plan_rates import published, read_rates
     from bitfleet.trainer.plan_table import format_plan
     from bitfleet.trainer.plan_traffic import count_images, describe
 
-    # torch lets cuDNN's convolutions use TF32 for fp32.
-    precision = "tf32" if config.engine.precision == "fp32" else config.engine.precision
+    precision = resolve_precision(config.engine.precision, "cuda")
     rates = read_rates(Path(file)) if file else published(gpu or "", precision, config.data.image_size)
     cluster = Cluster(
         num_nodes=num_nodes,

@@ -82,6 +82,11 @@ def choose_device(wanted: str, ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank)
 
 
+def gpu_uuid(device: torch.device) -> str:
+    """The UUID of a GPU, the same for all processes and under every number that it is seen as; "" for a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
 def use_device(device: torch.device, ranks: Ranks, num_threads: int | None = None) -> None:
     """Make `device` current and set the threads: `num_threads`, or this rank's share of the cores of the machine."""
     if device.type == "cuda":
@@ -114,6 +119,9 @@ def process_group(
 
     A process that failed must not wait for its peers, so on an exception the group is left to the end of the process.
 
+    NCCL's watchdog looks ten times a second and by default aborts the process when a peer is gone, before the heartbeat has said
+    which host that was. Here it only ends the communicators, so that the next collective raises: the heartbeat ends the process.
+
     Args:
         device: where the model runs.
         ranks: this process's place.
@@ -122,6 +130,8 @@ def process_group(
     """
     global _timeout
     _timeout = timeout
+    if device.type == "cuda":
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")  # CleanUpOnly, of ProcessGroupNCCL.hpp
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         rank=ranks.rank,
@@ -132,6 +142,20 @@ def process_group(
     yield
     dist.barrier()
     dist.destroy_process_group()
+
+
+def connect(device: torch.device) -> None:
+    """Let NCCL connect the ranks, each with its GPU; on a CPU they are connected already. Every rank calls this.
+
+    `init_process_group(device_id=device)` ends with the same. Here it comes after the ranks have agreed: those that differ in
+    versions or device would hang in it.
+    """
+    if device.type != "cuda":
+        return
+    group = dist.group.WORLD
+    assert group is not None
+    group.bound_device_id = device
+    group._get_backend(device).eager_connect_single_device(device)
 
 
 def barrier() -> None:

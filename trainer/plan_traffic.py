@@ -128,7 +128,7 @@ def traffic(network: Network, config: TrainConfig, world_size: int) -> Traffic:
     if world_size == 1:
         return Traffic([], [])
     sharding = config.engine.sharding
-    control = [Message("all_reduce", 16)]  # stop.py: two integers
+    control = [Message("all_reduce", 24)]  # stop.py: three integers; after quick steps not after each
     if network.num_statistics:
         control.append(Message("all_gather", 4 * network.num_statistics * world_size))
     if sharding == "bits":

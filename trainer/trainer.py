@@ -10,9 +10,10 @@ import torch
 from bitfleet.models import create_model
 from bitfleet.optim import ShardedOptimizer, build_optimizer, driven_values, routing_table
 from bitfleet.trainer.agreement import agree
+from bitfleet.trainer.arithmetic import use_arithmetic
 from bitfleet.trainer.checkpoint import model_signature
 from bitfleet.trainer.checkpoint_loader import Intact
-from bitfleet.trainer.config import TrainConfig, resolve_replicas
+from bitfleet.trainer.config import TrainConfig, resolve_replicas, with_precision
 from bitfleet.trainer.data import TrainLoader, ValidationLoader, open_dataset
 from bitfleet.trainer.distributed import Ranks, from_first_rank
 from bitfleet.trainer.engine import create_engine, shard
@@ -23,6 +24,8 @@ from bitfleet.trainer.heartbeat import reached
 from bitfleet.trainer.initial_weights import load_initial_weights, seed_everything
 from bitfleet.trainer.metrics import Accuracy, hyperparameters_of
 from bitfleet.trainer.nonfinite import MAX_SKIPPED_IN_A_ROW, nonfinite_gradient
+from bitfleet.trainer.out_of_memory import training_out_of_memory
+from bitfleet.trainer.preflight_memory import bucket_shapes, predict_memory
 from bitfleet.trainer.readings import Readings
 from bitfleet.trainer.reports import Reports
 from bitfleet.trainer.run_checkpoints import Parts, RunCheckpoints, find_start, identity
@@ -51,6 +54,8 @@ class Trainer:
         self._lock = take_folder(self.folder) if self.folder.checkpoint and ranks.is_first else None
         self.begun = begun = find_start(self.folder, ranks)
         """The checkpoint that it continues from."""
+        self.config = config = with_precision(config, device.type, begun.meta["engine.precision"] if begun else None)
+        use_arithmetic(device, config.engine)
         self.num_replicas = self._like_before(begun)
         options = deepspeed_options(
             config.engine,
@@ -218,16 +223,26 @@ class Trainer:
 
         Raises:
             FloatingPointError: losses or gradients are not finite; the state before is saved.
-            ValueError: a checkpoint could not be written.
+            ValueError: a checkpoint could not be written, or the GPU is out of memory.
         """
         last = min(self.num_steps, self.config.stop_after_steps or self.num_steps)
         with StopWatcher(self.folder.path, self.ranks, launched=self.ranks.launched) as stop:
             try:
                 self._run_steps(last, stop)
-            except Exception:
+            except Exception as error:
                 self.checkpoints.saver.let_finish()
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise ValueError(self._out_of_memory(error)) from error
                 raise
             self.seconds_to_stop = time.monotonic() - stop.seen_at if stop.seen_at is not None else 0.0
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> str:
+        place = {"num_replicas": self.num_replicas, "world_size": self.ranks.world_size}
+        shapes = bucket_shapes(self.sharded, self.checkpoints.parts.signature)
+        predicted = predict_memory(self.config, shapes, **place).peak
+        return training_out_of_memory(
+            error, self.config, num_replicas=self.num_replicas, device=self.device, predicted=predicted
+        )
 
     def _run_steps(self, last: int, stop: StopWatcher) -> None:
         self.start()
@@ -238,7 +253,7 @@ class Trainer:
             with self.around_step():
                 self.advance()
             self.checkpoints.saver.check()
-            self.stopped_by, save_now = stop.agree(self.checkpoints.by_time())
+            self.stopped_by, save_now = stop.after_step(self.checkpoints.by_time())
             if sentence := self.checkpoints.new_grace(time.perf_counter() - start):
                 self.reports.say(sentence)
             if save_now or self.stopped_by or self.step == last or self.checkpoints.by_step(self.step):

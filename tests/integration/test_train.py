@@ -164,6 +164,16 @@ def test_one_rank_alone_and_other_options(tiny: list[str], tmp_path: Path) -> No
     assert [path.name for path in checkpoints(tmp_path / "run")] == [f"step-{step:08d}" for step in (10, 11, 12)]
     done = run_command([BIN / "bitfleet", "evaluate", tmp_path / "run"])
     assert f"loss {validation['loss']:.4f}" in done.stdout  # in the run's precision
+    done = run_command([BIN / "bitfleet", "evaluate", tmp_path / "run", "--precision", "fp32", "bf16"])
+    trained, single, half, differ = done.stdout.splitlines()[-4:]
+    assert trained == "trained in bf16"
+    assert single.startswith("fp32  top-1 ")
+    assert half.startswith("bf16  top-1 ")
+    assert f"loss {validation['loss']:.4f}" in half
+    assert f"loss {validation['loss']:.4f}" not in single
+    assert re.fullmatch(r"\d+ of 28 predictions differ between fp32 and bf16", differ)
+    done = run_command([BIN / "bitfleet", "evaluate", tmp_path / "run", "--precision", "tf32"])
+    failed(done, 'precision "tf32" is arithmetic of a GPU, and this model runs on the CPU')
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
@@ -171,7 +181,8 @@ def test_evaluate_counts_every_image_once(num_ranks: int, straight: tuple[Path, 
     """28 images, 3 ranks and batches of 100: one rank has less, all print the validation of the run."""
     run, _ = straight
     alone = run_command([BIN / "bitfleet", "evaluate", checkpoints(run)[-1]])
-    done = alone if num_ranks == 1 else deepspeed(num_ranks, "launch/evaluate.py", run)
+    options = ["--precision", "fp32", "fp32"] if num_ranks == 3 else []
+    done = alone if num_ranks == 1 else deepspeed(num_ranks, "launch/evaluate.py", run, *options)
     assert done.returncode == 0, done.stdout
     accuracy = [line for line in done.stdout.splitlines() if line.startswith("top-1")]
     assert len(accuracy) == 1, done.stdout

@@ -62,6 +62,27 @@ def test_closed_output_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_gpu_without_memory_is_one_sentence() -> None:
+    code = """
+import torch
+from bitfleet.launch.environment import run
+def main():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79 GiB of which 1 MiB is free. And")
+run(main)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("bitfleet: error: a GPU of ")
+    assert "(Tried to allocate 2.00 GiB. GPU 0 has 79 GiB of which 1 MiB is free): use smaller batches, or" in line
+
+
 def test_environment_is_completed_once_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT BITFLEET_ALONE".split()
     for name in names:
