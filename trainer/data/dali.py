@@ -18,6 +18,9 @@ from bitfleet.trainer.data.resizing import Resizer
 from bitfleet.trainer.data.stall import result_within
 
 _PREFETCH_DEPTH = 2
+# DALI's defaults. The decoder allocates the first once and the second twice for each thread, so the largest image of a set, which
+# may have 100 MB, must not set them: it is decoded all the same, into memory that grows then.
+_MOST_DEVICE_PADDING, _MOST_HOST_PADDING = 16 << 20, 8 << 20
 
 
 class DaliPipeline:
@@ -47,7 +50,7 @@ class DaliPipeline:
             batch_size: The most images a request has.
             num_threads: Threads that read and decode.
             device_index: The CUDA device to decode on; None decodes on the CPU.
-            largest_image_bytes: Height * width * 3 of the largest image: how much the GPU decoder allocates at once.
+            largest_image_bytes: Height * width * 3 of the largest image: the most that the GPU decoder allocates at once.
             in_shards: Images are parts of larger files, which DALI cannot read itself.
             stall_seconds: How long a batch may take before the disk is asked whether it answers.
 
@@ -191,12 +194,7 @@ class DaliPipeline:
         # heights and widths that the windows are made from are those of the stored pixels.
         decoding: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False, "device": "cpu"}
         if self._device_index is not None:
-            decoding |= {
-                "device": "mixed",
-                "device_memory_padding": self._largest_image_bytes,
-                "host_memory_padding": self._largest_image_bytes,
-                "jpeg_fancy_upsampling": True,  # as the CPU decoder does
-            }
+            decoding |= gpu_decoding(self._largest_image_bytes)
         elif self._geometry == "crop_bicubic":
             decoding["use_fast_idct"] = True  # as TensorFlow's decoder does by default: the same pixels
         window_type = types.FLOAT if self._geometry == "resize_crop" else types.INT32
@@ -239,6 +237,20 @@ class DaliPipeline:
 def _windows(output: Any) -> list[torch.Tensor]:
     """The images of an output, whose sizes differ, without a copy."""
     return [] if output is None else [from_dlpack(output[index]) for index in range(len(output))]
+
+
+def gpu_decoding(largest_image_bytes: int) -> dict[str, Any]:
+    """Return the arguments of DALI's decoder that are for the GPU alone.
+
+    Args:
+        largest_image_bytes: Height * width * 3 of the largest image.
+    """
+    return {
+        "device": "mixed",
+        "device_memory_padding": min(largest_image_bytes, _MOST_DEVICE_PADDING),
+        "host_memory_padding": min(largest_image_bytes, _MOST_HOST_PADDING),
+        "jpeg_fancy_upsampling": True,  # as the CPU decoder does
+    }
 
 
 def _next_output(pipeline: Any, stream: Any) -> Any:

@@ -13,9 +13,10 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from nvidia.dali.backend import GetSchema
 from PIL import Image
 
-from bitfleet.trainer.data import DataConfig, Dataset, TrainLoader, ValidationLoader, normalize, open_dataset
+from bitfleet.trainer.data import DataConfig, Dataset, TrainLoader, ValidationLoader, dali, normalize, open_dataset
 
 PAD_CROP = DataConfig(num_threads=1)
 RESIZED_CROP = DataConfig(num_threads=1, augmentation="random_resized_crop", image_size=20)
@@ -240,6 +241,21 @@ def test_wrong_values_in_the_config(field: str, value: object) -> None:
 def test_gpu_that_is_not_there(numbered: Dataset) -> None:
     with pytest.raises(ValueError, match=r"data\.device='gpu' needs a CUDA device"):
         ValidationLoader(numbered, DataConfig(device="gpu"), rank=0, world_size=1, local_world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("largest", "device_bytes", "host_bytes"),
+    [(3 * 500 * 400, 600_000, 600_000), (10 << 20, 10 << 20, 8 << 20), (100_000_000, 16 << 20, 8 << 20)],
+)
+def test_the_gpu_decoder_starts_with_no_more_memory_than_by_default(
+    largest: int, device_bytes: int, host_bytes: int
+) -> None:
+    arguments = dali.gpu_decoding(largest)
+    assert arguments["device"] == "mixed"
+    assert (arguments["device_memory_padding"], arguments["host_memory_padding"]) == (device_bytes, host_bytes)
+    schema = GetSchema("decoders__Image")
+    for name, most in (("device_memory_padding", 16 << 20), ("host_memory_padding", 8 << 20)):
+        assert schema.GetArgumentDefaultValueString(name) == str(most)
 
 
 def test_without_dali_the_extra_is_named(numbered: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
