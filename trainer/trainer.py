@@ -121,9 +121,10 @@ class Trainer:
             seed=config.seed,
             global_batch_size=config.global_batch_size,
             num_replicas=self.num_replicas,
+            device=self.device,
             **place,
         )
-        self.validation_loader = ValidationLoader(self.dataset, config.data, **place)
+        self.validation_loader = ValidationLoader(self.dataset, config.data, device=self.device, **place)
 
     def _resume(self, begun: Intact) -> int:
         step = self.checkpoints.resume(begun)
@@ -162,8 +163,7 @@ class Trainer:
             self.readings.own_time.begin()
             images, labels = next(self.batches)
             self.readings.stopwatch.waited(time.perf_counter() - start)
-            labels = labels.to(self.device, non_blocking=True)
-            images = normalize(images.to(self.device, non_blocking=True), self.config.data.mean, self.config.data.std)
+            images = normalize(images, self.config.data.mean, self.config.data.std)
             self.statistics.start_replica()
             logits: Tensor = self.engine(images)
             loss = nn.functional.cross_entropy(logits.float(), labels)
