@@ -71,6 +71,7 @@ class _Probe:
             seed=config.seed,
             global_batch_size=config.global_batch_size,
             num_replicas=config.num_replicas or ranks.world_size,
+            device=device,
             rank=ranks.rank,
             world_size=ranks.world_size,
             local_world_size=ranks.local_world_size,

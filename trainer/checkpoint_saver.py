@@ -124,7 +124,7 @@ class Saver:
         self._buffers = {name: self._buffer(name, tensor) for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
             self._buffers[name].copy_(tensor, non_blocking=True)
-        if torch.cuda.is_available():
+        if any(tensor.is_cuda for tensor in tensors.values()):  # else this would start CUDA in a run on the CPU
             torch.cuda.synchronize()
 
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def validate(
 
     Args:
         model: in any mode; it is left as it was.
-        loader: this rank's images.
+        loader: this rank's images, on `device`.
         config: of the run.
         device: where the model runs.
         must_stop: asked before each batch; the same on every rank.
@@ -53,8 +53,7 @@ def validate(
         if labels.numel() == 0:  # the other ranks have the rest
             continue
         with autocast(device, config.engine.precision):
-            logits = model(normalize(images.to(device), config.data.mean, config.data.std))
-        labels = labels.to(device)
+            logits = model(normalize(images, config.data.mean, config.data.std))
         meter.add(nn.functional.cross_entropy(logits.float(), labels, reduction="none"), logits, labels)
     model.train(was_training)
     return None if stopped else meter.read()
@@ -91,6 +90,8 @@ def evaluate_run(
     if checkpoint is None:
         raise ValueError(f"the run {path} has no complete checkpoint to evaluate")
     data = config.data if data_root is None else dataclasses.replace(config.data, root=data_root)
+    if device.type != "cuda":  # a run that decoded on a GPU can be evaluated anywhere
+        data = dataclasses.replace(data, device="auto")
     config = dataclasses.replace(config, data=data)
     dataset = open_dataset(data)
     agree(ranks, {f"the lists of images in {data.root} (sha256)": dataset.sha})
@@ -99,9 +100,8 @@ def evaluate_run(
         raise ValueError(
             f"{data.root} has the classes {json.dumps(dataset.classes)[:200]}, the run was trained on {json.dumps(classes)[:200]}"
         )
-    loader = ValidationLoader(
-        dataset, data, rank=ranks.rank, world_size=ranks.world_size, local_world_size=ranks.local_world_size
-    )
+    place = {"rank": ranks.rank, "world_size": ranks.world_size, "local_world_size": ranks.local_world_size}
+    loader = ValidationLoader(dataset, data, device=device, **place)
     model = create_model(config.model).to(device)
     load_model(model, checkpoint)
     trained_in = config.engine.precision

@@ -139,9 +139,10 @@ class Trainer:
             seed=config.seed,
             global_batch_size=config.global_batch_size,
             num_replicas=self.num_replicas,
+            device=self.device,
             **place,
         )
-        self.validation_loader = ValidationLoader(self.dataset, config.data, **place)
+        self.validation_loader = ValidationLoader(self.dataset, config.data, device=self.device, **place)
 
     def _resume(self, begun: Intact) -> int:
         step = self.checkpoints.resume(begun)
