@@ -100,6 +100,11 @@ class EngineConfig:
             raise ValueError(
                 'engine.cuda_graph cannot stop before a step that is not finite: use engine.on_nonfinite "skip"'
             )
+        if self.precision == "fp16" and self.on_nonfinite == "stop":
+            raise ValueError(
+                'engine.precision "fp16" finds its loss scale by steps that are not finite: use engine.on_nonfinite "skip", or '
+                "bf16"
+            )
         if self.precision == "fp16" and self.sharding != "bits":
             raise ValueError(
                 f'engine.precision "fp16" needs engine.sharding "bits", which scales the loss, not "{self.sharding}": use bf16'

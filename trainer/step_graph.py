@@ -58,7 +58,8 @@ class CudaRecorder:
     def capture(self, work: Callable[[], None]) -> Graph:
         """Capture what `work` launches."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Other threads (the loader's, that of a save) may go on: only this one must launch nothing outside of the capture.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         return graph
 

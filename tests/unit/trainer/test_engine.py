@@ -74,6 +74,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         ({"sharding": "zero1", "grad_comm_dtype": "bf16"}, 'need engine.sharding "bits", not "zero1"'),
         ({"sharding": "none", "max_grad_norm": 1.0}, 'need engine.sharding "bits", not "none"'),
         ({"sharding": "zero1", "precision": "fp16"}, 'precision "fp16" needs engine.sharding "bits", which scales'),
+        ({"on_nonfinite": "stop", "precision": "fp16"}, 'precision "fp16" finds its loss scale by steps that are not'),
     ],
 )
 def test_bad_fields_are_named(fields: dict[str, Any], message: str) -> None:
