@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 # Files and folders; with an older torch what may differ there, else everything.
 TESTS = $(if $(TORCH),tests/unit tests/numerics tests/distributed)
 
-.PHONY: train test test-slow lint types format setup clean
+.PHONY: train test test-slow test-gpu lint types format setup clean
 
 # The main job: a small Bi-Real Net on the embedded images, three minutes on two cores. Options: make train ARGS="--epochs 4"
 train: $(READY)
@@ -26,6 +26,10 @@ test: $(READY)
 # What takes minutes, or root and network namespaces.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "(slow or multinode) and not gpu" $(TESTS) $(ARGS)
+
+# What needs a CUDA device; each test is skipped where there is none. BITFLEET_GPU_DRY_RUN=1 make test-gpu runs it on the CPU, tiny.
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -196,7 +196,9 @@ _CHILD = (sys.executable, "-m", "bitfleet.launch.bench_gpu")
 
 def _run_process(command: Sequence[str], log: int, seconds: float) -> int | None:
     """Run a command in a process group of its own; returns its exit code, None where it had to be ended after `seconds`."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUNBUFFERED": "1"}
+    alone = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # a machine without a network has no other
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUNBUFFERED": "1"}
+    environment = alone | os.environ | path
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
     )

@@ -1,6 +1,7 @@
 """Where the host waits for the GPU: every synchronisation inside, by the line of bitfleet or DeepSpeed that causes it."""
 
 import collections
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,7 +28,8 @@ Places = collections.Counter[str]
 def host_syncs(device: torch.device) -> Iterator[Places]:
     """Count what makes the host wait for the GPU inside: synchronising operations and waits for the device, an event or a stream.
 
-    On a CPU nothing waits, and only the calls of torch.cuda.synchronize and its like are counted.
+    Only waits of the threads that train count, the main one and autograd's: a loader's thread may wait. On a CPU nothing waits,
+    and only the calls of torch.cuda.synchronize and its like are counted.
 
     Args:
         device: where the model runs.
@@ -38,7 +40,7 @@ def host_syncs(device: torch.device) -> Iterator[Places]:
     places: Places = collections.Counter()
 
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
-        if _SYNCHRONIZING in str(message):
+        if _SYNCHRONIZING in str(message) and _is_training_thread():
             places[place_of(traceback.extract_stack()[:-1])] += 1
 
     with ExitStack() as stack:
@@ -59,10 +61,17 @@ def host_syncs(device: torch.device) -> Iterator[Places]:
 
 def _counted(function: Callable[..., Any], places: Places) -> Callable[..., Any]:
     def call(*arguments: Any, **options: Any) -> Any:
-        places[f"{function.__qualname__} from {place_of(traceback.extract_stack()[:-1])}"] += 1
+        if _is_training_thread():
+            places[f"{function.__qualname__} from {place_of(traceback.extract_stack()[:-1])}"] += 1
         return function(*arguments, **options)
 
     return call
+
+
+def _is_training_thread() -> bool:
+    """Whether this is the main thread, or one that torch has made, for backward: Python calls those Dummy-1, Dummy-2, ..."""
+    current = threading.current_thread()
+    return current is threading.main_thread() or current.name.startswith("Dummy-")
 
 
 def place_of(stack: traceback.StackSummary | list[traceback.FrameSummary]) -> str:

@@ -129,8 +129,6 @@ def _measure_run(session: Session, what: str, make: Callable[[], TrainConfig], h
         synchronize(session.device)
         seconds_to_start = time.perf_counter() - start
         _measure_syncs(session, what, trainer, counted)
-        if not has_graph:  # a replay passes by the dispatcher
-            _measure_copies(session, what, trainer, counted)
         seconds = seconds_per_call(trainer.advance, timed, session.device)
         session.add(
             "step",
@@ -141,6 +139,8 @@ def _measure_run(session: Session, what: str, make: Callable[[], TrainConfig], h
             logs_every=config.metrics.every_steps,
             seconds_to_start=seconds_to_start,
         )
+        if not has_graph:  # a replay passes by the dispatcher
+            session.attempt("pageable copies per step", _measure_copies, session, what, trainer, counted)
     finally:
         trainer.stop()
         if isinstance(trainer.sharded, ShardedOptimizer):
@@ -164,7 +164,8 @@ def _measure_syncs(session: Session, what: str, trainer: Trainer, num_steps: int
 
 def _measure_copies(session: Session, what: str, trainer: Trainer, num_steps: int) -> None:
     """From and to pageable memory, which wait for the GPU but are not among the synchronisations that torch knows of."""
-    with PageableCopies() as copies:
+    # A compiled function refuses to run under a mode that sees every operator.
+    with torch.compiler.set_stance("force_eager"), PageableCopies() as copies:
         for _ in range(num_steps):
             trainer.train_step()
     facts = {"total": _per_step(copies.places, num_steps), "places": _most(copies.places, num_steps)}
