@@ -61,7 +61,8 @@ WINDOWS = (
 )
 """Operators that compiled code fuses with what follows, but not with what comes before: they read neighbours."""
 
-LOWERED = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+LOWERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions that autocast converts to."""
 LOWERED_FUNCTIONS = (nn.functional.conv2d, nn.functional.linear, torch.matmul, torch.mm, torch.bmm)
 RAISED_FUNCTIONS = (nn.functional.layer_norm,)
 
@@ -221,9 +222,8 @@ class _Autocast(TorchFunctionMode):
 
 
 def autocast_on_meta(precision: str) -> AbstractContextManager[object]:
-    """`EngineConfig.precision` for a forward pass on the meta device."""
-    dtypes = [dtype for dtype, name in LOWERED.items() if name == precision]
-    return _Autocast(dtypes[0]) if dtypes else nullcontext()
+    """Enter `EngineConfig.precision` for a forward pass on the meta device."""
+    return _Autocast(LOWERED[precision]) if precision in LOWERED else nullcontext()
 
 
 def count_passes(model: nn.Module, config: TrainConfig) -> Passes:
@@ -269,7 +269,7 @@ def count_launches(
 ) -> Launches:
     """Count what one of `world_size` ranks launches for a step without logging.
 
-    DeepSpeed's own bookkeeping (sharding none, zero1, zero2, zero3) is taken as one kernel per parameter and micro-batch.
+    Where DeepSpeed shards (none, zero1, zero2, zero3) the count is rough: a kernel per parameter and micro-batch, and `_deepspeed`.
 
     Args:
         passes: of its micro-batches.
@@ -342,7 +342,14 @@ def _statistics_of_step(passes: Passes, num_micro_batches: int, world_size: int)
 
 
 def _deepspeed(groups: Sequence[Group], sharding: str, world_size: int) -> tuple[int, int]:
-    """(update, exchange) where DeepSpeed reduces the gradients: a rule per parameter, or per group of flat slices."""
+    """(update, exchange) where DeepSpeed reduces the gradients: a rule per parameter, or per group of flat slices.
+
+    Read roughly in DeepSpeed's source: stage 0 copies each gradient back out of the reduced bucket; the others copy each into a
+    flat slice and take its norm.
+    """
+    num_tensors = sum(len(group["params"]) for group in groups)
     if sharding == "none":
-        return sum(len(group["params"]) * rule_launches(group) for group in groups), int(world_size > 1)
-    return sum(rule_launches(group) + 2 for group in groups), 2 * len(groups) if world_size > 1 else 0
+        update = sum(len(group["params"]) * rule_launches(group) for group in groups)
+        return update, num_tensors + 3 if world_size > 1 else 0
+    update = 2 * num_tensors + sum(rule_launches(group) + 2 for group in groups)
+    return update, 2 * len(groups) if world_size > 1 else 0

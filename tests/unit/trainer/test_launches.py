@@ -196,7 +196,8 @@ def test_launches_of_other_engines() -> None:
         bop + ADAM + 7,
         0,
     )  # 7: the means of three micro-batches' statistics
-    assert found(EngineConfig(sharding="zero1"), 3) == (bop + ADAM + 4 + 5, 4)
+    assert found(EngineConfig(sharding="none"), 3) == (bop + ADAM + 5, 2 + 3)
+    assert found(EngineConfig(sharding="zero1"), 3) == (2 * 2 + bop + ADAM + 4 + 5, 4)
 
 
 @pytest.mark.parametrize("rule", get_args(BinaryRule))
