@@ -27,8 +27,10 @@ from bitfleet.trainer.config import TrainConfig, resolve_replicas
 from bitfleet.trainer.data import normalize
 from bitfleet.trainer.metrics import AccuracyMeter
 
-FREE = ("_unsafe_view", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-"""Operators that launch nothing, besides views: they only make tensors."""
+FREE = (
+    "_unsafe_view lift_fresh empty empty_like empty_strided new_empty new_empty_strided _local_scalar_dense"
+).split()
+"""Operators that launch nothing, besides views: they make tensors without values, or copy one number to the host."""
 
 SEVERAL = {
     "constant_pad_nd": 2,  # fills the output, then copies the input into it
@@ -59,7 +61,8 @@ WINDOWS = (
 )
 """Operators that compiled code fuses with what follows, but not with what comes before: they read neighbours."""
 
-LOWERED = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+LOWERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions that autocast converts to."""
 LOWERED_FUNCTIONS = (nn.functional.conv2d, nn.functional.linear, torch.matmul, torch.mm, torch.bmm)
 RAISED_FUNCTIONS = (nn.functional.layer_norm,)
 
@@ -142,7 +145,7 @@ class LaunchCounter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
         is_view = func.is_view or torch.Tag.inplace_view in func.tags
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(args if result is None else result) if isinstance(leaf, Tensor)]
         if is_view or name in FREE or not any(output.device.type == self._device for output in outputs):
             return result
         num_kernels = kernels_of(name, args)
@@ -157,10 +160,13 @@ class LaunchCounter(TorchDispatchMode):
         elif name in WINDOWS:
             self._end_row()
             self._in_row = True
-        elif len(outputs) == 1 and outputs[0].numel() == 1:  # BatchNorm's counter of batches, which fuses with nothing
+        elif name == "copy_" or (len(outputs) == 1 and outputs[0].numel() == 1):
+            # Of autograd, a gradient into its parameter's layout, behind the compiled code; or of BatchNorm, a count of batches.
             self._compiled += 1
         else:
             self._in_row = True
+        if name == "convolution" and _is_last(args[0]):  # as on any other device
+            return result.contiguous(memory_format=torch.channels_last)
         return result
 
     def _end_row(self) -> None:
@@ -180,12 +186,12 @@ def kernels_of(name: str, args: Sequence[Any]) -> int:
 
     Read in torch's source (aten/src/ATen/native/cuda and cudnn), not measured.
     """
+    # In channels_last, a convolution first copies a weight that is not.
     if name == "convolution":  # (input, weight, bias, ...)
-        return 1 + _copies_layout(args[0], args[1]) + (args[2] is not None)
+        return 1 + (_is_last(args[0]) and not _is_last(args[1])) + (args[2] is not None)
     if name == "convolution_backward":  # (grad_output, input, weight, ..., output_mask): one kernel for each gradient
-        # The weight is copied once more, and its gradient into the weight's layout when autograd accumulates it.
-        num_bias, num_others = int(args[-1][2]), int(args[-1][0]) + int(args[-1][1])
-        return num_bias + num_others * (1 + _copies_layout(args[1], args[2]))
+        of_input, of_weight, of_bias = map(int, args[-1])
+        return of_input * (1 + (_is_last(args[1]) and not _is_last(args[2]))) + of_weight + of_bias
     # cuDNN has BatchNorm as one kernel, but only with a factor; torch's own are statistics, running statistics, result, and
     # backward sums, result.
     if name == "native_batch_norm":  # (input, weight, ...)
@@ -195,12 +201,9 @@ def kernels_of(name: str, args: Sequence[Any]) -> int:
     return SEVERAL.get(name, 1)
 
 
-def _copies_layout(images: Tensor, weight: Tensor) -> bool:
-    """Whether a convolution copies `weight` first, because its images are channels_last and it is not."""
-    if images.dim() != 4:
-        return False
-    last = torch.channels_last
-    return images.is_contiguous(memory_format=last) and not weight.is_contiguous(memory_format=last)
+def _is_last(tensor: Tensor) -> bool:
+    """Whether `tensor` is channels_last; of one pixel a tensor is that and contiguous as well."""
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 class _Autocast(TorchFunctionMode):
@@ -219,9 +222,8 @@ class _Autocast(TorchFunctionMode):
 
 
 def autocast_on_meta(precision: str) -> AbstractContextManager[object]:
-    """`EngineConfig.precision` for a forward pass on the meta device."""
-    dtypes = [dtype for dtype, name in LOWERED.items() if name == precision]
-    return _Autocast(dtypes[0]) if dtypes else nullcontext()
+    """Enter `EngineConfig.precision` for a forward pass on the meta device."""
+    return _Autocast(LOWERED[precision]) if precision in LOWERED else nullcontext()
 
 
 def count_passes(model: nn.Module, config: TrainConfig) -> Passes:
@@ -267,7 +269,7 @@ def count_launches(
 ) -> Launches:
     """Count what one of `world_size` ranks launches for a step without logging.
 
-    DeepSpeed's own bookkeeping (sharding none, zero1, zero2, zero3) is taken as one kernel per parameter and micro-batch.
+    Where DeepSpeed shards (none, zero1, zero2, zero3) the count is rough: a kernel per parameter and micro-batch, and `_deepspeed`.
 
     Args:
         passes: of its micro-batches.
@@ -340,7 +342,14 @@ def _statistics_of_step(passes: Passes, num_micro_batches: int, world_size: int)
 
 
 def _deepspeed(groups: Sequence[Group], sharding: str, world_size: int) -> tuple[int, int]:
-    """(update, exchange) where DeepSpeed reduces the gradients: a rule per parameter, or per group of flat slices."""
+    """(update, exchange) where DeepSpeed reduces the gradients: a rule per parameter, or per group of flat slices.
+
+    Read roughly in DeepSpeed's source: stage 0 copies each gradient back out of the reduced bucket; the others copy each into a
+    flat slice and take its norm.
+    """
+    num_tensors = sum(len(group["params"]) for group in groups)
     if sharding == "none":
-        return sum(len(group["params"]) * rule_launches(group) for group in groups), int(world_size > 1)
-    return sum(rule_launches(group) + 2 for group in groups), 2 * len(groups) if world_size > 1 else 0
+        update = sum(len(group["params"]) * rule_launches(group) for group in groups)
+        return update, num_tensors + 3 if world_size > 1 else 0
+    update = 2 * num_tensors + sum(rule_launches(group) + 2 for group in groups)
+    return update, 2 * len(groups) if world_size > 1 else 0
