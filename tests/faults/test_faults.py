@@ -82,7 +82,6 @@ def test_nonfinite_gradient_stops_with_its_name_and_the_state_saved(job: Job, un
     finish(job, undisturbed)
 
 
-@pytest.mark.slow
 def test_gpu_without_memory_ends_the_job_in_one_sentence(job: Job) -> None:
     """Of one rank; the other one is in a collective."""
     outcome = job.inject({"rank": 1, "point": "backward", "step": 4, "action": "out of memory"})
@@ -94,6 +93,7 @@ def test_gpu_without_memory_ends_the_job_in_one_sentence(job: Job) -> None:
     assert "Traceback" not in outcome.output
 
 
+@pytest.mark.slow
 def test_nonfinite_gradient_is_skipped_and_counted(job: Job) -> None:
     outcome = job.inject({"rank": 0, "point": "step", "step": 16, "action": "nan"})
     assert outcome.code == 0, outcome.output
