@@ -269,7 +269,7 @@ def count_launches(
 ) -> Launches:
     """Count what one of `world_size` ranks launches for a step without logging.
 
-    Where DeepSpeed shards (none, zero1, zero2, zero3) the count is rough: a kernel per parameter and micro-batch, and `_deepspeed`.
+    Where DeepSpeed shards (none, zero1 to zero3) the count is rough: a kernel per parameter and micro-batch, and `_deepspeed`.
 
     Args:
         passes: of its micro-batches.
