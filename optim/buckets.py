@@ -49,6 +49,14 @@ def tree_sum(parts: Sequence[Tensor]) -> Tensor:
     return level[0]
 
 
+def tree_sum_rows(rows: Tensor) -> Tensor:
+    """`tree_sum` of the rows of a tensor [N, ...], one addition for each level of the tree instead of one for each pair."""
+    while len(rows) > 1:
+        even = rows[: len(rows) & ~1]
+        rows = torch.cat([even[::2] + even[1::2], rows[len(rows) & ~1 :]])
+    return rows[0]
+
+
 class Bucket:
     """The parameters of one bucket, which become views of one flat tensor, and this rank's slice of its state.
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bitfleet.optim.buckets import Bucket, make_buckets
-from bitfleet.optim.routed import RULES, Group
+from bitfleet.optim.routed import RULES, Group, numbers_of
 from bitfleet.optim.sharding import BUCKET_NUMEL
 from bitfleet.optim.sharding_exchange import can_halve
 from bitfleet.optim.slice_updates import KERNELS
@@ -68,8 +68,11 @@ RAISED_FUNCTIONS = (nn.functional.layer_norm,)
 
 STATISTICS = 2
 """Of a micro-batch: BatchNorm's running statistics are set to those of the step's start, and kept for the mean."""
-FINITE_OF_BUCKET, FINITE = 2, 6
-"""Whether all gradients are finite: a sum over each bucket and its addition, then a handful of operators on single numbers."""
+FINITE_OF_BUCKET, FINITE = 2, 13
+"""Whether all gradients are finite: a sum over each bucket and its addition, then operators on single numbers, the copy of the
+flag to the host and that of the step's numbers to the device."""
+UNDO = 3
+"""For each tensor of a rule without a kernel on packed signs: copied, chosen from, written, in case the step was not finite."""
 CLIP_OF_BUCKET = 4
 """Clipping to a norm: square, sum, addition, scaling."""
 FLIP, PACK, UNPACK = 1, 1, 1
@@ -269,8 +272,7 @@ def count_launches(
 ) -> Launches:
     """Count what one of `world_size` ranks launches for a step without logging.
 
-    Where DeepSpeed shards (none, zero1, zero2, zero3) the count is rough: a kernel per parameter and micro-batch, and
-    `_deepspeed`.
+    Where DeepSpeed shards (none, zero1 to zero3) the count is rough: a kernel per parameter and micro-batch, and `_deepspeed`.
 
     Args:
         passes: of its micro-batches.
@@ -311,8 +313,9 @@ def rule_launches(group: Group) -> int:
     weight, grad, *state = (torch.empty(8, device="meta") for _ in range(2 + len(rule.state_keys)))
     counter = LaunchCounter()
     with counter, torch.no_grad():
-        rule.update_(weight, grad, dict(zip(rule.state_keys, state, strict=True)) | {"step": torch.tensor(2.0)}, group)
-    return counter.take().eager
+        values = dict(zip(rule.state_keys, state, strict=True)) | {"step": torch.tensor(2.0)}
+        rule.update_(weight, grad, values, group | numbers_of(group, 2))
+    return counter.take().eager + UNDO * (1 + len(state))
 
 
 def _update_of(bucket: Bucket, clips: bool) -> int:

@@ -57,7 +57,7 @@ class Mode(NamedTuple):
 
 def mode_of(config: TrainConfig, rates: Rates) -> Mode:
     """How `config` runs its kernels on a device of `rates`."""
-    return Mode(compiled=False, cuda_graph=False)
+    return Mode(compiled=False, cuda_graph=config.engine.cuda_graph)
 
 
 class Estimate(NamedTuple):
@@ -181,6 +181,8 @@ def _data_seconds(config: TrainConfig, rates: Rates, cluster: Cluster, images_pe
     """Seconds of decoding, and of images on their way from the cores to the GPU."""
     if rates.device == "cpu":
         return cluster.ranks_per_node / cluster.cores * images_per_rank * rates.decode_seconds, 0.0
+    if config.data.loader == "memory":
+        return 0.0, 0.0
     if config.data.device == "cpu" or config.data.loader == "torch":
         copied_bytes = images_per_rank * 3 * config.data.image_size**2
         data = cluster.ranks_per_node * images_per_rank * rates.core_decode_seconds / cluster.cores

@@ -8,7 +8,7 @@ buffers: without this each rank would validate another network.
 import torch
 from torch import Tensor, nn
 
-from bitfleet.optim.buckets import tree_sum
+from bitfleet.optim.buckets import tree_sum, tree_sum_rows
 from bitfleet.trainer.distributed import gather_from_ranks
 
 
@@ -75,7 +75,7 @@ class RunningStatistics:
         else:
             mean = self._replicas[0]
             if self.num_replicas > 1:
-                mean = tree_sum(gather_from_ranks(tree_sum(self._replicas))).div_(self.num_replicas)
+                mean = tree_sum_rows(torch.stack(gather_from_ranks(tree_sum(self._replicas)))).div_(self.num_replicas)
             if isinstance(updated, Tensor):
                 self._write_(torch.where(updated, mean, self._start))
                 self._count_down_(num_here - updated.long())
