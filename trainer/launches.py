@@ -315,15 +315,16 @@ def rule_launches(group: Group) -> int:
     with counter, torch.no_grad():
         values = dict(zip(rule.state_keys, state, strict=True)) | {"step": torch.tensor(2.0)}
         rule.update_(weight, grad, values, group | numbers_of(group, 2))
-    return counter.take().eager + UNDO * (1 + len(state))
+    return counter.take().eager
 
 
 def _update_of(bucket: Bucket, clips: bool) -> int:
     """Of a bucket: check, clipping, rule, signs into weights."""
     kernels = FINITE_OF_BUCKET + (CLIP_OF_BUCKET if clips and bucket.is_clipped else 0)
+    undone = UNDO * (1 + len(bucket.state))
     if not bucket.binary:
-        return kernels + rule_launches(bucket.group)
-    rule = FLIP if bucket.group["rule"] in KERNELS else UNPACK + rule_launches(bucket.group) + PACK
+        return kernels + rule_launches(bucket.group) + undone
+    rule = FLIP if bucket.group["rule"] in KERNELS else UNPACK + rule_launches(bucket.group) + PACK + undone
     return kernels + rule + UNPACK
 
 

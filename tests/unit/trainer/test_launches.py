@@ -17,6 +17,7 @@ from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.engine_options import EngineConfig
 from bitfleet.trainer.launches import (
     FINITE,
+    UNDO,
     Count,
     LaunchCounter,
     Passes,
@@ -144,8 +145,8 @@ def optimizer_of(rule: BinaryRule) -> RoutedOptimizer:
 
 
 PASSES = Passes(Count(10, 5), Count(20, 8), metrics=7, num_counters=3)
-ADAM = 7
-"""lerp_, mul_, addcmul_, sqrt, div, add_ and addcdiv_ of torch's single-tensor Adam."""
+ADAM = 9
+"""lerp_, mul_, addcmul_, sqrt, div, add_, mul, div_ and sub_."""
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_launches_of_a_step_by_hand(num_replicas: int, world_size: int, own: int
     # Zeros for each bucket, a copy of each gradient, two copies of statistics.
     assert (found.forward, found.backward, found.rest) == (10, 20, 2 + 2 + 2 + 7)
     # Each bucket's sum for the check; one kernel flips, one unpacks.
-    assert found.update == FINITE + 2 * 2 + 1 + 1 + ADAM + own + means
+    assert found.update == FINITE + 2 * 2 + 1 + 1 + ADAM + 3 * UNDO + own + means
     assert found.exchange == exchange
     assert found.num_micro_batches == num_replicas // world_size
     assert found.micro_batch == 43
