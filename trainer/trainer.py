@@ -54,7 +54,9 @@ class Trainer:
         self._lock = take_folder(self.folder) if self.folder.checkpoint and ranks.is_first else None
         self.begun = begun = find_start(self.folder, ranks)
         """The checkpoint that it continues from."""
-        self.config = config = with_precision(config, device.type, begun.meta["engine.precision"] if begun else None)
+        self.config = config = with_precision(
+            config, device.type, begun.meta.get("engine.precision") if begun else None
+        )
         use_arithmetic(device, config.engine)
         self.num_replicas = self._like_before(begun)
         options = deepspeed_options(
