@@ -125,7 +125,7 @@ def _measure_run(session: Session, what: str, make: Callable[[], TrainConfig], h
     trainer.start()
     try:
         for _ in range(warm_up):
-            trainer.train_step()
+            trainer.advance()  # a graph of a logging step is captured when the first one comes
         synchronize(session.device)
         seconds_to_start = time.perf_counter() - start
         _measure_syncs(session, what, trainer, counted)

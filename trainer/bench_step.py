@@ -181,8 +181,8 @@ def contenders(numel: int, device: torch.device = CPU, *, with_deepspeed: bool =
 
 
 def _fallback_(bits: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-    """What `bop2ndorder_bits_` does where nothing can be compiled."""
-    kernels._update_chunked_(kernels._Slice(bits, grad, exp_avg, exp_avg_sq), kernels._Rates(**RATES))
+    """Run what `bop2ndorder_bits_` does where nothing can be compiled."""
+    kernels._update_chunked_(kernels.Slice(bits, grad, exp_avg, exp_avg_sq), kernels.Rates(**RATES), None)
 
 
 def _compiled_rule(device: torch.device = CPU) -> tuple[Callable[..., None], dict[str, Tensor]]:

@@ -36,7 +36,7 @@ def sent_bytes(
         return 0.0
     share = (world_size - 1) / world_size
     statistics = world_size * 4 * num_statistics if num_replicas > 1 else 0
-    stop = 2 * 16  # an all-reduce of two int64
+    stop = 2 * 24  # an all-reduce of three int64; after quick steps not after each
     numel = sum(bucket.numel for bucket in buckets)
     if engine.sharding == "zero3":
         return None
@@ -68,7 +68,7 @@ class Preflight:
             config.engine,
             world_size=world_size,
             num_replicas=trainer.num_replicas,
-            num_statistics=trainer.statistics.flat.numel(),
+            num_statistics=trainer.statistics.numel,
         )
         """Bytes that a rank sends per step; None where that is not predicted."""
         self._num_done, self._seconds = 0, 0.0

@@ -28,6 +28,7 @@ from bitfleet.trainer.distributed import Ranks, sum_of_numbers
 from bitfleet.trainer.engine import load_engine, whole_weights
 from bitfleet.trainer.metrics import read_metrics
 from bitfleet.trainer.run_folder import RunFolder, versions
+from bitfleet.trainer.stop import AGREE_SECONDS
 
 ASSUMED_BYTES_PER_SECOND = 50e6
 """Of writing, hashing and flushing a checkpoint, before one has been measured: a slow disk."""
@@ -62,12 +63,19 @@ def identity(config: TrainConfig, num_replicas: int, world_size: int, data_sha: 
     """What must be equal for a resumed run to be the same run: field -> value.
 
     DeepSpeed's own shards can only be read on as many ranks as wrote them; all else is free of the number of ranks.
+
+    Args:
+        config: the run; its precision is the one that it computes in, not "auto".
+        num_replicas: micro-batches per step.
+        world_size: number of ranks.
+        data_sha: of the lists of images.
     """
     resolved = to_dict(config)
     sections = {
         "data": {key: value for key, value in resolved["data"].items() if key not in MACHINE},
         "engine": {
-            key: resolved["engine"][key] for key in ("sharding", "precision", "grad_comm_dtype", "max_grad_norm")
+            key: resolved["engine"][key]
+            for key in ("sharding", "precision", "deterministic", "grad_comm_dtype", "max_grad_norm")
         },
         "model": resolved["model"],
         "optim": resolved["optim"],
@@ -171,6 +179,7 @@ class RunCheckpoints:
         config, optimizer = self.config, self._elastic
         skipped = optimizer.num_skipped_steps if isinstance(optimizer, ShardedOptimizer) else 0
         transitions = optimizer.transition_state() if isinstance(optimizer, ShardedOptimizer) else None
+        scale = optimizer.loss_scale if isinstance(optimizer, ShardedOptimizer) else None
         steps = optimizer.steps() if isinstance(optimizer, ShardedOptimizer | RoutedOptimizer) else {}
         meta = {
             "step": step,
@@ -190,6 +199,7 @@ class RunCheckpoints:
             "model": self.parts.signature,
             "optimizer_steps": steps,
             "transitions": transitions,
+            "loss_scale": scale.state() if scale else None,
         }
         if self.parts.diagnostics is not None:
             meta[DIAGNOSTICS_SINCE] = self.parts.diagnostics.since
@@ -238,8 +248,8 @@ class RunCheckpoints:
 
 
 def grace(save_seconds: float, how: str, step_seconds: float = 0.0) -> str:
-    """What a stop needs, in words: a step, the save that is under way, and the one of the stop."""
-    needed = math.ceil(step_seconds + 2 * save_seconds)
+    """What a stop needs, in words: the steps until the ranks agree on it, the save that is under way, and the one of the stop."""
+    needed = math.ceil(max(step_seconds, AGREE_SECONDS) + 2 * save_seconds)
     text = f"a stop needs about {needed} s between SIGTERM and SIGKILL (a save takes {save_seconds:.1f} s, {how})"
     if needed > LAUNCHER_SECONDS:
         text += f": more than the {LAUNCHER_SECONDS} s that DeepSpeed's launcher gives; send SIGUSR1 in time instead"

@@ -13,6 +13,7 @@ from bitfleet.trainer.data.bad_samples import BadSamples
 from bitfleet.trainer.data.config import DataConfig
 from bitfleet.trainer.data.dali import DaliPipeline
 from bitfleet.trainer.data.dataset import Dataset
+from bitfleet.trainer.data.device_copies import CudaCopyStream, DeviceCopies
 from bitfleet.trainer.data.images import ImageList
 from bitfleet.trainer.data.request import Batch, Geometry, Pipeline, Request
 from bitfleet.trainer.data.sampler import Windows
@@ -40,7 +41,7 @@ class TrainLoader:
         rank: int,
         world_size: int,
         local_world_size: int,
-        device_index: int | None = None,
+        device: torch.device,
     ) -> None:
         """Check the sizes; nothing is read yet.
 
@@ -53,11 +54,11 @@ class TrainLoader:
             rank: This rank, 0 .. world_size - 1.
             world_size: All ranks.
             local_world_size: Ranks on this machine, who share its cores.
-            device_index: CUDA device of this rank; None is torch's current one. Not used on the CPU.
+            device: Where the model of this rank runs: batches come out there.
 
         Raises:
             ValueError: Sizes that do not divide, a batch larger than the training set, an image too small for the
-                window, a GPU that is not there, or no DALI.
+                window, data.device="gpu" for a model on the CPU, or no DALI.
         """
         _check_batches(seed, global_batch_size, num_replicas, world_size, len(dataset.train))
         if config.augmentation == "pad_crop":
@@ -81,7 +82,7 @@ class TrainLoader:
             _geometry(config, "crop_resize"),
             batch_size=global_batch_size // num_replicas,
             local_world_size=local_world_size,
-            device_index=_device_index(config, device_index),
+            device=device,
         )
         self._bad = BadSamples(config.on_bad_sample, config.max_bad_samples, seed=seed, rank=rank)
 
@@ -92,7 +93,7 @@ class TrainLoader:
 
         Yields:
             Images, uint8 (float32 on the scale 0..255 with data.preprocessing="official") [global_batch_size / num_replicas,
-            image_size, image_size, 3], and labels, int64, on the device that decodes.
+            image_size, image_size, 3], and labels, int64, on the device where the model runs.
 
         Raises:
             ValueError: An image cannot be decoded, by the policy of data.on_bad_sample, or the disk does not answer; the path
@@ -140,25 +141,24 @@ class ValidationLoader:
         rank: int,
         world_size: int,
         local_world_size: int,
-        device_index: int | None = None,
+        device: torch.device,
     ) -> None:
         """See TrainLoader for the arguments.
 
         Raises:
-            ValueError: A GPU that is not there, or no DALI.
+            ValueError: data.device="gpu" for a model on the CPU, or no DALI.
         """
         self._images = dataset.val
         self._config = config
         self._batches = sampler.validation_batches(len(dataset.val), config.val_batch_size, rank, world_size)
-        gpu = _device_index(config, device_index)
-        self._device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
+        self._device = device
         self._pipeline = _pipeline(
             config,
             dataset.val,
             _geometry(config, "resize_crop"),
             batch_size=config.val_batch_size,
             local_world_size=local_world_size,
-            device_index=gpu,
+            device=device,
         )
         self._bad = BadSamples(config.on_bad_sample, config.max_bad_samples, seed=0, rank=rank)
 
@@ -206,15 +206,18 @@ def _pipeline(
     *,
     batch_size: int,
     local_world_size: int,
-    device_index: int | None,
+    device: torch.device,
 ) -> Pipeline:
     num_threads = _num_threads(config, local_world_size)
+    device_index = _decoding_index(config, device)
+    copies = DeviceCopies(CudaCopyStream(device)) if device.type == "cuda" else None
     if config.loader == "torch":
         return TorchPipeline(
             geometry=geometry,
             image_size=config.image_size,
             num_threads=num_threads,
             stall_seconds=config.stall_seconds,
+            copies=copies,
         )
     return DaliPipeline(
         geometry=geometry,
@@ -225,6 +228,7 @@ def _pipeline(
         largest_image_bytes=_largest_image_bytes(images),
         in_shards=images.offsets is not None,
         stall_seconds=config.stall_seconds,
+        copies=copies,
     )
 
 
@@ -270,11 +274,12 @@ def _num_threads(config: DataConfig, local_world_size: int) -> int:
     return max(1, min(bound, (os.cpu_count() or 1) // local_world_size))
 
 
-def _device_index(config: DataConfig, device_index: int | None) -> int | None:
-    """Return the CUDA device to decode on, or None for the CPU."""
-    available = torch.cuda.is_available()
-    if config.device == "gpu" and not available:
-        raise ValueError("data.device='gpu' needs a CUDA device and torch finds none; use data.device='auto' or 'cpu'")
-    if config.device == "cpu" or config.loader == "torch" or not available:
+def _decoding_index(config: DataConfig, device: torch.device) -> int | None:
+    """Return the CUDA device to decode on, or None for the CPU: a model on the CPU starts no CUDA."""
+    if config.device == "gpu" and device.type != "cuda":
+        raise ValueError(
+            "data.device='gpu' needs a model that runs on a GPU, and it runs on the CPU here; use data.device='auto' or 'cpu'"
+        )
+    if config.device == "cpu" or config.loader == "torch" or device.type != "cuda":
         return None
-    return torch.cuda.current_device() if device_index is None else device_index
+    return torch.cuda.current_device() if device.index is None else device.index
