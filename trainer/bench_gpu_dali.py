@@ -157,7 +157,8 @@ def measure_dali(session: Session, root: Path | None) -> None:
 def _measure_pixels(session: Session, what: str, folder: Path, transform: Transform) -> None:
     decoders: tuple[Decoder, Decoder] = ("gpu", "cpu") if session.is_cuda else ("cpu", "cpu")
     difference = compare_pixels(folder, transform, decoders, batch_size=4 if session.tiny else 64)
-    session.add("pixels, GPU against CPU", transform=what, **difference._asdict())
+    facts = {"preprocessing": transform.preprocessing, "augmentation": transform.augmentation}
+    session.add("pixels, GPU against CPU", **facts, **difference._asdict())
 
 
 def _measure_races(session: Session, what: str, folder: Path, transform: Transform) -> None:
