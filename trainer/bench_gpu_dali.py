@@ -58,23 +58,35 @@ def data_config(root: Path, transform: Transform, decoder: Decoder, batch_size: 
     return DataConfig(root=str(root), device=decoder, val_batch_size=batch_size, **options)
 
 
-def training_batches(dataset: Dataset, config: DataConfig, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels of one rank, endlessly, where they were decoded."""
-    loader = TrainLoader(dataset, config, seed=0, global_batch_size=batch_size, num_replicas=1, **_ONE_RANK)
+def training_batches(
+    dataset: Dataset, config: DataConfig, batch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels of one rank on `device`, endlessly."""
+    loader = TrainLoader(
+        dataset, config, seed=0, global_batch_size=batch_size, num_replicas=1, device=device, **_ONE_RANK
+    )
     return loader.batches()
 
 
 def compare_pixels(
-    root: Path, transform: Transform, decoders: tuple[Decoder, Decoder], *, batch_size: int
+    root: Path, transform: Transform, decoders: tuple[Decoder, Decoder], device: torch.device, *, batch_size: int
 ) -> PixelDifference:
-    """Read two training and two validation batches with each of `decoders`; the training images are also validated."""
+    """Read two training and two validation batches with each of `decoders`; the training images are also validated.
+
+    Args:
+        root: class folders of photos.
+        transform: what becomes of a photo.
+        decoders: which are compared.
+        device: where batches come out.
+        batch_size: photos in a batch.
+    """
     batches = []
     for decoder in decoders:
         config = data_config(root, transform, decoder, batch_size)
         dataset = open_dataset(config)
         dataset = dataclasses.replace(dataset, val=dataset.train)
-        validation = iter(ValidationLoader(dataset, config, **_ONE_RANK))
-        streams = training_batches(dataset, config, batch_size), validation
+        validation = iter(ValidationLoader(dataset, config, device=device, **_ONE_RANK))
+        streams = training_batches(dataset, config, batch_size, device), validation
         read = [batch for stream in streams for batch in itertools.islice(stream, 2)]
         batches.append([(images.float().cpu(), labels.cpu()) for images, labels in read])
     pairs = list(zip(*batches, strict=True))
@@ -114,7 +126,7 @@ def _checksums(
 ) -> Tensor:
     """A weighted sum of the pixels of every image, fp64 [num_batches, batch_size], on the CPU."""
     config = data_config(root, transform, decoder, batch_size)
-    stream = training_batches(open_dataset(config), config, batch_size)
+    stream = training_batches(open_dataset(config), config, batch_size, device)
     side, scrap = (4096, 32 << 20) if device.type == "cuda" else (64, 64)
     matrix = torch.randn(side, side, device=device)
     sums = []
@@ -156,7 +168,7 @@ def measure_dali(session: Session, root: Path | None) -> None:
 
 def _measure_pixels(session: Session, what: str, folder: Path, transform: Transform) -> None:
     decoders: tuple[Decoder, Decoder] = ("gpu", "cpu") if session.is_cuda else ("cpu", "cpu")
-    difference = compare_pixels(folder, transform, decoders, batch_size=4 if session.tiny else 64)
+    difference = compare_pixels(folder, transform, decoders, session.device, batch_size=4 if session.tiny else 64)
     facts = {"preprocessing": transform.preprocessing, "augmentation": transform.augmentation}
     session.add("pixels, GPU against CPU", **facts, **difference._asdict())
 
@@ -179,7 +191,7 @@ def _measure_decoder(session: Session, what: str, config: DataConfig) -> None:
     dataset = open_dataset(config)
     batch_size = min(4 if session.tiny else 256, len(dataset.train))
     free = torch.cuda.mem_get_info()[0] if session.is_cuda else 0
-    stream = training_batches(dataset, config, batch_size)
+    stream = training_batches(dataset, config, batch_size, session.device)
     seconds_per_call(lambda: next(stream), 3, session.device)
     seconds = seconds_per_call(lambda: next(stream), 2 if session.tiny else 12, session.device)
     session.add(

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from bitfleet.models import ModelConfig, QuantConv2d, create_model
 from bitfleet.models.quantizers import ste_sign
 from bitfleet.trainer.bench_gpu_session import Session
-from bitfleet.trainer.bench_precision import PRECISIONS, precision
+from bitfleet.trainer.bench_precision import PRECISIONS, use_precision
+from bitfleet.trainer.engine_options import Precision
 
 NETWORKS = {"birealnet_small": (32, 10), "binarynet": (32, 10), "birealnet18": (64, 100)}
 """Network -> pixels of an image, classes."""
@@ -48,8 +49,8 @@ def compare_gradients(network: str, dtype: str, device: torch.device, *, batch_s
     there: nn.Module = create_model(ModelConfig(name=network, num_classes=num_classes)).to(DTYPES[dtype])
     there.load_state_dict(here.state_dict())
     there.to(device)
-    with precision("fp32", device):
-        losses = [_backward(here, images, labels), _backward(there, images.to(device), labels.to(device))]
+    use_precision("fp32", device)
+    losses = [_backward(here, images, labels), _backward(there, images.to(device), labels.to(device))]
     errors = {
         name: _relative_error(there_parameter.grad, parameter.grad)
         for (name, parameter), there_parameter in zip(here.named_parameters(), there.parameters(), strict=True)
@@ -80,7 +81,7 @@ class SumComparison(NamedTuple):
     largest_difference: float
 
 
-def compare_binary_sums(precision_name: str, channels: int, device: torch.device) -> SumComparison:
+def compare_binary_sums(precision: Precision, channels: int, device: torch.device) -> SumComparison:
     """Run a binary 3x3 convolution of `channels` channels on `device` in one of PRECISIONS, against exact sums in fp64.
 
     Every sum has 9 * `channels` terms of +-1. fp32 and TF32 hold it exactly; bf16 holds integers up to 256, fp16 up to 2,048.
@@ -94,7 +95,7 @@ def compare_binary_sums(precision_name: str, channels: int, device: torch.device
         layer.weight.copy_(ste_sign(agreement - torch.rand_like(layer.weight)) * ste_sign(images[0, :, :3, :3]))
         exact = nn.functional.conv2d(ste_sign(images).double(), layer.weight.double())
         layer.to(device)
-        with precision(precision_name, device):
+        with use_precision(precision, device):
             sums = layer(images.to(device)).double().cpu()
     difference = (sums - exact).abs()
     return SumComparison(exact.numel(), int((difference > 0).sum()), float(exact.abs().max()), float(difference.max()))
@@ -114,7 +115,7 @@ def _measure_network(session: Session, network: str, dtype: str) -> None:
     session.add(f"gradients of {network}", dtype=dtype, **result._asdict())
 
 
-def _measure_sums(session: Session, name: str) -> None:
+def _measure_sums(session: Session, name: Precision) -> None:
     channels = 64 if session.tiny else 512
     result = compare_binary_sums(name, channels, session.device)
     session.add("binary sums", precision=name, terms=9 * channels, **result._asdict())

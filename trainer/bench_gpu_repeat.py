@@ -1,30 +1,25 @@
-"""Part "repeat" of `bitfleet bench gpu`: whether a training step has the same bits twice; what cudnn.deterministic does."""
+"""Part "repeat" of `bitfleet bench gpu`: whether a training step has the same bits twice, and what engine.deterministic does."""
 
 import torch
 from torch import Tensor
 
 from bitfleet.trainer.bench_gpu_networks import Setting, TrainingStep
 from bitfleet.trainer.bench_gpu_session import Session
+from bitfleet.trainer.engine_options import Precision
 
 NETWORKS = ("birealnet18", "xnornet")
-PRECISIONS = ("bf16", "tf32")
+PRECISIONS: tuple[Precision, ...] = ("bf16", "tf32")
 NUM_REPEATS = 3
 _NEEDED_SECONDS = 8.0
 
 
-def different_gradients(setting: Setting, image_size: int, device: torch.device, *, deterministic: bool) -> list[str]:
+def different_gradients(setting: Setting, image_size: int, device: torch.device) -> list[str]:
     """Run forward and backward of the same network on the same images NUM_REPEATS times.
 
     Returns:
         Names of the parameters whose gradients did not have the same bits every time.
     """
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = deterministic
-    try:
-        first = _gradients(setting, image_size, device)
-        again = [_gradients(setting, image_size, device) for _ in range(NUM_REPEATS - 1)]
-    finally:
-        torch.backends.cudnn.deterministic = before
+    first, *again = (_gradients(setting, image_size, device) for _ in range(NUM_REPEATS))
     return [name for name, grad in first.items() if not all(torch.equal(grad, each[name]) for each in again)]
 
 
@@ -36,28 +31,22 @@ def _gradients(setting: Setting, image_size: int, device: torch.device) -> dict[
 
 
 def measure_repeat(session: Session) -> None:
-    """Write down how many gradients differ; "default" is what torch chooses by itself."""
-    networks = ("birealnet_small",) if session.tiny else NETWORKS
-    for network in networks:
+    """Write down how many gradients differ, with and without engine.deterministic."""
+    for network in ("birealnet_small",) if session.tiny else NETWORKS:
         for precision in PRECISIONS:
-            for deterministic in (False, True):
-                session.attempt(
-                    network,
-                    _measure,
-                    session,
-                    Setting(network, 2 if session.tiny else 128, precision),
-                    deterministic,
-                    needs_seconds=_NEEDED_SECONDS,
-                )
+            for deterministic in (True, False):
+                batch_size = 2 if session.tiny else 128
+                setting = Setting(network, batch_size, precision, deterministic=deterministic)
+                session.attempt(network, _measure, session, setting, needs_seconds=_NEEDED_SECONDS)
 
 
-def _measure(session: Session, setting: Setting, deterministic: bool) -> None:
-    names = different_gradients(setting, 32 if session.tiny else 224, session.device, deterministic=deterministic)
+def _measure(session: Session, setting: Setting) -> None:
+    names = different_gradients(setting, 32 if session.tiny else 224, session.device)
     session.add(
         setting.network,
         batch_size=setting.batch_size,
         precision=setting.precision,
-        cudnn_deterministic=deterministic,
+        deterministic=setting.deterministic,
         repeats=NUM_REPEATS,
         different_gradients=len(names),
         first_names=names[:3],

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -24,9 +24,18 @@ Places = collections.Counter[str]
 """Place -> how often."""
 
 
+class Waits(NamedTuple):
+    """What made the host wait for the GPU."""
+
+    syncs: Places
+    """It waited for everything that was queued: the GPU ran dry."""
+    events: Places
+    """It waited for one event, such as the end of a copy of the step before, while the GPU had more to do."""
+
+
 @contextmanager
-def host_syncs(device: torch.device) -> Iterator[Places]:
-    """Count what makes the host wait for the GPU inside: synchronising operations and waits for the device, an event or a stream.
+def host_waits(device: torch.device) -> Iterator[Waits]:
+    """Count what makes the host wait for the GPU inside: synchronising operations and waits for the device, a stream or an event.
 
     Only waits of the threads that train count, the main one and autograd's: a loader's thread may wait. On a CPU nothing waits,
     and only the calls of torch.cuda.synchronize and its like are counted.
@@ -35,28 +44,29 @@ def host_syncs(device: torch.device) -> Iterator[Places]:
         device: where the model runs.
 
     Yields:
-        The counts, which grow.
+        The counts by place, which grow.
     """
-    places: Places = collections.Counter()
+    waits = Waits(collections.Counter(), collections.Counter())
 
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
         if _SYNCHRONIZING in str(message) and _is_training_thread():
-            places[place_of(traceback.extract_stack()[:-1])] += 1
+            waits.syncs[place_of(traceback.extract_stack()[:-1])] += 1
 
     with ExitStack() as stack:
-        for owner, name in (
-            (torch.cuda, "synchronize"),
-            (torch.cuda.Event, "synchronize"),
-            (torch.cuda.Stream, "synchronize"),
+        for owner, places in (
+            (torch.cuda, waits.syncs),
+            (torch.cuda.Stream, waits.syncs),
+            (torch.cuda.Event, waits.events),
         ):
-            stack.enter_context(mock.patch.object(owner, name, _counted(getattr(owner, name), places)))
+            counted = _counted(owner.synchronize, places)
+            stack.enter_context(mock.patch.object(owner, "synchronize", counted))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("always")
         stack.enter_context(mock.patch.object(warnings, "showwarning", show))
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
             stack.callback(torch.cuda.set_sync_debug_mode, "default")
-        yield places
+        yield waits
 
 
 def _counted(function: Callable[..., Any], places: Places) -> Callable[..., Any]:

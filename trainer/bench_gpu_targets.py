@@ -62,7 +62,7 @@ def _repeated(rows: Sequence[Row]) -> float | None:
     found = [
         count
         for network in (BI_REAL, XNOR)
-        for count in facts(rows, "repeat", network, "different_gradients", cudnn_deterministic=True)
+        for count in facts(rows, "repeat", network, "different_gradients", deterministic=True)
     ]
     return sum(found) if found else None
 
@@ -83,7 +83,7 @@ def _update(name: str) -> Measured:
 
 
 def _of_resnet(network: str) -> Measured:
-    setting = {"batch_size": 256, "precision": "bf16", "is_compiled": True}
+    setting = {"batch_size": 256, "precision": "bf16", "is_compiled": True, "deterministic": False}
 
     def measured(rows: Sequence[Row]) -> float | None:
         own, other = (facts(rows, "networks", name, "images_per_second", **setting) for name in (network, REFERENCE))
@@ -107,7 +107,7 @@ def _pixels(preprocessing: str) -> Measured:
 TARGETS = (
     Target("recorded trajectories: steps with other flips, tensors with other bits than the CPU's", 0, False, _trajectories),
     Target("wild gradients: rules with other bits than the CPU's", 0, False, _wild),
-    Target("gradients that differ between two steps, cudnn.deterministic", 0, False, _repeated),
+    Target("gradients that differ when a step is repeated, engine.deterministic", 0, False, _repeated),
     Target("host synchronisations per step, images in memory", 0, False, _syncs),
     Target("update on bits, 62 M weights: share of a copy's bandwidth", 0.8, True, _update("of_copy_bandwidth")),
     Target("update on bits, 62 M weights: time over fused AdamW's", 0.75, False, _update("time_to_adamw")),

@@ -21,7 +21,7 @@ from bitfleet.models import ModelConfig, create_model
 from bitfleet.optim import OptimConfig, ShardedOptimizer, build_optimizer
 from bitfleet.trainer.bench_clock import seconds_per_call, synchronize
 from bitfleet.trainer.bench_gpu_session import Session
-from bitfleet.trainer.bench_gpu_syncs import PageableCopies, Places, host_syncs
+from bitfleet.trainer.bench_gpu_syncs import PageableCopies, Places, host_waits
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import normalize
 from bitfleet.trainer.data.fashion import SUBSET_ROOT
@@ -64,13 +64,12 @@ def varied(config: TrainConfig, variant: Variant, run_dir: Path, root: Path, **f
     data: dict[str, Any] = {"loader": variant.loader}
     if config.data.root != SUBSET_ROOT:
         data["root"] = str(root)
-    engine: dict[str, Any] = {"cuda_graph": True} if variant.cuda_graph else {}
     return dataclasses.replace(
         config,
         run_dir=run_dir,
         resume=None,
         data=dataclasses.replace(config.data, **data),
-        engine=dataclasses.replace(config.engine, **engine),
+        engine=dataclasses.replace(config.engine, cuda_graph=variant.cuda_graph),
         **fields,
     )
 
@@ -149,17 +148,19 @@ def _measure_run(session: Session, what: str, make: Callable[[], TrainConfig], h
 
 def _measure_syncs(session: Session, what: str, trainer: Trainer, num_steps: int) -> None:
     """Of steps that do not log, and of one that does."""
-    with host_syncs(session.device) as places:
+    with host_waits(session.device) as waits:
         for _ in range(num_steps):
             trainer.train_step()
             trainer.checkpoints.saver.check()
-    session.add("host syncs per step", run=what, total=_per_step(places, num_steps), places=_most(places, num_steps))
+    facts = {"total": _per_step(waits.syncs, num_steps), "places": _most(waits.syncs, num_steps)}
+    session.add("host syncs per step", run=what, **facts, waits_for_an_event=_most(waits.events, num_steps))
     every = trainer.config.metrics.every_steps
     while (trainer.step + 1) % every:
         trainer.train_step()
-    with host_syncs(session.device) as places:
+    with host_waits(session.device) as waits:
         trainer.advance()
-    session.add("host syncs of a logging step", run=what, total=_per_step(places, 1), places=_most(places, 1))
+    facts = {"total": _per_step(waits.syncs, 1), "places": _most(waits.syncs, 1)}
+    session.add("host syncs of a logging step", run=what, **facts, waits_for_an_event=_most(waits.events, 1))
 
 
 def _measure_copies(session: Session, what: str, trainer: Trainer, num_steps: int) -> None:

@@ -1,5 +1,6 @@
 """Part "update" of `bitfleet bench gpu`: nanoseconds a weight and GB/s of the update, against fused AdamW and a copy."""
 
+from bitfleet.optim.kernels import on_gpu
 from bitfleet.trainer.bench_gpu_session import Session
 from bitfleet.trainer.bench_step import SIZES, bench_step
 
@@ -27,3 +28,5 @@ def _measure(session: Session, numel: int, num_rounds: int) -> None:
             time_to_adamw=row.ratio,
             of_copy_bandwidth=row.copy_fraction,
         )
+    if session.is_cuda:
+        session.add("kernel on bits", runs_in="Triton" if on_gpu(lambda triton: None) else "eager torch, the fallback")

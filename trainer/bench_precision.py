@@ -1,26 +1,19 @@
-"""The precisions of a training step, for benchmarks that run it without the trainer."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""The precisions of a run, for benchmarks that make a training step without the trainer."""
 
 import torch
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-PRECISIONS = ("fp32", "tf32", *AUTOCAST)
+from bitfleet.trainer.arithmetic import use_arithmetic
+from bitfleet.trainer.engine import autocast
+from bitfleet.trainer.engine_options import EngineConfig, Precision
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16")
 
 
-@contextmanager
-def precision(name: str, device: torch.device) -> Iterator[None]:
-    """Forward passes inside run in one of PRECISIONS; enter it around backward too, where TF32 counts as well.
+def use_precision(name: Precision, device: torch.device, *, deterministic: bool = True) -> torch.autocast:
+    """Set torch up as a run with that engine.precision and engine.deterministic does, and return what forward passes enter.
 
-    fp32 keeps convolutions and matrix products of a GPU from rounding their inputs to TF32; the others let them.
+    The settings are those of the whole process and stay. A CPU has no TF32: there "tf32" is fp32.
     """
-    assert name in PRECISIONS, name
-    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, convolution.allow_tf32
-    matmul.allow_tf32 = convolution.allow_tf32 = name != "fp32"
-    try:
-        with torch.autocast(device.type, AUTOCAST.get(name, torch.bfloat16), enabled=name in AUTOCAST):
-            yield
-    finally:
-        matmul.allow_tf32, convolution.allow_tf32 = before
+    precision = "fp32" if name == "tf32" and device.type == "cpu" else name
+    use_arithmetic(device, EngineConfig(precision=precision, deterministic=deterministic))
+    return autocast(device, precision)

@@ -36,6 +36,7 @@ def device(is_dry: bool) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         pytest.skip(f"torch finds no CUDA device ({DRY_RUN}=1 runs this on the CPU)")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     return torch.device("cuda", 0)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from bitfleet.trainer.bench_gpu_syncs import host_waits
 from bitfleet.trainer.data import DataConfig, TrainLoader, open_dataset
 from bitfleet.trainer.data.delivery import resize_on_device
 from bitfleet.trainer.data.official import resize_windows, window_facts
@@ -16,13 +17,24 @@ from tests.unit.trainer.data.test_images import photo
 
 pytestmark = pytest.mark.gpu
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-NUM_IMAGES, NUM_BATCHES, SIZE = 64, 20, 160
+CPU = torch.device("cpu")
+NUM_IMAGES, SIZE = 64, 160
 KINDS = {
     "pad_crop": {"augmentation": "pad_crop", "crop_padding": 8},
     "random_resized_crop": {"augmentation": "random_resized_crop"},
     "official": {"augmentation": "random_resized_crop", "preprocessing": "official"},
 }
+
+
+@pytest.fixture(scope="module")
+def num_batches(is_dry: bool) -> int:
+    return 3 if is_dry else 20
+
+
+@pytest.fixture(scope="module")
+def matrix(device: torch.device, is_dry: bool) -> torch.Tensor:
+    """What keeps the device busy."""
+    return torch.randn(*2 * [16 if is_dry else 2048], device=device)
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +74,19 @@ def keep_busy(matrix: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loader", ["dali", "torch"])
-def test_what_a_cpu_decoded_arrives_as_it_was(root: str, kind: str, loader: str) -> None:
-    """While the GPU is busy, so that a copy that nobody waits for would come too late. A batch is read after later ones came."""
+def test_what_a_cpu_decoded_arrives_as_it_was(
+    root: str, kind: str, loader: str, device: torch.device, matrix: torch.Tensor, num_batches: int
+) -> None:
+    """While the device is busy: a copy that nobody waits for would come too late. A batch is read after later ones came."""
     options = {**KINDS[kind], "loader": loader, "device": "cpu"}
-    matrix = torch.randn(2048, 2048, device=GPU)
     sums, held = [], []
-    for images, labels in islice(batches(root, GPU, **options), NUM_BATCHES):
-        assert images.device == labels.device == GPU
+    for images, labels in islice(batches(root, device, **options), num_batches):
+        assert images.device == labels.device == device
         keep_busy(matrix)
         sums.append(images.double().sum())
         held.append((images.clone(), labels.clone()))
         del images, labels  # their memory goes back while the stream still reads it
-    expected = list(islice(batches(root, CPU, **options), NUM_BATCHES))
+    expected = list(islice(batches(root, CPU, **options), num_batches))
     for (images, labels), (theirs, their_labels), total in zip(held, expected, sums, strict=True):
         assert torch.equal(images.cpu(), theirs)
         assert torch.equal(labels.cpu(), their_labels)
@@ -81,11 +94,14 @@ def test_what_a_cpu_decoded_arrives_as_it_was(root: str, kind: str, loader: str)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_the_gpu_decoded_does_not_depend_on_its_load(root: str, kind: str) -> None:
-    idle = [(images.cpu(), labels.cpu()) for images, labels in islice(batches(root, GPU, **KINDS[kind]), NUM_BATCHES)]
-    matrix = torch.randn(2048, 2048, device=GPU)
+def test_what_the_gpu_decoded_does_not_depend_on_its_load(
+    root: str, kind: str, device: torch.device, matrix: torch.Tensor, num_batches: int
+) -> None:
+    idle = [
+        (images.cpu(), labels.cpu()) for images, labels in islice(batches(root, device, **KINDS[kind]), num_batches)
+    ]
     held = []
-    for images, labels in islice(batches(root, GPU, **KINDS[kind]), NUM_BATCHES):
+    for images, labels in islice(batches(root, device, **KINDS[kind]), num_batches):
         keep_busy(matrix)
         held.append((images.clone(), labels.clone()))
         del images, labels
@@ -96,19 +112,21 @@ def test_what_the_gpu_decoded_does_not_depend_on_its_load(root: str, kind: str) 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"device": "cpu"}, {"loader": "torch"}], ids=["gpu", "cpu", "torch"])
-def test_the_host_waits_for_nothing(root: str, kind: str, options: dict[str, str]) -> None:
-    given = batches(root, GPU, **KINDS[kind], **options)
+def test_the_host_waits_for_nothing(
+    root: str, kind: str, options: dict[str, str], device: torch.device, num_batches: int
+) -> None:
+    given = batches(root, device, **KINDS[kind], **options)
     for _ in range(3):
         next(given)  # the first ones allocate, and compile the kernel
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(NUM_BATCHES):
+    with host_waits(device) as waits:
+        for _ in range(num_batches):
             next(given)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert dict(waits.syncs) == {}
 
 
-def test_the_kernel_has_the_bits_of_the_torch_version() -> None:
+def test_the_kernel_has_the_bits_of_the_torch_version(device: torch.device) -> None:
+    if device.type == "cpu":
+        pytest.skip("the kernel is Triton's")
     rng = np.random.default_rng(0)
     shapes = [(height, width, 3) for height, width in rng.integers(1, 700, (40, 2)).tolist()]
     windows = [torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
@@ -116,13 +134,13 @@ def test_the_kernel_has_the_bits_of_the_torch_version() -> None:
     facts = window_facts(shapes, flips)
     whole = torch.cat([window.flatten() for window in windows])
     for size in (1, 24, 224):
-        resized = resize_on_device(whole.to(GPU), facts, facts.to(GPU), size)
+        resized = resize_on_device(whole.to(device), facts, facts.to(device), size)
         expected = resize_windows(windows, flips, size)
         assert torch.equal(resized.cpu().view(torch.int32), expected.view(torch.int32)), size
 
 
-def test_the_torch_version_has_the_same_bits_on_a_gpu() -> None:
+def test_the_torch_version_has_the_same_bits_on_a_gpu(device: torch.device) -> None:
     windows = [torch.from_numpy(np.array(photo(100 + 9 * index, 300 - 7 * index, index))) for index in range(35)]
     flips = np.arange(35, dtype=np.int32) % 2
-    ours = resize_windows([window.to(GPU) for window in windows], flips, 224)
+    ours = resize_windows([window.to(device) for window in windows], flips, 224)
     assert torch.equal(ours.cpu(), resize_windows(windows, flips, 224))

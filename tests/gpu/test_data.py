@@ -26,9 +26,9 @@ def test_images_in_memory_have_the_bytes_of_the_cpu(device: torch.device, tiny_i
     dataset = open_dataset(config)
     read = []
     for where in (torch.device("cpu"), device):
-        place: dict[str, Any] = {**ONE_RANK, "device": where}
-        train = TrainLoader(dataset, config, seed=0, global_batch_size=16, num_replicas=1, **place)
-        batches = [*itertools.islice(train.batches(), 15), *ValidationLoader(dataset, config, **place)]
+        train = TrainLoader(dataset, config, seed=0, global_batch_size=16, num_replicas=1, device=where, **ONE_RANK)
+        validation = ValidationLoader(dataset, config, device=where, **ONE_RANK)
+        batches = [*itertools.islice(train.batches(), 15), *validation]
         assert {images.device for images, _ in batches} == {where}
         read.append([(images.cpu(), labels.cpu()) for images, labels in batches])
     for (images, labels), (others, other_labels) in zip(*read, strict=True):
@@ -50,10 +50,12 @@ def sized(transform: Transform, is_dry: bool) -> Transform:
 
 
 @transforms
-def test_the_gpu_decodes_what_the_cpu_does(transform: Transform, photos: Path, is_dry: bool) -> None:
+def test_the_gpu_decodes_what_the_cpu_does(
+    transform: Transform, photos: Path, device: torch.device, is_dry: bool
+) -> None:
     """The bounds are a prediction: rounding of another inverse transform and resize, no other window, flip or chroma."""
     decoders: tuple[Decoder, Decoder] = ("cpu", "cpu") if is_dry else ("gpu", "cpu")
-    found = compare_pixels(photos, sized(transform, is_dry), decoders, batch_size=4 if is_dry else 64)
+    found = compare_pixels(photos, sized(transform, is_dry), decoders, device, batch_size=4 if is_dry else 64)
     assert found.labels_equal
     assert found.mean <= MEAN_DIFFERENCE[transform.preprocessing]
     assert found.share_far <= 0.01

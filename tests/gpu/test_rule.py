@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from bitfleet.optim.kernels import on_gpu
 from bitfleet.trainer import bench_gpu_rule
 from bitfleet.trainer.bench_gpu_rule import GOLDEN, Form, Variant
 from tests.golden import recipe
@@ -25,6 +26,11 @@ def test_trajectory_has_the_recorded_flips_and_the_bits_of_the_cpu(
     assert found.num_steps == steps
     assert not found.steps_with_other_flips
     assert found.first_difference == {}
+
+
+def test_packed_weights_are_updated_by_triton(device: torch.device, is_dry: bool) -> None:
+    bench_gpu_rule.compare_wild("none", "bits", "fp32", device, numel=640, num_steps=1)
+    assert is_dry or on_gpu(lambda triton: None), "eager torch took its place"
 
 
 @pytest.mark.parametrize("variant", bench_gpu_rule.VARIANTS)

@@ -13,17 +13,15 @@ from torch import Tensor
 from bitfleet.configs import load_config
 from bitfleet.optim import ShardedOptimizer
 from bitfleet.trainer import checkpoint_tensors
-from bitfleet.trainer.bench_gpu_syncs import PageableCopies, host_syncs
+from bitfleet.trainer.bench_gpu_syncs import PageableCopies, host_waits
 from bitfleet.trainer.bench_gpu_trainer import Variant, varied
 from bitfleet.trainer.checkpoint import checkpoints
 from bitfleet.trainer.data import DataConfig
 from bitfleet.trainer.distributed import Ranks
-from bitfleet.trainer.engine_options import EngineConfig
 from bitfleet.trainer.trainer import Trainer
 from tests.integration.runs import assert_same_bits
 
 pytestmark = pytest.mark.gpu
-HAS_GRAPH = "cuda_graph" in {field.name for field in dataclasses.fields(EngineConfig)}
 
 
 def has_memory() -> bool:
@@ -62,11 +60,11 @@ def test_steps_between_logging_steps_do_not_wait_for_the_device(
     with started(Variant(loader), tmp_path / "run", ranks, device, is_dry) as trainer:
         for _ in range(2 if is_dry else 12):  # compiles, and past DeepSpeed's first steps
             trainer.train_step()
-        with host_syncs(device) as places:
+        with host_waits(device) as waits:
             for _ in range(2 if is_dry else 10):
                 trainer.train_step()
                 trainer.checkpoints.saver.check()
-        assert dict(places) == {}
+        assert dict(waits.syncs) == {}
 
 
 @loaders
@@ -84,16 +82,15 @@ def test_images_are_copied_from_pinned_memory(
         assert dict(copies.places) == {}
 
 
-@needs_memory
-@pytest.mark.skipif(not HAS_GRAPH, reason="there is no engine.cuda_graph")
+@loaders
 def test_graph_of_a_step_has_the_bits_of_the_step(
-    device: torch.device, ranks: Ranks, is_dry: bool, tmp_path: Path
+    loader: str, device: torch.device, ranks: Ranks, is_dry: bool, tmp_path: Path
 ) -> None:
     if is_dry:
         pytest.skip("a CUDA graph needs a CUDA device")
     runs = [tmp_path / "eager", tmp_path / "graph"]
     for run, cuda_graph in zip(runs, (False, True), strict=True):
-        with started(Variant("memory", cuda_graph), run, ranks, device, is_dry) as trainer:
+        with started(Variant(loader, cuda_graph), run, ranks, device, is_dry) as trainer:
             for _ in range(60):  # more than an epoch of 46 steps
                 trainer.train_step()
             trainer.save()

@@ -99,13 +99,13 @@ def good_rows() -> list[Row]:
     def row(part: str, what: str, **facts: Any) -> Row:
         return {"part": part, "what": what, **facts}
 
-    compiled = {"batch_size": 256, "precision": "bf16", "is_compiled": True}
+    compiled = {"batch_size": 256, "precision": "bf16", "is_compiled": True, "deterministic": False}
     return [
         row("rule", "recorded trajectory", steps_with_other_flips=0, first_difference={}),
         row("rule", "recorded trajectory", steps_with_other_flips=None, first_difference={}),
         row("rule", "wild gradients", first_difference={}),
-        row("repeat", "birealnet18", cudnn_deterministic=False, different_gradients=7),
-        row("repeat", "birealnet18", cudnn_deterministic=True, different_gradients=0),
+        row("repeat", "birealnet18", deterministic=False, different_gradients=7),
+        row("repeat", "birealnet18", deterministic=True, different_gradients=0),
         row("update", ON_BITS, numel=62_000_000, of_copy_bandwidth=0.8, time_to_adamw=0.75),
         row("update", ON_BITS, numel=12_000_000, of_copy_bandwidth=0.1, time_to_adamw=2.0),
         row("networks", "resnet18", images_per_second=1000.0, **compiled),

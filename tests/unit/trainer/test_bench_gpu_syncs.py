@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bitfleet.trainer.bench_gpu_syncs import PageableCopies, host_syncs, place_of
+from bitfleet.trainer.bench_gpu_syncs import PageableCopies, host_waits, place_of
 
 CPU = torch.device("cpu")
 
@@ -27,6 +27,7 @@ def test_place_is_the_innermost_line_of_bitfleet() -> None:
 
 def test_waits_for_the_device_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: None)
     before = torch.cuda.synchronize
     done = threading.Event()
 
@@ -34,7 +35,7 @@ def test_waits_for_the_device_are_counted(monkeypatch: pytest.MonkeyPatch) -> No
         torch.cuda.synchronize()
         done.set()
 
-    with host_syncs(CPU) as places:
+    with host_waits(CPU) as waits:
         torch.cuda.synchronize()
         torch.cuda.synchronize(0)
         loader = threading.Thread(target=torch.cuda.synchronize)
@@ -42,7 +43,9 @@ def test_waits_for_the_device_are_counted(monkeypatch: pytest.MonkeyPatch) -> No
         loader.join()
         _thread.start_new_thread(from_torch, ())  # as the threads of autograd, which Python did not make
         assert done.wait(10)
-    assert sum(places.values()) == 3
+        torch.cuda.Event.synchronize(object())  # type: ignore[arg-type]
+    assert sum(waits.syncs.values()) == 3
+    assert sum(waits.events.values()) == 1
     assert torch.cuda.synchronize is before
 
 
@@ -50,11 +53,12 @@ def test_torchs_warnings_of_synchronisation_are_counted(monkeypatch: pytest.Monk
     """The mode is set on the way in and taken back on the way out; other warnings are nobody's synchronisation."""
     modes: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    with host_syncs(torch.device("cuda", 0)) as places:
+    with host_waits(torch.device("cuda", 0)) as waits:
         for message in ("called a synchronizing CUDA operation", "called a synchronizing CUDA operation", "other"):
             warnings.warn(message, UserWarning, stacklevel=1)
     assert modes == ["warn", "default"]
-    assert dict(places) == {"elsewhere": 2}
+    assert dict(waits.syncs) == {"elsewhere": 2}
+    assert not waits.events
 
 
 def test_pageable_copies_are_counted() -> None:
