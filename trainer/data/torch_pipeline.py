@@ -40,6 +40,11 @@ class TorchPipeline:
 
     def batches(self, requests: Iterator[Request], mend: Mend) -> Iterator[Batch]:
         """See request.Pipeline."""
+        for images, request in self.decoded(requests, mend):
+            yield self._batch(images, request), request.labels
+
+    def decoded(self, requests: Iterator[Request], mend: Mend) -> Iterator[tuple[list[torch.Tensor], Request]]:
+        """Yield the images of each request, which may have been mended: finished ones, but for crop_bicubic windows."""
         self._iteration = iteration = object()
         ahead: deque[tuple[Request, list[Future[torch.Tensor | None]]]] = deque()
         while True:
@@ -61,7 +66,7 @@ class TorchPipeline:
                 request = mend(request, unreadable)
                 ahead.appendleft((request, self._submit(request)))
                 continue
-            yield self._batch([image for image in given if image is not None], request), request.labels
+            yield [image for image in given if image is not None], request
 
     def _batch(self, images: list[torch.Tensor], request: Request) -> torch.Tensor:
         if not images:
@@ -85,7 +90,7 @@ class TorchPipeline:
             return None
         size, bilinear = self._image_size, InterpolationMode.BILINEAR
         (top, left), (bottom, right) = (corner[position].tolist() for corner in request.windows)
-        if self._geometry in ("crop", "crop_bicubic"):
+        if self._geometry in ("crop", "crop_bicubic", "whole"):
             image = image.crop((left, top, right, bottom))
         elif self._geometry == "crop_resize":
             image = v2.resized_crop(
