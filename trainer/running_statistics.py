@@ -56,8 +56,9 @@ class RunningStatistics:
         if self.num_replicas > 1:
             mine = tree_sum(self._replicas)
             self.flat.copy_(tree_sum(gather_from_ranks(mine)).div_(self.num_replicas))
-            for counter in self._counters:  # steps, not the forward passes that this rank happened to run
-                counter -= len(self._replicas) - 1
+            if len(self._replicas) > 1:
+                for counter in self._counters:  # steps, not the forward passes that this rank happened to run
+                    counter -= len(self._replicas) - 1
         self._start, self._replicas = None, []
 
     def abandon_step(self) -> None:
