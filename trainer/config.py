@@ -82,6 +82,11 @@ class TrainConfig:
                 f"metrics.diagnostics are counted in the step of engine.sharding bits, but that is {self.engine.sharding!r}: "
                 f"leave them out, or use --engine.sharding bits"
             )
+        if self.model.compile == "on" and self.engine.sharding == "zero3":
+            raise ValueError(
+                'model.compile on does not go with engine.sharding "zero3", which takes the weights apart around every layer: '
+                "choose another sharding, or set model.compile to auto or off"
+            )
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, not {self.seed}")
         if self.optim.transitions.drives != "off" and self.engine.sharding != "bits":

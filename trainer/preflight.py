@@ -76,6 +76,8 @@ class Preflight:
         self._num_done, self._seconds = 0, 0.0
         # ShardedOptimizer has its state from the start, the others make it in the first update.
         self._measured_step = 1 if isinstance(trainer.sharded, ShardedOptimizer) else 2
+        if trainer.compiled and trainer.device.type == "cpu":
+            self._measured_step = 0  # never: counting tensors would run that step eagerly, with other bits
 
     def report(self) -> str:
         """What is known before the first step, in lines."""

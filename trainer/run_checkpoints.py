@@ -60,7 +60,9 @@ def find_start(folder: RunFolder, ranks: Ranks) -> Intact | None:
     return checkpoint_loader.find_intact(folder.path, ranks)
 
 
-def identity(config: TrainConfig, num_replicas: int, world_size: int, data_sha: str) -> dict[str, Any]:
+def identity(
+    config: TrainConfig, num_replicas: int, world_size: int, data_sha: str, *, compiled: bool
+) -> dict[str, Any]:
     """What must be equal for a resumed run to be the same run: field -> value.
 
     DeepSpeed's own shards can only be read on as many ranks as wrote them; all else is free of the number of ranks. Of
@@ -71,6 +73,7 @@ def identity(config: TrainConfig, num_replicas: int, world_size: int, data_sha: 
         num_replicas: micro-batches per step.
         world_size: number of ranks.
         data_sha: of the lists of images.
+        compiled: whether the network is compiled, what "auto" in `model.compile` comes to.
     """
     resolved = to_dict(config)
     sections = {
@@ -80,7 +83,7 @@ def identity(config: TrainConfig, num_replicas: int, world_size: int, data_sha: 
             key: resolved["engine"][key]
             for key in ("sharding", "precision", "deterministic", "grad_comm_dtype", "max_grad_norm")
         },
-        "model": resolved["model"],
+        "model": resolved["model"] | {"compile": "on" if compiled else "off"},
         "optim": resolved["optim"],
     }
     facts = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
@@ -96,11 +99,15 @@ def _in_todays_fields(meta: Mapping[str, Any]) -> Mapping[str, Any]:
         saved = from_dict(meta["config"])
     except ValueError:  # it has what is refused today: compared as it was written
         return meta
-    today = identity(saved, meta["num_replicas"], meta["world_size"], meta["data_sha"])
-    decoder = (
-        {"data.loader": meta["data.loader"]} if "data.loader" in meta else {}
-    )  # as it was then, on another machine
+    today = identity(saved, meta["num_replicas"], meta["world_size"], meta["data_sha"], compiled=was_compiled(meta))
+    # The decoder as it was then, on another machine.
+    decoder = {"data.loader": meta["data.loader"]} if "data.loader" in meta else {}
     return {**meta, **today, **decoder}
+
+
+def was_compiled(meta: Mapping[str, Any]) -> bool:
+    """Whether the network of the run that wrote `meta` was compiled: none was before there was `model.compile`."""
+    return bool(meta.get("model.compile") == "on")
 
 
 class RunCheckpoints:
