@@ -18,6 +18,9 @@ USAGE = """usage: bitfleet bench NAME [options], on several ranks deepspeed --nu
           (the wire: only in a network namespace of its own; of several hosts: launch/hosts.sh)
   step    [--rounds 7]
           the update of 12 and 62 million weights against fused AdamW and the limits of memory, one process: ns a weight
+  networks [--network NAME] [--precision fp32|bf16] [--compiled] [--rounds 5] [--steps 2] [--batch_size N]
+          training steps of birealnet18 (or NAME: xnornet, binarynet, any of timm's) against timm's resnet18 on the same images,
+          one process: images/s, their ratio, and on a GPU the peak memory; eager, with --compiled also compiled (a minute each)
   sharding [--network NAME] [--contender NAME,...] [--micro_batch_size 8] [--rounds 5] [--steps 3]
           step time of birealnet18 and xnornet (or of NAME alone): bitfleet's sharding, DistributedDataParallel, ZeRO-1; and the
           bytes that a rank sent, which are only this job's in a network namespace (launch/hosts.sh). With --contender bits,DDP
@@ -143,6 +146,40 @@ def _step(arguments: list[str]) -> None:
         print(format_steps(bench_step(num_rounds=rounds), first_steps()))
 
 
+def _networks(arguments: list[str]) -> None:
+    rounds, arguments = take_number(arguments, "--rounds", 5)
+    steps, arguments = take_number(arguments, "--steps", 2)
+    batch_size, arguments = take_number(arguments, "--batch_size", 0)
+    network, arguments = take_option(arguments, "--network")
+    precision, arguments = take_option(arguments, "--precision")
+    compiled = "--compiled" in arguments
+    _reject([argument for argument in arguments if argument != "--compiled"], "networks")
+    with job("auto") as (ranks, device):
+        from bitfleet.trainer.bench_networks import PRECISIONS, Kind, bench_networks, format_networks
+
+        if ranks.world_size > 1:
+            raise ValueError(
+                f"bench networks measures one process, not {ranks.world_size} ranks: bitfleet bench networks"
+            )
+        if precision is not None and precision not in PRECISIONS:
+            raise ValueError(f"bench networks knows the precisions {', '.join(PRECISIONS)}, not {precision!r}")
+        kinds = [
+            Kind(each, is_compiled)
+            for each in PRECISIONS
+            for is_compiled in ((False, True) if compiled else (False,))
+            if precision in (None, each)
+        ]
+        rows = bench_networks(
+            network or "birealnet18",
+            kinds,
+            device,
+            num_rounds=rounds,
+            num_steps=steps,
+            batch_size=batch_size or None,
+        )
+        print(format_networks(rows, device))
+
+
 def _sharding(arguments: list[str]) -> None:
     micro_batch_size, arguments = take_number(arguments, "--micro_batch_size", 8)
     rounds, arguments = take_number(arguments, "--rounds", 5)
@@ -235,6 +272,7 @@ BENCHMARKS: dict[str, Callable[[list[str]], None]] = {
     "diagnostics": _diagnostics,
     "memory": _memory,
     "step": _step,
+    "networks": _networks,
     "sharding": _sharding,
     "checkpoint": _checkpoint,
     "journal": _journal,

@@ -3,9 +3,7 @@
 A bit-flipping step is bound by memory, and a +-1 weight needs no more than a bit of it: 20.25 bytes a weight with fp32
 gradients, 18.25 with bf16, against 28 of a rule on fp32 weights. Where the arithmetic runs:
 
-- CPU: kernels.c, compiled by the system's C compiler at first use and kept in a cache folder ($BITFLEET_CACHE, else
-  $XDG_CACHE_HOME/bitfleet, else ~/.cache/bitfleet). It binds to the OpenMP runtime that torch has loaded, so both share
-  one pool of threads.
+- CPU: kernels.c, compiled by the system's C compiler at first use (bitfleet/c_library.py).
 - CPU without a compiler: the same in eager torch, chunk by chunk. One warning says so.
 - GPU: triton_kernels.py, one launch for a slice. Rates and the flag "every gradient is finite" are read on the device.
 - GPU on which Triton does not work (no C compiler, no Python headers): eager torch. One warning says so.
@@ -14,14 +12,7 @@ Bits are least significant first, bit 1 = +1. On the CPU every path gives the bi
 for any split into slices and any number of threads; a NaN remains a NaN, of whatever payload, and its weight becomes +1.
 """
 
-import contextlib
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 import warnings
 from collections.abc import Callable
 from functools import cache, lru_cache
@@ -31,12 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bitfleet.c_library import CLibraryError, load_c_library
 from bitfleet.optim.bop2ndorder import EPS, Correction, bias_corrections
 
 __all__ = ["Rates", "Slice", "bop2ndorder_bits_", "bop_bits_", "flip_packed_", "kernel_library", "on_gpu", "pack_flags"]
 
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC")
 RULES = ("bop", "bop2ndorder", "bop2ndorder_corrected")  # `enum rule` of the source
 CHUNK, GPU_CHUNK = 262_144, 1 << 23
 MIN_SHARE = 32_768  # weights for which a thread is worth waking, as in torch
@@ -265,64 +256,11 @@ def _warn_of_eager(problem: str) -> None:
 @cache
 def kernel_library() -> ctypes.CDLL | None:
     """The functions of kernels.c, built on the first call in this process; None, after one warning, where that fails."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    problem = "no C compiler (cc or gcc) on the PATH"
-    if compiler is not None:
-        # Linked without an OpenMP library, its calls bind to the one that torch has loaded. A torch without one, or
-        # with another kind, does not load it: then the kernels run on one thread.
-        for flags in ((*FLAGS, "-fopenmp"), FLAGS):
-            try:
-                return _declare(_load(compiler, flags))
-            except subprocess.CalledProcessError as error:
-                problem = f"{' '.join(error.cmd)}: {_last_line(error.stderr)}"
-            except (OSError, RuntimeError) as error:  # the latter where there is no home folder
-                problem = f"{error} ($BITFLEET_CACHE may name another folder)"
-    _warn_of_eager(problem)
-    return None
-
-
-def _load(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), compiler, version, *flags, _cpu()]).encode()).hexdigest()
-    path = _cache_folder() / f"kernels-{key[:16]}.so"
-    if path.exists():
-        with contextlib.suppress(OSError):  # damaged: built again
-            return ctypes.CDLL(str(path))
-    _build(compiler, flags, path)
-    return ctypes.CDLL(str(path))
-
-
-def _build(compiler: str, flags: tuple[str, ...], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Several ranks may build at once: each renames a finished file of its own over the others'.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
-        compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
-        for command in (
-            [compiler, *flags, "-c", str(SOURCE), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), "-o", str(linked)],
-        ):
-            subprocess.run(command, capture_output=True, text=True, check=True)
-        with linked.open("rb") as file:
-            os.fsync(file.fileno())  # a file cut short by a crash would fault when it is used
-        linked.replace(path)
-
-
-def _cpu() -> str:
-    """What -march=native depends on; home folders are shared between different machines."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    wanted = ("model name", "flags", "CPU part", "Features", "isa")
-    return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(wanted)})])
-
-
-def _cache_folder() -> Path:
-    if own := os.environ.get("BITFLEET_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitfleet"
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no message"])[-1]
+    try:
+        return _declare(load_c_library(SOURCE))
+    except CLibraryError as error:
+        _warn_of_eager(str(error))
+        return None
 
 
 def _declare(built: ctypes.CDLL) -> ctypes.CDLL:

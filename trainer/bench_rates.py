@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitfleet.models import create_model
+from bitfleet.models import compile_network, create_model
 from bitfleet.optim import build_optimizer
 from bitfleet.optim.buckets import Bucket, make_buckets
 from bitfleet.optim.routed import numbers_of
+from bitfleet.trainer.compilation import is_compiled
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import TrainLoader, normalize, open_dataset
 from bitfleet.trainer.distributed import (
@@ -60,6 +61,8 @@ class _Probe:
         self.network = describe(config)
         torch.manual_seed(0)
         self.model = create_model(config.model).to(device)
+        if is_compiled(config, device, None):
+            compile_network(self.model)
         self.micro_batch_size = max(2, config.global_batch_size // (config.num_replicas or ranks.world_size))
         size = config.data.image_size
         images = torch.zeros(self.micro_batch_size, size, size, 3, dtype=torch.uint8, device=device).random_()

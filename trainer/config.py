@@ -16,8 +16,9 @@ from bitfleet.trainer.engine_options import EngineConfig, resolve_precision
 from bitfleet.trainer.journal import JournalConfig
 from bitfleet.trainer.metrics import MetricsConfig
 
-MACHINE = ("root", "device", "num_threads", "on_bad_sample", "max_bad_samples", "stall_seconds")
-"""Fields of `data` that may change in a run: where the data is, who decodes it, and what is done about faults."""
+MACHINE = ("root", "device", "num_threads", "memory_gib", "on_bad_sample", "max_bad_samples", "stall_seconds")
+"""Fields of `data` that may change in a run: where the data is, who decodes it, and what is done about faults. The loader may
+change as well where the pixels do not: see `run_checkpoints.identity`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +81,11 @@ class TrainConfig:
             raise ValueError(
                 f"metrics.diagnostics are counted in the step of engine.sharding bits, but that is {self.engine.sharding!r}: "
                 f"leave them out, or use --engine.sharding bits"
+            )
+        if self.model.compile == "on" and self.engine.sharding == "zero3":
+            raise ValueError(
+                'model.compile on does not go with engine.sharding "zero3", which takes the weights apart around every layer: '
+                "choose another sharding, or set model.compile to auto or off"
             )
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, not {self.seed}")

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import functools
 import os
+import secrets
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=5)
 _timeout = COLLECTIVE_TIMEOUT
+_job_word: str | None = None
 ALONE = "BITFLEET_ALONE"
 """Environment variable of a process that no launcher started."""
 SAVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -128,7 +130,7 @@ def process_group(
         timeout: after which a collective fails, here and in `cpu_group`.
         store: where the ranks have met; None: at MASTER_ADDR and MASTER_PORT.
     """
-    global _timeout
+    global _timeout, _job_word
     _timeout = timeout
     if device.type == "cuda":
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")  # CleanUpOnly, of ProcessGroupNCCL.hpp
@@ -139,7 +141,10 @@ def process_group(
         timeout=timeout,
         store=None if store is None else PrefixStore("group", store),
     )
+    if ranks.world_size > 1:
+        _job_word = from_first_rank(secrets.token_hex(8))
     yield
+    _job_word = None
     dist.barrier()
     dist.destroy_process_group()
 
@@ -156,6 +161,11 @@ def connect(device: torch.device) -> None:
     assert group is not None
     group.bound_device_id = device
     group._get_backend(device).eager_connect_single_device(device)
+
+
+def job_word() -> str | None:
+    """A random word that the ranks of this job have in common, to find each other on a machine; None for a single rank."""
+    return _job_word
 
 
 def barrier() -> None:

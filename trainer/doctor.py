@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from bitfleet.trainer.config import TrainConfig
+from bitfleet.trainer.data import decoder_of
 from bitfleet.trainer.distributed import Ranks, barrier, from_first_rank, objects_from_ranks
 from bitfleet.trainer.doctor_facts import Facts, collect_facts
 from bitfleet.trainer.doctor_installation import (
@@ -50,7 +51,7 @@ def examine(config: TrainConfig | None, ranks: Ranks, device: torch.device) -> l
     sees = _sees_run_folder(facts[0], ranks)
     network = measure_network(ranks, device)
     wants_gpu = config is not None and config.device == "gpu"
-    wants_dali = config is None or config.data.loader == "dali"
+    wants_dali = config is None or decoder_of(config.data) == "dali"
     return all_checks(facts, network, sees, wants_gpu=wants_gpu, wants_dali=wants_dali)
 
 

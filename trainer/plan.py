@@ -57,7 +57,8 @@ class Mode(NamedTuple):
 
 def mode_of(config: TrainConfig, rates: Rates) -> Mode:
     """How `config` runs its kernels on a device of `rates`."""
-    return Mode(compiled=False, cuda_graph=config.engine.cuda_graph)
+    compiled = config.model.compile == "on" or (config.model.compile == "auto" and rates.device == "gpu")
+    return Mode(compiled=compiled, cuda_graph=config.engine.cuda_graph)
 
 
 class Estimate(NamedTuple):

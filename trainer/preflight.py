@@ -63,6 +63,8 @@ class Preflight:
         buckets = bucket_shapes(trainer.sharded, trainer.checkpoints.parts.signature)
         self.memory: Memory = predict_memory(config, buckets, world_size=world_size, num_replicas=trainer.num_replicas)
         """Bytes of a rank."""
+        self.image_bytes: int = trainer.loader.device_bytes + trainer.validation_loader.device_bytes
+        """Bytes of decoded images on this rank's GPU (data.loader "memory")."""
         self.sent_bytes: float | None = sent_bytes(
             buckets,
             config.engine,
@@ -74,12 +76,15 @@ class Preflight:
         self._num_done, self._seconds = 0, 0.0
         # ShardedOptimizer has its state from the start, the others make it in the first update.
         self._measured_step = 1 if isinstance(trainer.sharded, ShardedOptimizer) else 2
+        if trainer.compiled and trainer.device.type == "cpu":
+            self._measured_step = 0  # never: counting tensors would run that step eagerly, with other bits
 
     def report(self) -> str:
         """What is known before the first step, in lines."""
         memory, trainer = self.memory, self._trainer
         batch = trainer.config.global_batch_size // trainer.num_replicas
         about = "" if isinstance(trainer.sharded, ShardedOptimizer) else "about "
+        images = f", decoded images {megabytes(self.image_bytes)}" if self.image_bytes else ""
         traffic = "nothing is sent, there is one rank"
         if self.sent_bytes is None:
             traffic = f"not predicted for engine.sharding {trainer.config.engine.sharding}"
@@ -88,7 +93,7 @@ class Preflight:
         return (
             f"memory of a rank, predicted: weights {megabytes(memory.weights)}, optimizer state {megabytes(memory.state)}, "
             f"gradients {about}{megabytes(memory.gradients)}, activations {megabytes(memory.activations)} "
-            f"(micro-batch of {batch}); at most {about}{megabytes(memory.peak)} at a time\n"
+            f"(micro-batch of {batch}){images}; at most {about}{megabytes(memory.peak + self.image_bytes)} at a time\n"
             f"traffic: {traffic}\n"
             f"expected time: unknown until {UNTIMED_STEPS + TIMED_STEPS} steps are done"
         )
@@ -122,7 +127,7 @@ class Preflight:
                         chunk.tensor.detach()  # seen from the start: the update comes after the peak
                 yield
             peak, what = count.peak, "of tensors"
-        predicted = self.memory.peak
+        predicted = self.memory.peak + self.image_bytes
         self._trainer.reports.say(
             f"memory of rank {self._trainer.ranks.rank}, measured in step {self._measured_step}: {megabytes(peak)} {what} at the "
             f"peak, predicted were {megabytes(predicted)} (measured / predicted {peak / predicted:.3f}); the process has "

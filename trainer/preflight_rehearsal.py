@@ -189,7 +189,7 @@ def _try_checkpoint(
 ) -> None:
     """Raise ValueError unless what was saved is read back, here and by other numbers of ranks, with equal bits."""
     config = dataclasses.replace(config, run_dir=folder / "run")
-    facts = identity(config, num_replicas, ranks.world_size, "")
+    facts = identity(config, num_replicas, ranks.world_size, "", compiled=False)
     place = RunFolder(folder / "run", None)
     saving = RunCheckpoints(config, place, ranks, parts, facts, steps_per_epoch=NUM_STEPS)
     saving.save(NUM_STEPS, {})

@@ -24,6 +24,7 @@ from bitfleet.trainer.checkpoint import (
 from bitfleet.trainer.checkpoint_loader import DIAGNOSTICS_SINCE, Intact
 from bitfleet.trainer.checkpoint_saver import Saver
 from bitfleet.trainer.config import MACHINE, TrainConfig, from_dict, to_dict
+from bitfleet.trainer.data import decoder_of
 from bitfleet.trainer.distributed import Ranks, sum_of_numbers
 from bitfleet.trainer.engine import load_engine, whole_weights
 from bitfleet.trainer.metrics import read_metrics
@@ -59,25 +60,30 @@ def find_start(folder: RunFolder, ranks: Ranks) -> Intact | None:
     return checkpoint_loader.find_intact(folder.path, ranks)
 
 
-def identity(config: TrainConfig, num_replicas: int, world_size: int, data_sha: str) -> dict[str, Any]:
+def identity(
+    config: TrainConfig, num_replicas: int, world_size: int, data_sha: str, *, compiled: bool
+) -> dict[str, Any]:
     """What must be equal for a resumed run to be the same run: field -> value.
 
-    DeepSpeed's own shards can only be read on as many ranks as wrote them; all else is free of the number of ranks.
+    DeepSpeed's own shards can only be read on as many ranks as wrote them; all else is free of the number of ranks. Of
+    the loader only what decodes its images counts: data.loader "memory" continues a run of "dali".
 
     Args:
         config: the run; its precision is the one that it computes in, not "auto".
         num_replicas: micro-batches per step.
         world_size: number of ranks.
         data_sha: of the lists of images.
+        compiled: whether the network is compiled, what "auto" in `model.compile` comes to.
     """
     resolved = to_dict(config)
     sections = {
-        "data": {key: value for key, value in resolved["data"].items() if key not in MACHINE},
+        "data": {key: value for key, value in resolved["data"].items() if key not in MACHINE}
+        | {"loader": decoder_of(config.data)},
         "engine": {
             key: resolved["engine"][key]
             for key in ("sharding", "precision", "deterministic", "grad_comm_dtype", "max_grad_norm")
         },
-        "model": resolved["model"],
+        "model": resolved["model"] | {"compile": "on" if compiled else "off"},
         "optim": resolved["optim"],
     }
     facts = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
@@ -93,7 +99,15 @@ def _in_todays_fields(meta: Mapping[str, Any]) -> Mapping[str, Any]:
         saved = from_dict(meta["config"])
     except ValueError:  # it has what is refused today: compared as it was written
         return meta
-    return {**meta, **identity(saved, meta["num_replicas"], meta["world_size"], meta["data_sha"])}
+    today = identity(saved, meta["num_replicas"], meta["world_size"], meta["data_sha"], compiled=was_compiled(meta))
+    # The decoder as it was then, on another machine.
+    decoder = {"data.loader": meta["data.loader"]} if "data.loader" in meta else {}
+    return {**meta, **today, **decoder}
+
+
+def was_compiled(meta: Mapping[str, Any]) -> bool:
+    """Whether the network of the run that wrote `meta` was compiled: none was before there was `model.compile`."""
+    return bool(meta.get("model.compile") == "on")
 
 
 class RunCheckpoints:

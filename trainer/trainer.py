@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 
-from bitfleet.models import create_model
+from bitfleet.models import compile_network, create_model
 from bitfleet.optim import ShardedOptimizer, build_optimizer, driven_values, routing_table
 from bitfleet.trainer.agreement import agree
 from bitfleet.trainer.arithmetic import use_arithmetic
 from bitfleet.trainer.checkpoint import model_signature
 from bitfleet.trainer.checkpoint_loader import Intact
+from bitfleet.trainer.compilation import is_compiled
 from bitfleet.trainer.config import TrainConfig, resolve_replicas, with_precision
 from bitfleet.trainer.data import TrainLoader, ValidationLoader, open_dataset
 from bitfleet.trainer.distributed import Ranks, from_first_rank
@@ -73,6 +74,10 @@ class Trainer:
         if config.init and begun is None:
             load_initial_weights(self.model, config.init, config.init_scales)
         self.model.to(device)
+        self.compiled = is_compiled(config, device, begun.meta if begun else None)
+        """Whether the network is compiled."""
+        if self.compiled:
+            compile_network(self.model)
         # As the paper's code: decay_steps = epochs * images // batch, a little longer than the run of whole batches.
         decay_steps = config.epochs * len(self.dataset.train) // config.global_batch_size
         self.optimizer, schedules = build_optimizer(self.model, config.optim, num_steps=decay_steps, seed=config.seed)
@@ -90,7 +95,7 @@ class Trainer:
             self.folder,
             ranks,
             Parts(self.engine, self.model, self.sharded, signature, diagnostics),
-            identity(config, self.num_replicas, ranks.world_size, self.dataset.sha),
+            identity(config, self.num_replicas, ranks.world_size, self.dataset.sha, compiled=self.compiled),
             steps_per_epoch=self.loader.steps_per_epoch,
         )
         self.step = self._resume(begun) if begun else 0

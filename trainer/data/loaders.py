@@ -1,8 +1,11 @@
 """The loaders of a rank: which images it reads, in which order and with which windows. A pipeline does the reading."""
 
+import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +16,17 @@ from bitfleet.trainer.data.bad_samples import BadSamples
 from bitfleet.trainer.data.config import DataConfig
 from bitfleet.trainer.data.dali import DaliPipeline
 from bitfleet.trainer.data.dataset import Dataset
+from bitfleet.trainer.data.decoded_images import decoder_of
 from bitfleet.trainer.data.device_copies import CudaCopyStream, DeviceCopies
 from bitfleet.trainer.data.images import ImageList
+from bitfleet.trainer.data.memory_pipeline import MemoryPipeline, keep_in_memory
 from bitfleet.trainer.data.request import Batch, Geometry, Pipeline, Request
 from bitfleet.trainer.data.sampler import Windows
 from bitfleet.trainer.data.torch_pipeline import TorchPipeline
+
+_IMAGES_AHEAD = (
+    4096  # whose windows and flips are drawn together, where nothing is read: calls of numpy cost more than numbers
+)
 
 
 class TrainLoader:
@@ -76,15 +85,25 @@ class TrainLoader:
             rank=rank,
             world_size=world_size,
         )
+        self._bad = BadSamples(config.on_bad_sample, config.max_bad_samples, seed=seed, rank=rank)
+        geometry, batch_size = _geometry(config, "crop_resize"), global_batch_size // num_replicas
+        self._batches_ahead = 1
+        self._pipeline: Pipeline
+        if config.loader == "memory":
+            if geometry == "crop":
+                self._batches_ahead = max(1, _IMAGES_AHEAD // batch_size)
+            self._pipeline = _memory_pipeline(
+                config, dataset, "training", geometry, self._bad, rank, batch_size, local_world_size, device
+            )
+            return
         self._pipeline = _pipeline(
             config,
             dataset.train,
-            _geometry(config, "crop_resize"),
-            batch_size=global_batch_size // num_replicas,
+            geometry,
+            batch_size=batch_size,
             local_world_size=local_world_size,
             device=device,
         )
-        self._bad = BadSamples(config.on_bad_sample, config.max_bad_samples, seed=seed, rank=rank)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Yield this rank's micro-batches from optimizer step `start_step` on, endlessly, over all epochs.
@@ -101,16 +120,27 @@ class TrainLoader:
         """
         if start_step < 0:
             raise ValueError(f"start_step={start_step} must not be negative")
-        return self._pipeline.batches(self.requests(start_step), self._mend)
+        return self._pipeline.batches(self.requests(start_step, self._batches_ahead), self._mend)
 
     @property
     def num_replaced(self) -> int:
         """Images of this rank that others took the place of, so far."""
         return self._bad.num_replaced
 
-    def requests(self, start_step: int = 0) -> Iterator[Request]:
-        """What `batches` reads: samples, windows and flips of this rank's micro-batches, endlessly."""
-        return (self._request(epoch, samples) for epoch, samples in self._micro_batches(start_step=start_step))
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of decoded images that lie on the GPU."""
+        return _device_bytes(self._pipeline)
+
+    def requests(self, start_step: int = 0, num_together: int = 1) -> Iterator[Request]:
+        """What `batches` reads: samples, windows and flips of this rank's micro-batches, endlessly.
+
+        A request is for up to `num_together` of them, all of one epoch.
+        """
+        micro_batches = self._micro_batches(start_step=start_step)
+        for epoch, those in itertools.groupby(micro_batches, lambda micro_batch: micro_batch[0]):
+            while together := [samples for _, samples in itertools.islice(those, num_together)]:
+                yield self._request(epoch, together[0] if num_together == 1 else np.concatenate(together))
 
     def _request(self, epoch: int, samples: sampler.Ints) -> Request:
         config, seed = self._config, self._seed
@@ -152,18 +182,30 @@ class ValidationLoader:
         self._config = config
         self._batches = sampler.validation_batches(len(dataset.val), config.val_batch_size, rank, world_size)
         self._device = device
+        self._bad = BadSamples(config.on_bad_sample, config.max_bad_samples, seed=0, rank=rank)
+        geometry, batch_size = _geometry(config, "resize_crop"), config.val_batch_size
+        self._pipeline: Pipeline
+        if config.loader == "memory":
+            self._pipeline = _memory_pipeline(
+                config, dataset, "validation", geometry, self._bad, rank, batch_size, local_world_size, device
+            )
+            return
         self._pipeline = _pipeline(
             config,
             dataset.val,
-            _geometry(config, "resize_crop"),
-            batch_size=config.val_batch_size,
+            geometry,
+            batch_size=batch_size,
             local_world_size=local_world_size,
             device=device,
         )
-        self._bad = BadSamples(config.on_bad_sample, config.max_bad_samples, seed=0, rank=rank)
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of decoded images that lie on the GPU."""
+        return _device_bytes(self._pipeline)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield images, uint8 (float32 with data.preprocessing="official") [N, image_size, image_size, 3], and labels, int64 [N].
@@ -207,7 +249,7 @@ def _pipeline(
     batch_size: int,
     local_world_size: int,
     device: torch.device,
-) -> Pipeline:
+) -> TorchPipeline | DaliPipeline:
     num_threads = _num_threads(config, local_world_size)
     device_index = _decoding_index(config, device)
     copies = DeviceCopies(CudaCopyStream(device)) if device.type == "cuda" else None
@@ -229,7 +271,43 @@ def _pipeline(
         in_shards=images.offsets is not None,
         stall_seconds=config.stall_seconds,
         copies=copies,
+        fast_idct=config.preprocessing == "official",
     )
+
+
+def _memory_pipeline(
+    config: DataConfig,
+    dataset: Dataset,
+    split: Literal["training", "validation"],
+    geometry: Geometry,
+    bad: BadSamples,
+    rank: int,
+    batch_size: int,
+    local_world_size: int,
+    device: torch.device,
+) -> MemoryPipeline:
+    decoding = dataclasses.replace(config, loader=decoder_of(config), device="cpu")
+    images = dataset.train if split == "training" else dataset.val
+    return keep_in_memory(
+        dataset,
+        split,
+        config,
+        geometry,
+        lambda size: _pipeline(
+            decoding, images, "whole", batch_size=size, local_world_size=local_world_size, device=torch.device("cpu")
+        ),
+        bad,
+        batch_size=batch_size,
+        num_threads=_num_threads(config, local_world_size),
+        num_ranks=local_world_size,
+        device=device,
+        shows_progress=rank == 0,
+    )
+
+
+def _device_bytes(pipeline: Pipeline) -> int:
+    pixels = pipeline.pixels if isinstance(pipeline, MemoryPipeline) else torch.empty(0)
+    return pixels.nbytes if pixels.is_cuda else 0
 
 
 def _sizes(images: ImageList, samples: sampler.Ints) -> tuple[sampler.Ints, sampler.Ints]:
@@ -280,6 +358,6 @@ def _decoding_index(config: DataConfig, device: torch.device) -> int | None:
         raise ValueError(
             "data.device='gpu' needs a model that runs on a GPU, and it runs on the CPU here; use data.device='auto' or 'cpu'"
         )
-    if config.device == "cpu" or config.loader == "torch" or device.type != "cuda":
+    if config.device == "cpu" or config.loader != "dali" or device.type != "cuda":
         return None
     return torch.cuda.current_device() if device.index is None else device.index

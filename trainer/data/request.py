@@ -12,7 +12,8 @@ from bitfleet.trainer.data.sampler import Ints, Windows
 
 # crop_resize: decode the window only, resize it. resize_crop: resize the whole image, take a window of the result.
 # crop: take the window, black where it leaves the image. crop_bicubic: as crop_resize, with the resize of official.py.
-Geometry = Literal["crop_resize", "resize_crop", "crop", "crop_bicubic"]
+# whole: decode the image and do nothing with it.
+Geometry = Literal["crop_resize", "resize_crop", "crop", "crop_bicubic", "whole"]
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -65,7 +66,7 @@ Mend = Callable[[Request, Mapping[int, str]], Request]
 
 
 class Pipeline(Protocol):
-    """What turns requests into batches: dali.py, or torch_pipeline.py."""
+    """What turns requests into batches: dali.py, torch_pipeline.py, or memory_pipeline.py."""
 
     def batches(self, requests: Iterator[Request], mend: Mend) -> Iterator[Batch]:
         """Yield images, uint8 [N, image_size, image_size, 3], and labels, int64 [N], for each request, in order.

@@ -79,7 +79,8 @@ def _finished(parts: list[Future[Tensor]], request: Request) -> Decoded:
 
 def _resized(image: Tensor, height: int, width: int) -> Tensor:
     """`image`, uint8 [H, W, 3], as uint8 [1, 3, height, width] in channels_last."""
-    batch = image[None].permute(0, 3, 1, 2)  # channels_last to torch: without that the kernel first makes it planar
+    # channels_last to torch: without that the kernel first makes it planar.
+    batch = image.contiguous()[None].permute(0, 3, 1, 2)
     return interpolate(batch, size=(height, width), mode="bilinear", antialias=True)
 
 

@@ -93,7 +93,7 @@ class TorchPipeline:
             return None
         size, bilinear = self._image_size, InterpolationMode.BILINEAR
         (top, left), (bottom, right) = (corner[position].tolist() for corner in request.windows)
-        if self._geometry in ("crop", "crop_bicubic"):
+        if self._geometry in ("crop", "crop_bicubic", "whole"):
             image = image.crop((left, top, right, bottom))
         elif self._geometry == "crop_resize":
             image = v2.resized_crop(

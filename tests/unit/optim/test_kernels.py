@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bitfleet import c_library
 from bitfleet.optim import bop2ndorder_step_, bop_step_, kernels, triton_kernels
 from bitfleet.optim.bits import pack_signs, unpack_signs
 from bitfleet.optim.bop2ndorder import EPS, Correction
@@ -223,7 +224,7 @@ def test_built_once_and_again_when_damaged(new_library: Path, monkeypatch: pytes
 def test_several_build_at_once(new_library: Path) -> None:
     compiler = str(shutil.which("cc"))
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        built = [pool.submit(kernels._load, compiler, kernels.FLAGS) for _ in range(4)]
+        built = [pool.submit(c_library.load_built, kernels.SOURCE, compiler, c_library.FLAGS) for _ in range(4)]
         assert all(future.result().update_bits for future in built)
     assert [path.suffix for path in new_library.iterdir()] == [".so"]
 
@@ -276,11 +277,11 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITFLEET_CACHE", "/own")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     monkeypatch.setenv("HOME", "/home/me")
-    assert kernels._cache_folder() == Path("/own")
+    assert c_library._cache_folder() == Path("/own")
     monkeypatch.delenv("BITFLEET_CACHE")
-    assert kernels._cache_folder() == Path("/xdg/bitfleet")
+    assert c_library._cache_folder() == Path("/xdg/bitfleet")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert kernels._cache_folder() == Path("/home/me/.cache/bitfleet")
+    assert c_library._cache_folder() == Path("/home/me/.cache/bitfleet")
 
 
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="is under it")
