@@ -124,9 +124,9 @@ PARTS = {
     "rule": Part(_rule, 15, 80, "bits of the update rules against the CPU's and the recorded ones"),
     "gradients": Part(_gradients, 15, 60, "gradients of the networks against the CPU's; sums of binary convolutions"),
     "update": Part(_update, 30, 90, "ns per weight and GB/s of the update, against fused AdamW and a copy"),
-    "networks": Part(_networks, 30, 240, "images/s and peak memory of the networks, against timm's resnet18"),
+    "networks": Part(_networks, 30, 180, "images/s and peak memory of the networks, against timm's resnet18"),
     "repeat": Part(_repeat, 15, 45, "whether a step has the same bits twice"),
-    "trainer": Part(_trainer, 30, 110, "ms per step of the trainer, and where it waits for the GPU"),
+    "trainer": Part(_trainer, 30, 120, "ms per step of the trainer, and where it waits for the GPU"),
     "cifar": Part(_cifar, 60, 1e9, "BinaryNet on CIFAR-10 for as many epochs as fit; needs --cifar"),
     "dali": Part(_dali, 20, 75, "decoding on the GPU: pixels, races, images/s, memory"),
 }

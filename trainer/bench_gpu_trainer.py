@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -30,15 +30,18 @@ from bitfleet.trainer.engine import backward, create_engine, shard
 from bitfleet.trainer.engine_options import EngineConfig, deepspeed_options
 from bitfleet.trainer.trainer import Trainer
 
-_NEEDED_SECONDS = 15.0
+_NEEDED_SECONDS = 25.0
 _SHOWN_PLACES = 8
 _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
+Loader = Literal["dali", "torch", "memory"]
 
 
 class Variant(NamedTuple):
     """How the trainer gets its images and launches its step."""
 
-    loader: str
+    loader: Loader
     """data.loader."""
     cuda_graph: bool = False
     """engine.cuda_graph."""
@@ -61,14 +64,13 @@ def varied(config: TrainConfig, variant: Variant, run_dir: Path, root: Path, **f
     Raises:
         ValueError: the fields contradict each other.
     """
-    data: dict[str, Any] = {"loader": variant.loader}
-    if config.data.root != SUBSET_ROOT:
-        data["root"] = str(root)
+    is_embedded = config.data.root == SUBSET_ROOT
+    data = dataclasses.replace(config.data, loader=variant.loader, root=config.data.root if is_embedded else str(root))
     return dataclasses.replace(
         config,
         run_dir=run_dir,
         resume=None,
-        data=dataclasses.replace(config.data, **data),
+        data=data,
         engine=dataclasses.replace(config.engine, cuda_graph=variant.cuda_graph),
         **fields,
     )

@@ -8,7 +8,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from bitfleet.models import ModelConfig, compile_network, create_model
 from bitfleet.optim import OptimConfig, ShardedOptimizer, build_optimizer
 from bitfleet.trainer.engine import autocast
+from bitfleet.trainer.engine_options import Precision
 
 REFERENCE = "resnet18"
 NUM_CLASSES = 1000
 IMAGE_SIZES = {"binarynet": 32, "birealnet_small": 32}
 """Pixels of a side; 224 for networks that are not here."""
-Precision = Literal["fp32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 
@@ -67,26 +67,30 @@ class Contender:
         self._images = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
         self._labels = torch.randint(0, NUM_CLASSES, (batch_size,), device=device)
         before = self._allocated()
-        self._model: nn.Module = create_model(ModelConfig(name=network, num_classes=NUM_CLASSES)).to(device).train()
+        self.model: nn.Module = create_model(ModelConfig(name=network, num_classes=NUM_CLASSES)).to(device).train()
         self._optimizer: torch.optim.Optimizer
-        if any(getattr(param, "binary", False) for param in self._model.parameters()):
-            plain, _ = build_optimizer(self._model, OptimConfig(), num_steps=1000)
+        if any(getattr(param, "binary", False) for param in self.model.parameters()):
+            plain, _ = build_optimizer(self.model, OptimConfig(), num_steps=1000)
             self._optimizer = ShardedOptimizer(plain, num_replicas=1)
         else:
-            self._model.to(memory_format=torch.channels_last)
-            self._optimizer = torch.optim.AdamW(self._model.parameters(), fused=True)
+            self.model.to(memory_format=torch.channels_last)
+            self._optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         if kind.compiled:
-            compile_network(self._model)
+            compile_network(self.model)
         self.first_seconds = self.seconds(1)
         self._held = self._allocated() - before
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
 
-    def _step(self) -> None:
+    def backward(self) -> None:
+        """Forward and backward. The sharded optimizer takes the gradients, until `close`."""
         with autocast(self._device, self._kind.precision):
-            logits: Tensor = self._model(self._images)
+            logits: Tensor = self.model(self._images)
         torch.autograd.backward(nn.functional.cross_entropy(logits.float(), self._labels))
+
+    def _step(self) -> None:
+        self.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
 

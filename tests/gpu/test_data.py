@@ -12,17 +12,14 @@ from bitfleet.trainer.bench_gpu_dali import TRANSFORMS, Decoder, Transform, batc
 from bitfleet.trainer.bench_gpu_targets import MEAN_DIFFERENCE
 from bitfleet.trainer.bench_loader_photos import find_photos, write_class_folders
 from bitfleet.trainer.data import DataConfig, TrainLoader, ValidationLoader, open_dataset
-from tests.gpu.test_trainer import needs_memory
 
 pytestmark = pytest.mark.gpu
 ONE_RANK: dict[str, Any] = {"rank": 0, "world_size": 1, "local_world_size": 1}
 transforms = pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda each: f"{each[0]}-{each[1]}")
 
 
-@needs_memory
 def test_images_in_memory_have_the_bytes_of_the_cpu(device: torch.device, tiny_images: Path) -> None:
-    loader: Any = "memory"
-    config = DataConfig(root=str(tiny_images), loader=loader)
+    config = DataConfig(root=str(tiny_images), loader="memory")
     dataset = open_dataset(config)
     read = []
     for where in (torch.device("cpu"), device):

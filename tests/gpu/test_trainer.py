@@ -14,9 +14,8 @@ from bitfleet.configs import load_config
 from bitfleet.optim import ShardedOptimizer
 from bitfleet.trainer import checkpoint_tensors
 from bitfleet.trainer.bench_gpu_syncs import PageableCopies, host_waits
-from bitfleet.trainer.bench_gpu_trainer import Variant, varied
+from bitfleet.trainer.bench_gpu_trainer import Loader, Variant, varied
 from bitfleet.trainer.checkpoint import checkpoints
-from bitfleet.trainer.data import DataConfig
 from bitfleet.trainer.distributed import Ranks
 from bitfleet.trainer.trainer import Trainer
 from tests.integration.runs import assert_same_bits
@@ -24,17 +23,7 @@ from tests.integration.runs import assert_same_bits
 pytestmark = pytest.mark.gpu
 
 
-def has_memory() -> bool:
-    loader: Any = "memory"
-    try:
-        DataConfig(loader=loader)
-    except ValueError:
-        return False
-    return True
-
-
-needs_memory = pytest.mark.skipif(not has_memory(), reason='there is no data.loader "memory"')
-loaders = pytest.mark.parametrize("loader", ["torch", pytest.param("memory", marks=needs_memory)])
+loaders = pytest.mark.parametrize("loader", ["torch", "memory"])
 
 
 @contextmanager
@@ -55,7 +44,7 @@ def started(variant: Variant, run: Path, ranks: Ranks, device: torch.device, is_
 
 @loaders
 def test_steps_between_logging_steps_do_not_wait_for_the_device(
-    loader: str, device: torch.device, ranks: Ranks, is_dry: bool, tmp_path: Path
+    loader: Loader, device: torch.device, ranks: Ranks, is_dry: bool, tmp_path: Path
 ) -> None:
     with started(Variant(loader), tmp_path / "run", ranks, device, is_dry) as trainer:
         for _ in range(2 if is_dry else 12):  # compiles, and past DeepSpeed's first steps
@@ -69,7 +58,7 @@ def test_steps_between_logging_steps_do_not_wait_for_the_device(
 
 @loaders
 def test_images_are_copied_from_pinned_memory(
-    loader: str, device: torch.device, ranks: Ranks, is_dry: bool, tmp_path: Path
+    loader: Loader, device: torch.device, ranks: Ranks, is_dry: bool, tmp_path: Path
 ) -> None:
     with (
         torch.compiler.set_stance("force_eager"),  # a compiled function refuses to run under a mode
@@ -84,7 +73,7 @@ def test_images_are_copied_from_pinned_memory(
 
 @loaders
 def test_graph_of_a_step_has_the_bits_of_the_step(
-    loader: str, device: torch.device, ranks: Ranks, is_dry: bool, tmp_path: Path
+    loader: Loader, device: torch.device, ranks: Ranks, is_dry: bool, tmp_path: Path
 ) -> None:
     if is_dry:
         pytest.skip("a CUDA graph needs a CUDA device")
