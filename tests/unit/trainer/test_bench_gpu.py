@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from bitfleet.launch.bench_gpu import PARTS
 from bitfleet.trainer.bench_gpu_cifar import draw_accuracy
 from bitfleet.trainer.bench_gpu_rows import Row, append_row, format_rows, read_rows
 from bitfleet.trainer.bench_gpu_session import Session
 from bitfleet.trainer.bench_gpu_targets import BINARYNET_STEP, ON_BITS, TARGETS, format_targets
 from bitfleet.trainer.bench_gpu_trainer import VARIANTS, variants_of
+from tests.conftest import REPOSITORY
 
 
 @pytest.fixture
@@ -173,3 +175,14 @@ def test_accuracy_is_drawn(tmp_path: Path) -> None:
     rows: list[Row] = [{"epoch": epoch, "of": 3, "top1": epoch / 10} for epoch in (1, 2, 3)]
     draw_accuracy(rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_docs_have_a_line_for_each_target() -> None:
+    lines = (REPOSITORY / "docs" / "gpu.md").read_text().splitlines()
+    for target in TARGETS:
+        assert sum(line.startswith(f"| {target.title} | {target.goal()} |") for line in lines) == 1, target.title
+
+
+def test_docs_name_each_part() -> None:
+    text = (REPOSITORY / "docs" / "gpu.md").read_text()
+    assert [name for name in PARTS if f"\n| {name} | " not in text] == []
