@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bitfleet.launch.arguments import parse_train
 from bitfleet.launch.environment import is_first_rank, job, num_cores, run
-from bitfleet.launch.options import take_number, take_option
+from bitfleet.launch.options import take_flag, take_number, take_option
 
 USAGE = """usage: bitfleet bench NAME [options], on several ranks deepspeed --num_accelerators 2 launch/bench.py NAME [options]
 
@@ -147,13 +147,15 @@ def _networks(arguments: list[str]) -> None:
     batch_size, arguments = take_number(arguments, "--batch_size", 0)
     network, arguments = take_option(arguments, "--network")
     precision, arguments = take_option(arguments, "--precision")
-    compiled = "--compiled" in arguments
-    _reject([argument for argument in arguments if argument != "--compiled"], "networks")
+    compiled, arguments = take_flag(arguments, "--compiled")
+    _reject(arguments, "networks")
     with job("auto") as (ranks, device):
         from bitfleet.trainer.bench_networks import PRECISIONS, Kind, bench_networks, format_networks
 
         if ranks.world_size > 1:
-            raise ValueError(f"bench networks measures one process, not {ranks.world_size} ranks: bitfleet bench networks")
+            raise ValueError(
+                f"bench networks measures one process, not {ranks.world_size} ranks: bitfleet bench networks"
+            )
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"bench networks knows the precisions {', '.join(PRECISIONS)}, not {precision!r}")
         kinds = [
@@ -162,14 +164,8 @@ def _networks(arguments: list[str]) -> None:
             for is_compiled in ((False, True) if compiled else (False,))
             if precision in (None, each)
         ]
-        rows = bench_networks(
-            network or "birealnet18",
-            kinds,
-            device,
-            num_rounds=rounds,
-            num_steps=steps,
-            batch_size=batch_size or None,
-        )
+        name = network or "birealnet18"
+        rows = bench_networks(name, kinds, device, num_rounds=rounds, num_steps=steps, batch_size=batch_size or None)
         print(format_networks(rows, device))
 
 

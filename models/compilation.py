@@ -44,7 +44,9 @@ def _inductor_or_eager(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Ca
     try:
         compiled: Callable[..., Any] = torch._inductor.compile(graph, list(inputs))  # type: ignore[assignment]
     except Exception as error:
-        warnings.warn(f"the network runs in eager torch, slower: it does not compile: {_reason(error)}", RuntimeWarning, 2)
+        warnings.warn(
+            f"the network runs in eager torch, slower: it does not compile: {_reason(error)}", RuntimeWarning, 2
+        )
         return graph
     return compiled
 

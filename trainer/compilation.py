@@ -31,5 +31,7 @@ def is_compiled(config: TrainConfig, device: torch.device, begun: Mapping[str, A
     bad = [(rank, problem) for rank, problem in enumerate(problems) if problem]
     if bad:
         rank, problem = bad[0]
-        warnings.warn(f"the network runs in eager torch, slower: rank {rank} cannot compile: {problem}", RuntimeWarning, 2)
+        warnings.warn(
+            f"the network runs in eager torch, slower: rank {rank} cannot compile: {problem}", RuntimeWarning, 2
+        )
     return not bad

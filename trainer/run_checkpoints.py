@@ -94,9 +94,7 @@ def _in_todays_fields(meta: Mapping[str, Any]) -> Mapping[str, Any]:
         saved = from_dict(meta["config"])
     except ValueError:  # it has what is refused today: compared as it was written
         return meta
-    facts = identity(
-        saved, meta["num_replicas"], meta["world_size"], meta["data_sha"], compiled=was_compiled(meta)
-    )
+    facts = identity(saved, meta["num_replicas"], meta["world_size"], meta["data_sha"], compiled=was_compiled(meta))
     return {**meta, **facts}
 
 

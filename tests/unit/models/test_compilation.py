@@ -48,7 +48,9 @@ def trained(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def name_of(config: object) -> str:
-    return f"{config.name} {config.norm} {config.binarizer} {config.residual}" if isinstance(config, ModelConfig) else ""
+    return (
+        f"{config.name} {config.norm} {config.binarizer} {config.residual}" if isinstance(config, ModelConfig) else ""
+    )
 
 
 @pytest.mark.parametrize("config", NETWORKS, ids=name_of)
@@ -112,7 +114,9 @@ def test_steps_compile_once_and_eager_evaluation_never(monkeypatch: pytest.Monke
     assert counting.num_graphs == 1
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own look at what lies between two graphs
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor"
+)  # torch's own look at what lies between two graphs
 def test_a_network_of_timm_may_break_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     counting = Counting()
     monkeypatch.setattr(torch._inductor, "compile", counting)
