@@ -1,7 +1,7 @@
 """Kernels on packed bits for CPUs (binary_conv.c) as functions on tensors.
 
-Activations are channels_last, float32 or bfloat16. A pixel is packed to whole 64-bit words of int64 tensors, least significant bit
-first, bit 1 = +1. On the meta device the functions return tensors of the right sizes.
+Activations are channels_last, float32 or bfloat16. A pixel is packed to whole 64-bit words of int64 tensors, least significant
+bit first, bit 1 = +1. On the meta device the functions return tensors of the right sizes.
 """
 
 import contextlib
@@ -189,7 +189,8 @@ def pack_weight(weight: Tensor, shape: ConvShape) -> tuple[Tensor, Tensor]:
         shape: of the convolution.
 
     Returns:
-        int64 [blocks, kernel * kernel, words, LANES], and what `convolve` needs at borders, int64 [blocks, kernel * kernel, LANES].
+        int64 [blocks, kernel * kernel, words, LANES], and what `convolve` needs at borders, int64 [blocks, kernel * kernel,
+        LANES].
     """
     bits = empty_bits(weight, shape)
     borders = weight.new_empty((shape.blocks, shape.kernel**2, LANES), dtype=torch.int64)

@@ -17,8 +17,8 @@ def compile_network(model: nn.Module) -> None:
     takes 20 to 60 s of a CPU core, later ones in the same or another process find most of it in torch's cache.
 
     Args:
-        model: one of bitfleet's networks, which compile to one graph, or to one for each submodule that its `compiled_apart` names;
-            or any other, which may have breaks in its graph.
+        model: one of bitfleet's networks, which compile to one graph, or to one for each submodule that its `compiled_apart`
+            names; or any other, which may have breaks in its graph.
     """
     ours = type(model).__module__.startswith("bitfleet.")
     names: Sequence[str] = getattr(model, "compiled_apart", ())
@@ -42,7 +42,7 @@ def _probe(x: Tensor) -> Tensor:
 def _inductor_or_eager(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """A backend of torch.compile that never fails."""
     try:
-        compiled: Callable[..., Any] = torch._inductor.compile(graph, list(inputs))  # type: ignore[assignment]
+        compiled: Callable[..., Any] = torch._inductor.compile(graph, list(inputs))
     except Exception as error:
         warnings.warn(
             f"the network runs in eager torch, slower: it does not compile: {_reason(error)}", RuntimeWarning, 2

@@ -123,7 +123,10 @@ def _signs(x: Tensor, binarizer: Binarizer) -> Tensor:
 
 
 def _sign(x: Tensor) -> Tensor:
-    # sign(sign(x) + 0.1) is larq's own definition, and in place six times as fast on a CPU as torch.where with scalars.
+    # sign(sign(x) + 0.1) is larq's own definition, and in place six times as fast on a CPU as torch.where with scalars. Not in
+    # place for torch.compile, which fuses the passes: torch 2.11 would lose the pseudo-gradient of a forward that works in place.
+    if torch.compiler.is_compiling():
+        return x.sgn().add(0.1).sgn()
     return x.sgn().add_(0.1).sgn_()
 
 

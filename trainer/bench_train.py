@@ -52,7 +52,7 @@ def bare_steps(trainer: Trainer, config: TrainConfig) -> Iterator[None]:
     wrapped = DistributedDataParallel(model) if trainer.ranks.world_size > 1 else model
     while True:
         for images, labels in batches:
-            with autocast(trainer.device, config.engine.precision):
+            with autocast(trainer.device, trainer.config.engine.precision):
                 logits: Tensor = wrapped(images)
             loss = nn.functional.cross_entropy(logits.float(), labels)
             optimizer.zero_grad()

@@ -36,7 +36,7 @@ def sent_bytes(
         return 0.0
     share = (world_size - 1) / world_size
     statistics = world_size * 4 * num_statistics if num_replicas > 1 else 0
-    stop = 2 * 16  # an all-reduce of two int64
+    stop = 2 * 24  # an all-reduce of three int64; after quick steps not after each
     numel = sum(bucket.numel for bucket in buckets)
     if engine.sharding == "zero3":
         return None
@@ -63,12 +63,14 @@ class Preflight:
         buckets = bucket_shapes(trainer.sharded, trainer.checkpoints.parts.signature)
         self.memory: Memory = predict_memory(config, buckets, world_size=world_size, num_replicas=trainer.num_replicas)
         """Bytes of a rank."""
+        self.image_bytes: int = trainer.loader.device_bytes + trainer.validation_loader.device_bytes
+        """Bytes of decoded images on this rank's GPU (data.loader "memory")."""
         self.sent_bytes: float | None = sent_bytes(
             buckets,
             config.engine,
             world_size=world_size,
             num_replicas=trainer.num_replicas,
-            num_statistics=trainer.statistics.flat.numel(),
+            num_statistics=trainer.statistics.numel,
         )
         """Bytes that a rank sends per step; None where that is not predicted."""
         self._num_done, self._seconds = 0, 0.0
@@ -82,6 +84,7 @@ class Preflight:
         memory, trainer = self.memory, self._trainer
         batch = trainer.config.global_batch_size // trainer.num_replicas
         about = "" if isinstance(trainer.sharded, ShardedOptimizer) else "about "
+        images = f", decoded images {megabytes(self.image_bytes)}" if self.image_bytes else ""
         traffic = "nothing is sent, there is one rank"
         if self.sent_bytes is None:
             traffic = f"not predicted for engine.sharding {trainer.config.engine.sharding}"
@@ -90,7 +93,7 @@ class Preflight:
         return (
             f"memory of a rank, predicted: weights {megabytes(memory.weights)}, optimizer state {megabytes(memory.state)}, "
             f"gradients {about}{megabytes(memory.gradients)}, activations {megabytes(memory.activations)} "
-            f"(micro-batch of {batch}); at most {about}{megabytes(memory.peak)} at a time\n"
+            f"(micro-batch of {batch}){images}; at most {about}{megabytes(memory.peak + self.image_bytes)} at a time\n"
             f"traffic: {traffic}\n"
             f"expected time: unknown until {UNTIMED_STEPS + TIMED_STEPS} steps are done"
         )
@@ -124,7 +127,7 @@ class Preflight:
                         chunk.tensor.detach()  # seen from the start: the update comes after the peak
                 yield
             peak, what = count.peak, "of tensors"
-        predicted = self.memory.peak
+        predicted = self.memory.peak + self.image_bytes
         self._trainer.reports.say(
             f"memory of rank {self._trainer.ranks.rank}, measured in step {self._measured_step}: {megabytes(peak)} {what} at the "
             f"peak, predicted were {megabytes(predicted)} (measured / predicted {peak / predicted:.3f}); the process has "

@@ -24,6 +24,7 @@ OWNERS = {
     "torch.distributed": (
         "trainer/distributed.py",
         "optim/sharding",
+        "trainer/checkpoint_planners.py",
         "trainer/checkpoint_tensors.py",
         "trainer/rendezvous.py",
     ),

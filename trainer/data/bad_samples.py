@@ -22,6 +22,8 @@ class BadSamples:
 
     def __init__(self, policy: Literal["fail", "replace"], limit: int, *, seed: int, rank: int) -> None:
         self._policy, self._limit, self._seed, self._rank = policy, limit, seed, rank
+        self.ends_run = policy == "fail"
+        """Whether one image that cannot be read ends the run."""
         self._seen: set[str] = set()
         self.num_replaced = 0
         """How often an image was not given, since this object was made."""

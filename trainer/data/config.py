@@ -9,7 +9,7 @@ from bitfleet.trainer.data.fashion import SUBSET_ROOT
 _AUGMENTATIONS = ("random_resized_crop", "pad_crop")
 _PREPROCESSINGS = ("torchvision", "official")
 _DEVICES = ("auto", "cpu", "gpu")
-_LOADERS = ("dali", "torch")
+_LOADERS = ("dali", "torch", "memory")
 _BAD_SAMPLE_POLICIES = ("fail", "replace")
 
 
@@ -40,12 +40,16 @@ class DataConfig:
     val_batch_size: int = 100
     """Validation images in a batch of one rank."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where images are decoded. auto: on the GPU where there is one."""
+    """Where images are decoded. auto: on the GPU where the model runs, and on the CPU for a model on the CPU."""
     num_threads: int | None = None
     """Threads that decode in one rank. None: the cores of the machine divided by its ranks."""
-    loader: Literal["dali", "torch"] = "dali"
+    loader: Literal["dali", "torch", "memory"] = "dali"
     """What reads the images. torch: Pillow and torchvision, on the CPU; the same order, windows and flips, pixels that differ in
-    the last bits, so a run does not change between the two."""
+    the last bits, so a run does not change between the two. memory: every image is decoded once, at the start, and kept; the
+    bytes are those of dali on a CPU, and a run may change between these two."""
+    memory_gib: float = 4.0
+    """With loader="memory": the most GiB that the decoded images may take, training and validation together. The ranks of a
+    machine share one copy. With pad_crop they lie on the GPU if they take at most a quarter of its memory."""
     on_bad_sample: Literal["fail", "replace"] = "fail"
     """What happens when an image cannot be read or decoded. fail: the run ends and names it. replace: another image, a function
     of seed, epoch and sample, takes its place in training, and validation leaves it out; both are counted and logged."""
@@ -86,5 +90,7 @@ class DataConfig:
                 f"data.preprocessing='official' is of ImageNet's crops and needs data.augmentation='random_resized_crop', not "
                 f"{self.augmentation!r}"
             )
-        if self.loader == "torch" and self.device == "gpu":
-            raise ValueError("data.loader='torch' decodes on the CPU: use data.device='auto' or 'cpu'")
+        if not self.memory_gib > 0:
+            raise ValueError(f"data.memory_gib={self.memory_gib} must be positive")
+        if self.loader != "dali" and self.device == "gpu":
+            raise ValueError(f"data.loader={self.loader!r} decodes on the CPU: use data.device='auto' or 'cpu'")

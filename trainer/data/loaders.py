@@ -1,8 +1,11 @@
 """The loaders of a rank: which images it reads, in which order and with which windows. A pipeline does the reading."""
 
+import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +16,17 @@ from bitfleet.trainer.data.bad_samples import BadSamples
 from bitfleet.trainer.data.config import DataConfig
 from bitfleet.trainer.data.dali import DaliPipeline
 from bitfleet.trainer.data.dataset import Dataset
+from bitfleet.trainer.data.decoded_images import decoder_of
+from bitfleet.trainer.data.device_copies import CudaCopyStream, DeviceCopies
 from bitfleet.trainer.data.images import ImageList
+from bitfleet.trainer.data.memory_pipeline import MemoryPipeline, keep_in_memory
 from bitfleet.trainer.data.request import Batch, Geometry, Pipeline, Request
 from bitfleet.trainer.data.sampler import Windows
 from bitfleet.trainer.data.torch_pipeline import TorchPipeline
+
+_IMAGES_AHEAD = (
+    4096  # whose windows and flips are drawn together, where nothing is read: calls of numpy cost more than numbers
+)
 
 
 class TrainLoader:
@@ -40,7 +50,7 @@ class TrainLoader:
         rank: int,
         world_size: int,
         local_world_size: int,
-        device_index: int | None = None,
+        device: torch.device,
     ) -> None:
         """Check the sizes; nothing is read yet.
 
@@ -53,11 +63,11 @@ class TrainLoader:
             rank: This rank, 0 .. world_size - 1.
             world_size: All ranks.
             local_world_size: Ranks on this machine, who share its cores.
-            device_index: CUDA device of this rank; None is torch's current one. Not used on the CPU.
+            device: Where the model of this rank runs: batches come out there.
 
         Raises:
             ValueError: Sizes that do not divide, a batch larger than the training set, an image too small for the
-                window, a GPU that is not there, or no DALI.
+                window, data.device="gpu" for a model on the CPU, or no DALI.
         """
         _check_batches(seed, global_batch_size, num_replicas, world_size, len(dataset.train))
         if config.augmentation == "pad_crop":
@@ -75,15 +85,25 @@ class TrainLoader:
             rank=rank,
             world_size=world_size,
         )
+        self._bad = BadSamples(config.on_bad_sample, config.max_bad_samples, seed=seed, rank=rank)
+        geometry, batch_size = _geometry(config, "crop_resize"), global_batch_size // num_replicas
+        self._batches_ahead = 1
+        self._pipeline: Pipeline
+        if config.loader == "memory":
+            if geometry == "crop":
+                self._batches_ahead = max(1, _IMAGES_AHEAD // batch_size)
+            self._pipeline = _memory_pipeline(
+                config, dataset, "training", geometry, self._bad, rank, batch_size, local_world_size, device
+            )
+            return
         self._pipeline = _pipeline(
             config,
             dataset.train,
-            _geometry(config, "crop_resize"),
-            batch_size=global_batch_size // num_replicas,
+            geometry,
+            batch_size=batch_size,
             local_world_size=local_world_size,
-            device_index=_device_index(config, device_index),
+            device=device,
         )
-        self._bad = BadSamples(config.on_bad_sample, config.max_bad_samples, seed=seed, rank=rank)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Yield this rank's micro-batches from optimizer step `start_step` on, endlessly, over all epochs.
@@ -92,7 +112,7 @@ class TrainLoader:
 
         Yields:
             Images, uint8 (float32 on the scale 0..255 with data.preprocessing="official") [global_batch_size / num_replicas,
-            image_size, image_size, 3], and labels, int64, on the device that decodes.
+            image_size, image_size, 3], and labels, int64, on the device where the model runs.
 
         Raises:
             ValueError: An image cannot be decoded, by the policy of data.on_bad_sample, or the disk does not answer; the path
@@ -100,16 +120,27 @@ class TrainLoader:
         """
         if start_step < 0:
             raise ValueError(f"start_step={start_step} must not be negative")
-        return self._pipeline.batches(self.requests(start_step), self._mend)
+        return self._pipeline.batches(self.requests(start_step, self._batches_ahead), self._mend)
 
     @property
     def num_replaced(self) -> int:
         """Images of this rank that others took the place of, so far."""
         return self._bad.num_replaced
 
-    def requests(self, start_step: int = 0) -> Iterator[Request]:
-        """What `batches` reads: samples, windows and flips of this rank's micro-batches, endlessly."""
-        return (self._request(epoch, samples) for epoch, samples in self._micro_batches(start_step=start_step))
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of decoded images that lie on the GPU."""
+        return _device_bytes(self._pipeline)
+
+    def requests(self, start_step: int = 0, num_together: int = 1) -> Iterator[Request]:
+        """What `batches` reads: samples, windows and flips of this rank's micro-batches, endlessly.
+
+        A request is for up to `num_together` of them, all of one epoch.
+        """
+        micro_batches = self._micro_batches(start_step=start_step)
+        for epoch, those in itertools.groupby(micro_batches, lambda micro_batch: micro_batch[0]):
+            while together := [samples for _, samples in itertools.islice(those, num_together)]:
+                yield self._request(epoch, together[0] if num_together == 1 else np.concatenate(together))
 
     def _request(self, epoch: int, samples: sampler.Ints) -> Request:
         config, seed = self._config, self._seed
@@ -140,30 +171,41 @@ class ValidationLoader:
         rank: int,
         world_size: int,
         local_world_size: int,
-        device_index: int | None = None,
+        device: torch.device,
     ) -> None:
         """See TrainLoader for the arguments.
 
         Raises:
-            ValueError: A GPU that is not there, or no DALI.
+            ValueError: data.device="gpu" for a model on the CPU, or no DALI.
         """
         self._images = dataset.val
         self._config = config
         self._batches = sampler.validation_batches(len(dataset.val), config.val_batch_size, rank, world_size)
-        gpu = _device_index(config, device_index)
-        self._device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
+        self._device = device
+        self._bad = BadSamples(config.on_bad_sample, config.max_bad_samples, seed=0, rank=rank)
+        geometry, batch_size = _geometry(config, "resize_crop"), config.val_batch_size
+        self._pipeline: Pipeline
+        if config.loader == "memory":
+            self._pipeline = _memory_pipeline(
+                config, dataset, "validation", geometry, self._bad, rank, batch_size, local_world_size, device
+            )
+            return
         self._pipeline = _pipeline(
             config,
             dataset.val,
-            _geometry(config, "resize_crop"),
-            batch_size=config.val_batch_size,
+            geometry,
+            batch_size=batch_size,
             local_world_size=local_world_size,
-            device_index=gpu,
+            device=device,
         )
-        self._bad = BadSamples(config.on_bad_sample, config.max_bad_samples, seed=0, rank=rank)
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of decoded images that lie on the GPU."""
+        return _device_bytes(self._pipeline)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield images, uint8 (float32 with data.preprocessing="official") [N, image_size, image_size, 3], and labels, int64 [N].
@@ -206,15 +248,18 @@ def _pipeline(
     *,
     batch_size: int,
     local_world_size: int,
-    device_index: int | None,
-) -> Pipeline:
+    device: torch.device,
+) -> TorchPipeline | DaliPipeline:
     num_threads = _num_threads(config, local_world_size)
+    device_index = _decoding_index(config, device)
+    copies = DeviceCopies(CudaCopyStream(device)) if device.type == "cuda" else None
     if config.loader == "torch":
         return TorchPipeline(
             geometry=geometry,
             image_size=config.image_size,
             num_threads=num_threads,
             stall_seconds=config.stall_seconds,
+            copies=copies,
         )
     return DaliPipeline(
         geometry=geometry,
@@ -225,7 +270,44 @@ def _pipeline(
         largest_image_bytes=_largest_image_bytes(images),
         in_shards=images.offsets is not None,
         stall_seconds=config.stall_seconds,
+        copies=copies,
+        fast_idct=config.preprocessing == "official",
     )
+
+
+def _memory_pipeline(
+    config: DataConfig,
+    dataset: Dataset,
+    split: Literal["training", "validation"],
+    geometry: Geometry,
+    bad: BadSamples,
+    rank: int,
+    batch_size: int,
+    local_world_size: int,
+    device: torch.device,
+) -> MemoryPipeline:
+    decoding = dataclasses.replace(config, loader=decoder_of(config), device="cpu")
+    images = dataset.train if split == "training" else dataset.val
+    return keep_in_memory(
+        dataset,
+        split,
+        config,
+        geometry,
+        lambda size: _pipeline(
+            decoding, images, "whole", batch_size=size, local_world_size=local_world_size, device=torch.device("cpu")
+        ),
+        bad,
+        batch_size=batch_size,
+        num_threads=_num_threads(config, local_world_size),
+        num_ranks=local_world_size,
+        device=device,
+        shows_progress=rank == 0,
+    )
+
+
+def _device_bytes(pipeline: Pipeline) -> int:
+    pixels = pipeline.pixels if isinstance(pipeline, MemoryPipeline) else torch.empty(0)
+    return pixels.nbytes if pixels.is_cuda else 0
 
 
 def _sizes(images: ImageList, samples: sampler.Ints) -> tuple[sampler.Ints, sampler.Ints]:
@@ -270,11 +352,12 @@ def _num_threads(config: DataConfig, local_world_size: int) -> int:
     return max(1, min(bound, (os.cpu_count() or 1) // local_world_size))
 
 
-def _device_index(config: DataConfig, device_index: int | None) -> int | None:
-    """Return the CUDA device to decode on, or None for the CPU."""
-    available = torch.cuda.is_available()
-    if config.device == "gpu" and not available:
-        raise ValueError("data.device='gpu' needs a CUDA device and torch finds none; use data.device='auto' or 'cpu'")
-    if config.device == "cpu" or config.loader == "torch" or not available:
+def _decoding_index(config: DataConfig, device: torch.device) -> int | None:
+    """Return the CUDA device to decode on, or None for the CPU: a model on the CPU starts no CUDA."""
+    if config.device == "gpu" and device.type != "cuda":
+        raise ValueError(
+            "data.device='gpu' needs a model that runs on a GPU, and it runs on the CPU here; use data.device='auto' or 'cpu'"
+        )
+    if config.device == "cpu" or config.loader != "dali" or device.type != "cuda":
         return None
-    return torch.cuda.current_device() if device_index is None else device_index
+    return torch.cuda.current_device() if device.index is None else device.index

@@ -35,7 +35,7 @@ def run_jobs(
     Raises:
         ValueError: one that a job raised, or a worker process died.
     """
-    progress = _Bar(title, sum(weights))
+    progress = Bar(title, sum(weights))
     try:
         if num_workers == 1 or len(jobs) <= 1:
             return [progress.after(weight, function(job)) for job, weight in zip(jobs, weights, strict=True)]
@@ -45,7 +45,7 @@ def run_jobs(
 
 
 def _run_in_pool(
-    function: Callable[[Job], Result], jobs: Sequence[Job], weights: Sequence[int], num_workers: int, progress: "_Bar"
+    function: Callable[[Job], Result], jobs: Sequence[Job], weights: Sequence[int], num_workers: int, progress: "Bar"
 ) -> list[Result]:
     # Spawned, not forked: threads of this process (DALI, torch) would not survive a fork.
     context = multiprocessing.get_context("spawn")
@@ -85,10 +85,11 @@ def _begin_worker() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-class _Bar:
+class Bar:
     """A bar on a terminal, a line now and then in a file."""
 
     def __init__(self, title: str, total: int) -> None:
+        """`total` images are to be counted."""
         self._title, self._total, self._done = title, total, 0
         self._bar = tqdm(total=total, desc=title, unit="image", disable=not sys.stderr.isatty(), smoothing=0.05)
         self._start = self._last_line = time.monotonic()
