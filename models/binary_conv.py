@@ -74,9 +74,10 @@ class _BinaryConv2d(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, shape: ConvShape, dtype: torch.dtype, binarizer: Binarizer
     ) -> Tensor:
-        kept, out = x, x
+        out: Tensor
         if torch.compiler.is_compiling():
             out, signs, bits = _convolve_op(x, weight, shape, dtype)
+            kept = x
         else:
             # "ste" needs a bit of an element, the other pseudo-gradients every bit of it.
             signs, inside = kernels.pack_input(x, shape, with_inside=binarizer == "ste" and ctx.needs_input_grad[0])

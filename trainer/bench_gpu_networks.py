@@ -7,12 +7,12 @@ networks have the sharded flip optimizer on one rank and its schedules, resnet18
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bitfleet.models import ModelConfig, create_model
+from bitfleet.models import ModelConfig, compile_network, create_model
 from bitfleet.optim import HyperparameterScheduler, OptimConfig, ShardedOptimizer, build_optimizer, linear
 from bitfleet.trainer.bench_clock import seconds_per_call
 from bitfleet.trainer.bench_gpu_session import Session
@@ -80,7 +80,9 @@ class TrainingStep:
             plain, schedules = build_optimizer(model, RATES, num_steps=1000)
             self.optimizer = ShardedOptimizer(plain)
             self._after = HyperparameterScheduler(self.optimizer, schedules).step
-        self.model: Any = torch.compile(model) if setting.is_compiled else model
+        if setting.is_compiled:
+            compile_network(model)
+        self.model = model
         shape = (setting.batch_size, image_size, image_size, 3)
         self.images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
         self.labels = torch.randint(0, 1000, (setting.batch_size,), device=device)
