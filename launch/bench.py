@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bitfleet.launch.arguments import parse_train
 from bitfleet.launch.environment import is_first_rank, job, num_cores, run
-from bitfleet.launch.options import take_number, take_option
+from bitfleet.launch.options import take_flag, take_number, take_option
 
 USAGE = """usage: bitfleet bench NAME [options], on several ranks deepspeed --num_accelerators 2 launch/bench.py NAME [options]
 
@@ -18,6 +18,9 @@ USAGE = """usage: bitfleet bench NAME [options], on several ranks deepspeed --nu
           (the wire: only in a network namespace of its own; of several hosts: launch/hosts.sh)
   step    [--rounds 7]
           the update of 12 and 62 million weights against fused AdamW and the limits of memory, one process: ns a weight
+  networks [--network NAME] [--precision fp32|tf32|bf16|fp16] [--compiled] [--rounds 5] [--steps 2] [--batch_size N]
+          training steps of birealnet18 (or NAME: xnornet, binarynet, any of timm's) against timm's resnet18 on the same images,
+          one process: images/s, their ratio, and on a GPU the peak memory; eager, with --compiled also compiled (a minute each)
   sharding [--network NAME] [--contender NAME,...] [--micro_batch_size 8] [--rounds 5] [--steps 3]
           step time of birealnet18 and xnornet (or of NAME alone): bitfleet's sharding, DistributedDataParallel, ZeRO-1; and the
           bytes that a rank sent, which are only this job's in a network namespace (launch/hosts.sh). With --contender bits,DDP
@@ -39,7 +42,12 @@ USAGE = """usage: bitfleet bench NAME [options], on several ranks deepspeed --nu
           where they are installed (pip install 'bitfleet[bench]'): images/s and CPU ms for an image; also the decoder and the
           sampler alone, and files of 256 pixels. Without --root on made-up photos, which the cache folder keeps
   loader --manifest [--rounds 5] [--num_workers CORES]
-          instead: seconds to the first batch and memory with a made-up manifest of ImageNet's length, in new processes"""
+          instead: seconds to the first batch and memory with a made-up manifest of ImageNet's length, in new processes
+  gpu     [--seconds 600] [--output FILE.jsonl] [--only PART ...] [--tiny] [--cifar ROOT] [--imagenet ROOT]
+          what one GPU should show, against its targets (docs/gpu.md): bits against the CPU's, the update, networks, host syncs,
+          repeatability, the trainer, BinaryNet on CIFAR-10 (class folders in ROOT), DALI (photos in ROOT, or made-up ones).
+          Parts: probe rule gradients update networks repeat trainer cifar dali; what no longer fits into the seconds is
+          skipped. Each result is a line of FILE at once. --tiny: a dry run of every part in a minute or two, on a CPU too"""
 
 
 def bench(arguments: Sequence[str]) -> None:
@@ -138,6 +146,38 @@ def _step(arguments: list[str]) -> None:
         print(format_steps(bench_step(num_rounds=rounds), first_steps()))
 
 
+def _networks(arguments: list[str]) -> None:
+    rounds, arguments = take_number(arguments, "--rounds", 5)
+    steps, arguments = take_number(arguments, "--steps", 2)
+    batch_size, arguments = take_number(arguments, "--batch_size", 0)
+    network, arguments = take_option(arguments, "--network")
+    precision, arguments = take_option(arguments, "--precision")
+    compiled, arguments = take_flag(arguments, "--compiled")
+    _reject(arguments, "networks")
+    with job("auto") as (ranks, device):
+        from bitfleet.trainer.bench_networks import bench_networks, format_networks
+        from bitfleet.trainer.bench_precision import PRECISIONS
+
+        if ranks.world_size > 1:
+            raise ValueError(f"bench networks measures one process, but there are {ranks.world_size} ranks: start one")
+        wanted = [
+            each for each in PRECISIONS if each == (precision or each) and (precision or each in ("fp32", "bf16"))
+        ]
+        if not wanted:
+            raise ValueError(f"bench networks knows the precisions {', '.join(PRECISIONS)}, not {precision!r}")
+        for each in wanted:
+            rows = bench_networks(
+                network or "birealnet18",
+                each,
+                device,
+                compiled=compiled,
+                num_rounds=rounds,
+                num_steps=steps,
+                batch_size=batch_size or None,
+            )
+            print(format_networks(rows, device), flush=True)
+
+
 def _sharding(arguments: list[str]) -> None:
     micro_batch_size, arguments = take_number(arguments, "--micro_batch_size", 8)
     rounds, arguments = take_number(arguments, "--rounds", 5)
@@ -216,6 +256,13 @@ def _loader(arguments: list[str]) -> None:
         print(format_loader(result))
 
 
+def _gpu(arguments: list[str]) -> None:
+    from bitfleet.launch.bench_gpu import bench_gpu
+
+    if is_first_rank():  # each part is a process of its own
+        bench_gpu(arguments)
+
+
 BENCHMARKS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "comm": _comm,
@@ -223,10 +270,12 @@ BENCHMARKS: dict[str, Callable[[list[str]], None]] = {
     "diagnostics": _diagnostics,
     "memory": _memory,
     "step": _step,
+    "networks": _networks,
     "sharding": _sharding,
     "checkpoint": _checkpoint,
     "journal": _journal,
     "loader": _loader,
+    "gpu": _gpu,
 }
 
 

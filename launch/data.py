@@ -70,8 +70,10 @@ def _compare(arguments: Sequence[str]) -> None:
 
     config = parse_train(rest, "bitfleet data compare")
     from bitfleet.trainer.data.compare import compare
+    from bitfleet.trainer.distributed import Ranks, choose_device
 
-    report, num_different = compare(config.data, num_images=num_images, seed=config.seed)
+    device = choose_device(config.device, Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1))
+    report, num_different = compare(config.data, num_images=num_images, seed=config.seed, device=device)
     print(report)
     sys.exit(bool(num_different))
 

@@ -9,9 +9,10 @@ from bitfleet.launch.environment import is_first_rank, job, run
 USAGE = """usage: bitfleet doctor [--config NAME --section.field value ...]
        deepspeed --hostfile hosts launch/doctor.py [--config NAME --section.field value ...]      (torchrun likewise)
 
-  Says in seconds whether a run would work: versions and builds, devices, cores, memory, disks, /dev/shm, limits, compiled parts;
-  with --config the data, read from every rank; on several ranks clocks, latency and bandwidth between them. A difference between
-  ranks is named with host and rank. Exit code 1 if a line says FAIL. Nothing is left behind."""
+  Says in seconds whether a run would work: versions and builds, devices, cores, memory, disks, /dev/shm, limits, compilers,
+  kernels (that of each GPU is built, run and compared with the CPU's bits); with --config the data, read from every rank; on
+  several ranks clocks, latency and bandwidth between them. A difference between ranks is named with host and rank. Exit code 1 if
+  a line says FAIL. Nothing is left behind."""
 
 
 def doctor(arguments: Sequence[str]) -> None:

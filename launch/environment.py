@@ -79,18 +79,22 @@ def job(device_name: str, config: "TrainConfig | None" = None) -> Iterator[tuple
 
     Args:
         device_name: "auto", "cpu" or "gpu".
-        config: of the run, where there is one: it must be the same on every rank, and says threads and timeout.
+        config: of the run, where there is one: it must be the same on every rank, and says precision, threads and timeout.
 
     Raises:
-        ValueError: "gpu" without CUDA; a rank that does not come, or that differs from rank 0.
+        ValueError: "gpu" without CUDA; a precision that the device does not have; a rank that does not come, or that differs from
+            rank 0.
     """
     complete_environment()
     from bitfleet.trainer.agreement import facts_of_config
+    from bitfleet.trainer.arithmetic import use_arithmetic
     from bitfleet.trainer.distributed import COLLECTIVE_TIMEOUT, choose_device, ranks_from_environment, use_device
+    from bitfleet.trainer.engine_options import EngineConfig
     from bitfleet.trainer.membership import membership
 
     ranks = ranks_from_environment()
     device = choose_device(device_name, ranks)
+    use_arithmetic(device, config.engine if config else EngineConfig())
     use_device(device, ranks, config.num_threads if config else None)
     timeout = datetime.timedelta(minutes=config.engine.collective_timeout_minutes) if config else COLLECTIVE_TIMEOUT
     with membership.join(ranks, device, facts_of_config(config) if config else {}, timeout) as ranks:
@@ -144,6 +148,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def _fail(error: BaseException) -> NoReturn:
+    error = _in_a_sentence(error)
     if isinstance(error, ValueError | FloatingPointError) or _is_full_disk(error) or _is_disagreement(error):
         if not is_first_rank():
             _leave_with_others(FIRST_RANK_SPEAKS_SECONDS)
@@ -210,6 +215,20 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
     """A full disk under TensorBoard's writer thread is raised again in the main thread, which says it in a sentence."""
     if failure.exc_value is None or not _is_full_disk(failure.exc_value):
         threading.__excepthook__(failure)
+
+
+def _in_a_sentence(error: BaseException) -> BaseException:
+    """A GPU without memory as a ValueError; every other error as it is."""
+    if "torch" in sys.modules:
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError):
+            from bitfleet.trainer.out_of_memory import out_of_memory
+
+            sentence = ValueError(f"{out_of_memory(error)}: use smaller batches, or a GPU that nothing else uses")
+            sentence.__cause__ = error
+            return sentence
+    return error
 
 
 def _is_full_disk(error: BaseException) -> bool:

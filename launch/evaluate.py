@@ -4,12 +4,15 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from bitfleet.launch.arguments import one_sentence
 from bitfleet.launch.environment import is_first_rank, job, run
+
+if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not wait for it
+    from bitfleet.trainer.evaluate import Evaluation
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,6 +25,8 @@ class EvaluateArguments:
     """Where the data is now. None: where the run read it."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where the model runs; auto is CUDA where torch finds it."""
+    precision: tuple[Literal["fp32", "tf32", "bf16", "fp16"], ...] = ()
+    """What to compute in; several: one validation in each, and how many predictions differ. None given: as the run did."""
 
 
 def evaluate(arguments: Sequence[str], prog: str = "launch/evaluate.py") -> None:
@@ -36,12 +41,29 @@ def evaluate(arguments: Sequence[str], prog: str = "launch/evaluate.py") -> None
     with job(options.device) as (ranks, device):
         from bitfleet.trainer.evaluate import evaluate_run
 
-        checkpoint, accuracy = evaluate_run(options.run, data_root=options.data_root, ranks=ranks, device=device)
+        found = evaluate_run(
+            options.run, data_root=options.data_root, ranks=ranks, device=device, precisions=options.precision
+        )
         if is_first_rank():
-            print(f"{checkpoint}")
-            print(
-                f"top-1 {accuracy.top1:.2%}  top-5 {accuracy.top5:.2%}  loss {accuracy.loss:.4f}  {accuracy.num_images:,} images"
-            )
+            print(format_evaluation(found))
+
+
+def format_evaluation(found: "Evaluation") -> str:
+    """The checkpoint and its accuracy; with the precision where it is not the run's, and what differs where there are several."""
+    lines = [str(found.checkpoint)]
+    as_trained = list(found.accuracies) == [found.trained_in]
+    if not as_trained:
+        lines.append(f"trained in {found.trained_in}")
+    for precision, accuracy in found.accuracies.items():
+        lines.append(
+            f"{'' if as_trained else f'{precision}  '}top-1 {accuracy.top1:.2%}  top-5 {accuracy.top5:.2%}  "
+            f"loss {accuracy.loss:.4f}  {accuracy.num_images:,} images"
+        )
+    if len(found.accuracies) > 1:
+        names = list(found.accuracies)
+        among = f"between {names[0]} and {names[1]}" if len(names) == 2 else f"among {', '.join(names)}"
+        lines.append(f"{found.num_different:,} of {accuracy.num_images:,} predictions differ {among}")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -59,3 +59,23 @@ def take_decimal(arguments: Sequence[str], option: str) -> tuple[float | None, l
     if not 0 < number < float("inf"):
         raise ValueError(f"{option} must be a positive number, not {value!r}")
     return number, rest
+
+
+def take_list(arguments: Sequence[str], option: str) -> tuple[list[str], list[str]]:
+    """Remove `option VALUE VALUE ...`, up to the next option, from `arguments`; returns (the values, the rest).
+
+    Raises:
+        ValueError: the option has no value.
+    """
+    values: list[str] = []
+    rest: list[str] = []
+    target = rest
+    for argument in arguments:
+        if argument.startswith("--"):
+            target = values if _with_underscores(argument) == option else rest
+            if target is values:
+                continue
+        target.append(argument)
+    if not values and any(_with_underscores(argument) == option for argument in arguments):
+        raise ValueError(f"{option} needs a value")
+    return values, rest

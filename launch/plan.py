@@ -8,7 +8,8 @@ from bitfleet.launch.options import take_decimal, take_number, take_option
 
 USAGE = """usage: bitfleet plan --config NAME [options] [--section.field value ...]
 
-Predict what a step costs on a cluster, what binds it, and how many nodes are worth having. Nothing is run.
+Predict what a step costs on a cluster, what binds it, how many nodes are worth having, and what a CUDA graph of the step saves.
+Nothing is run: the kernels of a step are counted on tensors without memory.
 
   --nodes N        nodes (1)
   --gpus N         GPUs of a node; with rates of a CPU, the ranks on a node (8)
@@ -43,12 +44,14 @@ def plan(arguments: Sequence[str]) -> None:
         raise ValueError("how fast is the network? Pass --network, the Gbit/s of a node")
     config = parse_train(rest, "bitfleet plan")
 
-    from bitfleet.trainer.plan import Cluster, other_shardings, scan
+    from bitfleet.trainer.engine_options import resolve_precision
+    from bitfleet.trainer.plan import Cluster, all_modes, other_shardings, scan
     from bitfleet.trainer.plan_rates import published, read_rates
     from bitfleet.trainer.plan_table import format_plan
     from bitfleet.trainer.plan_traffic import count_images, describe
 
-    rates = read_rates(Path(file)) if file else published(gpu or "", config.engine.precision)
+    precision = resolve_precision(config.engine.precision, "cuda")
+    rates = read_rates(Path(file)) if file else published(gpu or "", precision, config.data.image_size)
     cluster = Cluster(
         num_nodes=num_nodes,
         ranks_per_node=ranks_per_node,
@@ -60,7 +63,8 @@ def plan(arguments: Sequence[str]) -> None:
     if link_gbit is None:
         estimates = estimates[:1]  # there is no network to say anything about
     number = int(num_images) if num_images else count_images(config.data)
-    print(format_plan(config, number, rates, cluster, estimates, shardings))
+    modes = all_modes(config, network, rates, cluster)
+    print(format_plan(config, number, rates, cluster, estimates, shardings, modes))
     if output:
         from bitfleet.trainer.plan_plot import plot_plan
 

@@ -68,8 +68,10 @@ def prepared_trainer(config: "TrainConfig", ranks: "Ranks", device: "torch.devic
             state = f"is at step {trainer.step:,}, past --stop_after_steps {config.stop_after_steps:,}: nothing is to be done"
         print(
             f"run {trainer.folder.path} {state}: {trainer.num_steps:,} steps on {ranks.world_size} "
-            f"rank{'s' * (ranks.world_size > 1)} ({device.type})"
+            f"rank{'s' * (ranks.world_size > 1)} ({device.type}, {trainer.config.engine.precision})"
         )
+        if device.type == "cuda" and not config.engine.deterministic:
+            print("engine.deterministic is off: the same run again, or continued, may end with other bits")
     cost = trainer.checkpoints.cost()
     if is_first_rank():
         preflight = Preflight(trainer)

@@ -31,6 +31,9 @@ class BinaryNet(nn.Module):
         binarizer: quantizer of the features: "ste", "approx" or "hardtanh_tanh".
     """
 
+    compiled_apart = ("features", "classifier")
+    """What torch.compile gets one by one: the gradients of the classifier travel while backward goes on in the features."""
+
     def __init__(
         self, *, num_classes: int = 10, norm: Norm = "batch", in_chans: int = 3, binarizer: Binarizer = "ste"
     ) -> None:

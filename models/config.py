@@ -25,6 +25,10 @@ class ModelConfig:
     """Pseudo-gradient of the sign of the features in bitfleet's networks. None: the network's own default."""
     residual: Literal["single", "double"] | None = None
     """Shortcuts of a Bi-Real Net: around every two binary convolutions, or around every one. None: the network's own default."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the network's training step with torch.compile, which takes 20 to 60 s at the start unless torch's cache has it.
+    auto: on GPUs, not on CPUs; a run that is continued stays what it was. Validation is never compiled. The compiled network
+    rounds differently, so a run cannot change from one to the other. Not with engine.sharding zero3."""
 
     def __post_init__(self) -> None:
         if self.num_classes < 1:

@@ -7,12 +7,11 @@ There is no latent weight, no gradient estimator on the weight and no scale. The
 from collections.abc import Callable
 from typing import Any, Literal, Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitfleet.models.binary_conv import binary_conv2d, can_pack
 from bitfleet.models.initializers import Initializer, glorot_uniform_, random_signs_
-from bitfleet.models.packed_conv import packed_conv2d
 from bitfleet.models.quantizers import Quantizer
 from bitfleet.models.same_padding import NO_PADDING, conv2d, same_padding
 
@@ -56,8 +55,7 @@ class _BinaryWeight(nn.Module):
 class QuantConv2d(_BinaryWeight, nn.Conv2d):
     """Convolution of the quantized input with a +-1 kernel, zeros padded after the quantizer, no bias.
 
-    In eager training the +-1 input that the weight gradient needs is kept as bits; torch.compile gets a plain
-    convolution, since packing would keep it from fusing.
+    On a CPU with a C compiler it works on packed bits (binary_conv.py), else it is a convolution of torch.
 
     Args:
         in_channels: channels of the input [N, C, H, W].
@@ -95,10 +93,13 @@ class QuantConv2d(_BinaryWeight, nn.Conv2d):
         padding = same_padding(x, self.kernel_size[0], stride) if self.same else NO_PADDING
         if self.input_quantizer is None:
             return conv2d(x, self.weight, stride, padding)
-        signs = self.input_quantizer(x)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return packed_conv2d(signs, self.weight, stride, padding)
-        return conv2d(signs, self.weight, stride, padding)
+        if padding == NO_PADDING and x.shape[2:] == self.weight.shape[2:]:
+            # One window, the whole input: a matrix product, which spares a large weight and its gradient another layout.
+            product = F.linear(self.input_quantizer(x.flatten(1)), self.weight.flatten(1))
+            return product[:, :, None, None]
+        if can_pack(x, self.weight, self.input_quantizer):
+            return binary_conv2d(x, self.weight, stride, padding, self.input_quantizer)
+        return conv2d(self.input_quantizer(x), self.weight, stride, padding)
 
     def extra_repr(self) -> str:
         """Options in `print(model)`."""
@@ -109,8 +110,6 @@ class QuantConv2d(_BinaryWeight, nn.Conv2d):
 
 class QuantLinear(_BinaryWeight, nn.Linear):
     """Product of the quantized input with a +-1 matrix, no bias.
-
-    The saved input is not packed: it is small beside the weight of the same layer.
 
     Args:
         in_features: size of the last dimension of the input.

@@ -1,8 +1,8 @@
 """Binary activation quantizers: the sign forward, a pseudo-gradient backward.
 
-`ste_sign` and `approx_sign` agree with larq bit for bit (sign(0) = sign(-0.0) = +1). Where autograd runs eagerly they keep as
-little as an exact backward allows; under torch.compile they save the input, because the compiler recomputes cheap operations by
-itself and packed bits would only keep it from fusing.
+`ste_sign` and `approx_sign` agree with larq bit for bit (sign(0) = sign(-0.0) = +1). Backward keeps the input: the gradient of
+`approx_sign` depends on every bit of |x|, and torch.compile recomputes what it can. (Binary convolutions on a CPU keep less, see
+binary_conv.py.)
 """
 
 from collections.abc import Callable
@@ -10,11 +10,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from bitfleet.models.bits import pack_bits, unpack_bits
-
-__all__ = ["Binarizer", "Quantizer", "approx_sign", "hardtanh_tanh_sign", "quantizer_of", "ste_sign"]
+__all__ = [
+    "Binarizer",
+    "Quantizer",
+    "approx_sign",
+    "binarizer_of",
+    "hardtanh_tanh_sign",
+    "pseudo_gradient",
+    "quantizer_of",
+    "ste_sign",
+]
 
 Quantizer = Callable[[Tensor], Tensor]
 Binarizer = Literal["ste", "approx", "hardtanh_tanh"]
@@ -26,10 +32,19 @@ def quantizer_of(binarizer: Binarizer) -> Quantizer:
     Raises:
         ValueError: there is none of that name.
     """
-    known: dict[str, Quantizer] = {"ste": ste_sign, "approx": approx_sign, "hardtanh_tanh": hardtanh_tanh_sign}
+    known = _quantizers()
     if binarizer not in known:
         raise ValueError(f'binarizer is {binarizer!r}; expected "ste", "approx" or "hardtanh_tanh"')
     return known[binarizer]
+
+
+def binarizer_of(quantizer: Quantizer) -> Binarizer | None:
+    """The name of a quantizer of this file; None for any other function."""
+    return next((name for name, known in _quantizers().items() if known is quantizer), None)
+
+
+def _quantizers() -> dict[Binarizer, Quantizer]:
+    return {"ste": ste_sign, "approx": approx_sign, "hardtanh_tanh": hardtanh_tanh_sign}
 
 
 def ste_sign(x: Tensor) -> Tensor:
@@ -43,12 +58,9 @@ def ste_sign(x: Tensor) -> Tensor:
         x: floating point, any shape.
 
     Returns:
-        +-1, shape, dtype and memory format of `x`. Backward keeps one bit an element, the mask |x| <= 1.
+        +-1, shape, dtype and memory format of `x`.
     """
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return _sign(x)
-    result: Tensor = _SteSign.apply(x) if torch.compiler.is_compiling() else _PackedSteSign.apply(x)
-    return result
+    return _signs(x, "ste")
 
 
 def approx_sign(x: Tensor) -> Tensor:
@@ -62,13 +74,9 @@ def approx_sign(x: Tensor) -> Tensor:
         x: floating point, any shape.
 
     Returns:
-        +-1, shape, dtype and memory format of `x`. Backward keeps `x` itself: its gradient depends on every bit of |x|,
-        and 8 bits of it would change the gradients by up to 1/256, which is noise the paper's runs do not have.
+        +-1, shape, dtype and memory format of `x`.
     """
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return _sign(x)
-    result: Tensor = _ApproxSign.apply(x)
-    return result
+    return _signs(x, "approx")
 
 
 def hardtanh_tanh_sign(x: Tensor) -> Tensor:
@@ -83,70 +91,54 @@ def hardtanh_tanh_sign(x: Tensor) -> Tensor:
         x: floating point, any shape.
 
     Returns:
-        +-1, shape, dtype and memory format of `x`. Backward keeps `x` itself, as `approx_sign`.
+        +-1, shape, dtype and memory format of `x`.
     """
+    return _signs(x, "hardtanh_tanh")
+
+
+def pseudo_gradient(binarizer: Binarizer, x: Tensor, grad: Tensor) -> Tensor:
+    """Gradient with respect to `x` of the quantizer that `binarizer` names.
+
+    Masks are arithmetic: boolean ones make the compiled model 15 to 20 % slower.
+
+    Args:
+        binarizer: which one.
+        x: its input.
+        grad: gradient with respect to its output; shape and dtype of `x`.
+    """
+    if binarizer == "ste":
+        return (x.abs() <= 1).to(grad.dtype) * grad
+    if binarizer == "approx":
+        # 2 - 2|x| is negative exactly where |x| > 1, so a clamp is the mask. In place: the passes stay in the cache.
+        return x.abs().mul_(-2).add_(2).clamp_min_(0).mul_(grad)
+    inside = (x.abs() <= 1).to(grad.dtype)
+    return x.tanh().square_().neg_().add_(1).mul_(inside).mul_(grad)
+
+
+def _signs(x: Tensor, binarizer: Binarizer) -> Tensor:
     if not (torch.is_grad_enabled() and x.requires_grad):
         return _sign(x)
-    result: Tensor = _HardtanhTanhSign.apply(x)
+    result: Tensor = _Sign.apply(x, binarizer)
     return result
 
 
 def _sign(x: Tensor) -> Tensor:
-    # sign(sign(x) + 0.1) is larq's own definition, and in place six times as fast on a CPU as torch.where with scalars.
+    # sign(sign(x) + 0.1) is larq's own definition, and in place six times as fast on a CPU as torch.where with scalars. Not in
+    # place for torch.compile, which fuses the passes: torch 2.11 would lose the pseudo-gradient of a forward that works in place.
+    if torch.compiler.is_compiling():
+        return x.sgn().add(0.1).sgn()
     return x.sgn().add_(0.1).sgn_()
 
 
-class _SteSign(torch.autograd.Function):
+class _Sign(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, binarizer: Binarizer) -> Tensor:
         ctx.save_for_backward(x)
+        ctx.binarizer = binarizer
         return _sign(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         x: Tensor
         (x,) = ctx.saved_tensors
-        # An arithmetic mask: a boolean one makes the compiled model 15 to 20 % slower.
-        return (x.abs() <= 1).to(grad.dtype) * grad
-
-
-class _PackedSteSign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        bits, ctx.layout = pack_bits(x.abs() <= 1)
-        ctx.save_for_backward(bits)
-        return _sign(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (bits,) = ctx.saved_tensors
-        return unpack_bits(bits, ctx.layout, low=0.0, high=1.0, dtype=grad.dtype).mul_(grad)
-
-
-class _ApproxSign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _sign(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        x: Tensor
-        (x,) = ctx.saved_tensors
-        # 2 - 2|x| is negative exactly where |x| > 1, so a clamp is the mask. In place: the passes stay in the cache.
-        return x.abs().mul_(-2).add_(2).clamp_min_(0).mul_(grad)
-
-
-class _HardtanhTanhSign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _sign(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        x: Tensor
-        (x,) = ctx.saved_tensors
-        inside = (x.abs() <= 1).to(grad.dtype)
-        return x.tanh().square_().neg_().add_(1).mul_(inside).mul_(grad)
+        return pseudo_gradient(ctx.binarizer, x, grad), None

@@ -29,6 +29,9 @@ class XNORNet(nn.Module):
         binarizer: quantizer of the features: "ste", "approx" or "hardtanh_tanh".
     """
 
+    compiled_apart = ("features", "classifier")
+    """What torch.compile gets one by one: the gradients of the classifier travel while backward goes on in the features."""
+
     def __init__(
         self, *, num_classes: int = 1000, norm: Norm = "batch", in_chans: int = 3, binarizer: Binarizer = "ste"
     ) -> None:

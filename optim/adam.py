@@ -1,14 +1,15 @@
 """Adam for the full-precision parameters, with Keras' epsilon.
 
-The arithmetic is `torch.optim.adam`, single-tensor: unlike the fused kernel its bits do not depend on how a parameter is cut
-into slices. Keras adds epsilon to the uncorrected root ("epsilon hat" of the Adam paper, section 2), torch to the corrected
-one; eps / sqrt(1 - beta2^t) in torch's place makes them equal. Weight decay is the coupled kind (an L2 term in the loss).
+The arithmetic is that of `torch.optim.adam`, single-tensor, bit for bit on a CPU: unlike the fused kernel its bits do not depend
+on how a parameter is cut into slices. It is written out here because torch's takes the step and the learning rate from the host,
+which a CUDA graph cannot, and its capturable form rounds otherwise. Keras adds epsilon to the uncorrected root ("epsilon hat" of
+the Adam paper, section 2), torch to the corrected one; eps / sqrt(1 - beta2^t) in torch's place makes them equal. Weight decay is
+the coupled kind (an L2 term in the loss).
 """
 
 from typing import Any
 
 from torch import Tensor
-from torch.optim.adam import adam
 
 from bitfleet.optim.routed import Group, State, rule
 
@@ -41,36 +42,52 @@ def adam_step_(
         eps: Keras' epsilon.
         weight_decay: L2 factor.
     """
-    adam(
-        [weight],
-        [grad.float()],
-        [exp_avg],
-        [exp_avg_sq],
-        [],
-        # torch's function counts the step itself.
-        [step - 1],
-        foreach=False,
-        fused=False,
-        amsgrad=False,
-        beta1=betas[0],
-        beta2=betas[1],
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps / (1.0 - betas[1] ** int(step)) ** 0.5,
-        maximize=False,
-    )
+    numbers = adam_numbers({"lr": lr, "betas": betas, "eps": eps}, int(step))
+    _adam_(weight, grad, exp_avg, exp_avg_sq, betas=betas, weight_decay=weight_decay, **numbers)
 
 
-@rule("keras_adam", "exp_avg", "exp_avg_sq")
+def adam_numbers(group: Group, step: int) -> dict[str, float]:
+    """What changes from step to step: the step size, the correction of the root, and epsilon as torch places it.
+
+    Args:
+        group: with lr, betas and eps.
+        step: 1-based number of the update.
+    """
+    beta1, beta2 = group["betas"]
+    root = (1.0 - beta2**step) ** 0.5
+    return {"step_size": group["lr"] / (1.0 - beta1**step), "root": root, "corrected_eps": group["eps"] / root}
+
+
+def _adam_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    betas: tuple[float, float],
+    weight_decay: float,
+    step_size: float | Tensor,
+    root: float | Tensor,
+    corrected_eps: float | Tensor,
+) -> None:
+    grad = grad.float()
+    if weight_decay != 0:
+        grad = grad.add(weight, alpha=weight_decay)
+    exp_avg.lerp_(grad, 1 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    denominator = (exp_avg_sq.sqrt() / root).add_(corrected_eps)
+    weight.sub_((exp_avg * step_size).div_(denominator))  # the bits of addcdiv_, whose factor cannot be a tensor
+
+
+@rule("keras_adam", "exp_avg", "exp_avg_sq", numbers=adam_numbers)
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
-    adam_step_(
+    numbers = {key: group[key] for key in ("step_size", "root", "corrected_eps")}
+    _adam_(
         weight,
         grad,
         state["exp_avg"],
         state["exp_avg_sq"],
-        step=state["step"],
-        lr=group["lr"],
         betas=group["betas"],
-        eps=group["eps"],
         weight_decay=group["weight_decay"],
+        **numbers,
     )

@@ -1,7 +1,7 @@
 """Binary weights as bits, eight a byte, least significant bit first, bit 1 = +1: what ranks exchange and slices store.
 
-On the CPU the kernels of kernels.c do the work (fp32 and bf16); other types, other devices and a CPU without a compiler
-take a multiply-and-gather to pack and a table of 256 x 8 values to unpack. All give the same bits and values.
+On the CPU the kernels of kernels.c do the work (fp32 and bf16), on a GPU those of triton_kernels.py; other types, and machines
+without a compiler, take a multiply-and-gather to pack and a table of 256 x 8 values to unpack. All give the same bits and values.
 """
 
 from functools import cache
@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from bitfleet.optim.kernels import kernel_library, num_threads, pack_flags
+from bitfleet.optim.kernels import kernel_library, num_threads, on_gpu, pack_flags
 
 __all__ = ["pack_signs", "popcount", "unpack_signs"]
 
@@ -27,6 +27,9 @@ def pack_signs(weights: Tensor, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = torch.empty(weights.numel() // 8, dtype=torch.uint8, device=weights.device)
     _check(out, weights, "weights")
+    packed = out
+    if weights.is_cuda and on_gpu(lambda triton: triton.launch_pack(weights, packed)):
+        return out
     built = kernel_library() if _has_kernel(weights) else None
     if built is None:
         return out.copy_(pack_flags(weights >= 0))
@@ -48,6 +51,8 @@ def unpack_signs(bits: Tensor, out: Tensor) -> Tensor:
         `out`.
     """
     _check(bits, out, "out")
+    if out.is_cuda and on_gpu(lambda triton: triton.launch_unpack(bits, out)):
+        return out
     built = kernel_library() if _has_kernel(out) else None
     if built is None:
         torch.index_select(_table(out.dtype, out.device), 0, bits.int(), out=out.view(-1, 8))

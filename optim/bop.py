@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitfleet.optim.bop2ndorder import check_rate, check_threshold, flip_
-from bitfleet.optim.routed import Group, RoutedOptimizer, State, rule
+from bitfleet.optim.routed import Group, RoutedOptimizer, State, rule, scheduled
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def bop_step_(weight: Tensor, grad: Tensor, exp_avg: Tensor, *, gamma: float, th
     flip_(weight, weight * exp_avg, threshold, exp_avg)
 
 
-@rule("bop", "exp_avg", flips=True)
+@rule("bop", "exp_avg", flips=True, numbers=scheduled("gamma", "threshold"))
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     bop_step_(weight, grad, state["exp_avg"], gamma=group["gamma"], threshold=group["threshold"])
 

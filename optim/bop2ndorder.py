@@ -118,7 +118,15 @@ def check_correction(value: str) -> None:
         raise ValueError(f"correction must be one of {', '.join(get_args(Correction))}, not {value!r}")
 
 
-@rule("bop2ndorder", "exp_avg", "exp_avg_sq", flips=True)
+def _numbers(group: Group, step: int) -> dict[str, float]:
+    numbers = {key: group[key] for key in ("gamma", "sigma", "threshold")}
+    if group["correction"] == "none":
+        return numbers
+    divisors = bias_corrections(group["correction"], group["gamma"], group["sigma"], step)
+    return numbers | dict(zip(("divisor", "divisor_sq"), divisors, strict=True))
+
+
+@rule("bop2ndorder", "exp_avg", "exp_avg_sq", flips=True, numbers=_numbers)
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     bop2ndorder_step_(
         weight,

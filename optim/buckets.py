@@ -7,7 +7,8 @@ words; every parameter of a binary bucket begins at a multiple of 64 for the sam
     |   slice of rank 0     |  slice of rank 1   | ...                       |
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from bitfleet.optim.bits import pack_signs, unpack_signs
 from bitfleet.optim.counter_random import uniform
 from bitfleet.optim.param_groups import is_binary
 from bitfleet.optim.routed import RULES, Group, names_of
-from bitfleet.optim.slice_updates import CHUNK, update_bits_
+from bitfleet.optim.slice_updates import CHUNK, unless_nonfinite, update_bits_
 
 ALIGN = 64
 
@@ -31,6 +32,14 @@ class Segment(NamedTuple):
     end: int
 
 
+class Run(NamedTuple):
+    """Elements `low` ... `high` - 1 of a slice, which have their `step`-th update."""
+
+    low: int
+    high: int
+    step: int
+
+
 def tree_sum(parts: Sequence[Tensor]) -> Tensor:
     """Sum of `parts` in one fixed binary tree: ((0 + 1) + (2 + 3)) + ..., an odd one out waits for the next level."""
     level = list(parts)
@@ -38,6 +47,14 @@ def tree_sum(parts: Sequence[Tensor]) -> Tensor:
         paired = [a + b for a, b in zip(level[::2], level[1::2], strict=False)]
         level = paired + level[len(level) & ~1 :]
     return level[0]
+
+
+def tree_sum_rows(rows: Tensor) -> Tensor:
+    """`tree_sum` of the rows of a tensor [N, ...], one addition for each level of the tree instead of one for each pair."""
+    while len(rows) > 1:
+        even = rows[: len(rows) & ~1]
+        rows = torch.cat([even[::2] + even[1::2], rows[len(rows) & ~1 :]])
+    return rows[0]
 
 
 class Bucket:
@@ -92,11 +109,28 @@ class Bucket:
                 f"another optimizer took the gradient of {segment.name}: close() the earlier ShardedOptimizer"
             )
         if self._local is None:
-            self._local = torch.zeros(self.weights.numel(), device=self.weights.device)
-        self._local[segment.start : segment.end].view(segment.param.shape).copy_(segment.param.grad)
+            if self._takes_whole(segment.param.grad):
+                self._local = segment.param.grad.view(-1)
+            else:
+                self._local = self._empty()
+        if self._local.data_ptr() != segment.param.grad.data_ptr():
+            self._local[segment.start : segment.end].view(segment.param.shape).copy_(segment.param.grad)
         segment.param.grad = None
         self._missing.discard(index)
         self.used[index] = True
+
+    def _takes_whole(self, grad: Tensor) -> bool:
+        """Whether `grad` can itself be the buffer: it is the only one of its bucket, as those of the largest layers are."""
+        return grad.numel() == self.weights.numel() and grad.dtype == torch.float32 and grad.is_contiguous()
+
+    def _empty(self) -> Tensor:
+        """Room for the gradients of a replica, 0 between the parameters and behind the last one."""
+        buffer = torch.empty(self.weights.numel(), device=self.weights.device)
+        for segment, following in zip(self.segments, [*self.segments[1:], None], strict=True):
+            end = self.weights.numel() if following is None else following.start
+            if segment.end < end:
+                buffer[segment.end : end].zero_()
+        return buffer
 
     @property
     def is_complete(self) -> bool:
@@ -105,9 +139,10 @@ class Bucket:
 
     def end_replica(self) -> None:
         """Add the current replica to the tree of partial sums (a binary counter: level k holds 2^k replicas)."""
-        local = (
-            self._local if self._local is not None else torch.zeros(self.weights.numel(), device=self.weights.device)
-        )
+        local = self._empty() if self._local is None else self._local
+        for index, segment in enumerate(self.segments):
+            if index in self._missing or index not in self._expected:
+                local[segment.start : segment.end].zero_()
         self._local, self._missing = None, set(self._expected)
         level = 0
         while self._sums and self._sums[-1][0] == level:
@@ -143,25 +178,42 @@ class Bucket:
 
     # The update of this rank's slice.
 
-    def update_(self, grad: Tensor, used: Sequence[bool]) -> None:
-        """Apply the rule to this rank's slice.
+    def advance(self, used: Sequence[bool]) -> list[Run]:
+        """Count an update of the segments that are `used`, and return what it covers; fills state that a rule begins with.
 
         Args:
-            grad: the reduced gradient of the slice, fp32 [slice_numel].
             used: for each segment, whether any rank had a gradient for it; the others keep weight and state, as a plain
                 optimizer skips parameters without a gradient.
         """
         self._begin_({index for index, is_used in enumerate(used) if is_used and self.steps[index] == 0})
         for index, is_used in enumerate(used):
             self.steps[index] += is_used
-        for low, high, step in self._runs(used):
-            state = {key: tensor[low:high] for key, tensor in self.state.items()}
-            state["step"] = torch.tensor(float(step))
-            if self.binary:
-                update_bits_(self.signs()[low // 8 : high // 8], grad[low:high], state, self.group)
-            else:
-                weights = self.weights[self.begin + low : self.begin + high]
-                RULES[self.group["rule"]].update_(weights, grad[low:high], state, self.group)
+        return list(self._runs(used))
+
+    def retract(self, used: Sequence[bool]) -> None:
+        """Take back the count of an `advance`: the update was skipped on the device."""
+        for index, is_used in enumerate(used):
+            self.steps[index] -= is_used
+
+    def update_(self, grad: Tensor, run: Run, numbers: Mapping[str, float | Tensor], finite: Tensor | None) -> None:
+        """Apply the rule to a stretch of this rank's slice.
+
+        Args:
+            grad: the reduced gradient of the slice, fp32 [slice_numel].
+            run: of `advance`.
+            numbers: of the rule at run.step, see `Rule.numbers`.
+            finite: bool [] on the device: False leaves everything as it is. None is True.
+        """
+        state = {key: tensor[run.low : run.high] for key, tensor in self.state.items()}
+        group, grad = {**self.group, **numbers}, grad[run.low : run.high]
+        step = {"step": torch.tensor(float(run.step))}
+        if self.binary:
+            update_bits_(self.signs()[run.low // 8 : run.high // 8], grad, state | step, group, finite)
+            return
+        weights = self.weights[self.begin + run.low : self.begin + run.high]
+        guard = nullcontext() if finite is None else unless_nonfinite(finite, [weights, *state.values()])
+        with guard:
+            RULES[group["rule"]].update_(weights, grad, state | step, group)
 
     def _begin_(self, indices: set[int]) -> None:
         """Fill the state of the segments `indices`, which are about to have their first update, where the rule asks for it."""
@@ -182,16 +234,16 @@ class Bucket:
         bits = self.signs()[low // 8 : -(-high // 8)]
         return unpack_signs(bits, torch.empty(8 * bits.numel(), device=bits.device))[: high - low]
 
-    def _runs(self, used: Sequence[bool]) -> Iterator[tuple[int, int, int]]:
-        """(first, last + 1, step) of stretches of the slice that are updated alike; usually the whole slice."""
+    def _runs(self, used: Sequence[bool]) -> Iterator[Run]:
+        """Stretches of the slice that are updated alike; usually the whole slice."""
         if all(used) and len(set(self.steps)) == 1:
-            yield 0, self.slice_numel, self.steps[0]
+            yield Run(0, self.slice_numel, self.steps[0])
             return
         for index, (segment, is_used) in enumerate(zip(self.segments, used, strict=True)):
             end = -(-segment.end // ALIGN) * ALIGN if self.binary else segment.end
             low, high = max(segment.start, self.begin) - self.begin, min(end, self.end) - self.begin
             if is_used and low < high:
-                yield low, high, self.steps[index]
+                yield Run(low, high, self.steps[index])
 
     def signs(self) -> Tensor:
         """This rank's slice of the weights as bits, uint8 [slice_numel / 8]; packed from the weights when first asked for."""

@@ -67,7 +67,11 @@ def octave_counts(ratio: Tensor) -> Tensor:
     A bin is the exponent of the float, so no logarithm rounds a value into its neighbour.
     """
     exponents = (ratio.view(torch.int32) >> 23).sub_(127 + LOWEST).clamp_(0, NUM_BINS - 1)
-    return torch.bincount(exponents.to(torch.uint8), minlength=NUM_BINS)
+    if not ratio.is_cuda:
+        return torch.bincount(exponents.to(torch.uint8), minlength=NUM_BINS)
+    # On a GPU bincount has the host wait for its largest value.
+    counts = torch.zeros(NUM_BINS, dtype=torch.int64, device=ratio.device)
+    return counts.scatter_add_(0, exponents.long(), torch.ones_like(exponents, dtype=torch.int64))
 
 
 def octave_edges() -> list[float]:
@@ -133,7 +137,8 @@ class FlipCounts:
 
     def take(self) -> Tensor:
         """The counts since the last call, int64 [parameters], of this rank's slices."""
-        counts, self._counts = self._counts, torch.zeros_like(self._counts)
+        counts = self._counts.clone()
+        self._counts.zero_()  # in place: a CUDA graph adds to this tensor
         return counts
 
     def flip_ratios(self, counts: Sequence[int]) -> dict[str, float]:

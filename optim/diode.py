@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitfleet.optim.bop2ndorder import check_rate
 from bitfleet.optim.latent import check_latent_lr
-from bitfleet.optim.routed import Group, RoutedOptimizer, State, rule
+from bitfleet.optim.routed import Group, RoutedOptimizer, State, rule, scheduled
 
 FIRST_LIMIT = 1e-3
 """The largest |e2| at the start."""
@@ -55,7 +55,7 @@ def _begin_(weight: Tensor, uniform: Tensor, shape: torch.Size, state: State, gr
     state["exp_avg_sign"].copy_(torch.where(weight >= 0, -uniform, uniform) * FIRST_LIMIT)
 
 
-@rule("diode", "exp_avg", "exp_avg_sign", flips=True, begin_=_begin_)
+@rule("diode", "exp_avg", "exp_avg_sign", flips=True, begin_=_begin_, numbers=scheduled("gamma", "alpha", "latent_lr"))
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     diode_step_(
         weight,

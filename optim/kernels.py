@@ -3,42 +3,37 @@
 A bit-flipping step is bound by memory, and a +-1 weight needs no more than a bit of it: 20.25 bytes a weight with fp32
 gradients, 18.25 with bf16, against 28 of a rule on fp32 weights. Where the arithmetic runs:
 
-- CPU: kernels.c, compiled by the system's C compiler at first use and kept in a cache folder ($BITFLEET_CACHE, else
-  $XDG_CACHE_HOME/bitfleet, else ~/.cache/bitfleet). It binds to the OpenMP runtime that torch has loaded, so both share
-  one pool of threads.
+- CPU: kernels.c, compiled by the system's C compiler at first use (bitfleet/c_library.py).
 - CPU without a compiler: the same in eager torch, chunk by chunk. One warning says so.
-- Other devices: the same through torch.compile, one graph for all sizes and schedules.
+- GPU: triton_kernels.py, one launch for a slice. Rates and the flag "every gradient is finite" are read on the device.
+- GPU on which Triton does not work (no C compiler, no Python headers): eager torch. One warning says so.
 
 Bits are least significant first, bit 1 = +1. On the CPU every path gives the bits of bop_step_ and bop2ndorder_step_,
 for any split into slices and any number of threads; a NaN remains a NaN, of whatever payload, and its weight becomes +1.
 """
 
-import contextlib
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bitfleet.c_library import CLibraryError, load_c_library
 from bitfleet.optim.bop2ndorder import EPS, Correction, bias_corrections
 
-__all__ = ["bop2ndorder_bits_", "bop_bits_", "kernel_library", "pack_flags"]
+__all__ = ["Rates", "Slice", "bop2ndorder_bits_", "bop_bits_", "flip_packed_", "kernel_library", "on_gpu", "pack_flags"]
 
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC")
 RULES = ("bop", "bop2ndorder", "bop2ndorder_corrected")  # `enum rule` of the source
-CHUNK = 262_144
+CHUNK, GPU_CHUNK = 262_144, 1 << 23
 MIN_SHARE = 32_768  # weights for which a thread is worth waking, as in torch
+
+Number = float | Tensor
+"""A hyperparameter of a step, or where it is on the device: fp32 []."""
 
 # Byte i of a word (0 or 1) times bit 56 - 7 i of this constant lands on bit 56 + i; no two products share a bit, so
 # nothing carries.
@@ -57,7 +52,7 @@ def bop2ndorder_bits_(
     correction: Correction,
     step: int,
 ) -> None:
-    """`bop2ndorder_step_` on packed weights, in place.
+    """Apply `bop2ndorder_step_` to packed weights, in place.
 
     Args:
         bits: uint8 [n / 8], the signs of n weights.
@@ -71,11 +66,11 @@ def bop2ndorder_bits_(
         step: 1-based number of this update; only "adam" uses it.
     """
     divisors = None if correction == "none" else bias_corrections(correction, gamma, sigma, step)
-    _update_(_Slice(bits, grad, exp_avg, exp_avg_sq), _Rates(gamma, sigma, threshold, divisors))
+    flip_packed_(Slice(bits, grad, exp_avg, exp_avg_sq), Rates(gamma, sigma, threshold, divisors))
 
 
 def bop_bits_(bits: Tensor, grad: Tensor, exp_avg: Tensor, *, gamma: float, threshold: float) -> None:
-    """`bop_step_` on packed weights, in place.
+    """Apply `bop_step_` to packed weights, in place.
 
     Args:
         bits: uint8 [n / 8], the signs of n weights.
@@ -84,10 +79,10 @@ def bop_bits_(bits: Tensor, grad: Tensor, exp_avg: Tensor, *, gamma: float, thre
         gamma: rate of the moment, in (0, 1].
         threshold: flip above it, not negative.
     """
-    _update_(_Slice(bits, grad, exp_avg), _Rates(gamma, 1.0, threshold))
+    flip_packed_(Slice(bits, grad, exp_avg), Rates(gamma, 1.0, threshold))
 
 
-class _Slice(NamedTuple):
+class Slice(NamedTuple):
     """What an update reads and writes; Bop has no second moment."""
 
     bits: Tensor
@@ -96,16 +91,16 @@ class _Slice(NamedTuple):
     exp_avg_sq: Tensor | None = None
 
 
-class _Rates(NamedTuple):
-    """Hyperparameters of one step: numbers, or 0-dim fp32 tensors for a compiled graph. No divisors: moments as they are."""
+class Rates(NamedTuple):
+    """Hyperparameters of one step: numbers, or 0-dim fp32 tensors on the device. No divisors: moments as they are."""
 
-    gamma: float | Tensor
-    sigma: float | Tensor
-    threshold: float | Tensor
-    divisors: tuple[float | Tensor, float | Tensor] | None = None
+    gamma: Number
+    sigma: Number
+    threshold: Number
+    divisors: tuple[Number, Number] | None = None
 
 
-def _check(part: _Slice) -> None:
+def _check(part: Slice) -> None:
     """The kernel trusts its pointers: a wrong length or type would write past the end."""
     numel = part.grad.numel()
     if numel % 8:
@@ -124,14 +119,26 @@ def _check(part: _Slice) -> None:
             raise ValueError(f"{name} is on {tensor.device}, bits are on {part.bits.device}")
 
 
-def _update_(part: _Slice, rates: _Rates) -> None:
+def flip_packed_(part: Slice, rates: Rates, finite: Tensor | None = None) -> None:
+    """Update packed weights and their moments in place, as `bop2ndorder_step_`, or `bop_step_` without a second moment.
+
+    Args:
+        part: the weights, see `bop2ndorder_bits_` for shapes and types.
+        rates: hyperparameters; on a GPU a tensor among them costs no synchronisation.
+        finite: bool [] on the device: False leaves everything as it is. None is True.
+
+    Raises:
+        ValueError: a tensor has the wrong length, type, strides or device.
+    """
     _check(part)
     if part.bits.device.type != "cpu":
-        _update_compiled_(part, rates)
+        _update_on_gpu_(part, rates, finite)
         return
     built = kernel_library()
     if built is None:
-        _update_chunked_(part, rates)
+        _update_chunked_(part, rates, finite)
+        return
+    if finite is not None and not finite:
         return
     rule = "bop" if part.exp_avg_sq is None else "bop2ndorder" if rates.divisors is None else "bop2ndorder_corrected"
     built.update_bits(
@@ -143,10 +150,8 @@ def _update_(part: _Slice, rates: _Rates) -> None:
         part.grad.dtype == torch.bfloat16,
         part.exp_avg.data_ptr(),
         None if part.exp_avg_sq is None else part.exp_avg_sq.data_ptr(),
-        rates.gamma,
-        rates.sigma,
-        rates.threshold,
-        *(rates.divisors or (1.0, 1.0)),
+        *(float(number) for number in rates[:3]),
+        *(float(number) for number in rates.divisors or (1.0, 1.0)),
     )
 
 
@@ -157,65 +162,91 @@ def num_threads(numel: int) -> int:
 
 def pack_flags(flags: Tensor) -> Tensor:
     """Pack a new bool tensor [n], n a multiple of 8, to uint8 [n / 8], least significant bit first."""
-    if torch.compiler.is_compiling():  # a sum fuses with what makes the flags
-        place = 1 << torch.arange(8, dtype=torch.int32, device=flags.device)
-        return (flags.view(-1, 8) * place).sum(1).to(torch.uint8)
     # The top byte of a little-endian word is its last byte: one strided copy, a third of the time of a sum.
     return (flags.view(torch.int64) * _GATHER).view(torch.uint8)[7::8].contiguous()
 
 
 @torch.no_grad()
-def _update_torch_(part: _Slice, rates: _Rates) -> None:
+def _update_torch_(part: Slice, rates: Rates, finite: Tensor | None) -> None:
     bits, grad, exp_avg, exp_avg_sq = part.bits, part.grad.float(), part.exp_avg, part.exp_avg_sq
-    exp_avg.add_((grad - exp_avg) * rates.gamma)
-    ratio = exp_avg
+    first = exp_avg + (grad - exp_avg) * rates.gamma
+    ratio, second = first, None
     if exp_avg_sq is not None:
-        exp_avg_sq.add_((grad * grad - exp_avg_sq) * rates.sigma)
+        second = exp_avg_sq + (grad * grad - exp_avg_sq) * rates.sigma
         if rates.divisors is None:
-            ratio = exp_avg / (exp_avg_sq.sqrt() + EPS)
+            ratio = first / (second.sqrt() + EPS)
         else:
-            ratio = (exp_avg / rates.divisors[0]) / ((exp_avg_sq / rates.divisors[1]).sqrt() + EPS)
+            ratio = (first / rates.divisors[0]) / ((second / rates.divisors[1]).sqrt() + EPS)
     # A -1 stays only where -ratio < threshold holds: an exact tie and a NaN become +1. Never both, as threshold >= 0.
     positive, stays = pack_flags(ratio > rates.threshold), pack_flags(-ratio < rates.threshold)
-    bits.copy_((bits & ~positive) | ~stays)
+    for old, new in ((exp_avg, first), (exp_avg_sq, second), (bits, (bits & ~positive) | ~stays)):
+        if old is not None and new is not None:
+            old.copy_(new if finite is None else torch.where(finite, new, old))
 
 
-def _update_chunked_(part: _Slice, rates: _Rates) -> None:
-    """In eager torch, in chunks whose temporaries stay in the cache."""
-    for i in range(0, part.grad.numel(), CHUNK):
-        first, last = i, i + CHUNK
+def _update_chunked_(part: Slice, rates: Rates, finite: Tensor | None) -> None:
+    """Update in eager torch, in chunks: on a CPU their temporaries stay in the cache, on a GPU they are few."""
+    size = CHUNK if part.bits.device.type == "cpu" else GPU_CHUNK
+    for i in range(0, part.grad.numel(), size):
+        first, last = i, i + size
         second = None if part.exp_avg_sq is None else part.exp_avg_sq[first:last]
-        chunk = _Slice(part.bits[first // 8 : last // 8], part.grad[first:last], part.exp_avg[first:last], second)
-        _update_torch_(chunk, rates)
+        chunk = Slice(part.bits[first // 8 : last // 8], part.grad[first:last], part.exp_avg[first:last], second)
+        _update_torch_(chunk, rates, finite)
 
 
-@cache
-def _compiled() -> Callable[[_Slice, _Rates], None]:
-    # No fused multiply-add and a correctly rounded division on CUDA: the low bits of the eager rule.
-    options = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
-    return torch.compile(_update_torch_, fullgraph=True, dynamic=True, options=dict(options))
+def _update_on_gpu_(part: Slice, rates: Rates, finite: Tensor | None) -> None:
+    if not on_gpu(lambda triton: triton.launch_update(*part, **_on_device(rates, finite, part.bits.device), eps=EPS)):
+        _update_chunked_(part, rates, finite)
 
 
-_cannot_compile = False
+def _on_device(rates: Rates, finite: Tensor | None, device: torch.device) -> dict[str, Any]:
+    def tensor(number: Number) -> Tensor:
+        return number if isinstance(number, Tensor) else _scalar(float(number), device)
+
+    return {
+        "gamma": tensor(rates.gamma),
+        "sigma": tensor(rates.sigma),
+        "threshold": tensor(rates.threshold),
+        "divisors": None if rates.divisors is None else (tensor(rates.divisors[0]), tensor(rates.divisors[1])),
+        "finite": tensor(1.0) if finite is None else finite,
+    }
 
 
-def _update_compiled_(part: _Slice, rates: _Rates) -> None:
-    """Through torch.compile; in eager torch, after one warning, where compiling fails."""
-    global _cannot_compile
-    if _cannot_compile:
-        _update_chunked_(part, rates)
-        return
+@lru_cache(maxsize=64)
+def _scalar(value: float, device: torch.device) -> Tensor:
+    """Put a number on the device; `full` is a launch without a copy, and schedules repeat their values within a step."""
+    return torch.full((), value, dtype=torch.float32, device=device)
 
-    def tensor(value: float | Tensor) -> Tensor:  # a number would be a constant of the graph; `full` copies nothing
-        return torch.full((), float(value), dtype=torch.float32, device=part.bits.device)
 
-    divisors = None if rates.divisors is None else (tensor(rates.divisors[0]), tensor(rates.divisors[1]))
+class _Triton:
+    """Whether this process has launched a kernel of triton_kernels.py, or cannot."""
+
+    works = fails = False
+
+
+def on_gpu(launch: Callable[[Any], None]) -> bool:
+    """Call `launch` with the module triton_kernels; False, after one warning, where Triton does not work on this machine.
+
+    Raises:
+        Exception: of a launch after one that worked: that is not a missing compiler.
+    """
+    if _Triton.fails:
+        return False
     try:
-        _compiled()(part, _Rates(tensor(rates.gamma), tensor(rates.sigma), tensor(rates.threshold), divisors))
-    except torch._dynamo.exc.TorchDynamoException as error:  # raised before anything is written
-        _cannot_compile = True
+        # Here: the import takes most of a second, and a CPU needs none of it.
+        from bitfleet.optim import triton_kernels
+
+        launch(triton_kernels)
+    except (
+        Exception
+    ) as error:  # of the import, of Triton's compiler, of gcc, of the driver: all before anything is written
+        if _Triton.works:
+            raise
+        _Triton.fails = True
         _warn_of_eager(" ".join(str(error).splitlines()[:2]))
-        _update_chunked_(part, rates)
+        return False
+    _Triton.works = True
+    return True
 
 
 def _warn_of_eager(problem: str) -> None:
@@ -225,64 +256,11 @@ def _warn_of_eager(problem: str) -> None:
 @cache
 def kernel_library() -> ctypes.CDLL | None:
     """The functions of kernels.c, built on the first call in this process; None, after one warning, where that fails."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    problem = "no C compiler (cc or gcc) on the PATH"
-    if compiler is not None:
-        # Linked without an OpenMP library, its calls bind to the one that torch has loaded. A torch without one, or
-        # with another kind, does not load it: then the kernels run on one thread.
-        for flags in ((*FLAGS, "-fopenmp"), FLAGS):
-            try:
-                return _declare(_load(compiler, flags))
-            except subprocess.CalledProcessError as error:
-                problem = f"{' '.join(error.cmd)}: {_last_line(error.stderr)}"
-            except (OSError, RuntimeError) as error:  # the latter where there is no home folder
-                problem = f"{error} ($BITFLEET_CACHE may name another folder)"
-    _warn_of_eager(problem)
-    return None
-
-
-def _load(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), compiler, version, *flags, _cpu()]).encode()).hexdigest()
-    path = _cache_folder() / f"kernels-{key[:16]}.so"
-    if path.exists():
-        with contextlib.suppress(OSError):  # damaged: built again
-            return ctypes.CDLL(str(path))
-    _build(compiler, flags, path)
-    return ctypes.CDLL(str(path))
-
-
-def _build(compiler: str, flags: tuple[str, ...], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Several ranks may build at once: each renames a finished file of its own over the others'.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
-        compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
-        for command in (
-            [compiler, *flags, "-c", str(SOURCE), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), "-o", str(linked)],
-        ):
-            subprocess.run(command, capture_output=True, text=True, check=True)
-        with linked.open("rb") as file:
-            os.fsync(file.fileno())  # a file cut short by a crash would fault when it is used
-        linked.replace(path)
-
-
-def _cpu() -> str:
-    """What -march=native depends on; home folders are shared between different machines."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    wanted = ("model name", "flags", "CPU part", "Features", "isa")
-    return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(wanted)})])
-
-
-def _cache_folder() -> Path:
-    if own := os.environ.get("BITFLEET_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitfleet"
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no message"])[-1]
+    try:
+        return _declare(load_c_library(SOURCE))
+    except CLibraryError as error:
+        _warn_of_eager(str(error))
+        return None
 
 
 def _declare(built: ctypes.CDLL) -> ctypes.CDLL:

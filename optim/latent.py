@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bitfleet.optim.adam import adam_step_
-from bitfleet.optim.routed import Group, RoutedOptimizer, State, rule
+from bitfleet.optim.routed import Group, RoutedOptimizer, State, rule, scheduled
 
 
 def glorot_limit(shape: torch.Size) -> float:
@@ -101,7 +101,7 @@ def _update_adam_(weight: Tensor, grad: Tensor, state: State, group: Group) -> N
     latent_adam_step_(weight, grad, *moments, latent_lr=group["latent_lr"], step=state["step"])
 
 
-@rule("latent_sgd", "latent", "momentum_buffer", flips=True, begin_=begin_latent_)
+@rule("latent_sgd", "latent", "momentum_buffer", flips=True, begin_=begin_latent_, numbers=scheduled("latent_lr"))
 def _update_sgd_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     moments = state["latent"], state["momentum_buffer"]
     latent_sgd_step_(weight, grad, *moments, latent_lr=group["latent_lr"], momentum=group["momentum"])

@@ -23,6 +23,7 @@ Update = Callable[[Tensor, Tensor, State, Group], None]
 
 
 Begin = Callable[[Tensor, Tensor, torch.Size, State, Group], None]
+Numbers = Callable[[Group, int], dict[str, float]]
 
 
 class Rule(NamedTuple):
@@ -36,20 +37,37 @@ class Rule(NamedTuple):
     begin_: Begin | None = None
     """(weight, uniform, shape, state, group) -> None: fills the state of elements before their first update. `uniform` holds a
     number in (0, 1) for each (fp32), `shape` is that of the whole parameter; group["seed"] is the seed of the numbers."""
+    numbers: Numbers | None = None
+    """(group, step) -> all that changes from step to step, by the key under which `update_` finds it in its group: floats, or
+    0-dim tensors where the device must not wait for the host. `step` is the 1-based number of the update. None: the update
+    decides on the host, and cannot be part of a CUDA graph."""
 
 
 RULES: dict[str, Rule] = {}
 
 
-def rule(name: str, *state_keys: str, flips: bool = False, begin_: Begin | None = None) -> Callable[[Update], Update]:
+def rule(
+    name: str, *state_keys: str, flips: bool = False, begin_: Begin | None = None, numbers: Numbers | None = None
+) -> Callable[[Update], Update]:
     """Register an update function under the name that parameter groups use; for the rest see `Rule`."""
 
     def register(update_: Update) -> Update:
         assert name not in RULES, name
-        RULES[name] = Rule(update_, state_keys, flips, begin_)
+        RULES[name] = Rule(update_, state_keys, flips, begin_, numbers)
         return update_
 
     return register
+
+
+def scheduled(*keys: str) -> Numbers:
+    """The `Rule.numbers` of an update that takes `keys` from its group as they are."""
+    return lambda group, step: {key: group[key] for key in keys}
+
+
+def numbers_of(group: Group, step: int) -> dict[str, float]:
+    """The numbers of the group's rule at the 1-based `step`; none where it has no such function."""
+    numbers = RULES[group["rule"]].numbers
+    return {} if numbers is None else numbers(group, step)
 
 
 def names_of(number: int, group: Group) -> list[str]:
@@ -111,7 +129,8 @@ class RoutedOptimizer(torch.optim.Optimizer):
                 if RULES[group["rule"]].begin_ is not None and state["step"] == 0:
                     self._begin_(param, state, group)
                 state["step"] += 1
-                RULES[group["rule"]].update_(param, param.grad, state, group)
+                numbers = numbers_of(group, int(state["step"]))
+                RULES[group["rule"]].update_(param, param.grad, state, group | numbers)
         return loss
 
     def _begin_(self, param: Tensor, state: State, group: Group) -> None:

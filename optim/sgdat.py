@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bitfleet.optim.bop2ndorder import check_threshold
 from bitfleet.optim.latent import check_latent_lr
-from bitfleet.optim.routed import Group, RoutedOptimizer, State, rule
+from bitfleet.optim.routed import Group, RoutedOptimizer, State, rule, scheduled
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def sgdat_step_(
     weight.copy_(torch.where(flips, signs, weight.float()))
 
 
-@rule("sgdat", "accumulator", "num_flips", flips=True)
+@rule("sgdat", "accumulator", "num_flips", flips=True, numbers=scheduled("latent_lr", "threshold"))
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     sgdat_step_(
         weight,

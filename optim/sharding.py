@@ -4,7 +4,7 @@ A binary weight has no latent copy, so the fp32 master weights and the full-widt
 waste here. See the class for the protocol.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,14 @@ from torch import Tensor
 
 from bitfleet.optim import shard_state
 from bitfleet.optim.buckets import Bucket, make_buckets
-from bitfleet.optim.routed import RoutedOptimizer
+from bitfleet.optim.finite_flag import FiniteFlag
+from bitfleet.optim.loss_scale import LossScale
+from bitfleet.optim.routed import RoutedOptimizer, numbers_of
 from bitfleet.optim.shard_state import Chunk
 from bitfleet.optim.sharding_agreement import WeightsDiffer, differing_weights, union
+from bitfleet.optim.sharding_exchange import all_gather_single
 from bitfleet.optim.sharding_reduction import Reduction
+from bitfleet.optim.step_numbers import StepNumbers
 from bitfleet.optim.transitions import KEY, controller_of
 
 BUCKET_NUMEL = 1 << 23
@@ -38,7 +42,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
        bits on 1, 2, 4, ... ranks. The bucket's buffers are freed as it lands.
     3. `step()`: one all-reduce of a few numbers says whether every gradient is finite (if not, no rank updates anything), which
        parameters had one anywhere, the norm for clipping, and what the last step flipped (transitions.py, where one is set). The
-       rule updates the slice: binary ones on packed signs.
+       rule updates the slice: binary ones on packed signs. On a GPU all of this stays on the device.
     4. All-gather: packed signs, 8 weights a byte, for the rules of +-1 weights; values for the others. They are unpacked into
        the parameters.
 
@@ -57,6 +61,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         max_grad_norm: clip the gradients of full-precision weights (none that are binary or marked so) to this norm over all.
         check_every: compare the weights of all ranks before every so many-th step; see `check_agreement`. A difference at any
             other step is overwritten by its gather.
+        defers: the host does not wait for the device in a step: it learns one step later that one was skipped. Same bits. None:
+            on a GPU.
+        scales_loss: for fp16: the caller multiplies each loss by `loss_scale.value`, which the optimizer takes out again.
     """
 
     def __init__(
@@ -69,6 +76,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         grad_dtype: torch.dtype = torch.float32,
         max_grad_norm: float | None = None,
         check_every: int | None = None,
+        defers: bool | None = None,
+        scales_loss: bool = False,
     ) -> None:
         if grad_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"grad_dtype must be torch.float32 or torch.bfloat16, not {grad_dtype}")
@@ -87,11 +96,25 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.buckets: list[Bucket] = []
         super().__init__(optimizer.param_groups, {})
         self.buckets = make_buckets(self.param_groups, bucket_numel, self.rank, self.world_size)
-        self.num_steps = self.num_skipped_steps = 0
+        self.num_steps = self._num_skipped_steps = 0
+        self.keeps_gradients = False
+        """Whether the reduced gradients outlive the update: a CUDA graph has their addresses."""
+        self.num_skipped_in_a_row = 0
+        """Skipped steps that the host knows of since the last one that was not."""
+        self.updated: bool | Tensor = True
+        """Whether the last step changed anything: True or False where the host knows, else bool [] on the device."""
         self.transitions = controller_of(self.param_groups, self.buckets)
         self.observers += [self.transitions.observe] if self.transitions else []
         self.nonfinite: list[str] = []
-        """Parameters whose gradient was not finite in the last step that was skipped."""
+        """Parameters whose gradient was not finite in the last step that was skipped, if the host waited for it."""
+        device = self.buckets[0].weights.device
+        self.defers = device.type == "cuda" if defers is None else defers
+        self.loss_scale = LossScale(device) if scales_loss else None
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        """Whether every gradient of the last step was finite, bool [] on the device."""
+        self._finite_flag, self._device_numbers = FiniteFlag(device), StepNumbers(device)
+        self._advanced: list[list[bool]] | None = None
+        self._used: tuple[tuple[bool, ...], Tensor] = (), torch.empty(0)
         for bucket in self.buckets if self.world_size > 1 else ():
             dist.broadcast(bucket.weights, group_src=0, group=self.process_group)
         place = {"rank": self.rank, "world_size": self.world_size}
@@ -114,23 +137,126 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for bucket in self.buckets:
             bucket.check_parameters()
         self._reduction.check_complete()
-        grads = self._reduction.take()
         if self.check_every and self.num_steps % self.check_every == 0:
             self.check_agreement()
-        used = self._agree(grads)
+        self.collect()
+        if self.prepare([list(bucket.used) for bucket in self.buckets]):
+            self.update()
+
+    # The three parts of a step. Only `prepare` runs on the host; a CUDA graph holds the others.
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Take the reduced gradients, and have the device find out whether all are finite and scale them."""
+        self._grads = self._reduction.take()
+        first = self._grads[0]
+        if self.loss_scale is not None:
+            inverse = self.loss_scale.value.reciprocal()  # of a power of two: exact
+            for grad in self._grads:
+                grad.mul_(inverse)
+        norm_squared, total = first.new_zeros(()), first.new_zeros(())
+        for bucket, grad in zip(self.buckets, self._grads, strict=True):
+            total = total + grad.sum()
+            if self.max_grad_norm is not None and bucket.is_clipped:
+                norm_squared = norm_squared + grad.square().sum()
+        flips = [self.transitions.facts()] if self.transitions else []
+        facts = torch.cat([torch.stack([(~total.isfinite()).float(), norm_squared]), self._used_flags(), *flips])
+        if self.world_size > 1:
+            dist.all_reduce(facts, group=self.process_group)
+        self._facts, self.finite = facts, facts[0] == 0
+        if self.loss_scale is not None:
+            self.loss_scale.update_(self.finite)
+        if self.max_grad_norm is not None:
+            scale = (self.max_grad_norm / (facts[1].double().sqrt() + 1e-6)).clamp(max=1.0).float()
+            for bucket, grad in zip(self.buckets, self._grads, strict=True):
+                if bucket.is_clipped:
+                    grad.mul_(scale)
+
+    def _used_flags(self) -> Tensor:
+        """For each parameter whether this rank has a gradient of it, fp32; made anew only when that changes."""
+        used = tuple(flag for bucket in self.buckets for flag in bucket.used)
+        if used != self._used[0]:
+            self._used = used, torch.tensor(used, dtype=torch.float32, device=self.buckets[0].weights.device)
+        return self._used[1]
+
+    def prepare(self, used_here: Sequence[Sequence[bool]]) -> bool:
+        """Count the step and send its numbers to the device; every rank calls this between `collect` and `update`.
+
+        The host learns here whether the step before was skipped. Only where it must know more at once, it waits for the device:
+        see `_must_wait`.
+
+        Args:
+            used_here: for each bucket and parameter, whether this rank had a gradient.
+
+        Returns:
+            Whether `update` follows; False where the host knows already that it would change nothing.
+        """
+        self._settle()
+        for bucket in self.buckets:
+            bucket.used = [False] * len(bucket.segments)
+        waits = self._must_wait(used_here)
+        used = [list(flags) for flags in used_here]
+        if waits or not all(map(all, used)):  # what is unused here may be used elsewhere
+            num_bad, _, *counts = self._facts.tolist()
+            flags = iter(counts)
+            used = [[next(flags) > 0 for _ in bucket.segments] for bucket in self.buckets]
+            if waits and num_bad:
+                self.nonfinite = union(shard_state.nonfinite(self.buckets, self._grads), self.process_group)
+                self._grads = self._grads if self.keeps_gradients else []
+                self.num_steps += 1
+                self._count_skipped()
+                self.updated = False
+                return False
+            if self.transitions:
+                is_first = self.num_steps == self._num_skipped_steps
+                self.transitions.drive(counts[-2:], self.num_steps, is_first=is_first)
         self.num_steps += 1
-        if used is None:
-            self.num_skipped_steps += 1
-            return
+        self.updated = True if waits else self.finite
+        self._runs = [bucket.advance(flags) for bucket, flags in zip(self.buckets, used, strict=True)]
+        if waits:
+            self.num_skipped_in_a_row = 0
+        else:
+            self._finite_flag.put(self.finite)
+            self._advanced = used
+        self._prepare_numbers()
+        return True
+
+    def _prepare_numbers(self) -> None:
+        numbers = [
+            numbers_of(bucket.group, run.step)
+            for bucket, runs in zip(self.buckets, self._runs, strict=True)
+            for run in runs
+        ]
+        self._step_numbers: Sequence[Mapping[str, float | Tensor]] = (
+            self._device_numbers.load(numbers) if self.defers else numbers
+        )
+
+    def _must_wait(self, used_here: Sequence[Sequence[bool]]) -> bool:
+        """Whether this step's flag is read before its update: the same on every rank.
+
+        After a skipped step, so that a run of them is counted without delay; for transitions, whose next value hangs on a count;
+        and for a first update, which fills state.
+        """
+        if not self.defers or self.transitions or self.num_skipped_in_a_row > 0:
+            return True
+        return any(0 in bucket.steps for bucket in self.buckets)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Update the slices and gather the weights; on the device a step that was not finite changes nothing."""
+        finite = self.finite if self.defers else None
+        numbers = iter(self._step_numbers)
         gathers = []
         for index, bucket in enumerate(self.buckets):
             before = bucket.signs().clone() if self.observers and bucket.binary else None
-            bucket.update_(grads[index], used[index])
+            for run in self._runs[index]:
+                bucket.update_(self._grads[index], run, next(numbers), finite)
             if before is not None:
                 flips = before.bitwise_xor_(bucket.signs())
                 for observe in self.observers:
-                    observe(bucket, grads[index], flips)
-            grads[index] = grads[index].new_empty(0)  # freed
+                    observe(bucket, self._grads[index], flips)
+            if not self.keeps_gradients:
+                self._grads[index] = self._grads[index].new_empty(0)
             gathers.append(self._gather(bucket))
         for bucket, (work, gathered) in zip(self.buckets, gathers, strict=True):
             if work is not None:
@@ -138,36 +264,28 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if bucket.binary:
                 bucket.unpack(gathered)
 
-    def _agree(self, grads: list[Tensor]) -> list[list[bool]] | None:
-        """Which parameters have a gradient anywhere, for each bucket; None when one is not finite. Clips on the way."""
-        norm_squared = grads[0].new_zeros(())
-        total = grads[0].new_zeros(())
-        for bucket, grad in zip(self.buckets, grads, strict=True):
-            total = total + grad.sum()
-            if self.max_grad_norm is not None and bucket.is_clipped:
-                norm_squared = norm_squared + grad.square().sum()
-        flags = torch.tensor([float(flag) for bucket in self.buckets for flag in bucket.used], device=total.device)
-        flips = [self.transitions.facts()] if self.transitions else []
-        facts = torch.cat([torch.stack([(~total.isfinite()).float(), norm_squared]), flags, *flips])
-        if self.world_size > 1:
-            dist.all_reduce(facts, group=self.process_group)
-        num_bad, norm_squared_sum, *counts = facts.tolist()
-        used, start = [], 0
-        for bucket in self.buckets:
-            used.append([count > 0 for count in counts[start : start + len(bucket.segments)]])
-            start += len(bucket.segments)
-            bucket.used = [False] * len(bucket.segments)
-        if num_bad:
-            self.nonfinite = union(shard_state.nonfinite(self.buckets, grads), self.process_group)
-            return None
-        if self.transitions:
-            self.transitions.drive(counts[-2:], self.num_steps, is_first=self.num_steps == self.num_skipped_steps)
-        if self.max_grad_norm is not None:
-            scale = min(1.0, self.max_grad_norm / (norm_squared_sum**0.5 + 1e-6))
-            for bucket, grad in zip(self.buckets, grads, strict=True):
-                if bucket.is_clipped and scale < 1.0:
-                    grad.mul_(scale)
-        return used
+    def _settle(self) -> None:
+        """Learn whether the last step was skipped on the device."""
+        if self._advanced is None:
+            return
+        advanced, self._advanced = self._advanced, None
+        if self._finite_flag.read():
+            self.num_skipped_in_a_row = 0
+            return
+        for bucket, used in zip(self.buckets, advanced, strict=True):
+            bucket.retract(used)
+        self.nonfinite = []  # its gradients are gone
+        self._count_skipped()
+
+    def _count_skipped(self) -> None:
+        self._num_skipped_steps += 1
+        self.num_skipped_in_a_row += 1
+
+    @property
+    def num_skipped_steps(self) -> int:
+        """Steps that were skipped because a gradient was not finite; waits for the last one."""
+        self._settle()
+        return self._num_skipped_steps
 
     def _gather(self, bucket: Bucket) -> tuple[dist.Work | None, Tensor]:
         mine = bucket.signs() if bucket.binary else bucket.weights[bucket.begin : bucket.end]
@@ -177,7 +295,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
             whole = torch.empty(bucket.weights.numel() // 8, dtype=torch.uint8, device=mine.device)
         else:
             whole, mine = bucket.weights, mine.clone()
-        return dist.all_gather_single(whole, mine, group=self.process_group, async_op=True), whole
+        return all_gather_single(whole, mine, group=self.process_group, async_op=True), whole
+
+    def forget_skipped_step(self) -> None:
+        """Take back the count of the last step, which was skipped: the run that continues makes it again."""
+        assert self.updated is False
+        self.num_steps -= 1
+        self._num_skipped_steps -= 1
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of a step that was begun, as after a backward pass that raised.
@@ -207,12 +331,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """This rank's share of the state and the hyperparameters; to be loaded on the same rank of as many."""
         groups = [{k: value for k, value in group.items() if k not in ("params", KEY)} for group in self.param_groups]
+        self._settle()
         return {
             "param_groups": groups,
             "shard": shard_state.shard(self.buckets),
             "steps": self.steps(),
             "num_steps": self.num_steps,
-            "num_skipped_steps": self.num_skipped_steps,
+            "num_skipped_steps": self._num_skipped_steps,
+            "loss_scale": self.loss_scale.state() if self.loss_scale else None,
             "flips": int(self.transitions.flips) if self.transitions else 0,
         }
 
@@ -222,8 +348,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: it is of another layout.
         """
+        self._settle()
         shard_state.load_(self.buckets, state_dict["shard"], state_dict["steps"])
-        self.num_steps, self.num_skipped_steps = state_dict["num_steps"], state_dict.get("num_skipped_steps", 0)
+        self.num_steps, self._num_skipped_steps = state_dict["num_steps"], state_dict.get("num_skipped_steps", 0)
+        if self.loss_scale and state_dict.get("loss_scale"):
+            self.loss_scale.load(state_dict["loss_scale"])
         if self.transitions:
             self.transitions.flips.fill_(state_dict["flips"])
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -268,7 +397,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.transitions.load(state, is_first_rank=self.rank == 0)
 
     def steps(self) -> dict[str, int]:
-        """Updates that each parameter has had; the same on every rank."""
+        """Updates that each parameter has had; the same on every rank. Waits for the last step."""
+        self._settle()
         return shard_state.steps(self.buckets)
 
     def load_steps(self, steps: dict[str, int], num_steps: int, num_skipped_steps: int) -> None:
@@ -277,19 +407,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: they are of other parameters.
         """
+        self._settle()
         shard_state.load_steps_(self.buckets, steps)
-        self.num_steps, self.num_skipped_steps = num_steps, num_skipped_steps
+        self.num_steps, self._num_skipped_steps = num_steps, num_skipped_steps
 
     @torch.no_grad()
     def gather_state(self) -> dict[str, dict[str, Tensor]]:
         """The whole optimizer state, parameter name -> key -> tensor of the parameter's shape; every rank calls this."""
+        self._settle()
         result: dict[str, dict[str, Tensor]] = {}
         for bucket in self.buckets:
             for key, mine in bucket.state.items():
                 whole = mine
                 if self.world_size > 1:
                     whole = torch.empty(self.world_size * mine.numel(), device=mine.device)
-                    dist.all_gather_single(whole, mine, group=self.process_group)
+                    all_gather_single(whole, mine, group=self.process_group)
                 for segment in bucket.segments:
                     tensor = whole[segment.start : segment.end].view(segment.param.shape).clone()
                     result.setdefault(segment.name, {})[key] = tensor

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from bitfleet.optim.buckets import Bucket
+from bitfleet.optim.sharding_exchange import all_gather_single
 
 
 class WeightsDiffer(RuntimeError):
@@ -23,7 +24,7 @@ def differing_weights(buckets: Sequence[Bucket], process_group: dist.ProcessGrou
     world_size = dist.get_world_size(process_group)
     sums = torch.stack([bucket.checksum() for bucket in buckets])
     everyone = torch.empty(world_size * len(sums), dtype=torch.int64, device=sums.device)
-    dist.all_gather_single(everyone, sums, group=process_group)
+    all_gather_single(everyone, sums, group=process_group)
     checksums = everyone.view(world_size, -1).T.tolist()
     differing = [(bucket, each) for bucket, each in zip(buckets, checksums, strict=True) if len(set(each)) > 1]
     if not differing:
@@ -47,7 +48,7 @@ def _wrong_here(bucket: Bucket, checksums: list[int], process_group: dist.Proces
     """Parameters of `bucket` that are wrong on this rank, each with its first wrong element."""
     truth = bucket.wire_form()
     if bucket.binary:  # the owners have the truth in their packed slices
-        dist.all_gather_single(truth, bucket.signs(), group=process_group)
+        all_gather_single(truth, bucket.signs(), group=process_group)
     else:  # what most ranks have; of two, rank 0
         majority = max(range(len(checksums)), key=lambda rank: (checksums.count(checksums[rank]), -rank))
         dist.broadcast(truth.view(torch.uint8), group_src=majority, group=process_group)

@@ -14,13 +14,17 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bitfleet.optim.buckets import tree_sum
+
+all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Gather one tensor of each rank into one of all: torch's function of this name, or what it is called before torch 2.13, of which
+torch 2.14 warns."""
 
 Exchange = Callable[[Tensor, Tensor], Tensor]
 """(a bucket's gradients of this rank, fp32 [N * slice], room for as many of what travels) -> their sum over the ranks, of this
@@ -37,7 +41,7 @@ class Flight(Protocol):
         """Whether `result` returns at once."""
 
     def result(self) -> Tensor:
-        """The sum over the ranks of this rank's slice, fp32 [slice]."""
+        """Wait for this rank's slice of what the ranks have exchanged, fp32 [slice]."""
 
 
 def can_halve(world_size: int) -> bool:
@@ -92,12 +96,19 @@ class AllToAll:
         world_size: the number of ranks.
         group: the ranks.
         grad_dtype: what they travel as; sums are fp32.
+        finish: makes the result of the sum over the ranks.
     """
 
     def __init__(
-        self, total: Tensor, *, world_size: int, group: dist.ProcessGroup | None, grad_dtype: torch.dtype
+        self,
+        total: Tensor,
+        *,
+        world_size: int,
+        group: dist.ProcessGroup | None,
+        grad_dtype: torch.dtype,
+        finish: Callable[[Tensor], Tensor],
     ) -> None:
-        self._world_size = world_size
+        self._world_size, self._finish = world_size, finish
         self._send = total.to(grad_dtype)  # lives until it has landed
         self._received = torch.empty_like(self._send)
         # As bytes, because gloo has no bfloat16.
@@ -110,10 +121,10 @@ class AllToAll:
         return self._work is None or bool(self._work.is_completed())
 
     def result(self) -> Tensor:
-        """Wait for it, and sum it."""
+        """Wait for it, sum it and finish it."""
         if self._work is not None:
             self._work.wait()
-        return tree_sum([part.float() for part in self._received.view(self._world_size, -1)])
+        return self._finish(tree_sum([part.float() for part in self._received.view(self._world_size, -1)]))
 
 
 class Courier:

@@ -11,7 +11,9 @@ from bitfleet.optim.buckets import Bucket
 from bitfleet.optim.sharding_exchange import AllToAll, Courier, Flight, can_halve, halving_sum
 
 MAX_FLIGHTS = 2
-"""Reductions under way at a time: one on the wire, one waiting for it. More would only hold more memory."""
+"""Reductions under way at a time on a CPU: one on the wire, one waiting for it. More would only hold more memory. A GPU has no
+limit: there the host is far ahead, and a wait for the first exchange would hold up the rest of backward (4 bytes per weight until
+the step)."""
 
 
 class Reduction:
@@ -39,6 +41,7 @@ class Reduction:
         self.buckets, self.process_group, self.world_size = buckets, process_group, world_size
         self.num_replicas, self.grad_dtype = num_replicas, grad_dtype
         self._courier = Courier(buckets[0].weights.device, grad_dtype)
+        self._on_gpu = buckets[0].weights.is_cuda
         self._halving = functools.partial(halving_sum, rank=rank, world_size=world_size, group=process_group)
         self._flights: dict[int, Flight] = {}
         self._reduced: dict[int, Tensor] = {}
@@ -90,10 +93,12 @@ class Reduction:
     def _launch(self, everything: bool = False) -> None:
         """Send the next buckets in order, as far as they are complete."""
         while self._next < len(self.buckets) and (everything or self.buckets[self._next].is_complete):
-            while len(self._flights) >= MAX_FLIGHTS:
+            while len(self._flights) >= MAX_FLIGHTS and not self._on_gpu:
                 self._land(next(iter(self._flights)))
             self._send(self._next)
             self._next += 1
+        if self._on_gpu:
+            return
         for index, flight in list(self._flights.items()):
             if flight.done():
                 self._land(index)
@@ -105,15 +110,22 @@ class Reduction:
         if self.world_size == 1:
             self._reduced[index] = self._mean(total)
         elif can_halve(self.world_size):
-            self._flights[index] = self._courier.send(self._halving, total)
+            self._flights[index] = self._courier.send(self._mean_of_halves, total)
         else:
             self._flights[index] = AllToAll(
-                total, world_size=self.world_size, group=self.process_group, grad_dtype=self.grad_dtype
+                total,
+                world_size=self.world_size,
+                group=self.process_group,
+                grad_dtype=self.grad_dtype,
+                finish=self._mean,
             )
 
     def _land(self, index: int) -> None:
-        """Wait for the sum of bucket `index` over the ranks."""
-        self._reduced[index] = self._mean(self._flights.pop(index).result())
+        """Wait for the mean of bucket `index` over the replicas."""
+        self._reduced[index] = self._flights.pop(index).result()
+
+    def _mean_of_halves(self, total: Tensor, scratch: Tensor) -> Tensor:
+        return self._mean(self._halving(total, scratch))
 
     def _mean(self, total: Tensor) -> Tensor:
         # A new tensor: the sum may be a view into a buffer of the whole bucket, which is freed now.

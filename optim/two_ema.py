@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bitfleet.optim.bop2ndorder import check_rate
-from bitfleet.optim.routed import Group, RoutedOptimizer, State, rule
+from bitfleet.optim.routed import Group, RoutedOptimizer, State, rule, scheduled
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def two_ema_step_(
     weight.copy_(torch.where(weight * exp_avg_cascaded > 0, -weight, weight))
 
 
-@rule("two_ema", "exp_avg", "exp_avg_cascaded", flips=True)
+@rule("two_ema", "exp_avg", "exp_avg_cascaded", flips=True, numbers=scheduled("gamma", "alpha"))
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     two_ema_step_(weight, grad, state["exp_avg"], state["exp_avg_cascaded"], gamma=group["gamma"], alpha=group["alpha"])
 

@@ -71,6 +71,14 @@ def _batch(config: TrainConfig, num_images: int) -> tuple[Tensor, Tensor, str]:
         return torch.randn(num_images, 3, size, size), labels, "of random pixels, as the data are not here"
     data = dataclasses.replace(config.data, loader="torch", device="cpu")
     place = {"rank": 0, "world_size": 1, "local_world_size": 1}
-    loader = TrainLoader(dataset, data, seed=config.seed, global_batch_size=num_images, num_replicas=1, **place)
+    loader = TrainLoader(
+        dataset,
+        data,
+        seed=config.seed,
+        global_batch_size=num_images,
+        num_replicas=1,
+        device=torch.device("cpu"),
+        **place,
+    )
     images, labels = next(loader.batches(0))
     return normalize(images, data.mean, data.std), labels, f"of {data.root}"

@@ -88,7 +88,14 @@ def _train_loader(root: Path, settings: Settings, **options: Any) -> TrainLoader
         **options,
     )
     one_rank = {"num_replicas": 1, "rank": 0, "world_size": 1, "local_world_size": 1}
-    return TrainLoader(open_dataset(config), config, seed=0, global_batch_size=settings.batch_size, **one_rank)
+    return TrainLoader(
+        open_dataset(config),
+        config,
+        seed=0,
+        global_batch_size=settings.batch_size,
+        device=torch.device("cpu"),
+        **one_rank,
+    )
 
 
 def _bitfleet(root: Path, settings: Settings, **options: Any) -> Iterator[object]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import psutil
+import torch
 
 from bitfleet.trainer.bench_loader_photos import image_list, make_photo, write_jpeg
 from bitfleet.trainer.data import DataConfig, TrainLoader, open_dataset
@@ -99,6 +100,7 @@ def first_batch(root: str, num_workers: int) -> Start:
         seed=0,
         global_batch_size=_BATCH_SIZE,
         num_replicas=1,
+        device=torch.device("cpu"),
         rank=0,
         world_size=1,
         local_world_size=1,

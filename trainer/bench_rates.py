@@ -13,9 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitfleet.models import create_model
+from bitfleet.models import compile_network, create_model
 from bitfleet.optim import build_optimizer
 from bitfleet.optim.buckets import Bucket, make_buckets
+from bitfleet.optim.routed import numbers_of
+from bitfleet.trainer.compilation import is_compiled
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import TrainLoader, normalize, open_dataset
 from bitfleet.trainer.distributed import (
@@ -59,6 +61,8 @@ class _Probe:
         self.network = describe(config)
         torch.manual_seed(0)
         self.model = create_model(config.model).to(device)
+        if is_compiled(config, device, None):
+            compile_network(self.model)
         self.micro_batch_size = max(2, config.global_batch_size // (config.num_replicas or ranks.world_size))
         size = config.data.image_size
         images = torch.zeros(self.micro_batch_size, size, size, 3, dtype=torch.uint8, device=device).random_()
@@ -70,6 +74,7 @@ class _Probe:
             seed=config.seed,
             global_batch_size=config.global_batch_size,
             num_replicas=config.num_replicas or ranks.world_size,
+            device=device,
             rank=ranks.rank,
             world_size=ranks.world_size,
             local_world_size=ranks.local_world_size,
@@ -104,6 +109,16 @@ class _Probe:
         loss = nn.functional.cross_entropy(self.model(self.images[:num_images]), self.labels[:num_images])
         torch.autograd.backward(loss)
 
+    def launch_seconds(self, fixed: float) -> float:
+        """Of one kernel.
+
+        Args:
+            fixed: seconds of `passes` that do not depend on the number of images.
+        """
+        num_kernels = self.network.passes.forward.eager + self.network.passes.backward.eager
+        # A GPU is done with two images before its host has launched the next kernel. On a CPU they are work.
+        return (self.seconds(lambda: self.passes(2), 4) if self.device.type == "cuda" else fixed) / num_kernels
+
     def decode_core_seconds(self, num_batches: int) -> float:
         """CPU time of an image, over all threads of this process."""
         next(self.batches)
@@ -125,7 +140,8 @@ class _Probe:
     def update(self, grads: list[Tensor]) -> None:
         """The rule on every weight."""
         for bucket, grad in zip(self.buckets, grads, strict=True):
-            bucket.update_(grad, [True] * len(bucket.segments))
+            for run in bucket.advance([True] * len(bucket.segments)):
+                bucket.update_(grad, run, numbers_of(bucket.group, run.step), None)
 
     @torch.no_grad()
     def bucket_ns(self) -> tuple[float, float]:
@@ -159,7 +175,9 @@ class _Probe:
         values = {
             "cores": self.cores,
             "flops_per_second": FLOP_PER_MAC * self.network.macs / slope,
-            "module_seconds": fixed / self.network.num_modules,
+            "launch_seconds": self.launch_seconds(fixed),
+            "graph_seconds": 10e-6,
+            "node_seconds": 1e-6,
             "whole_ns": filled,
             "update_ns": updated,
             "plain_update_ns": 40 * updated,
@@ -176,6 +194,8 @@ class _Probe:
             "flops_per_second": f"{here}: {self.config.model.name}, {self.config.data.image_size} px, "
             f"{1 / slope:,.1f} images/s",
             "plain_update_ns": "40 times update_ns (docs/sharding.md)",
+            "graph_seconds": "assumed",
+            "node_seconds": "assumed",
             "copy_bytes_per_second": "assumed: PCIe 4",
             "link_efficiency": "assumed",
         }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bitfleet.models import create_model
+from bitfleet.models import compile_network, create_model
 from bitfleet.optim import HyperparameterScheduler, build_optimizer
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import normalize
@@ -45,12 +45,14 @@ def bare_steps(trainer: Trainer, config: TrainConfig) -> Iterator[None]:
         for images, labels in held
     ]
     model: nn.Module = create_model(config.model).to(trainer.device)
+    if trainer.compiled:
+        compile_network(model)
     optimizer, schedules = build_optimizer(model, config.optim, num_steps=trainer.num_steps)
     scheduler = HyperparameterScheduler(optimizer, schedules)
     wrapped = DistributedDataParallel(model) if trainer.ranks.world_size > 1 else model
     while True:
         for images, labels in batches:
-            with autocast(trainer.device, config.engine.precision):
+            with autocast(trainer.device, trainer.config.engine.precision):
                 logits: Tensor = wrapped(images)
             loss = nn.functional.cross_entropy(logits.float(), labels)
             optimizer.zero_grad()

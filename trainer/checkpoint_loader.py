@@ -101,6 +101,8 @@ def load(model: nn.Module, optimizer: Optimizer, checkpoint: Intact) -> None:
     if isinstance(optimizer, ShardedOptimizer):
         optimizer.load_steps(meta["optimizer_steps"], meta["step"], meta["skipped_steps"])
         optimizer.load_transition_state(meta.get("transitions"))
+        if optimizer.loss_scale is not None and meta.get("loss_scale"):
+            optimizer.loss_scale.load(meta["loss_scale"])
     else:
         assert isinstance(optimizer, RoutedOptimizer)
         optimizer.load_steps(meta["optimizer_steps"])

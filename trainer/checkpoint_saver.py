@@ -23,6 +23,7 @@ from bitfleet.trainer.checkpoint import (
     superseded,
     write_meta,
 )
+from bitfleet.trainer.checkpoint_planners import copy_mark
 from bitfleet.trainer.checkpoint_tensors import Tensors
 from bitfleet.trainer.distributed import (
     SAVE_TIMEOUT,
@@ -123,7 +124,7 @@ class Saver:
         self._buffers = {name: self._buffer(name, tensor) for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
             self._buffers[name].copy_(tensor, non_blocking=True)
-        if torch.cuda.is_available():
+        if any(tensor.is_cuda for tensor in tensors.values()):  # else this would start CUDA in a run on the CPU
             torch.cuda.synchronize()
 
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ class Saver:
         if held is not None and held.shape == tensor.shape and held.dtype == tensor.dtype:
             return held
         fresh = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return checkpoint_tensors.copy_mark(tensor, fresh)
+        return copy_mark(tensor, fresh)
 
     def _work(self, step: int, temporary: Path, meta: dict[str, Any], begun_at: float) -> None:
         committed = temporary.with_name(f"step-{step:08d}")

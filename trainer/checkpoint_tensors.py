@@ -7,8 +7,8 @@
     diagnostics.<key>.<parameter>   memory of flips, packed like the bits; only of a run with metrics.diagnostics
 
 With sharding "bits" each rank writes its slices of bits and moments as chunks of these logical tensors, rank 0 the rest; else
-rank 0 writes everything. A chunk is a plain view with the attributes of DCP's CheckpointableTensor; reading on another number of
-ranks is DCP's own resharding.
+rank 0 writes everything. A chunk is a plain view with a mark; trainer/checkpoint_planners.py plans for those. Reading on another
+number of ranks is DCP's own resharding.
 """
 
 import json
@@ -46,6 +46,7 @@ from bitfleet.optim.diagnostics import BitDiagnostics
 from bitfleet.optim.routed import RULES
 from bitfleet.optim.shard_state import BITS as CHUNK_BITS
 from bitfleet.optim.shard_state import Chunk
+from bitfleet.trainer.checkpoint_planners import ChunkLoadPlanner, ChunkSavePlanner, logical_chunk
 from bitfleet.trainer.distributed import Ranks
 
 Tensors = dict[str, Tensor]
@@ -55,21 +56,6 @@ MODEL, BITS, OPTIM, DIAGNOSTICS = "model.", "bits.", "optim.", "diagnostics."
 def shard_files(rank: int) -> str:
     """Pattern of the files that `rank` writes (DCP's naming)."""
     return f"shard-{rank + 1:05d}-*.safetensors"
-
-
-def logical_chunk(tensor: Tensor, offset: int, numel: int) -> Tensor:
-    """Mark a flat tensor as elements `offset`... of a logical one of `numel` elements."""
-    tensor.global_shape, tensor.global_offsets = (numel,), ((offset,),)  # type: ignore[attr-defined]
-    tensor.local_offsets, tensor.local_sizes = ((0,),), ((tensor.numel(),),)  # type: ignore[attr-defined]
-    return tensor
-
-
-def copy_mark(source: Tensor, target: Tensor) -> Tensor:
-    """Mark `target` as the same chunk as `source`, if that is one."""
-    if hasattr(source, "global_shape"):
-        mark: Any = source
-        return logical_chunk(target, mark.global_offsets[0][0], mark.global_shape[0])
-    return target
 
 
 def tensors_to_save(
@@ -180,12 +166,13 @@ def write(tensors: Tensors, folder: Path, group: Any) -> None:
         CheckpointException: on all ranks, when one of them fails.
     """
     writer = _Writer(str(folder), save_distributed=True, thread_count=1)
-    dcp_save(tensors, storage_writer=writer, process_group=group)
+    dcp_save(tensors, storage_writer=writer, planner=ChunkSavePlanner(), process_group=group)
 
 
 def read_into(tensors: Tensors, folder: Path, group: Any) -> None:
     """Fill `tensors` (chunks or whole) from a checkpoint; every rank calls this."""
-    dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group)
+    reader = HuggingFaceStorageReader(str(folder))
+    dcp_load(tensors, storage_reader=reader, planner=ChunkLoadPlanner(), process_group=group)
 
 
 def contents(folder: Path) -> dict[str, TensorStorageMetadata]:
@@ -220,7 +207,8 @@ def read_chunks(chunks: Iterable[Chunk], folder: Path) -> None:
 def _read_alone(tensors: Tensors, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # it need not be there
-        dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        reader = HuggingFaceStorageReader(str(folder))
+        dcp_load(tensors, storage_reader=reader, planner=ChunkLoadPlanner(), no_dist=True)
 
 
 def model_state(tensors: Mapping[str, Tensor], shapes: Mapping[str, Iterable[int]]) -> Tensors:

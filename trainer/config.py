@@ -12,7 +12,7 @@ from bitfleet.optim import OptimConfig
 from bitfleet.optim.routed import RULES
 from bitfleet.trainer.checkpoint import CheckpointConfig
 from bitfleet.trainer.data import DataConfig
-from bitfleet.trainer.engine_options import EngineConfig
+from bitfleet.trainer.engine_options import EngineConfig, resolve_precision
 from bitfleet.trainer.journal import JournalConfig
 from bitfleet.trainer.metrics import MetricsConfig
 
@@ -82,6 +82,11 @@ class TrainConfig:
                 f"metrics.diagnostics are counted in the step of engine.sharding bits, but that is {self.engine.sharding!r}: "
                 f"leave them out, or use --engine.sharding bits"
             )
+        if self.model.compile == "on" and self.engine.sharding == "zero3":
+            raise ValueError(
+                'model.compile on does not go with engine.sharding "zero3", which takes the weights apart around every layer: '
+                "choose another sharding, or set model.compile to auto or off"
+            )
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, not {self.seed}")
         if self.optim.transitions.drives != "off" and self.engine.sharding != "bits":
@@ -94,6 +99,14 @@ class TrainConfig:
                 f'optim.rule {self.optim.rule} needs engine.sharding "bits" or "none", not {self.engine.sharding!r}: its state '
                 f"begins with random numbers for each weight, and DeepSpeed's slices do not say which weights they hold"
             )
+        on_host = {
+            "metrics.diagnostics": self.metrics.diagnostics,
+            "journal.enabled": self.journal.enabled,
+            "optim.transitions": self.optim.transitions.drives != "off",
+        }
+        if self.engine.cuda_graph and any(on_host.values()):
+            names = " and ".join(name for name, is_on in on_host.items() if is_on)
+            raise ValueError(f"engine.cuda_graph cannot hold what looks at every step on the host: leave out {names}")
         if self.journal.enabled and self.engine.sharding != "bits":
             raise ValueError(f'journal.enabled needs engine.sharding "bits", not "{self.engine.sharding}"')
 
@@ -126,6 +139,29 @@ def resolve_replicas(config: TrainConfig, world_size: int, before: int | None = 
             f"share equally: start a number of ranks that divides it, or set --global_batch_size to a multiple of {num_replicas}"
         )
     return num_replicas
+
+
+def with_precision(config: TrainConfig, device_type: str, before: str | None = None) -> TrainConfig:
+    """`config` with the precision that the run computes in, in place of "auto".
+
+    Args:
+        config: of the run.
+        device_type: of the device that the model runs on.
+        before: precision of the run that is continued; it is kept where the configuration leaves it open.
+
+    Raises:
+        ValueError: the device does not have that precision.
+    """
+    wanted = config.engine.precision
+    if wanted == "auto" and before == "tf32" and device_type != "cuda":
+        raise ValueError(
+            "the run was begun on a GPU in precision tf32, which a CPU does not have: continue it on a GPU, or begin another run "
+            "from its weights (bitfleet checkpoint weights, --init)"
+        )
+    if wanted == "auto" and before is not None:
+        wanted = before  # type: ignore[assignment]  # EngineConfig has checked it
+    precision = resolve_precision(wanted, device_type)
+    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

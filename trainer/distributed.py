@@ -18,6 +18,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.nn.parallel import DistributedDataParallel
 
+from bitfleet.optim.sharding_exchange import all_gather_single
+
 T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=5)
@@ -82,6 +84,11 @@ def choose_device(wanted: str, ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank)
 
 
+def gpu_uuid(device: torch.device) -> str:
+    """The UUID of a GPU, the same for all processes and under every number that it is seen as; "" for a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
 def use_device(device: torch.device, ranks: Ranks, num_threads: int | None = None) -> None:
     """Make `device` current and set the threads: `num_threads`, or this rank's share of the cores of the machine."""
     if device.type == "cuda":
@@ -114,6 +121,9 @@ def process_group(
 
     A process that failed must not wait for its peers, so on an exception the group is left to the end of the process.
 
+    NCCL's watchdog looks ten times a second and by default aborts the process when a peer is gone, before the heartbeat has said
+    which host that was. Here it only ends the communicators, so that the next collective raises: the heartbeat ends the process.
+
     Args:
         device: where the model runs.
         ranks: this process's place.
@@ -122,6 +132,8 @@ def process_group(
     """
     global _timeout, _job_word
     _timeout = timeout
+    if device.type == "cuda":
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")  # CleanUpOnly, of ProcessGroupNCCL.hpp
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         rank=ranks.rank,
@@ -135,6 +147,20 @@ def process_group(
     _job_word = None
     dist.barrier()
     dist.destroy_process_group()
+
+
+def connect(device: torch.device) -> None:
+    """Let NCCL connect the ranks, each with its GPU; on a CPU they are connected already. Every rank calls this.
+
+    `init_process_group(device_id=device)` ends with the same. Here it comes after the ranks have agreed: those that differ in
+    versions or device would hang in it.
+    """
+    if device.type != "cuda":
+        return
+    group = dist.group.WORLD
+    assert group is not None
+    group.bound_device_id = device
+    group._get_backend(device).eager_connect_single_device(device)
 
 
 def job_word() -> str | None:
@@ -160,7 +186,7 @@ def gather_from_ranks(tensor: Tensor) -> list[Tensor]:
     if world_size == 1:
         return [tensor]
     everyone = tensor.new_empty(world_size * tensor.numel())
-    dist.all_gather_single(everyone, tensor)
+    all_gather_single(everyone, tensor)
     return list(everyone.view(world_size, -1))
 
 
@@ -186,6 +212,15 @@ def hosts_of_ranks() -> tuple[str, ...]:
 def sum_of_numbers(value: int) -> int:
     """The sum of `value` over the ranks."""
     return sum(objects_from_ranks(value))
+
+
+def numbers_from_ranks(value: float) -> list[float]:
+    """`value` of every rank, in their order, without waiting for a GPU."""
+    if dist.get_world_size() == 1:
+        return [value]
+    everyone = [torch.zeros((), dtype=torch.float64) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, torch.tensor(value, dtype=torch.float64), group=cpu_group("control"))
+    return [float(each) for each in everyone]
 
 
 def nccl_version() -> str | None:

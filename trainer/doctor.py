@@ -12,11 +12,13 @@ from bitfleet.trainer.data import decoder_of
 from bitfleet.trainer.distributed import Ranks, barrier, from_first_rank, objects_from_ranks
 from bitfleet.trainer.doctor_facts import Facts, collect_facts
 from bitfleet.trainer.doctor_installation import (
+    check_c_compiler,
     check_compiler,
     check_config,
     check_cuda,
     check_dali,
     check_git,
+    check_gpu_kernels,
     check_kernels,
     check_versions,
 )
@@ -43,9 +45,9 @@ def examine(config: TrainConfig | None, ranks: Ranks, device: torch.device) -> l
     Args:
         config: a run; None leaves out what depends on one.
         ranks: this process's place.
-        device: whose links are measured.
+        device: whose kernels are tried and whose links are measured.
     """
-    facts = objects_from_ranks(collect_facts(config, ranks))
+    facts = objects_from_ranks(collect_facts(config, ranks, device))
     sees = _sees_run_folder(facts[0], ranks)
     network = measure_network(ranks, device)
     wants_gpu = config is not None and config.device == "gpu"
@@ -69,7 +71,7 @@ def all_checks(
     checks += [check_git(facts), check_cuda(facts), check_dali(facts, wants_dali), check_devices(facts, wants_gpu)]
     checks += [check_cores(facts), check_memory(facts), check_run_folder(facts, sees_run_folder)]
     checks += [check_cache(facts), check_shm(facts), check_open_files(facts), check_compiler(facts)]
-    checks += [check_kernels(facts)]
+    checks += [check_c_compiler(facts), check_kernels(facts), check_gpu_kernels(facts)]
     if facts[0].config is not None:
         checks += [check_config(facts), check_data(facts)]
     if network is not None:

@@ -8,6 +8,7 @@ import platform
 import resource
 import shutil
 import socket
+import sysconfig
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from bitfleet.optim.kernels import kernel_library
+from bitfleet.optim.kernels import bop2ndorder_bits_, kernel_library
 from bitfleet.trainer.config import TrainConfig, to_dict
 from bitfleet.trainer.data.cache import cache_folder
 from bitfleet.trainer.data.readable import Readable, readable
@@ -24,6 +25,7 @@ from bitfleet.trainer.distributed import Ranks, nccl_version
 from bitfleet.trainer.run_folder import git_revision
 
 PACKAGES = ("bitfleet", "torch", "torchvision", "deepspeed", "timm", "numpy")
+KERNEL_WEIGHTS = 4096
 DALI_WHEELS = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
@@ -67,14 +69,20 @@ class Facts:
     """C++ compiler that torch.compile finds."""
     kernels: str | None
     """Why the kernels of optim/kernels.py are not built; None: they are."""
+    c_compiler: str | None
+    """That Triton finds."""
+    python_header: bool
+    """Whether Python.h is where Triton looks for it."""
+    gpu_kernel: str | None
+    """What is wrong with the update of binary weights on this rank's GPU; "" for nothing, None without a GPU."""
     config: str | None = None
     """sha256 of the configuration."""
     data: Readable | None = None
     """Only with a configuration, as the one above."""
 
 
-def collect_facts(config: TrainConfig | None, ranks: Ranks) -> Facts:
-    """The facts of this rank, about its data too if there is a configuration."""
+def collect_facts(config: TrainConfig | None, ranks: Ranks, device: torch.device) -> Facts:
+    """The facts of this rank and its device, about its data too if there is a configuration."""
     run_folder = _existing(config.run_dir or config.output if config else Path("runs"))
     cache, free_cache = _cache()
     return Facts(
@@ -103,6 +111,9 @@ def collect_facts(config: TrainConfig | None, ranks: Ranks) -> Facts:
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         compiler=shutil.which(os.environ.get("CXX") or "g++"),
         kernels=_kernels(),
+        c_compiler=shutil.which(os.environ.get("CC") or "gcc") or shutil.which("clang"),
+        python_header=Path(sysconfig.get_path("include"), "Python.h").is_file(),
+        gpu_kernel=compare_kernel(device) if device.type == "cuda" else None,
         config=hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest() if config else None,
         data=readable(config.data) if config else None,
     )
@@ -162,3 +173,27 @@ def _kernels() -> str | None:
         if kernel_library() is not None:
             return None
     return str(caught[-1].message) if caught else "they could not be built"
+
+
+def compare_kernel(device: torch.device) -> str:
+    """Build the update of binary weights for `device`, run it on a few of them, and compare its bits with the CPU's.
+
+    Returns:
+        What is wrong, in a clause; "" for nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(256, (KERNEL_WEIGHTS // 8,), generator=generator, dtype=torch.uint8)
+    grad, exp_avg = torch.randn(2, KERNEL_WEIGHTS, generator=generator).unbind()
+    expected = [bits, grad, exp_avg, grad.square()]
+    found = [tensor.to(device, copy=True) for tensor in expected]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            for tensors in (expected, found):
+                bop2ndorder_bits_(*tensors, gamma=1e-1, sigma=1e-2, threshold=1e-1, correction="none", step=1)
+            equal = all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+        except Exception as error:  # of a compiler, a driver or a library: whatever is wrong with the installation
+            return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+    if slow := [str(each.message) for each in caught if each.category is RuntimeWarning]:
+        return slow[0]
+    return "" if equal else "its bits are not those of the CPU"

@@ -83,6 +83,39 @@ def check_compiler(facts: Sequence[Facts]) -> Check:
     return Check("C++ compiler", value)
 
 
+def check_c_compiler(facts: Sequence[Facts]) -> Check:
+    """Kernels for the CPU are built by a C compiler; Triton needs one and Python.h to launch those for a GPU."""
+
+    def tools(each: Facts) -> str:
+        return f"{each.c_compiler or 'none'}, {'' if each.python_header else 'no '}Python.h"
+
+    value = by_value(facts, tools)
+    if missing := [each for each in facts if each.c_compiler is None]:
+        return Check("C compiler", value, "WARN", f"install gcc on {who(missing)}: without it steps are slow")
+    if missing := [each for each in facts if each.devices and not each.python_header]:
+        advice = f"install Python's headers (python3-dev) on {who(missing)}: without them Triton cannot launch a kernel"
+        return Check("C compiler", value, "WARN", advice)
+    return Check("C compiler", value)
+
+
+def check_gpu_kernels(facts: Sequence[Facts]) -> Check:
+    """The update of binary weights on each GPU, tried there: it is built, and has the bits of the CPU's."""
+
+    def result(each: Facts) -> str:
+        return (
+            "no GPU"
+            if each.gpu_kernel is None
+            else "not as they should be"
+            if each.gpu_kernel
+            else "built, run, equal bits"
+        )
+
+    value = by_value(facts, result)
+    if failed := [each for each in facts if each.gpu_kernel]:
+        return Check("GPU kernels", value, "FAIL", f"{failed[0].gpu_kernel} on {who(failed)}")
+    return Check("GPU kernels", value)
+
+
 def check_kernels(facts: Sequence[Facts]) -> Check:
     """The compiled update of binary weights on the CPU."""
     value = by_value(facts, lambda each: "built" if each.kernels is None else "eager torch")

@@ -7,6 +7,7 @@ import pickle
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pydantic
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfleet.optim import HyperparameterScheduler, RoutedOptimizer, Schedule, ShardedOptimizer
-from bitfleet.trainer.engine_options import EngineConfig
+from bitfleet.trainer.engine_options import AUTOCAST, EngineConfig
 
 
 def shard(optimizer: RoutedOptimizer, config: EngineConfig, num_replicas: int) -> RoutedOptimizer | ShardedOptimizer:
@@ -27,6 +28,8 @@ def shard(optimizer: RoutedOptimizer, config: EngineConfig, num_replicas: int) -
         grad_dtype=torch.bfloat16 if config.grad_comm_dtype == "bf16" else torch.float32,
         max_grad_norm=config.max_grad_norm,
         check_every=config.check_every_steps,
+        defers=False if config.on_nonfinite == "stop" else None,
+        scales_loss=config.precision == "fp16",
     )
 
 
@@ -41,7 +44,8 @@ def backward(engine: Any, loss: Tensor, sharding: str) -> None:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """`EngineConfig.precision` for forward passes outside of the engine."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    dtype: torch.dtype = getattr(torch, AUTOCAST.get(precision, "bfloat16"))
+    return torch.autocast(device.type, dtype, enabled=precision in AUTOCAST)
 
 
 def whole_weights(engine: Any) -> AbstractContextManager[None]:
@@ -64,6 +68,9 @@ def create_engine(
     """Wrap model, optimizer and schedules into a DeepSpeed engine; the process group must exist.
 
     The engine broadcasts the parameters of rank 0, shards the optimizer, and steps the schedules with the optimizer.
+
+    Raises:
+        ValueError: an option that DeepSpeed refuses, or a device that it would not use.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
@@ -79,8 +86,10 @@ def create_engine(
         # The default of 5e8 elements is a buffer of 2 GB that every backward would allocate.
         zero.setdefault("reduce_bucket_size", max(sum(p.numel() for p in model.parameters()), 1))
         zero.setdefault("allgather_bucket_size", zero["reduce_bucket_size"])
+    place = _place(device, zero["stage"])
     try:
         engine, *_ = deepspeed.initialize(
+            args=place,
             model=model,
             optimizer=optimizer,
             lr_scheduler=lambda inner: HyperparameterScheduler(inner, schedules),
@@ -97,7 +106,26 @@ def create_engine(
         raise ValueError(
             f"DeepSpeed refuses the option {name!r} of engine.deepspeed ({error.title}): {first['msg']}{hint}"
         ) from error
+    # For fp16 DeepSpeed makes a torch.amp.GradScaler, whose step waits for the GPU. With sharding "bits" the optimizer scales.
+    engine.torch_autocast_z0_gradscaler = None
     return engine
+
+
+def _place(device: torch.device, stage: int) -> SimpleNamespace | None:
+    """The argument that keeps DeepSpeed from making GPU number LOCAL_RANK current, which a rank that sees one GPU does not have.
+
+    Raises:
+        ValueError: ZeRO 3 asks the environment again and again.
+    """
+    if device.index is None:
+        return None
+    local_rank = os.environ["LOCAL_RANK"]
+    if stage == 3 and local_rank != str(device.index):
+        raise ValueError(
+            f'engine.sharding "zero3" uses GPU number LOCAL_RANK, which is {local_rank}, but this rank sees its GPU as number '
+            f"{device.index}: let every rank see all GPUs of its machine (srun without --gpus-per-task), or use another sharding"
+        )
+    return SimpleNamespace(device_rank=device.index)
 
 
 def _models(base: type[pydantic.BaseModel]) -> list[type[pydantic.BaseModel]]:

@@ -6,6 +6,11 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+"""What convolutions and matrix products compute in (docs/precision.md)."""
+AUTOCAST: dict[str, str] = {"bf16": "bfloat16", "fp16": "float16"}
+"""Precision -> the dtype of torch that autocast gives to convolutions and matrix products; the other precisions need none."""
+
 OWNED = {
     "train_batch_size": "global_batch_size",
     "train_micro_batch_size_per_gpu": "global_batch_size and num_replicas",
@@ -56,8 +61,16 @@ class EngineConfig:
     on_nonfinite: Literal["skip", "stop"] = "skip"
     """What to do when a gradient is not finite: skip the step and count it (20 in a row stop the run), or save the state before
     it and stop, naming the parameters. For "bits" only; DeepSpeed's ZeRO always skips."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast of the forward pass. Weights, gradients and moments stay fp32."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """What convolutions and matrix products compute in; weights, gradients and moments stay fp32. auto: fp32 on a CPU, tf32 on a
+    GPU, and in a run that is continued what it was begun with. fp32: no TF32 anywhere. tf32: operands rounded to 10 bits, sums in
+    fp32, so that binary layers are exact. bf16, fp16: autocast; fp16 only with sharding "bits"."""
+    deterministic: bool = True
+    """On a GPU: the same inputs give the same bits, as resuming exactly needs. False: algorithms are chosen by their time, equal
+    bits are not promised. On a CPU it changes nothing."""
+    cuda_graph: bool = False
+    """Launch the whole step as two CUDA graphs: for small networks and batches, whose kernels run shorter than it takes to launch
+    them. A GPU and a single rank; for "bits" only."""
     collective_timeout_minutes: float = 5.0
     """How long ranks wait for each other, at the start and in every collective, before the job fails."""
     deepspeed: Path | None = None
@@ -78,10 +91,41 @@ class EngineConfig:
                 f"engine.collective_timeout_minutes must be positive, not {self.collective_timeout_minutes}"
             )
         own = self.max_grad_norm is not None or self.grad_comm_dtype != "fp32" or self.on_nonfinite != "skip"
-        if self.sharding != "bits" and own:
+        if self.sharding != "bits" and (own or self.cuda_graph):
             raise ValueError(
-                f'engine.max_grad_norm, grad_comm_dtype and on_nonfinite need engine.sharding "bits", not "{self.sharding}"'
+                f"engine.max_grad_norm, grad_comm_dtype, on_nonfinite and cuda_graph need engine.sharding "
+                f'"bits", not "{self.sharding}"'
             )
+        if self.cuda_graph and self.on_nonfinite == "stop":
+            raise ValueError(
+                'engine.cuda_graph cannot stop before a step that is not finite: use engine.on_nonfinite "skip"'
+            )
+        if self.precision == "fp16" and self.on_nonfinite == "stop":
+            raise ValueError(
+                'engine.precision "fp16" finds its loss scale by steps that are not finite: use engine.on_nonfinite "skip", or '
+                "bf16"
+            )
+        if self.precision == "fp16" and self.sharding != "bits":
+            raise ValueError(
+                f'engine.precision "fp16" needs engine.sharding "bits", which scales the loss, not "{self.sharding}": use bf16'
+            )
+
+
+def resolve_precision(precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"], device_type: str) -> Precision:
+    """Say what `EngineConfig.precision` is on a device: "auto" is fp32 on a CPU and tf32 on a GPU.
+
+    Args:
+        precision: as configured.
+        device_type: of the device that the model runs on, "cpu" or "cuda".
+
+    Raises:
+        ValueError: the device does not have it.
+    """
+    if precision == "auto":
+        return "tf32" if device_type == "cuda" else "fp32"
+    if precision == "tf32" and device_type != "cuda":
+        raise ValueError('precision "tf32" is arithmetic of a GPU, and this model runs on the CPU: use fp32 or a GPU')
+    return precision
 
 
 def read_deepspeed_options(path: Path) -> dict[str, Any]:
@@ -142,8 +186,8 @@ def deepspeed_options(
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": config.stage},
     }
-    if config.precision == "bf16":
-        owned["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if config.precision in AUTOCAST:
+        owned["torch_autocast"] = {"enabled": True, "dtype": AUTOCAST[config.precision]}
     options = read_deepspeed_options(config.deepspeed) if config.deepspeed else {}
     for key in ("optimizer", "scheduler", "bf16", "fp16", *(() if "torch_autocast" in owned else ("torch_autocast",))):
         if key in options:
@@ -151,4 +195,6 @@ def deepspeed_options(
                 f'{config.deepspeed} sets the DeepSpeed option "{key}", which belongs to the field {OWNED[key]}'
             )
     options.setdefault("steps_per_print", 2**31)  # the progress bar prints
+    # On by default, and synchronised: it would drain the GPU twice per micro-batch for a figure that nobody reads.
+    options.setdefault("timers", {"throughput": {"enabled": False}})
     return merge(owned, options, config.deepspeed)

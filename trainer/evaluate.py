@@ -2,20 +2,23 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitfleet.models import create_model
 from bitfleet.trainer.agreement import agree
+from bitfleet.trainer.arithmetic import use_arithmetic
 from bitfleet.trainer.checkpoint import is_checkpoint, latest_checkpoint, read_meta
 from bitfleet.trainer.checkpoint_loader import load_model
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import ValidationLoader, normalize, open_dataset
-from bitfleet.trainer.distributed import Ranks
+from bitfleet.trainer.distributed import Ranks, sum_of_numbers
 from bitfleet.trainer.engine import autocast
+from bitfleet.trainer.engine_options import Precision, resolve_precision
 from bitfleet.trainer.metrics import Accuracy, AccuracyMeter
 from bitfleet.trainer.run_folder import read_config
 
@@ -32,7 +35,7 @@ def validate(
 
     Args:
         model: in any mode; it is left as it was.
-        loader: this rank's images.
+        loader: this rank's images, on `device`.
         config: of the run.
         device: where the model runs.
         must_stop: asked before each batch; the same on every rank.
@@ -49,34 +52,47 @@ def validate(
             break
         if labels.numel() == 0:  # the other ranks have the rest
             continue
-        with autocast(device, config.engine.precision):
-            logits = model(normalize(images.to(device), config.data.mean, config.data.std))
-        labels = labels.to(device)
+        # Eager: the last batch is smaller, and every size would be compiled by itself.
+        with autocast(device, config.engine.precision), torch.compiler.set_stance("force_eager"):
+            logits = model(normalize(images, config.data.mean, config.data.std))
         meter.add(nn.functional.cross_entropy(logits.float(), labels, reduction="none"), logits, labels)
     model.train(was_training)
     return None if stopped else meter.read()
 
 
-def evaluate_run(path: Path, *, data_root: str | None, ranks: Ranks, device: torch.device) -> tuple[Path, Accuracy]:
-    """Validate a run's newest checkpoint, or the checkpoint at `path`.
+class Evaluation(NamedTuple):
+    """What `evaluate_run` found."""
+
+    checkpoint: Path
+    trained_in: str
+    """Precision of the run."""
+    accuracies: dict[Precision, Accuracy]
+    num_different: int
+    """Images whose first prediction is not the same in all of these precisions."""
+
+
+def evaluate_run(
+    path: Path, *, data_root: str | None, ranks: Ranks, device: torch.device, precisions: Sequence[Precision] = ()
+) -> Evaluation:
+    """Validate a run's newest checkpoint, or the checkpoint at `path`; every rank calls this and gets the same.
 
     Args:
         path: run folder or checkpoint.
         data_root: where the data is now; None: where the run read it.
         ranks: this process's place.
         device: where the model runs.
-
-    Returns:
-        The checkpoint and its accuracy.
+        precisions: what to compute in, one validation each. None given: as the run did; fp32 on a CPU for a run in tf32.
 
     Raises:
-        ValueError: no run, no checkpoint, other classes than the run's.
+        ValueError: no run, no checkpoint, other classes than the run's, a precision that the device does not have.
     """
     checkpoint = path.resolve() if is_checkpoint(path) else latest_checkpoint(path)
     config = read_config(checkpoint.parents[1] if checkpoint else path)
     if checkpoint is None:
         raise ValueError(f"the run {path} has no complete checkpoint to evaluate")
     data = config.data if data_root is None else dataclasses.replace(config.data, root=data_root)
+    if device.type != "cuda":  # a run that decoded on a GPU can be evaluated anywhere
+        data = dataclasses.replace(data, device="auto")
     config = dataclasses.replace(config, data=data)
     dataset = open_dataset(data)
     agree(ranks, {f"the lists of images in {data.root} (sha256)": dataset.sha})
@@ -85,11 +101,31 @@ def evaluate_run(path: Path, *, data_root: str | None, ranks: Ranks, device: tor
         raise ValueError(
             f"{data.root} has the classes {json.dumps(dataset.classes)[:200]}, the run was trained on {json.dumps(classes)[:200]}"
         )
-    loader = ValidationLoader(
-        dataset, data, rank=ranks.rank, world_size=ranks.world_size, local_world_size=ranks.local_world_size
-    )
+    place = {"rank": ranks.rank, "world_size": ranks.world_size, "local_world_size": ranks.local_world_size}
+    loader = ValidationLoader(dataset, data, device=device, **place)
     model = create_model(config.model).to(device)
     load_model(model, checkpoint)
-    accuracy = validate(model, loader, config, device)
+    trained_in = config.engine.precision
+    own = "fp32" if trained_in == "tf32" and device.type != "cuda" else resolve_precision(trained_in, device.type)
+    accuracies: dict[Precision, Accuracy] = {}
+    predictions: list[list[Tensor]] = []
+    for precision in precisions or (own,):
+        predictions.append([])
+        hook = model.register_forward_hook(lambda module, images, logits: predictions[-1].append(logits.argmax(1)))
+        accuracies[precision] = _validate_in(precision, model, loader, config, device)
+        hook.remove()
+    found = [torch.cat(each).cpu() if each else torch.empty(0) for each in predictions]  # a rank may have no image
+    different = sum(((other != found[0]) for other in found[1:]), torch.zeros(len(found[0]))) > 0
+    return Evaluation(checkpoint, trained_in, accuracies, sum_of_numbers(int(different.sum())))
+
+
+def _validate_in(
+    precision: Precision, model: nn.Module, loader: ValidationLoader, config: TrainConfig, device: torch.device
+) -> Accuracy:
+    """`validate` in a precision that need not be the run's."""
+    # fp16 needs sharding "bits" for the gradients, of which there are none.
+    engine = dataclasses.replace(config.engine, precision=precision, sharding="bits")
+    use_arithmetic(device, engine)
+    accuracy = validate(model, loader, dataclasses.replace(config, engine=engine), device)
     assert accuracy is not None
-    return checkpoint, accuracy
+    return accuracy

@@ -1,20 +1,21 @@
 """What a step flipped, as the metrics tell it: counted in the sharded step, or by comparing copies of whole weights."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bitfleet.optim import ShardedOptimizer
 from bitfleet.optim.diagnostics import BitDiagnostics, FlipCounts
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.distributed import Ranks, sum_over_ranks_
+from bitfleet.trainer.distributed import Ranks
 from bitfleet.trainer.engine import whole_weights
 from bitfleet.trainer.metrics import FlipCounter
 
 
 class FlipReport(NamedTuple):
-    """Of one step; the same on every rank, except that of whole weights, which only rank 0 has."""
+    """Of one step; the same on every rank."""
 
     ratios: dict[str, float]
     """ "flip_ratio" overall, "flip_ratio/<parameter>" each; empty without binary weights."""
@@ -23,13 +24,16 @@ class FlipReport(NamedTuple):
 
 
 class StepFlips(Protocol):
-    """Looks at single steps; every rank calls both, around a step."""
+    """Looks at single steps; every rank calls all three, in this order."""
 
     def before_step(self) -> None:
         """The coming step will be looked at."""
 
-    def after_step(self) -> FlipReport:
-        """What it flipped."""
+    def take(self) -> Tensor:
+        """The counts of this rank after it, int64 [n], on the device."""
+
+    def report(self, counts: Sequence[int]) -> FlipReport:
+        """What the step flipped, of the counts of all ranks together."""
 
 
 class WholeFlips:
@@ -44,10 +48,14 @@ class WholeFlips:
             if self._ranks.is_first:
                 self._counter.before_step()
 
-    def after_step(self) -> FlipReport:
-        """Compare them."""
+    def take(self) -> Tensor:
+        """Compare them, on rank 0."""
         with whole_weights(self._engine):
-            return FlipReport(self._counter.after_step() if self._ranks.is_first else {}, {})
+            return self._counter.take()
+
+    def report(self, counts: Sequence[int]) -> FlipReport:
+        """Ratios only."""
+        return FlipReport(self._counter.flip_ratios(counts), {})
 
 
 class SlicedFlips:
@@ -57,13 +65,17 @@ class SlicedFlips:
         self._sharded, self._counts = sharded, FlipCounts(sharded)
 
     def before_step(self) -> None:
-        """Begin to observe."""
+        """Start to observe."""
         self._sharded.observers.append(self._counts.observe)
 
-    def after_step(self) -> FlipReport:
-        """Stop, and sum over the ranks."""
+    def take(self) -> Tensor:
+        """Stop."""
         self._sharded.observers.remove(self._counts.observe)
-        return FlipReport(self._counts.flip_ratios(sum_over_ranks_(self._counts.take()).tolist()), {})
+        return self._counts.take()
+
+    def report(self, counts: Sequence[int]) -> FlipReport:
+        """Ratios only."""
+        return FlipReport(self._counts.flip_ratios(counts), {})
 
 
 class DiagnosedFlips:
@@ -76,9 +88,12 @@ class DiagnosedFlips:
         """Have the moments looked at as well."""
         self._diagnostics.wanted = True
 
-    def after_step(self) -> FlipReport:
-        """Sum over the ranks."""
-        counts = sum_over_ranks_(self._diagnostics.take()).tolist()
+    def take(self) -> Tensor:
+        """Of this rank's slices."""
+        return self._diagnostics.take()
+
+    def report(self, counts: Sequence[int]) -> FlipReport:
+        """Ratios and diagnostics."""
         return FlipReport(self._diagnostics.flip_ratios(counts), self._diagnostics.values(counts))
 
 

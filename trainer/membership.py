@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,9 +10,18 @@ from contextlib import contextmanager
 import torch
 
 from bitfleet.trainer.agreement import agree, all_facts
-from bitfleet.trainer.distributed import COLLECTIVE_TIMEOUT, Ranks, from_first_rank, hosts_of_ranks, process_group
+from bitfleet.trainer.distributed import (
+    COLLECTIVE_TIMEOUT,
+    Ranks,
+    connect,
+    cpu_group,
+    from_first_rank,
+    gpu_uuid,
+    hosts_of_ranks,
+    process_group,
+)
 from bitfleet.trainer.heartbeat import Heartbeat
-from bitfleet.trainer.rendezvous import Meeting, PeerFailed
+from bitfleet.trainer.rendezvous import Meeting, PeerFailed, loopback_hint
 
 TELL_TIMEOUT = datetime.timedelta(seconds=10)
 
@@ -48,19 +58,23 @@ class Membership:
             `ranks` with the hosts of all.
 
         Raises:
-            ValueError: a rank does not come, or differs from rank 0.
+            ValueError: a rank does not come, has the GPU of another, or differs from rank 0.
             PeerFailed: a rank has failed before all had met.
         """
         if ranks.world_size == 1:
             with process_group(device, ranks, timeout):
+                connect(device)
                 yield ranks
             return
         self._meeting = Meeting(ranks.rank, ranks.world_size)
-        store = self._meeting.wait_for_all(timeout)
+        store = self._meeting.wait_for_all(timeout, gpu_uuid(device))
+        if ranks.local_rank == 0 and ranks.local_world_size < ranks.world_size and (hint := loopback_hint()):
+            print(f"bitfleet: warning: {hint}", file=sys.stderr, flush=True)
         with process_group(device, ranks, timeout, store):
             ranks = dataclasses.replace(ranks, hosts=hosts_of_ranks())
             self._heartbeat = watch(ranks, self._meeting.address)
             agree(ranks, all_facts(ranks, device, facts))
+            connect(device)
             yield ranks
             self._heartbeat.stop()
 
@@ -97,7 +111,7 @@ def watch(ranks: Ranks, address: str) -> Heartbeat:
         ValueError: rank 0 cannot be reached.
     """
     heartbeat = Heartbeat(ranks.rank, ranks.hosts, speaks=ranks.local_rank == 0)
-    port, token = from_first_rank(heartbeat.listen() if ranks.is_first else (0, ""))
+    port, token = from_first_rank(heartbeat.listen() if ranks.is_first else (0, ""), cpu_group("control"))
     if not ranks.is_first:
         heartbeat.connect(address, port, token)
     heartbeat.start()

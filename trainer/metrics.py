@@ -74,12 +74,19 @@ class AccuracyMeter:
         self._sums[3] += num_images
 
     def keep(self) -> None:
-        """Remember the sums, for `forget`."""
+        """Remember the sums, for `end_step`."""
         self._kept.copy_(self._sums)
 
-    def forget(self) -> None:
-        """Drop what was added since `keep`."""
-        self._sums.copy_(self._kept)
+    def end_step(self, updated: bool | Tensor) -> None:
+        """Drop what was added since `keep` if the step was skipped.
+
+        Args:
+            updated: whether the step was not: known to the host, or bool [] on the device.
+        """
+        if isinstance(updated, Tensor):
+            self._sums.copy_(torch.where(updated, self._sums, self._kept))
+        elif not updated:
+            self._sums.copy_(self._kept)
 
     def peek(self) -> list[float]:
         """The sums over all ranks since the last reading, for a checkpoint; every rank calls this."""
@@ -92,15 +99,16 @@ class AccuracyMeter:
 
     def read(self) -> Accuracy:
         """Means over everything counted on all ranks since the last reading; every rank calls this."""
-        return self.read_with([])[0]
+        return self.read_with(self._sums[:0])[0]
 
-    def read_with(self, values: Sequence[float]) -> tuple[Accuracy, list[float]]:
-        """`read`, and in the same collective the sums of `values` over the ranks."""
-        sums = torch.cat([self._sums, torch.tensor(values, dtype=torch.float64).to(self._sums.device)])
-        loss, top1, top5, num_images, *sums_of_values = sum_over_ranks_(sums).tolist()
+    def read_with(self, counts: Tensor) -> tuple[Accuracy, list[int]]:
+        """Read, and in the same collective and host sync the sums over the ranks of `counts`, int64 [n], each below 2^53."""
+        sums = torch.cat([self._sums, counts.to(self._sums)])
+        loss, top1, top5, num_images, *sums_of_counts = sum_over_ranks_(sums).tolist()
         self._sums.zero_()
         count = max(num_images, 1.0)
-        return Accuracy(loss / count, top1 / count, top5 / count, int(num_images)), sums_of_values
+        accuracy = Accuracy(loss / count, top1 / count, top5 / count, int(num_images))
+        return accuracy, [int(each) for each in sums_of_counts]
 
 
 class FlipCounter:
@@ -114,19 +122,24 @@ class FlipCounter:
         """Remember the weights."""
         self._before = [param.detach().clone() for _, param in self._params]
 
-    def after_step(self) -> dict[str, float]:
-        """Flip ratios: "flip_ratio" overall, "flip_ratio/<parameter>" each. Empty without binary weights."""
+    def take(self) -> Tensor:
+        """The weights of each parameter whose sign has changed since `before_step`, int64 [parameters]; 0 without that call."""
+        before, self._before = self._before, []
+        if not before:
+            return torch.zeros(len(self._params), dtype=torch.int64)
+        pairs = zip(before, self._params, strict=True)
+        return torch.stack([((old >= 0) != (param.detach() >= 0)).sum() for old, (_, param) in pairs])
+
+    def flip_ratios(self, counts: Sequence[int]) -> dict[str, float]:
+        """Of counts that `take` returned: "flip_ratio" overall, "flip_ratio/<parameter>" each; empty without binary weights."""
         if not self._params:
             return {}
-        pairs = zip(self._before, self._params, strict=True)
-        flips = torch.stack([((before >= 0) != (param.detach() >= 0)).sum() for before, (_, param) in pairs]).tolist()
-        self._before = []
         sizes = [param.numel() for _, param in self._params]
         layers = {
             f"flip_ratio/{name}": count / size
-            for (name, param), count, size in zip(self._params, flips, sizes, strict=True)
+            for (name, _), count, size in zip(self._params, counts, sizes, strict=True)
         }
-        return {"flip_ratio": sum(flips) / sum(sizes), **layers}
+        return {"flip_ratio": sum(counts) / sum(sizes), **layers}
 
 
 class Stopwatch:

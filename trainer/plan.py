@@ -1,8 +1,9 @@
 """How long a step takes on a cluster, and what binds it: arithmetic on a run's configuration and a machine's rates.
 
 The overlap is the code's. Images are decoded while the step before runs, and a bucket of gradients travels while backward goes
-on; agreement, update, weights and running statistics come after, one after the other. On a CPU decoding and copies inside a node
-are work for the same cores, so only what crosses a link between nodes overlaps.
+on; agreement, update, weights and running statistics come after, one after the other. A GPU does all this while its host, which
+waits for nothing, launches the kernels to come. On a CPU decoding, launches and copies inside a node are work for the same cores,
+so only what crosses a link between nodes overlaps.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from typing import Literal, NamedTuple
 
 from bitfleet.trainer.config import TrainConfig, resolve_replicas
 from bitfleet.trainer.engine_options import EngineConfig
+from bitfleet.trainer.launches import Launches, count_launches
 from bitfleet.trainer.plan_rates import FLOP_PER_MAC, Rates
 from bitfleet.trainer.plan_traffic import Message, Network, traffic
 
@@ -44,6 +46,21 @@ class Cluster:
         return self.num_nodes * self.ranks_per_node
 
 
+class Mode(NamedTuple):
+    """How a rank runs its kernels."""
+
+    compiled: bool
+    """The network through torch.compile."""
+    cuda_graph: bool
+    """The step is launched as one CUDA graph."""
+
+
+def mode_of(config: TrainConfig, rates: Rates) -> Mode:
+    """How `config` runs its kernels on a device of `rates`."""
+    compiled = config.model.compile == "on" or (config.model.compile == "auto" and rates.device == "gpu")
+    return Mode(compiled=compiled, cuda_graph=config.engine.cuda_graph)
+
+
 class Estimate(NamedTuple):
     """A step on a cluster; all times in seconds."""
 
@@ -55,7 +72,7 @@ class Estimate(NamedTuple):
     compute: float
     """Forward and backward, and images on their way from the cores to the GPU."""
     launches: float
-    """Python and kernel launches; on a GPU behind compute as far as that is longer."""
+    """Python and kernel launches; on a GPU hidden behind all that the device does."""
     gradients: float
     """Gradients on their way, all of it."""
     exposed: float
@@ -72,6 +89,8 @@ class Estimate(NamedTuple):
     """By a node, to others."""
     binding: Resource
     """What the most of the step is spent on."""
+    kernels: Launches
+    """What a rank launches."""
 
     @property
     def network(self) -> float:
@@ -79,8 +98,28 @@ class Estimate(NamedTuple):
         return self.exposed + self.after
 
 
-def estimate(config: TrainConfig, network: Network, rates: Rates, cluster: Cluster) -> Estimate:
+def launch_seconds(kernels: Launches, rates: Rates, *, cuda_graph: bool) -> float:
+    """The time in which a step's kernels can be launched, by a host or as one CUDA graph.
+
+    On a CPU the update is left out: its rate contains what it costs to start.
+    """
+    if cuda_graph:
+        return rates.graph_seconds + kernels.step * rates.node_seconds
+    num_kernels = kernels.step if rates.device == "gpu" else kernels.num_micro_batches * kernels.micro_batch
+    return num_kernels * rates.launch_seconds
+
+
+def estimate(
+    config: TrainConfig, network: Network, rates: Rates, cluster: Cluster, mode: Mode | None = None
+) -> Estimate:
     """Predict a step.
+
+    Args:
+        config: the run.
+        network: its network.
+        rates: of the devices.
+        cluster: where they are.
+        mode: how kernels are run; None: as the configuration says.
 
     Raises:
         ValueError: batch, replicas and ranks do not divide, or the sharding's traffic is not known.
@@ -90,16 +129,12 @@ def estimate(config: TrainConfig, network: Network, rates: Rates, cluster: Clust
     images_per_rank = config.global_batch_size // world_size
     on_gpu = rates.device == "gpu"
     share = 1.0 if on_gpu else cluster.ranks_per_node / cluster.cores  # ranks for each device
-    decoded_by_cores = config.data.device == "cpu" or config.data.loader == "torch"
-    copy = 0.0
-    if on_gpu and decoded_by_cores:
-        copy = images_per_rank * 3 * config.data.image_size**2 / rates.copy_bytes_per_second
-        data = cluster.ranks_per_node * images_per_rank * rates.core_decode_seconds / cluster.cores
-    else:
-        data = share * images_per_rank * rates.decode_seconds
+    data, copy = _data_seconds(config, rates, cluster, images_per_rank)
     compute = share * images_per_rank * network.macs * FLOP_PER_MAC / rates.flops_per_second + copy
-    launches = share * num_micro_batches * network.num_modules * rates.module_seconds
-    passes = max(compute, launches) if on_gpu else compute + launches
+    mode = mode or mode_of(config, rates)
+    kernels = count_launches(network.passes, network.groups, config, world_size, compiled=mode.compiled)
+    launches = share * launch_seconds(kernels, rates, cuda_graph=mode.cuda_graph)
+    passes = compute if on_gpu else compute + launches
 
     messages = traffic(network, config, world_size)
     backward = BACKWARD_SHARE * passes / num_micro_batches
@@ -115,12 +150,13 @@ def estimate(config: TrainConfig, network: Network, rates: Rates, cluster: Clust
     update = share * 1e-9 * (network.num_parameters * rates.whole_ns + owned * rule_ns)
 
     rest = passes + exposed + after + update
-    step = max(data, rest) if on_gpu else data + rest
-    parts: dict[Resource, float] = {"network": exposed + after, "update": update}
-    parts |= {"launches": launches} if on_gpu and launches > compute else {"compute": compute}
-    if not on_gpu:
-        parts |= {"data": data, "launches": launches}
-    binding: Resource = "data" if on_gpu and data > rest else max(parts, key=lambda name: parts[name])
+    step = max(data, launches, rest) if on_gpu else data + rest
+    parts: dict[Resource, float] = {"network": exposed + after, "update": update, "compute": compute}
+    others: dict[Resource, float] = {"data": data, "launches": launches}
+    if on_gpu:
+        parts = others if max(data, launches) > rest else parts
+    else:
+        parts |= others
     everything = (*messages.gradients, *messages.after)
     return Estimate(
         num_nodes=cluster.num_nodes,
@@ -137,8 +173,22 @@ def estimate(config: TrainConfig, network: Network, rates: Rates, cluster: Clust
         images_per_second=config.global_batch_size / step,
         sent_bytes=messages.sent_bytes(world_size),
         between_bytes=sum(m.between_bytes(cluster.num_nodes, cluster.ranks_per_node) for m in everything),
-        binding=binding,
+        binding=max(parts, key=lambda name: parts[name]),
+        kernels=kernels,
     )
+
+
+def _data_seconds(config: TrainConfig, rates: Rates, cluster: Cluster, images_per_rank: int) -> tuple[float, float]:
+    """Seconds of decoding, and of images on their way from the cores to the GPU."""
+    if rates.device == "cpu":
+        return cluster.ranks_per_node / cluster.cores * images_per_rank * rates.decode_seconds, 0.0
+    if config.data.loader == "memory":
+        return 0.0, 0.0
+    if config.data.device == "cpu" or config.data.loader == "torch":
+        copied_bytes = images_per_rank * 3 * config.data.image_size**2
+        data = cluster.ranks_per_node * images_per_rank * rates.core_decode_seconds / cluster.cores
+        return data, copied_bytes / rates.copy_bytes_per_second
+    return images_per_rank * rates.decode_seconds, 0.0
 
 
 def message_seconds(message: Message, rates: Rates, cluster: Cluster) -> float:
@@ -167,6 +217,12 @@ def scan(config: TrainConfig, network: Network, rates: Rates, cluster: Cluster) 
             found.setdefault(num_nodes, estimate(config, network, rates, other))
         num_nodes *= 2
     return [found[number] for number in sorted(found)]
+
+
+def all_modes(config: TrainConfig, network: Network, rates: Rates, cluster: Cluster) -> dict[Mode, Estimate]:
+    """The step of `cluster` eager and compiled, each launched by its host and as a CUDA graph."""
+    modes = [Mode(compiled, cuda_graph) for compiled in (False, True) for cuda_graph in (False, True)]
+    return {mode: estimate(config, network, rates, cluster, mode) for mode in modes}
 
 
 def other_shardings(config: TrainConfig, network: Network, rates: Rates, cluster: Cluster) -> dict[str, Estimate]:

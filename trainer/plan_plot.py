@@ -65,10 +65,12 @@ def _draw_throughput(axis: Any, nodes: list[int], estimates: Sequence[Estimate])
     for e, before, after in zip(estimates, [values[0], *values], [*values[1:], values[-1]], strict=False):
         value = e.images_per_second
         place, side = (0, -9), "center"
-        if after > 1.3 * value:  # beside a steep line, which would run through what stands below the point
+        if after > 1.3 * value:  # next to a steep line, which would run through what stands below the point
             place, side = (7, 0), "left"
         elif value > 1.3 * before:
             place, side = (4, -14), "left"
+        elif after < 0.75 * value:
+            place, side = (-2, -9), "right"
         axis.annotate(f"{value:,.0f}\n{e.binding}", (e.num_nodes, value), xytext=place, textcoords="offset points", ha=side,
                       va="top", fontsize=7.5, color=COLORS[e.binding])  # fmt: skip
     axis.set_xlim(nodes[0] / 1.5, nodes[-1] * 1.4)

@@ -8,9 +8,11 @@ from bitfleet.trainer.plan import (
     LEAST_GAIN,
     Cluster,
     Estimate,
+    Mode,
     Resource,
     efficiency_of,
     find_limit,
+    mode_of,
 )
 from bitfleet.trainer.plan_rates import Rates, numbers
 
@@ -43,9 +45,46 @@ def answer(
     return [
         f"{nodes} with {asked.world_size // asked.num_nodes} {unit}s each: {asked.images_per_second:,.0f} images/s, "
         f"{1e3 * asked.step:,.1f} ms a step, {num_hours(config, num_images, asked):,.1f} hours for {config.epochs} epochs of "
-        f"{num_images:,} images; {WORDS[asked.binding]} bind{'' if asked.binding in PLURAL else 's'}.",
+        f"{num_images:,} images; {_binds(asked)}.",
         more,
     ]
+
+
+def format_launches(modes: dict[Mode, Estimate], configured: Mode) -> list[str]:
+    """Kernels of a rank eager and compiled, and what a CUDA graph of the step saves.
+
+    Args:
+        modes: what `all_modes` returned.
+        configured: the mode of the configuration; its line is marked.
+    """
+    kernels = modes[configured].kernels
+    lines = [
+        f"{'kernels of a rank':<19}{f'micro-batch ({kernels.num_micro_batches} a step)':^33}{'step':^27}"
+        f"{'launched by the host':^22}{'as a CUDA graph':^20}",
+        f"{'':<19}{'forward':>11}{'backward':>11}{'rest':>11}{'update':>9}{'exchange':>9}{'all':>9}"
+        f"{'ms':>10}{'step ms':>12}{'ms':>8}{'step ms':>12}",
+    ]
+    for compiled in (False, True):
+        host, graph = modes[Mode(compiled, False)], modes[Mode(compiled, True)]
+        mark = "> " if compiled == configured.compiled else ""
+        kernels = host.kernels
+        lines.append(
+            f"{mark + ('compiled, estimated' if compiled else 'eager'):<19}{kernels.forward:11}{kernels.backward:11}"
+            f"{kernels.rest:11}{kernels.update:9}{kernels.exchange:9}{kernels.step:9}{1e3 * host.launches:10.2f}"
+            f"{1e3 * host.step:12.2f}{1e3 * graph.launches:8.2f}{1e3 * graph.step:12.2f}"
+        )
+    host, graph = modes[Mode(configured.compiled, False)], modes[Mode(configured.compiled, True)]
+    saved = host.step - graph.step
+    return [
+        *lines,
+        f"A CUDA graph launches the step in {1e3 * graph.launches:.2f} ms instead of {1e3 * host.launches:.2f}, and saves "
+        f"{1e3 * saved:.2f} of {1e3 * host.step:.2f} ms a step ({saved / host.step:.0%}): {_binds(host)} without it, "
+        f"{_binds(graph)} with it.",
+    ]
+
+
+def _binds(estimate: Estimate) -> str:
+    return f"{WORDS[estimate.binding]} bind{'' if estimate.binding in PLURAL else 's'}"
 
 
 def format_plan(
@@ -55,6 +94,7 @@ def format_plan(
     cluster: Cluster,
     estimates: Sequence[Estimate],
     shardings: dict[str, Estimate],
+    modes: dict[Mode, Estimate],
 ) -> str:
     """The whole report."""
     unit = "GPU" if rates.device == "gpu" else "rank"
@@ -82,7 +122,7 @@ def format_plan(
             f"{efficiency_of(e, estimates[0]):10.0%}{num_hours(config, num_images, e):9.1f}  {e.binding}"
         )
     together = (
-        "step = the longer of data and (the longer of compute and launches) + network + update"
+        "step = the longest of data, of launches, and of compute + network + update"
         if rates.device == "gpu"
         else "step = data + compute + launches + network + update: the ranks of a node share its cores"
     )
@@ -95,6 +135,7 @@ def format_plan(
             f"More nodes do not help when doubling them adds less than {LEAST_GAIN:.0%} images/s, or leaves a node with less "
             f"than {LEAST_EFFICIENCY:.0%} of what a node of the first line does. Validation, checkpoints, logging are left out.",
             "",
+            *([*format_launches(modes, mode_of(config, rates)), ""] if rates.device == "gpu" else []),
             "rates",
             *(f"  {name:<24}{value:12.4g}  {rates.sources[name]}" for name, value in numbers(rates).items()),
         ]

@@ -1,4 +1,4 @@
-"""What a step sends: the messages of each sharding from the parameters' routing, and the bytes of each. Arithmetic only.
+"""What the plan knows of a network, and what a step of it sends: the messages of each sharding, and the bytes of each.
 
 The layout is the optimizer's own (`make_buckets` on parameters without storage), so padding and order are those of the run.
 """
@@ -17,6 +17,7 @@ from bitfleet.optim.sharding import BUCKET_NUMEL
 from bitfleet.optim.sharding_exchange import can_halve
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import DataConfig, open_dataset
+from bitfleet.trainer.launches import Passes, count_passes
 
 IMAGENET_IMAGES = 1_281_167
 Kind = Literal["halving", "all_to_all", "all_gather", "all_reduce"]
@@ -73,8 +74,8 @@ class Network:
     """Parameter groups of its optimizer, on the device "meta"."""
     macs: int
     """Multiply-accumulates of one image, forward."""
-    num_modules: int
-    """Modules that compute something: leaves."""
+    passes: Passes
+    """Kernels that a micro-batch launches."""
     num_statistics: int
     """Elements of BatchNorm's running statistics."""
     ready: dict[nn.Parameter, float]
@@ -110,7 +111,7 @@ def describe(config: TrainConfig) -> Network:
     return Network(
         groups=optimizer.param_groups,
         macs=total,
-        num_modules=sum(not list(module.children()) for module in model.modules()),
+        passes=count_passes(model, config),
         num_statistics=sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point()),
         ready=ready,
     )
@@ -127,7 +128,7 @@ def traffic(network: Network, config: TrainConfig, world_size: int) -> Traffic:
     if world_size == 1:
         return Traffic([], [])
     sharding = config.engine.sharding
-    control = [Message("all_reduce", 16)]  # stop.py: two integers
+    control = [Message("all_reduce", 24)]  # stop.py: three integers; after quick steps not after each
     if network.num_statistics:
         control.append(Message("all_gather", 4 * network.num_statistics * world_size))
     if sharding == "bits":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfleet.models import create_model
+from bitfleet.models.binary_kernels import meta_is_cpu
 from bitfleet.optim import RoutedOptimizer, ShardedOptimizer
 from bitfleet.optim.diagnostics import BITS_PER_WEIGHT
 from bitfleet.optim.routed import RULES
@@ -163,7 +164,8 @@ def _rehearse(model: nn.Module, config: TrainConfig, batch: int, flow: "_Gradien
         if param.requires_grad
     ]
     model.train()
-    with TensorBytes(meta=True) as count:
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    with TensorBytes(meta=True) as count, meta_is_cpu(on_cpu):
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.detach()  # seen
         base: int = count.live

@@ -21,7 +21,7 @@ from bitfleet.optim.shard_state import chunks
 from bitfleet.optim.sharding import BUCKET_NUMEL
 from bitfleet.trainer import checkpoint_tensors
 from bitfleet.trainer.checkpoint import model_signature
-from bitfleet.trainer.config import TrainConfig, resolve_replicas
+from bitfleet.trainer.config import TrainConfig, resolve_replicas, with_precision
 from bitfleet.trainer.distributed import Ranks, barrier, from_first_rank, is_lost_peer, objects_from_ranks
 from bitfleet.trainer.engine import backward, create_engine, shard, whole_weights
 from bitfleet.trainer.engine_options import deepspeed_options
@@ -55,6 +55,7 @@ def rehearse(config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
         if ranks.is_first:
             print(f"preflight: {text}", flush=True)
 
+    config = with_precision(config, device.type)
     num_replicas = resolve_replicas(config, ranks.world_size, before=config.num_replicas or ranks.world_size)
     with _named("building the network and its optimizer"):
         model, parts = _build(config, ranks, device, num_replicas)
@@ -188,7 +189,7 @@ def _try_checkpoint(
 ) -> None:
     """Raise ValueError unless what was saved is read back, here and by other numbers of ranks, with equal bits."""
     config = dataclasses.replace(config, run_dir=folder / "run")
-    facts = identity(config, num_replicas, ranks.world_size, "")
+    facts = identity(config, num_replicas, ranks.world_size, "", compiled=False)
     place = RunFolder(folder / "run", None)
     saving = RunCheckpoints(config, place, ranks, parts, facts, steps_per_epoch=NUM_STEPS)
     saving.save(NUM_STEPS, {})

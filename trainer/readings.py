@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.distributed import Ranks, sum_of_numbers
+from bitfleet.trainer.distributed import Ranks, numbers_from_ranks
 from bitfleet.trainer.flips import StepFlips
 from bitfleet.trainer.metrics import Accuracy, AccuracyMeter, Stopwatch
 from bitfleet.trainer.stragglers import OwnTime, StragglerWatch
@@ -33,30 +33,31 @@ class Readings:
         self.meter, self.stopwatch, self.own_time = AccuracyMeter(device), Stopwatch(), OwnTime(device)
         self.flips, self._stragglers = flips, StragglerWatch(ranks.hosts)
         self._num_earlier_images = 0
-        self._counts_replaced, self._ranks = config.data.on_bad_sample == "replace", ranks
+        self._counts_replaced = config.data.on_bad_sample == "replace"
 
     def load(self, sums: Sequence[float]) -> None:
         """Continue from the meter's sums of a checkpoint, on rank 0."""
         self.meter.load(sums)
         self._num_earlier_images = int(sums[-1])
 
-    def read(self, *, num_skipped_steps: int, num_replaced: int, say: Callable[[str], None]) -> Reading:
-        """Read all of them, which syncs the host; every rank calls this after a step before which it called `flips.before_step`.
+    def read(self, *, num_skipped_steps: Callable[[], int], num_replaced: int, say: Callable[[str], None]) -> Reading:
+        """Read all of them, with one host sync; every rank calls this after a step before which it called `flips.before_step`.
 
         Args:
-            num_skipped_steps: of the run so far.
+            num_skipped_steps: of the run so far; called after the sync.
             num_replaced: samples that this rank's loader replaced so far.
             say: is told that a rank is slow.
         """
-        flips = self.flips.after_step()
-        own_seconds = self.own_time.read_among(self._ranks.world_size, self._ranks.rank)
-        train, own_seconds = self.meter.read_with(own_seconds)
+        train, counts = self.meter.read_with(self.flips.take())
+        # From here on nothing waits for the device: it is where the host is.
+        own_seconds = numbers_from_ranks(self.own_time.read())
         seconds, data_seconds = self.stopwatch.read()
         speed, self._num_earlier_images = (train.num_images - self._num_earlier_images) / seconds, 0
         if train.num_images == 0 or not math.isfinite(train.loss):
             return Reading(train, {}, {}, seconds, data_seconds, speed)
-        facts: dict[str, Any] = {"skipped_steps": num_skipped_steps}
+        flips = self.flips.report(counts)
+        facts: dict[str, Any] = {"skipped_steps": num_skipped_steps()}
         if self._counts_replaced:
-            facts["replaced_samples"] = sum_of_numbers(num_replaced)
+            facts["replaced_samples"] = int(sum(numbers_from_ranks(num_replaced)))
         facts |= self._stragglers.facts(own_seconds, say)
         return Reading(train, flips.ratios | facts, flips.diagnostics, seconds, data_seconds, speed)

@@ -81,17 +81,22 @@ class Meeting:
                     ) from None
                 time.sleep(POLL_SECONDS)
 
-    def wait_for_all(self, timeout: datetime.timedelta) -> Store:
+    def wait_for_all(self, timeout: datetime.timedelta, gpu: str = "") -> Store:
         """Wait until every rank has come; returns the store.
 
+        Args:
+            timeout: after which it gives up.
+            gpu: UUID of the GPU of this rank, which no other rank may have; "" for none.
+
         Raises:
-            ValueError: some have not come within `timeout`; they are named.
+            ValueError: some have not come within `timeout`; they are named. Or another rank has the GPU.
             PeerFailed: one of them has failed.
         """
         give_up = time.monotonic() + timeout.total_seconds()
         store = self.store(timeout)
         try:
             store.set(f"bitfleet/host/{self.rank}", socket.gethostname())
+            self._claim(gpu, store)
             if store.add(_ARRIVED, 1) == self.world_size:
                 store.set(_ALL, "")
             while not store.check([_ALL]):
@@ -106,6 +111,17 @@ class Meeting:
             ) from None
         self.is_over = True
         return store
+
+    def _claim(self, gpu: str, store: Store) -> None:
+        """Raise ValueError if another rank has the GPU, which NCCL would refuse with a traceback on every rank."""
+        if not gpu:
+            return
+        owner = int(store.compare_set(f"bitfleet/gpu/{gpu}", "", str(self.rank)))
+        if owner != self.rank:
+            raise ValueError(
+                f"rank {self.rank} and rank {owner} have the same GPU of {socket.gethostname()} ({gpu}): "
+                "start one rank for each GPU"
+            )
 
     def look_for_failure(self) -> None:
         """Raise PeerFailed if another rank has told of a failure."""
@@ -149,6 +165,24 @@ class Meeting:
             give_up = time.monotonic() + TELL_SECONDS
             while self.rank == 0 and store.add(_HEARD, 0) < self.world_size - 1 and time.monotonic() < give_up:
                 time.sleep(POLL_SECONDS)
+
+
+def loopback_hint() -> str:
+    """What to do where the name of this host leads to an address that other hosts cannot use; "" where it is a good one.
+
+    gloo offers that address to the other ranks, NCCL does not. Debian's /etc/hosts has 127.0.1.1.
+    """
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        address = "no address"
+    if "GLOO_SOCKET_IFNAME" in os.environ or not address.startswith(("127.", "no ")):
+        return ""
+    return (
+        f"the name {name} of this host leads to {address}, so other hosts may not reach it: on every host export "
+        "GLOO_SOCKET_IFNAME with the network's interface (see `ip -brief address`), or correct /etc/hosts"
+    )
 
 
 def in_words(timeout: datetime.timedelta) -> str:

@@ -29,6 +29,7 @@ from bitfleet.trainer.distributed import Ranks, sum_of_numbers
 from bitfleet.trainer.engine import load_engine, whole_weights
 from bitfleet.trainer.metrics import read_metrics
 from bitfleet.trainer.run_folder import RunFolder, versions
+from bitfleet.trainer.stop import AGREE_SECONDS
 
 ASSUMED_BYTES_PER_SECOND = 50e6
 """Of writing, hashing and flushing a checkpoint, before one has been measured: a slow disk."""
@@ -59,20 +60,30 @@ def find_start(folder: RunFolder, ranks: Ranks) -> Intact | None:
     return checkpoint_loader.find_intact(folder.path, ranks)
 
 
-def identity(config: TrainConfig, num_replicas: int, world_size: int, data_sha: str) -> dict[str, Any]:
+def identity(
+    config: TrainConfig, num_replicas: int, world_size: int, data_sha: str, *, compiled: bool
+) -> dict[str, Any]:
     """What must be equal for a resumed run to be the same run: field -> value.
 
-    DeepSpeed's own shards can only be read on as many ranks as wrote them; all else is free of the number of ranks. Of the
-    loader only what decodes its images counts: data.loader "memory" continues a run of "dali".
+    DeepSpeed's own shards can only be read on as many ranks as wrote them; all else is free of the number of ranks. Of
+    the loader only what decodes its images counts: data.loader "memory" continues a run of "dali".
+
+    Args:
+        config: the run; its precision is the one that it computes in, not "auto".
+        num_replicas: micro-batches per step.
+        world_size: number of ranks.
+        data_sha: of the lists of images.
+        compiled: whether the network is compiled, what "auto" in `model.compile` comes to.
     """
     resolved = to_dict(config)
     sections = {
         "data": {key: value for key, value in resolved["data"].items() if key not in MACHINE}
         | {"loader": decoder_of(config.data)},
         "engine": {
-            key: resolved["engine"][key] for key in ("sharding", "precision", "grad_comm_dtype", "max_grad_norm")
+            key: resolved["engine"][key]
+            for key in ("sharding", "precision", "deterministic", "grad_comm_dtype", "max_grad_norm")
         },
-        "model": resolved["model"],
+        "model": resolved["model"] | {"compile": "on" if compiled else "off"},
         "optim": resolved["optim"],
     }
     facts = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
@@ -88,11 +99,15 @@ def _in_todays_fields(meta: Mapping[str, Any]) -> Mapping[str, Any]:
         saved = from_dict(meta["config"])
     except ValueError:  # it has what is refused today: compared as it was written
         return meta
-    today = identity(saved, meta["num_replicas"], meta["world_size"], meta["data_sha"])
-    decoder = (
-        {"data.loader": meta["data.loader"]} if "data.loader" in meta else {}
-    )  # as it was then, on another machine
+    today = identity(saved, meta["num_replicas"], meta["world_size"], meta["data_sha"], compiled=was_compiled(meta))
+    # The decoder as it was then, on another machine.
+    decoder = {"data.loader": meta["data.loader"]} if "data.loader" in meta else {}
     return {**meta, **today, **decoder}
+
+
+def was_compiled(meta: Mapping[str, Any]) -> bool:
+    """Whether the network of the run that wrote `meta` was compiled: none was before there was `model.compile`."""
+    return bool(meta.get("model.compile") == "on")
 
 
 class RunCheckpoints:
@@ -178,6 +193,7 @@ class RunCheckpoints:
         config, optimizer = self.config, self._elastic
         skipped = optimizer.num_skipped_steps if isinstance(optimizer, ShardedOptimizer) else 0
         transitions = optimizer.transition_state() if isinstance(optimizer, ShardedOptimizer) else None
+        scale = optimizer.loss_scale if isinstance(optimizer, ShardedOptimizer) else None
         steps = optimizer.steps() if isinstance(optimizer, ShardedOptimizer | RoutedOptimizer) else {}
         meta = {
             "step": step,
@@ -197,6 +213,7 @@ class RunCheckpoints:
             "model": self.parts.signature,
             "optimizer_steps": steps,
             "transitions": transitions,
+            "loss_scale": scale.state() if scale else None,
         }
         if self.parts.diagnostics is not None:
             meta[DIAGNOSTICS_SINCE] = self.parts.diagnostics.since
@@ -245,8 +262,8 @@ class RunCheckpoints:
 
 
 def grace(save_seconds: float, how: str, step_seconds: float = 0.0) -> str:
-    """What a stop needs, in words: a step, the save that is under way, and the one of the stop."""
-    needed = math.ceil(step_seconds + 2 * save_seconds)
+    """What a stop needs, in words: the steps until the ranks agree on it, the save that is under way, and the one of the stop."""
+    needed = math.ceil(max(step_seconds, AGREE_SECONDS) + 2 * save_seconds)
     text = f"a stop needs about {needed} s between SIGTERM and SIGKILL (a save takes {save_seconds:.1f} s, {how})"
     if needed > LAUNCHER_SECONDS:
         text += f": more than the {LAUNCHER_SECONDS} s that DeepSpeed's launcher gives; send SIGUSR1 in time instead"

@@ -8,62 +8,79 @@ buffers: without this each rank would validate another network.
 import torch
 from torch import Tensor, nn
 
-from bitfleet.optim.buckets import tree_sum
+from bitfleet.optim.buckets import tree_sum, tree_sum_rows
 from bitfleet.trainer.distributed import gather_from_ranks
 
 
 class RunningStatistics:
-    """All floating-point buffers of a model as one flat tensor, of which they become views.
+    """All floating-point buffers of a model, read and written as one flat tensor.
 
-    Call `start_replica` before and `end_replica` after each micro-batch, then `end_step` once.
+    They stay tensors of their own: as views of one, torch.compile would have to treat them as aliases of each other. Call
+    `start_replica` before and `end_replica` after each micro-batch, then `end_step` once.
     """
 
     def __init__(self, model: nn.Module, num_replicas: int) -> None:
-        owners = [
-            (module, key)
-            for module in model.modules()
-            for key, buffer in module._buffers.items()
-            if buffer is not None and buffer.is_floating_point()
-        ]
-        buffers = [module._buffers[key] for module, key in owners]
         self.num_replicas = num_replicas
-        self._counters = [tensor for name, tensor in model.named_buffers() if name.endswith("num_batches_tracked")]
-        self.flat = (
-            torch.cat([buffer.reshape(-1) for buffer in buffers if buffer is not None]) if buffers else torch.zeros(0)
-        )
-        offset = 0
-        for module, key in owners:
-            buffer = module._buffers[key]
-            assert buffer is not None
-            module._buffers[key] = self.flat[offset : offset + buffer.numel()].view_as(buffer)
-            offset += buffer.numel()
+        self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self._counters = [counter for name, counter in model.named_buffers() if name.endswith("num_batches_tracked")]
+        self.numel = sum(buffer.numel() for buffer in self._buffers)
         self._start: Tensor | None = None
         self._replicas: list[Tensor] = []
 
+    def _read(self) -> Tensor:
+        """A copy of all buffers, end to end."""
+        flat = [buffer.reshape(-1) for buffer in self._buffers]
+        return torch.cat(flat) if flat else torch.zeros(0)
+
+    def _write_(self, flat: Tensor) -> None:
+        if not self._buffers:
+            return
+        parts = flat.split([buffer.numel() for buffer in self._buffers])
+        torch._foreach_copy_(self._buffers, [part.view_as(b) for part, b in zip(parts, self._buffers, strict=True)])
+
+    def _count_down_(self, number: int | Tensor) -> None:
+        if not self._counters:
+            return
+        if isinstance(number, Tensor):
+            torch._foreach_sub_(self._counters, [number] * len(self._counters))
+        else:
+            torch._foreach_sub_(self._counters, number)
+
+    @torch.no_grad()
     def start_replica(self) -> None:
         """Begin where the step began."""
         if self._start is None:
-            self._start = self.flat.clone()
+            self._start = self._read()
         else:
-            self.flat.copy_(self._start)
+            self._write_(self._start)
 
+    @torch.no_grad()
     def end_replica(self) -> None:
         """Keep this replica's statistics for the mean."""
-        self._replicas.append(self.flat.clone())
+        self._replicas.append(self._read())
 
-    def end_step(self) -> None:
-        """Set the statistics to their mean over the replicas of all ranks, summed in the order of the gradients."""
-        if self.num_replicas > 1:
-            mine = tree_sum(self._replicas)
-            self.flat.copy_(tree_sum(gather_from_ranks(mine)).div_(self.num_replicas))
-            for counter in self._counters:  # steps, not the forward passes that this rank happened to run
-                counter -= len(self._replicas) - 1
-        self._start, self._replicas = None, []
+    @torch.no_grad()
+    def end_step(self, updated: bool | Tensor = True) -> None:
+        """Set the statistics to their mean over the replicas of all ranks, summed in the order of the gradients.
 
-    def abandon_step(self) -> None:
-        """Return to where the step began: it was skipped, and its batches may have put NaN into the statistics."""
+        Args:
+            updated: whether the optimizer updated the network, known to the host or bool [] on the device. A skipped step leaves
+                the statistics where it began: its batches may have put NaN into them.
+        """
         assert self._start is not None
-        self.flat.copy_(self._start)
-        for counter in self._counters:
-            counter -= len(self._replicas)
+        num_here = len(self._replicas)
+        if updated is False:
+            self._write_(self._start)
+            self._count_down_(num_here)
+        else:
+            mean = self._replicas[0]
+            if self.num_replicas > 1:
+                mean = tree_sum_rows(torch.stack(gather_from_ranks(tree_sum(self._replicas)))).div_(self.num_replicas)
+            if isinstance(updated, Tensor):
+                self._write_(torch.where(updated, mean, self._start))
+                self._count_down_(num_here - updated.long())
+            elif self.num_replicas > 1:
+                self._write_(mean)
+                if num_here > 1:  # steps, not the forward passes that this rank happened to run
+                    self._count_down_(num_here - 1)
         self._start, self._replicas = None, []

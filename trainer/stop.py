@@ -16,10 +16,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REASONS = ("", "SIGTERM", "SIGINT", "SIGUSR1", f"the file {STOP_FILE}", "the end of the launcher")
 FILE_SECONDS = 1.0
 """Seconds between two looks at the run folder, which may be on a network."""
+AGREE_SECONDS = 0.25
+"""About how often the ranks tell each other of requests while they train."""
+MAX_STEPS = 100
+"""After so many steps they do in any case: the next ones may take longer than those that were measured."""
 
 
 class StopWatcher:
-    """Notices requests to stop while it is entered; `agree` tells all ranks of a request that one has seen.
+    """Notices requests to stop while it is entered; `after_step` and `agree` tell all ranks of a request that one has seen.
 
     A second SIGINT interrupts at once. Signal handlers are as before when it is left.
 
@@ -35,6 +39,8 @@ class StopWatcher:
         self.seen_at: float | None = None
         """time.monotonic() when this rank saw or heard of a request."""
         self._looked_at = -FILE_SECONDS
+        self._interval, self._steps_left = 1, 1
+        self._agreed_at = time.monotonic()
         self._ancestors: Callable[[], tuple[int, ...]] = launcher_processes if launched else tuple
         self._launcher = self._ancestors()
         # A rank on another machine has its input from the ssh of the launching one: it ends when that does.
@@ -70,10 +76,29 @@ class StopWatcher:
                 self._request(4)
                 self._file.unlink(missing_ok=True)
 
+    def after_step(self, flag: bool = False) -> tuple[str, bool]:
+        """`agree` after every N steps, which take about AGREE_SECONDS; after the others ("", False). Every rank calls this.
+
+        On a GPU a step may take less time than the ranks need to agree. N is agreed on as well, so it is the same on every rank.
+        """
+        self._steps_left -= 1
+        if self._steps_left > 0:
+            return "", False
+        now = time.monotonic()
+        seconds = max(now - self._agreed_at, 1e-9) / self._interval
+        self._agreed_at = now
+        wanted = max(1, min(MAX_STEPS, int(AGREE_SECONDS / seconds))) if self._ranks.world_size > 1 else 1
+        return self._agree(flag, wanted)
+
     def agree(self, flag: bool = False) -> tuple[str, bool]:
         """What any rank has been asked, "" for nothing, and whether `flag` is true on any; every rank calls this."""
+        return self._agree(flag, self._interval)
+
+    def _agree(self, flag: bool, wanted: int) -> tuple[str, bool]:
+        """`agree`, and the fewest steps that a rank wants until the next time."""
         self._look()
-        reason, any_flag = max_over_ranks([self._seen, int(flag)])
+        reason, any_flag, fewest = max_over_ranks([self._seen, int(flag), -wanted])
+        self._interval = self._steps_left = -fewest
         if reason:
             self._request(reason)
         return REASONS[reason], bool(any_flag)

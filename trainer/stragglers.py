@@ -52,10 +52,6 @@ class OwnTime:
         self._events, self._seconds, self._num_steps = [], 0.0, 0
         return result
 
-    def read_among(self, num_ranks: int, rank: int) -> list[float]:
-        """The reading of `rank` in a list with a place for every rank, to be summed over them."""
-        return [self.read() if each == rank else 0.0 for each in range(num_ranks)]
-
 
 class Spread(NamedTuple):
     """The slowest rank, and how the others do; seconds a step."""

@@ -86,6 +86,8 @@ def check_folders(runs: Sequence[PlannedRun]) -> None:
         if not (run.path / CONFIG).is_file():
             continue
         before, now = flatten(to_dict(read_config(run.path))), flatten(to_dict(run.config))
+        if now["engine.precision"] == "auto":  # a run that is continued keeps what its device chose
+            now["engine.precision"] = before["engine.precision"]
         # The rule first: with another one, other fields are there.
         for field in sorted({*before, *now} - set(HOW), key=lambda name: (name != "optim.rule", name)):
             if before.get(field) != now.get(field):

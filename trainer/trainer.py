@@ -6,17 +6,18 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from bitfleet.models import create_model
+from bitfleet.models import compile_network, create_model
 from bitfleet.optim import ShardedOptimizer, build_optimizer, driven_values, routing_table
 from bitfleet.trainer.agreement import agree
+from bitfleet.trainer.arithmetic import use_arithmetic
 from bitfleet.trainer.checkpoint import model_signature
 from bitfleet.trainer.checkpoint_loader import Intact
-from bitfleet.trainer.config import TrainConfig, resolve_replicas
-from bitfleet.trainer.data import TrainLoader, ValidationLoader, normalize, open_dataset
+from bitfleet.trainer.compilation import is_compiled
+from bitfleet.trainer.config import TrainConfig, resolve_replicas, with_precision
+from bitfleet.trainer.data import TrainLoader, ValidationLoader, open_dataset
 from bitfleet.trainer.distributed import Ranks, from_first_rank
-from bitfleet.trainer.engine import backward, create_engine, shard
+from bitfleet.trainer.engine import create_engine, shard
 from bitfleet.trainer.engine_options import deepspeed_options
 from bitfleet.trainer.evaluate import validate
 from bitfleet.trainer.flips import make_diagnostics, step_flips
@@ -24,12 +25,16 @@ from bitfleet.trainer.heartbeat import reached
 from bitfleet.trainer.initial_weights import load_initial_weights, seed_everything
 from bitfleet.trainer.metrics import Accuracy, hyperparameters_of
 from bitfleet.trainer.nonfinite import MAX_SKIPPED_IN_A_ROW, nonfinite_gradient
+from bitfleet.trainer.out_of_memory import training_out_of_memory
+from bitfleet.trainer.preflight_memory import bucket_shapes, predict_memory
 from bitfleet.trainer.readings import Readings
 from bitfleet.trainer.reports import Reports
 from bitfleet.trainer.run_checkpoints import Parts, RunCheckpoints, find_start, identity
 from bitfleet.trainer.run_folder import RunFolder, choose_run_folder, take_folder
 from bitfleet.trainer.running_statistics import RunningStatistics
+from bitfleet.trainer.step_graph import CudaRecorder, GraphedStep, check_can_capture
 from bitfleet.trainer.stop import StopWatcher
+from bitfleet.trainer.train_step import TrainStep
 
 
 class Trainer:
@@ -50,6 +55,10 @@ class Trainer:
         self._lock = take_folder(self.folder) if self.folder.checkpoint and ranks.is_first else None
         self.begun = begun = find_start(self.folder, ranks)
         """The checkpoint that it continues from."""
+        self.config = config = with_precision(
+            config, device.type, begun.meta.get("engine.precision") if begun else None
+        )
+        use_arithmetic(device, config.engine)
         self.num_replicas = self._like_before(begun)
         options = deepspeed_options(
             config.engine,
@@ -65,11 +74,17 @@ class Trainer:
         if config.init and begun is None:
             load_initial_weights(self.model, config.init, config.init_scales)
         self.model.to(device)
+        self.compiled = is_compiled(config, device, begun.meta if begun else None)
+        """Whether the network is compiled."""
+        if self.compiled:
+            compile_network(self.model)
         # As the paper's code: decay_steps = epochs * images // batch, a little longer than the run of whole batches.
         decay_steps = config.epochs * len(self.dataset.train) // config.global_batch_size
         self.optimizer, schedules = build_optimizer(self.model, config.optim, num_steps=decay_steps, seed=config.seed)
         self.routing, signature = routing_table(self.optimizer), model_signature(self.model)
         self.sharded = shard(self.optimizer, config.engine, self.num_replicas)
+        if config.engine.cuda_graph:
+            check_can_capture(ranks, device, self.optimizer)
         self.engine = create_engine(self.model, self.sharded, schedules, options, device)
         self.statistics = RunningStatistics(self.model, self.num_replicas)
         diagnostics = make_diagnostics(config, self.sharded)
@@ -80,7 +95,7 @@ class Trainer:
             self.folder,
             ranks,
             Parts(self.engine, self.model, self.sharded, signature, diagnostics),
-            identity(config, self.num_replicas, ranks.world_size, self.dataset.sha),
+            identity(config, self.num_replicas, ranks.world_size, self.dataset.sha, compiled=self.compiled),
             steps_per_epoch=self.loader.steps_per_epoch,
         )
         self.step = self._resume(begun) if begun else 0
@@ -88,7 +103,7 @@ class Trainer:
         # A new run takes its folder last: what is refused leaves none behind.
         if ranks.is_first and self._lock is None:
             self._lock = take_folder(self.folder)
-        self._skipped_in_a_row = 0
+        self._make_step = self._step_maker()
         self.stopped_by = ""
         """What asked for the stop before the end; "" for nothing."""
         self.around_step: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -104,6 +119,16 @@ class Trainer:
         if config.num_threads is None and self.device.type == "cpu":
             torch.set_num_threads(begun.meta["num_threads"])  # equal bits need equal threads
         return resolve_replicas(config, self.ranks.world_size, begun.meta["num_replicas"])
+
+    def _step_maker(self) -> TrainStep | GraphedStep:
+        config, parts = self.config, (self.statistics, self.readings)
+        num_micro_batches = self.num_replicas // self.ranks.world_size
+        eager = TrainStep(config, self.engine, self.sharded, *parts, num_micro_batches)
+        if not config.engine.cuda_graph:
+            return eager
+        assert isinstance(self.sharded, ShardedOptimizer)
+        end_step, recorder = self.engine.lr_scheduler.step, CudaRecorder(self.device)
+        return GraphedStep(eager, config, self.model, self.sharded, *parts, end_step, recorder)
 
     def _open_data(self) -> None:
         config, ranks = self.config, self.ranks
@@ -121,9 +146,10 @@ class Trainer:
             seed=config.seed,
             global_batch_size=config.global_batch_size,
             num_replicas=self.num_replicas,
+            device=self.device,
             **place,
         )
-        self.validation_loader = ValidationLoader(self.dataset, config.data, **place)
+        self.validation_loader = ValidationLoader(self.dataset, config.data, device=self.device, **place)
 
     def _resume(self, begun: Intact) -> int:
         step = self.checkpoints.resume(begun)
@@ -155,44 +181,19 @@ class Trainer:
         Raises:
             FloatingPointError: a gradient is not finite, and `engine.on_nonfinite` is "stop".
         """
-        skipped_before = self.num_skipped_steps
-        self.readings.meter.keep()
-        for _ in range(self.num_replicas // self.ranks.world_size):
-            start = time.perf_counter()
-            self.readings.own_time.begin()
-            images, labels = next(self.batches)
-            self.readings.stopwatch.waited(time.perf_counter() - start)
-            labels = labels.to(self.device, non_blocking=True)
-            images = normalize(images.to(self.device, non_blocking=True), self.config.data.mean, self.config.data.std)
-            self.statistics.start_replica()
-            logits: Tensor = self.engine(images)
-            loss = nn.functional.cross_entropy(logits.float(), labels)
-            backward(self.engine, loss, self.config.engine.sharding)
-            self.readings.own_time.end()
-            self.statistics.end_replica()
-            self.readings.meter.add(loss, logits.detach(), labels)
-            self.engine.step()
-        if self.num_skipped_steps > skipped_before:
-            self._skip_step()
-        else:
-            self.statistics.end_step()
-            self._skipped_in_a_row = 0
-        self.readings.own_time.end_step()
+        self._make_step.run(self.batches)
+        if isinstance(self.sharded, ShardedOptimizer) and self.sharded.updated is False:
+            self._check_skipped(self.sharded)
         self.step += 1
         reached(self.step)
 
-    def _skip_step(self) -> None:
-        """The optimizer updated nothing: let go of what the forward passes left behind, and stop if that is wanted."""
-        assert isinstance(self.sharded, ShardedOptimizer)
-        self.statistics.abandon_step()
-        self.readings.meter.forget()
-        self._skipped_in_a_row += 1
-        if self.config.engine.on_nonfinite == "skip" and self._skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
+    def _check_skipped(self, sharded: ShardedOptimizer) -> None:
+        """The optimizer updated nothing: stop if that is wanted, or if it has been so for too long."""
+        if self.config.engine.on_nonfinite == "skip" and sharded.num_skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
             return
-        self.sharded.num_steps -= 1  # the step is made again by the run that continues
-        self.sharded.num_skipped_steps -= 1
+        sharded.forget_skipped_step()
         self._save_and_wait()
-        raise nonfinite_gradient(self.sharded.nonfinite, self.step + 1, self._skipped_in_a_row - 1)
+        raise nonfinite_gradient(sharded.nonfinite, self.step + 1, sharded.num_skipped_in_a_row - 1)
 
     def _save_and_wait(self) -> None:
         self.save()
@@ -230,16 +231,26 @@ class Trainer:
 
         Raises:
             FloatingPointError: losses or gradients are not finite; the state before is saved.
-            ValueError: a checkpoint could not be written.
+            ValueError: a checkpoint could not be written, or the GPU is out of memory.
         """
         last = min(self.num_steps, self.config.stop_after_steps or self.num_steps)
         with StopWatcher(self.folder.path, self.ranks, launched=self.ranks.launched) as stop:
             try:
                 self._run_steps(last, stop)
-            except Exception:
+            except Exception as error:
                 self.checkpoints.saver.let_finish()
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise ValueError(self._out_of_memory(error)) from error
                 raise
             self.seconds_to_stop = time.monotonic() - stop.seen_at if stop.seen_at is not None else 0.0
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> str:
+        place = {"num_replicas": self.num_replicas, "world_size": self.ranks.world_size}
+        shapes = bucket_shapes(self.sharded, self.checkpoints.parts.signature)
+        predicted = predict_memory(self.config, shapes, **place).peak
+        return training_out_of_memory(
+            error, self.config, num_replicas=self.num_replicas, device=self.device, predicted=predicted
+        )
 
     def _run_steps(self, last: int, stop: StopWatcher) -> None:
         self.start()
@@ -250,7 +261,7 @@ class Trainer:
             with self.around_step():
                 self.advance()
             self.checkpoints.saver.check()
-            self.stopped_by, save_now = stop.agree(self.checkpoints.by_time())
+            self.stopped_by, save_now = stop.after_step(self.checkpoints.by_time())
             if sentence := self.checkpoints.new_grace(time.perf_counter() - start):
                 self.reports.say(sentence)
             if save_now or self.stopped_by or self.step == last or self.checkpoints.by_step(self.step):
@@ -285,7 +296,9 @@ class Trainer:
 
     def _report(self, hyperparameters: dict[str, float]) -> None:
         reading = self.readings.read(
-            num_skipped_steps=self.num_skipped_steps, num_replaced=self.loader.num_replaced, say=self.reports.say
+            num_skipped_steps=lambda: self.num_skipped_steps,
+            num_replaced=self.loader.num_replaced,
+            say=self.reports.say,
         )
         train = reading.train
         if train.num_images == 0:  # every step was skipped

@@ -50,6 +50,10 @@ def act(trainer: Trainer | None = None) -> None:
         spoil(trainer)
     elif action == "raise":
         raise RuntimeError("an error that nobody expects")
+    elif action == "out of memory":
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ... 1 MiB is free. And so on"
+        )
     elif action.startswith("fill:"):  # a file system of its own
         with Path(target, "filler").open("wb") as file:
             try:
@@ -133,6 +137,7 @@ if __name__ == "__main__":
     watch_steps()
     watch_backward_and_validation()
     StopWatcher.__init__.__globals__["FILE_SECONDS"] = 0.0
+    StopWatcher.__init__.__globals__["AGREE_SECONDS"] = 0.1  # the run has 30 steps of 40 ms
     if "clock_back" in FAULT:
         set_clock_back(FAULT["clock_back"])
     sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]

@@ -82,6 +82,17 @@ def test_nonfinite_gradient_stops_with_its_name_and_the_state_saved(job: Job, un
     finish(job, undisturbed)
 
 
+def test_gpu_without_memory_ends_the_job_in_one_sentence(job: Job) -> None:
+    """Of one rank; the other one is in a collective."""
+    outcome = job.inject({"rank": 1, "point": "backward", "step": 4, "action": "out of memory"})
+    assert outcome.code not in (0, REQUEUE), outcome.output
+    (line,) = [line for line in outcome.output.splitlines() if line.startswith("bitfleet: error")]
+    assert line.startswith("bitfleet: error (rank 1): a GPU of ")
+    assert "a rank trains on 4 images at a time in fp32" in line
+    assert "--num_replicas 8 (micro-batches of half the images)" in line
+    assert "Traceback" not in outcome.output
+
+
 @pytest.mark.slow
 def test_nonfinite_gradient_is_skipped_and_counted(job: Job) -> None:
     outcome = job.inject({"rank": 0, "point": "step", "step": 16, "action": "nan"})

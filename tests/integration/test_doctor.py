@@ -10,7 +10,7 @@ def test_two_ranks_are_examined(deepspeed: Launch, tiny: list[str], tmp_path: Pa
     done = deepspeed(2, "launch/doctor.py", *tiny, "--output", tmp_path)
     assert done.returncode == 0, done.stdout
     (summary,) = re.findall(r"^(\d+) OK, (\d+) WARN, 0 FAIL$", done.stdout, re.MULTILINE)
-    assert sum(map(int, summary)) == 25
+    assert sum(map(int, summary)) == 27
     assert "OK    data           200 training and 28 validation images of 4 classes" in done.stdout
     assert re.search(r"^\w+ +clocks +[\d.e+]+ ms apart at most$", done.stdout, re.MULTILINE)  # one machine, one clock
     assert re.search(

@@ -45,7 +45,7 @@ def slurm(rank: int, **more: str) -> dict[str, str]:
 def test_srun_variables_make_a_job(tiny: list[str], tmp_path: Path) -> None:
     done = run_all([slurm(0), slurm(1)], [*MODULE, *tiny, *STEPS, "--run_dir", str(tmp_path / "run")])
     assert [each.returncode for each in done] == [0, 0], done[0].stdout
-    assert "steps on 2 ranks (cpu)" in done[0].stdout
+    assert "steps on 2 ranks (cpu, fp32)" in done[0].stdout
     assert "ranks" not in done[1].stdout
     alone = run_command([*MODULE, *tiny, *STEPS, "--run_dir", tmp_path / "alone"])
     assert alone.returncode == 0, alone.stdout
@@ -67,7 +67,7 @@ def test_mpirun(tiny: list[str], tmp_path: Path) -> None:
     command = ["mpirun", *root, "-n", "2", "--oversubscribe", "--bind-to", "none", *MODULE, *tiny, *STEPS]
     done = run_command([*command, "--run_dir", tmp_path / "run"])
     assert done.returncode == 0, done.stdout
-    assert "steps on 2 ranks (cpu)" in done.stdout
+    assert "steps on 2 ranks (cpu, fp32)" in done.stdout
 
 
 @pytest.mark.slow
@@ -77,4 +77,4 @@ def test_by_hand(tiny: list[str], tmp_path: Path) -> None:
         [place | {"RANK": str(rank)} for rank in range(2)], [*MODULE, *tiny, *STEPS, "--run_dir", str(tmp_path / "run")]
     )
     assert [each.returncode for each in done] == [0, 0], done[0].stdout
-    assert "steps on 2 ranks (cpu)" in done[0].stdout
+    assert "steps on 2 ranks (cpu, fp32)" in done[0].stdout

@@ -31,13 +31,14 @@ class ImageDifference:
     same_label: bool
 
 
-def compare(config: DataConfig, *, num_images: int, seed: int) -> tuple[str, int]:
+def compare(config: DataConfig, *, num_images: int, seed: int, device: torch.device) -> tuple[str, int]:
     """Read the first training and validation images with both loaders.
 
     Args:
         config: of the run; its `loader` does not matter.
         num_images: of each split.
         seed: of the stream.
+        device: of the run: where it is a GPU, DALI decodes there by the rules of data.device.
 
     Returns:
         A report, and the number of images that differ by more than rounding or in their label.
@@ -49,7 +50,7 @@ def compare(config: DataConfig, *, num_images: int, seed: int) -> tuple[str, int
     lines = [f"{'':10} {'images':>7} {'mean |d|':>9} {'worst image':>12} {'largest |d|':>12}   of 255"]
     odd: list[ImageDifference] = []
     for split in ("training", "validation"):
-        found = list(islice(_differences(dataset, config, split, seed), num_images))
+        found = list(islice(_differences(dataset, config, split, seed, device), num_images))
         mean = sum(image.mean for image in found) / len(found)
         worst, largest = max(image.mean for image in found), max(image.largest for image in found)
         lines.append(f"{split:10} {len(found):7,} {mean:9.3f} {worst:12.3f} {largest:12.0f}")
@@ -65,24 +66,26 @@ def compare(config: DataConfig, *, num_images: int, seed: int) -> tuple[str, int
     return "\n".join(lines), len(odd)
 
 
-def _differences(dataset: Dataset, config: DataConfig, split: str, seed: int) -> Iterator[ImageDifference]:
+def _differences(
+    dataset: Dataset, config: DataConfig, split: str, seed: int, device: torch.device
+) -> Iterator[ImageDifference]:
     strict = dataclasses.replace(config, val_batch_size=_BATCH, on_bad_sample="fail")
     configs = [dataclasses.replace(strict, loader=name) for name in _LOADERS]
     paths: Iterator[str]
     streams: list[Iterable[Batch]]
     if split == "validation":
         paths = map(dataset.val.path, range(len(dataset.val)))
-        streams = [ValidationLoader(dataset, each, **_ONE_RANK) for each in configs]
+        streams = [ValidationLoader(dataset, each, device=device, **_ONE_RANK) for each in configs]
     else:
         batch = min(_BATCH, len(dataset.train))
         loaders = [
-            TrainLoader(dataset, each, seed=seed, global_batch_size=batch, num_replicas=1, **_ONE_RANK)
+            TrainLoader(dataset, each, seed=seed, global_batch_size=batch, num_replicas=1, device=device, **_ONE_RANK)
             for each in configs
         ]
         paths = (request.path(k) for request in loaders[0].requests() for k in range(batch))
         streams = [loader.batches() for loader in loaders]
     for (images, labels), (theirs, their_labels) in zip(*streams, strict=True):
-        difference = (images.cpu().to(torch.float32) - theirs.to(torch.float32)).abs()
+        difference = (images.to(torch.float32) - theirs.to(torch.float32)).abs().cpu()
         for k in range(len(labels)):
             yield ImageDifference(
                 path=next(paths),

@@ -40,7 +40,7 @@ class DataConfig:
     val_batch_size: int = 100
     """Validation images in a batch of one rank."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where images are decoded. auto: on the GPU where there is one."""
+    """Where images are decoded. auto: on the GPU where the model runs, and on the CPU for a model on the CPU."""
     num_threads: int | None = None
     """Threads that decode in one rank. None: the cores of the machine divided by its ranks."""
     loader: Literal["dali", "torch", "memory"] = "dali"

@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from bitfleet.trainer.data import official
 from bitfleet.trainer.data.dali_feed import Feed
 from bitfleet.trainer.data.decoding import reason_of
-from bitfleet.trainer.data.request import Batch, Geometry, Mend, Request
+from bitfleet.trainer.data.delivery import Delivery
+from bitfleet.trainer.data.device_copies import DeviceCopies
+from bitfleet.trainer.data.request import Batch, Decoded, Geometry, Mend, Request
 from bitfleet.trainer.data.resizing import Resizer
 from bitfleet.trainer.data.stall import result_within
 
 _PREFETCH_DEPTH = 2
+# DALI's defaults. The decoder allocates the first once and the second twice for each thread, so the largest image of a set, which
+# may have 100 MB, must not set them: it is decoded all the same, into memory that grows then.
+_MOST_DEVICE_PADDING, _MOST_HOST_PADDING = 16 << 20, 8 << 20
 
 
 class DaliPipeline:
@@ -38,6 +42,7 @@ class DaliPipeline:
         largest_image_bytes: int,
         in_shards: bool,
         stall_seconds: float,
+        copies: DeviceCopies | None,
         fast_idct: bool,
     ) -> None:
         """Check that DALI is there; the pipeline is built when it is first used.
@@ -48,9 +53,10 @@ class DaliPipeline:
             batch_size: The most images a request has.
             num_threads: Threads that read and decode.
             device_index: The CUDA device to decode on; None decodes on the CPU.
-            largest_image_bytes: Height * width * 3 of the largest image: how much the GPU decoder allocates at once.
+            largest_image_bytes: Height * width * 3 of the largest image: the most that the GPU decoder allocates at once.
             in_shards: Images are parts of larger files, which DALI cannot read itself.
             stall_seconds: How long a batch may take before the disk is asked whether it answers.
+            copies: To the GPU where the model runs; None where it runs on the CPU.
             fast_idct: Decode JPEGs on the CPU with libjpeg's fast transform, as TensorFlow does by default: the same pixels.
 
         Raises:
@@ -66,8 +72,12 @@ class DaliPipeline:
         self._in_shards = in_shards
         self._stall_seconds = stall_seconds
         self._fast_idct = fast_idct
-        resized_here = geometry != "crop" and device_index is None
+        assert device_index is None or copies is not None
+        self._copies = copies
+        resized_later = geometry == "crop_bicubic" and copies is not None  # from the windows, on the GPU
+        resized_here = geometry != "crop" and device_index is None and not resized_later
         self._resizer = Resizer(geometry, image_size, num_threads) if resized_here else None
+        self._delivery = Delivery(copies, image_size=image_size, of_windows=resized_later)
         self._windows_in_dali = not (
             resized_here and geometry in ("resize_crop", "whole")
         )  # else whole images come out
@@ -79,16 +89,15 @@ class DaliPipeline:
 
     def batches(self, requests: Iterator[Request], mend: Mend) -> Iterator[Batch]:
         """See request.Pipeline."""
-        if self._resizer is not None:
-            yield from self._resizer.batches(self.decoded(requests, mend))
-            return
-        for output, request in self._outputs(requests, mend):
-            yield self._finish(output, request), request.labels.to(self._device, non_blocking=True)
+        if self._device_index is not None:
+            return self._delivery.batches_of_dali(self._outputs(requests, mend))
+        decoded = self.decoded(requests, mend)
+        return self._delivery.batches(decoded if self._resizer is None else self._resizer.resized(decoded))
 
-    def decoded(self, requests: Iterator[Request], mend: Mend) -> Iterator[tuple[list[torch.Tensor], Request]]:
-        """Yield the decoded windows of each request, or whole images where those are resized first, and the request."""
+    def decoded(self, requests: Iterator[Request], mend: Mend) -> Iterator[Decoded]:
+        """Yield what was decoded on the CPU for each request, which may have been mended: the batch, or an image each."""
         for output, request in self._outputs(requests, mend):
-            yield _windows(output), request
+            yield self._tensors(output), request
 
     def _outputs(self, requests: Iterator[Request], mend: Mend) -> Iterator[tuple[Any, Request]]:
         """Yield what DALI gives for each request, and the request, which may have been mended; None for an empty one."""
@@ -110,10 +119,6 @@ class DaliPipeline:
 
     def _new_feed(self) -> Feed:
         return Feed(in_shards=self._in_shards, with_windows=self._windows_in_dali, with_flips=self._flips_in_dali)
-
-    @property
-    def _device(self) -> torch.device:
-        return torch.device("cpu") if self._device_index is None else torch.device("cuda", self._device_index)
 
     def _mend(self, mend: Mend, failure: RuntimeError) -> Request | None:
         """Have the oldest batch mended, which made DALI fail, and read it again; the request, if nothing is left of it."""
@@ -166,24 +171,23 @@ class DaliPipeline:
         """The next output of the pipeline."""
         if self._pipeline is None:
             self._pipeline = self._build(self._feed, self._batch_size)
-        stream = None if self._device_index is None else torch.cuda.current_stream(self._device_index)
+        # Where images are decoded on the GPU, the stream that copies them waits for them there, and no thread here.
+        stream = None if self._device_index is None or self._copies is None else self._copies.stream.handle
         running = self._thread.submit(_next_output, self._pipeline, stream)
         output = result_within(running, self._stall_seconds, self._feed.in_flight)
         if output is None:
             raise StopIteration
         return output
 
-    def _finish(self, output: Any, request: Request) -> torch.Tensor:
-        """The batch of an output."""
+    def _tensors(self, output: Any) -> list[torch.Tensor]:
+        """The images of an output on the CPU, without a copy: all in one, or each alone where their sizes differ."""
         if output is None:
-            return torch.empty((0, self._image_size, self._image_size, 3), dtype=torch.uint8, device=self._device)
-        if self._geometry == "crop_bicubic":
-            return official.resize_windows(_windows(output), request.flips, self._image_size)
+            return []
         # The executor counts references to its buffers and hands out a new one for every batch (exec_dynamic), so the
-        # tensor stays as it is without a copy. On a GPU the copy gives the memory to torch's allocator, which knows
-        # the streams that still read it.
-        tensor: torch.Tensor = from_dlpack(output.as_tensor())
-        return tensor if self._device_index is None else tensor.clone()
+        # tensors stay as they are.
+        if self._geometry == "crop":
+            return [from_dlpack(output.as_tensor())]
+        return [from_dlpack(output[index]) for index in range(len(output))]
 
     def _build(self, feed: Feed, batch_size: int) -> Any:
         from nvidia.dali import Pipeline, fn, types
@@ -199,12 +203,7 @@ class DaliPipeline:
         # heights and widths that the windows are made from are those of the stored pixels.
         decoding: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False, "device": "cpu"}
         if self._device_index is not None:
-            decoding |= {
-                "device": "mixed",
-                "device_memory_padding": self._largest_image_bytes,
-                "host_memory_padding": self._largest_image_bytes,
-                "jpeg_fancy_upsampling": True,  # as the CPU decoder does
-            }
+            decoding |= gpu_decoding(self._largest_image_bytes)
         elif self._fast_idct:
             decoding["use_fast_idct"] = True
         window_type = types.FLOAT if self._geometry == "resize_crop" else types.INT32
@@ -245,6 +244,20 @@ class DaliPipeline:
         return pipeline
 
 
+def gpu_decoding(largest_image_bytes: int) -> dict[str, Any]:
+    """Return the arguments of DALI's decoder that are for the GPU alone.
+
+    Args:
+        largest_image_bytes: Height * width * 3 of the largest image.
+    """
+    return {
+        "device": "mixed",
+        "device_memory_padding": min(largest_image_bytes, _MOST_DEVICE_PADDING),
+        "host_memory_padding": min(largest_image_bytes, _MOST_HOST_PADDING),
+        "jpeg_fancy_upsampling": True,  # as the CPU decoder does
+    }
+
+
 def _parsed(files: Any) -> Any:
     """The files, unchanged, once all of them have been parsed; an error here ends the batch.
 
@@ -257,11 +270,6 @@ def _parsed(files: Any) -> Any:
     shapes = fn.peek_image_shape(files)
     unknown = fn.cast(0 * shapes[0:1] - 1, dtype=types.INT32)  # -1: as many bytes as there are
     return fn.reshape(files, shape=unknown)  # has to wait for the shapes, copies nothing
-
-
-def _windows(output: Any) -> list[torch.Tensor]:
-    """The images of an output, whose sizes differ, without a copy."""
-    return [] if output is None else [from_dlpack(output[index]) for index in range(len(output))]
 
 
 def _next_output(pipeline: Any, stream: Any) -> Any:

@@ -17,6 +17,7 @@ from bitfleet.trainer.data.config import DataConfig
 from bitfleet.trainer.data.dali import DaliPipeline
 from bitfleet.trainer.data.dataset import Dataset
 from bitfleet.trainer.data.decoded_images import decoder_of
+from bitfleet.trainer.data.device_copies import CudaCopyStream, DeviceCopies
 from bitfleet.trainer.data.images import ImageList
 from bitfleet.trainer.data.memory_pipeline import MemoryPipeline, keep_in_memory
 from bitfleet.trainer.data.request import Batch, Geometry, Pipeline, Request
@@ -49,7 +50,7 @@ class TrainLoader:
         rank: int,
         world_size: int,
         local_world_size: int,
-        device_index: int | None = None,
+        device: torch.device,
     ) -> None:
         """Check the sizes; nothing is read yet.
 
@@ -62,11 +63,11 @@ class TrainLoader:
             rank: This rank, 0 .. world_size - 1.
             world_size: All ranks.
             local_world_size: Ranks on this machine, who share its cores.
-            device_index: CUDA device of this rank; None is torch's current one. Not used on the CPU.
+            device: Where the model of this rank runs: batches come out there.
 
         Raises:
             ValueError: Sizes that do not divide, a batch larger than the training set, an image too small for the
-                window, a GPU that is not there, or no DALI.
+                window, data.device="gpu" for a model on the CPU, or no DALI.
         """
         _check_batches(seed, global_batch_size, num_replicas, world_size, len(dataset.train))
         if config.augmentation == "pad_crop":
@@ -91,7 +92,6 @@ class TrainLoader:
         if config.loader == "memory":
             if geometry == "crop":
                 self._batches_ahead = max(1, _IMAGES_AHEAD // batch_size)
-            device = _model_device(device_index)
             self._pipeline = _memory_pipeline(
                 config, dataset, "training", geometry, self._bad, rank, batch_size, local_world_size, device
             )
@@ -102,7 +102,7 @@ class TrainLoader:
             geometry,
             batch_size=batch_size,
             local_world_size=local_world_size,
-            device_index=_device_index(config, device_index),
+            device=device,
         )
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
@@ -112,7 +112,7 @@ class TrainLoader:
 
         Yields:
             Images, uint8 (float32 on the scale 0..255 with data.preprocessing="official") [global_batch_size / num_replicas,
-            image_size, image_size, 3], and labels, int64, on the device that decodes.
+            image_size, image_size, 3], and labels, int64, on the device where the model runs.
 
         Raises:
             ValueError: An image cannot be decoded, by the policy of data.on_bad_sample, or the disk does not answer; the path
@@ -171,25 +171,23 @@ class ValidationLoader:
         rank: int,
         world_size: int,
         local_world_size: int,
-        device_index: int | None = None,
+        device: torch.device,
     ) -> None:
         """See TrainLoader for the arguments.
 
         Raises:
-            ValueError: A GPU that is not there, or no DALI.
+            ValueError: data.device="gpu" for a model on the CPU, or no DALI.
         """
         self._images = dataset.val
         self._config = config
         self._batches = sampler.validation_batches(len(dataset.val), config.val_batch_size, rank, world_size)
-        gpu = _device_index(config, device_index)
-        self._device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
+        self._device = device
         self._bad = BadSamples(config.on_bad_sample, config.max_bad_samples, seed=0, rank=rank)
         geometry, batch_size = _geometry(config, "resize_crop"), config.val_batch_size
         self._pipeline: Pipeline
         if config.loader == "memory":
-            self._device = _model_device(device_index)
             self._pipeline = _memory_pipeline(
-                config, dataset, "validation", geometry, self._bad, rank, batch_size, local_world_size, self._device
+                config, dataset, "validation", geometry, self._bad, rank, batch_size, local_world_size, device
             )
             return
         self._pipeline = _pipeline(
@@ -198,7 +196,7 @@ class ValidationLoader:
             geometry,
             batch_size=batch_size,
             local_world_size=local_world_size,
-            device_index=gpu,
+            device=device,
         )
 
     def __len__(self) -> int:
@@ -250,15 +248,18 @@ def _pipeline(
     *,
     batch_size: int,
     local_world_size: int,
-    device_index: int | None,
+    device: torch.device,
 ) -> TorchPipeline | DaliPipeline:
     num_threads = _num_threads(config, local_world_size)
+    device_index = _decoding_index(config, device)
+    copies = DeviceCopies(CudaCopyStream(device)) if device.type == "cuda" else None
     if config.loader == "torch":
         return TorchPipeline(
             geometry=geometry,
             image_size=config.image_size,
             num_threads=num_threads,
             stall_seconds=config.stall_seconds,
+            copies=copies,
         )
     return DaliPipeline(
         geometry=geometry,
@@ -269,6 +270,7 @@ def _pipeline(
         largest_image_bytes=_largest_image_bytes(images),
         in_shards=images.offsets is not None,
         stall_seconds=config.stall_seconds,
+        copies=copies,
         fast_idct=config.preprocessing == "official",
     )
 
@@ -292,7 +294,7 @@ def _memory_pipeline(
         config,
         geometry,
         lambda size: _pipeline(
-            decoding, images, "whole", batch_size=size, local_world_size=local_world_size, device_index=None
+            decoding, images, "whole", batch_size=size, local_world_size=local_world_size, device=torch.device("cpu")
         ),
         bad,
         batch_size=batch_size,
@@ -301,12 +303,6 @@ def _memory_pipeline(
         device=device,
         shows_progress=rank == 0,
     )
-
-
-def _model_device(device_index: int | None) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device() if device_index is None else device_index)
 
 
 def _device_bytes(pipeline: Pipeline) -> int:
@@ -356,11 +352,12 @@ def _num_threads(config: DataConfig, local_world_size: int) -> int:
     return max(1, min(bound, (os.cpu_count() or 1) // local_world_size))
 
 
-def _device_index(config: DataConfig, device_index: int | None) -> int | None:
-    """Return the CUDA device to decode on, or None for the CPU."""
-    available = torch.cuda.is_available()
-    if config.device == "gpu" and not available:
-        raise ValueError("data.device='gpu' needs a CUDA device and torch finds none; use data.device='auto' or 'cpu'")
-    if config.device == "cpu" or config.loader != "dali" or not available:
+def _decoding_index(config: DataConfig, device: torch.device) -> int | None:
+    """Return the CUDA device to decode on, or None for the CPU: a model on the CPU starts no CUDA."""
+    if config.device == "gpu" and device.type != "cuda":
+        raise ValueError(
+            "data.device='gpu' needs a model that runs on a GPU, and it runs on the CPU here; use data.device='auto' or 'cpu'"
+        )
+    if config.device == "cpu" or config.loader != "dali" or device.type != "cuda":
         return None
-    return torch.cuda.current_device() if device_index is None else device_index
+    return torch.cuda.current_device() if device.index is None else device.index

@@ -18,7 +18,9 @@ from bitfleet.trainer.data.decoded_images import (
     padded_layout,
     why_broken,
 )
-from bitfleet.trainer.data.request import Batch, Geometry, Mend, Request
+from bitfleet.trainer.data.delivery import Delivery
+from bitfleet.trainer.data.device_copies import CudaCopyStream, DeviceCopies
+from bitfleet.trainer.data.request import Batch, Decoded, Geometry, Mend, Request
 from bitfleet.trainer.data.resizing import Resizer
 from bitfleet.trainer.data.sampler import Ints
 from bitfleet.trainer.distributed import job_word
@@ -71,14 +73,19 @@ class MemoryPipeline:
         keeps_memory = place.type == "cpu" or not decoded.memory.all_have_come
         self._memory = decoded.memory if keeps_memory else None
         self._grids = torch.from_numpy(window_grids(int(self._layout.widths[0]), image_size)).to(place)
-        self._resizer = None if geometry == "crop" else Resizer(geometry, image_size, num_threads)
+        copies = DeviceCopies(CudaCopyStream(device)) if device.type == "cuda" and geometry != "crop" else None
+        resized_later = geometry == "crop_bicubic" and copies is not None  # from the windows, on the GPU
+        self._delivery = Delivery(copies, image_size=image_size, of_windows=resized_later)
+        resized_here = geometry != "crop" and not resized_later
+        self._resizer = Resizer(geometry, image_size, num_threads) if resized_here else None
 
     def batches(self, requests: Iterator[Request], mend: Mend) -> Iterator[Batch]:
         """See request.Pipeline; but nothing is read ahead."""
-        batches = self._cut_out(requests, mend)
-        if self._resizer is not None:
-            batches = self._resizer.batches(self._windows(requests, mend))
-        for images, labels in batches:
+        if self._geometry != "crop":
+            windows = self._windows(requests, mend)
+            yield from self._delivery.batches(windows if self._resizer is None else self._resizer.resized(windows))
+            return
+        for images, labels in self._cut_out(requests, mend):
             yield _sent(images, self._device), _sent(labels, self._device)
 
     def _cut_out(self, requests: Iterator[Request], mend: Mend) -> Iterator[Batch]:
@@ -110,7 +117,7 @@ class MemoryPipeline:
         size = self._image_size
         return cut(self.pixels, self._grids, firsts, flips).view(len(labels), size, size, 3), labels
 
-    def _windows(self, requests: Iterator[Request], mend: Mend) -> Iterator[tuple[list[Tensor], Request]]:
+    def _windows(self, requests: Iterator[Request], mend: Mend) -> Iterator[Decoded]:
         """Yield the windows of each request, or whole images where those are resized first, and the request."""
         for request in requests:
             request = self._mended(request, mend)
@@ -123,7 +130,7 @@ class MemoryPipeline:
         if self._geometry == "resize_crop":
             return image
         (top, left), (bottom, right) = (corner[position].tolist() for corner in request.windows)
-        return image[top:bottom, left:right]
+        return image[top:bottom, left:right].contiguous()
 
     def _mended(self, request: Request, mend: Mend) -> Request:
         while self._broken[request.samples].any():

@@ -25,7 +25,7 @@ _MIN_COVERED = np.float32(0.1)  # of the image: windows of 8 to 10 % are drawn, 
 _CROP_PADDING = 32
 _WIDTH_EPSILON = float(np.float32(1e-7))
 
-_TABLE_SIZE = 1024  # weights are looked up for a position rounded to 1/1024 pixel
+TABLE_SIZE = 1024  # weights are looked up for a position rounded to 1/1024 pixel
 # Images resized at once. It bounds the memory, on a CPU to what its caches hold; a GPU needs work for each launch.
 _CPU_CHUNK, _GPU_CHUNK = 4, 32
 
@@ -144,6 +144,22 @@ def resize_windows(windows: Sequence[Tensor], flips: npt.NDArray[np.int32], size
     return torch.where(mirrored, images.flip(2), images)
 
 
+def window_facts(shapes: Sequence[Sequence[int]], flips: npt.NDArray[np.int32]) -> Tensor:
+    """Return where windows start that lie one after the other, their heights, widths and flips.
+
+    Args:
+        shapes: (height, width, 3) of each window.
+        flips: 1 to mirror left to right [N].
+
+    Returns:
+        int64 [N, 4], as bicubic_kernel.py takes it.
+    """
+    sides = np.array([shape[:2] for shape in shapes], np.int64).reshape(-1, 2)
+    num_bytes = 3 * sides.prod(axis=1)
+    assert not num_bytes.size or num_bytes.max() < 2**31, "the kernel counts the bytes of a window in int32"
+    return torch.from_numpy(np.column_stack([np.cumsum(num_bytes) - num_bytes, sides, flips.astype(np.int64)]))
+
+
 def resize_bicubic_v1(images: Tensor, heights: Tensor, widths: Tensor, size: int) -> Tensor:
     """Resize as tf.compat.v1.image.resize_bicubic(image, [size, size]) does, to the same bits.
 
@@ -207,10 +223,10 @@ def _taps(sides: Tensor, size: int) -> tuple[Tensor, Tensor]:
     scales = sides.to(torch.float32) / torch.full_like(sides, size, dtype=torch.float32)
     positions = torch.arange(size, device=sides.device, dtype=torch.float32) * scales[:, None]
     first = positions.floor()
-    offsets = ((positions - first) * _TABLE_SIZE).round_().to(torch.int64)
-    table = _weight_table(sides.device)
+    offsets = ((positions - first) * TABLE_SIZE).round_().to(torch.int64)
+    table = weight_table(sides.device)
     weights = torch.stack(
-        [table[offsets + _TABLE_SIZE], table[offsets], table[_TABLE_SIZE - offsets], table[2 * _TABLE_SIZE - offsets]]
+        [table[offsets + TABLE_SIZE], table[offsets], table[TABLE_SIZE - offsets], table[2 * TABLE_SIZE - offsets]]
     )
     steps = torch.arange(-1, 3, device=sides.device)[:, None, None]
     indices = torch.minimum((first.to(torch.int64) + steps).clamp_(min=0), sides[:, None] - 1)
@@ -218,11 +234,11 @@ def _taps(sides: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _weight_table(device: torch.device) -> Tensor:
+def weight_table(device: torch.device) -> Tensor:
     """Return the weight of a pixel at each distance 0, 1/1024, ... 2, float32 [2049]."""
     # In float64 the polynomials are exact. Kept, because making one on a GPU waits for a copy. Made outside inference mode,
     # since training uses it as well.
-    a, near, far = -0.75, np.arange(_TABLE_SIZE) / _TABLE_SIZE, 1 + np.arange(_TABLE_SIZE + 1) / _TABLE_SIZE
+    a, near, far = -0.75, np.arange(TABLE_SIZE) / TABLE_SIZE, 1 + np.arange(TABLE_SIZE + 1) / TABLE_SIZE
     weights = [((a + 2) * near - (a + 3)) * near * near + 1, ((a * far - 5 * a) * far + 8 * a) * far - 4 * a]
     with torch.inference_mode(False):
         return torch.from_numpy(np.concatenate(weights).astype(np.float32)).to(device)

@@ -58,6 +58,9 @@ class Request(NamedTuple):
         return self.part(np.setdiff1d(np.arange(len(self.samples)), positions))
 
 
+Decoded = tuple[Sequence[torch.Tensor], Request]
+"""Images of a batch, uint8 on the CPU, and the request that they are of: parts of the batch [n, image_size, image_size, 3], or an
+image each [H, W, 3], finished or a window of any size. Parts are float32 where official.py has resized them."""
 Mend = Callable[[Request, Mapping[int, str]], Request]
 """Gets a batch and, by position, why images of it cannot be read; returns another batch, or raises ValueError."""
 
@@ -68,8 +71,8 @@ class Pipeline(Protocol):
     def batches(self, requests: Iterator[Request], mend: Mend) -> Iterator[Batch]:
         """Yield images, uint8 [N, image_size, image_size, 3], and labels, int64 [N], for each request, in order.
 
-        Both are on the device and belong to the caller. A new call ends the iteration of an earlier one. Images are float32,
-        of the same scale 0..255, for the geometry crop_bicubic.
+        Both are on the device where the model runs and belong to the caller. A new call ends the iteration of an earlier one.
+        Images are float32, of the same scale 0..255, for the geometry crop_bicubic.
 
         Args:
             requests: read ahead of their consumer.

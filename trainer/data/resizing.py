@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from bitfleet.trainer.data import official
-from bitfleet.trainer.data.request import Batch, Geometry, Request
+from bitfleet.trainer.data.request import Decoded, Geometry, Request
 
 _BATCHES_BEHIND = 1
 
@@ -35,8 +35,8 @@ class Resizer:
         self._num_threads = num_threads
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="resize")
 
-    def batches(self, decoded: Iterable[tuple[Sequence[Tensor], Request]]) -> Iterator[Batch]:
-        """Yield the batch of each of `decoded`, in order: windows, uint8 [H, W, 3] on the CPU, and what they were asked for.
+    def resized(self, decoded: Iterable[Decoded]) -> Iterator[Decoded]:
+        """Yield the batch of each of `decoded`, whose images are windows, in order and in parts.
 
         An error of `decoded` comes after the batches before it.
         """
@@ -46,11 +46,11 @@ class Resizer:
             for windows, request in decoded:
                 behind.append((self._submit(windows, request), request))
                 if len(behind) > _BATCHES_BEHIND:
-                    yield self._batch(*behind.popleft())
+                    yield _finished(*behind.popleft())
         except Exception as error:
             failure = error
         while behind:
-            yield self._batch(*behind.popleft())
+            yield _finished(*behind.popleft())
         if failure is not None:
             raise failure
 
@@ -61,11 +61,6 @@ class Resizer:
             for share in shares
             if len(share)
         ]
-
-    def _batch(self, parts: list[Future[Tensor]], request: Request) -> Batch:
-        if not parts:
-            return torch.empty((0, self._image_size, self._image_size, 3), dtype=torch.uint8), request.labels
-        return torch.cat([part.result() for part in parts]), request.labels
 
     def _resize(self, windows: list[Tensor], flips: np.ndarray) -> Tensor:
         size = self._image_size
@@ -78,11 +73,14 @@ class Resizer:
         return torch.from_numpy(images)
 
 
+def _finished(parts: list[Future[Tensor]], request: Request) -> Decoded:
+    return [part.result() for part in parts], request
+
+
 def _resized(image: Tensor, height: int, width: int) -> Tensor:
     """`image`, uint8 [H, W, 3], as uint8 [1, 3, height, width] in channels_last."""
-    batch = image.contiguous()[None].permute(
-        0, 3, 1, 2
-    )  # channels_last to torch: without that the kernel first makes it planar
+    # channels_last to torch: without that the kernel first makes it planar.
+    batch = image.contiguous()[None].permute(0, 3, 1, 2)
     return interpolate(batch, size=(height, width), mode="bilinear", antialias=True)
 
 

@@ -11,9 +11,10 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
-from bitfleet.trainer.data import official
 from bitfleet.trainer.data.decoding import reason_of
-from bitfleet.trainer.data.request import Batch, Geometry, Mend, Request
+from bitfleet.trainer.data.delivery import Delivery
+from bitfleet.trainer.data.device_copies import DeviceCopies
+from bitfleet.trainer.data.request import Batch, Decoded, Geometry, Mend, Request
 from bitfleet.trainer.data.stall import result_within
 
 _BATCHES_AHEAD = 2
@@ -22,7 +23,15 @@ _BATCHES_AHEAD = 2
 class TorchPipeline:
     """Reads requests ahead of their consumer, on the CPU; Pillow lets go of the interpreter while it decodes and resizes."""
 
-    def __init__(self, *, geometry: Geometry, image_size: int, num_threads: int, stall_seconds: float) -> None:
+    def __init__(
+        self,
+        *,
+        geometry: Geometry,
+        image_size: int,
+        num_threads: int,
+        stall_seconds: float,
+        copies: DeviceCopies | None,
+    ) -> None:
         """Nothing is read yet.
 
         Args:
@@ -30,20 +39,21 @@ class TorchPipeline:
             image_size: Pixels, height and width of the output.
             num_threads: Threads that read and decode.
             stall_seconds: How long a batch may take before the disk is asked whether it answers.
+            copies: To the GPU where the model runs; None where it runs on the CPU.
         """
         Image.init()  # before the threads: they would all load Pillow's plugins at the same time
         self._geometry = geometry
         self._image_size = image_size
         self._stall_seconds = stall_seconds
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self._delivery = Delivery(copies, image_size=image_size, of_windows=geometry == "crop_bicubic")
         self._iteration: object = None
 
     def batches(self, requests: Iterator[Request], mend: Mend) -> Iterator[Batch]:
         """See request.Pipeline."""
-        for images, request in self.decoded(requests, mend):
-            yield self._batch(images, request), request.labels
+        return self._delivery.batches(self.decoded(requests, mend))
 
-    def decoded(self, requests: Iterator[Request], mend: Mend) -> Iterator[tuple[list[torch.Tensor], Request]]:
+    def decoded(self, requests: Iterator[Request], mend: Mend) -> Iterator[Decoded]:
         """Yield the images of each request, which may have been mended: finished ones, but for crop_bicubic windows."""
         self._iteration = iteration = object()
         ahead: deque[tuple[Request, list[Future[torch.Tensor | None]]]] = deque()
@@ -67,13 +77,6 @@ class TorchPipeline:
                 ahead.appendleft((request, self._submit(request)))
                 continue
             yield [image for image in given if image is not None], request
-
-    def _batch(self, images: list[torch.Tensor], request: Request) -> torch.Tensor:
-        if not images:
-            return torch.empty((0, self._image_size, self._image_size, 3), dtype=torch.uint8)
-        if self._geometry == "crop_bicubic":
-            return official.resize_windows(images, request.flips, self._image_size)
-        return torch.stack(images)
 
     def _submit(self, request: Request) -> list[Future[torch.Tensor | None]]:
         return [self._threads.submit(self._image, request, position) for position in range(len(request.samples))]

@@ -8,6 +8,8 @@ from bitfleet.trainer.reproduce.papers import Paper
 
 TOP = ("epochs", "global_batch_size", "init", "init_scales")
 ENGINE = ("precision", "grad_comm_dtype", "max_grad_norm", "deepspeed")
+EXACT = ("auto", "fp32", "tf32")
+"""Precisions that leave the recipe as it is: TensorFlow computes fp32 products in TF32 on GPUs that have it."""
 MACHINE = "root device num_threads loader memory_gib val_batch_size on_bad_sample max_bad_samples stall_seconds".split()
 """Fields of `data` that change no number, or only its last bits; what is left out of the data is counted."""
 
@@ -65,6 +67,8 @@ def recipe(config: TrainConfig) -> dict[str, Any]:
     resolved = to_dict(config)
     data = {key: value for key, value in resolved["data"].items() if key not in MACHINE}
     engine = {key: resolved["engine"][key] for key in ENGINE}
+    if engine["precision"] in EXACT:
+        engine["precision"] = "fp32 or tf32"
     top = {key: resolved[key] for key in TOP}
     return dict(_flat({**top, "model": resolved["model"], "data": data, "optim": resolved["optim"], "engine": engine}))
 

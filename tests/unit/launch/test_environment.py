@@ -1,14 +1,20 @@
-"""What a thread's failure prints."""
+"""What a process sets before its ranks meet, and what its failures print."""
 
+import dataclasses
 import errno
 import os
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import pytest
 
-from bitfleet.launch.environment import _thread_failed, complete_environment
+from bitfleet.configs import load_config
+from bitfleet.launch.environment import _thread_failed, complete_environment, job
+from bitfleet.trainer import arithmetic, distributed
+from bitfleet.trainer.engine_options import EngineConfig
+from bitfleet.trainer.membership import membership
 
 
 def fail(error: Exception) -> None:
@@ -62,6 +68,27 @@ def test_closed_output_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_gpu_without_memory_is_one_sentence() -> None:
+    code = """
+import torch
+from bitfleet.launch.environment import run
+def main():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79 GiB of which 1 MiB is free. And")
+run(main)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("bitfleet: error: a GPU of ")
+    assert "(Tried to allocate 2.00 GiB. GPU 0 has 79 GiB of which 1 MiB is free): use smaller batches, or" in line
+
+
 def test_environment_is_completed_once_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT BITFLEET_ALONE".split()
     for name in names:
@@ -72,3 +99,21 @@ def test_environment_is_completed_once_and_again(monkeypatch: pytest.MonkeyPatch
     assert (first["WORLD_SIZE"], first["BITFLEET_ALONE"]) == ("1", "1")
     complete_environment()
     assert {name: os.environ[name] for name in names} == first
+
+
+def test_arithmetic_is_set_before_the_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS and NCCL read it when they start."""
+    for name in "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT BITFLEET_ALONE".split():
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    order: list[Any] = []
+    monkeypatch.setattr(arithmetic, "use_arithmetic", lambda device, config: order.append((device.type, config)))
+    monkeypatch.setattr(distributed, "use_device", lambda *_: order.append("device"))
+    monkeypatch.setattr(type(membership), "join", lambda *_: order.append("met"))
+    config = load_config("fashion_quickstart")
+    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision="bf16"))
+    for each, expected in ((config, config.engine), (None, EngineConfig())):
+        order.clear()
+        with pytest.raises((AttributeError, TypeError)), job("cpu", each):  # `join` is none
+            pass
+        assert order == [("cpu", expected), "device", "met"]

@@ -1,6 +1,6 @@
 import pytest
 
-from bitfleet.launch.options import take_flag, take_number, take_option
+from bitfleet.launch.options import take_flag, take_list, take_number, take_option
 
 
 def test_take_option() -> None:
@@ -24,3 +24,11 @@ def test_take_flag() -> None:
     assert take_flag(["a", "--x", "b"], "--x") == (True, ["a", "b"])
     assert take_flag(["a"], "--x") == (False, ["a"])
     assert take_flag(["--x-y"], "--x_y") == (True, [])
+
+
+def test_take_list() -> None:
+    assert take_list(["a", "--x", "1", "2", "--y", "b"], "--x") == (["1", "2"], ["a", "--y", "b"])
+    assert take_list(["--x-y", "1"], "--x_y") == (["1"], [])
+    assert take_list(["a", "--y", "b"], "--x") == ([], ["a", "--y", "b"])
+    with pytest.raises(ValueError, match="--x needs a value"):
+        take_list(["--x", "--y", "1"], "--x")

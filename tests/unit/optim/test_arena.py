@@ -25,7 +25,7 @@ from bitfleet.optim import (
 )
 from bitfleet.optim.buckets import make_buckets
 from bitfleet.optim.counter_random import uniform
-from bitfleet.optim.routed import RULES
+from bitfleet.optim.routed import RULES, numbers_of
 from bitfleet.optim.shard_state import chunks
 
 SHAPE, STEPS = (6, 5, 3, 3), 150
@@ -200,7 +200,9 @@ def test_every_cut_gives_the_state_of_the_whole(name: str, world_size: int) -> N
                 used = [step > 0 or segment.name != "p2" for segment in bucket.segments]
                 for segment in bucket.segments:
                     flat[segment.start : segment.end] = each[int(segment.name[1])].reshape(-1)
-                bucket.update_(flat[bucket.begin : bucket.end].clone(), used)
+                for run in bucket.advance(used):
+                    grad = flat[bucket.begin : bucket.end].clone()
+                    bucket.update_(grad, run, numbers_of(bucket.group, run.step), None)
             for chunk in chunks([bucket]):
                 found.setdefault((chunk.key, chunk.name), []).append((chunk.offset, chunk.tensor))
     for index, param in enumerate(params):

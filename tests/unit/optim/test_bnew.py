@@ -13,6 +13,7 @@ from bitfleet.optim.bnew import phase_schedules
 from bitfleet.optim.buckets import Bucket, make_buckets
 from bitfleet.optim.counter_random import uniform
 from bitfleet.optim.latent import glorot_limit
+from bitfleet.optim.routed import numbers_of
 
 GROUP = {"rule": "bnew", "latent_lr": 0.05, "rho": 0.02, "free": 1.0, "seed": 3}
 
@@ -99,7 +100,8 @@ def test_slices_have_the_bits_of_the_whole() -> None:
         flat = torch.zeros(buckets[0].weights.numel())
         flat[: grad.numel()] = grad.flatten()
         for bucket in buckets:
-            bucket.update_(flat[bucket.begin : bucket.end], [True])
+            for run in bucket.advance([True]):
+                bucket.update_(flat[bucket.begin : bucket.end], run, numbers_of(bucket.group, run.step), None)
     joined = torch.cat([bucket.weights[bucket.begin : bucket.end] for bucket in buckets])[: whole.numel()]
     assert torch.equal(joined, whole.detach().flatten())
 

@@ -1,26 +1,42 @@
 import concurrent.futures
 import itertools
 import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from bitfleet.optim import bop2ndorder_step_, bop_step_, kernels
+from bitfleet import c_library
+from bitfleet.optim import bop2ndorder_step_, bop_step_, kernels, triton_kernels
 from bitfleet.optim.bits import pack_signs, unpack_signs
-from bitfleet.optim.bop2ndorder import Correction
+from bitfleet.optim.bop2ndorder import EPS, Correction
 from bitfleet.optim.kernels import bop2ndorder_bits_, bop_bits_
+from tests.conftest import run_command
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 CORRECTIONS = ["none", "as_coded", "adam"]
 PATHS = [
     pytest.param("kernel", marks=needs_compiler),
     "torch",
-    pytest.param("compiled", marks=[needs_compiler, pytest.mark.slow]),
+    *(["triton"] if triton.knobs.runtime.interpret else []),
 ]
+"""Triton's interpreter, which runs kernels on tensors of the CPU, has to be chosen before Triton is imported: see
+`test_under_the_interpreter_of_triton`."""
+
+
+def update_interpreted(part: kernels.Slice, rates: kernels.Rates, finite: Tensor | None) -> None:
+    with np.errstate(all="ignore"):
+        triton_kernels.launch_update(*part, **kernels._on_device(rates, finite, part.bits.device), eps=EPS)
 
 
 @pytest.fixture(params=PATHS)
@@ -28,9 +44,8 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Every implementation; the kernel on three threads, eager torch in small chunks."""
     if request.param != "kernel":
         monkeypatch.setattr(kernels, "kernel_library", lambda: None)
-    if request.param == "compiled":
-        monkeypatch.setattr(kernels, "_update_chunked_", kernels._update_compiled_)
-        monkeypatch.setattr(kernels, "_warn_of_eager", pytest.fail)
+    if request.param == "triton":
+        monkeypatch.setattr(kernels, "_update_chunked_", update_interpreted)
     monkeypatch.setattr(kernels, "num_threads", lambda numel: 3)
     monkeypatch.setattr(kernels, "CHUNK", 1024)
     return str(request.param)
@@ -93,13 +108,12 @@ class Twins:
             assert_same_bits(moment, expected)
 
 
-@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", [*CORRECTIONS, "bop"])
-def test_bits_of_the_eager_rule(rule: Correction, dtype: torch.dtype) -> None:
+def test_bits_of_the_eager_rule(rule: Correction, dtype: torch.dtype, path: str) -> None:
     twins = Twins(2056)
     num_flips = 0
-    for step in range(1, 201):
+    for step in range(1, 41 if path == "triton" else 201):  # Triton's interpreter is slow
         before = twins.weight.clone()
         grad = wild_grad(2056, twins.generator).to(dtype)
         threshold = 0.02 / step if rule != "as_coded" else 2.0 / step  # schedules move
@@ -110,7 +124,7 @@ def test_bits_of_the_eager_rule(rule: Correction, dtype: torch.dtype) -> None:
         num_flips += int((before != twins.weight).sum())
         if step % 20 == 0:
             twins.check_moments()
-    assert num_flips > 2000
+    assert num_flips > (400 if path == "triton" else 2000)
     assert twins.moments[0].isnan().any()
     assert (twins.moments[0].abs().lt(1e-39) & twins.moments[0].ne(0)).any()
 
@@ -210,7 +224,7 @@ def test_built_once_and_again_when_damaged(new_library: Path, monkeypatch: pytes
 def test_several_build_at_once(new_library: Path) -> None:
     compiler = str(shutil.which("cc"))
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        built = [pool.submit(kernels._load, compiler, kernels.FLAGS) for _ in range(4)]
+        built = [pool.submit(c_library.load_built, kernels.SOURCE, compiler, c_library.FLAGS) for _ in range(4)]
         assert all(future.result().update_bits for future in built)
     assert [path.suffix for path in new_library.iterdir()] == [".so"]
 
@@ -263,40 +277,110 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITFLEET_CACHE", "/own")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     monkeypatch.setenv("HOME", "/home/me")
-    assert kernels._cache_folder() == Path("/own")
+    assert c_library._cache_folder() == Path("/own")
     monkeypatch.delenv("BITFLEET_CACHE")
-    assert kernels._cache_folder() == Path("/xdg/bitfleet")
+    assert c_library._cache_folder() == Path("/xdg/bitfleet")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert kernels._cache_folder() == Path("/home/me/.cache/bitfleet")
+    assert c_library._cache_folder() == Path("/home/me/.cache/bitfleet")
 
 
-def test_one_warning_where_torch_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object) -> None:
-        raise torch._dynamo.exc.TorchDynamoException("no Triton here")
-
-    twins = Twins(1024)
-    grad = torch.randn(1024, generator=twins.generator)
-    bop_step_(twins.weight, grad, twins.moments[0], gamma=1.0, threshold=0.5)
-    monkeypatch.setattr(kernels, "_cannot_compile", False)
-    monkeypatch.setattr(kernels, "_compiled", lambda: fail)
-    part = kernels._Slice(twins.bits, grad, twins.moments_of_bits[0])
-    with pytest.warns(RuntimeWarning, match="no Triton here"):
-        kernels._update_compiled_(part, kernels._Rates(1.0, 1.0, 0.5))
-    twins.check_weights()
-    twins.check_moments()
-    monkeypatch.setattr(kernels, "_compiled", pytest.fail)
-    kernels._update_compiled_(part, kernels._Rates(1.0, 1.0, 0.5))  # an error if it warned or compiled again
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="is under it")
+def test_under_the_interpreter_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    done = run_command([sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "triton", __file__], timeout=300)
+    assert done.returncode == 0, done.stdout
+    assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) >= 20
 
 
-@needs_compiler
-@pytest.mark.slow
-def test_compiles_once_for_all_sizes_and_rates() -> None:
-    def update_(numel: int, rate: float) -> None:
-        part = kernels._Slice(torch.zeros(numel // 8, dtype=torch.uint8), *(torch.zeros(numel) for _ in range(3)))
-        kernels._update_compiled_(part, kernels._Rates(rate, rate, rate, (rate, rate)))
+def test_packs_and_unpacks(path: str) -> None:
+    """Against NumPy, in the order of the bits that ranks exchange."""
+    weights = wild_grad(2056, torch.Generator().manual_seed(3))
+    expected = np.packbits(weights.numpy() >= 0, bitorder="little")
+    bits = torch.empty(257, dtype=torch.uint8)
+    pack = triton_kernels.launch_pack if path == "triton" else pack_signs
+    pack(weights, bits)
+    assert np.array_equal(bits.numpy(), expected)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        out = torch.empty(2056, dtype=dtype)
+        unpack = triton_kernels.launch_unpack if path == "triton" else unpack_signs
+        unpack(bits, out)
+        assert torch.equal(out, torch.where(weights >= 0, 1.0, -1.0).to(dtype))
 
-    update_(640, 0.1)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        update_(6400, 0.2)
-        update_(64, 1e-7)
-        update_(100_032, 1.0)
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="nothing is compiled under the interpreter")
+@pytest.mark.parametrize("corrected", [False, True])
+def test_triton_compiles_for_a_gpu_without_fused_multiply_adds(corrected: bool) -> None:
+    """As PTX for an H100, which needs no GPU: the operations that round as the CPU does, and 128-bit loads and stores."""
+    kernel = triton_kernels._update
+    pointers = ["*u8", "*fp32", "*fp32", "*fp32", *5 * ["*fp32"], "*i1"]
+    types = dict(zip(kernel.arg_names, [*pointers, "i32", "fp32", *4 * ["constexpr"]], strict=True))
+    aligned = {(place,): [["tt.divisibility", 16]] for place in range(9)}
+    constants = {"BF16": False, "SECOND": True, "CORRECTED": corrected, "BLOCK": triton_kernels.BLOCK}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
+    ptx = compiled.asm["ptx"]
+    assert "fma" not in ptx
+    assert "div.rn.f32" in ptx
+    assert "sqrt.rn.f32" in ptx
+    assert not re.search(r"(div|sqrt)\.(approx|full)|\.ftz", ptx)
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 6
+    assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == 4
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("has_second", [False, True])
+def test_nothing_changes_unless_finite(has_second: bool) -> None:
+    twins = Twins(520)
+    grad = wild_grad(520, twins.generator)
+    twins.moments_of_bits[0].normal_(generator=twins.generator)
+    second = twins.moments_of_bits[1] if has_second else None
+    part = kernels.Slice(twins.bits, grad, twins.moments_of_bits[0], second)
+    before = [tensor.clone() for tensor in (twins.bits, *twins.moments_of_bits)]
+    for finite in (False, True):
+        kernels.flip_packed_(part, kernels.Rates(0.5, 0.5, 0.1), torch.tensor(finite))
+        after = (twins.bits, *twins.moments_of_bits[: 1 + has_second])
+        for old, new in zip(before, after, strict=False):
+            assert torch.equal(old.view(torch.uint8), new.view(torch.uint8)) == (not finite)
+
+
+@pytest.mark.usefixtures("path")
+def test_rates_may_be_tensors() -> None:
+    one, other = Twins(520), Twins(520)
+    for step in range(1, 5):
+        grad = torch.randn(520, generator=one.generator)
+        rates, divisors = (0.1 / step, 0.03, 0.2), (0.7, 0.3 / step)
+        for twins in (one, other):
+            part = kernels.Slice(twins.bits, grad, *twins.moments_of_bits)
+            make = torch.tensor if twins is other else float
+            kernels.flip_packed_(part, kernels.Rates(*map(make, rates), tuple(map(make, divisors))))
+    assert torch.equal(one.bits, other.bits)
+    assert torch.equal(torch.stack(one.moments_of_bits), torch.stack(other.moments_of_bits))
+
+
+@pytest.fixture
+def new_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process."""
+    monkeypatch.setattr(kernels._Triton, "works", False)
+    monkeypatch.setattr(kernels._Triton, "fails", False)
+
+
+@pytest.mark.usefixtures("new_triton")
+def test_one_warning_where_triton_does_not_work() -> None:
+    """Whatever it raises: without Python.h it is a CalledProcessError of gcc."""
+
+    def fail(_: object) -> None:
+        raise subprocess.CalledProcessError(1, ["gcc", "launcher.c"])
+
+    with pytest.warns(RuntimeWarning, match="eager torch.*gcc"):
+        assert not kernels.on_gpu(fail)
+    assert not kernels.on_gpu(pytest.fail)  # neither launched nor warned of again
+
+
+@pytest.mark.usefixtures("new_triton")
+def test_an_error_after_a_launch_that_worked_is_raised() -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    assert kernels.on_gpu(lambda _: None)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        kernels.on_gpu(fail)

@@ -11,7 +11,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("cc") is None or shutil.which("
 
 def test_format_steps() -> None:
     rows = [
-        Row(numel, name, 0.5, 28.0, 1.0, 0.9)
+        Row(numel, name, 0.5, 28.0, 1.0, 0.9, 0.8)
         for numel in (640, 1280)
         for name in ("AdamW fused", "pack fp32", "unpack to fp32")
     ]
@@ -19,7 +19,7 @@ def test_format_steps() -> None:
     lines = text.splitlines()
     assert lines[0] == f"640 weights, {torch.get_num_threads()} threads"
     assert lines[6] == f"1,280 weights, {torch.get_num_threads()} threads"
-    assert lines[2].split() == ["AdamW", "fused", "0.500", "28.00", "1.000", "0.900"]
+    assert lines[2].split() == ["AdamW", "fused", "0.500", "28.00", "1.000", "0.900", "0.800"]
     assert lines[5].split() == ["pack", "fp32", "+", "unpack", "to", "fp32", "1.000"]
     assert lines[-1] == "first step of the kernel on bits: 1.23 s cold, 0.05 s warm"
 
@@ -50,10 +50,11 @@ def without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("without_deepspeed")
 def test_bench_step() -> None:
     rows = bench_step.bench_step([64_000], num_rounds=2)
-    assert len({row.name for row in rows}) == len(rows) == 12
+    assert len({row.name for row in rows}) == len(rows) == 13
     assert all(row.ns_per_weight > 0 for row in rows)
     by_name = {row.name: row for row in rows}
     assert by_name[bench_step.REFERENCE].ratio == by_name[bench_step.LIMIT].limit_fraction == 1.0
+    assert by_name[bench_step.COPY].copy_fraction == 1.0
     assert by_name["kernel on bits, fp32 gradients"].ratio < by_name["eager rule on fp32 weights"].ratio
 
 

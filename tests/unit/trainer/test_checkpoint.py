@@ -196,6 +196,18 @@ def test_tools_name_the_first_difference(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("process_group")
+def test_saving_from_the_cpu_starts_no_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("CUDA was asked for")
+
+    model, optimizer = build(0, sharded=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("synchronize", "current_device", "current_stream", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, fail)
+    assert save(tmp_path, model, optimizer, 3).is_dir()
+
+
+@pytest.mark.usefixtures("process_group")
 def test_failed_save_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = build(0, sharded=True)
     saver = Saver(tmp_path, CheckpointConfig(), ALONE, dict)

@@ -5,7 +5,7 @@ import pytest
 
 from bitfleet.configs import available, load_config
 from bitfleet.optim import OptimConfig, TransitionConfig
-from bitfleet.trainer.config import from_dict, resolve_replicas, to_dict
+from bitfleet.trainer.config import from_dict, resolve_replicas, to_dict, with_precision
 from bitfleet.trainer.engine_options import EngineConfig
 from bitfleet.trainer.metrics import MetricsConfig
 
@@ -62,3 +62,15 @@ def test_diagnostics_want_sharded_bits() -> None:
             engine=EngineConfig(sharding="zero1"),
             metrics=MetricsConfig(diagnostics=True),
         )
+
+
+def test_precision_is_that_of_the_device_or_of_the_run_that_is_continued() -> None:
+    config = load_config("fashion_quickstart")
+    asked = dataclasses.replace(config, engine=EngineConfig(precision="bf16"))
+    for before, cpu, gpu in ((None, "fp32", "tf32"), ("fp32", "fp32", "fp32"), ("bf16", "bf16", "bf16")):
+        assert with_precision(config, "cpu", before).engine.precision == cpu
+        assert with_precision(config, "cuda", before).engine.precision == gpu
+        assert with_precision(asked, "cuda", before) == asked
+    assert with_precision(config, "cuda", "tf32").engine.precision == "tf32"
+    with pytest.raises(ValueError, match="begun on a GPU in precision tf32, which a CPU does not have: continue it on"):
+        with_precision(config, "cpu", "tf32")

@@ -1,6 +1,7 @@
 """Every verdict of the doctor, from made-up facts of two hosts with two ranks each."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ import pytest
 import torch
 
 from bitfleet.launch.doctor import doctor
+from bitfleet.trainer import doctor_facts
 from bitfleet.trainer.data import DataConfig
 from bitfleet.trainer.data.readable import Readable, readable
 from bitfleet.trainer.distributed import Ranks
 from bitfleet.trainer.doctor import all_checks, format_checks
-from bitfleet.trainer.doctor_facts import Facts, collect_facts, free_where_writable
+from bitfleet.trainer.doctor_facts import Facts, collect_facts, compare_kernel, free_where_writable
 from bitfleet.trainer.doctor_network import Network, Pair, measure_network
 from bitfleet.trainer.doctor_table import Check
 
@@ -47,6 +49,9 @@ def healthy(rank: int) -> Facts:
         open_files=65536,
         compiler="/usr/bin/g++",
         kernels=None,
+        c_compiler="/usr/bin/gcc",
+        python_header=True,
+        gpu_kernel="",
         config="cd" * 32,
         data=GOOD_DATA,
     )
@@ -77,7 +82,7 @@ def everywhere(**fields: Any) -> list[tuple[int, dict[str, Any]]]:
 def test_healthy_ranks_pass() -> None:
     checks = judge()
     assert {check.verdict for check in checks.values()} == {"OK"}
-    assert len(checks) == 21
+    assert len(checks) == 23
     assert checks["devices"].value == "2 x H100"
     assert checks["data"].value == f"{GOOD_DATA.summary}, sha256 abababababab, read from every rank"
 
@@ -139,6 +144,11 @@ CASES: list[Case] = [
     ("open files", lambda: judge((2, {"open_files": 512})), "WARN", "512 to 65,536"),
     ("open files", lambda: judge((2, {"open_files": 64})), "FAIL", "64 to 65,536"),
     ("C++ compiler", lambda: judge((2, {"compiler": None})), "WARN", "none on node1 (rank 2)"),
+    ("C compiler", lambda: judge((2, {"c_compiler": None})), "WARN", "none, Python.h on node1 (rank 2)"),
+    ("C compiler", lambda: judge((2, {"python_header": False})), "WARN", "gcc, no Python.h on node1 (rank 2)"),
+    ("C compiler", lambda: judge(*everywhere(python_header=False, **CPU)), "OK", "gcc, no Python.h"),
+    ("GPU kernels", lambda: judge((2, {"gpu_kernel": "no ptxas"})), "FAIL", "not as they should be on node1 (rank 2)"),
+    ("GPU kernels", lambda: judge(*everywhere(gpu_kernel=None)), "OK", "no GPU"),
     ("CPU kernels", lambda: judge((2, {"kernels": "no C compiler"})), "WARN", "eager torch on node1 (rank 2)"),
     ("configuration", lambda: judge((2, {"config": "ef" * 32})), "FAIL", "efefefefefef on node1 (rank 2)"),
     ("data", lambda: judge((2, {"data": Readable("", "", 0, "gone")})), "FAIL", "not readable on node1 (rank 2)"),
@@ -198,12 +208,37 @@ def test_table_has_a_line_a_check_and_what_to_do() -> None:
 
 def test_facts_of_this_machine_are_collected() -> None:
     ranks = Ranks(0, 1, 0, 1)
-    facts = collect_facts(None, ranks)
+    facts = collect_facts(None, ranks, torch.device("cpu"))
     assert facts.versions["torch"] == torch.__version__.split("+")[0]
     assert facts.free_memory > 0
     assert facts.kernels is None
-    assert (facts.config, facts.data) == (None, None)
+    assert (facts.config, facts.data, facts.gpu_kernel) == (None, None, None)
+    assert facts.c_compiler is not None
     assert measure_network(ranks, torch.device("cpu")) is None
+
+
+def test_kernel_is_built_run_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU in place of a GPU."""
+    assert compare_kernel(torch.device("cpu")) == ""
+    calls: list[int] = []
+
+    def wrong_the_second_time(bits: torch.Tensor, *moments: torch.Tensor, **rates: Any) -> None:
+        calls.append(len(calls))
+        bits[0] ^= calls[-1]
+
+    def slow(*tensors: torch.Tensor, **rates: Any) -> None:
+        warnings.warn("the flip rule runs in eager torch, many times slower: no gcc", RuntimeWarning, 2)
+
+    def broken(*tensors: torch.Tensor, **rates: Any) -> None:
+        raise OSError("libcuda.so cannot be loaded\nat all")
+
+    for kernel, problem in (
+        (wrong_the_second_time, "its bits are not those of the CPU"),
+        (slow, "the flip rule runs in eager torch, many times slower: no gcc"),
+        (broken, "OSError: libcuda.so cannot be loaded"),
+    ):
+        monkeypatch.setattr(doctor_facts, "bop2ndorder_bits_", kernel)
+        assert compare_kernel(torch.device("cpu")) == problem
 
 
 def test_a_folder_that_takes_no_files_has_no_room(tmp_path: Path) -> None:

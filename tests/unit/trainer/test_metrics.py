@@ -82,12 +82,12 @@ def test_flip_ratio_counts_changed_binary_weights() -> None:
         model[0].weight[0, 0] *= -1
         model[2].weight[:2] *= -1
         model[1].weight *= -1
-    assert flips.after_step() == {
+    assert flips.flip_ratios(flips.take().tolist()) == {
         "flip_ratio": 9 / 40,
         "flip_ratio/0.weight": 1 / 8,
         "flip_ratio/2.weight": 8 / 32,
     }
-    assert FlipCounter(nn.Linear(2, 2)).after_step() == {}
+    assert FlipCounter(nn.Linear(2, 2)).flip_ratios([]) == {}
 
 
 def test_stopwatch_leaves_out_what_was_not_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,12 +144,13 @@ def test_meter_does_not_depend_on_order_or_interruption() -> None:
     resumed.add(losses.flip(0)[30:], logits.expand(34, -1), labels.expand(34))
     resumed.keep()
     resumed.add(torch.tensor(float("nan")), logits, labels)
-    resumed.forget()
+    resumed.end_step(False)
     assert one.read() == resumed.read()
 
 
 @pytest.mark.usefixtures("process_group")
-def test_skipped_step_leaves_no_trace_in_the_statistics() -> None:
+@pytest.mark.parametrize("updated", [False, torch.tensor(False)])
+def test_skipped_step_leaves_no_trace_in_the_statistics(updated: bool | torch.Tensor) -> None:
     model = nn.Sequential(nn.BatchNorm1d(3))
     statistics = RunningStatistics(model, num_replicas=2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -157,7 +158,7 @@ def test_skipped_step_leaves_no_trace_in_the_statistics() -> None:
         statistics.start_replica()
         model(torch.full((4, 3), float("nan")))
         statistics.end_replica()
-    statistics.abandon_step()
+    statistics.end_step(updated)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -193,7 +194,7 @@ def test_running_statistics_of_a_model_without_any() -> None:
     statistics.start_replica()
     statistics.end_replica()
     statistics.end_step()
-    assert statistics.flat.numel() == 0
+    assert statistics.numel == 0
 
 
 def test_a_real_weight_flips_with_its_sign() -> None:
@@ -205,4 +206,4 @@ def test_a_real_weight_flips_with_its_sign() -> None:
         flips = FlipCounter(model)
         flips.before_step()
         model.weight.copy_(torch.tensor([[0.4, 0.1, -0.1, 1.0]]))
-    assert flips.after_step()["flip_ratio"] == 0.5
+    assert flips.flip_ratios(flips.take().tolist())["flip_ratio"] == 0.5

@@ -14,6 +14,8 @@ from bitfleet.trainer.engine_options import EngineConfig
 from bitfleet.trainer.plan import (
     Cluster,
     Estimate,
+    Mode,
+    all_modes,
     efficiency_of,
     estimate,
     find_limit,
@@ -22,6 +24,7 @@ from bitfleet.trainer.plan import (
     scan,
 )
 from bitfleet.trainer.plan_rates import GPUS, Rates, numbers, published, read_rates, write_rates
+from bitfleet.trainer.plan_table import format_launches
 from bitfleet.trainer.plan_traffic import Message, describe
 
 XNOR = load_config("xnornet_imagenet")
@@ -35,7 +38,9 @@ def rates(**changes: float | str) -> Rates:
         "device": "gpu",
         "cores": 8.0,
         "flops_per_second": 1e30,
-        "module_seconds": 1e-30,
+        "launch_seconds": 1e-30,
+        "graph_seconds": 1e-30,
+        "node_seconds": 1e-30,
         "whole_ns": 1e-30,
         "update_ns": 1e-30,
         "plain_update_ns": 1e-30,
@@ -77,18 +82,56 @@ def test_ranks_share_the_cores_of_a_cpu() -> None:
         assert e.step == pytest.approx(e.compute + e.data)
         assert e.binding == "compute"
     # What each rank does whatever its batch grows with the ranks.
-    cpu = rates(device="cpu", module_seconds=0.001 / network.num_modules)
+    kernels = estimate(SMALL, network, cpu, cluster(ranks_per_node=4, cores=2)).kernels
+    cpu = rates(device="cpu", launch_seconds=0.001 / kernels.micro_batch)
     assert estimate(SMALL, network, cpu, cluster(ranks_per_node=4, cores=2)).step == pytest.approx(0.002)
 
 
 def test_launches_bind_where_a_batch_is_small() -> None:
     network = describe(XNOR)
-    gpu = rates(flops_per_second=6 * network.macs * 1000, module_seconds=0.5 / network.num_modules)
-    assert estimate(XNOR, network, gpu, cluster()).binding == "launches"
-    assert estimate(XNOR, network, gpu, cluster(ranks_per_node=1)).binding == "compute"
+    kernels = estimate(XNOR, network, rates(), cluster(ranks_per_node=2)).kernels
+    # 512 images of a rank take 0.5 s, and so do the launches.
+    gpu = rates(flops_per_second=6 * network.macs * 1024, launch_seconds=0.5 / kernels.step)
+    few, many = (estimate(XNOR, network, gpu, cluster(ranks_per_node=number)) for number in (4, 1))
+    assert (few.binding, many.binding) == ("launches", "compute")
+    # On 4 ranks the halving has a round more for each bucket.
+    assert few.step == few.launches == pytest.approx(0.5 * few.kernels.step / kernels.step)
+    assert few.kernels.exchange > kernels.exchange
     # Two micro-batches a rank are launched twice.
-    twice = estimate(dataclasses.replace(XNOR, num_replicas=16), network, gpu, cluster())
-    assert twice.launches == pytest.approx(1.0)
+    twice = estimate(dataclasses.replace(XNOR, num_replicas=8), network, gpu, cluster(ranks_per_node=4))
+    assert twice.kernels.num_micro_batches == 2
+    assert twice.launches > 1.7 * few.launches
+
+
+def test_what_a_cuda_graph_saves() -> None:
+    network = describe(XNOR)
+    gpu = rates(launch_seconds=1e-5, graph_seconds=3e-5, node_seconds=1e-6)
+    modes = all_modes(XNOR, network, gpu, cluster(ranks_per_node=1))
+    for compiled in (False, True):
+        host, graph = modes[Mode(compiled, False)], modes[Mode(compiled, True)]
+        assert host.kernels == graph.kernels
+        assert host.step == host.launches == pytest.approx(host.kernels.step * 1e-5)
+        assert graph.step == graph.launches == pytest.approx(3e-5 + host.kernels.step * 1e-6)
+    eager, after_compile = modes[Mode(False, False)], modes[Mode(True, False)]
+    assert after_compile.kernels.step < eager.kernels.step
+    assert estimate(XNOR, network, gpu, cluster(ranks_per_node=1)) == eager
+    # A step that the device needs longer for is not shortened below that.
+    slow = dataclasses.replace(gpu, flops_per_second=6 * network.macs * 1024 / 1e-3)
+    graph = all_modes(XNOR, network, slow, cluster(ranks_per_node=1))[Mode(False, True)]
+    assert graph.step == pytest.approx(1e-3)
+    text = format_launches(modes, Mode(False, False))
+    assert f"{eager.kernels.step:9}{1e3 * eager.launches:10.2f}{1e3 * eager.step:12.2f}" in text[2]
+    assert re.search(
+        r"A CUDA graph launches the step in .* ms instead of .* \(\d\d%\): Python and kernel launches bind", text[-1]
+    )
+
+
+def test_a_cpu_pays_launches_besides_the_update() -> None:
+    network = describe(SMALL)
+    cpu = rates(device="cpu", launch_seconds=1e-6)
+    e = estimate(SMALL, network, cpu, cluster(ranks_per_node=1, cores=1))
+    assert e.step == pytest.approx(1e-6 * e.kernels.micro_batch)
+    assert e.kernels.step > e.kernels.micro_batch
 
 
 def test_cores_that_decode_for_gpus_are_shared_and_copies_are_paid() -> None:
@@ -120,7 +163,7 @@ def test_gradients_hide_behind_backward_but_the_last_bucket_and_the_gather_do_no
 
 
 def test_with_8_gpus_a_node_halving_is_the_fastest() -> None:
-    published_rates, nodes = published("h100", "fp32"), cluster(num_nodes=8, link=5e10, cores=112.0)
+    published_rates, nodes = published("h100", "tf32", 224), cluster(num_nodes=8, link=5e10, cores=112.0)
     network = describe(XNOR)
     mine = estimate(XNOR, network, published_rates, nodes)
     others = other_shardings(XNOR, network, published_rates, nodes)
@@ -176,13 +219,25 @@ def test_a_scan_goes_as_far_as_the_batch_divides() -> None:
 
 def test_published_rates_name_their_sources() -> None:
     for gpu in GPUS:
-        for precision in ("fp32", "bf16"):
-            found = published(gpu, precision)  # type: ignore[arg-type]
+        flops = []
+        for precision in ("fp32", "tf32", "bf16"):
+            found = published(gpu, precision, 224)  # type: ignore[arg-type]
             assert all(found.sources[name] for name in numbers(found))
             assert all(math.isfinite(value) for value in numbers(found).values())
-    assert published("h100", "bf16").flops_per_second > published("a100", "bf16").flops_per_second
+            flops.append(found.flops_per_second)
+        assert flops == sorted(flops)
+        assert published(gpu, "fp16", 224) == published(gpu, "bf16", 224)
+    assert published("h100", "bf16", 224).flops_per_second > published("a100", "bf16", 224).flops_per_second
     with pytest.raises(ValueError, match="there are published rates for a100, h100, not for 'v100'"):
-        published("v100", "fp32")
+        published("v100", "fp32", 224)
+
+
+def test_small_images_are_decoded_faster_than_photos() -> None:
+    photo, small, large = (published("h100", "bf16", size) for size in (224, 56, 448))
+    assert small.decode_seconds == pytest.approx(photo.decode_seconds / 16)
+    assert small.core_decode_seconds == pytest.approx(photo.core_decode_seconds / 16)
+    assert "assumed for images of 56 pixels" in small.sources["decode_seconds"]
+    assert large == photo
 
 
 def test_rates_survive_their_file(tmp_path: Path) -> None:
@@ -200,6 +255,12 @@ def test_rates_survive_their_file(tmp_path: Path) -> None:
         path.write_text(json.dumps(values | broken))
         with pytest.raises(ValueError, match=f"is no file of rates .*{word}"):
             read_rates(path)
+    old = {name: value for name, value in values.items() if name != "launch_seconds"} | {"module_seconds": 5e-5}
+    path.write_text(json.dumps(old))
+    with pytest.raises(
+        ValueError, match="rates.json has module_seconds, of a bitfleet .*: measure again with deepspeed"
+    ):
+        read_rates(path)
 
 
 def test_command_prints_the_answer_the_table_and_the_sources(
@@ -212,8 +273,10 @@ def test_command_prints_the_answer_the_table_and_the_sources(
         r"^8 nodes with 8 GPUs each: [\d,]+ images/s, .* hours for 100 epochs of .*; the network binds\.$", output, re.M
     )
     assert re.search(r"^More than \d nodes do not help: \d+ give \d+% more images/s\.$", output, re.M)
-    assert len(re.findall(r"^ +(> )?\d+ +\d+ +\d+ .* (data|compute|network)$", output, re.M)) == 8
+    assert len(re.findall(r"^ +(> )?\d+ +\d+ +\d+ .* (data|compute|network|launches)$", output, re.M)) == 8
     assert "MLPerf training 4.0" in output
+    assert re.search(r"^> eager( +\d+){6}( +[\d.]+){4}$", output, re.M)
+    assert re.search(r"^A CUDA graph launches the step in .* with it\.$", output, re.M)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -224,6 +287,7 @@ def test_command_takes_measured_rates(capsys: pytest.CaptureFixture[str], tmp_pa
     assert re.search(
         r"^1 node with 2 ranks each: .* for 3 epochs of 1,280 images; forward and backward bind\.$", output, re.M
     )
+    assert "CUDA graph" not in output
 
 
 def test_bad_input() -> None:

@@ -20,7 +20,7 @@ from bitfleet.trainer.engine_options import EngineConfig
 from bitfleet.trainer.plan_traffic import IMAGENET_IMAGES, Message, count_images, describe, traffic
 from bitfleet.trainer.running_statistics import RunningStatistics
 
-STOP_MESSAGE = Message("all_reduce", 16)  # of stop.py, which talks in a group of its own
+STOP_MESSAGE = Message("all_reduce", 24)  # of stop.py, which talks in a group of its own
 
 
 @pytest.fixture

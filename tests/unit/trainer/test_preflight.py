@@ -26,12 +26,12 @@ def test_traffic_is_the_formula_of_the_docs() -> None:
         return sent_bytes(BUCKETS, engine, world_size=world_size, num_replicas=replicas, num_statistics=10)
 
     assert per_step(1) == 0
-    further = 2 * 4 * (2 + 3) + 2 * 16  # what is agreed on before the update, and whether to stop
+    further = 2 * 4 * (2 + 3) + 2 * 24  # what is agreed on before the update, and whether to stop
     assert per_step(4) == 3 / 4 * (4 * 1152 + 1024 / 8 + 4 * 128 + further + 4 * 40)
     assert per_step(4, grad_comm_dtype="bf16") == 3 / 4 * (2 * 1152 + 1024 / 8 + 4 * 128 + further + 4 * 40)
-    assert per_step(2, sharding="none") == 1 / 2 * (8 * 1152 + 32 + 80)
-    assert per_step(2, sharding="zero1") == 1 / 2 * (12 * 1152 + 32 + 80)
-    assert per_step(2, 4, sharding="zero2") == 1 / 2 * (20 * 1152 + 32 + 80)
+    assert per_step(2, sharding="none") == 1 / 2 * (8 * 1152 + 48 + 80)
+    assert per_step(2, sharding="zero1") == 1 / 2 * (12 * 1152 + 48 + 80)
+    assert per_step(2, 4, sharding="zero2") == 1 / 2 * (20 * 1152 + 48 + 80)
     assert per_step(2, sharding="zero3") is None
 
 

@@ -1,5 +1,7 @@
 """What is read at a logging step of a run that was continued."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -12,7 +14,10 @@ from bitfleet.trainer.readings import Reading, Readings
 class NoFlips:
     def before_step(self) -> None: ...
 
-    def after_step(self) -> FlipReport:
+    def take(self) -> torch.Tensor:
+        return torch.zeros(0, dtype=torch.int64)
+
+    def report(self, counts: Sequence[int]) -> FlipReport:
         return FlipReport({}, {})
 
 
@@ -29,7 +34,7 @@ def test_images_of_before_an_interruption_count_in_the_means_and_not_in_the_spee
         nonlocal now
         readings.meter.add(torch.tensor(1.0), torch.randn(32, 10), torch.zeros(32, dtype=torch.int64))
         now += seconds
-        return readings.read(num_skipped_steps=0, num_replaced=0, say=print)
+        return readings.read(num_skipped_steps=lambda: 0, num_replaced=0, say=print)
 
     first, second = read(2.0), read(4.0)
     assert (first.train.num_images, first.train.loss, first.images_per_second) == (128, 2.5, 16.0)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from bitfleet.trainer import rendezvous
-from bitfleet.trainer.rendezvous import Meeting, PeerFailed, in_ranks, in_words
+from bitfleet.trainer.rendezvous import Meeting, PeerFailed, in_ranks, in_words, loopback_hint
 from tests.conftest import free_port
 
 LONG, SHORT = datetime.timedelta(seconds=60), datetime.timedelta(seconds=4)
@@ -84,6 +84,54 @@ def test_of_several_failures_one_is_said() -> None:
     results = together(*(lambda rank=rank: Meeting(rank, 3).tell_failure(2, LONG) for rank in range(3)))
     assert sum(isinstance(result, PeerFailed) for result in results) == 2
     assert results.count(None) == 1
+
+
+def test_ranks_with_the_same_gpu() -> None:
+    """Both see it as number 0: the one that comes second says so, and the others hear of it."""
+    ranks = [Meeting(rank, 3) for rank in range(3)]
+    gpus = ("GPU-a", "GPU-b", "GPU-a")
+    results = together(
+        *(
+            lambda each=each, gpu=gpu: tell_of_errors(each, lambda: each.wait_for_all(LONG, gpu))
+            for each, gpu in zip(ranks, gpus, strict=True)
+        )
+    )
+    (second,) = (result for result in results if isinstance(result, ValueError))
+    mine, other = (0, 2) if second is results[0] else (2, 0)
+    assert str(second).startswith(f"rank {mine} and rank {other} have the same GPU of ")
+    assert str(second).endswith("(GPU-a): start one rank for each GPU")
+    assert sum(isinstance(result, PeerFailed) and result.code == 2 for result in results) == 2
+    assert not any(each.is_over for each in ranks)
+
+
+def tell_of_errors(meeting: Meeting, call: Callable[[], object]) -> object:
+    """As launch/environment.py does."""
+    try:
+        return call()
+    except ValueError:
+        meeting.tell_failure(2, LONG)
+        raise
+
+
+def test_ranks_with_a_gpu_each_meet() -> None:
+    ranks = [Meeting(rank, 2) for rank in range(2)]
+    together(*(lambda each=each: each.wait_for_all(LONG, f"GPU-{each.rank}") for each in ranks))
+    assert all(each.is_over for each in ranks)
+
+
+def test_name_that_leads_to_the_host_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(name: str) -> str:
+        raise OSError("Name or service not known")
+
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(rendezvous.socket, "gethostname", lambda: "node1")
+    monkeypatch.setattr(rendezvous.socket, "gethostbyname", lambda name: {"node1": "10.0.0.1"}[name])
+    assert loopback_hint() == ""
+    for resolve, where in ((lambda name: "127.0.1.1", "127.0.1.1"), (unknown, "no address")):
+        monkeypatch.setattr(rendezvous.socket, "gethostbyname", resolve)
+        assert loopback_hint().startswith(f"the name node1 of this host leads to {where}, so other hosts may not")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    assert loopback_hint() == ""
 
 
 def test_words() -> None:

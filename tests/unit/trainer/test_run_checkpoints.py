@@ -40,7 +40,7 @@ def config_of(**optim: Any) -> TrainConfig:
         load_config("fashion_quickstart"),
         model=ModelConfig(name="birealnet_small", width=8, num_classes=4),
         optim=OptimConfig(**optim),
-        engine=EngineConfig(on_nonfinite="stop"),
+        engine=EngineConfig(on_nonfinite="stop", precision="fp32"),
     )
 
 
@@ -95,15 +95,16 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 
 def without_new_fields(meta: dict[str, Any]) -> dict[str, Any]:
-    """As it was before schedules had shares and delays, and before there were transitions."""
+    """As it was before schedules had shares and delays, before there were transitions, and before runs were deterministic."""
 
     def older(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: older(each) for key, each in value.items() if key not in ("share", "delay_steps")}
         return value
 
-    old = {key: older(value) for key, value in meta.items() if key not in ("transitions", "optim.transitions")}
-    del old["config"]["optim"]["transitions"]
+    younger = ("transitions", "optim.transitions", "engine.deterministic")
+    old = {key: older(value) for key, value in meta.items() if key not in younger}
+    del old["config"]["optim"]["transitions"], old["config"]["engine"]["deterministic"]
     return old
 
 
@@ -125,6 +126,10 @@ def test_fields_that_are_younger_than_the_checkpoint_have_their_defaults(make: M
     other = dataclasses.replace(config, engine=EngineConfig(sharding="zero1"))
     with pytest.raises(ValueError, match="its engine.sharding is 'bits', here it is 'zero1'"):
         make(other).checkpoints.resume(Intact(path, old))
+    for field, value in (("precision", "tf32"), ("deterministic", False)):
+        other = dataclasses.replace(config, engine=dataclasses.replace(config.engine, **{field: value}))
+        with pytest.raises(ValueError, match=f"its engine.{field} is .*, here it is '?{value}"):
+            make(other).checkpoints.resume(Intact(path, old))
 
 
 def test_a_configuration_that_is_refused_today_is_another_run(make: Make) -> None:
@@ -167,17 +172,9 @@ def test_a_step_that_is_taken_back_ends_no_window(make: Make) -> None:
     before = [chunk.tensor.clone() for chunk in first.diagnostics.chunks()]
     first.train(1, scale=float("nan"))
     assert first.sharded.num_steps == WINDOW
-    stopped = SimpleNamespace(
-        sharded=first.sharded,
-        statistics=SimpleNamespace(abandon_step=lambda: None),
-        readings=SimpleNamespace(meter=SimpleNamespace(forget=lambda: None)),
-        config=config,
-        step=WINDOW - 1,
-        _skipped_in_a_row=0,
-        _save_and_wait=first.save,
-    )
+    stopped = SimpleNamespace(config=config, step=WINDOW - 1, _save_and_wait=first.save)
     with pytest.raises(FloatingPointError, match=f"step {WINDOW}"):
-        Trainer._skip_step(stopped)  # type: ignore[arg-type]
+        Trainer._check_skipped(stopped, first.sharded)  # type: ignore[arg-type]
     assert (first.sharded.num_steps, first.sharded.num_skipped_steps) == (WINDOW - 1, 0)
     assert second.checkpoints.resume(first.saved()) == WINDOW - 1
     saved = [chunk.tensor for chunk in second.diagnostics.chunks()]

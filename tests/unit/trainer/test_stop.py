@@ -45,6 +45,62 @@ def test_file_is_a_request_once(tmp_path: Path) -> None:
     assert not (tmp_path / "STOP").exists()
 
 
+class Clock:
+    """Seconds that pass as a test says, and what two ranks give to an all-reduce."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.asked, self.others = 0.0, [], [0, 0, -stop.MAX_STEPS]
+        monkeypatch.setattr(stop.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(stop, "max_over_ranks", self.reduce)
+
+    def reduce(self, values: list[int]) -> list[int]:
+        self.asked.append(list(values))
+        return [max(pair) for pair in zip(values, self.others, strict=True)]
+
+
+def test_ranks_agree_every_quarter_of_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    with StopWatcher(tmp_path, Ranks(0, 2, 0, 2), launched=False) as watcher:
+
+        def intervals(num_steps: int, seconds: float) -> list[int]:
+            """Steps after which the ranks agree."""
+            found = []
+            for step in range(1, num_steps + 1):
+                clock.now += seconds
+                before = len(clock.asked)
+                assert watcher.after_step() == ("", False)
+                found += [step] if len(clock.asked) > before else []
+            return found
+
+        assert intervals(3, 2.0) == [1, 2, 3]
+        assert intervals(16, 0.05) == [1, 6, 11, 16]
+        *_, before, last = intervals(1000, 1e-4)
+        assert last - before == stop.MAX_STEPS
+        clock.others = [0, 0, -3]  # a rank that is slower than this one
+        *_, before, last = intervals(310, 1e-4)
+        assert last - before == 3
+
+
+def test_request_of_another_rank_is_heard_after_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.others = [0, 0, -4]
+    with StopWatcher(tmp_path, Ranks(0, 2, 0, 2), launched=False) as watcher:
+        assert watcher.after_step() == ("", False)  # four steps until the next time
+        clock.others = [1, 1, -4]
+        assert [watcher.after_step(True) for _ in range(3)] == [("", False)] * 3
+        assert watcher.after_step() == ("SIGTERM", True)
+        assert watcher.agree() == ("SIGTERM", True)  # in a validation each time
+    assert len(clock.asked) == 3
+
+
+def test_one_rank_alone_looks_after_each_step(tmp_path: Path) -> None:
+    with StopWatcher(tmp_path, ALONE, launched=False) as watcher:
+        for _ in range(5):
+            assert watcher.after_step(True) == ("", True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert watcher.after_step() == ("SIGTERM", False)
+
+
 def test_launcher_that_dies_is_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with StopWatcher(tmp_path, ALONE, launched=True) as watcher:
         assert watcher.agree() == ("", False)

@@ -11,7 +11,7 @@ import pytest
 
 from bitfleet.launch.arguments import parse_train
 from bitfleet.trainer import run_lock, sweep_pool
-from bitfleet.trainer.config import to_dict
+from bitfleet.trainer.config import to_dict, with_precision
 from bitfleet.trainer.run_folder import CONFIG, write_config
 from bitfleet.trainer.run_lock import lock_run
 from bitfleet.trainer.sweep import PlannedRun, Point, Sweep, plan_runs
@@ -167,6 +167,11 @@ def test_folder_with_another_configuration_is_refused(tmp_path: Path) -> None:
     check_folders([run])
     moved = "--data.root /elsewhere --data.device gpu --data.stall_seconds 5 --device cpu --num_threads 3 --data.num_threads 2"
     check_folders(planned(tmp_path, *moved.split()))
+    write_config(run.path, with_precision(run.config, "cuda"), {})  # as a run on a GPU leaves it
+    check_folders([run])
+    with pytest.raises(ValueError, match="whose engine.precision is tf32, and this sweep wants bf16"):
+        check_folders(planned(tmp_path, "--engine.precision", "bf16"))
+    write_config(run.path, run.config, {})
     with pytest.raises(
         ValueError, match=r"run-a-seed0 holds a run whose epochs is 8, and this sweep wants 9: pass another"
     ):

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from bitfleet.trainer.data import DataConfig, TrainLoader, ValidationLoader, archives, open_dataset
 from bitfleet.trainer.data.archives import DEVKIT_FILE, TRAIN_FILE, VAL_FILE
 from bitfleet.trainer.data.prepare import prepare
 from tests.unit.trainer.data import miniature
 from tests.unit.trainer.data.miniature import BRIGHTNESS, SYNSETS, VAL_SYNSETS, extracted, images_of
+
+CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.usefixtures("miniature_counts")
 
@@ -52,7 +55,7 @@ def test_it_trains(source: Path, tmp_path: Path) -> None:
     prepare(source, tmp_path / "dest", num_workers=1)
     config = DataConfig(root=str(tmp_path / "dest"), augmentation="random_resized_crop", image_size=8, num_threads=1)
     dataset = open_dataset(config)
-    ranks = {"rank": 0, "world_size": 1, "local_world_size": 1}
+    ranks = {"rank": 0, "world_size": 1, "local_world_size": 1, "device": CPU}
     loader = TrainLoader(dataset, config, seed=0, global_batch_size=12, num_replicas=1, **ranks)
     for batches in (loader.batches(), iter(ValidationLoader(dataset, config, **ranks))):
         images, labels = next(batches)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bitfleet.trainer.data import DataConfig
@@ -23,7 +24,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_loaders_that_agree(root: Path) -> None:
     config = DataConfig(root=str(root), augmentation="random_resized_crop", image_size=24, num_threads=1)
-    report, num_different = compare(config, num_images=5, seed=1)
+    report, num_different = compare(config, num_images=5, seed=1, device=torch.device("cpu"))
     assert num_different == 0
     assert report.splitlines()[1].startswith("training         5")
     assert "every image is the same but for rounding" in report
@@ -35,7 +36,7 @@ def test_images_that_they_read_differently_are_named(root: Path) -> None:
         grey = Image.fromarray(np.full((50, 60), 20_000, np.uint16))
         grey.save(root / split / "a" / "3.png")
     config = DataConfig(root=str(root), augmentation="random_resized_crop", image_size=24, num_threads=1)
-    report, num_different = compare(config, num_images=5, seed=1)
+    report, num_different = compare(config, num_images=5, seed=1, device=torch.device("cpu"))
     assert num_different == 2
     assert report.count("a/3.png: mean |d| 177.0, largest 177") == 2
     assert "2 of these images differ by more than rounding" in report

@@ -22,6 +22,8 @@ from bitfleet.trainer.data.images import ImageList
 from bitfleet.trainer.data.manifest import Manifest, write_manifest
 from tests.unit.trainer.data.test_images import photo
 
+CPU = torch.device("cpu")
+
 LOADERS = ("dali", "torch", "memory")
 CONFIG = DataConfig(
     augmentation="random_resized_crop", image_size=32, val_batch_size=4, num_threads=2, on_bad_sample="replace"
@@ -55,11 +57,12 @@ def train_loader(dataset: Dataset, config: DataConfig, rank: int = 0, world_size
         rank=rank,
         world_size=world_size,
         local_world_size=world_size,
+        device=CPU,
     )
 
 
 def validation_loader(dataset: Dataset, config: DataConfig) -> ValidationLoader:
-    return ValidationLoader(dataset, config, rank=0, world_size=1, local_world_size=1)
+    return ValidationLoader(dataset, config, rank=0, world_size=1, local_world_size=1, device=CPU)
 
 
 def digests(batches: Iterator[tuple[torch.Tensor, torch.Tensor]], count: int) -> list[str]:

@@ -15,6 +15,8 @@ from torchvision import transforms
 
 from bitfleet.trainer.data import DataConfig, TrainLoader, ValidationLoader, open_dataset
 
+CPU = torch.device("cpu")
+
 SIZES = [(375, 500), (500, 375), (333, 499), (257, 257), (256, 341), (401, 223), (601, 417), (224, 224), (61, 47)]
 
 
@@ -52,7 +54,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def validation_images(config: DataConfig) -> list[np.ndarray]:
-    loader = ValidationLoader(open_dataset(config), config, rank=0, world_size=1, local_world_size=1)
+    loader = ValidationLoader(open_dataset(config), config, rank=0, world_size=1, local_world_size=1, device=CPU)
     return [image.numpy().astype(np.int64) for images, _ in loader for image in images]
 
 
@@ -66,6 +68,7 @@ def train_loader(config: DataConfig, batch_size: int) -> TrainLoader:
         rank=0,
         world_size=1,
         local_world_size=1,
+        device=CPU,
     )
 
 
@@ -203,7 +206,7 @@ def test_an_image_that_cannot_be_decoded_is_named_at_once(
 
     root = write_root(tmp_path / "data", write)
     config = DataConfig(root=root, augmentation=augmentation, image_size=36, val_batch_size=4, num_threads=1)  # type: ignore[arg-type]
-    loader = ValidationLoader(open_dataset(config), config, rank=0, world_size=1, local_world_size=1)
+    loader = ValidationLoader(open_dataset(config), config, rank=0, world_size=1, local_world_size=1, device=CPU)
     broken = Path(root, "val/a/14.jpg")
     whole = broken.read_bytes()
     if damage == Path.touch:

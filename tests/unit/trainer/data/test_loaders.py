@@ -13,9 +13,21 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from nvidia.dali.backend import GetSchema
 from PIL import Image
 
-from bitfleet.trainer.data import DataConfig, Dataset, TrainLoader, ValidationLoader, normalize, open_dataset
+from bitfleet.trainer.data import (
+    DataConfig,
+    Dataset,
+    TrainLoader,
+    ValidationLoader,
+    dali,
+    loaders,
+    normalize,
+    open_dataset,
+)
+
+CPU = torch.device("cpu")
 
 PAD_CROP = DataConfig(num_threads=1)
 RESIZED_CROP = DataConfig(num_threads=1, augmentation="random_resized_crop", image_size=20)
@@ -57,6 +69,7 @@ def train_loader(dataset: Dataset, config: DataConfig = PAD_CROP, rank: int = 0,
         rank=rank,
         world_size=world_size,
         local_world_size=world_size,
+        device=CPU,
     )
 
 
@@ -130,7 +143,15 @@ def test_batches_stay_as_they_are(fashion: Dataset) -> None:
 
 def test_labels_belong_to_the_images(numbered: Dataset) -> None:
     loader = TrainLoader(
-        numbered, PAD_CROP, seed=1, global_batch_size=23, num_replicas=1, rank=0, world_size=1, local_world_size=1
+        numbered,
+        PAD_CROP,
+        seed=1,
+        global_batch_size=23,
+        num_replicas=1,
+        rank=0,
+        world_size=1,
+        local_world_size=1,
+        device=CPU,
     )
     images, labels = next(loader.batches())
     numbers = images[:, 16, 16, 0]
@@ -148,7 +169,9 @@ def test_validation_is_exact(
     config = DataConfig(val_batch_size=batch_size, num_threads=1, loader=name)
     seen, lengths = [], set()
     for rank in range(world_size):
-        loader = ValidationLoader(numbered, config, rank=rank, world_size=world_size, local_world_size=world_size)
+        loader = ValidationLoader(
+            numbered, config, rank=rank, world_size=world_size, local_world_size=world_size, device=CPU
+        )
         batches = list(loader)
         lengths |= {len(batches), len(loader)}
         for images, labels in batches:
@@ -162,7 +185,7 @@ def test_validation_is_exact(
 
 def test_a_rank_without_images_gets_empty_batches(numbered: Dataset) -> None:
     config = DataConfig(val_batch_size=11, num_threads=1)
-    loader = ValidationLoader(numbered, config, rank=29, world_size=30, local_world_size=30)
+    loader = ValidationLoader(numbered, config, rank=29, world_size=30, local_world_size=30, device=CPU)
     for _ in range(2):
         ((images, labels),) = list(loader)
         assert (images.shape, labels.shape) == ((0, 32, 32, 3), (0,))
@@ -171,7 +194,7 @@ def test_a_rank_without_images_gets_empty_batches(numbered: Dataset) -> None:
 
 def test_validation_can_be_repeated_and_broken_off(numbered: Dataset) -> None:
     loader = ValidationLoader(
-        numbered, DataConfig(val_batch_size=4, num_threads=1), rank=0, world_size=1, local_world_size=1
+        numbered, DataConfig(val_batch_size=4, num_threads=1), rank=0, world_size=1, local_world_size=1, device=CPU
     )
     first = digests(iter(loader), 100)
     next(iter(loader))
@@ -199,7 +222,15 @@ def test_normalize() -> None:
     ],
 )
 def test_sizes_that_do_not_fit(numbered: Dataset, arguments: dict[str, int], message: str) -> None:
-    sizes = {"seed": 0, "global_batch_size": 8, "num_replicas": 4, "rank": 0, "world_size": 2, "local_world_size": 2}
+    sizes = {
+        "seed": 0,
+        "global_batch_size": 8,
+        "num_replicas": 4,
+        "rank": 0,
+        "world_size": 2,
+        "local_world_size": 2,
+        "device": CPU,
+    }
     with pytest.raises(ValueError, match=message):
         TrainLoader(numbered, PAD_CROP, **(sizes | arguments))
 
@@ -210,7 +241,15 @@ def test_an_image_smaller_than_the_window_is_named(numbered: Dataset) -> None:
         ValueError, match=r"a/00\.png \(32 x 32 pixels\) with data\.crop_padding=4 around it is smaller"
     ):
         TrainLoader(
-            numbered, config, seed=1, global_batch_size=8, num_replicas=1, rank=0, world_size=1, local_world_size=1
+            numbered,
+            config,
+            seed=1,
+            global_batch_size=8,
+            num_replicas=1,
+            rank=0,
+            world_size=1,
+            local_world_size=1,
+            device=CPU,
         )
 
 
@@ -236,10 +275,55 @@ def test_wrong_values_in_the_config(field: str, value: object) -> None:
         DataConfig(**{field: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_that_is_not_there(numbered: Dataset) -> None:
-    with pytest.raises(ValueError, match=r"data\.device='gpu' needs a CUDA device"):
-        ValidationLoader(numbered, DataConfig(device="gpu"), rank=0, world_size=1, local_world_size=1)
+def test_a_gpu_decodes_only_for_a_model_on_a_gpu(numbered: Dataset) -> None:
+    with pytest.raises(
+        ValueError, match=r"data\.device='gpu' needs a model that runs on a GPU, and it runs on the CPU here"
+    ):
+        ValidationLoader(numbered, DataConfig(device="gpu"), rank=0, world_size=1, local_world_size=1, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "index"),
+    [
+        (DataConfig(), torch.device("cpu"), None),
+        (DataConfig(), torch.device("cuda", 2), 2),
+        (DataConfig(device="gpu"), torch.device("cuda", 2), 2),
+        (DataConfig(device="cpu"), torch.device("cuda", 2), None),
+        (DataConfig(loader="torch"), torch.device("cuda", 2), None),
+    ],
+)
+def test_where_images_are_decoded(config: DataConfig, device: torch.device, index: int | None) -> None:
+    assert loaders._decoding_index(config, device) == index
+
+
+@pytest.mark.parametrize("config", [PAD_CROP, RESIZED_CROP, TORCH])
+def test_a_model_on_the_cpu_starts_no_cuda(
+    numbered: Dataset, config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("CUDA was asked for")
+
+    for name in ("is_available", "current_device", "current_stream", "device_count", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, fail)
+    place = {"rank": 0, "world_size": 1, "local_world_size": 1, "device": CPU}
+    batches = TrainLoader(numbered, config, seed=1, global_batch_size=4, num_replicas=1, **place).batches()
+    for images, labels in (next(batches), next(iter(ValidationLoader(numbered, config, **place)))):
+        assert images.device == labels.device == CPU
+
+
+@pytest.mark.parametrize(
+    ("largest", "device_bytes", "host_bytes"),
+    [(3 * 500 * 400, 600_000, 600_000), (10 << 20, 10 << 20, 8 << 20), (100_000_000, 16 << 20, 8 << 20)],
+)
+def test_the_gpu_decoder_starts_with_no_more_memory_than_by_default(
+    largest: int, device_bytes: int, host_bytes: int
+) -> None:
+    arguments = dali.gpu_decoding(largest)
+    assert arguments["device"] == "mixed"
+    assert (arguments["device_memory_padding"], arguments["host_memory_padding"]) == (device_bytes, host_bytes)
+    schema = GetSchema("decoders__Image")
+    for name, most in (("device_memory_padding", 16 << 20), ("host_memory_padding", 8 << 20)):
+        assert schema.GetArgumentDefaultValueString(name) == str(most)
 
 
 def test_without_dali_the_extra_is_named(numbered: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,28 +332,29 @@ def test_without_dali_the_extra_is_named(numbered: Dataset, monkeypatch: pytest.
         ValueError,
         match=r"not installed: pip install 'bitfleet\[dali-cu13\]'.*'bitfleet\[dali-cu12\]'.*--data\.loader torch",
     ):
-        ValidationLoader(numbered, PAD_CROP, rank=0, world_size=1, local_world_size=1)
+        ValidationLoader(numbered, PAD_CROP, rank=0, world_size=1, local_world_size=1, device=CPU)
 
 
 def test_without_dali_the_other_loader_reads(numbered: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     config = dataclasses.replace(PAD_CROP, loader="torch")
-    loader = ValidationLoader(numbered, config, rank=0, world_size=1, local_world_size=1)
+    loader = ValidationLoader(numbered, config, rank=0, world_size=1, local_world_size=1, device=CPU)
     assert sum(len(labels) for _, labels in loader) == 23
 
 
 def test_both_wheels_of_dali(numbered: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.distribution", lambda name: name)
     with pytest.raises(ValueError, match="nvidia-dali-cuda130 and nvidia-dali-cuda120 are both installed"):
-        ValidationLoader(numbered, PAD_CROP, rank=0, world_size=1, local_world_size=1)
+        ValidationLoader(numbered, PAD_CROP, rank=0, world_size=1, local_world_size=1, device=CPU)
 
 
 def test_the_interpreter_ends_cleanly_with_batches_in_flight(fashion: Dataset) -> None:
     script = (
+        "import torch\n"
         "from bitfleet.trainer.data import *\n"
         "config = DataConfig(num_threads=1)\n"
         "loader = TrainLoader(open_dataset(config), config, seed=1, global_batch_size=64, num_replicas=1, rank=0,"
-        " world_size=1, local_world_size=1)\n"
+        " world_size=1, local_world_size=1, device=torch.device('cpu'))\n"
         "batches = loader.batches()\n"
         "kept = next(batches)\n"
     )

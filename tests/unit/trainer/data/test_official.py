@@ -15,7 +15,12 @@ import pytest
 import torch
 
 from bitfleet.trainer.data import sampler
-from bitfleet.trainer.data.official import official_central_windows, official_random_windows, resize_bicubic_v1
+from bitfleet.trainer.data.official import (
+    official_central_windows,
+    official_random_windows,
+    resize_bicubic_v1,
+    window_facts,
+)
 from tests.golden import recipe
 from tests.golden.tensorflow_crop import SimplePhilox, sample
 
@@ -80,6 +85,12 @@ def test_resize_works_in_training_after_inference_mode() -> None:
     weight = torch.ones(3, requires_grad=True)
     (resize_bicubic_v1(*image, 24) * weight).sum().backward()
     assert weight.grad is not None
+
+
+def test_facts_of_windows_in_one_buffer() -> None:
+    facts = window_facts([[2, 3, 3], [1, 1, 3], [4, 5, 3]], np.array([0, 1, 0], np.int32))
+    assert facts.tolist() == [[0, 2, 3, 0], [18, 1, 1, 1], [21, 4, 5, 0]]
+    assert facts.dtype is torch.int64
 
 
 def test_central_windows_are_those_of_the_official_code() -> None:

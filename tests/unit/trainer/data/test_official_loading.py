@@ -15,6 +15,8 @@ import torch
 
 from bitfleet.trainer.data import DataConfig, TrainLoader, ValidationLoader, normalize, open_dataset
 
+CPU = torch.device("cpu")
+
 GOLDEN = dict(np.load(Path(__file__).parents[3] / "golden" / "official_jpeg.npz"))
 FILES = [name for name in GOLDEN if name.startswith("jpeg")]
 CONFIG = DataConfig(augmentation="random_resized_crop", preprocessing="official", num_threads=1, image_size=24)
@@ -35,7 +37,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_validation_has_the_bits_of_tensorflow(root: Path, name: str) -> None:
     size = int(name.rsplit("_", 1)[1])
     config = dataclasses.replace(CONFIG, root=str(root), image_size=size)
-    (batch,) = ValidationLoader(open_dataset(config), config, rank=0, world_size=1, local_world_size=1)
+    (batch,) = ValidationLoader(open_dataset(config), config, rank=0, world_size=1, local_world_size=1, device=CPU)
     images, _ = batch
     assert images.dtype == torch.float32
     ours = images[FILES.index(name), :: 16 if size == 224 else 1].numpy()
@@ -47,7 +49,7 @@ def test_the_other_loader_differs_by_its_jpeg_decoder(root: Path) -> None:
     batches = []
     for loader in ("dali", "torch"):
         config = dataclasses.replace(CONFIG, root=str(root), loader=loader)  # type: ignore[arg-type]
-        (batch,) = ValidationLoader(open_dataset(config), config, rank=0, world_size=1, local_world_size=1)
+        (batch,) = ValidationLoader(open_dataset(config), config, rank=0, world_size=1, local_world_size=1, device=CPU)
         batches.append(batch[0])
     difference = (batches[0] - batches[1]).abs()
     assert 0 < difference.mean() < 2
@@ -69,6 +71,7 @@ def test_training_batches_are_the_same_on_any_number_of_ranks(root: Path, loader
             rank=rank,
             world_size=world_size,
             local_world_size=world_size,
+            device=CPU,
         ).batches()
         return [hashlib.sha256(images.numpy().tobytes()).hexdigest() for images, _ in islice(batches, count)]
 
@@ -84,7 +87,7 @@ def test_flips_mirror_the_resized_window(root: Path) -> None:
     flipped = dataclasses.replace(CONFIG, root=str(root))
     plain = dataclasses.replace(flipped, flip=False)
     dataset = open_dataset(plain)
-    place = {"rank": 0, "world_size": 1, "local_world_size": 1}
+    place = {"rank": 0, "world_size": 1, "local_world_size": 1, "device": CPU}
     loaders = [TrainLoader(dataset, c, seed=1, global_batch_size=5, num_replicas=1, **place) for c in (flipped, plain)]
     seen = set()
     streams = zip(loaders[0].requests(), *(loader.batches() for loader in loaders), strict=True)

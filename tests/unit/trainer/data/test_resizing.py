@@ -35,13 +35,13 @@ def windows(count: int) -> list[torch.Tensor]:
 def test_batches_do_not_depend_on_the_number_of_threads(geometry: str) -> None:
     counts = [5, 1, 0, 8]
     one, three = (
-        list(Resizer(geometry, 24, threads).batches((windows(n), request_of(n)) for n in counts))  # type: ignore[arg-type]
+        list(Resizer(geometry, 24, threads).resized((windows(n), request_of(n)) for n in counts))  # type: ignore[arg-type]
         for threads in (1, 3)
     )
-    assert [len(images) for images, _ in one] == counts
-    for (images, labels), (others, their_labels) in zip(one, three, strict=True):
-        assert torch.equal(images, others)
-        assert torch.equal(labels, their_labels)
+    assert [sum(map(len, parts)) for parts, _ in one] == counts
+    for (parts, request), (others, same), count in zip(one, three, counts, strict=True):
+        assert len(request.samples) == len(same.samples) == count
+        assert count == 0 or torch.equal(torch.cat(list(parts)), torch.cat(list(others)))
 
 
 def test_an_error_comes_after_the_batches_before_it() -> None:
@@ -50,7 +50,7 @@ def test_an_error_comes_after_the_batches_before_it() -> None:
         yield windows(3), request_of(3)
         raise ValueError("broken")
 
-    batches = Resizer("crop_resize", 24, 2).batches(decoded())
-    assert [len(next(batches)[0]) for _ in range(2)] == [2, 3]
+    batches = Resizer("crop_resize", 24, 2).resized(decoded())
+    assert [sum(map(len, next(batches)[0])) for _ in range(2)] == [2, 3]
     with pytest.raises(ValueError, match="broken"):
         next(batches)

@@ -29,7 +29,8 @@ def test_what_leaves_the_recipe_as_it_is() -> None:
         device="cpu",
     )
     assert changes_of_config(PAPER, other) == []
-    assert changes_of_config(PAPER, with_section("engine", sharding="zero1")) == []
+    for fields in ({"sharding": "zero1"}, {"precision": "tf32"}, {"precision": "fp32"}, {"deterministic": False}):
+        assert changes_of_config(PAPER, with_section("engine", **fields)) == []
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_what_leaves_the_recipe_as_it_is() -> None:
         (with_section("model", norm="layer"), Change("model.norm", "batch", "layer")),
         (with_section("data", preprocessing="torchvision"), Change("data.preprocessing", "official", "torchvision")),
         (with_section("optim", gamma=linear(1e-3, 1e-9)), Change("optim.gamma.start", 1e-4, 1e-3)),
-        (with_section("engine", precision="bf16"), Change("engine.precision", "fp32", "bf16")),
+        (with_section("engine", precision="bf16"), Change("engine.precision", "fp32 or tf32", "bf16")),
     ],
     ids=lambda value: value.name if isinstance(value, Change) else "",
 )

@@ -1,0 +1,105 @@
+"""The trainer's step on the device: it never waits between logging steps, and as a CUDA graph it has the same bits."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitfleet.configs import load_config
+from bitfleet.optim import ShardedOptimizer
+from bitfleet.trainer import checkpoint_tensors
+from bitfleet.trainer.bench_gpu_syncs import PageableCopies, host_waits
+from bitfleet.trainer.bench_gpu_trainer import Variant, varied
+from bitfleet.trainer.checkpoint import checkpoints
+from bitfleet.trainer.data import DataConfig
+from bitfleet.trainer.distributed import Ranks
+from bitfleet.trainer.trainer import Trainer
+from tests.integration.runs import assert_same_bits
+
+pytestmark = pytest.mark.gpu
+
+
+def has_memory() -> bool:
+    loader: Any = "memory"
+    try:
+        DataConfig(loader=loader)
+    except ValueError:
+        return False
+    return True
+
+
+needs_memory = pytest.mark.skipif(not has_memory(), reason='there is no data.loader "memory"')
+loaders = pytest.mark.parametrize("loader", ["torch", pytest.param("memory", marks=needs_memory)])
+
+
+@contextmanager
+def started(variant: Variant, run: Path, ranks: Ranks, device: torch.device, is_dry: bool) -> Iterator[Trainer]:
+    """A trainer of the small Bi-Real Net, before its first step; it does not log by itself."""
+    config = load_config("fashion_quickstart")
+    metrics = dataclasses.replace(config.metrics, every_steps=1000)
+    fields: dict[str, Any] = {"global_batch_size": 8 if is_dry else config.global_batch_size, "metrics": metrics}
+    trainer = Trainer(varied(config, variant, run, Path(), **fields), ranks, device)
+    trainer.start()
+    try:
+        yield trainer
+    finally:
+        trainer.stop()
+        assert isinstance(trainer.sharded, ShardedOptimizer)
+        trainer.sharded.close()
+
+
+@loaders
+def test_steps_between_logging_steps_do_not_wait_for_the_device(
+    loader: str, device: torch.device, ranks: Ranks, is_dry: bool, tmp_path: Path
+) -> None:
+    with started(Variant(loader), tmp_path / "run", ranks, device, is_dry) as trainer:
+        for _ in range(2 if is_dry else 12):  # compiles, and past DeepSpeed's first steps
+            trainer.train_step()
+        with host_waits(device) as waits:
+            for _ in range(2 if is_dry else 10):
+                trainer.train_step()
+                trainer.checkpoints.saver.check()
+        assert dict(waits.syncs) == {}
+
+
+@loaders
+def test_images_are_copied_from_pinned_memory(
+    loader: str, device: torch.device, ranks: Ranks, is_dry: bool, tmp_path: Path
+) -> None:
+    with (
+        torch.compiler.set_stance("force_eager"),  # a compiled function refuses to run under a mode
+        started(Variant(loader), tmp_path / "run", ranks, device, is_dry) as trainer,
+    ):
+        trainer.train_step()
+        with PageableCopies() as copies:
+            for _ in range(3):
+                trainer.train_step()
+        assert dict(copies.places) == {}
+
+
+@loaders
+def test_graph_of_a_step_has_the_bits_of_the_step(
+    loader: str, device: torch.device, ranks: Ranks, is_dry: bool, tmp_path: Path
+) -> None:
+    if is_dry:
+        pytest.skip("a CUDA graph needs a CUDA device")
+    runs = [tmp_path / "eager", tmp_path / "graph"]
+    for run, cuda_graph in zip(runs, (False, True), strict=True):
+        with started(Variant(loader, cuda_graph), run, ranks, device, is_dry) as trainer:
+            for _ in range(60):  # more than an epoch of 46 steps
+                trainer.train_step()
+            trainer.save()
+            trainer.checkpoints.saver.flush()
+    eager, graph = map(tensors, runs)
+    assert any(name.startswith("optim.exp_avg_sq") for name in eager)
+    assert_same_bits(eager, graph)
+
+
+def tensors(run: Path) -> dict[str, Tensor]:
+    """Weights, buffers and moments of the newest checkpoint."""
+    return checkpoint_tensors.read(checkpoints(run)[-1], "")

@@ -1,0 +1,41 @@
+"""What `bitfleet evaluate` prints."""
+
+from pathlib import Path
+
+from bitfleet.launch.evaluate import format_evaluation
+from bitfleet.trainer.evaluate import Evaluation
+from bitfleet.trainer.metrics import Accuracy
+
+PLACE = Path("runs/x/checkpoints/step-00000001")
+GOOD = Accuracy(loss=1.5, top1=0.572, top5=0.8, num_images=50_000)
+OTHER = Accuracy(loss=1.6, top1=0.571, top5=0.8, num_images=50_000)
+
+
+def lines(found: Evaluation) -> list[str]:
+    place, *rest = format_evaluation(found).splitlines()
+    assert place == str(PLACE)
+    return rest
+
+
+def test_in_the_precision_of_the_run_there_is_one_line() -> None:
+    assert lines(Evaluation(PLACE, "tf32", {"tf32": GOOD}, 0)) == [
+        "top-1 57.20%  top-5 80.00%  loss 1.5000  50,000 images"
+    ]
+
+
+def test_another_precision_is_named() -> None:
+    assert lines(Evaluation(PLACE, "tf32", {"fp32": GOOD}, 0)) == [
+        "trained in tf32",
+        "fp32  top-1 57.20%  top-5 80.00%  loss 1.5000  50,000 images",
+    ]
+
+
+def test_several_are_compared() -> None:
+    assert lines(Evaluation(PLACE, "bf16", {"fp32": GOOD, "bf16": OTHER}, 1234)) == [
+        "trained in bf16",
+        "fp32  top-1 57.20%  top-5 80.00%  loss 1.5000  50,000 images",
+        "bf16  top-1 57.10%  top-5 80.00%  loss 1.6000  50,000 images",
+        "1,234 of 50,000 predictions differ between fp32 and bf16",
+    ]
+    three = Evaluation(PLACE, "bf16", {"fp32": GOOD, "bf16": OTHER, "fp16": GOOD}, 3)
+    assert lines(three)[-1] == "3 of 50,000 predictions differ among fp32, bf16, fp16"
