@@ -482,7 +482,7 @@ def test_jobs_of_a_memory_are_taken_once(tmp_path: Path, monkeypatch: pytest.Mon
     def check(done: int) -> None:
         checked.append(done)
         if len(checked) == 3:
-            two.finish_job()  # noqa: F821  # deleted after the last call
+            two.finish_job()  # deleted after the last call
 
     one.wait_for_jobs(5, check)
     assert checked == [4, 4, 4]
