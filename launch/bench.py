@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bitfleet.launch.arguments import parse_train
 from bitfleet.launch.environment import is_first_rank, job, num_cores, run
-from bitfleet.launch.options import take_number, take_option
+from bitfleet.launch.options import take_flag, take_number, take_option
 
 USAGE = """usage: bitfleet bench NAME [options], on several ranks deepspeed --num_accelerators 2 launch/bench.py NAME [options]
 
@@ -18,7 +18,7 @@ USAGE = """usage: bitfleet bench NAME [options], on several ranks deepspeed --nu
           (the wire: only in a network namespace of its own; of several hosts: launch/hosts.sh)
   step    [--rounds 7]
           the update of 12 and 62 million weights against fused AdamW and the limits of memory, one process: ns a weight
-  networks [--network NAME] [--precision fp32|bf16] [--compiled] [--rounds 5] [--steps 2] [--batch_size N]
+  networks [--network NAME] [--precision fp32|tf32|bf16|fp16] [--compiled] [--rounds 5] [--steps 2] [--batch_size N]
           training steps of birealnet18 (or NAME: xnornet, binarynet, any of timm's) against timm's resnet18 on the same images,
           one process: images/s, their ratio, and on a GPU the peak memory; eager, with --compiled also compiled (a minute each)
   sharding [--network NAME] [--contender NAME,...] [--micro_batch_size 8] [--rounds 5] [--steps 3]
@@ -152,32 +152,30 @@ def _networks(arguments: list[str]) -> None:
     batch_size, arguments = take_number(arguments, "--batch_size", 0)
     network, arguments = take_option(arguments, "--network")
     precision, arguments = take_option(arguments, "--precision")
-    compiled = "--compiled" in arguments
-    _reject([argument for argument in arguments if argument != "--compiled"], "networks")
+    compiled, arguments = take_flag(arguments, "--compiled")
+    _reject(arguments, "networks")
     with job("auto") as (ranks, device):
-        from bitfleet.trainer.bench_networks import PRECISIONS, Kind, bench_networks, format_networks
+        from bitfleet.trainer.bench_networks import bench_networks, format_networks
+        from bitfleet.trainer.bench_precision import PRECISIONS
 
         if ranks.world_size > 1:
-            raise ValueError(
-                f"bench networks measures one process, not {ranks.world_size} ranks: bitfleet bench networks"
-            )
-        if precision is not None and precision not in PRECISIONS:
-            raise ValueError(f"bench networks knows the precisions {', '.join(PRECISIONS)}, not {precision!r}")
-        kinds = [
-            Kind(each, is_compiled)
-            for each in PRECISIONS
-            for is_compiled in ((False, True) if compiled else (False,))
-            if precision in (None, each)
+            raise ValueError(f"bench networks measures one process, but there are {ranks.world_size} ranks: start one")
+        wanted = [
+            each for each in PRECISIONS if each == (precision or each) and (precision or each in ("fp32", "bf16"))
         ]
-        rows = bench_networks(
-            network or "birealnet18",
-            kinds,
-            device,
-            num_rounds=rounds,
-            num_steps=steps,
-            batch_size=batch_size or None,
-        )
-        print(format_networks(rows, device))
+        if not wanted:
+            raise ValueError(f"bench networks knows the precisions {', '.join(PRECISIONS)}, not {precision!r}")
+        for each in wanted:
+            rows = bench_networks(
+                network or "birealnet18",
+                each,
+                device,
+                compiled=compiled,
+                num_rounds=rounds,
+                num_steps=steps,
+                batch_size=batch_size or None,
+            )
+            print(format_networks(rows, device), flush=True)
 
 
 def _sharding(arguments: list[str]) -> None:

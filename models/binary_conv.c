@@ -109,6 +109,19 @@ void pack_input(const struct layer *l, int num_threads, const void *x, uint64_t 
     }
 }
 
+/* others: int64 [1], 0 if every one of the layer's weights is +1 or -1. */
+void find_others(const struct layer *l, int num_threads, const float *weight, int64_t *others) {
+    const int64_t numel = l->outputs * l->channels * l->kernel * l->kernel;
+    uint32_t found = 0;
+#pragma omp parallel for num_threads(num_threads) schedule(static) reduction(| : found)
+    for (int64_t i = 0; i < numel; i++) {
+        uint32_t word;
+        memcpy(&word, weight + i, sizeof word);
+        found |= (word & 0x7fffffff) ^ 0x3f800000; /* |w| against 1.0 */
+    }
+    *others = found;
+}
+
 /* weight: float [outputs][channels][kernel * kernel]
  * bits: [outputs / 8, rounded up][kernel * kernel][words][8 outputs]; outputs that do not exist are 0
  * borders: [outputs / 8, rounded up][kernel * kernel][8 outputs], what a tap on a pixel of zero bits has to be corrected by: such a

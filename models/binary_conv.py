@@ -23,7 +23,10 @@ __all__ = ["binary_conv2d", "can_pack"]
 
 
 def can_pack(x: Tensor, weight: Tensor, quantizer: Quantizer) -> bool:
-    """Whether `binary_conv2d` takes these: on a CPU, float32 or bfloat16, channels_last, a quantizer of quantizers.py."""
+    """Whether `binary_conv2d` takes these: on a CPU, float32 or bfloat16, channels_last, a quantizer of quantizers.py.
+
+    And +-1 weights: the rule bnew trains real ones. Compiled code cannot ask, see `_convolve`.
+    """
     return (
         _has_kernels(x.device)
         and x.dim() == 4
@@ -31,6 +34,7 @@ def can_pack(x: Tensor, weight: Tensor, quantizer: Quantizer) -> bool:
         and weight.dtype == torch.float32
         and {x.dtype, _out_dtype(x)} <= {torch.float32, torch.bfloat16}
         and binarizer_of(quantizer) is not None
+        and (torch.compiler.is_compiling() or kernels.are_signs(weight.detach()))
     )
 
 
@@ -70,14 +74,15 @@ class _BinaryConv2d(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, shape: ConvShape, dtype: torch.dtype, binarizer: Binarizer
     ) -> Tensor:
-        kept = x
+        out: Tensor
         if torch.compiler.is_compiling():
             out, signs, bits = _convolve_op(x, weight, shape, dtype)
+            kept = x
         else:
             # "ste" needs a bit of an element, the other pseudo-gradients every bit of it.
             signs, inside = kernels.pack_input(x, shape, with_inside=binarizer == "ste" and ctx.needs_input_grad[0])
             bits, borders = kernels.pack_weight(weight.contiguous(), shape)
-            out: Tensor = kernels.convolve(signs, bits, borders, shape, dtype)
+            out = kernels.convolve(signs, bits, borders, shape, dtype)
             kept = x if inside is None else inside
         ctx.save_for_backward(signs, bits, kept if ctx.needs_input_grad[0] else None)
         ctx.shape, ctx.binarizer, ctx.dtype = shape, binarizer, x.dtype
@@ -103,6 +108,11 @@ class _BinaryConv2d(torch.autograd.Function):
 def _convolve(x: Tensor, weight: Tensor, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Output, packed input and packed weight."""
     sizes = ConvShape(*shape)
+    if not kernels.are_signs(weight):
+        raise ValueError(
+            "a compiled binary convolution got weights other than +1 and -1, as the rule bnew trains them: "
+            "use --model.compile off"
+        )
     signs, _ = kernels.pack_input(x.contiguous(memory_format=torch.channels_last), sizes, with_inside=False)
     bits, borders = kernels.pack_weight(weight.contiguous(), sizes)
     return kernels.convolve(signs, bits, borders, sizes, dtype), signs, bits

@@ -20,6 +20,7 @@ from bitfleet.c_library import CLibraryError, load_c_library
 __all__ = [
     "ConvShape",
     "approx_gradient",
+    "are_signs",
     "convolve",
     "empty_bits",
     "empty_input",
@@ -196,6 +197,15 @@ def pack_weight(weight: Tensor, shape: ConvShape) -> tuple[Tensor, Tensor]:
     borders = weight.new_empty((shape.blocks, shape.kernel**2, LANES), dtype=torch.int64)
     _call("pack_weight", shape, [weight, bits, borders])
     return bits, borders
+
+
+def are_signs(weight: Tensor) -> bool:
+    """Whether every element of `weight`, float32 [outputs, channels, kernel, kernel] on a CPU or "meta", is +1 or -1."""
+    outputs, channels, kernel, _ = weight.shape
+    shape = ConvShape(0, 0, 0, channels, outputs, 0, 0, kernel, 1, 0, 0, 0, 0)
+    others = torch.zeros(1, dtype=torch.int64)
+    _call("find_others", shape, [weight.contiguous(), others])
+    return not others.numpy()[0]
 
 
 def convolve(signs: Tensor, weight: Tensor, borders: Tensor, shape: ConvShape, dtype: torch.dtype) -> Tensor:

@@ -27,8 +27,8 @@ class ModelConfig:
     """Shortcuts of a Bi-Real Net: around every two binary convolutions, or around every one. None: the network's own default."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the network's training step with torch.compile, which takes 20 to 60 s at the start unless torch's cache has it.
-    auto: on GPUs, not on CPUs; a run that is continued stays what it was. Validation is never compiled. The compiled network rounds
-    differently, so a run cannot change from one to the other. Not with engine.sharding zero3."""
+    auto: on GPUs, not on CPUs; a run that is continued stays what it was. Validation is never compiled. The compiled network
+    rounds differently, so a run cannot change from one to the other. Not with engine.sharding zero3."""
 
     def __post_init__(self) -> None:
         if self.num_classes < 1:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bitfleet.trainer.bench_gpu_networks import Setting, contender
+from bitfleet.trainer.bench_gpu_networks import Setting, TrainingStep
 from bitfleet.trainer.bench_gpu_session import Session
 from bitfleet.trainer.engine_options import Precision
 
@@ -14,7 +14,7 @@ _NEEDED_SECONDS = 8.0
 
 
 def different_gradients(setting: Setting, image_size: int, device: torch.device) -> list[str]:
-    """Make one step and the next one's gradients, NUM_REPEATS times from the same beginning.
+    """Run forward and backward of the same network on the same images NUM_REPEATS times.
 
     Returns:
         Names of the parameters whose gradients did not have the same bits every time.
@@ -24,7 +24,7 @@ def different_gradients(setting: Setting, image_size: int, device: torch.device)
 
 
 def _gradients(setting: Setting, image_size: int, device: torch.device) -> dict[str, Tensor]:
-    step = contender(setting, image_size, device)
+    step = TrainingStep(setting, image_size, device)
     step.close()  # else its hooks take the gradients away
     step.backward()
     return {name: p.grad for name, p in step.model.named_parameters() if p.grad is not None}

@@ -120,6 +120,13 @@ def custom(x: Tensor) -> Tensor:
     return torch.where(x > 0, 1.0, -1.0)
 
 
+def with_one_weight(layer: QuantConv2d, value: float) -> QuantConv2d:
+    """Make the last weight `value`, as the rule bnew does."""
+    with torch.no_grad():
+        layer.weight[-1, -1, -1, -1] = value
+    return layer
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -127,8 +134,11 @@ def custom(x: Tensor) -> Tensor:
         lambda layer, x: (layer.double(), x.double()),
         lambda layer, x: (layer.to(torch.bfloat16), x.to(torch.bfloat16)),
         lambda layer, x: (QuantConv2d(16, 8, 3, input_quantizer=custom), x),
+        lambda layer, x: (with_one_weight(layer, 0.5), x),
+        lambda layer, x: (with_one_weight(layer, 0.0), x),
+        lambda layer, x: (with_one_weight(layer, 1.0 + 2**-23), x),
     ],
-    ids=["contiguous", "double", "bfloat16 weights", "another quantizer"],
+    ids=["contiguous", "double", "bfloat16 weights", "another quantizer", "a real weight", "a zero", "nearly 1"],
 )
 def test_what_stays_with_torch(
     change: Callable[[QuantConv2d, Tensor], tuple[QuantConv2d, Tensor]], monkeypatch: pytest.MonkeyPatch

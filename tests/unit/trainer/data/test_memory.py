@@ -1,5 +1,6 @@
 """data.loader "memory": the bytes of the other loaders, from images that are decoded once."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -378,7 +379,7 @@ def test_past_the_limit_of_broken_images_a_run_ends(tmp_path: Path) -> None:
 RANK = """
 import os, sys
 from bitfleet.trainer import distributed
-from bitfleet.trainer.data import DataConfig, TrainLoader, open_dataset
+from bitfleet.trainer.data import DataConfig, TrainLoader, ValidationLoader, open_dataset
 from bitfleet.trainer.data.decoded_images import DecodedImages
 from tests.unit.trainer.data.test_memory import digests
 
@@ -387,79 +388,76 @@ taken = []
 keep = DecodedImages._keep
 DecodedImages._keep = lambda self, image, sample: (taken.append(sample), keep(self, image, sample))
 rank, root = int(sys.argv[2]), sys.argv[3]
-config = DataConfig(root=root, loader="memory", num_threads=1, on_bad_sample=sys.argv[4])
+config = DataConfig(root=root, loader="memory", num_threads=1)
 dataset = open_dataset(config)
-place = {"rank": rank, "world_size": 3, "local_world_size": 3}
+place = {"rank": rank, "world_size": 2, "local_world_size": 2}
 print("ready", flush=True)
 sys.stdin.readline()
 loader = TrainLoader(dataset, config, seed=7, global_batch_size=24, num_replicas=12, **place)
-found = digests(loader.batches(), 20)
+found = digests(loader.batches(), 30)
 memory = loader._pipeline._memory
 print(os.fstat(memory._file).st_ino, len(taken), *found, flush=True)
 sys.stdin.readline()
+ValidationLoader(dataset, config, **place)
 """
 
 
-def start_ranks(tmp_path: Path, root: str, policy: str) -> list["subprocess.Popen[str]"]:
-    """Three processes that know the same word, which begin at the same time."""
+@contextlib.contextmanager
+def ranks_on_a_machine(tmp_path: Path, root: str) -> Iterator[list["subprocess.Popen[str]"]]:
+    """Two processes that know the same word and have opened the data; a line tells each to go on."""
     scratch = tmp_path / "tmp"
     scratch.mkdir()
     repository = Path(__file__).parents[4]
-    environment = {
-        **os.environ,
-        "TMPDIR": str(scratch),
-        "PYTHONPATH": os.pathsep.join([str(repository / "src"), str(repository)]),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, "abc", str(rank), root, policy],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(3)
-    ]
+    places = os.pathsep.join([str(repository / "src"), str(repository)])
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with contextlib.ExitStack() as stack:
+        ranks = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", RANK, "abc", str(rank), root],
+                    text=True,
+                    env={**os.environ, "TMPDIR": str(scratch), "PYTHONPATH": places},
+                    **pipes,
+                )
+            )
+            for rank in range(2)
+        ]
+        for rank in ranks:
+            stack.callback(rank.kill)
+        assert [said(rank) for rank in ranks] == [["ready"]] * 2
+        yield ranks
+
+
+def said(rank: "subprocess.Popen[str]") -> list[str]:
+    assert rank.stdout is not None
+    return rank.stdout.readline().split()
+
+
+def go_on(ranks: list["subprocess.Popen[str]"]) -> None:
     for rank in ranks:
-        assert rank.stdin is not None
-        assert rank.stdout is not None
-        assert rank.stdout.readline() == "ready\n"
-    for rank in ranks:
-        assert rank.stdin is not None
         print(file=rank.stdin, flush=True)
-    return ranks
 
 
-def test_the_ranks_of_a_machine_share_one_copy_and_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ranks_of_a_machine_share_one_copy_the_work_and_its_faults(tmp_path: Path) -> None:
     root = write_root(tmp_path / "data", [(32, 32)] * 300)
     config = DataConfig(root=root, num_threads=1)
     dataset = open_dataset(config)
-    ranks = start_ranks(tmp_path, root, "fail")
-    lines = []
-    for rank in ranks:
-        assert rank.stdout is not None
-        lines.append(rank.stdout.readline().split())
-    assert list((tmp_path / "tmp").iterdir()) == []  # the last to come takes the signpost away
-    for rank in ranks:
-        _, error = rank.communicate("\n", timeout=60)
-        assert (rank.returncode, error) == (0, "")
+    with ranks_on_a_machine(tmp_path, root) as ranks:
+        go_on(ranks)
+        lines = [said(rank) for rank in ranks]
+        assert list((tmp_path / "tmp").iterdir()) == []  # the last to come takes the signpost away
+        broken = Path(dataset.val.path(9))
+        broken.write_bytes(b"")
+        go_on(ranks)
+        for rank in ranks:
+            _, error = rank.communicate(timeout=60)
+            assert rank.returncode == 1
+            assert f"{broken} cannot be decoded (the file is empty)" in error
     assert len({inode for inode, *_ in lines}) == 1
     assert sum(int(taken) for _, taken, *_ in lines) == 300  # every image was decoded once
     whole = digests(train_loader(dataset, config, batch=24).batches(), 5 * NUM_REPLICAS)
-    for rank, (_, _, *found) in enumerate(lines):
-        mine = [whole[step * NUM_REPLICAS + 4 * rank + k] for step in range(5) for k in range(4)]
-        assert found == mine
-
-
-def test_a_broken_image_ends_every_rank_of_the_machine(tmp_path: Path) -> None:
-    root = write_root(tmp_path / "data", [(32, 32)] * 30)
-    dataset = open_dataset(DataConfig(root=root))
-    Path(dataset.train.path(7)).write_bytes(b"")
-    for rank in start_ranks(tmp_path, root, "fail"):
-        _, error = rank.communicate("\n\n", timeout=60)
-        assert rank.returncode == 1
-        assert "/train/a/014.png cannot be decoded (the file is empty)" in error
+    shares = [found for _, _, *found in lines]
+    assert [d for step in range(5) for share in shares for d in share[6 * step : 6 * step + 6]] == whole
 
 
 def test_jobs_of_a_memory_are_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,13 +482,13 @@ def test_jobs_of_a_memory_are_taken_once(tmp_path: Path, monkeypatch: pytest.Mon
     def check(done: int) -> None:
         checked.append(done)
         if len(checked) == 3:
-            two.finish_job()  # noqa: F821  # deleted after the last call
+            two.finish_job()  # deleted after the last call
 
     one.wait_for_jobs(5, check)
     assert checked == [4, 4, 4]
-    kept = two.bytes
-    del one, two
-    assert kept[3] == 7  # without the objects
+    kept = MachineMemory(4, job=None, num_ranks=1).bytes
+    kept[3] = 7  # without the object
+    assert kept.tolist() == [0, 0, 0, 7]
 
 
 def test_a_rank_that_hangs_is_waited_for_not_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
