@@ -1,6 +1,7 @@
 """A run that is continued by `RunCheckpoints`: from an older version, with TRS, and after a step that was taken back."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +131,30 @@ def test_fields_that_are_younger_than_the_checkpoint_have_their_defaults(make: M
         other = dataclasses.replace(config, engine=dataclasses.replace(config.engine, **{field: value}))
         with pytest.raises(ValueError, match=f"its engine.{field} is .*, here it is '?{value}"):
             make(other).checkpoints.resume(Intact(path, old))
+
+
+def test_only_what_decodes_counts_of_the_loader(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_loader(loader: Any) -> TrainConfig:
+        config = config_of()
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, loader=loader))
+
+    runs = {loader: make(with_loader(loader)) for loader in ("dali", "memory", "torch")}
+    saved = {}
+    for loader, run in runs.items():  # one after the other into the same folder; what differs is in the meta
+        run.train(1)
+        run.save()
+        saved[loader] = run.saved()
+    assert saved["memory"].meta["data.loader"] == "dali"
+    runs["memory"].checkpoints.resume(saved["dali"])
+    runs["dali"].checkpoints.resume(saved["memory"])
+    with pytest.raises(ValueError, match="its data.loader is 'torch', here it is 'dali'"):
+        make(with_loader("memory")).checkpoints.resume(saved["torch"])
+    # On a machine without DALI images in memory are decoded by Pillow: what the checkpoint was made with still counts.
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    without = make(with_loader("memory"))
+    without.checkpoints.resume(saved["torch"])
+    with pytest.raises(ValueError, match="its data.loader is 'dali', here it is 'torch'"):
+        without.checkpoints.resume(saved["memory"])
 
 
 def test_a_configuration_that_is_refused_today_is_another_run(make: Make) -> None:
