@@ -142,7 +142,7 @@ def process_group(
         store=None if store is None else PrefixStore("group", store),
     )
     if ranks.world_size > 1:
-        _job_word = from_first_rank(secrets.token_hex(8))
+        _job_word = from_first_rank(secrets.token_hex(8), cpu_group("control"))
     yield
     _job_word = None
     dist.barrier()
