@@ -59,4 +59,3 @@ def test_table() -> None:
     assert head.startswith("training steps of 8 images, fp32, cpu")
     assert reference.split() == ["resnet18", "eager", "10.0", "1.000", "(1.000", "to", "1.000)", "1.0", "2"]
     assert other.split() == ["xnornet", "eager", "20.0", "1.500", "(1.000", "to", "4.000)", "2.0", "3"]
-
