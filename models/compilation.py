@@ -23,7 +23,8 @@ def compile_network(model: nn.Module) -> None:
     ours = type(model).__module__.startswith("bitfleet.")
     names: Sequence[str] = getattr(model, "compiled_apart", ())
     for part in [model.get_submodule(name) for name in names] or [model]:
-        part.compile(fullgraph=ours, dynamic=False, backend=_inductor_or_eager)
+        # The forward method and not the module: DeepSpeed's hooks count steps, and each number would be compiled by itself.
+        part.forward = torch.compile(part.forward, fullgraph=ours, dynamic=False, backend=_inductor_or_eager)
 
 
 def problem_of_compiling(device: torch.device) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bitfleet.launch.train import main
+from bitfleet.trainer import train_step
 from bitfleet.trainer import trainer as loop
 from bitfleet.trainer.checkpoint_saver import Saver
 from bitfleet.trainer.stop import StopWatcher, launcher_processes
@@ -98,7 +99,7 @@ def reach(point: str, trainer: Trainer | None = None) -> None:
 
 
 def watch_backward_and_validation() -> None:
-    backward, validate = loop.backward, loop.validate
+    backward, validate = train_step.backward, loop.validate
 
     def watched_backward(*args: Any) -> None:
         backward(*args)
@@ -108,13 +109,13 @@ def watch_backward_and_validation() -> None:
         reach("validation")
         return validate(*args)
 
-    loop.backward, loop.validate = watched_backward, watched_validate
+    train_step.backward, loop.validate = watched_backward, watched_validate
 
 
 def watch_steps() -> None:
     method = Trainer.train_step
 
-    def train_step(self: Trainer) -> None:
+    def watched_step(self: Trainer) -> None:
         global step_now
         step_now = self.step
         reach("step", self)
@@ -123,7 +124,7 @@ def watch_steps() -> None:
         if self.ranks.is_first and "BITFLEET_PROGRESS" in os.environ:
             Path(os.environ["BITFLEET_PROGRESS"]).write_text(str(self.step))
 
-    Trainer.train_step = train_step  # type: ignore[method-assign]
+    Trainer.train_step = watched_step  # type: ignore[method-assign]
 
 
 def set_clock_back(seconds: float) -> None:

@@ -145,6 +145,18 @@ def test_loader_measures_all_that_are_installed(capsys: pytest.CaptureFixture[st
     assert psutil.Process().children() == []
 
 
+def test_loaders_of_small_images_are_measured_in_turns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitfleet.trainer.bench_loader_memory._TURN_SECONDS", 0.02)
+    bench(["loader", "--memory", "--images", "40", "--rounds", "1", "--batch_size", "5", "--num_workers", "1"])
+    output = capsys.readouterr().out
+    assert "40 images of 32 pixels, batches of 5, 1 threads, median of 1 rounds" in output
+    for loader in ("dali", "torch", "memory"):
+        (row,) = re.findall(rf"^  {loader}  +(\d.*)$", output, re.MULTILINE)
+        assert re.fullmatch(r"[\d,]+ \(.* - .*\) +[\d.]+ \(.* - .*\) +[\d.]+", row), row
+
+
 def test_every_loader_gives_the_same_kind_of_batches(tmp_path: Path) -> None:
     write_class_folders(find_photos(None, 8, num_workers=1), tmp_path / ORIGINALS)
     shapes = {}
@@ -282,6 +294,10 @@ def test_bad_input() -> None:
         bench(["loader", "--steps", "3"])
     with pytest.raises(ValueError, match="bench loader --manifest has no option '--images'"):
         bench(["loader", "--manifest", "--images", "3"])
+    with pytest.raises(ValueError, match="bench loader --memory has no option '--root'"):
+        bench(["loader", "--memory", "--root", "x"])
+    with pytest.raises(ValueError, match="--batch_size 9 must not exceed --images 8; lower it, or raise --images"):
+        bench(["loader", "--memory", "--images", "8", "--batch_size", "9"])
     with pytest.raises(ValueError, match="--batch_size 9 must not exceed the 8 photos; lower it, or raise --images"):
         bench(["loader", "--images", "8", "--batch_size", "9"])
     with pytest.raises(ValueError, match="--steps must be a positive number, not '0'"):

@@ -104,6 +104,8 @@ def test_steps_compile_once_and_eager_evaluation_never(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch._inductor, "compile", counting)
     model = create_model(ModelConfig(name="birealnet_small", num_classes=10))
     compile_network(model)
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(len(calls)))  # as DeepSpeed's engine, whose hooks count steps
     for _ in range(3):
         model.train()
         F.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.arange(4)).backward()
@@ -112,6 +114,7 @@ def test_steps_compile_once_and_eager_evaluation_never(monkeypatch: pytest.Monke
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 model(torch.randn(batch_size, 3, 32, 32))
     assert counting.num_graphs == 1
+    assert calls == list(range(9))
 
 
 @pytest.mark.filterwarnings(

@@ -18,6 +18,7 @@ from bitfleet.trainer import bench_loader
 from bitfleet.trainer.bench_loader import CpuClock, take_turn
 from bitfleet.trainer.bench_loader_contenders import Contender
 from bitfleet.trainer.bench_loader_manifest import Start, Starts, format_manifest, write_long_manifest
+from bitfleet.trainer.bench_loader_memory import SmallResult, format_small_images
 from bitfleet.trainer.bench_loader_photos import find_photos, make_photo, write_class_folders, write_small_copies
 from bitfleet.trainer.bench_loader_table import (
     BITFLEET,
@@ -236,3 +237,18 @@ def test_format_manifest() -> None:
     assert "a manifest of 1,331,167 lines, median of 3 new processes" in text
     numbers = [line[38:].split()[0] for line in text.splitlines()[1:]]
     assert numbers == ["1.50", "100", "130", "190"]
+
+
+def test_format_small_images() -> None:
+    turns = {
+        "dali": [Turn(10_000, 0.1), Turn(20_000, 0.2), Turn(15_000, 0.3)],
+        "torch": [Turn(1_000, 1.0), Turn(4_000, 3.0), Turn(1_500, 2.0)],
+        "memory": [Turn(100_000, 0.005), Turn(100_000, 0.004), Turn(120_000, 0.0061)],
+    }
+    text = format_small_images(SmallResult(5000, 50, 2, turns))
+    assert "5,000 images of 32 pixels, batches of 50, 2 threads, median of 3 rounds" in text
+    rows = {line.split()[0]: line[16:].split() for line in text.splitlines()[2:5]}
+    assert rows["dali"] == "15,000 (10,000 - 20,000) 200.0 (100.0 - 300.0) 1.0".split()
+    assert rows["torch"] == "1,500 (1,000 - 4,000) 2000.0 (1000.0 - 3000.0) 0.1".split()
+    assert rows["memory"] == "100,000 (100,000 - 120,000) 5.0 (4.0 - 6.1) 8.0".split()
+    assert "memory: 100,000 images/s (at least 60,000" in text

@@ -1,6 +1,7 @@
 """A run that is continued by `RunCheckpoints`: from an older version, with TRS, and after a step that was taken back."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,7 +58,7 @@ class Run:
         scheduler = SimpleNamespace(schedules=schedules, load_state_dict=lambda state: None)
         engine = SimpleNamespace(lr_scheduler=scheduler, global_steps=0, zero_optimization_stage=lambda: 0)
         parts = Parts(engine, self.model, self.sharded, model_signature(self.model), self.diagnostics)
-        facts = identity(config, 1, 1, "data")
+        facts = identity(config, 1, 1, "data", compiled=config.model.compile == "on")
         self.checkpoints = RunCheckpoints(config, RunFolder(folder, None), ALONE, parts, facts, steps_per_epoch=1000)
 
     def train(self, num_steps: int, *, scale: float = 1.0) -> None:
@@ -95,16 +96,20 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 
 def without_new_fields(meta: dict[str, Any]) -> dict[str, Any]:
-    """As it was before schedules had shares and delays, before there were transitions, and before runs were deterministic."""
+    """As it was before schedules had shares and delays, before transitions, deterministic runs and compiled networks."""
 
     def older(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: older(each) for key, each in value.items() if key not in ("share", "delay_steps")}
         return value
 
-    younger = ("transitions", "optim.transitions", "engine.deterministic")
+    younger = ("transitions", "optim.transitions", "engine.deterministic", "model.compile")
     old = {key: older(value) for key, value in meta.items() if key not in younger}
-    del old["config"]["optim"]["transitions"], old["config"]["engine"]["deterministic"]
+    del (
+        old["config"]["optim"]["transitions"],
+        old["config"]["engine"]["deterministic"],
+        old["config"]["model"]["compile"],
+    )
     return old
 
 
@@ -126,10 +131,41 @@ def test_fields_that_are_younger_than_the_checkpoint_have_their_defaults(make: M
     other = dataclasses.replace(config, engine=EngineConfig(sharding="zero1"))
     with pytest.raises(ValueError, match="its engine.sharding is 'bits', here it is 'zero1'"):
         make(other).checkpoints.resume(Intact(path, old))
+    compiled = dataclasses.replace(config, model=dataclasses.replace(config.model, compile="on"))
+    with pytest.raises(ValueError, match="its model.compile is 'off', here it is 'on'"):
+        make(compiled).checkpoints.resume(Intact(path, old))
     for field, value in (("precision", "tf32"), ("deterministic", False)):
         other = dataclasses.replace(config, engine=dataclasses.replace(config.engine, **{field: value}))
         with pytest.raises(ValueError, match=f"its engine.{field} is .*, here it is '?{value}"):
             make(other).checkpoints.resume(Intact(path, old))
+
+
+def test_only_what_decodes_counts_of_the_loader(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_loader(loader: Any) -> TrainConfig:
+        config = config_of()
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, loader=loader))
+
+    first = make(with_loader("memory"))
+    first.train(1)
+    first.save()
+    path, meta = first.saved()
+    assert meta["config"]["data"]["loader"] == "memory"
+    assert meta["data.loader"] == "dali"
+
+    def of(loader: str) -> Intact:
+        """The checkpoint as a run of another loader would have written it."""
+        data = meta["config"]["data"] | {"loader": loader}
+        return Intact(path, {**meta, "config": meta["config"] | {"data": data}, "data.loader": loader})
+
+    assert make(with_loader("dali")).checkpoints.resume(Intact(path, meta)) == 1
+    assert make(with_loader("memory")).checkpoints.resume(of("dali")) == 1
+    with pytest.raises(ValueError, match="its data.loader is 'torch', here it is 'dali'"):
+        make(with_loader("memory")).checkpoints.resume(of("torch"))
+    # On a machine without DALI Pillow decodes what is kept in memory: what the checkpoint was made with counts all the same.
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    assert make(with_loader("memory")).checkpoints.resume(of("torch")) == 1
+    with pytest.raises(ValueError, match="its data.loader is 'dali', here it is 'torch'"):
+        make(with_loader("memory")).checkpoints.resume(Intact(path, meta))
 
 
 def test_a_configuration_that_is_refused_today_is_another_run(make: Make) -> None:

@@ -172,6 +172,25 @@ def test_validation_leaves_out_what_it_cannot_read(root: Path, loader: str, brok
     assert torch.cat([labels for _, labels in batches]).tolist() == dataset.val.labels[kept].tolist()
 
 
+def lose_its_end(path: Path) -> None:
+    os.truncate(path, 30)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("damage", [Path.unlink, empty, become_text, lose_its_end])
+def test_a_broken_image_in_a_large_batch_does_not_crash_the_process(
+    root: Path, loader: str, damage: Callable[[Path], None]
+) -> None:
+    """DALI 2.4 by itself does crash at it, in about half of these iterations, from 32 images in a batch on."""
+    for index in range(NUM_VAL, 64):
+        photo(60, 80, index).save(root / "val/a" / f"{index}.jpg")
+    config = config_of(root, loader, val_batch_size=64)
+    dataset = open_dataset(config)
+    damage(Path(dataset.val.path(3)))
+    loaded = [validation_loader(dataset, config) for _ in range(4)]
+    assert [sum(len(labels) for _, labels in each) for each in loaded] == [63] * 4
+
+
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize(
     ("damage", "reason"),

@@ -33,6 +33,7 @@ from tests.unit.trainer.data.test_images import photo
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 NUM_REPLICAS = 12
+CPU = torch.device("cpu")
 
 
 def in_memory(config: DataConfig, **changes: Any) -> DataConfig:
@@ -47,6 +48,7 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
     replicas: int = NUM_REPLICAS,
+    device: torch.device = CPU,
 ) -> TrainLoader:
     return TrainLoader(
         dataset,
@@ -57,11 +59,12 @@ def train_loader(
         rank=rank,
         world_size=world_size,
         local_world_size=world_size,
+        device=device,
     )
 
 
 def validation_loader(dataset: Dataset, config: DataConfig, rank: int = 0, world_size: int = 1) -> ValidationLoader:
-    return ValidationLoader(dataset, config, rank=rank, world_size=world_size, local_world_size=world_size)
+    return ValidationLoader(dataset, config, rank=rank, world_size=world_size, local_world_size=world_size, device=CPU)
 
 
 def digests(batches: Batches, count: int) -> list[str]:
@@ -251,10 +254,9 @@ def test_on_a_device_nothing_is_read_back(cifar_like: DataConfig, monkeypatch: p
     meta = torch.device("meta")
     sent: list[torch.Size] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: sent.append(tensor.shape) or tensor)  # type: ignore[func-returns-value]
-    monkeypatch.setattr("bitfleet.trainer.data.loaders._model_device", lambda index: meta)
     monkeypatch.setattr(memory_pipeline, "place_of", lambda num_bytes, device, geometry: device)
     dataset = open_dataset(cifar_like)
-    batches = list(islice(train_loader(dataset, in_memory(cifar_like), batch=24).batches(), 60))
+    batches = list(islice(train_loader(dataset, in_memory(cifar_like), batch=24, device=meta).batches(), 60))
     for images, labels in batches:
         assert (images.shape, images.dtype, images.device) == ((2, 32, 32, 3), torch.uint8, meta)
         assert (labels.shape, labels.dtype, labels.device) == ((2,), torch.int64, meta)
@@ -263,7 +265,7 @@ def test_on_a_device_nothing_is_read_back(cifar_like: DataConfig, monkeypatch: p
     # Where the set does not fit there, batches travel instead.
     sent.clear()
     monkeypatch.setattr(memory_pipeline, "place_of", lambda num_bytes, device, geometry: torch.device("cpu"))
-    images, labels = next(train_loader(dataset, in_memory(cifar_like), batch=24).batches())
+    images, labels = next(train_loader(dataset, in_memory(cifar_like), batch=24, device=meta).batches())
     assert (images.device, labels.device) == (meta, meta)
     assert sent == [(2, 32, 32, 3), (2,)]
 
@@ -377,7 +379,7 @@ def test_past_the_limit_of_broken_images_a_run_ends(tmp_path: Path) -> None:
 
 
 RANK = """
-import os, sys
+import os, sys, torch
 from bitfleet.trainer import distributed
 from bitfleet.trainer.data import DataConfig, TrainLoader, ValidationLoader, open_dataset
 from bitfleet.trainer.data.decoded_images import DecodedImages
@@ -390,7 +392,7 @@ DecodedImages._keep = lambda self, image, sample: (taken.append(sample), keep(se
 rank, root = int(sys.argv[2]), sys.argv[3]
 config = DataConfig(root=root, loader="memory", num_threads=1)
 dataset = open_dataset(config)
-place = {"rank": rank, "world_size": 2, "local_world_size": 2}
+place = {"rank": rank, "world_size": 2, "local_world_size": 2, "device": torch.device("cpu")}
 print("ready", flush=True)
 sys.stdin.readline()
 loader = TrainLoader(dataset, config, seed=7, global_batch_size=24, num_replicas=12, **place)
@@ -482,7 +484,7 @@ def test_jobs_of_a_memory_are_taken_once(tmp_path: Path, monkeypatch: pytest.Mon
     def check(done: int) -> None:
         checked.append(done)
         if len(checked) == 3:
-            two.finish_job()  # deleted after the last call
+            two.finish_job()
 
     one.wait_for_jobs(5, check)
     assert checked == [4, 4, 4]
