@@ -30,7 +30,8 @@ def can_pack(x: Tensor, weight: Tensor, quantizer: Quantizer) -> bool:
     return (
         _has_kernels(x.device)
         and x.dim() == 4
-        and x.is_contiguous(memory_format=torch.channels_last)
+        # Operators on the meta device lose channels_last where those of a CPU keep it.
+        and (x.is_meta or x.is_contiguous(memory_format=torch.channels_last))
         and weight.dtype == torch.float32
         and {x.dtype, _out_dtype(x)} <= {torch.float32, torch.bfloat16}
         and binarizer_of(quantizer) is not None

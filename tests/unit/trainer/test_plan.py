@@ -100,7 +100,7 @@ def test_launches_bind_where_a_batch_is_small() -> None:
     # Two micro-batches a rank are launched twice.
     twice = estimate(dataclasses.replace(XNOR, num_replicas=8), network, gpu, cluster(ranks_per_node=4))
     assert twice.kernels.num_micro_batches == 2
-    assert twice.launches > 1.7 * few.launches
+    assert twice.launches > 1.6 * few.launches  # exchange and update are once a step
 
 
 def test_what_a_cuda_graph_saves() -> None:
@@ -114,7 +114,9 @@ def test_what_a_cuda_graph_saves() -> None:
         assert graph.step == graph.launches == pytest.approx(3e-5 + host.kernels.step * 1e-6)
     eager, after_compile = modes[Mode(False, False)], modes[Mode(True, False)]
     assert after_compile.kernels.step < eager.kernels.step
-    assert estimate(XNOR, network, gpu, cluster(ranks_per_node=1)) == eager
+    assert estimate(XNOR, network, gpu, cluster(ranks_per_node=1)) == after_compile  # auto, on GPUs
+    off = dataclasses.replace(XNOR, model=dataclasses.replace(XNOR.model, compile="off"))
+    assert estimate(off, network, gpu, cluster(ranks_per_node=1)) == eager
     # A step that the device needs longer for is not shortened below that.
     slow = dataclasses.replace(gpu, flops_per_second=6 * network.macs * 1024 / 1e-3)
     graph = all_modes(XNOR, network, slow, cluster(ranks_per_node=1))[Mode(False, True)]
@@ -275,7 +277,7 @@ def test_command_prints_the_answer_the_table_and_the_sources(
     assert re.search(r"^More than \d nodes do not help: \d+ give \d+% more images/s\.$", output, re.M)
     assert len(re.findall(r"^ +(> )?\d+ +\d+ +\d+ .* (data|compute|network|launches)$", output, re.M)) == 8
     assert "MLPerf training 4.0" in output
-    assert re.search(r"^> eager( +\d+){6}( +[\d.]+){4}$", output, re.M)
+    assert re.search(r"^> compiled, estimated( +\d+){6}( +[\d.]+){4}$", output, re.M)
     assert re.search(r"^A CUDA graph launches the step in .* with it\.$", output, re.M)
     assert picture.read_bytes().startswith(b"\x89PNG")
 

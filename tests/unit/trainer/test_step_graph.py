@@ -109,6 +109,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch, process_group: None) -> None:
     """Their calls are no operators, so they cannot be recorded."""
     monkeypatch.setattr(kernels, "kernel_library", lambda: None)
     monkeypatch.setattr("bitfleet.optim.bits.kernel_library", lambda: None)
+    monkeypatch.setattr("bitfleet.models.layers.can_pack", lambda *_: False)
 
 
 @pytest.mark.parametrize("network", ["birealnet_small", "binarynet"])
