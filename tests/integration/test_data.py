@@ -69,6 +69,16 @@ def test_folders_shards_and_the_other_loader_train_the_same_bits(
     done = deepspeed(2, script, *options_for(tiny, root, tmp_path / "b", "--data.loader", "torch"))
     assert done.returncode == 0, done.stdout
     assert_same_bits(final_tensors(tmp_path / "a", STEPS), final_tensors(tmp_path / "b", STEPS))
+    in_memory = ["--data.loader", "memory"]
+    done = deepspeed(2, TRAIN, *options_for(tiny, root, tmp_path / "m", *in_memory))
+    assert done.returncode == 0, done.stdout
+    assert "keeps a copy of its own" not in done.stdout
+    assert_same_bits(final_tensors(tmp_path / "a", STEPS), final_tensors(tmp_path / "m", STEPS))
+    further = ["--resume", "auto", "--stop_after_steps", str(STEPS + 3)]
+    for run, loader in (("m", []), ("a", in_memory)):  # each goes on with the loader of the other
+        done = deepspeed(2, TRAIN, *options_for(tiny, root, tmp_path / run, *loader), *further)
+        assert done.returncode == 0, done.stdout
+    assert_same_bits(final_tensors(tmp_path / "a", STEPS + 3), final_tensors(tmp_path / "m", STEPS + 3))
     done = deepspeed(2, script, *options_for(tiny, root, tmp_path / "c"))
     failed(done, "NVIDIA DALI, which reads the images, is not installed")
 

@@ -24,9 +24,8 @@ from bitfleet.trainer.data.request import Batch, Geometry, Pipeline, Request
 from bitfleet.trainer.data.sampler import Windows
 from bitfleet.trainer.data.torch_pipeline import TorchPipeline
 
-_IMAGES_AHEAD = (
-    4096  # whose windows and flips are drawn together, where nothing is read: calls of numpy cost more than numbers
-)
+# Windows and flips of so many images are drawn together, where nothing is read: calls of numpy cost more than the numbers.
+_IMAGES_AHEAD = 4096
 
 
 class TrainLoader:
@@ -52,7 +51,7 @@ class TrainLoader:
         local_world_size: int,
         device: torch.device,
     ) -> None:
-        """Check the sizes; nothing is read yet.
+        """Check the sizes; nothing is read yet, but data.loader="memory" decodes all images here.
 
         Args:
             dataset: From `open_dataset`.
@@ -67,7 +66,8 @@ class TrainLoader:
 
         Raises:
             ValueError: Sizes that do not divide, a batch larger than the training set, an image too small for the
-                window, data.device="gpu" for a model on the CPU, or no DALI.
+                window, data.device="gpu" for a model on the CPU, no DALI, or images that do not fit into memory or, kept
+                there, cannot be decoded.
         """
         _check_batches(seed, global_batch_size, num_replicas, world_size, len(dataset.train))
         if config.augmentation == "pad_crop":
@@ -176,7 +176,8 @@ class ValidationLoader:
         """See TrainLoader for the arguments.
 
         Raises:
-            ValueError: data.device="gpu" for a model on the CPU, or no DALI.
+            ValueError: data.device="gpu" for a model on the CPU, no DALI, or images that do not fit into memory or, kept
+                there, cannot be decoded.
         """
         self._images = dataset.val
         self._config = config
