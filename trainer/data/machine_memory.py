@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 
 _HEADER_BYTES = 64
 _NEXT, _DONE = 0, 1  # int64 of the header: the job that is taken next, and how many are done
@@ -150,6 +149,8 @@ def _open_of(process: int, descriptor: int, name: str) -> int | None:
 
 
 def _check_available(num_bytes: int) -> None:
+    import psutil  # here: a machine that benchmarks a GPU may lack it
+
     available = psutil.virtual_memory().available
     if num_bytes > available:
         raise ValueError(

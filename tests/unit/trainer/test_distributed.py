@@ -45,6 +45,8 @@ def test_nccl_leaves_lost_ranks_to_the_heartbeat(device: str, backend: str, monk
     monkeypatch.setattr(dist, "init_process_group", init)
     monkeypatch.setattr(dist, "barrier", lambda: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr("bitfleet.trainer.distributed.cpu_group", lambda name: None)
+    monkeypatch.setattr("bitfleet.trainer.distributed.from_first_rank", lambda value, group: value)
     with process_group(torch.device(device), LAST_OF_FOUR):
         pass
     assert started == [((backend, 7, 8, COLLECTIVE_TIMEOUT), "2" if backend == "nccl" else None)]
