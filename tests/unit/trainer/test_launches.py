@@ -261,6 +261,7 @@ def test_the_compiled_count_is_near_what_torch_compile_plans(
     name: str, options: dict[str, Any], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = create_model(ModelConfig(name=name, num_classes=10, **options))
+    monkeypatch.setattr("bitfleet.models.layers.can_pack", lambda *_: False)  # as on a GPU
     planned = scheduled_kernels(model, images(4, size, "cpu"), monkeypatch)
     forward, backward = count(model.to("meta"), images(4, size))
     assert 0.7 * planned < forward.compiled + backward.compiled < 1.3 * planned
