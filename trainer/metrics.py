@@ -117,6 +117,7 @@ class FlipCounter:
     def __init__(self, model: nn.Module) -> None:
         self._params = [(name, param) for name, param in model.named_parameters() if is_binary(param)]
         self._before: list[Tensor] = []
+        self._sizes: list[int] = []
 
     def before_step(self) -> None:
         """Remember the weights."""
@@ -125,6 +126,7 @@ class FlipCounter:
     def take(self) -> Tensor:
         """The weights of each parameter whose sign has changed since `before_step`, int64 [parameters]; 0 without that call."""
         before, self._before = self._before, []
+        self._sizes = [param.numel() for _, param in self._params]  # here: under zero3 a parameter is empty at other times
         if not before:
             return torch.zeros(len(self._params), dtype=torch.int64)
         pairs = zip(before, self._params, strict=True)
@@ -134,12 +136,11 @@ class FlipCounter:
         """Of counts that `take` returned: "flip_ratio" overall, "flip_ratio/<parameter>" each; empty without binary weights."""
         if not self._params:
             return {}
-        sizes = [param.numel() for _, param in self._params]
         layers = {
             f"flip_ratio/{name}": count / size
-            for (name, _), count, size in zip(self._params, counts, sizes, strict=True)
+            for (name, _), count, size in zip(self._params, counts, self._sizes, strict=True)
         }
-        return {"flip_ratio": sum(counts) / sum(sizes), **layers}
+        return {"flip_ratio": sum(counts) / sum(self._sizes), **layers}
 
 
 class Stopwatch:
