@@ -126,7 +126,9 @@ class FlipCounter:
     def take(self) -> Tensor:
         """The weights of each parameter whose sign has changed since `before_step`, int64 [parameters]; 0 without that call."""
         before, self._before = self._before, []
-        self._sizes = [param.numel() for _, param in self._params]  # here: under zero3 a parameter is empty at other times
+        self._sizes = [
+            param.numel() for _, param in self._params
+        ]  # here: under zero3 a parameter is empty at other times
         if not before:
             return torch.zeros(len(self._params), dtype=torch.int64)
         pairs = zip(before, self._params, strict=True)
