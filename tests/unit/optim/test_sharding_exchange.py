@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from bitfleet.optim import sharding_exchange
-from bitfleet.optim.buckets import tree_sum
+from bitfleet.optim.buckets import tree_sum, tree_sum_rows
 from bitfleet.optim.sharding_exchange import Courier, can_halve, halving_sum
 from tests.distributed.rounded import rounded_sums
 
 SLICE = 64
+
+
+@pytest.mark.parametrize("num_rows", range(1, 18))
+def test_rows_are_summed_in_the_same_tree(num_rows: int) -> None:
+    rows = torch.randn(num_rows, 33, generator=torch.Generator().manual_seed(num_rows))
+    assert torch.equal(tree_sum_rows(rows), tree_sum(list(rows)))
 
 
 @pytest.fixture
