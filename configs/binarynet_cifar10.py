@@ -22,7 +22,12 @@ def config() -> TrainConfig:
         name="binarynet_cifar10",
         epochs=500,  # binarynet_batch.py, bop2ndOrder_CIFAR: epochs
         global_batch_size=50,  # bop2ndOrder_CIFAR: batch_size
-        model=ModelConfig(name="binarynet", num_classes=10, norm="batch"),
+        model=ModelConfig(
+            name="binarynet",
+            num_classes=10,
+            norm="batch",
+            initial_weights="real",  # the kernels hold Glorot values until the first update
+        ),
         data=DataConfig(
             root="data/cifar10",
             image_size=32,

@@ -22,7 +22,12 @@ def config() -> TrainConfig:
         name="xnornet_imagenet",
         epochs=100,  # xnor_batch.py: epochs
         global_batch_size=1024,  # xnor_batch.py: batch_size
-        model=ModelConfig(name="xnornet", num_classes=1000, norm="batch"),
+        model=ModelConfig(
+            name="xnornet",
+            num_classes=1000,
+            norm="batch",
+            initial_weights="real",  # the kernels hold Glorot values until the first update
+        ),
         data=DataConfig(
             root="data/imagenet",
             image_size=224,

@@ -6,6 +6,8 @@ from typing import Any, Literal
 import timm
 from torch import nn
 
+from bitfleet.models.layers import start_real
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -25,6 +27,9 @@ class ModelConfig:
     """Pseudo-gradient of the sign of the features in bitfleet's networks. None: the network's own default."""
     residual: Literal["single", "double"] | None = None
     """Shortcuts of a Bi-Real Net: around every two binary convolutions, or around every one. None: the network's own default."""
+    initial_weights: Literal["signs", "real"] = "signs"
+    """What binary weights are until their first update. real: Glorot's values, as in the paper's code, whose first forward and
+    backward pass see them; the first update compares with them and leaves +-1. signs: the signs of such values."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the network's training step with torch.compile, which takes 20 to 60 s at the start unless torch's cache has it.
     auto: on GPUs, not on CPUs; a run that is continued stays what it was. Validation is never compiled. The compiled network
@@ -52,4 +57,6 @@ def create_model(config: ModelConfig) -> nn.Module:
         raise ValueError(
             f"the network {config.name} does not take one of the options {sorted(options)}: {error}"
         ) from error
+    if config.initial_weights == "real":
+        start_real(model)
     return model

@@ -1,7 +1,8 @@
 """Binary layers: the input is quantized, the weight is +-1 itself.
 
 There is no latent weight, no gradient estimator on the weight and no scale. The weight carries the attribute
-`binary = True`; optimizers find it by that mark and by nothing else.
+`binary = True`; optimizers find it by that mark and by nothing else. `start_real` makes the weights of a network real ones until
+their first update.
 """
 
 from collections.abc import Callable
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitfleet.models.binary_conv import binary_conv2d, can_pack
-from bitfleet.models.initializers import Initializer, glorot_uniform_, random_signs_
+from bitfleet.models.initializers import Initializer, glorot_uniform_, random_signs_, real_sample_
 from bitfleet.models.quantizers import Quantizer
 from bitfleet.models.same_padding import NO_PADDING, conv2d, same_padding
 
-__all__ = ["QuantConv2d", "QuantLinear"]
+__all__ = ["QuantConv2d", "QuantLinear", "start_real"]
 
 
 def _name(quantizer: Quantizer | None) -> str:
@@ -27,6 +28,9 @@ class _BinaryWeight(nn.Module):
 
     A lost mark would let Adam train the weight as a real number, without any error.
     """
+
+    weight: Tensor
+    initializer: Initializer
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Mark on construction and in `load_state_dict(assign=True)`."""
@@ -45,6 +49,14 @@ class _BinaryWeight(nn.Module):
         module._apply(fn, recurse)
         self._mark_weight()
         return self
+
+    def reset_parameters(self) -> None:
+        """Draw new +-1 weights."""
+        random_signs_(self.weight, self.initializer)
+
+    def make_real(self) -> None:
+        """Turn the weights into a sample of the initializer with their signs; the first update of an optimizer ends that."""
+        real_sample_(self.weight, self.initializer)
 
     def _mark_weight(self) -> None:
         weight = self._parameters.get("weight")
@@ -82,10 +94,6 @@ class QuantConv2d(_BinaryWeight, nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, bias=False)
         self.same = padding == "same"
         self.input_quantizer = input_quantizer
-
-    def reset_parameters(self) -> None:
-        """Draw new +-1 weights."""
-        random_signs_(self.weight, self.initializer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve [N, in_channels, H, W]."""
@@ -130,10 +138,6 @@ class QuantLinear(_BinaryWeight, nn.Linear):
         super().__init__(in_features, out_features, bias=False)
         self.input_quantizer = input_quantizer
 
-    def reset_parameters(self) -> None:
-        """Draw new +-1 weights."""
-        random_signs_(self.weight, self.initializer)
-
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in_features] to [..., out_features]."""
         return F.linear(x if self.input_quantizer is None else self.input_quantizer(x), self.weight)
@@ -141,3 +145,16 @@ class QuantLinear(_BinaryWeight, nn.Linear):
     def extra_repr(self) -> str:
         """Options in `print(model)`."""
         return f"{super().extra_repr()}, input_quantizer={_name(self.input_quantizer)}"
+
+
+def start_real(model: nn.Module) -> None:
+    """Give the binary weights of `model` real values of the same signs, as the paper's code starts.
+
+    Raises:
+        ValueError: it has no binary layer.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, _BinaryWeight)]
+    if not layers:
+        raise ValueError("model.initial_weights is real, but this network has no binary weights: leave it out")
+    for layer in layers:
+        layer.make_real()

@@ -92,12 +92,16 @@ class Bucket:
         keys = RULES[group["rule"]].state_keys
         self.state = {key: torch.zeros(self.slice_numel, device=first.device) for key in keys}
         self.bits: Tensor | None = None
+        self.real: set[int] = set()
+        """Segments of a binary bucket that hold real values: their first update makes them +-1."""
+        self._first_updates: set[int] = set()
         self.steps = [0] * len(self.segments)
         self._local: Tensor | None = None
         self._sums: list[tuple[int, Tensor]] = []
         self._expected = {index for index, (_, param) in enumerate(named) if param.requires_grad}
         self._missing = set(self._expected)
         self.used = [False] * len(self.segments)
+        self.read_weights()
 
     # Gradients of this rank's replicas.
 
@@ -185,9 +189,11 @@ class Bucket:
             used: for each segment, whether any rank had a gradient for it; the others keep weight and state, as a plain
                 optimizer skips parameters without a gradient.
         """
+        self._first_updates = {index for index in self.real if used[index]}
         self._begin_({index for index, is_used in enumerate(used) if is_used and self.steps[index] == 0})
         for index, is_used in enumerate(used):
             self.steps[index] += is_used
+        self.real -= self._first_updates
         return list(self._runs(used))
 
     def retract(self, used: Sequence[bool]) -> None:
@@ -207,10 +213,16 @@ class Bucket:
         state = {key: tensor[run.low : run.high] for key, tensor in self.state.items()}
         group, grad = {**self.group, **numbers}, grad[run.low : run.high]
         step = {"step": torch.tensor(float(run.step))}
-        if self.binary:
-            update_bits_(self.signs()[run.low // 8 : run.high // 8], grad, state | step, group, finite)
-            return
         weights = self.weights[self.begin + run.low : self.begin + run.high]
+        if self.binary:
+            bits = self.signs()[run.low // 8 : run.high // 8]
+            if run.step == 1 and self._first_updates:
+                # The host knows that this update is finite: it waits for every first one.
+                RULES[group["rule"]].update_(weights, grad, state | step, group)
+                pack_signs(weights, out=bits)
+            else:
+                update_bits_(bits, grad, state | step, group, finite)
+            return
         guard = nullcontext() if finite is None else unless_nonfinite(finite, [weights, *state.values()])
         with guard:
             RULES[group["rule"]].update_(weights, grad, state | step, group)
@@ -229,7 +241,7 @@ class Bucket:
 
     def _owned(self, low: int, high: int) -> Tensor:
         """Weights `low` ... `high` - 1 of this rank's slice; of a binary bucket, where `low` is a multiple of 8, a copy."""
-        if not self.binary:
+        if not self.binary or self._first_updates:
             return self.weights[self.begin + low : self.begin + high]
         bits = self.signs()[low // 8 : -(-high // 8)]
         return unpack_signs(bits, torch.empty(8 * bits.numel(), device=bits.device))[: high - low]
@@ -239,9 +251,9 @@ class Bucket:
         if all(used) and len(set(self.steps)) == 1:
             yield Run(0, self.slice_numel, self.steps[0])
             return
-        for index, (segment, is_used) in enumerate(zip(self.segments, used, strict=True)):
-            end = -(-segment.end // ALIGN) * ALIGN if self.binary else segment.end
-            low, high = max(segment.start, self.begin) - self.begin, min(end, self.end) - self.begin
+        places = self._aligned() if self.binary else [(segment.start, segment.end) for segment in self.segments]
+        for index, ((start, end), is_used) in enumerate(zip(places, used, strict=True)):
+            low, high = max(start, self.begin) - self.begin, min(end, self.end) - self.begin
             if is_used and low < high:
                 yield Run(low, high, self.steps[index])
 
@@ -252,18 +264,35 @@ class Bucket:
         return self.bits
 
     def unpack(self, gathered: Tensor) -> None:
-        """Write the gathered signs of all slices, uint8 [world_size * slice_numel / 8], into the parameters."""
-        unpack_signs(gathered, self.weights)
+        """Write the gathered signs of all slices, uint8 [world_size * slice_numel / 8], into the parameters that are +-1."""
+        if not self.real:
+            unpack_signs(gathered, self.weights)
+            return
+        for index, (start, end) in enumerate(self._aligned()):
+            if index not in self.real:
+                unpack_signs(gathered[start // 8 : end // 8], self.weights[start:end])
+
+    def _aligned(self) -> list[tuple[int, int]]:
+        """Begin and end of each segment of a binary bucket, with the padding behind it."""
+        return [(segment.start, -(-segment.end // ALIGN) * ALIGN) for segment in self.segments]
 
     def read_weights(self) -> None:
         """Forget the packed signs: the parameters were written from outside."""
         self.bits = None
+        if self.binary and not self.weights.is_meta:
+            held = enumerate(segment.param.detach() for segment in self.segments)
+            self.real = {index for index, weight in held if not bool((weight.abs() == 1).all())}
 
     # What all ranks must agree on.
 
+    @property
+    def travels_as_bits(self) -> bool:
+        """Whether all weights are +-1 of a rule that keeps them so."""
+        return self.binary and not self.real
+
     def wire_form(self) -> Tensor:
         """A copy of all weights in a form whose words can be compared: packed signs, or the values' bits as integers."""
-        if self.binary:
+        if self.travels_as_bits:
             return pack_signs(self.weights)
         return self.weights.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[self.weights.element_size()]).clone()
 
@@ -277,11 +306,13 @@ class Bucket:
         """Parameters whose weights differ from `truth` (a wire form), each with its first differing element."""
         here, differences = self.wire_form(), []
         for segment in self.segments:
-            low, high = (segment.start // 8, -(-segment.end // 8)) if self.binary else (segment.start, segment.end)
+            low, high = segment.start, segment.end
+            if self.travels_as_bits:
+                low, high = low // 8, -(-high // 8)
             differs = (truth[low:high] != here[low:high]).nonzero()
             if len(differs):
                 first = int(differs[0])
-                if self.binary:
+                if self.travels_as_bits:
                     changed = int(truth[low + first]) ^ int(here[low + first])
                     first = 8 * first + (changed & -changed).bit_length() - 1
                 differences.append((segment.name, first))

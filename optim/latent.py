@@ -15,7 +15,7 @@ rule, so that it is sharded and the weights travel as bits. The numbers are the 
 after clipping that is everywhere.
 
 At the start w~ = w u a, u uniform in (0, 1) by element, a = sqrt(6 / (fan_in + fan_out)): Glorot's uniform sample, given its
-signs.
+signs. A weight that is not +-1 then (model.initial_weights real) is itself the latent one.
 """
 
 import math
@@ -37,16 +37,17 @@ def glorot_limit(shape: torch.Size) -> float:
 
 
 def begin_latent_(weight: Tensor, uniform: Tensor, shape: torch.Size, state: State, group: Group) -> None:
-    """Fill state["latent"] with latent weights of the signs of `weight`.
+    """Fill state["latent"] with latent weights of the signs of `weight`; one that is not +-1 is its own.
 
     Args:
-        weight: any shape, +-1.
+        weight: any shape.
         uniform: fp32, same shape, in (0, 1).
         shape: of the whole parameter.
         state: "latent" is fp32, of the shape of `weight`.
         group: not read.
     """
-    state["latent"].copy_(torch.where(weight >= 0, uniform, -uniform) * glorot_limit(shape))
+    drawn = torch.where(weight >= 0, uniform, -uniform) * glorot_limit(shape)
+    state["latent"].copy_(torch.where(weight.abs() == 1.0, drawn, weight))
 
 
 def clip_and_sign_(weight: Tensor, latent: Tensor) -> None:

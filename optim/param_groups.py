@@ -69,7 +69,10 @@ def check_claims(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def routing_table(optimizer: Optimizer) -> str:
-    """The routing as text: name, shape, group, rule, count and bytes of optimizer state (unsharded) of each parameter."""
+    """The routing as text: name, shape, group, rule, count and bytes of optimizer state (unsharded) of each parameter.
+
+    A last line says so where binary weights start as real values.
+    """
     rows = [("parameter", "shape", "group", "rule", "weights", "state bytes")]
     totals: dict[str, tuple[int, int]] = {}
     for group in optimizer.param_groups:
@@ -87,4 +90,12 @@ def routing_table(optimizer: Optimizer) -> str:
         cells = [cell.ljust(width) for cell, width in zip(row[:4], widths[:4], strict=True)]
         cells += [cell.rjust(width) for cell, width in zip(row[4:], widths[4:], strict=True)]
         lines.append("  ".join(cells))
+    if starts_real(optimizer):
+        lines.append("The binary weights start as real values; their first update makes them +-1.")
     return "\n".join(lines)
+
+
+def starts_real(optimizer: Optimizer) -> bool:
+    """Whether weights of a rule that flips them are real values, as they may be before their first update."""
+    flipped = (group["params"] for group in optimizer.param_groups if RULES[group["rule"]].flips)
+    return any(not bool((param.detach().abs() == 1).all()) for params in flipped for param in params)

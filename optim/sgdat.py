@@ -29,7 +29,7 @@ def sgdat_step_(
     """One update in place, elementwise.
 
     Args:
-        weight: any shape, +-1.
+        weight: any shape, +-1; a real one becomes its sign.
         grad: gradient with respect to `weight`, same shape.
         accumulator: M, fp32, same shape.
         num_flips: n_flips, fp32, same shape; exact up to 2^24.
@@ -37,10 +37,10 @@ def sgdat_step_(
         threshold: tau, by which each flip raises the weight's threshold; not negative.
     """
     accumulator.sub_(grad.float() * latent_lr)
-    signs = torch.where(accumulator >= 0, 1.0, -1.0)
-    flips = (accumulator.abs() > num_flips * threshold) & (signs != weight)
+    signs, before = torch.where(accumulator >= 0, 1.0, -1.0), weight.float().sign()
+    flips = (accumulator.abs() > num_flips * threshold) & (signs != before)
     num_flips.add_(flips)
-    weight.copy_(torch.where(flips, signs, weight.float()))
+    weight.copy_(torch.where(flips, signs, before))
 
 
 @rule("sgdat", "accumulator", "num_flips", flips=True, numbers=scheduled("latent_lr", "threshold"))

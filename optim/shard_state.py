@@ -37,8 +37,21 @@ def chunks(buckets: Sequence[Bucket]) -> list[Chunk]:
 
 
 def bit_chunks(buckets: Sequence[Bucket]) -> list[Chunk]:
-    """This rank's stretches of the binary weights, as packed signs."""
-    return [chunk for bucket in buckets if bucket.binary for chunk in packed_chunks(bucket, BITS, bucket.signs())]
+    """This rank's stretches of the binary weights that are +-1, as packed signs."""
+    names = in_bits(buckets)
+    found = (chunk for bucket in buckets if bucket.binary for chunk in packed_chunks(bucket, BITS, bucket.signs()))
+    return [chunk for chunk in found if chunk.name in names]
+
+
+def in_bits(buckets: Sequence[Bucket]) -> set[str]:
+    """The parameters that `bit_chunks` holds; those that start as real values come to it with their first update."""
+    return {
+        segment.name
+        for bucket in buckets
+        if bucket.binary
+        for index, segment in enumerate(bucket.segments)
+        if index not in bucket.real
+    }
 
 
 def packed_chunks(bucket: Bucket, key: str, packed: Tensor) -> list[Chunk]:

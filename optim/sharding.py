@@ -117,6 +117,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._used: tuple[tuple[bool, ...], Tensor] = (), torch.empty(0)
         for bucket in self.buckets if self.world_size > 1 else ():
             dist.broadcast(bucket.weights, group_src=0, group=self.process_group)
+            bucket.read_weights()
         place = {"rank": self.rank, "world_size": self.world_size}
         self._reduction = Reduction(
             self.buckets, process_group, **place, num_replicas=self.num_replicas, grad_dtype=grad_dtype

@@ -47,7 +47,7 @@ def union(names: list[str], process_group: dist.ProcessGroup | None) -> list[str
 def _wrong_here(bucket: Bucket, checksums: list[int], process_group: dist.ProcessGroup | None) -> list[tuple[str, int]]:
     """Parameters of `bucket` that are wrong on this rank, each with its first wrong element."""
     truth = bucket.wire_form()
-    if bucket.binary:  # the owners have the truth in their packed slices
+    if bucket.travels_as_bits:  # the owners have the truth in their packed slices
         all_gather_single(truth, bucket.signs(), group=process_group)
     else:  # what most ranks have; of two, rank 0
         majority = max(range(len(checksums)), key=lambda rank: (checksums.count(checksums[rank]), -rank))

@@ -7,7 +7,7 @@ gradient with respect to the +-1 weight w:
 
     u <- (1 - gamma) u + gamma g
     h <- (1 - alpha) h + alpha u
-    w <- -w where w h > 0, else w          (a tie keeps)
+    w <- -w where w h > 0, else w          (a tie keeps; a real w becomes its sign)
 
 The code lowers alpha to 0 over the run, linearly by epoch; a linear schedule here does so by step.
 """
@@ -38,7 +38,7 @@ def two_ema_step_(
     """
     exp_avg.add_((grad.float() - exp_avg) * gamma)
     exp_avg_cascaded.add_((exp_avg - exp_avg_cascaded) * alpha)
-    weight.copy_(torch.where(weight * exp_avg_cascaded > 0, -weight, weight))
+    weight.copy_(torch.where(weight * exp_avg_cascaded > 0, -weight, weight).sign_())
 
 
 @rule("two_ema", "exp_avg", "exp_avg_cascaded", flips=True, numbers=scheduled("gamma", "alpha"))

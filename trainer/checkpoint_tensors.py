@@ -1,7 +1,7 @@
 """The tensors of a checkpoint, on torch.distributed.checkpoint (DCP) with safetensors storage: no pickle, any number of ranks.
 
     bits.<parameter>            a binary weight as packed signs, uint8 [ceil(numel / 8)], least significant bit first; one that is
-                                not +-1 yet (the rule bnew) is not stored so
+                                not +-1 yet (the rule bnew, model.initial_weights real) is not stored so
     model.<tensor>              any other parameter or buffer, as it is
     optim.<key>.<parameter>     a moment, flat fp32 [numel]
     diagnostics.<key>.<parameter>   memory of flips, packed like the bits; only of a run with metrics.diagnostics
@@ -14,7 +14,7 @@ number of ranks is DCP's own resharding.
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from bitfleet.optim.bits import pack_signs, unpack_signs
 from bitfleet.optim.diagnostics import BitDiagnostics
 from bitfleet.optim.routed import RULES
 from bitfleet.optim.shard_state import BITS as CHUNK_BITS
-from bitfleet.optim.shard_state import Chunk
+from bitfleet.optim.shard_state import Chunk, in_bits
 from bitfleet.trainer.checkpoint_planners import ChunkLoadPlanner, ChunkSavePlanner, logical_chunk
 from bitfleet.trainer.distributed import Ranks
 
@@ -73,7 +73,7 @@ def tensors_to_save(
     in_chunks: set[str] = set()
     if isinstance(optimizer, ShardedOptimizer):
         found |= _marked(optimizer.chunks()) | _marked(optimizer.bit_chunks())
-        in_chunks = {segment.name for bucket in optimizer.buckets if bucket.binary for segment in bucket.segments}
+        in_chunks = in_bits(optimizer.buckets)
     if not ranks.is_first:
         return found
     binary = {name for name, param in model.named_parameters() if is_binary(param)}
@@ -238,6 +238,11 @@ def diagnostics_targets(diagnostics: BitDiagnostics) -> Tensors:
     return _marked(diagnostics.chunks(), DIAGNOSTICS)
 
 
-def total_bytes(tensors: Mapping[str, Any]) -> int:
-    """Bytes of all `tensors`."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+def total_bytes(tensors: Mapping[str, Any], become_bits: Container[str] = ()) -> int:
+    """Bytes of all `tensors`; of the parameters `become_bits`, which may hold real values yet, those of their bits."""
+    return sum(
+        -(-tensor.numel() // 8)
+        if name.startswith(MODEL) and name.removeprefix(MODEL) in become_bits
+        else tensor.numel() * tensor.element_size()
+        for name, tensor in tensors.items()
+    )

@@ -1,12 +1,17 @@
-"""Whether a run's network is compiled."""
+"""Whether a run's network is compiled, and when its compiled code is used."""
 
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.compiler import set_stance
+from torch.optim import Optimizer
 
 from bitfleet.models.compilation import problem_of_compiling
+from bitfleet.optim import ShardedOptimizer
+from bitfleet.optim.param_groups import starts_real
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.distributed import objects_from_ranks
 from bitfleet.trainer.run_checkpoints import was_compiled
@@ -35,3 +40,20 @@ def is_compiled(config: TrainConfig, device: torch.device, begun: Mapping[str, A
             f"the network runs in eager torch, slower: rank {rank} cannot compile: {problem}", RuntimeWarning, 2
         )
     return not bad
+
+
+def eager_on_real_weights(compiled: bool, device: torch.device, optimizer: Optimizer) -> AbstractContextManager[Any]:
+    """Inside, a compiled network runs in eager torch if its binary weights are still real: its kernels of a CPU know bits only.
+
+    Args:
+        compiled: whether the network is.
+        device: where it runs.
+        optimizer: of the network.
+    """
+    if not compiled or device.type != "cpu":
+        return nullcontext()
+    if isinstance(optimizer, ShardedOptimizer) and not any(bucket.real for bucket in optimizer.buckets):
+        return nullcontext()
+    if optimizer.state or not starts_real(optimizer):
+        return nullcontext()
+    return set_stance("force_eager")

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from bitfleet.optim import RoutedOptimizer, ShardedOptimizer
 from bitfleet.optim.diagnostics import BitDiagnostics
+from bitfleet.optim.routed import RULES
 from bitfleet.trainer import checkpoint_loader, checkpoint_tensors
 from bitfleet.trainer.checkpoint import (
     ENGINE,
@@ -227,6 +228,11 @@ class RunCheckpoints:
     def _tensors(self) -> checkpoint_tensors.Tensors:
         return checkpoint_tensors.tensors_to_save(self.parts.model, self._elastic, self.ranks, self.parts.diagnostics)
 
+    def _flipped(self) -> set[str]:
+        """Parameters that are +-1 from their first update on."""
+        groups = (group for group in self.parts.optimizer.param_groups if RULES[group["rule"]].flips)
+        return {name for group in groups for name in group["param_names"]}
+
     def _write_engine(self, folder: Path) -> None:
         self.parts.engine.save_checkpoint(str(folder), tag=ENGINE, save_latest=False)
 
@@ -236,7 +242,7 @@ class RunCheckpoints:
     def cost(self) -> str:
         """What checkpoints will take on disk, in words; every rank calls this."""
         with whole_weights(self.parts.engine):
-            mine = checkpoint_tensors.total_bytes(self._tensors())
+            mine = checkpoint_tensors.total_bytes(self._tensors(), become_bits=self._flipped())
         if self._elastic is None:  # weights and moments once more, in DeepSpeed's files
             mine += 12 * sum(param.numel() for param in self.parts.model.parameters()) // self.ranks.world_size
         each = sum_of_numbers(mine)

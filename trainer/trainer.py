@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from bitfleet.trainer.agreement import agree
 from bitfleet.trainer.arithmetic import use_arithmetic
 from bitfleet.trainer.checkpoint import model_signature
 from bitfleet.trainer.checkpoint_loader import Intact
-from bitfleet.trainer.compilation import is_compiled
+from bitfleet.trainer.compilation import eager_on_real_weights, is_compiled
 from bitfleet.trainer.config import TrainConfig, resolve_replicas, with_precision
 from bitfleet.trainer.data import TrainLoader, ValidationLoader, open_dataset
 from bitfleet.trainer.distributed import Ranks, from_first_rank
@@ -70,7 +71,8 @@ class Trainer:
         self.num_steps = config.epochs * self.loader.steps_per_epoch
 
         seed_everything(config.seed)
-        self.model = create_model(config.model)
+        # A checkpoint says what the binary weights are: signs, or real values if it was saved before the first update.
+        self.model = create_model(config.model if begun is None else replace(config.model, initial_weights="signs"))
         if config.init and begun is None:
             load_initial_weights(self.model, config.init, config.init_scales)
         self.model.to(device)
@@ -181,7 +183,8 @@ class Trainer:
         Raises:
             FloatingPointError: a gradient is not finite, and `engine.on_nonfinite` is "stop".
         """
-        self._make_step.run(self.batches)
+        with eager_on_real_weights(self.compiled, self.device, self.sharded):
+            self._make_step.run(self.batches)
         if isinstance(self.sharded, ShardedOptimizer) and self.sharded.updated is False:
             self._check_skipped(self.sharded)
         self.step += 1

@@ -53,9 +53,11 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(hash(key) % 2**31)
 
 
-def make_params(seed: int) -> list[nn.Parameter]:
-    """Binary ones, then the same shapes in full precision."""
+def make_params(seed: int, *, real: bool = False) -> list[nn.Parameter]:
+    """Binary ones, which may be real at first, then the same shapes in full precision."""
     signs = [torch.randint(0, 2, size, generator=generator(seed, i)).float() * 2 - 1 for i, size in enumerate(SIZES)]
+    if real:
+        signs = [sign * 0.1 * torch.rand(sign.shape, generator=generator(seed, 5, i)) for i, sign in enumerate(signs)]
     values = [torch.randn(size, generator=generator(seed, 99, i)) for i, size in enumerate(SIZES)]
     return [nn.Parameter(tensor) for tensor in signs + values]
 
@@ -108,12 +110,14 @@ def check_equal(
     *,
     local_replicas: int = 1,
     later: dict[str, Any] | None = None,
+    real: bool = False,
     **options: Any,
 ) -> None:
     """Train both side by side and compare every bit of weights and state at the end; `later` is the rule's second half."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     num_replicas = local_replicas * world_size
-    mine, theirs = make_params(0 if rank == 0 else 1 + rank), make_params(0)  # rank 0's are broadcast
+    # Rank 0's are broadcast.
+    mine, theirs = make_params(0 if rank == 0 else 1 + rank, real=real), make_params(0, real=real)
     sharded = ShardedOptimizer(make_plain(mine, rule), num_replicas=num_replicas, **options)
     plain = make_plain(theirs, rule)
     for step in range(num_steps):
@@ -125,6 +129,9 @@ def check_equal(
             param.grad = reduce([gradient(step, r, index) for r in range(num_replicas)], num_replicas, param)
         sharded.step()
         plain.step()
+        if real and step == 0:
+            assert_equal(sharded, plain, mine, theirs)
+            sharded.check_agreement()
     assert_equal(sharded, plain, mine, theirs)
     assert all(param.grad is None for param in mine)
     assert not torch.equal(mine[0], make_params(0)[0])
@@ -445,6 +452,9 @@ def main() -> None:
     for rule in () if many else UNPACKED.values():
         check_equal(rule, 20, unused_somewhere)
         check_equal(rule, 10, draw, bucket_numel=100, local_replicas=2)
+    for rule in () if many else (RULES | UNPACKED).values():
+        check_equal(rule, 5, draw, real=True)
+        check_equal(rule, 12, unused_somewhere, real=True, bucket_numel=2000)
     check_equal(UNPACKED["bnew"], 20, unused_somewhere, later={"free": 0.0}, bucket_numel=100)
     check_frozen_and_tied_parameters()
     check_misuse_is_named()

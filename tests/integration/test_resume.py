@@ -16,7 +16,7 @@ from tests.integration.runs import NUM_STEPS, TRAIN, assert_same_bits, failed, f
 @pytest.fixture(scope="module")
 def options(tiny: list[str]) -> list[str]:
     further = "--num_replicas 4 --num_threads 1 --metrics.diagnostics True --resume auto --journal.enabled True"
-    return [*tiny, *further.split()]
+    return [*tiny, *further.split(), "--model.initial_weights", "real"]
 
 
 @pytest.fixture(scope="module")

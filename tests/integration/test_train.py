@@ -17,6 +17,12 @@ from tests.integration.runs import NUM_STEPS, TRAIN, assert_same_bits, failed, f
 
 
 @pytest.fixture(scope="module")
+def tiny(tiny: list[str]) -> list[str]:
+    """The paper's start, under every sharding."""
+    return [*tiny, "--model.initial_weights", "real"]
+
+
+@pytest.fixture(scope="module")
 def straight(deepspeed: Launch, tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run on two ranks that went to step 30 in one go, and what it printed."""
     run = tmp_path_factory.mktemp("straight") / "run"
@@ -41,6 +47,7 @@ def test_run_folder_holds_what_the_design_says(straight: tuple[Path, str]) -> No
     weights = final_weights(run)
     assert set(weights["blocks.0.conv.weight"].unique().tolist()) == {-1.0, 1.0}
     assert re.search(r"blocks\.0\.conv\.weight +16x16x3x3 +binary +bop2ndorder +2,304 +18,432", output)
+    assert "The binary weights start as real values; their first update makes them +-1." in output
     assert re.search(r"checkpoints: 0\.6 MB each, at most 4 at a time \(2\.6 MB\); [\d,.]+ GB free in ", output)
     assert re.search(
         r"a stop needs about 1 s between SIGTERM and SIGKILL \(a save takes 0\.0 s, assumed at 50 MB/s\)", output

@@ -52,10 +52,11 @@ class Paper:
 
 
 EVERYWHERE = (
-    "Initial weights: the first step of the paper's code still computes with real-valued Glorot weights, which are +-1 after it; "
-    "here they begin as the signs of Glorot weights.",
-    "Arithmetic: TensorFlow 2.3 and larq there, PyTorch here, so sums differ in their last bits.",
+    "Arithmetic: TensorFlow 2.3 and larq there, PyTorch here, so sums differ in their last bits; on a GPU both multiply full-"
+    "precision layers in TF32 where it has that, theirs by TensorFlow's default.",
     "Order of the images: a shuffle of files and a buffer of 10 batches there; here a permutation of all images for each epoch.",
+    "Batches across epochs: there the images that do not fill the last batch are carried over into the next epoch; here they are "
+    "left out of the epoch.",
     "The published number: seeds, their spread and hardware are not stated, nor whether it is the last epoch's or the best; here "
     "the last epoch's counts.",
 )

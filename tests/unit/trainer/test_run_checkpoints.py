@@ -20,10 +20,12 @@ from bitfleet.optim import (
     build_optimizer,
     constant,
     driven_values,
+    is_binary,
 )
 from bitfleet.optim.diagnostics import WINDOW, BitDiagnostics
 from bitfleet.trainer.checkpoint import model_signature, read_meta
 from bitfleet.trainer.checkpoint_loader import Intact
+from bitfleet.trainer.checkpoint_tensors import contents
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.distributed import Ranks
 from bitfleet.trainer.engine_options import EngineConfig
@@ -103,12 +105,13 @@ def without_new_fields(meta: dict[str, Any]) -> dict[str, Any]:
             return {key: older(each) for key, each in value.items() if key not in ("share", "delay_steps")}
         return value
 
-    younger = ("transitions", "optim.transitions", "engine.deterministic", "model.compile")
+    younger = ("transitions", "optim.transitions", "engine.deterministic", "model.compile", "model.initial_weights")
     old = {key: older(value) for key, value in meta.items() if key not in younger}
     del (
         old["config"]["optim"]["transitions"],
         old["config"]["engine"]["deterministic"],
         old["config"]["model"]["compile"],
+        old["config"]["model"]["initial_weights"],
     )
     return old
 
@@ -197,6 +200,29 @@ def test_transitions_go_through_a_checkpoint(make: Make) -> None:
         run.train(3)
     assert driven_values(second.sharded.param_groups) == driven_values(first.sharded.param_groups) != values
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
+
+
+def test_real_initial_weights_go_through_a_checkpoint_before_their_first_update(make: Make) -> None:
+    """The first step is skipped, so that there is something to save before any update; a resumed run starts from signs."""
+    config = config_of(gamma=constant(1e-2), threshold=constant(1e-3))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, initial_weights="real"))
+    first, second = make(config), make(config, seed=1)
+    first.train(1, scale=float("nan"))
+    first.save()
+    path = first.saved().path
+    names = {name for name, param in first.model.named_parameters() if is_binary(param)}
+    assert names
+    assert {f"model.{name}" for name in names} <= set(contents(path))
+    assert not any(name.startswith("bits.") for name in contents(path))
+    assert second.checkpoints.resume(first.saved()) == 1
+    for num_steps in (0, 1, 2):
+        for run in (first, second):
+            run.train(num_steps)
+        assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
+        is_real = any(param.abs().ne(1).any() for param in first.model.parameters() if is_binary(param))
+        assert is_real == (num_steps == 0)
+    first.save()
+    assert {f"bits.{name}" for name in names} <= set(contents(first.saved().path))
 
 
 def test_a_step_that_is_taken_back_ends_no_window(make: Make) -> None:
