@@ -63,7 +63,9 @@ def prepared_trainer(config: "TrainConfig", ranks: "Ranks", device: "torch.devic
         print(f"data: {trainer.dataset.summary()}")
         state = f"continues {trainer.begun.path}" if trainer.begun else "starts"
         if trainer.step >= trainer.num_steps:
-            state = "is finished"
+            state = (
+                f"is finished (to train on from its weights, pass another --run_dir and --init {trainer.folder.path})"
+            )
         elif config.stop_after_steps and trainer.step >= config.stop_after_steps:
             state = f"is at step {trainer.step:,}, past --stop_after_steps {config.stop_after_steps:,}: nothing is to be done"
         print(

@@ -9,6 +9,7 @@ from bitfleet.optim.latent import LatentAdam, LatentSgd, latent_adam_step_, late
 from bitfleet.optim.param_groups import check_claims, is_binary, param_groups, routing_table
 from bitfleet.optim.routed import RoutedOptimizer
 from bitfleet.optim.schedules import HyperparameterScheduler, Schedule, constant, linear
+from bitfleet.optim.seeding import Seeding
 from bitfleet.optim.sgdat import Sgdat, sgdat_step_
 from bitfleet.optim.sharding import ShardedOptimizer
 from bitfleet.optim.transitions import TransitionConfig, driven_values
@@ -25,6 +26,7 @@ __all__ = [
     "OptimConfig",
     "RoutedOptimizer",
     "Schedule",
+    "Seeding",
     "Sgdat",
     "ShardedOptimizer",
     "TransitionConfig",

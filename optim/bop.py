@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfleet.optim.bop2ndorder import check_rate, check_threshold, flip_
+from bitfleet.optim.bop2ndorder import check_rate, check_threshold, flip_, seed_average_
 from bitfleet.optim.routed import Group, RoutedOptimizer, State, rule, scheduled
 
 
@@ -32,7 +32,11 @@ def bop_step_(weight: Tensor, grad: Tensor, exp_avg: Tensor, *, gamma: float, th
     flip_(weight, weight * exp_avg, threshold, exp_avg)
 
 
-@rule("bop", "exp_avg", flips=True, numbers=scheduled("gamma", "threshold"))
+def _seed_(weight: Tensor, mean_square: Tensor, state: State, group: Group, inertia: float) -> None:
+    seed_average_(state["exp_avg"], weight, mean_square, rate=group["gamma"], inertia=inertia)
+
+
+@rule("bop", "exp_avg", flips=True, numbers=scheduled("gamma", "threshold"), seed_=_seed_)
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     bop_step_(weight, grad, state["exp_avg"], gamma=group["gamma"], threshold=group["threshold"])
 

@@ -126,7 +126,31 @@ def _numbers(group: Group, step: int) -> dict[str, float]:
     return numbers | dict(zip(("divisor", "divisor_sq"), divisors, strict=True))
 
 
-@rule("bop2ndorder", "exp_avg", "exp_avg_sq", flips=True, numbers=_numbers)
+def seed_average_(
+    exp_avg: Tensor, weight: Tensor, mean_square: Tensor, *, rate: float, inertia: float, scale: float = 1.0
+) -> None:
+    """Fill a moving average of gradients as if it had made `weight` what it is, in place.
+
+    Under the published thresholds w is -sign(m). Gradients of mean 0 and mean square v, uncorrelated, give m a standard
+    deviation of sqrt(rate / 2) sqrt(v); m becomes -w times `inertia` of it.
+
+    Args:
+        exp_avg: m, any shape.
+        weight: +-1, same shape.
+        mean_square: v, same shape.
+        rate: of the average.
+        inertia: of the weights, not negative.
+        scale: of what is averaged against the gradient.
+    """
+    exp_avg.copy_(weight * mean_square.sqrt() * (-inertia * scale * math.sqrt(rate / 2.0)))
+
+
+def _seed_(weight: Tensor, mean_square: Tensor, state: State, group: Group, inertia: float) -> None:
+    seed_average_(state["exp_avg"], weight, mean_square, rate=group["gamma"], inertia=inertia)
+    state["exp_avg_sq"].copy_(mean_square)
+
+
+@rule("bop2ndorder", "exp_avg", "exp_avg_sq", flips=True, numbers=_numbers, seed_=_seed_)
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     bop2ndorder_step_(
         weight,

@@ -228,7 +228,10 @@ class Bucket:
             RULES[group["rule"]].update_(weights, grad, state | step, group)
 
     def _begin_(self, indices: set[int]) -> None:
-        """Fill the state of the segments `indices`, which are about to have their first update, where the rule asks for it."""
+        """Fill the state of the segments `indices`, which are about to have their first update, where the rule asks for it.
+
+        State that is there already was seeded (seeding.py) and stays.
+        """
         begin_ = RULES[self.group["rule"]].begin_
         if begin_ is None:
             return
@@ -237,9 +240,11 @@ class Bucket:
                 end = min(start + CHUNK, high)
                 numbers = uniform(self.group["seed"], name, first + start - low, end - start, self.weights.device)
                 state = {key: tensor[start:end] for key, tensor in self.state.items()}
-                begin_(self._owned(start, end), numbers, self.segments[index].param.shape, state, self.group)
+                if any(bool(tensor.any()) for tensor in state.values()):
+                    continue
+                begin_(self.owned(start, end), numbers, self.segments[index].param.shape, state, self.group)
 
-    def _owned(self, low: int, high: int) -> Tensor:
+    def owned(self, low: int, high: int) -> Tensor:
         """Weights `low` ... `high` - 1 of this rank's slice; of a binary bucket, where `low` is a multiple of 8, a copy."""
         if not self.binary or self._first_updates:
             return self.weights[self.begin + low : self.begin + high]

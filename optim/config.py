@@ -1,6 +1,7 @@
 """The optimizer part of a run's configuration, and what is built from it."""
 
 import dataclasses
+import math
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -70,6 +71,9 @@ class OptimConfig:
     """Part of the run after which bnew's regulariser begins."""
     frozen_from: float | None = None
     """Part of the run after which bnew's weights are signs, frozen."""
+    init_inertia: float = 0.4
+    """With --init: how firmly binary weights keep what they were loaded with, times the noise of the rule's averages, whose state
+    is seeded from the gradients of 8 steps. 0: state begins as in any run, and most rules flip half of the weights at once."""
     lr: Schedule = dataclasses.field(default_factory=lambda: constant(1e-3))
     """Learning rate of Adam, which trains the full-precision parameters."""
     weight_decay: float = 0.0
@@ -96,6 +100,8 @@ class OptimConfig:
         if self.rule == "bnew":
             bnew.check_phases(*(getattr(self, name) for name in ("rho", "rho_from", "frozen_from")))
         check_transitions(self.transitions, self.rule, getattr(self, self.transitions.drives, None))
+        if not 0.0 <= self.init_inertia < math.inf:
+            raise ValueError(f"optim.init_inertia must be finite and not negative, not {self.init_inertia}")
         if not self.weight_decay >= 0.0:
             raise ValueError(f"optim.weight_decay must not be negative, not {self.weight_decay}")
         if (self.weight_decay > 0.0) != bool(self.decayed):

@@ -10,6 +10,7 @@ gradient with respect to the +-1 weight w:
 lr only matters against the first values of e2: later its scale cancels in the sign.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -55,7 +56,21 @@ def _begin_(weight: Tensor, uniform: Tensor, shape: torch.Size, state: State, gr
     state["exp_avg_sign"].copy_(torch.where(weight >= 0, -uniform, uniform) * FIRST_LIMIT)
 
 
-@rule("diode", "exp_avg", "exp_avg_sign", flips=True, begin_=_begin_, numbers=scheduled("gamma", "alpha", "latent_lr"))
+def _seed_(weight: Tensor, mean_square: Tensor, state: State, group: Group, inertia: float) -> None:
+    """e2 averages signs of e1, which keep for about 1 / gamma steps: noise gives it lr sqrt(alpha / gamma)."""
+    level = group["latent_lr"] * min(math.sqrt(group["alpha"] / group["gamma"]), 1.0)
+    state["exp_avg_sign"].copy_(weight * (-inertia * level))
+
+
+@rule(
+    "diode",
+    "exp_avg",
+    "exp_avg_sign",
+    flips=True,
+    begin_=_begin_,
+    numbers=scheduled("gamma", "alpha", "latent_lr"),
+    seed_=_seed_,
+)
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     diode_step_(
         weight,

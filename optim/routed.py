@@ -23,6 +23,7 @@ Update = Callable[[Tensor, Tensor, State, Group], None]
 
 
 Begin = Callable[[Tensor, Tensor, torch.Size, State, Group], None]
+Seed = Callable[[Tensor, Tensor, State, Group, float], None]
 Numbers = Callable[[Group, int], dict[str, float]]
 
 
@@ -41,19 +42,28 @@ class Rule(NamedTuple):
     """(group, step) -> all that changes from step to step, by the key under which `update_` finds it in its group: floats, or
     0-dim tensors where the device must not wait for the host. `step` is the 1-based number of the update. None: the update
     decides on the host, and cannot be part of a CUDA graph."""
+    seed_: Seed | None = None
+    """(weight, mean_square, state, group, inertia) -> None: fills the state of weights that were trained before, in place of
+    `begin_`, so that they stay what they are until gradients say otherwise. `mean_square` is that of some gradients (fp32), the
+    group has "num_steps", the length of the run. See seeding.py."""
 
 
 RULES: dict[str, Rule] = {}
 
 
 def rule(
-    name: str, *state_keys: str, flips: bool = False, begin_: Begin | None = None, numbers: Numbers | None = None
+    name: str,
+    *state_keys: str,
+    flips: bool = False,
+    begin_: Begin | None = None,
+    numbers: Numbers | None = None,
+    seed_: Seed | None = None,
 ) -> Callable[[Update], Update]:
     """Register an update function under the name that parameter groups use; for the rest see `Rule`."""
 
     def register(update_: Update) -> Update:
         assert name not in RULES, name
-        RULES[name] = Rule(update_, state_keys, flips, begin_, numbers)
+        RULES[name] = Rule(update_, state_keys, flips, begin_, numbers, seed_)
         return update_
 
     return register

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bitfleet.optim.bop2ndorder import check_threshold
-from bitfleet.optim.latent import check_latent_lr
+from bitfleet.optim.latent import check_latent_lr, walk
 from bitfleet.optim.routed import Group, RoutedOptimizer, State, rule, scheduled
 
 
@@ -43,7 +43,12 @@ def sgdat_step_(
     weight.copy_(torch.where(flips, signs, before))
 
 
-@rule("sgdat", "accumulator", "num_flips", flips=True, numbers=scheduled("latent_lr", "threshold"))
+def _seed_(weight: Tensor, mean_square: Tensor, state: State, group: Group, inertia: float) -> None:
+    level = inertia * group["latent_lr"] * walk(group["num_steps"])
+    state["accumulator"].copy_(weight * mean_square.sqrt() * level)
+
+
+@rule("sgdat", "accumulator", "num_flips", flips=True, numbers=scheduled("latent_lr", "threshold"), seed_=_seed_)
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     sgdat_step_(
         weight,

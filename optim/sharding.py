@@ -173,6 +173,25 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 if bucket.is_clipped:
                     grad.mul_(scale)
 
+    @torch.no_grad()
+    def take_gradients(self) -> tuple[list[Tensor], list[list[bool]]]:
+        """Reduce the gradients of a step that is to update nothing; every rank calls this in place of `step`.
+
+        Returns:
+            For each bucket this rank's slice, fp32 [slice_numel], and which of its parameters any rank had a gradient for.
+            `finite` says whether all are finite.
+
+        Raises:
+            ValueError: backward has not run num_replicas / N times since the last step.
+        """
+        self._reduction.check_complete()
+        self.collect()
+        flags = iter(self._facts.tolist()[2:])
+        used = [[next(flags) > 0 for _ in bucket.segments] for bucket in self.buckets]
+        for bucket in self.buckets:
+            bucket.used = [False] * len(bucket.segments)
+        return self._grads, used
+
     def _used_flags(self) -> Tensor:
         """For each parameter whether this rank has a gradient of it, fp32; made anew only when that changes."""
         used = tuple(flag for bucket in self.buckets for flag in bucket.used)

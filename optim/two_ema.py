@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfleet.optim.bop2ndorder import check_rate
+from bitfleet.optim.bop2ndorder import check_rate, seed_average_
 from bitfleet.optim.routed import Group, RoutedOptimizer, State, rule, scheduled
 
 
@@ -41,7 +41,12 @@ def two_ema_step_(
     weight.copy_(torch.where(weight * exp_avg_cascaded > 0, -weight, weight).sign_())
 
 
-@rule("two_ema", "exp_avg", "exp_avg_cascaded", flips=True, numbers=scheduled("gamma", "alpha"))
+def _seed_(weight: Tensor, mean_square: Tensor, state: State, group: Group, inertia: float) -> None:
+    # Slow changes pass u as they are, so h has the noise of an average of the gradients themselves.
+    seed_average_(state["exp_avg_cascaded"], weight, mean_square, rate=group["alpha"], inertia=inertia)
+
+
+@rule("two_ema", "exp_avg", "exp_avg_cascaded", flips=True, numbers=scheduled("gamma", "alpha"), seed_=_seed_)
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     two_ema_step_(weight, grad, state["exp_avg"], state["exp_avg_cascaded"], gamma=group["gamma"], alpha=group["alpha"])
 

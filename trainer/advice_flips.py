@@ -43,10 +43,13 @@ def gradient_lines(outlook: Outlook) -> list[Line]:
 
 
 def first_step_line(outlook: Outlook) -> Line:
-    """What happens at step 1, when both moments begin at 0."""
+    """What happens at step 1, when both moments begin at 0; or were seeded, in a run from weights."""
     rule, gradient = outlook.rule, outlook.gradient
     threshold = rule.threshold(0)
     title = "flips at step 1"
+    if outlook.is_seeded:
+        why = f"the state is seeded so that the weights of {outlook.config.init} keep their signs (optim.init_inertia)"
+        return Line(title, "under 1 %", "ok", why)
     if rule.sigma is None:
         if gradient is None:
             return Line(
@@ -63,6 +66,11 @@ def first_step_line(outlook: Outlook) -> Line:
             f"|r| is {ratio:.2g} for every weight ({origin}), over the threshold {threshold:g}: all that have their gradient's "
             "sign flip"
         )
+        if outlook.config.init is not None:
+            why += f", and what {outlook.config.init} has learned is lost: leave optim.init_inertia at its default"
+            return Line(title, "50 %", "wrong", why)
+        if outlook.config.model.initial_weights == "real":
+            why += "; the next steps flip fewer than in a run that starts from signs"
         return Line(title, "50 %", "ok", why)
     why = f"|r| is {ratio:.2g} for every weight ({origin}), under the threshold {threshold:g}: none can flip yet"
     return Line(title, "0 %", "look", why)
@@ -70,7 +78,9 @@ def first_step_line(outlook: Outlook) -> Line:
 
 def ratio_lines(outlook: Outlook) -> list[Line]:
     """The flip ratio over the run, on gradients that are noise."""
-    usual = (*LOOKS[1:], outlook.middle, outlook.num_steps)
+    # The first steps depend on what is seeded, or on how much larger the first gradient, of real weights, was.
+    is_known = not outlook.is_seeded and outlook.config.model.initial_weights == "signs"
+    usual = (*(LOOKS[1:] if is_known else ()), outlook.middle, outlook.num_steps)
     return [_ratio_line(outlook, found) for step, found in outlook.snapshots.items() if step in usual]
 
 

@@ -62,6 +62,11 @@ class Outlook:
         return self.config.optim.rule in PREDICTED
 
     @property
+    def is_seeded(self) -> bool:
+        """Whether the run begins from weights with a state that keeps them."""
+        return self.config.init is not None and self.config.optim.init_inertia > 0
+
+    @property
     def driven(self) -> str | None:
         """The hyperparameter that a controller drives; None where none does."""
         drives = self.config.optim.transitions.drives

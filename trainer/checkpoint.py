@@ -110,6 +110,12 @@ def check_meta(saved: Mapping[str, Any], expected: Mapping[str, Any], path: Path
                 f"{str(saved.get(key))[:16]}, here {str(value)[:16]}): give --data.root the data set of that run; "
                 "images that were added, removed, changed or set aside by bitfleet data verify since make another one"
             )
+        if key == "epochs":
+            raise ValueError(
+                f"cannot resume from {path}: its epochs is {saved.get(key)!r}, here it is {value!r}, which would change the "
+                f"schedules; resume with the same epochs, or train on from its weights: pass another --run_dir and "
+                f"--init {path.parents[1]}"
+            )
         same = "number of ranks" if key == "world_size" else "data and configuration"
         raise ValueError(
             f"cannot resume from {path}: its {key} is {saved.get(key)!r}, here it is {value!r}; "

@@ -56,4 +56,5 @@ def eager_on_real_weights(compiled: bool, device: torch.device, optimizer: Optim
         return nullcontext()
     if optimizer.state or not starts_real(optimizer):
         return nullcontext()
-    return set_stance("force_eager")
+    eagerly: AbstractContextManager[Any] = set_stance("force_eager")
+    return eagerly

@@ -49,7 +49,10 @@ class TrainConfig:
     resume: str | None = None
     """auto: continue the newest run (or `run_dir`) where there is one. A path: continue that run folder or checkpoint."""
     init: Path | None = None
-    """Weights to begin from: a file of `bitfleet checkpoint weights`, or Keras' .npz or .h5. None: random ones."""
+    """Weights to begin from: a run folder or checkpoint, a file of `bitfleet checkpoint weights`, or Keras' .npz, .h5 or .keras.
+    The state of a rule that flips weights is seeded so that they keep their signs (optim.init_inertia). None: random ones."""
+    init_head: Literal["loaded", "new"] = "loaded"
+    """new: the layers whose size depends on the number of classes begin at random, as for other classes than those of `init`."""
     init_scales: Literal["none", "larq-zoo"] = "none"
     """larq-zoo: binary kernels of the Keras file carry a scale for each filter, which goes into the BatchNorm behind it."""
     stop_after_steps: int | None = None
@@ -86,6 +89,13 @@ class TrainConfig:
             raise ValueError(
                 'model.compile on does not go with engine.sharding "zero3", which takes the weights apart around every layer: '
                 "choose another sharding, or set model.compile to auto or off"
+            )
+        if self.init_head == "new" and self.init is None:
+            raise ValueError("init_head new says what is not taken from the weights of --init: pass that as well")
+        if self.init is not None and self.optim.init_inertia and self.engine.sharding != "bits":
+            raise ValueError(
+                f'--init seeds the optimizer under engine.sharding "bits", not {self.engine.sharding!r}: choose that sharding, '
+                f"or pass --optim.init_inertia 0, with which most rules flip half of the binary weights at once"
             )
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, not {self.seed}")

@@ -33,6 +33,7 @@ from bitfleet.trainer.reports import Reports
 from bitfleet.trainer.run_checkpoints import Parts, RunCheckpoints, find_start, identity
 from bitfleet.trainer.run_folder import RunFolder, choose_run_folder, take_folder
 from bitfleet.trainer.running_statistics import RunningStatistics
+from bitfleet.trainer.seeded_state import seed_state
 from bitfleet.trainer.step_graph import CudaRecorder, GraphedStep, check_can_capture
 from bitfleet.trainer.stop import StopWatcher
 from bitfleet.trainer.train_step import TrainStep
@@ -74,7 +75,8 @@ class Trainer:
         # A checkpoint says what the binary weights are: signs, or real values if it was saved before the first update.
         self.model = create_model(config.model if begun is None else replace(config.model, initial_weights="signs"))
         if config.init and begun is None:
-            load_initial_weights(self.model, config.init, config.init_scales)
+            new_head = config.init_head == "new"
+            load_initial_weights(self.model, config.model, config.init, config.init_scales, new_head=new_head)
         self.model.to(device)
         self.compiled = is_compiled(config, device, begun.meta if begun else None)
         """Whether the network is compiled."""
@@ -215,9 +217,24 @@ class Trainer:
             routing=self.routing,
             optimizer=self.sharded,
         )
+        if self.config.init and self.begun is None and self.config.optim.init_inertia and self.step == 0:
+            self._seed_state()
         self.batches = self.loader.batches(self.step)
         self.engine.train()
         self.readings.stopwatch.read()
+
+    def _seed_state(self) -> None:
+        assert isinstance(self.sharded, ShardedOptimizer)
+        sentence = seed_state(
+            self.model,
+            self.sharded,
+            self.statistics,
+            self.loader,
+            self.config,
+            num_micro_batches=self.num_replicas // self.ranks.world_size,
+            num_steps=self.num_steps,
+        )
+        self.reports.say(sentence)
 
     def advance(self) -> None:
         """One step; on a logging step also its host syncs and its report."""

@@ -24,10 +24,10 @@ def final_tensors(run: Path, num_steps: int = NUM_STEPS) -> dict[str, Tensor]:
     return checkpoint_tensors.read(path, "")
 
 
-def final_weights(run: Path) -> dict[str, Tensor]:
+def final_weights(run: Path, num_steps: int = NUM_STEPS) -> dict[str, Tensor]:
     """The model of a run that has ended."""
     shapes = verify(checkpoints(run)[-1])["model"]
-    return checkpoint_tensors.model_state(final_tensors(run), shapes)
+    return checkpoint_tensors.model_state(final_tensors(run, num_steps), shapes)
 
 
 def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

@@ -239,3 +239,33 @@ def test_checkpoint_of_another_model_is_refused(straight: tuple[Path, str], deep
     run, _ = straight
     done = deepspeed(2, TRAIN, *tiny, "--model.width", "8", "--resume", run, timeout=60)
     failed(done, "is of another model: stem.0.weight is [16, 3, 3, 3] there and [8, 3, 3, 3] in this configuration")
+
+
+@pytest.mark.parametrize(
+    "rule", ["bop2ndorder", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("bop", "latent_sgd"))]
+)
+def test_a_run_from_the_weights_of_another_keeps_them(
+    rule: str, straight: tuple[Path, str], deepspeed: Launch, tiny: list[str], tmp_path: Path
+) -> None:
+    """A folder of a run is what --init takes; one rank and two do the same."""
+    before = final_weights(straight[0])
+    options = [*tiny, "--init", straight[0], "--optim.rule", rule, "--num_replicas", "2", "--num_threads", "1"]
+    runs = [tmp_path / str(num_ranks) for num_ranks in (1, 2)]
+    for num_ranks, run in zip((1, 2), runs, strict=True):
+        done = deepspeed(num_ranks, TRAIN, *options, "--run_dir", run, "--stop_after_steps", "1")
+        assert done.returncode == 0, done.stdout
+        assert done.stdout.count("the state of the optimizer was seeded with the gradients of 8 steps") == 1
+    assert_same_bits(final_tensors(runs[0], 1), final_tensors(runs[1], 1))
+    after = final_weights(runs[0], 1)
+    changed = [(after[name] != before[name]).float().mean() for name in after if name.endswith("conv.weight")]
+    assert changed
+    assert max(changed) < 0.01
+
+
+def test_more_epochs_of_a_run_are_refused_with_the_way(
+    straight: tuple[Path, str], tiny: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(straight[0], tmp_path / "run")
+    options = [*tiny, "--run_dir", tmp_path / "run", "--resume", "auto", "--num_replicas", "2", "--epochs", "9"]
+    done = run_command([sys.executable, "-m", "bitfleet.launch.train", *options])
+    failed(done, f"pass another --run_dir and --init {tmp_path / 'run'}")

@@ -71,6 +71,16 @@ def test_numbers_of_the_quickstart() -> None:
     assert "the last step is 22 before its end, 1e-05" in found["schedule of gamma"].why  # 1,125 to 1,104
 
 
+def test_a_run_from_weights_flips_little_at_first_if_its_state_is_seeded() -> None:
+    config = dataclasses.replace(SMALL, init=Path("w.safetensors"))
+    found = lines_of(config)
+    assert found["flips at step 1"].value == "under 1 %"
+    assert "flips at step 2" not in found
+    lost = lines_of(dataclasses.replace(config, optim=dataclasses.replace(config.optim, init_inertia=0.0)))
+    assert lost["flips at step 1"].verdict == "wrong"
+    assert "what w.safetensors has learned is lost" in lost["flips at step 1"].why
+
+
 def test_step_1_under_each_threshold() -> None:
     """gamma / sqrt(sigma) is 0.03."""
     assert lines_of(with_optim(threshold=constant(0.029)))["flips at step 1"].value == "50 %"

@@ -1,0 +1,71 @@
+"""The optimizer's state of a run that begins with weights from a file: seeded by gradients of its first steps."""
+
+import torch
+from torch import Tensor, nn
+
+from bitfleet.optim import Seeding, ShardedOptimizer
+from bitfleet.trainer.config import TrainConfig
+from bitfleet.trainer.data import TrainLoader, normalize
+from bitfleet.trainer.engine import autocast
+from bitfleet.trainer.running_statistics import RunningStatistics
+
+SEEDING_STEPS = 8
+"""Steps whose gradients seed an optimizer's state: enough to know the size of a gradient within a third."""
+MAX_SEEDING_TRIES = 40
+"""fp16 finds its loss scale in 16 of them."""
+
+
+def seed_state(
+    model: nn.Module,
+    sharded: ShardedOptimizer,
+    statistics: RunningStatistics,
+    loader: TrainLoader,
+    config: TrainConfig,
+    *,
+    num_micro_batches: int,
+    num_steps: int,
+) -> str:
+    """Fill the state of a new optimizer for weights from a file, by gradients of the run's first steps; every rank calls this.
+
+    Args:
+        model: with the weights; they stay, and so do its BatchNorms' running statistics.
+        sharded: its optimizer, before the first step.
+        statistics: of the model.
+        loader: its first batches are read; the run reads them again.
+        config: the run.
+        num_micro_batches: of this rank, per step.
+        num_steps: of the run.
+
+    Returns:
+        What was done, in words.
+
+    Raises:
+        ValueError: the gradients are not finite.
+    """
+    seeding = Seeding(sharded, inertia=config.optim.init_inertia, num_steps=num_steps)
+    batches = loader.batches()
+    device = next(model.parameters()).device
+    model.train()
+    tries = 0
+    while seeding.num_taken < SEEDING_STEPS:
+        if (tries := tries + 1) > MAX_SEEDING_TRIES:
+            raise ValueError(
+                f"the gradients of the weights {config.init} are not finite, so that nothing can be trained from them: look for "
+                f"NaN in the file, or for images or a normalisation that it was not trained with"
+            )
+        for _ in range(num_micro_batches):
+            images, labels = next(batches)
+            statistics.start_replica()
+            with autocast(device, config.engine.precision):
+                logits: Tensor = model(normalize(images, config.data.mean, config.data.std))
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+            scale = sharded.loss_scale
+            torch.autograd.backward(loss if scale is None else loss * scale.value)
+            statistics.end_replica()
+        seeding.take()
+        statistics.end_step(updated=False)
+    seeding.finish()
+    return (
+        f"began from {config.init}: the state of the optimizer was seeded with the gradients of {SEEDING_STEPS} steps "
+        f"(optim.init_inertia {config.optim.init_inertia:g})"
+    )
