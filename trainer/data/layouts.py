@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitfleet.trainer.data import archives, cifar, kaggle, webdataset
-from bitfleet.trainer.data.index import list_files, scan_class_folders
-from bitfleet.trainer.data.manifest import Manifest
+from bitfleet.trainer.data.class_folders import ANNOTATIONS, is_tiny_imagenet, scan_root, split_folder, split_folders
+from bitfleet.trainer.data.compressed_shards import SHARD_SUFFIXES, is_compressed
+from bitfleet.trainer.data.listing import Listing, list_scan
 
 CLASS_FOLDERS = "class folders"
+TINY_IMAGENET = "Tiny ImageNet"
 
 _SPLIT_NAMES = {
     "train": re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE),
@@ -19,8 +21,9 @@ _SPLIT_NAMES = {
 }
 _KNOWN = (
     f"looked for: {archives.TRAIN_FILE}, {archives.VAL_FILE} and {archives.DEVKIT_FILE}; class folders train/<class>/ and "
-    f"val/<class>/; Kaggle's ILSVRC/{kaggle.IMAGES}/ with {kaggle.SOLUTION}; WebDataset shards *.tar whose names say train and "
-    f"val, or in train/ and val/; {cifar.ARCHIVE} or {cifar.FOLDER}/"
+    f"val/<class>/; Tiny ImageNet's train/<class>/images/ and val/images/ with {ANNOTATIONS}; Kaggle's "
+    f"ILSVRC/{kaggle.IMAGES}/ with {kaggle.SOLUTION}; WebDataset shards *.tar whose names say train and val, or in train/ and "
+    f"val/; {cifar.ARCHIVE} or {cifar.FOLDER}/"
 )
 
 
@@ -30,7 +33,7 @@ class Source:
 
     layout: str
     """Its name."""
-    make: Callable[..., Manifest]
+    make: Callable[..., Listing]
     """Called with num_workers and, where images are extracted, into: the folder for them."""
     extracted: tuple[Path, ...] = ()
     """Archives or folders that the images are extracted from; empty where they are read where they lie."""
@@ -75,14 +78,17 @@ def recognise(source: Path) -> Source:
 
 def _archives(source: Path) -> Source | None:
     names = (archives.TRAIN_FILE, archives.VAL_FILE, archives.DEVKIT_FILE)
-    there = [name for name in names if (source / name).is_file()]
-    if not there:
+    places = {name: source / name for name in names if (source / name).is_file()}
+    if archives.TRAIN_FILE not in places and (unpacked := _class_archives(source)):
+        places[archives.TRAIN_FILE] = unpacked
+    if not places:
         return None
-    if missing := [name for name in names if name not in there]:
+    there = [name if places[name].is_file() else f"{places[name]}/n*.tar" for name in names if name in places]
+    if missing := [name for name in names if name not in places]:
         raise _Partial(
             f"of ILSVRC2012's archives there is {', '.join(there)}, and {', '.join(missing)} is missing beside it"
         )
-    train, val, devkit = (source / name for name in names)
+    train, val, devkit = (places[name] for name in names)
     return Source(
         layout=archives.LAYOUT,
         make=functools.partial(archives.extract, train, val, devkit),
@@ -90,42 +96,36 @@ def _archives(source: Path) -> Source | None:
     )
 
 
+def _class_archives(source: Path) -> Path | None:
+    """The folder that ILSVRC2012's training archive was unpacked into: archives of the classes."""
+    places = (
+        source / Path(archives.TRAIN_FILE).stem,
+        *(source / name for name in split_folders(source, "train")),
+        source,
+    )
+    return next((place for place in places if archives.is_folder_of_class_archives(place)), None)
+
+
 def _class_folders(source: Path) -> Source | None:
-    with_classes = [split for split in ("train", "val") if _has_folder(source / split)]
-    if not with_classes:
+    folders = {split: split_folder(source, split) for split in ("train", "val")}
+    train, val = folders["train"], folders["val"]
+    if train is None and val is None:
         return None
-    if len(with_classes) == 1:
-        (there,) = with_classes
-        missing = "val" if there == "train" else "train"
-        state = "has no class folder in it" if (source / missing).is_dir() else "is missing"
+    if train is None or val is None:
+        there = folders["train"] or folders["val"]
+        missing = "val" if val is None else "train"
+        state = "has no class folder in it" if split_folders(source, missing) else "is missing"
         hint = (
             f" (Kaggle's form? Then give the folder above ILSVRC/, with {kaggle.SOLUTION})" if missing == "val" else ""
         )
-        raise _Partial(f"there are class folders in {there}/, but the folder {missing}/ {state}{hint}")
-    return Source(layout=CLASS_FOLDERS, make=functools.partial(_index_class_folders, source))
+        assert there
+        raise _Partial(f"there are class folders in {there.name}/, but the folder {missing}/ {state}{hint}")
+    layout = TINY_IMAGENET if is_tiny_imagenet(val) else CLASS_FOLDERS
+    return Source(layout=layout, make=functools.partial(_index_class_folders, source, layout))
 
 
-def _index_class_folders(root: Path, *, num_workers: int) -> Manifest:
-    splits = {split: scan_class_folders(root / split) for split in ("train", "val")}
-    train, val = splits["train"].classes, splits["val"].classes
-    if different := sorted(set(train) ^ set(val), key=os.fsencode):
-        present, absent = ("train", "val") if different[0] in train else ("val", "train")
-        raise ValueError(
-            f"{root} has {len(train)} classes in train/ and {len(val)} in val/, which must be the same: {different[0]!r} is in "
-            f"{present}/ only; add it to {absent}/ or remove it from {present}/"
-        )
-    lists = {
-        split: list_files(
-            root,
-            [f"{split}/{name}" for name in found.names],
-            found.labels,
-            found.sizes,
-            num_workers=num_workers,
-            title="training images" if split == "train" else "validation images",
-        )
-        for split, found in splits.items()
-    }
-    return Manifest(train=lists["train"], val=lists["val"], classes=train, layout=CLASS_FOLDERS)
+def _index_class_folders(root: Path, layout: str, *, num_workers: int) -> Listing:
+    return list_scan(root, scan_root(root, str(root)), layout, num_workers=num_workers)
 
 
 def _kaggle(source: Path) -> Source | None:
@@ -149,7 +149,7 @@ def _shards(source: Path) -> Source | None:
     shards: dict[str, list[str]] = {}
     for split, name in _SPLIT_NAMES.items():
         flat = [file for file in _tars(source) if name.search(file) and not file.startswith("ILSVRC2012_img_")]
-        below = [f"{split}/{file}" for file in _tars(source / split)]
+        below = [f"{folder}/{file}" for folder in split_folders(source, split) for file in _tars(source / folder)]
         shards[split] = sorted(flat + below, key=os.fsencode)
     if not any(shards.values()):
         return None
@@ -160,10 +160,12 @@ def _shards(source: Path) -> Source | None:
             raise _Partial(
                 f"there are shards of {other} ({shards[other][0]}), and none of {split}: both must be in shards"
             )
-    return Source(
-        layout=webdataset.LAYOUT,
-        make=functools.partial(webdataset.index, source, shards["train"], shards["val"]),
-    )
+    lists = (source, shards["train"], shards["val"])
+    everything = (*shards["train"], *shards["val"])
+    if any(map(is_compressed, everything)):
+        make = functools.partial(webdataset.unpack_and_index, *lists)
+        return Source(layout=webdataset.LAYOUT, make=make, extracted=tuple(source / shard for shard in everything))
+    return Source(layout=webdataset.LAYOUT, make=functools.partial(webdataset.index, *lists))
 
 
 def _cifar_in(source: Path) -> Source | None:
@@ -177,11 +179,9 @@ def _cifar(place: Path) -> Source:
     return Source(layout=cifar.LAYOUT, make=functools.partial(cifar.extract, place), extracted=(place,))
 
 
-def _has_folder(folder: Path) -> bool:
-    return folder.is_dir() and any(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir())
-
-
 def _tars(folder: Path) -> list[str]:
-    if not folder.is_dir():
+    if not folder.is_dir() or archives.is_folder_of_class_archives(folder):
         return []
-    return [name for name in os.listdir(folder) if name.endswith(".tar") and not name.startswith(".")]
+    names = os.listdir(folder)
+    known = (archives.TRAIN_FILE, archives.VAL_FILE, archives.DEVKIT_FILE, cifar.ARCHIVE)
+    return [name for name in names if name.lower().endswith(SHARD_SUFFIXES) and name not in known and name[0] != "."]

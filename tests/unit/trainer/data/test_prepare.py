@@ -145,8 +145,8 @@ def test_other_classes_are_what_the_source_says(tmp_path: Path) -> None:
         (source / split / "n01443537").rename(source / split / "cats")
     assert prepared(source, tmp_path / "dest").classes == ("cats", "n01440764", "n02105855")
     (source / "val/cats").rename(source / "val/dogs")
-    for allow_incomplete in (False, True):
-        with pytest.raises(ValueError, match="must be the same: 'cats' is in train/ only"):
+    for allow_incomplete in (False, True):  # a class that training does not have has no label
+        with pytest.raises(ValueError, match="must be the same: 'dogs' is in val/ only; add it to train/ or remove it"):
             prepare(source, tmp_path / "dest", num_workers=1, allow_incomplete=allow_incomplete)
 
 
