@@ -1,7 +1,7 @@
 """Data sets in class folders: train/<class>/ and val/<class>/, images at any depth; and Tiny ImageNet's form of them."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,8 @@ class Scan:
 
     train: ClassFolders
     val: ClassFolders
+    beside: LeftOut
+    """What lies beside their folders."""
     faults: tuple[str, ...]
     """Classes without images, in words: errors, unless they are allowed."""
 
@@ -219,7 +221,18 @@ def _with_equal_classes(name: str, train: ClassFolders, val: ClassFolders) -> Sc
             omitted=val.omitted,
             unread=val.unread,
         )
-    return Scan(train=train, val=val, faults=tuple(faults))
+    beside = things_beside(train.folder.parent, (train.folder.name, val.folder.name))
+    return Scan(train=train, val=val, beside=beside, faults=tuple(faults))
+
+
+def things_beside(root: Path, known: Collection[str]) -> LeftOut:
+    """Count what lies in `root` beside the names in `known`, texts and hidden files apart."""
+    beside = LeftOut()
+    for name in sorted(os.listdir(root)):
+        is_text = suffix_of(name) in TEXT_SUFFIXES and (root / name).is_file()
+        if name not in known and not is_text and not name.startswith(".") and not is_of_system(name):
+            beside.add(left_out.BESIDE, str(root / name))
+    return beside
 
 
 def _difference(name: str, train: ClassFolders, val: ClassFolders, one: str) -> str:

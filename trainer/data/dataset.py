@@ -81,7 +81,7 @@ def _open_class_folders(root: Path, allow_incomplete: bool) -> Dataset:
         )
     if errors:
         raise ValueError(". ".join(errors))
-    counts = {"train": scan.train.omitted.counts, "val": scan.val.omitted.counts}
+    counts = {"train": scan.train.omitted.counts, "val": scan.val.omitted.counts, "root": scan.beside.counts}
     return Dataset(
         train=train,
         val=val,

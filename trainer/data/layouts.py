@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitfleet.trainer.data import archives, cifar, kaggle, webdataset
-from bitfleet.trainer.data.class_folders import ANNOTATIONS, is_tiny_imagenet, scan_root, split_folder, split_folders
+from bitfleet.trainer.data.class_folders import (
+    ANNOTATIONS,
+    is_tiny_imagenet,
+    scan_root,
+    split_folder,
+    split_folders,
+    things_beside,
+)
 from bitfleet.trainer.data.compressed_shards import SHARD_SUFFIXES, is_compressed
 from bitfleet.trainer.data.listing import Listing, list_scan
 
@@ -147,9 +154,10 @@ def _kaggle(source: Path) -> Source | None:
 
 def _shards(source: Path) -> Source | None:
     shards: dict[str, list[str]] = {}
+    folders = {split: split_folders(source, split) for split in _SPLIT_NAMES}
     for split, name in _SPLIT_NAMES.items():
         flat = [file for file in _tars(source) if name.search(file) and not file.startswith("ILSVRC2012_img_")]
-        below = [f"{folder}/{file}" for folder in split_folders(source, split) for file in _tars(source / folder)]
+        below = [f"{folder}/{file}" for folder in folders[split] for file in _tars(source / folder)]
         shards[split] = sorted(flat + below, key=os.fsencode)
     if not any(shards.values()):
         return None
@@ -160,12 +168,18 @@ def _shards(source: Path) -> Source | None:
             raise _Partial(
                 f"there are shards of {other} ({shards[other][0]}), and none of {split}: both must be in shards"
             )
-    lists = (source, shards["train"], shards["val"])
     everything = (*shards["train"], *shards["val"])
-    if any(map(is_compressed, everything)):
-        make = functools.partial(webdataset.unpack_and_index, *lists)
-        return Source(layout=webdataset.LAYOUT, make=make, extracted=tuple(source / shard for shard in everything))
-    return Source(layout=webdataset.LAYOUT, make=functools.partial(webdataset.index, *lists))
+    splits = [*folders["train"], *folders["val"]]
+    beside = things_beside(source, {*everything, *splits})
+    for folder in splits:
+        beside.update(things_beside(source / folder, _tars(source / folder)))
+    lists, is_packed = (source, shards["train"], shards["val"]), any(map(is_compressed, everything))
+    make = webdataset.unpack_and_index if is_packed else webdataset.index
+    return Source(
+        layout=webdataset.LAYOUT,
+        make=functools.partial(make, *lists, beside=beside),
+        extracted=tuple(source / shard for shard in everything) if is_packed else (),
+    )
 
 
 def _cifar_in(source: Path) -> Source | None:

@@ -23,6 +23,7 @@ SPARSE = "sparse members, which cannot be read by their offset"
 SIDE_IMAGE = "other images of samples that are listed"
 TEXT = "text or annotations"
 SYSTEM = "files of a system (.DS_Store, ._*, Thumbs.db, .gitignore, __MACOSX, ...)"
+BESIDE = "other files or folders"
 _OTHER_SUFFIXES = "files with other suffixes, not images that are read"
 
 _HARMLESS = frozenset({SIDE_IMAGE, TEXT, SYSTEM})

@@ -17,7 +17,7 @@ class Listing:
 
     manifest: Manifest
     omitted: Mapping[str, LeftOut] = field(default_factory=dict)
-    """By split, what is there and not listed."""
+    """By split, and for "root", what is there and not listed."""
     unreadable: Mapping[str, str] = field(default_factory=dict)
     """Images whose headers cannot be read, listed with 0 x 0 pixels: name -> reason."""
     unread: Mapping[str, str] = field(default_factory=dict)
@@ -26,7 +26,7 @@ class Listing:
     """What is missing, in words: errors, unless an incomplete data set is allowed."""
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """What is there and not listed: split -> reason -> number."""
+        """What is there and not listed: split or "root" -> reason -> number."""
         return {split: dict(omitted.counts) for split, omitted in self.omitted.items() if omitted.counts}
 
     def all_faults(self, place: Path) -> list[str]:
@@ -54,7 +54,7 @@ def list_scan(root: Path, scan: Scan, layout: str, *, num_workers: int) -> Listi
         unreadable |= reasons
     return Listing(
         manifest=Manifest(train=lists["train"], val=lists["val"], classes=scan.train.classes, layout=layout),
-        omitted={"train": scan.train.omitted, "val": scan.val.omitted},
+        omitted={"train": scan.train.omitted, "val": scan.val.omitted, "root": scan.beside},
         unreadable=unreadable,
         unread=scan.unread,
         faults=scan.faults,

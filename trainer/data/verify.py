@@ -105,7 +105,12 @@ def _list_anew(root: Path, num_workers: int) -> Listing:
     Raises:
         ValueError: there is none that can be read where it lies.
     """
-    form = recognise(root)
+    try:
+        form = recognise(root)
+    except ValueError as error:
+        raise ValueError(
+            f"{root} has no {FILE} of bitfleet data prepare, and no data set that can be listed: {error}"
+        ) from None
     if form.extracted:
         raise ValueError(
             f"{root} has no {FILE}, and its images are in archives ({form.layout}): unpack them with `bitfleet data prepare "

@@ -52,7 +52,9 @@ class _Shard:
     """Why the shard cannot be read, or ""."""
 
 
-def index(folder: Path, train: Sequence[str], val: Sequence[str], *, num_workers: int) -> Listing:
+def index(
+    folder: Path, train: Sequence[str], val: Sequence[str], *, num_workers: int, beside: LeftOut | None = None
+) -> Listing:
     """List the images of shards in the order of the shards, and within each in its own order.
 
     A sample is KEY.jpg (or another suffix of an image) with KEY.cls, the label as text, or KEY.json with "label" or "cls".
@@ -63,6 +65,7 @@ def index(folder: Path, train: Sequence[str], val: Sequence[str], *, num_workers
         train: shards of the training images.
         val: shards of the validation images.
         num_workers: processes.
+        beside: what lies in `folder` and is none of the shards.
 
     Raises:
         ValueError: shards are damaged, all of which are named, or no image has a label that a class has.
@@ -103,13 +106,19 @@ def index(folder: Path, train: Sequence[str], val: Sequence[str], *, num_workers
             classes = imagenet.synsets()
     return Listing(
         manifest=Manifest(train=train_list, val=val_list, classes=classes, layout=LAYOUT),
-        omitted=omitted,
+        omitted=omitted | ({"root": beside} if beside else {}),
         unreadable=unreadable,
     )
 
 
 def unpack_and_index(
-    folder: Path, train: Sequence[str], val: Sequence[str], *, into: Path, num_workers: int
+    folder: Path,
+    train: Sequence[str],
+    val: Sequence[str],
+    *,
+    into: Path,
+    num_workers: int,
+    beside: LeftOut | None = None,
 ) -> Listing:
     """As `index`, of shards that are compressed: they are written into `into` first.
 
@@ -119,7 +128,7 @@ def unpack_and_index(
     names = unpack(folder, [*train, *val], into, num_workers=num_workers)
     if (folder / CLASSES_FILE).exists():
         write_whole(into / CLASSES_FILE, (folder / CLASSES_FILE).read_bytes())
-    return index(into, names[: len(train)], names[len(train) :], num_workers=num_workers)
+    return index(into, names[: len(train)], names[len(train) :], num_workers=num_workers, beside=beside)
 
 
 def _read_classes(file: Path) -> tuple[str, ...] | None:
