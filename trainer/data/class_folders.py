@@ -74,7 +74,7 @@ def scan_class_folders(folder: Path) -> ClassFolders:
     """
     omitted = LeftOut()
     unread: dict[str, str] = {}
-    classes = sorted((entry.name for entry in _class_entries(folder, omitted)), key=os.fsencode)
+    classes = [entry.name for entry in _class_entries(folder, omitted)]
     if not classes:
         raise ValueError(f"the data folder {folder} has no class folder in it; {_EXPECTED}")
     names: list[str] = []
@@ -101,11 +101,11 @@ def scan_class_folders(folder: Path) -> ClassFolders:
 
 
 def _class_entries(folder: Path, omitted: LeftOut) -> list[os.DirEntry[str]]:
-    """The class folders; images beside them, which have no class, are counted."""
+    """The class folders in bytewise order; images beside them, which have no class, are counted."""
     classes = []
     try:
         with os.scandir(folder) as entries:
-            for entry in entries:
+            for entry in sorted(entries, key=lambda entry: os.fsencode(entry.name)):
                 if not is_folder(entry):
                     _count_outside(entry, omitted)
                 elif entry.is_symlink() and way_through(folder, entry.path) is None:

@@ -72,9 +72,9 @@ class LeftOut:
 
 def in_words(counts: Mapping[str, Mapping[str, int]]) -> str:
     """What is left out of each split, e.g. "train: 3 links to nothing"; "" for nothing."""
-    parts = (
-        f"{split}: {', '.join(f'{number:,} {reason}' for reason, number in of_split.items())}"
-        for split, of_split in counts.items()
-        if of_split
-    )
+    parts = []
+    for split, of_split in counts.items():
+        most_first = sorted(of_split.items(), key=lambda counted: (-counted[1], counted[0]))
+        if most_first:
+            parts.append(f"{split}: {', '.join(f'{number:,} {reason}' for reason, number in most_first)}")
     return "; ".join(parts)
