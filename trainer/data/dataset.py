@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitfleet.trainer.data import manifest
-from bitfleet.trainer.data.class_folders import scan_root
 from bitfleet.trainer.data.class_names import look_alikes
 from bitfleet.trainer.data.config import DataConfig
 from bitfleet.trainer.data.fashion import FULL_ROOT, SUBSET_ROOT, fashion_mnist_root
 from bitfleet.trainer.data.images import ImageList
 from bitfleet.trainer.data.index import load_image_list, unreadable_images
 from bitfleet.trainer.data.left_out import in_words
+from bitfleet.trainer.data.splits import scan_root
 from bitfleet.trainer.data.stall import call_within
 
 
@@ -41,7 +41,7 @@ class Dataset:
             f"{self.train.folder}"
         )
         if self.num_quarantined:
-            text += f"; {self.num_quarantined:,} that bitfleet data set aside are LEFT OUT"
+            text += f"; {self.num_quarantined:,} that bitfleet data verify or prepare set aside are LEFT OUT"
         return "; ".join([text, *self.notes])
 
 

@@ -27,7 +27,15 @@ class FoundImages:
     """Bytes; 0 where the file cannot be reached, which is found again when its header is read."""
     mtimes_ns: list[int] = field(default_factory=list)
     unread: dict[str, str] = field(default_factory=dict)
-    """Folders that cannot be read -> why."""
+    """Folders that cannot be read, and images that cannot be listed -> why."""
+
+
+BREAK = "its name has a tab or a line break in it, which no list of images can hold: rename it"
+
+
+def has_break(name: str) -> bool:
+    """Whether a name cannot stand in a list of images, a line each."""
+    return any(character in name for character in "\t\n\r")
 
 
 def find_images(top: str, omitted: LeftOut) -> FoundImages:
@@ -140,10 +148,12 @@ def _add(found: FoundImages, name: str, entry: os.DirEntry[str], omitted: LeftOu
         return
     if not stat.S_ISREG(status.st_mode):  # to open a named pipe would never return
         omitted.add(left_out.IRREGULAR, entry.path)
-    elif named_image or _is_image_by_content(entry.path):
-        _list(found, name, status.st_size, status.st_mtime_ns)
-    else:
+    elif not named_image and not _is_image_by_content(entry.path):
         omitted.add_suffix(suffix, entry.path)
+    elif not name.isprintable() and has_break(name):
+        found.unread[entry.path] = BREAK
+    else:
+        _list(found, name, status.st_size, status.st_mtime_ns)
 
 
 def _list(found: FoundImages, name: str, size: int, mtime_ns: int) -> None:

@@ -8,16 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitfleet.trainer.data import archives, cifar, kaggle, webdataset
-from bitfleet.trainer.data.class_folders import (
-    ANNOTATIONS,
-    is_tiny_imagenet,
-    scan_root,
-    split_folder,
-    split_folders,
-    things_beside,
-)
+from bitfleet.trainer.data.class_names import shown
 from bitfleet.trainer.data.compressed_shards import SHARD_SUFFIXES, is_compressed
 from bitfleet.trainer.data.listing import Listing, list_scan
+from bitfleet.trainer.data.splits import has_class_folder, scan_root, split_folder, split_folders, things_beside
+from bitfleet.trainer.data.tiny_imagenet import ANNOTATIONS, is_tiny_imagenet
 
 CLASS_FOLDERS = "class folders"
 TINY_IMAGENET = "Tiny ImageNet"
@@ -26,6 +21,8 @@ _SPLIT_NAMES = {
     "train": re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE),
     "val": re.compile(r"(?<![a-z])val(id(ation)?)?(?![a-z])", re.IGNORECASE),
 }
+_PACKED = (".zip", ".rar", ".7z", ".tar.zst", *SHARD_SUFFIXES)
+_MOST_LOOKED_AT, _MOST_NAMED = 100, 5  # things in a folder that is no data set
 _KNOWN = (
     f"looked for: {archives.TRAIN_FILE}, {archives.VAL_FILE} and {archives.DEVKIT_FILE}; class folders train/<class>/ and "
     f"val/<class>/; Tiny ImageNet's train/<class>/images/ and val/images/ with {ANNOTATIONS}; Kaggle's "
@@ -64,13 +61,7 @@ def recognise(source: Path) -> Source:
         raise ValueError(
             f"SOURCE {source} is a file; give the folder that it lies in (only {cifar.ARCHIVE} may be a file)"
         )
-    found, partial = [], []
-    for look in (_archives, _class_folders, _kaggle, _shards, _cifar_in):
-        try:
-            if one := look(source):
-                found.append(one)
-        except _Partial as error:
-            partial.append(str(error))
+    found, partial = _look(source)
     if len(found) > 1:
         raise ValueError(
             f"SOURCE {source} has data in more than one form ({', '.join(one.layout for one in found)}): give a folder that has "
@@ -80,7 +71,31 @@ def recognise(source: Path) -> Source:
         return found[0]
     if partial:
         raise ValueError(f"SOURCE {source}: {'; '.join(partial)}")
-    raise ValueError(f"SOURCE {source} has no data set in a form that is known; {_KNOWN}")
+    raise ValueError(f"SOURCE {source} has no data set in a form that is known{_what_lies_in(source)}; {_KNOWN}")
+
+
+def _look(source: Path) -> tuple[list[Source], list[str]]:
+    """The forms in `source`, and in words those that are there in part."""
+    found, partial = [], []
+    for look in (_archives, _class_folders, _kaggle, _shards, _cifar_in):
+        try:
+            if one := look(source):
+                found.append(one)
+        except _Partial as error:
+            partial.append(str(error))
+    return found, partial
+
+
+def _what_lies_in(source: Path) -> str:
+    """A data set one folder deeper, or the names of what is there."""
+    names = sorted((name for name in os.listdir(source) if not name.startswith(".")), key=os.fsencode)
+    for folder in (source / name for name in names[:_MOST_LOOKED_AT]):
+        if folder.is_dir() and (found := _look(folder)[0]):
+            return f"; {folder} has one ({found[0].layout}): give that"
+    if packed := [name for name in names if name.lower().endswith(_PACKED)]:
+        return f"; unpack {', '.join(map(shown, packed[:_MOST_NAMED]))} first"
+    more = ", ..." if len(names) > _MOST_NAMED else ""
+    return f" (there is {', '.join(map(shown, names[:_MOST_NAMED]))}{more})" if names else " (it is empty)"
 
 
 def _archives(source: Path) -> Source | None:
@@ -125,6 +140,8 @@ def _class_folders(source: Path) -> Source | None:
         hint = (
             f" (Kaggle's form? Then give the folder above ILSVRC/, with {kaggle.SOLUTION})" if missing == "val" else ""
         )
+        if missing == "val" and has_class_folder(source / "test"):
+            hint = " (test/ has class folders: if its images are for validation, rename it, or link val/ to it)"
         assert there
         raise _Partial(f"there are class folders in {there.name}/, but the folder {missing}/ {state}{hint}")
     layout = TINY_IMAGENET if is_tiny_imagenet(val) else CLASS_FOLDERS

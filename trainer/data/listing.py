@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bitfleet.trainer.data.class_folders import Scan
 from bitfleet.trainer.data.images import ImageList
 from bitfleet.trainer.data.index import list_files
 from bitfleet.trainer.data.left_out import LeftOut
 from bitfleet.trainer.data.manifest import SPLITS, Manifest
+from bitfleet.trainer.data.splits import Scan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -64,8 +64,8 @@ def list_members(path: Path, omitted: LeftOut, part: Member | None = None) -> li
 
 
 def _files(infos: list[tarfile.TarInfo], what: str, omitted: LeftOut) -> list[Member]:
-    files = {posixpath.normpath(info.name): info for info in infos if info.isreg()}
     links = {posixpath.normpath(info.name): _target(info) for info in infos if info.issym() or info.islnk()}
+    files = {posixpath.normpath(info.name): info for info in infos if info.isreg()} if links else {}
     members = []
     for info in infos:
         end = posixpath.normpath(info.name)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from bitfleet.trainer.data import packed_shards
-from bitfleet.trainer.data.class_folders import scan_root
 from bitfleet.trainer.data.images import ImageList
 from bitfleet.trainer.data.index import load_image_list
 from bitfleet.trainer.data.manifest import Manifest, read_manifest, write_manifest
+from bitfleet.trainer.data.splits import scan_root
 from tests.unit.trainer.data import miniature
 from tests.unit.trainer.data.test_images import photo
 

@@ -10,7 +10,9 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from bitfleet.trainer.data import left_out
-from bitfleet.trainer.data.class_folders import is_tiny_imagenet, scan_class_folders, scan_root, split_folder
+from bitfleet.trainer.data.class_folders import scan_class_folders
+from bitfleet.trainer.data.splits import scan_root, split_folder
+from bitfleet.trainer.data.tiny_imagenet import is_tiny_imagenet
 from tests.unit.trainer.data import miniature
 
 PHOTO = miniature.photo(0, 1)
@@ -144,6 +146,13 @@ def test_a_folder_that_cannot_be_read_is_named(root: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "scandir", closed)
     scan = scan_root(root)
     assert scan.unread == {f"{root}/train/a/closed": "the folder cannot be read (Permission denied)"}
+
+
+def test_names_that_no_list_can_hold_are_all_named(root: Path) -> None:
+    write(root, "train/a/x\ty.jpg", "train/a/d\n/y.jpg", "train/c\r/1.jpg", "val/c\r/1.jpg", "train/a/notes\t.txt")
+    assert sorted(scan_root(root).unread) == sorted(
+        f"{root}/{name}" for name in ("train/a/x\ty.jpg", "train/a/d\n/y.jpg", "train/c\r", "val/c\r")
+    )
 
 
 def test_missing_root_says_what_is_expected(tmp_path: Path) -> None:

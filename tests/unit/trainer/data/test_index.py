@@ -14,6 +14,7 @@ from bitfleet.trainer.data import index as data_index
 from bitfleet.trainer.data.cache import cache_folder
 from bitfleet.trainer.data.images import ImageList
 from bitfleet.trainer.data.manifest import lists_sha
+from bitfleet.trainer.data.splits import scan_root
 
 FILES = {"a": ["2.JPEG", "10.jpg", "z.PNG"], "B": ["1.png"]}
 
@@ -85,7 +86,7 @@ def test_sizes_are_read_once_and_again_when_a_file_changes(root: Path, monkeypat
 
 def test_sha_is_of_the_content_not_of_the_place(root: Path, tmp_path: Path) -> None:
     def sha(place: Path) -> str:
-        scan = class_folders.scan_root(place)
+        scan = scan_root(place)
         return lists_sha(listed(scan.train), listed(scan.val))
 
     first = sha(root)
@@ -140,7 +141,7 @@ def test_a_full_cache_is_named_and_written_later(root: Path, monkeypatch: pytest
     def full(file: Path, **arrays: np.ndarray) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    found = class_folders.scan_root(root).train
+    found = scan_root(root).train
     with monkeypatch.context() as patched:
         patched.setattr(np, "savez", full)
         with pytest.raises(ValueError, match=r"cache cannot be written \(No space left on device\); make room"):

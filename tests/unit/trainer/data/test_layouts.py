@@ -46,9 +46,17 @@ def test_names_of_shards(tmp_path: Path, train: str, val: str) -> None:
     [
         (
             [],
-            "has no data set in a form that is known; looked for: ILSVRC2012_img_train.tar, .*CLS-LOC.*WebDataset.*cifar",
+            "no data set in a form that is known .it is empty.; looked for: ILSVRC2012_img_train.tar.*CLS-LOC.*WebDataset.*cifar",
         ),
-        (["restraint-0.tar", "value-0.tar", "a.jpg"], "has no data set in a form"),
+        (
+            ["restraint-0.tar", "value-0.tar", "a.jpg"],
+            "in a form that is known; unpack restraint-0.tar, value-0.tar first",
+        ),
+        (["train.zip", "val.zip", "x.csv"], "in a form that is known; unpack train.zip, val.zip first"),
+        (["a.jpg", "b/c.jpg"], r"in a form that is known \(there is a.jpg, b\); looked for"),
+        (list("abcdefgh"), r"\(there is a, b, c, d, e, \.\.\.\); looked for"),
+        (["x/train/a/1.png", "x/val/a/1.png"], "; /.*/x has one .class folders.: give that"),
+        (["train/a/1.png", "test/a/1.png"], "the folder val/ is missing .test/ has class folders: if its images"),
         ([TRAIN_FILE], f"there is {TRAIN_FILE}, and {VAL_FILE}, {DEVKIT_FILE} is missing"),
         ([TRAIN_FILE, VAL_FILE], f"there is {TRAIN_FILE}, {VAL_FILE}, and {DEVKIT_FILE} is missing"),
         (["train/a/1.png"], "class folders in train/, but the folder val/ is missing"),

@@ -195,7 +195,7 @@ def test_unreadable_images_are_set_aside_and_come_back(tmp_path: Path) -> None:
     assert len(read_manifest(tmp_path / "dest")[0].train) == 12  # nothing is lost
     dataset = open_dataset(DataConfig(root=str(tmp_path / "dest")))
     assert (len(dataset.train), dataset.num_quarantined) == (10, 2)
-    assert "2 that bitfleet data set aside are LEFT OUT" in dataset.summary()
+    assert "2 that bitfleet data verify or prepare set aside are LEFT OUT" in dataset.summary()
     (tmp_path / "dest/quarantine.tsv").unlink()
     assert len(open_dataset(DataConfig(root=str(tmp_path / "dest"))).train) == 10  # they have no size
 
