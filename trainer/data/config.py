@@ -19,7 +19,8 @@ class DataConfig:
 
     root: str = SUBSET_ROOT
     """"fashion-mnist" (embedded subset), "fashion-mnist-full" (Debian's package dataset-fashion-mnist), or a folder
-    from `bitfleet data prepare`, or one with train/<class>/ and val/<class>/ (the ImageNet layout)."""
+    from `bitfleet data prepare`, or one with train/<class>/ and val/<class>/, images at any depth (the ImageNet
+    layout); valid/ and validation/ are val/."""
     image_size: int = 32
     """Height and width of the images that the network gets, in pixels."""
     augmentation: Literal["random_resized_crop", "pad_crop"] = "pad_crop"

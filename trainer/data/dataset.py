@@ -77,7 +77,8 @@ def _open_class_folders(root: Path, allow_incomplete: bool) -> Dataset:
         errors.append(unreadable_images(unread, fix, f" (bitfleet data verify {shlex.quote(str(root))} names all)"))
     if incomplete and not allow_incomplete:
         errors.append(
-            f"{'; '.join(incomplete)}. Complete it, or go on with what is there: --data.allow_incomplete True"
+            f"{'; '.join(incomplete)}. Complete it, or go on with what is there: --data.allow_incomplete True, or bitfleet data "
+            "prepare with --allow_incomplete"
         )
     if errors:
         raise ValueError(". ".join(errors))
