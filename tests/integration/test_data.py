@@ -172,12 +172,35 @@ def test_compare_tells_how_far_the_loaders_are_apart(prepared: Path) -> None:
     assert "every image is the same but for rounding" in output
 
 
+def test_set_aside_on_the_command_line(root: Path, tmp_path: Path) -> None:
+    for name in ("0003.png", "0005.png"):
+        (root / "train/class1" / name).write_bytes(b"")
+    code, output = data("verify", root, "--num_workers", "1")
+    assert code == 1
+    (root / "manifest.json").unlink()
+    code, output = data("prepare", root, tmp_path / "dest", "--num_workers", "1")
+    assert code == 2
+    assert (
+        f"2 images cannot be read; replace or remove them, or set them aside with --on_bad_sample quarantine: {root}/"
+        in output
+    )
+    assert output.count("(the file is empty)") == 2
+    code, output = data("prepare", root, tmp_path / "dest", "--num_workers", "1", "--on-bad-sample=quarantine")
+    assert code == 0
+    assert "SET ASIDE: 2 images, which stay where they are" in output
+    assert str(tmp_path / "dest/quarantine.tsv") in output
+    code, output = data("pack", tmp_path / "dest", tmp_path / "packed", "--short_side", "32", "--num_workers", "1")
+    assert code == 0, output
+    assert "RuntimeWarning" not in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["prepare", "x"], "bitfleet data prepare takes 2 paths, not 1"),
         (["verify", "{root}", "--num_wokers", "2"], "bitfleet data verify has no option '--num_wokers'"),
         (["verify", "{root}", "--num_workers", "0"], "--num_workers must be a positive number, not '0'"),
+        (["prepare", "x", "y", "--on_bad_sample", "move"], "--on_bad_sample must be fail or quarantine, not 'move'"),
         (["unpack", "x", "y"], "there is no command 'unpack' of bitfleet data"),
         (["pack", "{root}", "{root}"], "exists already"),
     ],

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bitfleet.trainer.data import imagenet, left_out
+from bitfleet.trainer.data.image_kinds import TEXT_SUFFIXES, is_of_system, suffix_of
 from bitfleet.trainer.data.images import ImageList
 from bitfleet.trainer.data.index import header_size
 from bitfleet.trainer.data.left_out import LeftOut
@@ -151,8 +152,7 @@ def _label_val(val: Path, val_synsets: Sequence[str], classes: Sequence[str], om
     images = []
     for member in list_members(val, omitted):
         file = PurePosixPath(member.name).name
-        if file.startswith("."):
-            omitted.add(left_out.SYSTEM, f"{member.name} in {val}")
+        if not _may_be_image(file, f"{member.name} in {val}", omitted):
             continue
         number = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", file)
         if not number or not 1 <= int(number[1]) <= len(val_synsets):
@@ -202,14 +202,25 @@ def _extract_class(job: _ClassJob) -> _Extracted:
     omitted, images = LeftOut(), []
     for member in list_members(job.archive, omitted, job.part):
         file = PurePosixPath(member.name).name
-        if file.startswith("."):
-            omitted.add(left_out.SYSTEM, f"{member.name} in {what}")
-        else:
+        if _may_be_image(file, f"{member.name} in {what}", omitted):
             images.append(_Image(member, f"train/{job.class_name}/{file}", job.label))
     if not images:
         raise ValueError(f"{what} has no image in it; download it again")
     _refuse_doubles(images, what)
     return _extract_block(_BlockJob(archive=job.archive, images=images, into=job.into))._replace(omitted=omitted)
+
+
+def _may_be_image(file: str, example: str, omitted: LeftOut) -> bool:
+    """Whether a member is to be extracted; one that is hidden or a text is counted."""
+    if is_of_system(file):
+        omitted.add(left_out.SYSTEM, example)
+    elif file.startswith("."):
+        omitted.add(left_out.HIDDEN, example)
+    elif suffix_of(file) in TEXT_SUFFIXES:
+        omitted.add(left_out.TEXT, example)
+    else:
+        return True
+    return False
 
 
 def _refuse_doubles(images: Sequence[_Image], what: str) -> None:

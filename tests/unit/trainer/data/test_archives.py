@@ -178,6 +178,22 @@ def test_an_unreadable_image_is_named(source: Path, tmp_path: Path) -> None:
     assert (len(dataset.val), dataset.num_quarantined) == (5, 1)
 
 
+def test_what_is_no_image_in_an_archive_is_counted(source: Path, tmp_path: Path) -> None:
+    val = miniature.val_photos() | {"._ILSVRC2012_val_00000001.JPEG": b"", "README.txt": b"", "a/.1.JPEG": b""}
+    (source / VAL_FILE).write_bytes(miniature.tar(val))
+    inner = miniature.tar_files(source / TRAIN_FILE)
+    photos = {
+        name.split("/")[1]: photo for name, photo in miniature.train_photos().items() if name.startswith(SYNSETS[0])
+    }
+    inner[f"{SYNSETS[0]}.tar"] = miniature.tar(photos | {"list.txt": b"", "Thumbs.db": b""})
+    (source / TRAIN_FILE).write_bytes(miniature.tar(inner))
+    summary = prepare(source, tmp_path / "dest", num_workers=1, allow_incomplete=True)
+    assert "left out  train: 1 files of a system" in summary
+    assert "1 text or annotations\nleft out  val: 1 files of a system" in summary
+    assert "1 hidden" in summary
+    assert images_of(tmp_path / "dest") == extracted()
+
+
 def test_the_training_archive_unpacked_once(source: Path, tmp_path: Path) -> None:
     prepare(source, tmp_path / "whole", num_workers=1)
     for index, folder in enumerate(("ILSVRC2012_img_train", "train", ".")):
