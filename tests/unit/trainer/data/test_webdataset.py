@@ -1,5 +1,7 @@
 """WebDataset shards: images are found within them, with their labels and classes."""
 
+import io
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -114,3 +116,51 @@ def test_a_shard_that_is_cut_off(tmp_path: Path) -> None:
         (tmp_path / "val.tar").write_bytes(content[:length])
         with pytest.raises(ValueError, match=r"the archive .*/val\.tar is incomplete"):
             webdataset.index(tmp_path, ["train.tar"], ["val.tar"], num_workers=1)
+
+
+@pytest.mark.parametrize("form", ["{key}", "photo.{key}", "v1.2/{key}", "photo{key}.image"])
+def test_every_form_of_a_key_is_read_to_the_last_image(tmp_path: Path, form: str) -> None:
+    photos = [photo(label, number) for label in (0, 1) for number in (1, 2, 3, 4)]
+    files: dict[str, bytes] = {}
+    for index, data in enumerate(photos):
+        key = form.format(key=f"{index:05d}")
+        files |= {f"{key}.jpg": data, f"{key.removesuffix('.image')}.cls": b"%d" % (index // 4)}
+    miniature.write(
+        tmp_path / "source", {"train/0.tar": miniature.tar(files), "validation/0.tar": miniature.tar(files)}
+    )
+    prepare(tmp_path / "source", tmp_path / "dest", num_workers=1)
+    dataset = open_dataset(DataConfig(root=str(tmp_path / "dest")))
+    assert [dataset.train.read(i) for i in range(8)] == photos
+    assert dataset.val.labels.tolist() == [0] * 4 + [1] * 4
+    assert dataset.notes == ()
+
+
+def test_links_are_read_from_where_they_lead(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for name, data, link in (
+            ("0.jpg", photo(0, 1), ""),
+            ("0.cls", b"0", ""),
+            ("1.jpg", b"", "0.jpg"),
+            ("1.cls", b"1", ""),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size, info.type, info.linkname = len(data), tarfile.LNKTYPE if link else tarfile.REGTYPE, link
+            archive.addfile(info, io.BytesIO(data))
+    miniature.write(tmp_path, {"val.tar": miniature.tar(TRAIN)})
+    train = webdataset.index(tmp_path, ["train.tar"], ["val.tar"], num_workers=1).manifest.train
+    assert train.labels.tolist() == [0, 1]
+    assert train.read(1) == train.read(0) == photo(0, 1)
+
+
+def test_all_damaged_shards_are_named(tmp_path: Path) -> None:
+    for name in ("train.tar", "train2.tar", "val.tar"):
+        content = miniature.tar(TRAIN)
+        miniature.write(tmp_path, {name: content if name == "train.tar" else content[:900]})
+    with pytest.raises(ValueError, match=r"archive .*/train2\.tar .* download it again; the archive .*/val\.tar "):
+        webdataset.index(tmp_path, ["train.tar", "train2.tar"], ["val.tar"], num_workers=1)
+
+
+def test_what_lies_beside_the_shards_is_said(tmp_path: Path) -> None:
+    source = miniature.shards(tmp_path / "source")
+    miniature.write(source, {"other.tar": b"", "val/0.idx": b"", "val/0.json": b"{}", "meta.csv": b""})
+    assert "left out  root: 2 other files or folders" in prepare(source, tmp_path / "dest", num_workers=1)
