@@ -61,7 +61,12 @@ def recognise(source: Path) -> Source:
         raise ValueError(
             f"SOURCE {source} is a file; give the folder that it lies in (only {cifar.ARCHIVE} may be a file)"
         )
-    found, partial = _look(source)
+    try:
+        found, partial = _look(source)
+    except OSError as error:
+        raise ValueError(
+            f"SOURCE {source} cannot be read ({error.strerror}: {error.filename}); give this user leave to read it"
+        ) from None
     if len(found) > 1:
         raise ValueError(
             f"SOURCE {source} has data in more than one form ({', '.join(one.layout for one in found)}): give a folder that has "

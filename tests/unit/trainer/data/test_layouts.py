@@ -1,5 +1,6 @@
 """Which form lies in a folder, and the sentence where none, half of one, or two do."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +90,20 @@ def test_a_whole_form_beside_a_part_of_another(tmp_path: Path) -> None:
     miniature.class_folders(tmp_path)
     (tmp_path / VAL_FILE).touch()
     assert recognise(tmp_path).layout == "class folders"
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    miniature.class_folders(tmp_path)
+    listdir = os.listdir
+
+    def closed(path: Path) -> list[str]:
+        if Path(path).name == "train":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", closed)
+    with pytest.raises(ValueError, match=f"cannot be read .Permission denied: {tmp_path}/train.; give this user leave"):
+        recognise(tmp_path)
 
 
 def test_no_folder(tmp_path: Path) -> None:
