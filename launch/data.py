@@ -5,16 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitfleet.launch.environment import num_cores, run
-from bitfleet.launch.options import take_flag, take_number
+from bitfleet.launch.options import take_flag, take_number, take_option
 
 USAGE = """usage: bitfleet data COMMAND ...
 
-  prepare SOURCE DEST [--num_workers N] [--allow_incomplete]
-          make a data set of ILSVRC2012's archives, class folders, the Kaggle layout, WebDataset shards or CIFAR-10's python
-          archive: archives are extracted into DEST, else DEST gets a manifest that refers to SOURCE (DEST may be SOURCE).
-          An interrupted one is continued by the same command. Counts other than ImageNet's: only with --allow_incomplete
+  prepare SOURCE DEST [--num_workers N] [--allow_incomplete] [--on_bad_sample fail|quarantine]
+          make a data set of ILSVRC2012's archives, class folders, Tiny ImageNet, the Kaggle layout, WebDataset shards or
+          CIFAR-10's python archive: archives are extracted into DEST, else DEST gets a manifest that refers to SOURCE (DEST may
+          be SOURCE). An interrupted one is continued by the same command. What is there and not listed is counted and said;
+          above 1 % of the images, for counts other than ImageNet's, and for classes without validation images it needs
+          --allow_incomplete. Images that cannot be read are all named, or listed in DEST/quarantine.tsv by quarantine
   verify DEST [--num_workers N]
-          decode every image once; what fails goes on a list that training leaves out (no file is deleted); exit code 1 then
+          decode every image once; what fails goes on a list that training leaves out (no file is deleted); exit code 1 then.
+          For a folder that was never prepared (not archives), what fails is only named
   pack ROOT DEST [--short_side 256] [--shards] [--num_workers N]
           a resized copy (JPEG, quality 90) as folders, or as WebDataset shards, for machines whose CPUs are the limit
   compare --config NAME [--images 256] [--section.field value ...]
@@ -44,10 +47,21 @@ def data(arguments: Sequence[str]) -> None:
     num_workers, rest = take_number(rest, "--num_workers", num_cores())
     if command == "prepare":
         allow_incomplete, rest = take_flag(rest, "--allow_incomplete")
+        on_bad_sample, rest = take_option(rest, "--on_bad_sample")
+        if on_bad_sample not in (None, "fail", "quarantine"):
+            raise ValueError(f"--on_bad_sample must be fail or quarantine, not {on_bad_sample!r}")
         source, dest = _paths(command, rest)
         from bitfleet.trainer.data.prepare import prepare
 
-        print(prepare(source, dest, num_workers=num_workers, allow_incomplete=allow_incomplete))
+        print(
+            prepare(
+                source,
+                dest,
+                num_workers=num_workers,
+                allow_incomplete=allow_incomplete,
+                quarantine=on_bad_sample == "quarantine",
+            )
+        )
     elif command == "verify":
         (root,) = _paths(command, rest)
         from bitfleet.trainer.data.verify import verify

@@ -16,7 +16,16 @@ from bitfleet.trainer.engine_options import EngineConfig, resolve_precision
 from bitfleet.trainer.journal import JournalConfig
 from bitfleet.trainer.metrics import MetricsConfig
 
-MACHINE = ("root", "device", "num_threads", "memory_gib", "on_bad_sample", "max_bad_samples", "stall_seconds")
+MACHINE = (
+    "root",
+    "device",
+    "num_threads",
+    "memory_gib",
+    "allow_incomplete",
+    "on_bad_sample",
+    "max_bad_samples",
+    "stall_seconds",
+)
 """Fields of `data` that may change in a run: where the data is, who decodes it, and what is done about faults. The loader may
 change as well where the pixels do not: see `run_checkpoints.identity`."""
 

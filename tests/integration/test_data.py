@@ -114,7 +114,7 @@ def test_an_image_that_vanishes_ends_the_job_or_is_replaced(
     done = deepspeed(2, TRAIN, *options_for(tiny, root, tmp_path / "anew"))
     assert done.returncode == 0, done.stdout
     assert "198 training and 27 validation images of 4 classes" in done.stdout
-    assert "3 that bitfleet data verify set aside are LEFT OUT" in done.stdout
+    assert "3 that bitfleet data verify or prepare set aside are LEFT OUT" in done.stdout
 
 
 @pytest.mark.slow
@@ -128,6 +128,29 @@ def test_ranks_with_different_data_do_not_train(root: Path, deepspeed: Launch, t
     script.write_text(EACH_IN_A_FOLDER_OF_ITS_OWN.format(folder=tmp_path))
     done = deepspeed(2, script, *options_for(tiny, Path("data"), tmp_path / "run"))
     failed(done, "in the lists of images in data (sha256)")
+
+
+@pytest.mark.slow
+def test_class_folders_that_one_rank_does_not_have_whole_end_the_job(
+    tiny_images: Path, deepspeed: Launch, tiny: list[str], tmp_path: Path
+) -> None:
+    """Never prepared; what is left out on one rank ends all of them, and what all ranks allow is said once."""
+    for rank in "01":
+        shutil.copytree(tiny_images, tmp_path / rank / "data")
+    (tmp_path / "1/data/val/class1").rename(tmp_path / "1/data/val/.class1")
+    script = tmp_path / "train.py"
+    script.write_text(EACH_IN_A_FOLDER_OF_ITS_OWN.format(folder=tmp_path))
+    options = options_for(tiny, Path("data"), tmp_path / "run")
+    done = deepspeed(2, script, *options)
+    failed(done, "'class1' is in train/ only; add it to val/")
+    assert done.stdout.count("bitfleet: error") == 1
+    assert "7 hidden" in done.stdout
+
+    (tmp_path / "0/data/val/class1").rename(tmp_path / "0/data/val/.class1")
+    done = deepspeed(2, script, *options, "--data.allow_incomplete", "True")
+    assert done.returncode == 0, done.stdout
+    assert "; not listed: val: 7 hidden" in done.stdout
+    assert done.stdout.count("INCOMPLETE: of ") == 1
 
 
 @pytest.mark.slow
@@ -149,12 +172,35 @@ def test_compare_tells_how_far_the_loaders_are_apart(prepared: Path) -> None:
     assert "every image is the same but for rounding" in output
 
 
+def test_set_aside_on_the_command_line(root: Path, tmp_path: Path) -> None:
+    for name in ("0003.png", "0005.png"):
+        (root / "train/class1" / name).write_bytes(b"")
+    code, output = data("verify", root, "--num_workers", "1")
+    assert code == 1
+    (root / "manifest.json").unlink()
+    code, output = data("prepare", root, tmp_path / "dest", "--num_workers", "1")
+    assert code == 2
+    assert (
+        f"2 images cannot be read; replace or remove them, or set them aside with --on_bad_sample quarantine: {root}/"
+        in output
+    )
+    assert output.count("(the file is empty)") == 2
+    code, output = data("prepare", root, tmp_path / "dest", "--num_workers", "1", "--on-bad-sample=quarantine")
+    assert code == 0
+    assert "SET ASIDE: 2 images, which stay where they are" in output
+    assert str(tmp_path / "dest/quarantine.tsv") in output
+    code, output = data("pack", tmp_path / "dest", tmp_path / "packed", "--short_side", "32", "--num_workers", "1")
+    assert code == 0, output
+    assert "RuntimeWarning" not in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["prepare", "x"], "bitfleet data prepare takes 2 paths, not 1"),
         (["verify", "{root}", "--num_wokers", "2"], "bitfleet data verify has no option '--num_wokers'"),
         (["verify", "{root}", "--num_workers", "0"], "--num_workers must be a positive number, not '0'"),
+        (["prepare", "x", "y", "--on_bad_sample", "move"], "--on_bad_sample must be fail or quarantine, not 'move'"),
         (["unpack", "x", "y"], "there is no command 'unpack' of bitfleet data"),
         (["pack", "{root}", "{root}"], "exists already"),
     ],

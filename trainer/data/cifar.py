@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from bitfleet.trainer.data.images import ImageList
+from bitfleet.trainer.data.listing import Listing
 from bitfleet.trainer.data.manifest import Manifest, merge
 from bitfleet.trainer.data.unfinished import check_space, write_whole, written_before
 from bitfleet.trainer.data.workers import run_jobs
@@ -38,7 +39,7 @@ class _Job:
     into: Path
 
 
-def extract(source: Path, *, into: Path, num_workers: int) -> Manifest:
+def extract(source: Path, *, into: Path, num_workers: int) -> Listing:
     """Write the images of `source` to `into`/train/<class>/ and `into`/val/<class>/, or what is missing there.
 
     The files are numbered in the order of the batches, as torchvision's CIFAR10 is.
@@ -72,7 +73,7 @@ def extract(source: Path, *, into: Path, num_workers: int) -> Manifest:
         weights = [len(job.labels) for job in jobs]
         title = "training images" if split == "train" else "validation images"
         lists[split] = merge(run_jobs(_write_block, jobs, weights, num_workers=num_workers, title=title))
-    return Manifest(train=lists["train"], val=lists["val"], classes=classes, layout=LAYOUT)
+    return Listing(manifest=Manifest(train=lists["train"], val=lists["val"], classes=classes, layout=LAYOUT))
 
 
 def _unpack(archive: Path, folder: Path) -> None:

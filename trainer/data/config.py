@@ -19,7 +19,8 @@ class DataConfig:
 
     root: str = SUBSET_ROOT
     """"fashion-mnist" (embedded subset), "fashion-mnist-full" (Debian's package dataset-fashion-mnist), or a folder
-    from `bitfleet data prepare`, or one with train/<class>/ and val/<class>/ (the ImageNet layout)."""
+    from `bitfleet data prepare`, or one with train/<class>/ and val/<class>/, images at any depth (the ImageNet
+    layout); valid/ and validation/ are val/."""
     image_size: int = 32
     """Height and width of the images that the network gets, in pixels."""
     augmentation: Literal["random_resized_crop", "pad_crop"] = "pad_crop"
@@ -50,6 +51,10 @@ class DataConfig:
     memory_gib: float = 4.0
     """With loader="memory": the most GiB that the decoded images may take, training and validation together. The ranks of a
     machine share one copy. With pad_crop they lie on the GPU if they take at most a quarter of its memory."""
+    allow_incomplete: bool = False
+    """With class folders that are not prepared: go on where classes have no validation image, or where more than 1 % beside the
+    images is left out (files of other kinds, hidden ones, links to nothing); the start says it. `bitfleet data prepare` has an
+    option of the same name."""
     on_bad_sample: Literal["fail", "replace"] = "fail"
     """What happens when an image cannot be read or decoded. fail: the run ends and names it. replace: another image, a function
     of seed, epoch and sample, takes its place in training, and validation leaves it out; both are counted and logged."""

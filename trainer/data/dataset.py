@@ -1,14 +1,19 @@
 """A data set as the trainer sees it: two lists of images and the names of their classes."""
 
 import hashlib
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bitfleet.trainer.data import manifest
+from bitfleet.trainer.data.class_names import look_alikes
 from bitfleet.trainer.data.config import DataConfig
 from bitfleet.trainer.data.fashion import FULL_ROOT, SUBSET_ROOT, fashion_mnist_root
 from bitfleet.trainer.data.images import ImageList
-from bitfleet.trainer.data.index import load_image_list, scan_root
+from bitfleet.trainer.data.index import load_image_list, unreadable_images
+from bitfleet.trainer.data.left_out import in_words
+from bitfleet.trainer.data.splits import scan_root
 from bitfleet.trainer.data.stall import call_within
 
 
@@ -25,7 +30,9 @@ class Dataset:
     sha: str
     """sha256 of both lists: two data sets of one sha give the same stream."""
     num_quarantined: int = 0
-    """Images that `bitfleet data verify` set aside, which are in neither list."""
+    """Images that `bitfleet data verify` or `prepare` set aside, which are in neither list."""
+    notes: tuple[str, ...] = ()
+    """What else is to be said of it at the start: what a scan left out, classes that look the same."""
 
     def summary(self) -> str:
         """The size of the data set, in words."""
@@ -34,8 +41,8 @@ class Dataset:
             f"{self.train.folder}"
         )
         if self.num_quarantined:
-            text += f"; {self.num_quarantined:,} that bitfleet data verify set aside are LEFT OUT"
-        return text
+            text += f"; {self.num_quarantined:,} that bitfleet data verify or prepare set aside are LEFT OUT"
+        return "; ".join([text, *self.notes])
 
 
 def open_dataset(config: DataConfig) -> Dataset:
@@ -54,16 +61,49 @@ def open_dataset(config: DataConfig) -> Dataset:
         root = Path(config.root).expanduser().absolute()
     if call_within((root / manifest.FILE).exists, config.stall_seconds, root):
         return _open_prepared(root, config.stall_seconds)
-    train_found, val_found = scan_root(root)
-    train, val = load_image_list(train_found), load_image_list(val_found)
-    return Dataset(train=train, val=val, classes=train_found.classes, sha=manifest.lists_sha(train, val))
+    return _open_class_folders(root, config.allow_incomplete)
+
+
+def _open_class_folders(root: Path, allow_incomplete: bool) -> Dataset:
+    scan = scan_root(root)
+    (train, unreadable), (val, unreadable_val) = load_image_list(scan.train), load_image_list(scan.val)
+    incomplete = list(scan.faults)
+    errors = []
+    for found in (scan.train, scan.val):
+        if fault := found.omitted.fault(len(found.names)):
+            incomplete.append(f"of {found.folder} there is left out {fault}")
+    if unread := {**scan.unread, **unreadable, **unreadable_val}:
+        fix = "replace such files or remove them from the class folders (bitfleet data prepare can set them aside)"
+        errors.append(unreadable_images(unread, fix, f" (bitfleet data verify {shlex.quote(str(root))} names all)"))
+    if incomplete and not allow_incomplete:
+        errors.append(
+            f"{'; '.join(incomplete)}. Complete it, or go on with what is there: --data.allow_incomplete True, or bitfleet data "
+            "prepare with --allow_incomplete"
+        )
+    if errors:
+        raise ValueError(". ".join(errors))
+    counts = {"train": scan.train.omitted.counts, "val": scan.val.omitted.counts, "root": scan.beside.counts}
+    return Dataset(
+        train=train,
+        val=val,
+        classes=scan.train.classes,
+        sha=manifest.lists_sha(train, val),
+        notes=_notes(counts, incomplete, scan.train.classes),
+    )
+
+
+def _notes(
+    counts: Mapping[str, Mapping[str, int]], incomplete: Sequence[str], classes: Sequence[str]
+) -> tuple[str, ...]:
+    left_out = [f"not listed: {words}"] if (words := in_words(counts)) else []
+    return (*left_out, *(f"INCOMPLETE: {fault}" for fault in incomplete), *look_alikes(classes))
 
 
 def _open_prepared(root: Path, stall_seconds: float) -> Dataset:
     prepared, sha = call_within(lambda: manifest.read_manifest(root), stall_seconds, root / manifest.FILE)
     if quarantined := manifest.read_quarantine(root):
         sha = hashlib.sha256("\n".join([sha, *sorted(quarantined)]).encode(errors="surrogateescape")).hexdigest()
-    train, val = manifest.without(prepared.train, quarantined), manifest.without(prepared.val, quarantined)
+    train, val = (manifest.without(_readable(images), quarantined) for images in (prepared.train, prepared.val))
     if not call_within(train.folder.is_dir, stall_seconds, train.folder):  # it may be on another disk than the manifest
         raise ValueError(
             f"the images of {root} lie in {train.folder}, which is not there: mount it, or, if they were moved, run bitfleet "
@@ -75,5 +115,15 @@ def _open_prepared(root: Path, stall_seconds: float) -> Dataset:
                 f"{root} has no {split} image left: bitfleet data verify set all of them aside (the reasons are in "
                 f"{root / manifest.QUARANTINE}); put whole files in their place and run verify again"
             )
+    facts = prepared.facts
+    notes = _notes(facts.get("left_out", {}), facts.get("incomplete", []), prepared.classes)
     num_quarantined = len(prepared.train) + len(prepared.val) - len(train) - len(val)
-    return Dataset(train=train, val=val, classes=prepared.classes, sha=sha, num_quarantined=num_quarantined)
+    return Dataset(
+        train=train, val=val, classes=prepared.classes, sha=sha, num_quarantined=num_quarantined, notes=notes
+    )
+
+
+def _readable(images: ImageList) -> ImageList:
+    """The images whose headers `bitfleet data prepare` has read; the others have no size, whatever became of the quarantine."""
+    known = images.heights > 0
+    return images if known.all() else images.select(known)

@@ -69,5 +69,5 @@ class ImageList:
 
 def shard_and_member(name: str) -> tuple[str, str]:
     """Split the name of an image in a shard: "train/000001.tar/a.jpg" is ("train/000001.tar", "a.jpg")."""
-    shard, _, member = name.partition(".tar/")
-    return shard + ".tar", member
+    end = name.lower().index(".tar/") + len(".tar")
+    return name[:end], name[end + 1 :]

@@ -1,11 +1,15 @@
 """ImageNet as Kaggle gives it: the validation images in one folder, their labels in LOC_val_solution.csv."""
 
 import csv
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from bitfleet.trainer.data.index import IMAGE_SUFFIXES, list_files, scan_class_folders
+from bitfleet.trainer.data import left_out
+from bitfleet.trainer.data.class_folders import scan_class_folders
+from bitfleet.trainer.data.found_images import FoundImages, find_images
+from bitfleet.trainer.data.index import list_files
+from bitfleet.trainer.data.left_out import LeftOut
+from bitfleet.trainer.data.listing import Listing
 from bitfleet.trainer.data.manifest import Manifest, merge
 
 LAYOUT = "Kaggle ILSVRC"
@@ -13,7 +17,7 @@ IMAGES = Path("Data/CLS-LOC")
 SOLUTION = "LOC_val_solution.csv"
 
 
-def index(folder: Path, solution: Path, *, num_workers: int) -> Manifest:
+def index(folder: Path, solution: Path, *, num_workers: int) -> Listing:
     """List the images where they lie; the label is the position of the synset in alphabetical order.
 
     Args:
@@ -22,11 +26,13 @@ def index(folder: Path, solution: Path, *, num_workers: int) -> Manifest:
         num_workers: processes.
 
     Raises:
-        ValueError: the table cannot be read, or an image has no line in it, is unreadable, or is of no class of train/.
+        ValueError: the table cannot be read, or names a class that train/ has not, or there is no image.
     """
     synset_of = _read_solution(solution)
     found = scan_class_folders(folder / "train")
-    train = list_files(
+    if not found.names:
+        raise ValueError(f"no class folder of {folder / 'train'} has an image in it")
+    train, unreadable = list_files(
         folder,
         [f"train/{name}" for name in found.names],
         found.labels,
@@ -34,12 +40,22 @@ def index(folder: Path, solution: Path, *, num_workers: int) -> Manifest:
         num_workers=num_workers,
         title="training images",
     )
-    names, sizes = _scan_flat(folder / "val")
-    labels = _labels(folder, names, synset_of, found.classes, solution)
-    val = list_files(
+    omitted = LeftOut()
+    images = find_images(f"{folder}/val", omitted)
+    names, labels, sizes = _labelled(folder, images, synset_of, found.classes, solution, omitted)
+    if not names:
+        raise ValueError(
+            f"the folder {folder / 'val'} has no image in it; expected ILSVRC2012_val_00000001.JPEG and so on"
+        )
+    val, reasons = list_files(
         folder, [f"val/{name}" for name in names], labels, sizes, num_workers=num_workers, title="validation images"
     )
-    return Manifest(train=train, val=merge([val]), classes=found.classes, layout=LAYOUT)
+    return Listing(
+        manifest=Manifest(train=train, val=merge([val]), classes=found.classes, layout=LAYOUT),
+        omitted={"train": found.omitted, "val": omitted},
+        unreadable=unreadable | reasons,
+        unread={**found.unread, **images.unread},
+    )
 
 
 def _read_solution(file: Path) -> dict[str, str]:
@@ -53,29 +69,29 @@ def _read_solution(file: Path) -> dict[str, str]:
         ) from None
 
 
-def _scan_flat(folder: Path) -> tuple[list[str], list[int]]:
-    """Names and bytes of the images in one folder, by name."""
-    with os.scandir(folder) as entries:
-        images = [
-            (entry.name, entry.stat().st_size)
-            for entry in entries
-            if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith(".")
-        ]
-    if not images:
-        raise ValueError(f"the folder {folder} has no image in it; expected ILSVRC2012_val_00000001.JPEG and so on")
-    images.sort(key=lambda image: os.fsencode(image[0]))
-    return [name for name, _ in images], [size for _, size in images]
-
-
-def _labels(
-    folder: Path, names: Sequence[str], synset_of: dict[str, str], classes: Sequence[str], solution: Path
-) -> list[int]:
+def _labelled(
+    folder: Path,
+    images: FoundImages,
+    synset_of: dict[str, str],
+    classes: Sequence[str],
+    solution: Path,
+    omitted: LeftOut,
+) -> tuple[list[str], list[int], list[int]]:
+    """Names, labels and bytes of the validation images that the table has a line for; the others are counted."""
     label_of = {name: label for label, name in enumerate(classes)}
-    labels = []
-    for name in names:
-        if (synset := synset_of.get(Path(name).stem)) is None:
-            raise ValueError(f"the image {folder / 'val' / name} has no line in {solution}; remove it or add its line")
+    names, labels, sizes = [], [], []
+    without_image = dict(synset_of)
+    for name, size in zip(images.names, images.sizes, strict=True):
+        stem = Path(name).stem
+        without_image.pop(stem, None)
+        if (synset := synset_of.get(stem)) is None:
+            omitted.add(left_out.NO_LABEL, f"{folder / 'val' / name}, which has no line in {solution}")
+            continue
         if synset not in label_of:
             raise ValueError(f"{solution} says {synset} for {name}, which is no folder of {folder / 'train'}")
+        names.append(name)
         labels.append(label_of[synset])
-    return labels
+        sizes.append(size)
+    for stem in without_image:
+        omitted.add(left_out.NO_IMAGE, f"{stem} in {solution}")
+    return names, labels, sizes

@@ -8,19 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitfleet.trainer.data import archives, cifar, kaggle, webdataset
-from bitfleet.trainer.data.index import list_files, scan_class_folders
-from bitfleet.trainer.data.manifest import Manifest
+from bitfleet.trainer.data.class_names import shown
+from bitfleet.trainer.data.compressed_shards import SHARD_SUFFIXES, is_compressed
+from bitfleet.trainer.data.listing import Listing, list_scan
+from bitfleet.trainer.data.splits import has_class_folder, scan_root, split_folder, split_folders, things_beside
+from bitfleet.trainer.data.tiny_imagenet import ANNOTATIONS, is_tiny_imagenet
 
 CLASS_FOLDERS = "class folders"
+TINY_IMAGENET = "Tiny ImageNet"
 
 _SPLIT_NAMES = {
     "train": re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE),
     "val": re.compile(r"(?<![a-z])val(id(ation)?)?(?![a-z])", re.IGNORECASE),
 }
+_PACKED = (".zip", ".rar", ".7z", ".tar.zst", *SHARD_SUFFIXES)
+_MOST_LOOKED_AT, _MOST_NAMED = 100, 5  # things in a folder that is no data set
 _KNOWN = (
     f"looked for: {archives.TRAIN_FILE}, {archives.VAL_FILE} and {archives.DEVKIT_FILE}; class folders train/<class>/ and "
-    f"val/<class>/; Kaggle's ILSVRC/{kaggle.IMAGES}/ with {kaggle.SOLUTION}; WebDataset shards *.tar whose names say train and "
-    f"val, or in train/ and val/; {cifar.ARCHIVE} or {cifar.FOLDER}/"
+    f"val/<class>/; Tiny ImageNet's train/<class>/images/ and val/images/ with {ANNOTATIONS}; Kaggle's "
+    f"ILSVRC/{kaggle.IMAGES}/ with {kaggle.SOLUTION}; WebDataset shards *.tar whose names say train and val, or in train/ and "
+    f"val/; {cifar.ARCHIVE} or {cifar.FOLDER}/"
 )
 
 
@@ -30,7 +37,7 @@ class Source:
 
     layout: str
     """Its name."""
-    make: Callable[..., Manifest]
+    make: Callable[..., Listing]
     """Called with num_workers and, where images are extracted, into: the folder for them."""
     extracted: tuple[Path, ...] = ()
     """Archives or folders that the images are extracted from; empty where they are read where they lie."""
@@ -54,13 +61,12 @@ def recognise(source: Path) -> Source:
         raise ValueError(
             f"SOURCE {source} is a file; give the folder that it lies in (only {cifar.ARCHIVE} may be a file)"
         )
-    found, partial = [], []
-    for look in (_archives, _class_folders, _kaggle, _shards, _cifar_in):
-        try:
-            if one := look(source):
-                found.append(one)
-        except _Partial as error:
-            partial.append(str(error))
+    try:
+        found, partial = _look(source)
+    except OSError as error:
+        raise ValueError(
+            f"SOURCE {source} cannot be read ({error.strerror}: {error.filename}); give this user leave to read it"
+        ) from None
     if len(found) > 1:
         raise ValueError(
             f"SOURCE {source} has data in more than one form ({', '.join(one.layout for one in found)}): give a folder that has "
@@ -70,19 +76,46 @@ def recognise(source: Path) -> Source:
         return found[0]
     if partial:
         raise ValueError(f"SOURCE {source}: {'; '.join(partial)}")
-    raise ValueError(f"SOURCE {source} has no data set in a form that is known; {_KNOWN}")
+    raise ValueError(f"SOURCE {source} has no data set in a form that is known{_what_lies_in(source)}; {_KNOWN}")
+
+
+def _look(source: Path) -> tuple[list[Source], list[str]]:
+    """The forms in `source`, and in words those that are there in part."""
+    found, partial = [], []
+    for look in (_archives, _class_folders, _kaggle, _shards, _cifar_in):
+        try:
+            if one := look(source):
+                found.append(one)
+        except _Partial as error:
+            partial.append(str(error))
+    return found, partial
+
+
+def _what_lies_in(source: Path) -> str:
+    """A data set one folder deeper, or the names of what is there."""
+    names = sorted((name for name in os.listdir(source) if not name.startswith(".")), key=os.fsencode)
+    for folder in (source / name for name in names[:_MOST_LOOKED_AT]):
+        if folder.is_dir() and (found := _look(folder)[0]):
+            return f"; {folder} has one ({found[0].layout}): give that"
+    if packed := [name for name in names if name.lower().endswith(_PACKED)]:
+        return f"; unpack {', '.join(map(shown, packed[:_MOST_NAMED]))} first"
+    more = ", ..." if len(names) > _MOST_NAMED else ""
+    return f" (there is {', '.join(map(shown, names[:_MOST_NAMED]))}{more})" if names else " (it is empty)"
 
 
 def _archives(source: Path) -> Source | None:
     names = (archives.TRAIN_FILE, archives.VAL_FILE, archives.DEVKIT_FILE)
-    there = [name for name in names if (source / name).is_file()]
-    if not there:
+    places = {name: source / name for name in names if (source / name).is_file()}
+    if archives.TRAIN_FILE not in places and (unpacked := _class_archives(source)):
+        places[archives.TRAIN_FILE] = unpacked
+    if not places:
         return None
-    if missing := [name for name in names if name not in there]:
+    there = [name if places[name].is_file() else f"{places[name]}/n*.tar" for name in names if name in places]
+    if missing := [name for name in names if name not in places]:
         raise _Partial(
             f"of ILSVRC2012's archives there is {', '.join(there)}, and {', '.join(missing)} is missing beside it"
         )
-    train, val, devkit = (source / name for name in names)
+    train, val, devkit = (places[name] for name in names)
     return Source(
         layout=archives.LAYOUT,
         make=functools.partial(archives.extract, train, val, devkit),
@@ -90,42 +123,38 @@ def _archives(source: Path) -> Source | None:
     )
 
 
+def _class_archives(source: Path) -> Path | None:
+    """The folder that ILSVRC2012's training archive was unpacked into: archives of the classes."""
+    places = (
+        source / Path(archives.TRAIN_FILE).stem,
+        *(source / name for name in split_folders(source, "train")),
+        source,
+    )
+    return next((place for place in places if archives.is_folder_of_class_archives(place)), None)
+
+
 def _class_folders(source: Path) -> Source | None:
-    with_classes = [split for split in ("train", "val") if _has_folder(source / split)]
-    if not with_classes:
+    folders = {split: split_folder(source, split) for split in ("train", "val")}
+    train, val = folders["train"], folders["val"]
+    if train is None and val is None:
         return None
-    if len(with_classes) == 1:
-        (there,) = with_classes
-        missing = "val" if there == "train" else "train"
-        state = "has no class folder in it" if (source / missing).is_dir() else "is missing"
+    if train is None or val is None:
+        there = folders["train"] or folders["val"]
+        missing = "val" if val is None else "train"
+        state = "has no class folder in it" if split_folders(source, missing) else "is missing"
         hint = (
             f" (Kaggle's form? Then give the folder above ILSVRC/, with {kaggle.SOLUTION})" if missing == "val" else ""
         )
-        raise _Partial(f"there are class folders in {there}/, but the folder {missing}/ {state}{hint}")
-    return Source(layout=CLASS_FOLDERS, make=functools.partial(_index_class_folders, source))
+        if missing == "val" and has_class_folder(source / "test"):
+            hint = " (test/ has class folders: if its images are for validation, rename it, or link val/ to it)"
+        assert there
+        raise _Partial(f"there are class folders in {there.name}/, but the folder {missing}/ {state}{hint}")
+    layout = TINY_IMAGENET if is_tiny_imagenet(val) else CLASS_FOLDERS
+    return Source(layout=layout, make=functools.partial(_index_class_folders, source, layout))
 
 
-def _index_class_folders(root: Path, *, num_workers: int) -> Manifest:
-    splits = {split: scan_class_folders(root / split) for split in ("train", "val")}
-    train, val = splits["train"].classes, splits["val"].classes
-    if different := sorted(set(train) ^ set(val), key=os.fsencode):
-        present, absent = ("train", "val") if different[0] in train else ("val", "train")
-        raise ValueError(
-            f"{root} has {len(train)} classes in train/ and {len(val)} in val/, which must be the same: {different[0]!r} is in "
-            f"{present}/ only; add it to {absent}/ or remove it from {present}/"
-        )
-    lists = {
-        split: list_files(
-            root,
-            [f"{split}/{name}" for name in found.names],
-            found.labels,
-            found.sizes,
-            num_workers=num_workers,
-            title="training images" if split == "train" else "validation images",
-        )
-        for split, found in splits.items()
-    }
-    return Manifest(train=lists["train"], val=lists["val"], classes=train, layout=CLASS_FOLDERS)
+def _index_class_folders(root: Path, layout: str, *, num_workers: int) -> Listing:
+    return list_scan(root, scan_root(root, str(root)), layout, num_workers=num_workers)
 
 
 def _kaggle(source: Path) -> Source | None:
@@ -147,9 +176,10 @@ def _kaggle(source: Path) -> Source | None:
 
 def _shards(source: Path) -> Source | None:
     shards: dict[str, list[str]] = {}
+    folders = {split: split_folders(source, split) for split in _SPLIT_NAMES}
     for split, name in _SPLIT_NAMES.items():
         flat = [file for file in _tars(source) if name.search(file) and not file.startswith("ILSVRC2012_img_")]
-        below = [f"{split}/{file}" for file in _tars(source / split)]
+        below = [f"{folder}/{file}" for folder in folders[split] for file in _tars(source / folder)]
         shards[split] = sorted(flat + below, key=os.fsencode)
     if not any(shards.values()):
         return None
@@ -160,9 +190,17 @@ def _shards(source: Path) -> Source | None:
             raise _Partial(
                 f"there are shards of {other} ({shards[other][0]}), and none of {split}: both must be in shards"
             )
+    everything = (*shards["train"], *shards["val"])
+    splits = [*folders["train"], *folders["val"]]
+    beside = things_beside(source, {*everything, *splits})
+    for folder in splits:
+        beside.update(things_beside(source / folder, _tars(source / folder)))
+    lists, is_packed = (source, shards["train"], shards["val"]), any(map(is_compressed, everything))
+    make = webdataset.unpack_and_index if is_packed else webdataset.index
     return Source(
         layout=webdataset.LAYOUT,
-        make=functools.partial(webdataset.index, source, shards["train"], shards["val"]),
+        make=functools.partial(make, *lists, beside=beside),
+        extracted=tuple(source / shard for shard in everything) if is_packed else (),
     )
 
 
@@ -177,11 +215,9 @@ def _cifar(place: Path) -> Source:
     return Source(layout=cifar.LAYOUT, make=functools.partial(cifar.extract, place), extracted=(place,))
 
 
-def _has_folder(folder: Path) -> bool:
-    return folder.is_dir() and any(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir())
-
-
 def _tars(folder: Path) -> list[str]:
-    if not folder.is_dir():
+    if not folder.is_dir() or archives.is_folder_of_class_archives(folder):
         return []
-    return [name for name in os.listdir(folder) if name.endswith(".tar") and not name.startswith(".")]
+    names = os.listdir(folder)
+    known = (archives.TRAIN_FILE, archives.VAL_FILE, archives.DEVKIT_FILE, cifar.ARCHIVE)
+    return [name for name in names if name.lower().endswith(SHARD_SUFFIXES) and name not in known and name[0] != "."]

@@ -128,7 +128,7 @@ def _packed_list(split: _Split, packed: Packed, folder: Path, shards: bool) -> I
 
 def _estimate(images: ImageList, short_side: int) -> npt.NDArray[np.int64]:
     """About what each image will take, in bytes [N]."""
-    scale = np.minimum(short_side / np.minimum(images.heights, images.widths), 1.0)
+    scale = np.minimum(short_side / np.maximum(np.minimum(images.heights, images.widths), 1), 1.0)
     estimate: npt.NDArray[np.int64] = (images.sizes * scale**2).astype(np.int64)
     return estimate
 

@@ -2,24 +2,52 @@
 
 import os
 import shlex
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bitfleet.trainer.data import cifar, imagenet, kaggle
 from bitfleet.trainer.data.archives import LAYOUT as ARCHIVES
+from bitfleet.trainer.data.class_names import look_alikes, shown
+from bitfleet.trainer.data.index import NUM_REASONS, unreadable_images
 from bitfleet.trainer.data.layouts import Source, recognise
-from bitfleet.trainer.data.manifest import FILE, QUARANTINE, SPLITS, Manifest, read_facts, write_manifest
+from bitfleet.trainer.data.left_out import in_words
+from bitfleet.trainer.data.listing import Listing
+from bitfleet.trainer.data.manifest import (
+    FILE,
+    QUARANTINE,
+    SPLITS,
+    Manifest,
+    read_facts,
+    read_quarantine,
+    write_manifest,
+    write_quarantine,
+)
 from bitfleet.trainer.data.unfinished import only_one, unfinished_folder
 
 _LOCK = ".prepare.lock"
 
 
-def prepare(source: Path, dest: Path, *, num_workers: int, allow_incomplete: bool = False) -> str:
+class _Policy(NamedTuple):
+    """What is not an error."""
+
+    allow_incomplete: bool
+    quarantine: bool
+
+
+def prepare(
+    source: Path,
+    dest: Path,
+    *,
+    num_workers: int,
+    allow_incomplete: bool = False,
+    quarantine: bool = False,
+) -> str:
     """Bring the data set in `source` into a form that `open_dataset` reads, and write its manifest.
 
     Archives are extracted into DEST.unfinished, which becomes `dest` when everything is there and checked; an interrupted run
@@ -30,7 +58,10 @@ def prepare(source: Path, dest: Path, *, num_workers: int, allow_incomplete: boo
         source: a folder in one of the forms of layouts.py, or CIFAR-10's archive.
         dest: the prepared data set: new, empty, prepared from the same source, or `source`.
         num_workers: processes.
-        allow_incomplete: go on with a number of images that is not the expected one; the manifest and the result say so.
+        allow_incomplete: go on with a number of images that is not the expected one, with classes that have none in
+            validation, or where more than a trace is left out; the manifest and the result say so.
+        quarantine: list images whose headers cannot be read in DEST/quarantine.tsv, as `bitfleet data verify` lists what does
+            not decode, and leave them where they are. False: they are an error that names all of them.
 
     Returns:
         What was done, for the terminal.
@@ -41,16 +72,17 @@ def prepare(source: Path, dest: Path, *, num_workers: int, allow_incomplete: boo
     """
     source, dest = (Path(os.path.abspath(path.expanduser())) for path in (source, dest))
     form = recognise(source)
+    policy = _Policy(allow_incomplete, quarantine)
     try:
         if not form.extracted:
             with only_one(dest / _LOCK, dest):
                 _check_dest(source, dest, form)
-                manifest, seconds = _make(form, source, dest, num_workers, allow_incomplete)
+                manifest, seconds = _make(form, source, dest, num_workers, policy)
             return _summary_of_new(dest, manifest, seconds, "listed, where they lie,")
         if facts := _check_dest(source, dest, form):
             return _summary(dest, facts, f"{dest} is prepared already; nothing was done")
         with unfinished_folder(dest, _plan(form)) as folder:
-            manifest, seconds = _make(form, source, folder, num_workers, allow_incomplete)
+            manifest, seconds = _make(form, source, folder, num_workers, policy)
         return _summary_of_new(dest, manifest, seconds, "extracted")
     except OSError as error:  # a full disk above all
         place = f" ({error.filename})" if error.filename else ""
@@ -60,21 +92,52 @@ def prepare(source: Path, dest: Path, *, num_workers: int, allow_incomplete: boo
         ) from None
 
 
-def _make(form: Source, source: Path, folder: Path, num_workers: int, allow_incomplete: bool) -> tuple[Manifest, float]:
+def _make(form: Source, source: Path, folder: Path, num_workers: int, policy: _Policy) -> tuple[Manifest, float]:
     """List or extract the images, check them, write the manifest into `folder`; returns it and the seconds that it took."""
     start = time.monotonic()
-    manifest = form.make(num_workers=num_workers, **({"into": folder} if form.extracted else {}))
+    listing = form.make(num_workers=num_workers, **({"into": folder} if form.extracted else {}))
+    manifest = listing.manifest
     facts: dict[str, Any] = {"source": str(source)}
-    if incomplete := _check(manifest, source):
-        if not allow_incomplete:
-            raise ValueError(f"{'; '.join(incomplete)}. Complete it, or prepare what is there with --allow_incomplete")
+    if incomplete := [*listing.all_faults(source), *_check(manifest, source)]:
         facts["incomplete"] = incomplete
+    if errors := _errors(listing, incomplete, policy, source, bool(form.extracted)):
+        raise ValueError(". ".join(errors))
+    if counts := listing.counts():
+        facts["left_out"] = counts
     write_manifest(replace(manifest, facts=facts), folder)
+    if listing.unreadable:
+        write_quarantine(folder, {**read_quarantine(folder), **listing.unreadable})
     return manifest, time.monotonic() - start
 
 
+def _errors(
+    listing: Listing, incomplete: Sequence[str], policy: _Policy, source: Path, is_extracted: bool
+) -> list[str]:
+    """Everything that keeps a listing from being a data set."""
+    errors = []
+    if listing.unread:
+        errors.append(unreadable_images(listing.unread, "make it readable, or remove it"))
+    if listing.unreadable and not policy.quarantine:
+        paths = {
+            f"{name} from {source}" if is_extracted else f"{listing.manifest.folder}/{name}": reason
+            for name, reason in listing.unreadable.items()
+        }
+        them = "it" if len(paths) == 1 else "them"
+        fix = "download the archive again" if is_extracted else f"replace or remove {them}"
+        if len(paths) > NUM_REASONS:
+            for path, reason in paths.items():
+                print(f"unreadable: {shown(path)}: {reason}", file=sys.stderr)
+        fix += f", or set {them} aside with --on_bad_sample quarantine"
+        errors.append(unreadable_images(paths, fix, ", all named above"))
+    if incomplete and not policy.allow_incomplete:
+        errors.append(f"{'; '.join(incomplete)}. Complete it, or prepare what is there with --allow_incomplete")
+    return errors
+
+
 def _plan(form: Source) -> dict[str, Any]:
-    return {"layout": form.layout, "archives": {archive.name: archive.stat().st_size for archive in form.extracted}}
+    folder = os.path.commonpath([archive.parent for archive in form.extracted])
+    sizes = {os.path.relpath(archive, folder): archive.stat().st_size for archive in form.extracted}
+    return {"layout": form.layout, "archives": sizes}
 
 
 def _check_dest(source: Path, dest: Path, form: Source) -> dict[str, Any] | None:
@@ -159,7 +222,18 @@ def _summary(dest: Path, facts: Mapping[str, Any], first: str) -> str:
         ),
         f"sha256    {facts['sha256']}",
         f"manifest  {dest / FILE}",
+        *(f"left out  {in_words({split: counts})}" for split, counts in facts.get("left_out", {}).items()),
         *(f"INCOMPLETE: {fault}" for fault in facts.get("incomplete", [])),
+        *(f"NOTE: {said}" for said in look_alikes(facts["classes"])),
+        *_quarantined(dest),
         f"next      bitfleet data verify {shlex.quote(str(dest))}",
     ]
     return "\n".join(lines)
+
+
+def _quarantined(dest: Path) -> Iterator[str]:
+    if reasons := read_quarantine(dest):
+        yield (
+            f"SET ASIDE: {len(reasons):,} images, which stay where they are and are left out of training and evaluation: their "
+            f"names and the reasons are in {dest / QUARANTINE}"
+        )

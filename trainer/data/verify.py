@@ -4,17 +4,22 @@ import io
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from bitfleet.trainer.data.class_names import look_alikes
 from bitfleet.trainer.data.dali import check_installation
 from bitfleet.trainer.data.images import ImageList
+from bitfleet.trainer.data.layouts import recognise
+from bitfleet.trainer.data.left_out import in_words
+from bitfleet.trainer.data.listing import Listing
 from bitfleet.trainer.data.manifest import (
+    FILE,
     QUARANTINE,
     SPLITS,
     Manifest,
@@ -49,23 +54,28 @@ class _Job(NamedTuple):
 
 
 def verify(root: Path, *, num_workers: int) -> tuple[str, int]:
-    """Decode every image of the prepared data set `root`, and write quarantine.tsv and verify.tsv into it.
+    """Decode every image of the data set `root`; if it is prepared, write quarantine.tsv and verify.tsv into it.
 
     An image fails if it is missing, if the decoder of training does not read all of it, or if its size is no longer that of the
     manifest. The quarantine is made anew, so an image that was repaired leaves it; no image is changed or deleted. Until the
-    last image is decoded nothing is written.
+    last image is decoded nothing is written. A data set that was never prepared, in a form that is read where it lies, is listed
+    first, and nothing at all is written.
 
     Returns:
         The report for the terminal, and the number of images that failed.
 
     Raises:
-        ValueError: `root` is not prepared or cannot be written, its images lie in a folder that is not there, no DALI, or a
+        ValueError: `root` is no data set or cannot be written, its images lie in a folder that is not there, no DALI, or a
             worker process died.
     """
     check_installation()
     root = root.expanduser().absolute()
-    prepared, _ = read_manifest(root)
-    _check_folders(root, prepared.folder)
+    listing = None if (root / FILE).exists() else _list_anew(root, num_workers)
+    if listing is None:
+        prepared, _ = read_manifest(root)
+        _check_folders(root, prepared.folder)
+    else:
+        prepared = listing.manifest
     jobs = [
         _Job(split, images.select(np.arange(start, min(start + _IMAGES_PER_JOB, len(images)))))
         for split, images in zip(SPLITS, (prepared.train, prepared.val), strict=True)
@@ -77,9 +87,45 @@ def verify(root: Path, *, num_workers: int) -> tuple[str, int]:
     seconds = time.monotonic() - started
     findings = [finding for result in results for finding in result]
     failures = _reasons(findings)
-    _write_findings(root / REPORT, findings)
-    write_quarantine(root, failures)
-    return "\n".join(_report(root, prepared, findings, failures, seconds)), len(failures)
+    if listing is None:
+        _write_findings(root / REPORT, findings)
+        write_quarantine(root, failures)
+        lines = [*_report(root, prepared, findings, failures, seconds), *_left_out(prepared.facts)]
+        return "\n".join(lines), len(failures)
+    failures |= listing.unread
+    facts = {"left_out": listing.counts(), "incomplete": listing.all_faults(root)}
+    lines = [*_report(root, prepared, findings, failures, seconds, is_prepared=False), *_left_out(facts)]
+    lines += [f"NOTE: {said}" for said in look_alikes(prepared.classes)]
+    return "\n".join(lines), len(failures) + len(facts["incomplete"])
+
+
+def _list_anew(root: Path, num_workers: int) -> Listing:
+    """The data set in `root`, which has no manifest.
+
+    Raises:
+        ValueError: there is none that can be read where it lies.
+    """
+    try:
+        form = recognise(root)
+    except ValueError as error:
+        raise ValueError(
+            f"{root} has no {FILE} of bitfleet data prepare, and no data set that can be listed: {error}"
+        ) from None
+    if form.extracted:
+        raise ValueError(
+            f"{root} has no {FILE}, and its images are in archives ({form.layout}): unpack them with `bitfleet data prepare "
+            f"{root} DEST` first"
+        )
+    listing: Listing = form.make(num_workers=num_workers)
+    return listing
+
+
+def _left_out(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What prepare, or a new list, has found and not listed."""
+    if words := in_words(facts.get("left_out", {})):
+        yield f"not listed, and so not decoded: {words}"
+    for fault in facts.get("incomplete", []):
+        yield f"INCOMPLETE: {fault}"
 
 
 def _check_folders(root: Path, files: Path) -> None:
@@ -169,14 +215,20 @@ def _write_findings(path: Path, findings: Sequence[Finding]) -> None:
 
 
 def _report(
-    root: Path, prepared: Manifest, findings: Sequence[Finding], failures: dict[str, str], seconds: float
+    root: Path,
+    prepared: Manifest,
+    findings: Sequence[Finding],
+    failures: dict[str, str],
+    seconds: float,
+    *,
+    is_prepared: bool = True,
 ) -> Iterator[str]:
     num_images = len(prepared.train) + len(prepared.val)
     rate = num_images / max(seconds, 1e-9)
     yield f"{root}: {num_images:,} images decoded in {seconds:,.0f} s, {rate:,.0f} a second"
     odd = [(kind, [f.name for f in findings if f.kind == kind]) for kind in KINDS]
     if any(names for _, names in odd):
-        yield f"read all the same, nothing was converted (all of them: {REPORT}):"
+        yield f"read all the same, nothing was converted{f' (all of them: {REPORT})' if is_prepared else ''}:"
         for kind, names in odd:
             if names:
                 yield f"  {len(names):,} {KINDS[kind]}: {_few(names)}"
@@ -184,11 +236,18 @@ def _report(
         yield "every image decodes"
         return
     yield f"{len(failures):,} failed:"
-    for name, reason in islice(failures.items(), _NUM_FAILURES_SHOWN):
+    num_shown = _NUM_FAILURES_SHOWN if is_prepared else len(failures)
+    for name, reason in islice(failures.items(), num_shown):
         yield f"  {_printable(name)}: {reason}"
-    if (num_more := len(failures) - _NUM_FAILURES_SHOWN) > 0:
+    if (num_more := len(failures) - num_shown) > 0:
         yield f"  and {num_more:,} more"
     yield from _empty_classes(prepared, failures)
+    if not is_prepared:
+        yield (
+            f"nothing is set aside, since {root} was never prepared: put whole files in their place, or run bitfleet data "
+            "prepare with --on_bad_sample quarantine, and verify what that makes"
+        )
+        return
     yield (
         f"what failed is listed in {root / QUARANTINE}: training and evaluation leave it out; no file was deleted. To have it "
         "back, put whole files in its place (of other sizes: run bitfleet data prepare again) and run verify again"

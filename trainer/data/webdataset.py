@@ -5,16 +5,22 @@ import os
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from bitfleet.trainer.data import imagenet
+from bitfleet.trainer.data import imagenet, left_out
+from bitfleet.trainer.data.compressed_shards import unpack
+from bitfleet.trainer.data.image_kinds import HEAD_BYTES
 from bitfleet.trainer.data.images import ImageList
-from bitfleet.trainer.data.index import IMAGE_SUFFIXES, header_size
+from bitfleet.trainer.data.index import header_size
+from bitfleet.trainer.data.left_out import LeftOut
+from bitfleet.trainer.data.listing import Listing
 from bitfleet.trainer.data.manifest import Manifest, concatenate
+from bitfleet.trainer.data.shard_samples import samples
 from bitfleet.trainer.data.tar_members import Member, list_members
+from bitfleet.trainer.data.unfinished import write_whole
 from bitfleet.trainer.data.workers import run_jobs
 
 LAYOUT = "WebDataset shards"
@@ -33,7 +39,22 @@ class _Job:
     """Labels must be below it."""
 
 
-def index(folder: Path, train: Sequence[str], val: Sequence[str], *, num_workers: int) -> Manifest:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Shard:
+    """What a shard holds."""
+
+    images: ImageList | None
+    """None if it cannot be read."""
+    omitted: LeftOut
+    unreadable: dict[str, str]
+    """Name of an image -> why its header cannot be read."""
+    damage: str
+    """Why the shard cannot be read, or ""."""
+
+
+def index(
+    folder: Path, train: Sequence[str], val: Sequence[str], *, num_workers: int, beside: LeftOut | None = None
+) -> Listing:
     """List the images of shards in the order of the shards, and within each in its own order.
 
     A sample is KEY.jpg (or another suffix of an image) with KEY.cls, the label as text, or KEY.json with "label" or "cls".
@@ -44,19 +65,38 @@ def index(folder: Path, train: Sequence[str], val: Sequence[str], *, num_workers
         train: shards of the training images.
         val: shards of the validation images.
         num_workers: processes.
+        beside: what lies in `folder` and is none of the shards.
 
     Raises:
-        ValueError: a shard is damaged, or an image in it is unreadable or has no label, or a label that no class has.
+        ValueError: shards are damaged, all of which are named, or no image has a label that a class has.
     """
     named = _read_classes(folder / CLASSES_FILE)
-    lists = []
-    for shards, title in ((train, "training images (estimated)"), (val, "validation images (estimated)")):
+    lists: dict[str, list[ImageList]] = {}
+    omitted: dict[str, LeftOut] = {}
+    unreadable: dict[str, str] = {}
+    damages: list[str] = []
+    for split, shards, title in (
+        ("train", train, "training images (estimated)"),
+        ("val", val, "validation images (estimated)"),
+    ):
         jobs = [
             _Job(folder=folder, shard=shard, num_classes=len(named) if named else _MOST_CLASSES) for shard in shards
         ]
         weights = [_SHARD_IMAGES] * len(jobs)
-        lists.append(concatenate(run_jobs(_index_shard, jobs, weights, num_workers=num_workers, title=title)))
-    train_list, val_list = lists
+        found = run_jobs(_index_shard, jobs, weights, num_workers=num_workers, title=title)
+        damages += [shard.damage for shard in found if shard.damage]
+        omitted[split] = LeftOut()
+        for shard in found:
+            omitted[split].update(shard.omitted)
+            unreadable |= shard.unreadable
+        lists[split] = [shard.images for shard in found if shard.images is not None]
+    if damages:
+        raise ValueError("; ".join(damages))
+    train_list, val_list = concatenate(lists["train"]), concatenate(lists["val"])
+    for split, images in (("train", train_list), ("val", val_list)):
+        if not len(images):
+            why = omitted[split].fault(0)
+            raise ValueError(f"the shards of {split} in {folder} have no image with a label{f': {why}' if why else ''}")
     if named:
         classes = named
     else:
@@ -64,7 +104,31 @@ def index(folder: Path, train: Sequence[str], val: Sequence[str], *, num_workers
         classes = tuple(map(str, range(int(train_list.labels.max()) + 1)))
         if len(classes) == len(imagenet.synsets()):
             classes = imagenet.synsets()
-    return Manifest(train=train_list, val=val_list, classes=classes, layout=LAYOUT)
+    return Listing(
+        manifest=Manifest(train=train_list, val=val_list, classes=classes, layout=LAYOUT),
+        omitted=omitted | ({"root": beside} if beside else {}),
+        unreadable=unreadable,
+    )
+
+
+def unpack_and_index(
+    folder: Path,
+    train: Sequence[str],
+    val: Sequence[str],
+    *,
+    into: Path,
+    num_workers: int,
+    beside: LeftOut | None = None,
+) -> Listing:
+    """As `index`, of shards that are compressed: they are written into `into` first.
+
+    Raises:
+        ValueError: as `index`.
+    """
+    names = unpack(folder, [*train, *val], into, num_workers=num_workers)
+    if (folder / CLASSES_FILE).exists():
+        write_whole(into / CLASSES_FILE, (folder / CLASSES_FILE).read_bytes())
+    return index(into, names[: len(train)], names[len(train) :], num_workers=num_workers, beside=beside)
 
 
 def _read_classes(file: Path) -> tuple[str, ...] | None:
@@ -92,72 +156,71 @@ def _check_range(train: ImageList, val: ImageList) -> None:
         )
 
 
-def _index_shard(job: _Job) -> ImageList:
-    path = job.folder / job.shard
-    images, labels = _samples(path, list_members(path))
-    shapes, numbers = [], []
+def _index_shard(job: _Job) -> _Shard:
+    path, omitted = job.folder / job.shard, LeftOut()
+    try:
+        members = list_members(path, omitted)
+    except (ValueError, OSError) as error:
+        return _Shard(images=None, omitted=omitted, unreadable={}, damage=str(error))
+    listed: list[tuple[Member, int, tuple[int, int]]] = []
+    unreadable = {}
     with open(path, "rb") as file, tarfile.open(path, "r:") as tar:
-        for key, member in images.items():
-            what = f"the image {member.name} in the shard {path}"
-            if (beside := labels.get(key)) is None:
-                raise ValueError(
-                    f"{what} has no label: expected {key}.cls, or {key}.json with a number named label or cls"
-                )
-            numbers.append(
-                _label(os.pread(file.fileno(), beside.size, beside.offset), beside.name, what, job.num_classes)
-            )
-            try:
-                shapes.append(header_size(_open(tar, member)))
-            except ValueError as error:
-                raise ValueError(f"{what} cannot be read ({error}); make the shard anew") from None
+
+        def content(member: Member) -> bytes:
+            return os.pread(file.fileno(), member.size, member.offset)
+
+        def head(member: Member) -> bytes:
+            return content(member._replace(size=min(member.size, HEAD_BYTES)))
+
+        for sample in samples(members, f"the shard {path}", omitted, head):
+            what = f"the image {sample.image.name} in the shard {path}"
+            if sample.label is None:
+                omitted.add(left_out.NO_LABEL, f"{what} has no label: expected {sample.expected}")
+                continue
+            label = _label(content(sample.label), sample.label.name)
+            if isinstance(label, str):
+                omitted.add(left_out.NO_LABEL, f"{what} has no label: {label}")
+            elif not 0 <= label < job.num_classes:
+                fault = f"{what} has the label {label}; expected 0 to {job.num_classes - 1}, one for each class"
+                omitted.add(left_out.NO_CLASS, fault)
+            else:
+                shape = (0, 0)
+                try:
+                    shape = header_size(_open(tar, sample.image))
+                except ValueError as error:
+                    unreadable[f"{job.shard}/{sample.image.name}"] = str(error)
+                listed.append((sample.image, label, shape))
+    if not listed and not omitted.counts:
+        omitted.add(left_out.EMPTY_SHARD, f"the shard {path}")
+    return _Shard(images=_image_list(job, listed), omitted=omitted, unreadable=unreadable, damage="")
+
+
+def _image_list(job: _Job, listed: Sequence[tuple[Member, int, tuple[int, int]]]) -> ImageList:
+    members = [member for member, _, _ in listed]
+    shapes = np.array([shape for _, _, shape in listed], np.int32).reshape(-1, 2)
     return ImageList(
         folder=job.folder,
-        names=np.array([os.fsencode(f"{job.shard}/{member.name}") for member in images.values()], np.bytes_),
-        labels=np.array(numbers, np.int64),
-        heights=np.array([height for height, _ in shapes], np.int32),
-        widths=np.array([width for _, width in shapes], np.int32),
-        sizes=np.array([member.size for member in images.values()], np.int64),
-        offsets=np.array([member.offset for member in images.values()], np.int64),
+        names=np.array([os.fsencode(f"{job.shard}/{member.name}") for member in members], np.bytes_),
+        labels=np.array([label for _, label, _ in listed], np.int64),
+        heights=shapes[:, 0].copy(),
+        widths=shapes[:, 1].copy(),
+        sizes=np.array([member.size for member in members], np.int64),
+        offsets=np.array([member.offset for member in members], np.int64),
     )
 
 
-def _samples(path: Path, members: Sequence[Member]) -> tuple[dict[str, Member], dict[str, Member]]:
-    """The images and the labels of a shard by their keys: the path up to the first dot of the file's name."""
-    images: dict[str, Member] = {}
-    labels: dict[str, Member] = {}
-    for member in members:
-        place = PurePosixPath(member.name)
-        stem, _, suffix = place.name.partition(".")
-        key, suffix = str(place.with_name(stem)) if stem else "", suffix.lower()
-        if not stem:
-            continue
-        if f".{suffix}" in IMAGE_SUFFIXES:
-            if key in images:
-                raise ValueError(f"the shard {path} has two images {key}.*: {images[key].name} and {member.name}")
-            images[key] = member
-        elif suffix == "cls" or (suffix == "json" and key not in labels):
-            labels[key] = member
-    if not images:
-        raise ValueError(f"the shard {path} has no image in it (expected {', '.join(IMAGE_SUFFIXES)})")
-    return images, labels
-
-
-def _label(content: bytes, name: str, what: str, num_classes: int) -> int:
+def _label(content: bytes, name: str) -> int | str:
+    """The label, or what is wrong with it."""
     try:
         if name.lower().endswith(".cls"):
-            label = int(content)
-        else:
-            facts = json.loads(content)
-            label = facts["label"] if "label" in facts else facts["cls"]
-            if type(label) is not int:
-                raise ValueError
+            return int(content)
+        facts = json.loads(content)
+        label = facts["label"] if "label" in facts else facts["cls"]
+        if type(label) is not int:
+            raise ValueError
+        return label
     except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{what} has no label: {name} is {content[:40]!r}; expected a number, in .json one named label or cls"
-        ) from None
-    if not 0 <= label < num_classes:
-        raise ValueError(f"{what} has the label {label}; expected 0 to {num_classes - 1}, one for each class")
-    return label
+        return f"{name} is {content[:40]!r}; expected a number, in .json one named label or cls"
 
 
 def _open(tar: tarfile.TarFile, member: Member) -> IO[bytes]:

@@ -10,7 +10,9 @@ TOP = ("epochs", "global_batch_size", "init", "init_scales")
 ENGINE = ("precision", "grad_comm_dtype", "max_grad_norm", "deepspeed")
 EXACT = ("auto", "fp32", "tf32")
 """Precisions that leave the recipe as it is: TensorFlow computes fp32 products in TF32 on GPUs that have it."""
-MACHINE = "root device num_threads loader memory_gib val_batch_size on_bad_sample max_bad_samples stall_seconds".split()
+MACHINE = (
+    "root device num_threads loader memory_gib val_batch_size allow_incomplete on_bad_sample max_bad_samples stall_seconds"
+).split()
 """Fields of `data` that change no number, or only its last bits; what is left out of the data is counted."""
 
 

@@ -6,8 +6,9 @@ import pytest
 
 from bitfleet.trainer.data import packed_shards
 from bitfleet.trainer.data.images import ImageList
-from bitfleet.trainer.data.index import load_image_list, scan_root
+from bitfleet.trainer.data.index import load_image_list
 from bitfleet.trainer.data.manifest import Manifest, read_manifest, write_manifest
+from bitfleet.trainer.data.splits import scan_root
 from tests.unit.trainer.data import miniature
 from tests.unit.trainer.data.test_images import photo
 
@@ -16,9 +17,9 @@ SIZES = [(75, 100), (100, 66), (51, 200), (48, 48), (40, 300), (47, 61), (33, 30
 
 def prepare(root: Path) -> Path:
     """Give class folders a manifest."""
-    train, val = scan_root(root)
-    lists = {"train": load_image_list(train), "val": load_image_list(val)}
-    write_manifest(Manifest(**lists, classes=train.classes, layout="class folders"), root)
+    scan = scan_root(root)
+    lists = {"train": load_image_list(scan.train)[0], "val": load_image_list(scan.val)[0]}
+    write_manifest(Manifest(**lists, classes=scan.train.classes, layout="class folders"), root)
     return root
 
 

@@ -70,6 +70,12 @@ def tar(files: Mapping[str, bytes], mode: str = "w") -> bytes:
     return content.getvalue()
 
 
+def tar_files(path: Path) -> dict[str, bytes]:
+    """The files of an archive."""
+    with tarfile.open(path) as archive:
+        return {info.name: archive.extractfile(info).read() for info in archive if info.isreg()}  # type: ignore[union-attr]
+
+
 def write(folder: Path, files: Mapping[str, bytes]) -> Path:
     """Write `files` below `folder`."""
     for name, data in files.items():

@@ -1,6 +1,7 @@
 """ILSVRC2012's archives: labels, counts and damage."""
 
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,9 @@ import torch
 
 from bitfleet.trainer.data import DataConfig, TrainLoader, ValidationLoader, archives, open_dataset
 from bitfleet.trainer.data.archives import DEVKIT_FILE, TRAIN_FILE, VAL_FILE
+from bitfleet.trainer.data.layouts import recognise
+from bitfleet.trainer.data.left_out import LeftOut
+from bitfleet.trainer.data.manifest import read_quarantine
 from bitfleet.trainer.data.prepare import prepare
 from tests.unit.trainer.data import miniature
 from tests.unit.trainer.data.miniature import BRIGHTNESS, SYNSETS, VAL_SYNSETS, extracted, images_of
@@ -68,13 +72,13 @@ def test_cut_off_at_any_place_is_an_error(source: Path, tmp_path: Path) -> None:
         content = (source / file).read_bytes()
         end = len(content.rstrip(b"\0"))
         end += -end % 512
-        header = archives.list_members(source / file)[-1].offset - 512
+        header = archives.list_members(source / file, LeftOut())[-1].offset - 512
         for length in {0, 100, header, header + 100, 512, 700, end // 1024 * 512, end // 2, end - 512, end - 1, end}:
             (source / file).write_bytes(content[:length])
             with pytest.raises(
                 ValueError, match=rf"the archive .*{file} (is incomplete|cannot be read).* download it again"
             ):
-                archives.list_members(source / file)
+                archives.list_members(source / file, LeftOut())
         (source / file).write_bytes(content[:end])
         with pytest.raises(ValueError, match=rf"the archive .*{file} is incomplete"):
             prepare(source, tmp_path / f"dest-{file}", num_workers=1)
@@ -85,7 +89,7 @@ def test_cut_off_at_any_place_is_an_error(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["cut", "no end", "damaged header"])
 def test_a_damaged_inner_archive_is_named(source: Path, tmp_path: Path, how: str) -> None:
     outer = source / TRAIN_FILE
-    parts = archives.list_members(outer)
+    parts = archives.list_members(outer, LeftOut())
     content = bytearray(outer.read_bytes())
     inner = {part.name: bytes(content[part.offset : part.offset + part.size]) for part in parts}
     whole = inner["n02105855.tar"]
@@ -160,6 +164,49 @@ def test_an_empty_validation_archive_is_an_error(source: Path, tmp_path: Path) -
 
 def test_an_unreadable_image_is_named(source: Path, tmp_path: Path) -> None:
     name = "ILSVRC2012_val_00000002.JPEG"
+    place = f"val/{VAL_SYNSETS[1]}/{name}"
     (source / VAL_FILE).write_bytes(miniature.tar(miniature.val_photos() | {name: b"<html>"}))
-    with pytest.raises(ValueError, match=rf"the image {name} in the archive .* cannot be read \(it is not an image\)"):
+    with pytest.raises(
+        ValueError,
+        match=rf"image {place} from {source} cannot be read \(it is not an image\); download the archive again",
+    ):
         prepare(source, tmp_path / "dest", num_workers=1)
+    assert "SET ASIDE: 1 images" in prepare(source, tmp_path / "dest", num_workers=1, quarantine=True)
+    assert read_quarantine(tmp_path / "dest") == {place: "it is not an image"}
+    assert (tmp_path / "dest" / place).read_bytes() == b"<html>"
+    dataset = open_dataset(DataConfig(root=str(tmp_path / "dest")))
+    assert (len(dataset.val), dataset.num_quarantined) == (5, 1)
+
+
+def test_what_is_no_image_in_an_archive_is_counted(source: Path, tmp_path: Path) -> None:
+    val = miniature.val_photos() | {"._ILSVRC2012_val_00000001.JPEG": b"", "README.txt": b"", "a/.1.JPEG": b""}
+    (source / VAL_FILE).write_bytes(miniature.tar(val))
+    inner = miniature.tar_files(source / TRAIN_FILE)
+    photos = {
+        name.split("/")[1]: photo for name, photo in miniature.train_photos().items() if name.startswith(SYNSETS[0])
+    }
+    inner[f"{SYNSETS[0]}.tar"] = miniature.tar(photos | {"list.txt": b"", "Thumbs.db": b""})
+    (source / TRAIN_FILE).write_bytes(miniature.tar(inner))
+    summary = prepare(source, tmp_path / "dest", num_workers=1, allow_incomplete=True)
+    assert "left out  train: 1 files of a system" in summary
+    assert "1 text or annotations\nleft out  val: 1 files of a system" in summary
+    assert "1 hidden" in summary
+    assert images_of(tmp_path / "dest") == extracted()
+
+
+def test_the_training_archive_unpacked_once(source: Path, tmp_path: Path) -> None:
+    prepare(source, tmp_path / "whole", num_workers=1)
+    for index, folder in enumerate(("ILSVRC2012_img_train", "train", ".")):
+        once = tmp_path / f"once{index}"
+        miniature.write(once, {file: (source / file).read_bytes() for file in (VAL_FILE, DEVKIT_FILE)})
+        (once / folder).mkdir(exist_ok=True)
+        with tarfile.open(source / TRAIN_FILE) as archive:
+            archive.extractall(once / folder, filter="data")
+        (once / folder / "._n01440764.tar").write_bytes(b"?")
+        assert recognise(once).layout == archives.LAYOUT
+        summary = prepare(once, tmp_path / f"dest{index}", num_workers=1)
+        assert images_of(tmp_path / f"dest{index}") == extracted()
+        assert "left out  train: 1 files of a system" in summary
+    (once / VAL_FILE).unlink()
+    with pytest.raises(ValueError, match=rf"archives there is {once}/n\*\.tar, .*, and {VAL_FILE} is missing"):
+        recognise(once)

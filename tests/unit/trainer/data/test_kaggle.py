@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bitfleet.trainer.data import kaggle
+from bitfleet.trainer.data import kaggle, left_out
+from bitfleet.trainer.data.listing import Listing
 from tests.unit.trainer.data import miniature
 
 
@@ -13,23 +14,30 @@ def source(tmp_path: Path) -> Path:
     return miniature.kaggle(tmp_path / "source")
 
 
-def index(source: Path) -> kaggle.Manifest:
+def index(source: Path) -> Listing:
     return kaggle.index(source / "ILSVRC/Data/CLS-LOC", source / "LOC_val_solution.csv", num_workers=1)
 
 
 def test_labels_are_those_of_the_table_in_the_order_of_classes(source: Path) -> None:
-    val = index(source).val
+    val = index(source).manifest.val
     named = {val.name(i): miniature.SYNSETS[val.labels[i]] for i in range(len(val))}
     assert named == {f"val/{n}": s for n, s in zip(miniature.val_photos(), miniature.VAL_SYNSETS, strict=True)}
     order = [(int(label), val.name(i)) for i, label in enumerate(val.labels)]
     assert order == sorted(order)
 
 
-def test_an_image_without_line_is_named(source: Path) -> None:
+def test_an_image_without_line_and_a_line_without_image_are_counted(source: Path) -> None:
     image = source / "ILSVRC/Data/CLS-LOC/val/ILSVRC2012_val_00000007.JPEG"
     image.write_bytes(miniature.photo(0, 1))
-    with pytest.raises(ValueError, match=f"{image} has no line in"):
-        index(source)
+    (image.parent / "ILSVRC2012_val_00000002.JPEG").unlink()
+    listing = index(source)
+    assert len(listing.manifest.val) == 5
+    assert listing.omitted["val"].counts == {left_out.NO_LABEL: 1, left_out.NO_IMAGE: 1}
+    table = source / "LOC_val_solution.csv"
+    assert listing.omitted["val"].examples == {
+        left_out.NO_LABEL: f"{image}, which has no line in {table}",
+        left_out.NO_IMAGE: f"ILSVRC2012_val_00000002 in {table}",
+    }
 
 
 def test_an_unknown_synset_is_named(source: Path) -> None:
@@ -50,7 +58,7 @@ def test_an_unknown_synset_is_named(source: Path) -> None:
 )
 def test_another_table_is_refused(source: Path, text: str) -> None:
     (source / "LOC_val_solution.csv").write_text(text)
-    with pytest.raises(ValueError, match="cannot be read: expected the columns|has no line in"):
+    with pytest.raises(ValueError, match="cannot be read: expected the columns|val has no image in it"):
         index(source)
 
 

@@ -1,5 +1,6 @@
 """Which form lies in a folder, and the sentence where none, half of one, or two do."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,9 +47,17 @@ def test_names_of_shards(tmp_path: Path, train: str, val: str) -> None:
     [
         (
             [],
-            "has no data set in a form that is known; looked for: ILSVRC2012_img_train.tar, .*CLS-LOC.*WebDataset.*cifar",
+            "no data set in a form that is known .it is empty.; looked for: ILSVRC2012_img_train.tar.*CLS-LOC.*WebDataset.*cifar",
         ),
-        (["restraint-0.tar", "value-0.tar", "a.jpg"], "has no data set in a form"),
+        (
+            ["restraint-0.tar", "value-0.tar", "a.jpg"],
+            "in a form that is known; unpack restraint-0.tar, value-0.tar first",
+        ),
+        (["train.zip", "val.zip", "x.csv"], "in a form that is known; unpack train.zip, val.zip first"),
+        (["a.jpg", "b/c.jpg"], r"in a form that is known \(there is a.jpg, b\); looked for"),
+        (list("abcdefgh"), r"\(there is a, b, c, d, e, \.\.\.\); looked for"),
+        (["x/train/a/1.png", "x/val/a/1.png"], "; /.*/x has one .class folders.: give that"),
+        (["train/a/1.png", "test/a/1.png"], "the folder val/ is missing .test/ has class folders: if its images"),
         ([TRAIN_FILE], f"there is {TRAIN_FILE}, and {VAL_FILE}, {DEVKIT_FILE} is missing"),
         ([TRAIN_FILE, VAL_FILE], f"there is {TRAIN_FILE}, {VAL_FILE}, and {DEVKIT_FILE} is missing"),
         (["train/a/1.png"], "class folders in train/, but the folder val/ is missing"),
@@ -81,6 +90,20 @@ def test_a_whole_form_beside_a_part_of_another(tmp_path: Path) -> None:
     miniature.class_folders(tmp_path)
     (tmp_path / VAL_FILE).touch()
     assert recognise(tmp_path).layout == "class folders"
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    miniature.class_folders(tmp_path)
+    listdir = os.listdir
+
+    def closed(path: Path) -> list[str]:
+        if Path(path).name == "train":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", closed)
+    with pytest.raises(ValueError, match=f"cannot be read .Permission denied: {tmp_path}/train.; give this user leave"):
+        recognise(tmp_path)
 
 
 def test_no_folder(tmp_path: Path) -> None:

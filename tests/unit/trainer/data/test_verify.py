@@ -15,7 +15,9 @@ from PIL import Image
 from bitfleet.trainer.data import DataConfig, open_dataset, verify, whole
 from bitfleet.trainer.data.manifest import read_manifest, read_quarantine, write_manifest
 from bitfleet.trainer.data.pack import pack
-from tests.unit.trainer.data.conftest import prepare
+from bitfleet.trainer.data.prepare import prepare as prepare_command
+from tests.unit.trainer.data import miniature
+from tests.unit.trainer.data.conftest import contents, prepare
 from tests.unit.trainer.data.test_images import photo
 from tests.unit.trainer.data.test_oddities import ODD, become_ycck, write_odd
 
@@ -220,9 +222,64 @@ def test_images_in_shards(tmp_path: Path) -> None:
     assert "WARNING: 2 classes have no image left in val: a, b\n" in report
 
 
-def test_a_folder_that_is_not_prepared_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no manifest\.json.*bitfleet data prepare"):
+def test_a_folder_that_was_never_prepared_is_listed_and_decoded(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (root / split / name).mkdir(parents=True)
+        write_many(root / split / "a")
+        photo(40, 40).save(root / split / "b/0.jpg")
+    (root / "train/a/notes.txt").touch()
+    before = contents(root)
+    report, num_failed = run(root)
+    assert num_failed == 0
+    assert "every image decodes\nnot listed, and so not decoded: train: 1 text or annotations" in report
+    for index in range(25):
+        cut(root / f"train/a/{index:02d}.jpg")
+    (root / "val/a/03.jpg").write_bytes(b"")
+    (root / "val/a/04.jpg").unlink()
+    (root / "val/a/04.jpg").symlink_to("nowhere")
+    (root / "val/a/05.jpg").rename(root / "val/a/.05.jpg")
+    report, num_failed = run(root)
+    assert num_failed == 27 + 1  # and the fault
+    assert report.count("cannot be decoded (Truncated File Read)") == 25
+    assert "val/a/03.jpg: cannot be decoded (the file is empty)" in report
+    assert "val/a/04.jpg: the file is missing" in report
+    assert "nothing is set aside, since" in report
+    assert "INCOMPLETE: of val in" in report
+    names = {str(path.relative_to(root)) for path in root.rglob("*")}
+    assert names == {*before, "val/a/04.jpg", "val/a/.05.jpg", *FOLDERS} - {"val/a/05.jpg"}
+
+
+FOLDERS = {"train", "val", "train/a", "train/b", "val/a", "val/b"}
+
+
+def test_shards_that_were_never_prepared(tmp_path: Path, miniature_counts: None) -> None:
+    report, num_failed = run(miniature.shards(tmp_path))
+    assert num_failed == 0
+    assert "18 images decoded" in report
+
+
+def test_what_prepare_set_aside_stays_aside(tmp_path: Path) -> None:
+    root = make(tmp_path / "data", write_many)
+    (root / "train/b/00.jpg").write_bytes(b"?")
+    prepare_command(root, root, num_workers=1, quarantine=True)
+    assert run(root)[1] == 1
+    assert list(read_quarantine(root)) == ["train/b/00.jpg"]
+    photo(40, 40).save(root / "train/b/00.jpg")
+    assert "40 x 40 pixels instead of 0 x 0" in run(root)[0]  # its window could not be taken
+    prepare_command(root, root, num_workers=1)
+    assert run(root)[1] == 0
+    assert read_quarantine(root) == {}
+
+
+def test_what_is_no_data_set_is_refused(tmp_path: Path, miniature_counts: None) -> None:
+    with pytest.raises(
+        ValueError, match=r"has no manifest\.json of bitfleet data prepare, and no data set .*looked for"
+    ):
         run(tmp_path)
+    with pytest.raises(ValueError, match=r"its images are in archives .*: unpack them with `bitfleet data prepare"):
+        run(miniature.archives(tmp_path))
 
 
 def test_folders_that_are_not_there_or_not_writable_are_refused(
