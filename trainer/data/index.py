@@ -12,15 +12,14 @@ from typing import IO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from bitfleet.trainer.data.cache import cache_folder, exclusive
+from bitfleet.trainer.data.decoding import FORMATS, opened
 from bitfleet.trainer.data.images import ImageList
 from bitfleet.trainer.data.workers import run_jobs
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
-# Pillow's names of what DALI reads, whatever the suffix says: ImageNet has a PNG named .JPEG.
-_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
 
 _LAYOUT = (
     "expected ROOT/train/<class>/*.JPEG and ROOT/val/<class>/*.JPEG, or the DEST of `bitfleet data prepare SOURCE DEST`, which "
@@ -177,16 +176,14 @@ def header_size(file: str | IO[bytes]) -> tuple[int, int]:
     """Height and width in pixels from the header of an image, at a path or in an open file.
 
     Raises:
-        ValueError: it cannot be read, or DALI does not read its format; the message is the bare reason.
+        ValueError: it cannot be read, is too large, or its format is not read; the message is the bare reason.
     """
     try:
-        with Image.open(file) as image:
-            if image.format not in _FORMATS:
-                raise ValueError(f"it is a {image.format} file, which DALI does not read")
+        with opened(file) as image:
+            if image.format not in FORMATS:
+                raise ValueError(f"it is a {image.format} file, which bitfleet does not read")
             return image.height, image.width
-    except UnidentifiedImageError:
-        raise ValueError("it is not an image") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except OSError as error:
         raise ValueError(str(error)) from None
 
 

@@ -1,6 +1,7 @@
 """The fallback for DALI: Pillow decodes, torchvision's v2 transforms crop and resize, threads share the images of a batch."""
 
-import io
+import contextlib
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,13 +12,16 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
-from bitfleet.trainer.data.decoding import reason_of
+from bitfleet.trainer.data.central_view import central_view, is_long
+from bitfleet.trainer.data.decoding import image_of, reason_of
 from bitfleet.trainer.data.delivery import Delivery
 from bitfleet.trainer.data.device_copies import DeviceCopies
 from bitfleet.trainer.data.request import Batch, Decoded, Geometry, Mend, Request
 from bitfleet.trainer.data.stall import result_within
 
 _BATCHES_AHEAD = 2
+_LARGE_PIXELS = 1 << 25  # images of more are read one at a time: Pillow takes 4 bytes for a pixel, 0.13 to 0.72 GB each
+_large = threading.Lock()  # of the process: training reads ahead while validation is under way
 
 
 class TorchPipeline:
@@ -83,13 +87,15 @@ class TorchPipeline:
 
     def _image(self, request: Request, position: int) -> torch.Tensor | None:
         """The image at `position`, uint8 [image_size, image_size, 3] (for crop_bicubic its window); None if it cannot be read."""
-        try:
-            with Image.open(io.BytesIO(request.read(position))) as opened:
-                image = opened.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            return None
         sample = int(request.samples[position])
-        if (image.height, image.width) != (request.images.heights[sample], request.images.widths[sample]):
+        num_pixels = int(request.images.heights[sample]) * int(request.images.widths[sample])
+        with _large if num_pixels > _LARGE_PIXELS else contextlib.nullcontext():
+            return self._decoded(request, position)
+
+    def _decoded(self, request: Request, position: int) -> torch.Tensor | None:
+        try:
+            image = image_of(request, position)
+        except (OSError, ValueError):
             return None
         size, bilinear = self._image_size, InterpolationMode.BILINEAR
         (top, left), (bottom, right) = (corner[position].tolist() for corner in request.windows)
@@ -99,6 +105,8 @@ class TorchPipeline:
             image = v2.resized_crop(
                 image, top, left, bottom - top, right - left, [size, size], bilinear, antialias=True
             )
+        elif is_long(image.height, image.width, size):
+            return torch.from_numpy(central_view(np.asarray(image), size).copy())
         else:  # the window is where these two lead
             image = v2.center_crop(v2.resize(image, [size * 256 // 224], bilinear, antialias=True), [size, size])
         pixels = np.array(image)
