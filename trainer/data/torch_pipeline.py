@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
+from bitfleet.trainer.data import official
 from bitfleet.trainer.data.central_view import central_view, is_long
 from bitfleet.trainer.data.decoding import image_of, reason_of
 from bitfleet.trainer.data.delivery import Delivery
@@ -50,7 +51,10 @@ class TorchPipeline:
         self._image_size = image_size
         self._stall_seconds = stall_seconds
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
-        self._delivery = Delivery(copies, image_size=image_size, of_windows=geometry == "crop_bicubic")
+        resized_later = geometry == "crop_bicubic" and copies is not None  # from the windows, on the GPU
+        # By each thread alone: all windows of a batch are as large as its images.
+        self._resizes_windows = geometry == "crop_bicubic" and copies is None
+        self._delivery = Delivery(copies, image_size=image_size, of_windows=resized_later)
         self._iteration: object = None
 
     def batches(self, requests: Iterator[Request], mend: Mend) -> Iterator[Batch]:
@@ -58,7 +62,7 @@ class TorchPipeline:
         return self._delivery.batches(self.decoded(requests, mend))
 
     def decoded(self, requests: Iterator[Request], mend: Mend) -> Iterator[Decoded]:
-        """Yield the images of each request, which may have been mended: finished ones, but for crop_bicubic windows."""
+        """Yield the images of each request, which may have been mended: finished ones, or windows that a GPU resizes."""
         self._iteration = iteration = object()
         ahead: deque[tuple[Request, list[Future[torch.Tensor | None]]]] = deque()
         while True:
@@ -86,7 +90,7 @@ class TorchPipeline:
         return [self._threads.submit(self._image, request, position) for position in range(len(request.samples))]
 
     def _image(self, request: Request, position: int) -> torch.Tensor | None:
-        """The image at `position`, uint8 [image_size, image_size, 3] (for crop_bicubic its window); None if it cannot be read."""
+        """The image at `position`, [image_size, image_size, 3], or a window to be resized later; None if it cannot be read."""
         sample = int(request.samples[position])
         num_pixels = int(request.images.heights[sample]) * int(request.images.widths[sample])
         with _large if num_pixels > _LARGE_PIXELS else contextlib.nullcontext():
@@ -110,5 +114,8 @@ class TorchPipeline:
         else:  # the window is where these two lead
             image = v2.center_crop(v2.resize(image, [size * 256 // 224], bilinear, antialias=True), [size, size])
         pixels = np.array(image)
+        if self._resizes_windows:
+            flip = request.flips[position : position + 1]
+            return official.resize_windows([torch.from_numpy(pixels)], flip, size)[0]
         mirror = request.flips[position] and self._geometry != "crop_bicubic"  # which is mirrored after it was resized
         return torch.from_numpy(np.ascontiguousarray(pixels[:, ::-1]) if mirror else pixels)

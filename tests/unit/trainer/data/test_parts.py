@@ -142,3 +142,13 @@ def test_pillow_decodes_one_large_image_at_a_time(root: Path, monkeypatch: pytes
     for (images, _), (others, _) in zip(ordinary, batches(config, dataset), strict=True):
         assert torch.equal(images, others)
     assert most[0] == 1
+
+
+def test_windows_do_not_wait_for_their_batch(root: Path) -> None:
+    """On a CPU each is resized by the thread that decoded it: those of three batches would be in memory."""
+    config = DataConfig(
+        root=str(root), augmentation="random_resized_crop", preprocessing="official", image_size=32, loader="torch"
+    )
+    loader = ValidationLoader(open_dataset(config), config, **ONE_RANK)
+    ((images, _),) = loader._pipeline.decoded(loader._requests(), loader._bad.leave_out)  # type: ignore[attr-defined]
+    assert [(image.shape, image.dtype) for image in images] == [((32, 32, 3), torch.float32)] * 13
