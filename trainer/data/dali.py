@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from bitfleet.trainer.data.dali_feed import Feed, named_for_pillow
+from bitfleet.trainer.data.dali_feed import PILLOW_SUFFIXES, Feed, named
 from bitfleet.trainer.data.dali_graph import Graph, build_pipeline
 from bitfleet.trainer.data.decoding import reason_of
 from bitfleet.trainer.data.delivery import Delivery
@@ -22,6 +22,8 @@ from bitfleet.trainer.data.parts import in_parts, whole_batches
 from bitfleet.trainer.data.request import Batch, Decoded, Geometry, Mend, Request
 from bitfleet.trainer.data.resizing import Resizer
 from bitfleet.trainer.data.stall import result_within
+
+_MANY_WEBP = 32  # that DALI cannot read, as lossless ones with a profile or EXIF: the whole set will be such
 
 
 class DaliPipeline:
@@ -67,7 +69,7 @@ class DaliPipeline:
         self._num_threads = num_threads
         self._device_index = device_index
         self._in_shards = images.offsets is not None
-        self._by_pillow = named_for_pillow(images)  # learnt of others when DALI fails at them
+        self._by_pillow = named(images, PILLOW_SUFFIXES)  # learnt of others when DALI fails at them
         self._said_so = False
         self._stall_seconds = stall_seconds
         assert device_index is None or copies is not None
@@ -152,6 +154,10 @@ class DaliPipeline:
 
     def _leave_to_pillow(self, request: Request, positions: Sequence[int]) -> None:
         self._by_pillow[request.samples[positions]] = True
+        # To learn of an image takes 5 ms. Of WebP both decoders give the same bytes, so that others may be left to Pillow, too.
+        webp = named(request.images, (b".webp",))
+        if (self._by_pillow & webp).sum() >= _MANY_WEBP:
+            self._by_pillow |= webp
         if not self._said_so:
             self._said_so = True
             print(

@@ -20,8 +20,7 @@ from bitfleet.trainer.data.request import Request
 
 _BATCHES_AHEAD = 2
 _READERS = 8  # threads that wait for a disk or a network
-# Of the formats that decoding.py is for. In a set of none of them DALI reads the files.
-_PILLOW_SUFFIXES = (
+PILLOW_SUFFIXES = (
     b".bmp",
     b".tif",
     b".tiff",
@@ -35,6 +34,7 @@ _PILLOW_SUFFIXES = (
     b".jpx",
     b".jpf",
 )
+"""Of the formats that decoding.py is for. In a set of none of them DALI reads the files; it fails at those with other names."""
 _Encoded = list[npt.NDArray[np.uint8]]
 
 
@@ -134,8 +134,8 @@ def _read(request: Request, positions: npt.NDArray[np.int64], by_pillow: npt.NDA
     return encoded
 
 
-def named_for_pillow(images: ImageList) -> npt.NDArray[np.bool_]:
-    """Tell from their names which images Pillow decodes; DALI fails at others that it does not read as Pillow does [N]."""
-    suffixes = [case(suffix) for suffix in _PILLOW_SUFFIXES for case in (bytes.lower, bytes.upper)]
-    named: npt.NDArray[np.bool_] = np.any([np.strings.endswith(images.names, suffix) for suffix in suffixes], axis=0)
-    return named
+def named(images: ImageList, suffixes: Sequence[bytes]) -> npt.NDArray[np.bool_]:
+    """Tell which names end in one of `suffixes`, in small letters or in capitals [N]."""
+    cases = [case(suffix) for suffix in suffixes for case in (bytes.lower, bytes.upper)]
+    found: npt.NDArray[np.bool_] = np.any([np.strings.endswith(images.names, suffix) for suffix in cases], axis=0)
+    return found

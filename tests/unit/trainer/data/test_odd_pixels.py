@@ -142,6 +142,30 @@ def test_dali_learns_what_it_cannot_read(
     assert lines[0].count("/03.png") == 1
 
 
+def test_dali_learns_of_a_whole_set_of_webp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads no lossless WebP with EXIF: the first batch says so of the others."""
+    monkeypatch.setenv("BITFLEET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(dali, "_MANY_WEBP", 3)
+    (tmp_path / "data/train/a").mkdir(parents=True)
+    (tmp_path / "data/val").symlink_to(tmp_path / "data/train")
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    for index in range(12):
+        photo(40, 36, index).save(tmp_path / f"data/train/a/{index:02d}.webp", lossless=True, exif=exif)
+    looked_at, look = [], dali.DaliPipeline._looked_at
+    monkeypatch.setattr(
+        dali.DaliPipeline, "_looked_at", lambda self, request: looked_at.append(request) or look(self, request)
+    )
+    config = dataclasses.replace(WHOLE, root=str(tmp_path / "data"), val_batch_size=4)
+    images = np.concatenate(
+        [images.numpy() for images, _ in ValidationLoader(open_dataset(config), config, **ONE_RANK)]
+    )
+    for index, image in enumerate(images):
+        np.testing.assert_array_equal(image, np.asarray(photo(40, 36, index))[2:38])
+    assert len(images) == 12
+    assert len(looked_at) == 1
+
+
 def test_decoding_keeps_what_is_plain() -> None:
     for image, right in ((Image.fromarray(RGB), RGB), (Image.fromarray(GREY), np.dstack([GREY] * 3))):
         file = io.BytesIO()
