@@ -3,25 +3,27 @@
 import contextlib
 import importlib
 import importlib.metadata
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from bitfleet.trainer.data.dali_feed import Feed
+from bitfleet.trainer.data.dali_feed import PILLOW_SUFFIXES, Feed, named
+from bitfleet.trainer.data.dali_graph import Graph, build_pipeline
 from bitfleet.trainer.data.decoding import reason_of
 from bitfleet.trainer.data.delivery import Delivery
 from bitfleet.trainer.data.device_copies import DeviceCopies
+from bitfleet.trainer.data.images import ImageList
+from bitfleet.trainer.data.parts import in_parts, whole_batches
 from bitfleet.trainer.data.request import Batch, Decoded, Geometry, Mend, Request
 from bitfleet.trainer.data.resizing import Resizer
 from bitfleet.trainer.data.stall import result_within
 
-_PREFETCH_DEPTH = 2
-# DALI's defaults. The decoder allocates the first once and the second twice for each thread, so the largest image of a set, which
-# may have 100 MB, must not set them: it is decoded all the same, into memory that grows then.
-_MOST_DEVICE_PADDING, _MOST_HOST_PADDING = 16 << 20, 8 << 20
+_MANY_WEBP = 32  # that DALI cannot read, as lossless ones with a profile or EXIF: the whole set will be such
 
 
 class DaliPipeline:
@@ -39,8 +41,7 @@ class DaliPipeline:
         batch_size: int,
         num_threads: int,
         device_index: int | None,
-        largest_image_bytes: int,
-        in_shards: bool,
+        images: ImageList,
         stall_seconds: float,
         copies: DeviceCopies | None,
         fast_idct: bool,
@@ -53,8 +54,7 @@ class DaliPipeline:
             batch_size: The most images a request has.
             num_threads: Threads that read and decode.
             device_index: The CUDA device to decode on; None decodes on the CPU.
-            largest_image_bytes: Height * width * 3 of the largest image: the most that the GPU decoder allocates at once.
-            in_shards: Images are parts of larger files, which DALI cannot read itself.
+            images: What requests are of.
             stall_seconds: How long a batch may take before the disk is asked whether it answers.
             copies: To the GPU where the model runs; None where it runs on the CPU.
             fast_idct: Decode JPEGs on the CPU with libjpeg's fast transform, as TensorFlow does by default: the same pixels.
@@ -68,10 +68,10 @@ class DaliPipeline:
         self._batch_size = batch_size
         self._num_threads = num_threads
         self._device_index = device_index
-        self._largest_image_bytes = largest_image_bytes
-        self._in_shards = in_shards
+        self._in_shards = images.offsets is not None
+        self._by_pillow = named(images, PILLOW_SUFFIXES)  # learnt of others when DALI fails at them
+        self._said_so = False
         self._stall_seconds = stall_seconds
-        self._fast_idct = fast_idct
         assert device_index is None or copies is not None
         self._copies = copies
         resized_later = geometry == "crop_bicubic" and copies is not None  # from the windows, on the GPU
@@ -82,6 +82,15 @@ class DaliPipeline:
             resized_here and geometry in ("resize_crop", "whole")
         )  # else whole images come out
         self._flips_in_dali = not resized_here and geometry != "crop_bicubic"
+        self._graph = Graph(
+            geometry=geometry,
+            image_size=image_size,
+            with_windows=self._windows_in_dali,
+            with_flips=self._flips_in_dali,
+            resizes=not resized_here,
+            largest_image_bytes=3 * int((images.heights.astype(np.int64) * images.widths).max()),
+            fast_idct=fast_idct,
+        )
         self._feed = self._new_feed()
         self._pipeline: Any = None
         self._iteration: object = None
@@ -91,8 +100,10 @@ class DaliPipeline:
         """See request.Pipeline."""
         if self._device_index is not None:
             return self._delivery.batches_of_dali(self._outputs(requests, mend))
-        decoded = self.decoded(requests, mend)
-        return self._delivery.batches(decoded if self._resizer is None else self._resizer.resized(decoded))
+        decoded = self.decoded(in_parts(requests), mend)
+        return self._delivery.batches(
+            whole_batches(decoded if self._resizer is None else self._resizer.resized(decoded))
+        )
 
     def decoded(self, requests: Iterator[Request], mend: Mend) -> Iterator[Decoded]:
         """Yield what was decoded on the CPU for each request, which may have been mended: the batch, or an image each."""
@@ -118,28 +129,51 @@ class DaliPipeline:
             yield output, self._feed.in_flight.popleft()
 
     def _new_feed(self) -> Feed:
-        return Feed(in_shards=self._in_shards, with_windows=self._windows_in_dali, with_flips=self._flips_in_dali)
+        return Feed(
+            in_shards=self._in_shards,
+            by_pillow=self._by_pillow,
+            with_windows=self._windows_in_dali,
+            with_flips=self._flips_in_dali,
+        )
 
     def _mend(self, mend: Mend, failure: RuntimeError) -> Request | None:
         """Have the oldest batch mended, which made DALI fail, and read it again; the request, if nothing is left of it."""
         self._pipeline = None  # DALI: "Current pipeline object is no longer valid"
         failed = self._feed.in_flight.popleft() if self._feed.in_flight else None
-        unreadable = self._unreadable(failed) if failed else {}
-        if failed is None or not unreadable:
+        unreadable, for_pillow = self._looked_at(failed) if failed else ({}, [])
+        if failed is None or not (unreadable or for_pillow):
             raise failure  # of another kind
-        mended = mend(failed, unreadable)
+        if for_pillow:
+            self._leave_to_pillow(failed, for_pillow)
+        mended = mend(failed, unreadable)._replace(ends_batch=failed.ends_batch) if unreadable else failed
         if len(mended.samples):
             self._feed.again([mended])
             return None
         self._feed.again([])
         return mended
 
-    def _unreadable(self, request: Request) -> dict[int, str]:
-        """Position -> reason of the images of `request` that DALI, asked for each alone, cannot give.
+    def _leave_to_pillow(self, request: Request, positions: Sequence[int]) -> None:
+        self._by_pillow[request.samples[positions]] = True
+        # To learn of an image takes 5 ms. Of WebP both decoders give the same bytes, so that others may be left to Pillow, too.
+        webp = named(request.images, (b".webp",))
+        if (self._by_pillow & webp).sum() >= _MANY_WEBP:
+            self._by_pillow |= webp
+        if not self._said_so:
+            self._said_so = True
+            print(
+                f"bitfleet: Pillow reads {request.path(positions[0])}, and others like it: DALI does not, and may have printed "
+                "lines about it",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _looked_at(self, request: Request) -> tuple[dict[int, str], list[int]]:
+        """Of the images of `request` that DALI, asked for each alone, cannot give: position -> reason, and those Pillow reads.
 
         With the window of the request: what is unreadable must not depend on what was read before.
         """
-        found: dict[int, str] = {}
+        unreadable: dict[int, str] = {}
+        for_pillow: list[int] = []
         pipeline, feed = None, self._new_feed()
         for position in range(len(request.samples)):
             feed.start(iter([request.part(slice(position, position + 1))]))
@@ -149,9 +183,14 @@ class DaliPipeline:
                     pass
                 pipeline.reset()
             except RuntimeError:
-                found[position] = reason_of(request, position) or "DALI does not read this format or variant"
                 pipeline = None
-        return found
+                if reason := reason_of(request, position):
+                    unreadable[position] = reason
+                elif self._by_pillow[request.samples[position]]:
+                    unreadable[position] = "Pillow cannot read it twice alike"
+                else:
+                    for_pillow.append(position)
+        return unreadable, for_pillow
 
     def _drain(self) -> None:
         """Finish what an abandoned iteration had under way, and make the pipeline ready for a new one."""
@@ -190,86 +229,7 @@ class DaliPipeline:
         return [from_dlpack(output[index]) for index in range(len(output))]
 
     def _build(self, feed: Feed, batch_size: int) -> Any:
-        from nvidia.dali import Pipeline, fn, types
-
-        pipeline = Pipeline(
-            batch_size=batch_size,
-            num_threads=self._num_threads,
-            device_id=self._device_index,
-            prefetch_queue_depth=_PREFETCH_DEPTH,
-            exec_dynamic=True,
-        )
-        # Grey, CMYK and palette images become RGB. EXIF orientation is not applied, as in torchvision: the
-        # heights and widths that the windows are made from are those of the stored pixels.
-        decoding: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False, "device": "cpu"}
-        if self._device_index is not None:
-            decoding |= gpu_decoding(self._largest_image_bytes)
-        elif self._fast_idct:
-            decoding["use_fast_idct"] = True
-        window_type = types.FLOAT if self._geometry == "resize_crop" else types.INT32
-        kinds = [(types.UINT8, 1)]
-        kinds += [(window_type, 1), (window_type, 1)] * self._windows_in_dali + [(types.INT32, 0)] * self._flips_in_dali
-        resizing: dict[str, Any] = {
-            "size": [self._image_size] * 2,
-            "interp_type": types.INTERP_LINEAR,
-            "antialias": True,
-        }
-        with pipeline:
-            files, *others = fn.external_source(
-                source=feed,
-                num_outputs=len(kinds),
-                batch=True,
-                dtype=[dtype for dtype, _ in kinds],
-                ndim=[ndim for _, ndim in kinds],
-            )
-            if not self._in_shards:
-                files = fn.io.file.read(files)
-            files = _parsed(files)
-            if self._geometry in ("crop_resize", "crop_bicubic"):
-                images = fn.decoders.image_slice(files, start=others[0], end=others[1], axes=[0, 1], **decoding)
-            else:
-                images = fn.decoders.image(files, **decoding)
-            if self._geometry == "crop_resize" and self._resizer is None:
-                images = fn.resize(images, **resizing)
-            elif self._geometry == "resize_crop" and self._resizer is None:
-                images = fn.resize(images, roi_start=others[0], roi_end=others[1], **resizing)
-            elif self._geometry == "crop":
-                images = fn.slice(
-                    images, start=others[0], end=others[1], axes=[0, 1], out_of_bounds_policy="pad", fill_values=0
-                )
-            if self._flips_in_dali:
-                images = fn.flip(images, horizontal=others[-1])
-            pipeline.set_outputs(images)
-        pipeline.build()
-        return pipeline
-
-
-def gpu_decoding(largest_image_bytes: int) -> dict[str, Any]:
-    """Return the arguments of DALI's decoder that are for the GPU alone.
-
-    Args:
-        largest_image_bytes: Height * width * 3 of the largest image.
-    """
-    return {
-        "device": "mixed",
-        "device_memory_padding": min(largest_image_bytes, _MOST_DEVICE_PADDING),
-        "host_memory_padding": min(largest_image_bytes, _MOST_HOST_PADDING),
-        "jpeg_fancy_upsampling": True,  # as the CPU decoder does
-    }
-
-
-def _parsed(files: Any) -> Any:
-    """The files, unchanged, once all of them have been parsed; an error here ends the batch.
-
-    DALI 2.4's decoders cut a batch of 32 or more in parts; where a file in one part cannot be parsed, the threads that are at the
-    others go on with memory that is freed, and the process may crash. What looks at headers alone waits for its threads. It
-    takes 5 us per image.
-    """
-    from nvidia.dali import fn, types
-
-    shapes = fn.peek_image_shape(files)
-    unknown = fn.cast(0 * shapes[0:1] - 1, dtype=types.INT32)  # -1: as many bytes as there are
-    return fn.reshape(files, shape=unknown)  # has to wait for the shapes, copies nothing
+        return build_pipeline(self._graph, feed, batch_size, self._num_threads, self._device_index)
 
 
 def _next_output(pipeline: Any, stream: Any) -> Any:

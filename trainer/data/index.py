@@ -11,16 +11,14 @@ from typing import IO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from bitfleet.trainer.data.cache import cache_folder, exclusive
 from bitfleet.trainer.data.class_folders import ClassFolders
 from bitfleet.trainer.data.class_names import shown
+from bitfleet.trainer.data.decoding import FORMATS, opened
 from bitfleet.trainer.data.images import ImageList
 from bitfleet.trainer.data.workers import run_jobs
-
-# Pillow's names of what DALI reads, whatever the suffix says: ImageNet has a PNG named .JPEG.
-_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
 
 _READER_THREADS = 16  # headers wait for the disk or the network, not for the CPU
 _JOB_FILES = 4096  # headers of one job: 256 for each thread
@@ -110,31 +108,19 @@ def header_size(file: str | IO[bytes]) -> tuple[int, int]:
     """Height and width in pixels from the header of an image, at a path or in an open file.
 
     Raises:
-        ValueError: it cannot be read, or DALI does not read its format; the message is the bare reason.
+        ValueError: it cannot be read, is too large, or its format is not read; the message is the bare reason.
     """
     try:
-        with Image.open(file) as image:
-            if image.format not in _FORMATS or (image.format == "PPM" and image.mode == "F"):
-                raise ValueError(
-                    f"it is a {'PFM' if image.mode == 'F' else image.format} file, which DALI does not read"
-                )
+        with opened(file) as image:
+            is_float = image.format == "PPM" and image.mode == "F"
+            if image.format not in FORMATS or is_float:
+                raise ValueError(f"it is a {'PFM' if is_float else image.format} file, which bitfleet does not read")
             return image.height, image.width
-    except UnidentifiedImageError:
-        raise ValueError("it is not an image" if _has_content(file) else "the file is empty") from None
     except FileNotFoundError:
         is_link = isinstance(file, str) and os.path.islink(file)
         raise ValueError("a link to nothing" if is_link else "the file is missing") from None
     except Exception as error:  # a broken header raises nearly anything in Pillow
-        raise ValueError(
-            (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-        ) from None
-
-
-def _has_content(file: str | IO[bytes]) -> bool:
-    if isinstance(file, str):
-        return os.path.getsize(file) > 0
-    file.seek(0)
-    return bool(file.read(1))
+        raise ValueError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from None
 
 
 def list_files(

@@ -268,8 +268,7 @@ def _pipeline(
         batch_size=batch_size,
         num_threads=num_threads,
         device_index=device_index,
-        largest_image_bytes=_largest_image_bytes(images),
-        in_shards=images.offsets is not None,
+        images=images,
         stall_seconds=config.stall_seconds,
         copies=copies,
         fast_idct=config.preprocessing == "official",
@@ -317,10 +316,6 @@ def _sizes(images: ImageList, samples: sampler.Ints) -> tuple[sampler.Ints, samp
 
 def _no_flips(samples: sampler.Ints) -> npt.NDArray[np.int32]:
     return np.zeros(len(samples), np.int32)
-
-
-def _largest_image_bytes(images: ImageList) -> int:
-    return 3 * int((images.heights.astype(np.int64) * images.widths).max())
 
 
 def _check_batches(seed: int, global_batch_size: int, num_replicas: int, world_size: int, num_images: int) -> None:

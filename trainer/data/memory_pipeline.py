@@ -27,6 +27,7 @@ from bitfleet.trainer.distributed import job_word
 
 DEVICE_SHARE = 1 / 4
 """The part of a GPU's memory that decoded images may take there."""
+_OUTLIER = 16  # times the pixels of the median: an image that is named where memory is short
 
 
 def place_of(num_bytes: int, device: torch.device, geometry: Geometry) -> torch.device:
@@ -213,9 +214,9 @@ def keep_in_memory(
     num_bytes = sum(layouts[each].num_bytes for each in (layouts if split == "training" else [split]))
     if num_bytes > config.memory_gib * 2**30:
         raise ValueError(
-            f"data.loader='memory' needs {num_bytes / 2**30:.2f} GiB for the decoded images of {config.root}, and "
-            f"data.memory_gib={config.memory_gib:g} are allowed: raise data.memory_gib if every machine has that memory, or use "
-            "--data.loader dali"
+            f"data.loader='memory' needs {num_bytes / 2**30:.2f} GiB for the decoded images of {config.root}"
+            f"{_largest(dataset, config)}, and data.memory_gib={config.memory_gib:g} are allowed: raise data.memory_gib if every "
+            "machine has that memory, or use --data.loader dali"
         )
     images = dataset.train if split == "training" else dataset.val
     decoded = DecodedImages(images, layouts[split], job=job_word(), num_ranks=num_ranks)
@@ -240,6 +241,22 @@ def _layouts(dataset: Dataset, config: DataConfig) -> dict[str, Layout]:
         "training": padded_layout(dataset.train, config.crop_padding),
         "validation": padded_layout(dataset.val, around),
     }
+
+
+def _largest(dataset: Dataset, config: DataConfig) -> str:
+    """Name the image that decides how much memory is needed, where it is large against the others."""
+    on_canvases = config.augmentation == "pad_crop"
+    found = []
+    for images in (dataset.train, dataset.val):
+        heights, widths = images.heights.astype(np.int64), images.widths.astype(np.int64)
+        sizes = np.maximum(heights, widths) ** 2 if on_canvases else heights * widths
+        index = int(sizes.argmax())
+        found.append((float(sizes[index] / np.median(sizes)), images, index))
+    ratio, images, index = max(found, key=lambda each: each[0])
+    if ratio < _OUTLIER:
+        return ""
+    share = "with pad_crop all take as much room as" if on_canvases else "the largest is"
+    return f" ({share} {images.path(index)}, {images.widths[index]} x {images.heights[index]} pixels)"
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

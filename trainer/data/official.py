@@ -135,9 +135,12 @@ def resize_windows(windows: Sequence[Tensor], flips: npt.NDArray[np.int32], size
         part = windows[first : first + chunk]
         sides = torch.tensor([window.shape[:2] for window in part]).to(device, non_blocking=True)
         height, width = (max(window.shape[axis] for window in part) for axis in (0, 1))
-        padded = torch.zeros((len(part), height, width, 3), dtype=torch.uint8, device=device)
-        for image, window in zip(padded, part, strict=True):
-            image[: window.shape[0], : window.shape[1]] = window
+        if len(part) == 1:
+            padded = part[0].contiguous()[None]
+        else:
+            padded = torch.zeros((len(part), height, width, 3), dtype=torch.uint8, device=device)
+            for image, window in zip(padded, part, strict=True):
+                image[: window.shape[0], : window.shape[1]] = window
         resized.append(resize_bicubic_v1(padded, sides[:, 0], sides[:, 1], size))
     images = torch.cat(resized)
     mirrored = torch.from_numpy(flips.astype(np.bool_)).to(device, non_blocking=True)[:, None, None, None]

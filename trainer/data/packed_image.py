@@ -3,8 +3,9 @@
 import io
 import warnings
 
-import numpy as np
 from PIL import Image
+
+from bitfleet.trainer.data.decoding import grey_or_rgb, opened
 
 QUALITY = 90
 JPEG_FORMATS = ("JPEG", "MPO")  # MPO: a JPEG with more pictures behind the first, which alone is read
@@ -33,12 +34,12 @@ def packed_image(encoded: bytes, short_side: int) -> tuple[bytes, int, int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about broken EXIF, transparency that is lost, large images
         try:
-            with Image.open(io.BytesIO(encoded)) as image:
+            with opened(io.BytesIO(encoded)) as image:
                 image.load()
                 height, width = packed_size(image.height, image.width, short_side)
                 if (width, height) == image.size and image.format in JPEG_FORMATS:
                     return encoded, height, width
-                small = _grey_or_rgb(image)
+                small = grey_or_rgb(image)
             if (width, height) != small.size:
                 small = small.resize((width, height), Image.Resampling.BICUBIC)
             small.info = {}  # comments would be written, too
@@ -47,11 +48,3 @@ def packed_image(encoded: bytes, short_side: int) -> tuple[bytes, int, int]:
         except Exception as error:  # broken files raise nearly anything in Pillow
             raise ValueError(str(error) or type(error).__name__) from None
     return jpeg.getvalue(), height, width
-
-
-def _grey_or_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode}: its range of brightness is not known")
-    if image.mode.startswith("I;16"):  # DALI scales to 8 bits; Pillow would clip
-        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
-    return image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")

@@ -34,6 +34,8 @@ class Request(NamedTuple):
     """The samples that the stream asked for, where some were replaced [N]."""
     num_mends: int = 0
     """How often some were replaced."""
+    ends_batch: bool = True
+    """False for a part of a batch that others follow (parts.py)."""
 
     @property
     def labels(self) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from bitfleet.trainer.data import official
+from bitfleet.trainer.data.central_view import central_view, is_long, resized_size
 from bitfleet.trainer.data.request import Decoded, Geometry, Request
 
 _BATCHES_BEHIND = 1
@@ -86,7 +87,8 @@ def _resized(image: Tensor, height: int, width: int) -> Tensor:
 
 def _central(image: Tensor, size: int) -> Tensor:
     """torchvision's Resize(size * 256 // 224) and CenterCrop(size), uint8 [1, 3, size, size]."""
-    short = min(image.shape[:2])
-    height, width = (size * 256 // 224 * side // short for side in image.shape[:2])
+    height, width = resized_size(image.shape[0], image.shape[1], size)
+    if is_long(image.shape[0], image.shape[1], size):
+        return torch.from_numpy(central_view(image.numpy(), size).copy()).permute(2, 0, 1)[None]
     top, left = (round((side - size) / 2) for side in (height, width))  # half to even, as torchvision
     return _resized(image, height, width)[:, :, top : top + size, left : left + size]

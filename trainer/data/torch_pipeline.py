@@ -1,6 +1,7 @@
 """The fallback for DALI: Pillow decodes, torchvision's v2 transforms crop and resize, threads share the images of a batch."""
 
-import io
+import contextlib
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,13 +12,17 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
-from bitfleet.trainer.data.decoding import reason_of
+from bitfleet.trainer.data import official
+from bitfleet.trainer.data.central_view import central_view, is_long
+from bitfleet.trainer.data.decoding import image_of, reason_of
 from bitfleet.trainer.data.delivery import Delivery
 from bitfleet.trainer.data.device_copies import DeviceCopies
 from bitfleet.trainer.data.request import Batch, Decoded, Geometry, Mend, Request
 from bitfleet.trainer.data.stall import result_within
 
 _BATCHES_AHEAD = 2
+_LARGE_PIXELS = 1 << 25  # images of more are read one at a time: Pillow takes 4 bytes for a pixel, 0.13 to 0.72 GB each
+_large = threading.Lock()  # of the process: training reads ahead while validation is under way
 
 
 class TorchPipeline:
@@ -46,7 +51,10 @@ class TorchPipeline:
         self._image_size = image_size
         self._stall_seconds = stall_seconds
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
-        self._delivery = Delivery(copies, image_size=image_size, of_windows=geometry == "crop_bicubic")
+        resized_later = geometry == "crop_bicubic" and copies is not None  # from the windows, on the GPU
+        # By each thread alone: all windows of a batch are as large as its images.
+        self._resizes_windows = geometry == "crop_bicubic" and copies is None
+        self._delivery = Delivery(copies, image_size=image_size, of_windows=resized_later)
         self._iteration: object = None
 
     def batches(self, requests: Iterator[Request], mend: Mend) -> Iterator[Batch]:
@@ -54,7 +62,7 @@ class TorchPipeline:
         return self._delivery.batches(self.decoded(requests, mend))
 
     def decoded(self, requests: Iterator[Request], mend: Mend) -> Iterator[Decoded]:
-        """Yield the images of each request, which may have been mended: finished ones, but for crop_bicubic windows."""
+        """Yield the images of each request, which may have been mended: finished ones, or windows that a GPU resizes."""
         self._iteration = iteration = object()
         ahead: deque[tuple[Request, list[Future[torch.Tensor | None]]]] = deque()
         while True:
@@ -82,14 +90,16 @@ class TorchPipeline:
         return [self._threads.submit(self._image, request, position) for position in range(len(request.samples))]
 
     def _image(self, request: Request, position: int) -> torch.Tensor | None:
-        """The image at `position`, uint8 [image_size, image_size, 3] (for crop_bicubic its window); None if it cannot be read."""
-        try:
-            with Image.open(io.BytesIO(request.read(position))) as opened:
-                image = opened.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            return None
+        """The image at `position`, [image_size, image_size, 3], or a window to be resized later; None if it cannot be read."""
         sample = int(request.samples[position])
-        if (image.height, image.width) != (request.images.heights[sample], request.images.widths[sample]):
+        num_pixels = int(request.images.heights[sample]) * int(request.images.widths[sample])
+        with _large if num_pixels > _LARGE_PIXELS else contextlib.nullcontext():
+            return self._decoded(request, position)
+
+    def _decoded(self, request: Request, position: int) -> torch.Tensor | None:
+        try:
+            image = image_of(request, position)
+        except (OSError, ValueError):
             return None
         size, bilinear = self._image_size, InterpolationMode.BILINEAR
         (top, left), (bottom, right) = (corner[position].tolist() for corner in request.windows)
@@ -99,8 +109,13 @@ class TorchPipeline:
             image = v2.resized_crop(
                 image, top, left, bottom - top, right - left, [size, size], bilinear, antialias=True
             )
+        elif is_long(image.height, image.width, size):
+            return torch.from_numpy(central_view(np.asarray(image), size).copy())
         else:  # the window is where these two lead
             image = v2.center_crop(v2.resize(image, [size * 256 // 224], bilinear, antialias=True), [size, size])
         pixels = np.array(image)
+        if self._resizes_windows:
+            flip = request.flips[position : position + 1]
+            return official.resize_windows([torch.from_numpy(pixels)], flip, size)[0]
         mirror = request.flips[position] and self._geometry != "crop_bicubic"  # which is mirrored after it was resized
         return torch.from_numpy(np.ascontiguousarray(pixels[:, ::-1]) if mirror else pixels)

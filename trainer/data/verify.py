@@ -1,6 +1,5 @@
 """`bitfleet data verify`: every image is decoded once, whole, by the decoder of training; what fails is set aside in a list."""
 
-import io
 import os
 import time
 import warnings
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from bitfleet.trainer.data.class_names import look_alikes
 from bitfleet.trainer.data.dali import check_installation
@@ -29,6 +27,7 @@ from bitfleet.trainer.data.manifest import (
     write_quarantine,
 )
 from bitfleet.trainer.data.oddities import KINDS, oddities
+from bitfleet.trainer.data.parts import slices_of
 from bitfleet.trainer.data.whole import BATCH_SIZE, WholeDecoder
 from bitfleet.trainer.data.workers import run_jobs
 
@@ -56,7 +55,7 @@ class _Job(NamedTuple):
 def verify(root: Path, *, num_workers: int) -> tuple[str, int]:
     """Decode every image of the data set `root`; if it is prepared, write quarantine.tsv and verify.tsv into it.
 
-    An image fails if it is missing, if the decoder of training does not read all of it, or if its size is no longer that of the
+    An image fails if it is missing, if the decoders of training do not read all of it, or if its size is no longer that of the
     manifest. The quarantine is made anew, so an image that was repaired leaves it; no image is changed or deleted. Until the
     last image is decoded nothing is written. A data set that was never prepared, in a form that is read where it lies, is listed
     first, and nothing at all is written.
@@ -145,8 +144,9 @@ def _verify_job(job: _Job) -> list[Finding]:
     findings: list[Finding] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about broken EXIF and large images
-        for start in range(0, len(job.images), BATCH_SIZE):
-            findings += _verify_batch(job, range(start, min(start + BATCH_SIZE, len(job.images))), decoder)
+        sizes = 3 * job.images.heights.astype(np.int64) * job.images.widths
+        for batch in slices_of(sizes, BATCH_SIZE):
+            findings += _verify_batch(job, range(batch.start, batch.stop), decoder)
     return findings
 
 
@@ -160,18 +160,20 @@ def _verify_batch(job: _Job, indices: Sequence[int], decoder: WholeDecoder) -> I
             unread[index] = "the file is missing"
         except OSError as error:
             unread[index] = f"the file cannot be read ({error.strerror or error})"
-    sizes = dict(zip(encoded, decoder.sizes(list(encoded.values())), strict=True))
+    wholes = dict(zip(encoded, decoder.decoded(list(encoded.values())), strict=True))
     for index in indices:
         name = job.images.name(index)
         if index in unread:
             yield Finding(job.split, name, "missing", unread[index])
             continue
-        if (size := sizes[index]) is None:
-            yield Finding(job.split, name, "broken", f"cannot be decoded ({_why(encoded[index])})")
-        if changed := _changed(job.images, index, size, len(encoded[index])):
+        whole = wholes[index]
+        if whole.size is None:
+            yield Finding(job.split, name, "broken", f"cannot be decoded ({whole.reason})")
+        if changed := _changed(job.images, index, whole.size, len(encoded[index])):
             yield Finding(job.split, name, "changed", changed)
-        for kind, detail in oddities(encoded[index], name) if size else ():
-            yield Finding(job.split, name, kind, detail)
+        if whole.size is not None:
+            for kind, detail in oddities(encoded[index], name, by_pillow=whole.by_pillow):
+                yield Finding(job.split, name, kind, detail)
 
 
 def _changed(images: ImageList, index: int, size: tuple[int, int] | None, num_bytes: int) -> str | None:
@@ -183,20 +185,6 @@ def _changed(images: ImageList, index: int, size: tuple[int, int] | None, num_by
     if num_bytes != images.sizes[index]:
         found.append(f"{num_bytes:,} bytes instead of {images.sizes[index]:,}")
     return f"changed since prepare: {', '.join(found)}" if found else None
-
-
-def _why(encoded: bytes) -> str:
-    """Why an image that DALI refuses is broken, in Pillow's words where it has some."""
-    if not encoded:
-        return "the file is empty"
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            image.load()
-            return f"DALI does not read this format or variant: {image.format}, mode {image.mode}"
-    except UnidentifiedImageError:
-        return "not an image that Pillow or DALI knows"
-    except Exception as error:  # broken files raise nearly anything in Pillow
-        return str(error) or type(error).__name__
 
 
 def _reasons(findings: Sequence[Finding]) -> dict[str, str]:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bitfleet.trainer.data import DataConfig
+from bitfleet.trainer.data import DataConfig, torch_pipeline
 from bitfleet.trainer.data.compare import compare
+from bitfleet.trainer.data.request import Request
 from tests.unit.trainer.data.test_images import photo
 
 
@@ -30,8 +31,15 @@ def test_loaders_that_agree(root: Path) -> None:
     assert "every image is the same but for rounding" in report
 
 
-def test_images_that_they_read_differently_are_named(root: Path) -> None:
-    """Pillow clips 16-bit grey to white, DALI scales it."""
+def test_images_that_they_read_differently_are_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if Pillow clipped 16-bit grey to white, while DALI scales it."""
+    scaled = torch_pipeline.image_of
+
+    def clipped(request: Request, position: int) -> Image.Image:
+        image = scaled(request, position)
+        return image.point(lambda value: 255) if request.path(position).endswith("3.png") else image
+
+    monkeypatch.setattr(torch_pipeline, "image_of", clipped)
     for split in ("train", "val"):
         grey = Image.fromarray(np.full((50, 60), 20_000, np.uint16))
         grey.save(root / split / "a" / "3.png")

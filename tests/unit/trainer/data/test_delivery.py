@@ -19,6 +19,7 @@ from bitfleet.trainer.data import (
     TrainLoader,
     ValidationLoader,
     dali,
+    dali_graph,
     delivery,
     loaders,
     official,
@@ -170,7 +171,7 @@ def test_batches_that_dali_decodes_on_the_gpu(
     with monkeypatch.context() as patch:
         pipeline = nvidia.dali.Pipeline
         patch.setattr(nvidia.dali, "Pipeline", lambda **arguments: pipeline(**(arguments | {"device_id": None})))
-        patch.setattr(dali, "gpu_decoding", lambda _: {"use_fast_idct": options["augmentation"] != "pad_crop"})
+        patch.setattr(dali_graph, "gpu_decoding", lambda _: {"use_fast_idct": options["augmentation"] != "pad_crop"})
         patch.setattr(dali, "_next_output", next_output)
         config = dataclasses.replace(configuration(root, **options), device="auto")
         dataset = open_dataset(config)

@@ -30,7 +30,8 @@ def encoded(kind: str) -> bytes:
 def test_content_is_an_image_where_the_decoder_reads_it(kind: str) -> None:
     content = encoded(kind)
     assert is_image(content[:HEAD_BYTES]) == (kind in READ)
-    assert WholeDecoder().sizes([content]) == [(20, 20) if kind in READ else None]
+    (whole,) = WholeDecoder().decoded([content])
+    assert whole.size == ((20, 20) if kind in READ else None)
 
 
 @pytest.mark.parametrize("text", [b"P2 2\n2", b"P3\n# made by hand\n2 2", b"P1\t2 2"])

@@ -109,8 +109,8 @@ def test_all_that_cannot_be_read_are_named_with_the_reason(root: Path) -> None:
         assert {os.path.relpath(path, root / "train/a"): reason for path, reason in reasons.items()} == {
             "10.jpg": "it is not an image",
             "2.JPEG": "the file is empty",
-            "3.jpg": "it is a GIF file, which DALI does not read",
-            "3.pgm": "it is a PFM file, which DALI does not read",
+            "3.jpg": "it is a GIF file, which bitfleet does not read",
+            "3.pgm": "it is a PFM file, which bitfleet does not read",
             "4.jpg": "a link to nothing",
             "5.jpg": "Too many levels of symbolic links",
         }

@@ -21,7 +21,7 @@ from bitfleet.trainer.data import (
     Dataset,
     TrainLoader,
     ValidationLoader,
-    dali,
+    dali_graph,
     loaders,
     normalize,
     open_dataset,
@@ -318,7 +318,7 @@ def test_a_model_on_the_cpu_starts_no_cuda(
 def test_the_gpu_decoder_starts_with_no_more_memory_than_by_default(
     largest: int, device_bytes: int, host_bytes: int
 ) -> None:
-    arguments = dali.gpu_decoding(largest)
+    arguments = dali_graph.gpu_decoding(largest)
     assert arguments["device"] == "mixed"
     assert (arguments["device_memory_padding"], arguments["host_memory_padding"]) == (device_bytes, host_bytes)
     schema = GetSchema("decoders__Image")

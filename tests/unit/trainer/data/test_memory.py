@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -292,6 +292,29 @@ def test_what_does_not_fit_is_refused(cifar_like: DataConfig, monkeypatch: pytes
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
     with pytest.raises(ValueError, match=r"this machine has 0\.00 GiB available: use --data\.loader dali"):
         validation_loader(dataset, in_memory(cifar_like))
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "named"),
+    [("pad_crop", "with pad_crop all take as much room as"), ("random_resized_crop", "the largest is")],
+)
+def test_the_image_that_takes_the_room_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    augmentation: Literal["pad_crop", "random_resized_crop"],
+    named: str,
+) -> None:
+    monkeypatch.setenv("BITFLEET_CACHE", str(tmp_path / "cache"))
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for index in range(5):
+            photo(32, 32, index).save(tmp_path / split / "a" / f"{index}.png")
+    config = DataConfig(root=str(tmp_path), augmentation=augmentation, loader="memory", memory_gib=1e-9, num_threads=1)
+    with pytest.raises(ValueError, match=r"GiB for the decoded images of .*/test_the\w+, and data"):
+        validation_loader(open_dataset(config), config)
+    photo(32, 600).save(tmp_path / "val/a/banner.png")
+    with pytest.raises(ValueError, match=rf"\({named} .*/val/a/banner\.png, 600 x 32 pixels\), and data"):
+        validation_loader(open_dataset(config), config)
 
 
 def test_without_dali_pillow_decodes_what_is_not_resized(

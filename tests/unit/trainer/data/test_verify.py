@@ -12,16 +12,17 @@ import pytest
 from nvidia.dali import Pipeline, fn, types
 from PIL import Image
 
-from bitfleet.trainer.data import DataConfig, open_dataset, verify, whole
+from bitfleet.trainer.data import DataConfig, open_dataset, parts, verify, whole
 from bitfleet.trainer.data.manifest import read_manifest, read_quarantine, write_manifest
 from bitfleet.trainer.data.pack import pack
 from bitfleet.trainer.data.prepare import prepare as prepare_command
 from tests.unit.trainer.data import miniature
 from tests.unit.trainer.data.conftest import contents, prepare
+from tests.unit.trainer.data.odd_images import write_odd_pixels, write_refused
 from tests.unit.trainer.data.test_images import photo
 from tests.unit.trainer.data.test_oddities import ODD, become_ycck, write_odd
 
-Write = Callable[[Path], None]
+Write = Callable[[Path], object]
 
 
 def run(root: Path, num_workers: int = 1) -> tuple[str, int]:
@@ -63,7 +64,7 @@ def test_odd_images_are_reported_and_stay(tmp_path: Path) -> None:
     assert num_failed == 0
     assert rows(root) == {f"{split}/b/{name}": kinds for split in ("train", "val") for name, kinds in ODD.items()}
     assert read_quarantine(root) == {}
-    assert "44 images decoded" in report
+    assert "68 images decoded" in report
     assert "every image decodes" in report
     assert "6 of 16 bits a channel, read as 8: train/b/grey16.png, train/b/grey16.tif, train/b/rgb16.png, ..." in report
     assert {path: path.read_bytes() for path in before} == before
@@ -71,6 +72,46 @@ def test_odd_images_are_reported_and_stay(tmp_path: Path) -> None:
         "verify.tsv",
         "quarantine.tsv",
     }
+
+
+def test_what_pillow_reads_leaves_no_line_of_dali(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    root = make(tmp_path / "data", write_odd_pixels)
+    (root / "train/b/0.jpg").write_bytes((root / "train/b/0.jpg").read_bytes()[:300])
+    capfd.readouterr()
+    report, num_failed = run(root)
+    assert num_failed == 1
+    assert list(read_quarantine(root)) == ["train/b/0.jpg"]
+    assert capfd.readouterr() == ("", "")
+    assert re.search(r"\d+ that DALI does not read or reads otherwise, read by Pillow with every loader", report)
+    by_pillow = {name.rpartition("/")[2] for name, kinds in rows(root).items() if "pillow" in kinds}
+    assert {"no_end.png", "rotated.webp", "555.bmp", "rgb10.ppm", "really_lzma_tiff.jpg", "lab.tif"} <= by_pillow
+    assert not {"grey16.png", "cmyk.jpg", "several.webp", "rgba16.png", "rotated.jpg"} & by_pillow
+
+
+def test_what_no_loader_reads_is_set_aside_with_the_reason(tmp_path: Path) -> None:
+    root = make(tmp_path / "data", write_refused)
+    (tmp_path / "reasons").mkdir()
+    reasons = write_refused(tmp_path / "reasons")
+    report, num_failed = run(root)
+    quarantine = read_quarantine(root)
+    assert num_failed == len(quarantine) == 2 * len(reasons)
+    for name, reason in reasons.items():
+        assert re.search(rf"cannot be decoded \(.*{reason}", quarantine[f"val/b/{name}"])
+        assert f"val/b/{name}: cannot be decoded" in report
+    dataset = open_dataset(DataConfig(root=str(root)))
+    assert len(dataset.train) == len(dataset.val) == 2
+
+
+def test_large_images_are_decoded_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make(tmp_path / "data", write_many)
+    counts, decode = [], whole.WholeDecoder.decoded
+    monkeypatch.setattr(parts, "MOST_BYTES", 3 * 40 * 40 * 5)
+    monkeypatch.setattr(
+        whole.WholeDecoder, "decoded", lambda self, encoded: counts.append(len(encoded)) or decode(self, encoded)
+    )
+    assert run(root)[1] == 0
+    assert sum(counts) == 84
+    assert max(counts) == 5
 
 
 def become(form: str) -> Write:
@@ -96,8 +137,8 @@ DAMAGES: list[tuple[Write, str, str]] = [
     (lose_tail, "broken", r"cannot be decoded \(image file is truncated"),
     (Path.unlink, "missing", "the file is missing"),
     (lambda path: path.write_bytes(b""), "broken", "cannot be decoded .the file is empty"),
-    (lambda path: path.write_text("<html>"), "broken", "not an image that Pillow or DALI knows"),
-    (become("GIF"), "broken", "DALI does not read this format or variant: GIF"),
+    (lambda path: path.write_text("<html>"), "broken", "cannot be decoded .it is not an image"),
+    (become("GIF"), "broken", "it is a GIF file, which bitfleet does not read"),
     (lambda path: photo(39, 40).save(path), "changed", "^changed since prepare: 40 x 39 pixels instead of 40 x 40, "),
     (comment, "changed", r"^changed since prepare: ([\d,]+) bytes instead of [\d,]+$"),
 ]
