@@ -20,6 +20,7 @@ from bitfleet.trainer.checkpoint import is_checkpoint, latest_checkpoint
 from bitfleet.trainer.config import TrainConfig, from_dict, to_dict
 from bitfleet.trainer.hardware import hardware
 from bitfleet.trainer.run_lock import lock_run
+from bitfleet.trainer.strict_json import to_json
 from bitfleet.trainer.whole_file import replace
 
 CONFIG = "config.json"
@@ -118,7 +119,7 @@ def write_config(path: Path, config: TrainConfig, facts: dict[str, Any]) -> None
     """Write config.json: the resolved configuration, `facts`, git revision, versions and the machine."""
     facts = {**facts, "git": git_revision(), "versions": versions(), "hardware": hardware()}
     content = {"config": to_dict(config), **facts}
-    replace(path / CONFIG, json.dumps(content, indent=2) + "\n")
+    replace(path / CONFIG, to_json(content, indent=2) + "\n")
 
 
 @functools.cache
