@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from bitfleet.launch.home import have_home
 from bitfleet.launch.ranks import Place, place_from, rank_of
 
 if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not wait for it
@@ -131,6 +132,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     once, by rank 0: the others wait until the launcher, which ends a job whose rank failed, has taken them down. One that a
     single rank meets is said by that rank. The process leaves without waiting for peers, which may be stuck in a collective.
     """
+    have_home(os.environ)
     threading.excepthook = _thread_failed
     _outlive_the_terminal()
     try:
