@@ -49,7 +49,7 @@ class TrainConfig:
     resume: str | None = None
     """auto: continue the newest run (or `run_dir`) where there is one. A path: continue that run folder or checkpoint."""
     init: Path | None = None
-    """Weights to begin from: a file of `bitfleet checkpoint weights`, or Keras' .npz or .h5. None: random ones."""
+    """Weights to begin from: a file of `bitfleet checkpoint weights`, or Keras' .npz, .h5 or .keras. None: random ones."""
     init_scales: Literal["none", "larq-zoo"] = "none"
     """larq-zoo: binary kernels of the Keras file carry a scale for each filter, which goes into the BatchNorm behind it."""
     stop_after_steps: int | None = None

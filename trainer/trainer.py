@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import torch
 
-from bitfleet.models import compile_network, create_model
+from bitfleet.models import check_images, compile_network, create_model
 from bitfleet.optim import ShardedOptimizer, build_optimizer, driven_values, routing_table
 from bitfleet.trainer.agreement import agree
 from bitfleet.trainer.arithmetic import use_arithmetic
@@ -70,6 +70,7 @@ class Trainer:
         self._open_data()
         self.num_steps = config.epochs * self.loader.steps_per_epoch
 
+        check_images(config.model, config.data.image_size, config.global_batch_size // self.num_replicas)
         seed_everything(config.seed)
         self.model = create_model(config.model)
         if config.init and begun is None:
