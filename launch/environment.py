@@ -220,14 +220,14 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 
 
 def _in_a_sentence(error: BaseException) -> BaseException:
-    """A GPU without memory as a ValueError; every other error as it is."""
+    """Memory that has run out, of a GPU or of the machine, as a ValueError; every other error as it is."""
     if "torch" in sys.modules:
-        import torch
+        from bitfleet.trainer.out_of_memory import is_out_of_memory, out_of_memory
 
-        if isinstance(error, torch.OutOfMemoryError):
-            from bitfleet.trainer.out_of_memory import out_of_memory
-
-            sentence = ValueError(f"{out_of_memory(error)}: use smaller batches, or a GPU that nothing else uses")
+        if is_out_of_memory(error):
+            sentence = ValueError(
+                f"{out_of_memory(error)}: use smaller batches, or more --num_replicas, or a machine or GPU that nothing else uses"
+            )
             sentence.__cause__ = error
             return sentence
     return error

@@ -116,5 +116,7 @@ def _forward(config: ModelConfig, image_size: int, batch_size: int) -> None:
                 f"--model.norm layer if the network has it"
             ) from error
         except (RuntimeError, AssertionError) as error:
+            if "DefaultCPUAllocator" in str(error):
+                raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise ValueError(f"the network {config.name} cannot take images of {image_size}x{image_size} pixels: {reason}")

@@ -26,7 +26,7 @@ from bitfleet.trainer.heartbeat import reached
 from bitfleet.trainer.initial_weights import load_initial_weights, seed_everything
 from bitfleet.trainer.metrics import Accuracy, hyperparameters_of
 from bitfleet.trainer.nonfinite import did_nothing, does_nothing, must_stop, nonfinite_loss, nonfinite_steps
-from bitfleet.trainer.out_of_memory import training_out_of_memory
+from bitfleet.trainer.out_of_memory import is_out_of_memory, training_out_of_memory
 from bitfleet.trainer.preflight_memory import bucket_shapes, predict_memory
 from bitfleet.trainer.readings import Readings
 from bitfleet.trainer.reports import Reports
@@ -255,7 +255,7 @@ class Trainer:
 
         Raises:
             FloatingPointError: losses or gradients are not finite, or every step is skipped for it; the state before is saved.
-            ValueError: a checkpoint could not be written, or the GPU is out of memory.
+            ValueError: a checkpoint could not be written, or memory has run out.
         """
         last = min(self.num_steps, self.config.stop_after_steps or self.num_steps)
         with StopWatcher(self.folder.path, self.ranks, launched=self.ranks.launched) as stop:
@@ -263,12 +263,12 @@ class Trainer:
                 self._run_steps(last, stop)
             except Exception as error:
                 self.checkpoints.saver.let_finish()
-                if isinstance(error, torch.OutOfMemoryError):
+                if is_out_of_memory(error):
                     raise ValueError(self._out_of_memory(error)) from error
                 raise
             self.seconds_to_stop = time.monotonic() - stop.seen_at if stop.seen_at is not None else 0.0
 
-    def _out_of_memory(self, error: torch.OutOfMemoryError) -> str:
+    def _out_of_memory(self, error: Exception) -> str:
         place = {"num_replicas": self.num_replicas, "world_size": self.ranks.world_size}
         shapes = bucket_shapes(self.sharded, self.checkpoints.parts.signature)
         predicted = predict_memory(self.config, shapes, **place).peak
