@@ -210,11 +210,13 @@ def _match_by_order(arrays: dict[str, Array], layers: list[_Layer], network: str
 
 def _match_by_class(arrays: dict[str, Array], layers: list[_Layer], network: str, path: Path) -> _Matches:
     """Names as "layers/conv2d_1/vars/0": Keras 2.12 and later number layers and variables in the order of `get_weights`."""
-    groups = _grouped({name.replace("/vars/", "/"): (name, array) for name, array in arrays.items()}, path)
+    in_order = sorted(arrays, key=_numbered)
+    groups = _grouped({name.replace("/vars/", "/"): (name, arrays[name]) for name in in_order}, path)
     found: _Matches = {layer: {} for layer in layers}
     for kind in _worst_first(groups):
         targets = [layer for layer in layers if layer.kind == kind]
         numbered = sorted(groups[kind].items())
+        _check_order([next(iter(variables.values())).name for _, variables in numbered], kind, path)
         _refuse_surplus(kind, targets, dict(numbered[len(targets) :]), network, path)
         for layer, (_, variables) in zip(targets, numbered, strict=False):
             names = list(layer.variables)
@@ -225,9 +227,25 @@ def _match_by_class(arrays: dict[str, Array], layers: list[_Layer], network: str
                     f"{path} has {surplus[0].name} of shape {surplus[0].array.shape}; {network} expects only "
                     f"{', '.join(names)} of that layer"
                 )
-            in_order = [variables[number] for number in sorted(variables, key=int)]
-            found[layer] = dict(zip(names, in_order, strict=False))
+            found[layer] = dict(zip(names, [variables[number] for number in sorted(variables, key=int)], strict=False))
     return found
+
+
+def _numbered(name: str) -> list[tuple[str, int]]:
+    """A key by which x_10 comes after x_9, and x before x_1, in each part of a path."""
+    parts = [part.rpartition("_") for part in name.split("/")]
+    return [(head, int(tail)) if head and tail.isdecimal() else (head + mark + tail, 0) for head, mark, tail in parts]
+
+
+def _check_order(names: Sequence[str], kind: str, path: Path) -> None:
+    """Raise ValueError if layers of one class are in nested models of several classes, whose order such a file does not say."""
+    models = {re.sub(r"_\d+", "", name.split(f"/{kind}")[0]): name for name in names}
+    if len(models) > 1:
+        first, second = list(models.values())[:2]
+        raise ValueError(
+            f"{path} has {first} and {second}, and does not say which of them comes first: "
+            f"save the weights with np.savez(path, *model.get_weights())"
+        )
 
 
 def _match_by_name(arrays: dict[str, Array], layers: list[_Layer], network: str, path: Path) -> _Matches:

@@ -117,7 +117,10 @@ class Reports:
     def skipped(self, step: int, num_skipped: int) -> None:
         """Say at the end how many of the run's `step` steps were skipped, if any."""
         if num_skipped:
-            self._progress.say(f"{num_skipped:,} of {step:,} steps were skipped, because a gradient was not finite")
+            why = ", as fp16 needs to find its loss scale" if self._config.engine.precision == "fp16" else ""
+            self._progress.say(
+                f"{num_skipped:,} of {step:,} steps were skipped, because a gradient was not finite{why}"
+            )
 
     def diagnostics(self, step: int, values: Mapping[str, Any]) -> None:
         """Report the diagnostics of bits after `step`, if there are any."""

@@ -288,6 +288,10 @@ def test_a_short_run_that_skips_every_step_says_so(
     ]
     failed(run_command(command), "head.bias")
     assert run_command([*command, "--resume", "auto"]).returncode == 2
+    failed(
+        run_command([BIN / "bitfleet", "evaluate", tmp_path / "run"]),
+        "predicts nothing: values of head.bias are not finite",
+    )
 
 
 def test_weights_that_break_without_a_check_stop_the_run(tiny: list[str], broken_weights: Path, tmp_path: Path) -> None:

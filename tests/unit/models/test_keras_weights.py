@@ -2,7 +2,7 @@
 
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +291,32 @@ def test_a_mismatch_in_a_nested_model_is_named_as_the_file_has_it(tmp_path: Path
         ValueError, match=r"has layers/conv2d/vars/1 of shape \(4,\); .* expects only kernel of that layer"
     ):
         load_keras_weights(network(), tmp_path / "weights.h5")
+
+
+def write_layers_apart(path: Path, layers: Layers, classes: Sequence[str]) -> None:
+    """Each layer in a nested model of its own, whose class is one of `classes` in turn."""
+    counts: dict[str, int] = {}
+    with h5py.File(path, "w") as file:
+        for place, (layer, found) in enumerate(layers.items()):
+            model = classes[place % len(classes)]
+            number = counts[model] = counts.get(model, -1) + 1
+            kind = re.sub(r"_\d+$", "", layer)
+            for index, array in enumerate(found.values()):
+                file[f"layers/{model}{f'_{number}' if number else ''}/layers/{kind}/vars/{index}"] = array
+
+
+def test_nested_models_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """Eleven of one class, of which HDF5 lists the tenth before the second; of two classes the order is not in the file."""
+    layers, model = random_layers(), network()
+    ordered = {"dropout": {}, **layers}
+    write_layers_apart(tmp_path / "one.weights.h5", ordered, ["sequential"])
+    load_keras_weights(model, tmp_path / "one.weights.h5")
+    assert_holds(model, layers)
+    write_layers_apart(tmp_path / "two.weights.h5", ordered, ["sequential", "functional"])
+    with pytest.raises(
+        ValueError, match=r"has layers/\w+/.* and layers/\w+/.*, and does not say which of them comes first"
+    ):
+        load_keras_weights(network(), tmp_path / "two.weights.h5")
 
 
 def test_binarynet_with_layer_normalization_has_factors_and_offsets(tmp_path: Path) -> None:
