@@ -1,10 +1,10 @@
 """Advise: `bitfleet advise NAME [--section.field value ...]` before a run, `bitfleet advise RUN` after it."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from bitfleet.launch.arguments import parse_train
 from bitfleet.launch.options import take_number, take_option
+from bitfleet.trainer.user_paths import users_path
 
 USAGE = """usage: bitfleet advise NAME [--section.field value ...]        (or --config NAME)
        bitfleet advise RUN
@@ -30,16 +30,16 @@ def advise(arguments: Sequence[str]) -> None:
     number, rest = take_option(arguments, "--images")
     num_images = take_number(["--images", number], "--images", 0)[0] if number is not None else None
     subject = rest[0] if rest and not rest[0].startswith("-") else None
-    if subject is not None and Path(subject).is_dir():
+    if subject is not None and (folder := users_path(subject)).is_dir():
         if len(rest) > 1:
             raise ValueError(f"{subject} is a run, which has its configuration: leave out {rest[1]}")
         from bitfleet.trainer.advice_run import advise_run
 
-        print(advise_run(Path(subject), num_images))
+        print(advise_run(folder, num_images))
         return
     if subject is not None:
         if "/" in subject:
-            raise ValueError(f"there is no run folder {subject}")
+            raise ValueError(f"there is no run folder {folder}")
         rest = ["--config", *rest]
     config = parse_train(rest, "bitfleet advise")
 

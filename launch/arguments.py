@@ -16,6 +16,7 @@ from bitfleet.launch.options import take_option
 from bitfleet.optim import with_rule
 from bitfleet.optim.config import check_belongs
 from bitfleet.trainer.config import TrainConfig
+from bitfleet.trainer.user_paths import with_users_paths
 
 DEFAULT_HELP = "fashion_quickstart"
 RULE = "--optim.rule"
@@ -52,7 +53,7 @@ def override(default: TrainConfig, arguments: Sequence[str], *, prog: str, descr
         default = dataclasses.replace(default, optim=with_rule(default.optim, rule))
     _reject_unknown(arguments, default)
     with one_sentence():
-        return tyro.cli(
+        config = tyro.cli(
             TrainConfig,
             prog=prog,
             description=description,
@@ -61,6 +62,7 @@ def override(default: TrainConfig, arguments: Sequence[str], *, prog: str, descr
             config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
             console_outputs=is_first_rank(),
         )
+    return with_users_paths(config)
 
 
 @contextmanager

@@ -3,11 +3,11 @@
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from bitfleet.launch.arguments import parse_train
 from bitfleet.launch.environment import is_first_rank, job, num_cores, run
 from bitfleet.launch.options import take_flag, take_number, take_option
+from bitfleet.trainer.user_paths import users_path
 
 USAGE = """usage: bitfleet bench NAME [options], on several ranks deepspeed --num_accelerators 2 launch/bench.py NAME [options]
 
@@ -104,7 +104,7 @@ def _plan(arguments: list[str]) -> None:
     config = parse_train(arguments, "bitfleet bench plan")
     from bitfleet.trainer.plan_rates import read_rates, write_rates
 
-    given = read_rates(Path(file)) if file else None
+    given = read_rates(users_path(file)) if file else None
     with job(config.device, config) as (ranks, device):
         from bitfleet.trainer.bench_rates import bench_plan, format_check
 
@@ -112,7 +112,7 @@ def _plan(arguments: list[str]) -> None:
     if is_first_rank():
         print(format_check(config, ranks, check))
         if output:
-            write_rates(check.rates, Path(output))
+            write_rates(check.rates, users_path(output))
             print(f"rates written to {output}")
 
 
@@ -219,7 +219,7 @@ def _checkpoint(arguments: list[str]) -> None:
         from bitfleet.trainer.bench_checkpoint import bench_checkpoint
         from bitfleet.trainer.bench_checkpoint_table import format_checkpoint
 
-        result = bench_checkpoint(network, ranks, device, Path(folder or "runs"), num_rounds=rounds)
+        result = bench_checkpoint(network, ranks, device, users_path(folder or "runs"), num_rounds=rounds)
     if is_first_rank():
         print(format_checkpoint(network, ranks, result))
 
@@ -263,6 +263,7 @@ def _loader(arguments: list[str]) -> None:
             print(format_small_images(small))
         return
     root, arguments = take_option(arguments, "--root")
+    root = str(users_path(root)) if root else root
     _reject(arguments, "loader")
     if is_first_rank():
         result = bench_loader(root, num_images=images, num_rounds=rounds, batch_size=batch_size, num_workers=workers)

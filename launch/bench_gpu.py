@@ -20,6 +20,7 @@ from bitfleet.launch.environment import job, run
 from bitfleet.launch.options import take_flag, take_list, take_number, take_option
 from bitfleet.trainer.bench_gpu_rows import append_row, format_rows, read_rows
 from bitfleet.trainer.bench_gpu_targets import format_targets
+from bitfleet.trainer.user_paths import users_path
 
 if TYPE_CHECKING:
     from bitfleet.trainer.bench_gpu_session import Session
@@ -143,6 +144,7 @@ def bench_gpu(arguments: Sequence[str]) -> None:
     output, rest = take_option(rest, "--output")
     cifar, rest = take_option(rest, "--cifar")
     imagenet, rest = take_option(rest, "--imagenet")
+    output, cifar, imagenet = (path and str(users_path(path)) for path in (output, cifar, imagenet))
     only, rest = take_list(rest, "--only")
     tiny, rest = take_flag(rest, "--tiny")
     if rest:

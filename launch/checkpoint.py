@@ -2,9 +2,9 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from bitfleet.launch.environment import run
+from bitfleet.trainer.user_paths import users_path
 
 USAGE = """usage: bitfleet checkpoint COMMAND ...
 
@@ -29,7 +29,7 @@ def checkpoint(arguments: Sequence[str]) -> None:
         return
     command, *rest = arguments
     packed = command == "weights" and "--packed" in rest
-    paths = [Path(argument) for argument in rest if argument != "--packed" or command != "weights"]
+    paths = [users_path(argument) for argument in rest if argument != "--packed" or command != "weights"]
     wanted = {"inspect": 1, "verify": 1, "weights": 2, "diff": 2}.get(command)
     if wanted is None:
         raise ValueError(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bitfleet.launch.environment import num_cores, run
 from bitfleet.launch.options import take_flag, take_number, take_option
+from bitfleet.trainer.user_paths import users_path
 
 USAGE = """usage: bitfleet data COMMAND ...
 
@@ -99,7 +100,7 @@ def _paths(command: str, arguments: Sequence[str]) -> list[Path]:
         raise ValueError(
             f"bitfleet data {command} takes {_PATHS[command]} paths, not {len(arguments)}; see bitfleet data --help"
         )
-    return [Path(argument).expanduser() for argument in arguments]
+    return [users_path(argument) for argument in arguments]
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from bitfleet.launch.home import have_home
 from bitfleet.launch.ranks import Place, place_from, rank_of
 
 if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not wait for it
@@ -131,6 +132,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     once, by rank 0: the others wait until the launcher, which ends a job whose rank failed, has taken them down. One that a
     single rank meets is said by that rank. The process leaves without waiting for peers, which may be stuck in a collective.
     """
+    have_home(os.environ)
     threading.excepthook = _thread_failed
     _outlive_the_terminal()
     try:
@@ -218,14 +220,14 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 
 
 def _in_a_sentence(error: BaseException) -> BaseException:
-    """A GPU without memory as a ValueError; every other error as it is."""
+    """Memory that has run out, of a GPU or of the machine, as a ValueError; every other error as it is."""
     if "torch" in sys.modules:
-        import torch
+        from bitfleet.trainer.out_of_memory import is_out_of_memory, out_of_memory
 
-        if isinstance(error, torch.OutOfMemoryError):
-            from bitfleet.trainer.out_of_memory import out_of_memory
-
-            sentence = ValueError(f"{out_of_memory(error)}: use smaller batches, or a GPU that nothing else uses")
+        if is_out_of_memory(error):
+            sentence = ValueError(
+                f"{out_of_memory(error)}: use smaller batches, or more --num_replicas, or a machine or GPU that nothing else uses"
+            )
             sentence.__cause__ = error
             return sentence
     return error

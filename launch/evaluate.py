@@ -10,6 +10,7 @@ import tyro
 
 from bitfleet.launch.arguments import one_sentence
 from bitfleet.launch.environment import is_first_rank, job, run
+from bitfleet.trainer.user_paths import with_users_paths
 
 if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not wait for it
     from bitfleet.trainer.evaluate import Evaluation
@@ -38,6 +39,7 @@ def evaluate(arguments: Sequence[str], prog: str = "launch/evaluate.py") -> None
     own = [a for a in arguments if not a.startswith("--local_rank=")]
     with one_sentence():
         options = tyro.cli(EvaluateArguments, prog=prog, args=own, console_outputs=is_first_rank())
+    options = with_users_paths(options)
     with job(options.device) as (ranks, device):
         from bitfleet.trainer.evaluate import evaluate_run
 

@@ -2,10 +2,10 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from bitfleet.launch.environment import run
 from bitfleet.launch.options import take_flag, take_option
+from bitfleet.trainer.user_paths import users_path
 
 USAGE = """usage: bitfleet journal COMMAND RUN ...
 
@@ -48,14 +48,14 @@ def journal(arguments: Sequence[str]) -> None:
         )
     from bitfleet.trainer import journal_tools
 
-    path = Path(rest[0])
+    path = users_path(rest[0])
     if command == "info":
         print(journal_tools.info(path))
     elif command == "verify":
         print(journal_tools.verified(path))
     else:
         number = int(step or 0)
-        out = Path(output) if output else path / f"weights-{number:08d}.safetensors"
+        out = users_path(output) if output else path / f"weights-{number:08d}.safetensors"
         print(journal_tools.export_weights(path, number, out, packed=packed))
 
 

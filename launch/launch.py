@@ -18,6 +18,7 @@ from bitfleet.launch.options import take_flag, take_number, take_option
 from bitfleet.launch.supervise import ask_by_file, ask_ranks, supervise
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.stop import STOP_FILE
+from bitfleet.trainer.user_paths import users_path
 
 USAGE = """usage: bitfleet launch deepspeed --config NAME [where] [--section.field value ...]
        bitfleet launch --print deepspeed|slurm|torchrun|mpirun|kubernetes --config NAME [where] [--section.field value ...]
@@ -78,11 +79,11 @@ def read_request(arguments: Sequence[str], launcher: str) -> tuple[Request, Trai
         raise ValueError(f"--master_port must be at most 65535, not {port}")
     if hostfile and (nodes or gpus):
         raise ValueError("--hostfile says how many nodes and ranks there are: leave out --nodes and --gpus")
-    hosts = read_hostfile(Path(hostfile)) if hostfile else [Host("", gpus or gpus_here())] * (nodes or 1)
+    hosts = read_hostfile(users_path(hostfile)) if hostfile else [Host("", gpus or gpus_here())] * (nodes or 1)
     request = Request(
         tuple(hosts),
         tuple(rest),
-        Path(hostfile) if hostfile else None,
+        users_path(hostfile) if hostfile else None,
         address,
         port or None,
         exports=traveling(os.environ, config.device),

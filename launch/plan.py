@@ -1,10 +1,10 @@
 """Plan: `bitfleet plan --nodes 8 --gpus 8 --network 400 --gpu h100 --config NAME [--section.field value ...]`."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from bitfleet.launch.arguments import parse_train
 from bitfleet.launch.options import take_decimal, take_number, take_option
+from bitfleet.trainer.user_paths import users_path
 
 USAGE = """usage: bitfleet plan --config NAME [options] [--section.field value ...]
 
@@ -51,7 +51,7 @@ def plan(arguments: Sequence[str]) -> None:
     from bitfleet.trainer.plan_traffic import count_images, describe
 
     precision = resolve_precision(config.engine.precision, "cuda")
-    rates = read_rates(Path(file)) if file else published(gpu or "", precision, config.data.image_size)
+    rates = read_rates(users_path(file)) if file else published(gpu or "", precision, config.data.image_size)
     cluster = Cluster(
         num_nodes=num_nodes,
         ranks_per_node=ranks_per_node,
@@ -69,5 +69,5 @@ def plan(arguments: Sequence[str]) -> None:
         from bitfleet.trainer.plan_plot import plot_plan
 
         (asked,) = [e for e in estimates if e.num_nodes == num_nodes]
-        plot_plan(config, number, estimates, asked, "GPU" if rates.device == "gpu" else "rank", Path(output))
+        plot_plan(config, number, estimates, asked, "GPU" if rates.device == "gpu" else "rank", users_path(output))
         print(f"\ndrawn in {output}")

@@ -1,9 +1,9 @@
 """`bitfleet report`: sweeps and runs as one HTML page."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from bitfleet.launch.options import take_option
+from bitfleet.trainer.user_paths import users_path
 
 USAGE = """usage: bitfleet report PATH... [--output FOLDER]
 
@@ -28,5 +28,5 @@ def report(arguments: Sequence[str]) -> None:
 
     from bitfleet.trainer.report import write_report
 
-    page, lines = write_report([Path(path) for path in paths], Path(output) if output else None)
+    page, lines = write_report([users_path(path) for path in paths], users_path(output) if output else None)
     print("\n".join([*lines, f"report: {page}"]))

@@ -13,6 +13,7 @@ from bitfleet.launch.options import take_flag, take_option
 from bitfleet.launch.train import prepared_trainer, say_stopped
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.reproduce.papers import PAPERS, Paper, dry_run_of, find_paper
+from bitfleet.trainer.user_paths import users_path
 
 if TYPE_CHECKING:
     from bitfleet.trainer.reproduce.verdict import Verdict
@@ -48,7 +49,7 @@ def reproduce(arguments: Sequence[str], prog: str = "bitfleet reproduce") -> Non
     if checked is not None:
         if unknown := take_flag(rest[1:], "--dry_run")[1]:
             raise ValueError(f"--check judges a run as it is: leave out {' '.join(unknown)}")
-        if is_first_rank() and tell_verdict(Path(checked), paper, recipe).disagrees:
+        if is_first_rank() and tell_verdict(users_path(checked), paper, recipe).disagrees:
             sys.exit(1)
         return
     if config.resume == "auto" and config.run_dir is None:

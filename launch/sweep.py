@@ -5,11 +5,11 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitfleet.launch.environment import num_cores
 from bitfleet.launch.options import take_flag, take_number, take_option
+from bitfleet.trainer.user_paths import users_path
 
 if TYPE_CHECKING:
     from bitfleet.trainer.config import TrainConfig
@@ -64,7 +64,7 @@ def sweep(arguments: Sequence[str]) -> None:
     asked = dataclasses.replace(
         asked, base=base or asked.base, seeds=asked.seeds if seeds is None else read_seeds(seeds)
     )
-    folder = Path(output or "runs/sweeps") / name
+    folder = users_path(output or "runs/sweeps") / name
     planned = plan_runs(asked, folder, rest, lambda words: parse_train(words, "bitfleet sweep"))
     slots = slots_here([run.config for run in planned], ranks, at_once or None)
     runs = [with_threads(run, slots.threads) for run in planned]

@@ -7,7 +7,7 @@ weight is +-1 itself and carries the attribute `binary = True`.
 from bitfleet.models.binarynet import BinaryNet, binarynet
 from bitfleet.models.birealnet import BiRealNet, birealnet18, birealnet34, birealnet_small
 from bitfleet.models.compilation import compile_network
-from bitfleet.models.config import ModelConfig, create_model
+from bitfleet.models.config import ModelConfig, check_images, create_model
 from bitfleet.models.keras_weights import kernel_from_keras, load_keras_weights
 from bitfleet.models.layers import QuantConv2d, QuantLinear
 from bitfleet.models.normalization import BatchNorm, ChannelAffine, ChannelLayerNorm
@@ -35,6 +35,7 @@ __all__ = [
     "birealnet18",
     "birealnet34",
     "birealnet_small",
+    "check_images",
     "compile_network",
     "count",
     "create_model",

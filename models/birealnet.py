@@ -87,7 +87,7 @@ class BiRealNet(nn.Module):
         residual: "double": a shortcut around every binary convolution. "single": around every two of them, as in ResNet.
 
     Raises:
-        ValueError: an unknown option, or `residual="single"` with an odd number in `depths`.
+        ValueError: an unknown option, a width or depth below 1, or `residual="single"` with an odd number in `depths`.
     """
 
     def __init__(
@@ -103,6 +103,8 @@ class BiRealNet(nn.Module):
         residual: Residual = "double",
     ) -> None:
         super().__init__()
+        if width < 1 or not depths or min(depths) < 1:
+            raise ValueError(f"width is {width} and depths are {depths}; expected numbers of at least 1")
         if residual not in ("single", "double"):
             raise ValueError(f'residual is {residual!r}; expected "single" or "double"')
         if residual == "single" and any(depth % 2 for depth in depths):

@@ -1,12 +1,17 @@
 """The network part of a run's configuration."""
 
 import dataclasses
+import re
 from typing import Any, Literal
 
 import timm
+import torch
 from torch import nn
 
 from bitfleet.models.layers import start_real
+
+OPTIONS = ("norm", "width", "depths", "binarizer", "residual")
+"""Fields of `ModelConfig` that go to the network unless they are None."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +43,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.num_classes < 1:
             raise ValueError(f"model.num_classes must be at least 1, not {self.num_classes}")
+        if self.width is not None and self.width < 1:
+            raise ValueError(f"model.width must be at least 1, not {self.width}")
+        if self.depths is not None and (not self.depths or min(self.depths) < 1):
+            raise ValueError(
+                f"model.depths must be one number or more, each at least 1, not {self.depths}; None is the network's own"
+            )
 
 
 def create_model(config: ModelConfig) -> nn.Module:
@@ -46,17 +57,73 @@ def create_model(config: ModelConfig) -> nn.Module:
     Raises:
         ValueError: no such network, or one that does not take an option.
     """
-    names = ("norm", "width", "depths", "binarizer", "residual")
-    options: dict[str, Any] = {key: value for key in names if (value := getattr(config, key)) is not None}
+    options: dict[str, Any] = {key: value for key in OPTIONS if (value := getattr(config, key)) is not None}
     if not timm.is_model(config.name):
         near = timm.list_models(f"*{config.name[:6]}*")[:3] or ["birealnet18", "xnornet", "binarynet"]
         raise ValueError(f"there is no network {config.name!r} (model.name); did you mean one of {', '.join(near)}?")
     try:
         model: nn.Module = timm.create_model(config.name, num_classes=config.num_classes, **options)
     except TypeError as error:
+        refused = _refused_options(config, options)
+        if not refused:
+            raise
+        unset = " ".join(f"--model.{name} None" for name in refused)
         raise ValueError(
-            f"the network {config.name} does not take one of the options {sorted(options)}: {error}"
+            f"the network {config.name} does not take one of the options {sorted(options)}: leave {', '.join(refused)} to it "
+            f"with {unset}"
         ) from error
     if config.initial_weights == "real":
         start_real(model)
     return model
+
+
+def _refused_options(config: ModelConfig, options: dict[str, Any]) -> list[str]:
+    """Return the names of `options` that the network does not know."""
+    refused: list[str] = []
+    while True:
+        taken = {name: value for name, value in options.items() if name not in refused}
+        try:
+            with torch.device("meta"):
+                timm.create_model(config.name, num_classes=config.num_classes, **taken)
+        except TypeError as error:
+            match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if match is None or match[1] not in taken:
+                return refused
+            refused.append(match[1])
+        else:
+            return refused
+
+
+def check_images(config: ModelConfig, image_size: int, batch_size: int) -> None:
+    """Raise ValueError unless the network can be trained on batches of square images; nothing is computed if it can.
+
+    Args:
+        config: of the network.
+        image_size: pixels of a side.
+        batch_size: images that go through it at a time.
+    """
+    _forward(config, image_size, 2)
+    if batch_size == 1:
+        _forward(config, image_size, 1)
+
+
+def _forward(config: ModelConfig, image_size: int, batch_size: int) -> None:
+    for device in ("meta", "cpu"):  # a network may need values, which "meta" does not have
+        try:
+            with torch.device(device):
+                model = create_model(config)
+                model(torch.zeros(batch_size, 3, image_size, image_size))
+                return
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                f"a batch normalization of {config.name} has a single value per channel where {batch_size} image goes through it "
+                f"at a time (global_batch_size / num_replicas): raise --global_batch_size, lower --num_replicas, or use "
+                f"--model.norm layer if the network has it"
+            ) from error
+        except (RuntimeError, AssertionError) as error:
+            if "DefaultCPUAllocator" in str(error):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise ValueError(f"the network {config.name} cannot take images of {image_size}x{image_size} pixels: {reason}")

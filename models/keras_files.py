@@ -1,33 +1,44 @@
 """Files of weights that Keras wrote, as arrays by name."""
 
+import io
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "read_keras_file"]
+__all__ = ["SUFFIXES", "Array", "read_keras_file"]
 
 Array = NDArray[Any]
+SUFFIXES = (".npz", ".h5", ".hdf5", ".keras")
+_KERAS_MEMBER = "model.weights.h5"
+"""Weights in a .keras archive."""
+_NO_LAYERS = ("optimizer", "metrics", "compile_metrics", "seed_generator")
+"""Groups that a file in Keras' newer format has besides layers."""
 
 
 def read_keras_file(path: Path) -> dict[str, Array]:
-    """All variables of a file by name, "layer/variable:0" in .h5 and as `np.savez` got it in .npz.
+    """Read all variables of a file, each by a name of its own.
+
+    Names are "layer/variable:0" in .h5 of Keras 2, with the models around a nested layer in front ("model/layer/variable:0");
+    "layer/vars/0" in .keras and .weights.h5 of Keras 2.12 and later, which number the layers of each class; and in .npz as
+    `np.savez` got them.
 
     Args:
-        path: .npz, or .h5 of Keras 2's `model.save_weights` or `model.save`.
+        path: .npz; .h5 of `model.save_weights` or `model.save`; .keras.
 
     Raises:
         ValueError: no such file, another suffix, or not a file of Keras.
     """
-    if path.suffix not in (".npz", ".h5"):
-        raise ValueError(f"the weights file {path} ends in {path.suffix!r}; expected .npz or .h5")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"the weights file {path} ends in {path.suffix!r}; expected {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise ValueError(f"there is no weights file {path}")
     try:
-        arrays = _read_npz(path) if path.suffix == ".npz" else _read_h5(path)
+        arrays = _read_npz(path) if path.suffix == ".npz" else _read_h5(_hdf5_in(path))
     except (ValueError, OSError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a weights file of Keras: {error}") from error
     if not arrays:
@@ -39,25 +50,69 @@ def _read_npz(path: Path) -> dict[str, Array]:
     if not zipfile.is_zipfile(path):
         raise ValueError("it is no archive as np.savez writes it")
     with np.load(path) as file:
+        if twice := [name for name in file.files if file.files.count(name) > 1]:
+            raise ValueError(f"it has {twice[0]} twice")
         return dict(file)
 
 
-def _read_h5(path: Path) -> dict[str, Array]:
+def _hdf5_in(path: Path) -> Path | io.BytesIO:
+    """Return the HDF5 file: `path` itself, or what a .keras archive holds."""
+    if path.suffix != ".keras":
+        return path
+    with zipfile.ZipFile(path) as archive:
+        if _KERAS_MEMBER not in archive.namelist():
+            raise ValueError(f"it holds no {_KERAS_MEMBER}")
+        return io.BytesIO(archive.read(_KERAS_MEMBER))
+
+
+def _read_h5(source: Path | io.BytesIO) -> dict[str, Array]:
     import h5py  # here: most runs read no such file
 
-    def names(group: Any, key: str) -> list[str]:
-        # Keras splits a list that is too long for one attribute into key0, key1, ...
-        parts = [f"{key}{index}" for index in range(len(group.attrs))]
-        keys = [name for name in [key, *parts] if name in group.attrs]
-        if not keys:
-            raise ValueError(f"its group {group.name} has no attribute {key}, which save_weights of Keras 2 writes")
-        values = [value for key in keys for value in group.attrs[key]]
-        return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
-
-    with h5py.File(path) as file:
+    with h5py.File(source) as file:
         root = file.get("model_weights", file)
-        return {
-            f"{layer}/{variable.rsplit('/', 1)[-1]}": np.asarray(root[layer][variable][()])
-            for layer in names(root, "layer_names")
-            for variable in names(root[layer], "weight_names")
+        if any(name.startswith("layer_names") for name in root.attrs):
+            return _read_named(root)
+        found = {
+            name: np.asarray(dataset[()])
+            for name, dataset in _datasets(root, h5py.Dataset)
+            if "/vars/" in f"/{name}" and name.split("/")[0] not in _NO_LAYERS
         }
+        if not found:
+            raise ValueError(
+                "its group / has no attribute layer_names, as of Keras 2, and no groups called vars, as of later ones"
+            )
+        return found
+
+
+def _datasets(group: Any, kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every data set below `group` with its path."""
+    for name, item in group.items():
+        if isinstance(item, kind):
+            yield prefix + name, item
+        else:
+            yield from _datasets(item, kind, f"{prefix}{name}/")
+
+
+def _read_named(root: Any) -> dict[str, Array]:
+    """The variables that Keras 2 lists by name: those of a nested model all stand in the group of that model."""
+    arrays: dict[str, Array] = {}
+    for layer in _names(root, "layer_names"):
+        for variable in _names(root[layer], "weight_names"):
+            scope, _, last = variable.rpartition("/")
+            name = variable if variable.startswith(f"{layer}/") else f"{layer}/{variable}"
+            if scope in ("", layer):
+                name = f"{layer}/{last}"
+            if name in arrays:
+                raise ValueError(f"it lists {name} twice, so that one cannot be told from the other")
+            arrays[name] = np.asarray(root[layer][variable][()])
+    return arrays
+
+
+def _names(group: Any, key: str) -> list[str]:
+    # Keras splits a list that is too long for one attribute into key0, key1, ...
+    parts = [f"{key}{index}" for index in range(len(group.attrs))]
+    keys = [name for name in [key, *parts] if name in group.attrs]
+    if not keys:
+        raise ValueError(f"its group {group.name} has no attribute {key}, which save_weights of Keras 2 writes")
+    values = [value for key in keys for value in group.attrs[key]]
+    return [value.decode() if isinstance(value, bytes) else str(value) for value in values]

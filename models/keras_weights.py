@@ -41,7 +41,8 @@ _NORM_VARIABLES = {
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
-_NAME = re.compile(rf"({'|'.join(_KINDS.values())})(?:_([1-9]\d*))?/(\w+)(?::0)?")
+_LAYER = re.compile(rf"({'|'.join(_KINDS.values())})(?:_([1-9]\d*))?")
+_VARIABLE = re.compile(r"(\w+)(?::0)?")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,9 +92,9 @@ def load_keras_weights(model: nn.Module, path: Path, *, scales: Scales = "none")
 
     Args:
         model: `BinaryNet`, `XNORNet` or `BiRealNet`, of either norm.
-        path: .h5 of `model.save_weights` or `model.save`, or .npz with arrays called as Keras' variables are
+        path: .h5 of `model.save_weights` or `model.save`, .keras, or .npz with arrays called as Keras' variables are
             ("quant_conv2d_1/kernel:0"; numbers may start anywhere, Keras counts over all models of a process) or
-            with those of `np.savez(path, *model.get_weights())`.
+            with those of `np.savez(path, *model.get_weights())`. Layers may be in models that are nested in each other.
         scales: "larq-zoo" for kernels that stand for their sign times mean|W| of each output filter
             (`larq.quantizers.MagnitudeAwareSign`): the factor moves into the BatchNorm behind the layer, and the logits
             stay the same. "none": the sign is all.
@@ -107,8 +108,12 @@ def load_keras_weights(model: nn.Module, path: Path, *, scales: Scales = "none")
     layers = _layers(model)
     arrays = read_keras_file(path)
     network = f"{type(model).__name__} with {next(layer.kind for layer in layers if layer.kind in _NORMS)}"
-    by_order = all(re.fullmatch(r"arr_\d+", name) for name in arrays)
-    found = (_match_by_order if by_order else _match_by_name)(arrays, layers, network, path)
+    match = _match_by_name
+    if all(re.fullmatch(r"arr_\d+", name) for name in arrays):
+        match = _match_by_order
+    elif all(re.search(r"/vars/\d+$", name) for name in arrays):
+        match = _match_by_class
+    found = match(arrays, layers, network, path)
     _check(found, network, path)
     if scales == "larq-zoo":
         _fold_scales(found, path)
@@ -203,36 +208,112 @@ def _match_by_order(arrays: dict[str, Array], layers: list[_Layer], network: str
     return found
 
 
+def _match_by_class(arrays: dict[str, Array], layers: list[_Layer], network: str, path: Path) -> _Matches:
+    """Names as "layers/conv2d_1/vars/0": Keras 2.12 and later number layers and variables in the order of `get_weights`."""
+    in_order = sorted(arrays, key=_numbered)
+    groups = _grouped({name.replace("/vars/", "/"): (name, arrays[name]) for name in in_order}, path)
+    found: _Matches = {layer: {} for layer in layers}
+    for kind in _worst_first(groups):
+        targets = [layer for layer in layers if layer.kind == kind]
+        numbered = sorted(groups[kind].items())
+        _check_order([next(iter(variables.values())).name for _, variables in numbered], kind, path)
+        _refuse_surplus(kind, targets, dict(numbered[len(targets) :]), network, path)
+        for layer, (_, variables) in zip(targets, numbered, strict=False):
+            names = list(layer.variables)
+            if len(variables) == len(names) - 1 and names[0] == "gamma":
+                names = names[1:]
+            if surplus := list(variables.values())[len(names) :]:
+                raise ValueError(
+                    f"{path} has {surplus[0].name} of shape {surplus[0].array.shape}; {network} expects only "
+                    f"{', '.join(names)} of that layer"
+                )
+            found[layer] = dict(zip(names, [variables[number] for number in sorted(variables, key=int)], strict=False))
+    return found
+
+
+def _numbered(name: str) -> list[tuple[str, int]]:
+    """A key by which x_10 comes after x_9, and x before x_1, in each part of a path."""
+    parts = [part.rpartition("_") for part in name.split("/")]
+    return [(head, int(tail)) if head and tail.isdecimal() else (head + mark + tail, 0) for head, mark, tail in parts]
+
+
+def _check_order(names: Sequence[str], kind: str, path: Path) -> None:
+    """Raise ValueError if layers of one class are in nested models of several classes, whose order such a file does not say."""
+    models = {re.sub(r"_\d+", "", name.split(f"/{kind}")[0]): name for name in names}
+    if len(models) > 1:
+        first, second = list(models.values())[:2]
+        raise ValueError(
+            f"{path} has {first} and {second}, and does not say which of them comes first: "
+            f"save the weights with np.savez(path, *model.get_weights())"
+        )
+
+
 def _match_by_name(arrays: dict[str, Array], layers: list[_Layer], network: str, path: Path) -> _Matches:
     """Layers of a class correspond by their numbers, or by the order of those where Keras had counted on."""
-    groups: dict[str, dict[int, dict[str, _Found]]] = {}
-    for name, array in arrays.items():
-        match = _NAME.fullmatch(name)
-        if match is None:
+    groups = _grouped({name: (name, array) for name, array in arrays.items()}, path)
+    found: _Matches = {layer: {} for layer in layers}
+    for kind in _worst_first(groups):
+        targets = [layer for layer in layers if layer.kind == kind]
+        # Keras counts over all models of a process, so that numbers hold across nested ones, unless somebody named the layers.
+        by_number = {number: variables for (_, number), variables in groups[kind].items()}
+        numbered = by_number if len(by_number) == len(groups[kind]) else {}
+        if not numbered or max(numbered) >= len(targets):
+            numbered = {order: groups[kind][place] for order, place in enumerate(_places(groups[kind], bool(numbered)))}
+        for layer in targets:
+            found[layer] = numbered.pop(layer.number, {})
+        _refuse_surplus(kind, targets, numbered, network, path)
+    return found
+
+
+_Place = tuple[int, int]
+"""A nested model, in the order of the file, and the number of a layer in it."""
+
+
+def _places(group: dict[_Place, Any], by_number: bool) -> list[_Place]:
+    """The layers of a class in their order: by their numbers, or, where those of nested models collide, model by model."""
+    return sorted(group, key=lambda place: place[1]) if by_number else sorted(group)
+
+
+def _grouped(arrays: dict[str, tuple[str, Array]], path: Path) -> dict[str, dict[_Place, dict[str, _Found]]]:
+    """Variables ("models/around/layer/variable" -> name in the file and array) by class, layer and variable."""
+    groups: dict[str, dict[_Place, dict[str, _Found]]] = {}
+    models: dict[str, int] = {}
+    for place, (name, array) in arrays.items():
+        *above, last = place.split("/")
+        matches = [(index, match) for index, part in enumerate(above) if (match := _LAYER.fullmatch(part))]
+        variable = _VARIABLE.fullmatch(last)
+        if not matches or variable is None:
             raise ValueError(
                 f"{path} has {name} of shape {array.shape}; expected names as quant_conv2d_1/kernel:0, of layers called "
                 f"{', '.join(_KINDS.values())}, or only arr_0, arr_1, ..."
             )
-        variables = groups.setdefault(match[1], {}).setdefault(int(match[2] or 0), {})
-        if match[3] in variables:
-            raise ValueError(f"{path} has {name} of shape {array.shape} twice; {network} expects it once")
-        variables[match[3]] = _Found(name, array)
-    found: _Matches = {layer: {} for layer in layers}
-    for kind in sorted(groups, key=_NORMS.__contains__, reverse=True):  # the other norm is the clearest mismatch
-        numbered = groups[kind]
-        targets = [layer for layer in layers if layer.kind == kind]
-        if max(numbered) >= len(targets):
-            numbered = {order: numbered[number] for order, number in enumerate(sorted(numbered))}
-        for layer in targets:
-            found[layer] = numbered.pop(layer.number, {})
-        for surplus in numbered.values():
-            name, array = next(iter(surplus.values()))
-            other = ": one norm's weights do not fit the other; build the network with the file's norm"
+        index, layer = matches[0]
+        model = models.setdefault("/".join(above[:index]), len(models))
+        variables = groups.setdefault(layer[1], {}).setdefault((model, int(layer[2] or 0)), {})
+        if other := variables.get(variable[1]):
             raise ValueError(
-                f"{path} has {name} of shape {array.shape}; {network} expects {len(targets)} {kind} layers"
-                f"{other if kind in _NORMS and not targets else ''}"
+                f"{path} has {name} of shape {array.shape} twice: {other.name} is the same variable of the same layer; "
+                f"expected it once"
             )
-    return found
+        variables[variable[1]] = _Found(name, array)
+    return groups
+
+
+def _worst_first(groups: dict[str, Any]) -> list[str]:
+    """The classes, norms first: the other norm is the clearest mismatch."""
+    return sorted(groups, key=_NORMS.__contains__, reverse=True)
+
+
+def _refuse_surplus(
+    kind: str, targets: Sequence[_Layer], surplus: dict[Any, dict[str, _Found]], network: str, path: Path
+) -> None:
+    for variables in surplus.values():
+        name, array = next(iter(variables.values()))
+        other = ": one norm's weights do not fit the other; build the network with the file's norm"
+        raise ValueError(
+            f"{path} has {name} of shape {array.shape}; {network} expects {len(targets)} {kind} layers"
+            f"{other if kind in _NORMS and not targets else ''}"
+        )
 
 
 def _check(found: _Matches, network: str, path: Path) -> None:

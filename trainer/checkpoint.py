@@ -22,6 +22,8 @@ from typing import Any
 
 from torch import nn
 
+from bitfleet.trainer.strict_json import finite_or_null, to_json
+
 FOLDER = "checkpoints"
 ENGINE = "engine"
 META = "meta.json"
@@ -132,7 +134,8 @@ def file_facts(path: Path) -> dict[str, Any]:
 def write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
     """Write and flush meta.json, which ends with a hash over itself."""
     with (folder / META).open("w") as file:
-        file.write(json.dumps({**meta, "meta_sha256": _meta_sha(meta)}, indent=2) + "\n")
+        meta = finite_or_null(meta)
+        file.write(to_json({**meta, "meta_sha256": _meta_sha(meta)}, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -22,7 +22,7 @@ from bitfleet.trainer.config import TrainConfig, to_dict
 from bitfleet.trainer.data.cache import cache_folder
 from bitfleet.trainer.data.readable import Readable, readable
 from bitfleet.trainer.distributed import Ranks, nccl_version
-from bitfleet.trainer.run_folder import git_revision
+from bitfleet.trainer.run_folder import checkpoint_disk, git_revision, planned_folder
 
 PACKAGES = ("bitfleet", "torch", "torchvision", "deepspeed", "timm", "numpy")
 KERNEL_WEIGHTS = 4096
@@ -83,7 +83,7 @@ class Facts:
 
 def collect_facts(config: TrainConfig | None, ranks: Ranks, device: torch.device) -> Facts:
     """The facts of this rank and its device, about its data too if there is a configuration."""
-    run_folder = _existing(config.run_dir or config.output if config else Path("runs"))
+    run_folder = checkpoint_disk(planned_folder(config) if config else Path("runs"))
     cache, free_cache = _cache()
     return Facts(
         rank=ranks.rank,
@@ -149,14 +149,6 @@ def free_where_writable(folder: Path) -> int | None:
             return shutil.disk_usage(folder).free
     except OSError:
         return None
-
-
-def _existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists."""
-    path = path.expanduser().absolute()
-    while not path.is_dir():
-        path = path.parent
-    return path
 
 
 def _cache() -> tuple[str, int | None]:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from bitfleet.trainer.user_paths import users_path
+
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 """What convolutions and matrix products compute in (docs/precision.md)."""
 AUTOCAST: dict[str, str] = {"bf16": "bfloat16", "fp16": "float16"}
@@ -194,7 +196,14 @@ def deepspeed_options(
             raise ValueError(
                 f'{config.deepspeed} sets the DeepSpeed option "{key}", which belongs to the field {OWNED[key]}'
             )
+    options = _with_users_paths(options)
     options.setdefault("steps_per_print", 2**31)  # the progress bar prints
     # On by default, and synchronised: it would drain the GPU twice per micro-batch for a figure that nobody reads.
     options.setdefault("timers", {"throughput": {"enabled": False}})
     return merge(owned, options, config.deepspeed)
+
+
+def _with_users_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_users_paths(each) for key, each in value.items()}
+    return str(users_path(value)) if isinstance(value, str) and value.startswith("~") else value

@@ -20,6 +20,7 @@ from bitfleet.trainer.distributed import Ranks, sum_of_numbers
 from bitfleet.trainer.engine import autocast
 from bitfleet.trainer.engine_options import Precision, resolve_precision
 from bitfleet.trainer.metrics import Accuracy, AccuracyMeter
+from bitfleet.trainer.nonfinite import broken
 from bitfleet.trainer.run_folder import read_config
 
 
@@ -85,6 +86,7 @@ def evaluate_run(
 
     Raises:
         ValueError: no run, no checkpoint, other classes than the run's, a precision that the device does not have.
+        FloatingPointError: weights or running statistics are not finite.
     """
     checkpoint = path.resolve() if is_checkpoint(path) else latest_checkpoint(path)
     config = read_config(checkpoint.parents[1] if checkpoint else path)
@@ -105,6 +107,11 @@ def evaluate_run(
     loader = ValidationLoader(dataset, data, device=device, **place)
     model = create_model(config.model).to(device)
     load_model(model, checkpoint)
+    if names := broken([*model.named_parameters(), *model.named_buffers()]):
+        raise FloatingPointError(
+            f"the network of {checkpoint} predicts nothing: values of {', '.join(names[:3])} are not finite; evaluate an earlier "
+            f"checkpoint"
+        )
     trained_in = config.engine.precision
     own = "fp32" if trained_in == "tf32" and device.type != "cuda" else resolve_precision(trained_in, device.type)
     accuracies: dict[Precision, Accuracy] = {}

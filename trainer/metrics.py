@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from bitfleet.optim import is_binary
 from bitfleet.trainer.distributed import sum_over_ranks_
 from bitfleet.trainer.metrics_diagnostics import show_diagnostics
+from bitfleet.trainer.strict_json import finite_or_null, to_json
 from bitfleet.trainer.whole_file import replace
 
 JSONL = "metrics.jsonl"
@@ -181,17 +182,20 @@ class MetricsWriter:
 
         path = run / JSONL
         kept = [line for line in read_metrics(run) if line["step"] <= start_step]
-        replace(path, "".join(json.dumps(line) + "\n" for line in kept))
+        replace(path, "".join(to_json(line) + "\n" for line in kept))
         self._file = path.open("a")
         order_event_files(run / TENSORBOARD, time.time())
         self._tensorboard = SummaryWriter(str(run / TENSORBOARD), purge_step=start_step + 1)
         self._has_layout = False
 
-    def write(self, kind: str, step: int, values: Mapping[str, float | str]) -> None:
-        """Log `values` of `kind` ("train" or "validation") after `step` optimizer steps; TensorBoard gets the numbers."""
+    def write(self, kind: str, step: int, values: Mapping[str, float | str | None]) -> None:
+        """Log `values` of `kind` ("train" or "validation") after `step` optimizer steps; TensorBoard gets the numbers.
+
+        None, and what is not finite, is null in metrics.jsonl.
+        """
         self._append(kind, step, values)
         for key, value in values.items():
-            if not isinstance(value, str):
+            if value is not None and not isinstance(value, str):
                 self._tensorboard.add_scalar(f"{kind}/{key}", value, step)
 
     def write_diagnostics(self, step: int, values: Mapping[str, Any]) -> None:
@@ -201,7 +205,7 @@ class MetricsWriter:
         self._has_layout = True
 
     def _append(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.write(to_json({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
 
     def write_text(self, tag: str, text: str) -> None:
@@ -230,13 +234,16 @@ def order_event_files(folder: Path, now: float) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line that was cut off by a crash is left out."""
+    """The lines of a run's metrics.jsonl; a last line that was cut off by a crash is left out.
+
+    A value that was not finite is None.
+    """
     path = run / JSONL
     lines = path.read_text().splitlines() if path.exists() else []
     metrics = []
     for number, line in enumerate(lines, start=1):
         try:
-            metrics.append(json.loads(line))
+            metrics.append(finite_or_null(json.loads(line)))
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise ValueError(f"{path}:{number} is not JSON: {error}") from error

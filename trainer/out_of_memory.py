@@ -1,42 +1,72 @@
-"""What a run says when a GPU has no memory left: what it asked for, what it had, and what to change."""
+"""What a run says when memory runs out, of a GPU or of the machine: what was asked for, what there was, and what to change."""
 
 import re
 import socket
 
+import psutil
 import torch
 
 from bitfleet.trainer.config import TrainConfig
 
+_GPU = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_CPU = ("DefaultCPUAllocator", "Cannot allocate memory", "std::bad_alloc")
+"""Parts of the text of a RuntimeError that is about memory: of a GPU, or of the machine."""
 
-def out_of_memory(error: torch.OutOfMemoryError) -> str:
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether `error` is about memory, of a GPU or of the machine; torch has its own class for some of them only."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in (*_GPU, *_CPU))
+
+
+def out_of_memory(error: BaseException) -> str:
     """Say in a clause what was asked for and what is free, without torch's advice on its allocator."""
     text = " ".join(str(error).split())
+    host = socket.gethostname()
+    if isinstance(error, MemoryError) or any(part in text for part in _CPU):
+        found = re.search(r"tried to allocate (\d+) bytes", text)
+        asked = (
+            f"tried to allocate {int(found[1]) / 1e9:,.2f} GB" if found else text.split(". ")[0] or "Python got no more"
+        )
+        free = psutil.virtual_memory().available
+        return f"{host} is out of memory ({asked}, {free / 1e9:,.2f} GB are free)"
     found = re.search(r"Tried to allocate .*? is free", text)
-    return f"a GPU of {socket.gethostname()} is out of memory ({found.group() if found else text.split('. ')[0]})"
+    return f"a GPU of {host} is out of memory ({found.group() if found else text.split('. ')[0]})"
 
 
 def training_out_of_memory(
-    error: torch.OutOfMemoryError, config: TrainConfig, *, num_replicas: int, device: torch.device, predicted: int
+    error: BaseException, config: TrainConfig, *, num_replicas: int, device: torch.device, predicted: int
 ) -> str:
     """Say in a sentence which batch did not fit, and what to change.
 
     Args:
-        error: of torch.
+        error: for which `is_out_of_memory` holds.
         config: of the run; its precision is the one that it computes in.
         num_replicas: micro-batches per step over all ranks.
         device: of this rank.
         predicted: bytes that a rank was to need at most.
     """
     images = config.global_batch_size // num_replicas
-    # Everything that torch has on the GPU; on a CPU, in tests, there is no such number.
-    taken = f", {torch.cuda.max_memory_allocated(device) / 1e9:,.1f} GB allocated" if device.type == "cuda" else ""
+    # On a GPU everything that torch has there, on a CPU what the process holds.
+    on_gpu = device.type == "cuda"
+    taken = torch.cuda.max_memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss
     ways = [
-        f"--num_replicas {2 * num_replicas} (micro-batches of half the images)",
+        *_more_replicas(images, num_replicas),
         "a smaller --global_batch_size",
         *(["--engine.precision bf16"] if config.engine.precision in ("fp32", "tf32") else []),
         "in a validation --data.val_batch_size",
     ]
     return (
         f"{out_of_memory(error)}: a rank trains on {images:,} images at a time in {config.engine.precision}, "
-        f"{predicted / 1e9:,.1f} GB were predicted{taken}; what helps: {', '.join(ways)}"
+        f"{predicted / 1e9:,.1f} GB were predicted, {taken / 1e9:,.1f} GB allocated; what helps: {', '.join(ways)}"
     )
+
+
+def _more_replicas(images: int, num_replicas: int) -> list[str]:
+    """The next number of replicas that shares the batch equally, if micro-batches keep two images, as BatchNorm needs."""
+    parts = next((parts for parts in range(2, images // 2 + 1) if images % parts == 0), None)
+    if parts is None:
+        return []
+    each = "half the images" if parts == 2 else f"{images // parts} images"
+    return [f"--num_replicas {parts * num_replicas} (micro-batches of {each})"]

@@ -1,11 +1,12 @@
 """How fast the parts of a machine are: a small table of published figures, or a file that `bitfleet bench plan` measured."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
+
+from bitfleet.trainer.strict_json import to_json
 
 FLOP_PER_MAC = 6
 """Forward 2 (multiply and add), backward twice that."""
@@ -98,7 +99,7 @@ def read_rates(path: Path) -> Rates:
 def write_rates(rates: Rates, path: Path) -> None:
     """Write `rates` as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dataclasses.asdict(rates), indent=2) + "\n")
+    path.write_text(to_json(dataclasses.asdict(rates), indent=2) + "\n")
 
 
 def published(gpu: str, precision: Literal["fp32", "tf32", "bf16", "fp16"], image_size: int) -> Rates:

@@ -155,8 +155,9 @@ def _try_steps(
     optimizer = parts.optimizer
     checked = ""
     if isinstance(optimizer, ShardedOptimizer):
-        if optimizer.num_skipped_steps:
-            raise ValueError(f"the gradient of {', '.join(optimizer.nonfinite[:3])} is not finite")
+        if optimizer.num_skipped_steps and optimizer.loss_scale is None:  # which such steps may be needed to find
+            names = ", ".join(optimizer.nonfinite[:3]) or "all parameters together"
+            raise ValueError(f"the gradient of {names} is not finite")
         optimizer.check_agreement()
         checked = ", equal on all ranks" if ranks.world_size > 1 else ""
     with whole_weights(parts.engine):

@@ -28,13 +28,31 @@ class Progress:
         )
 
     def update(
-        self, step: int, *, loss: float, top1: float, images_per_second: float, flip_ratio: float | None
+        self,
+        step: int,
+        *,
+        loss: float | None,
+        top1: float,
+        images_per_second: float,
+        flip_ratio: float | None,
+        num_skipped: int = 0,
     ) -> None:
-        """Show the state after `step` optimizer steps."""
+        """Show the state after `step` optimizer steps.
+
+        Args:
+            step: done so far.
+            loss: mean since the last report; None where every step since then was skipped.
+            top1: likewise.
+            images_per_second: since the last report.
+            flip_ratio: of the last step, if it is known.
+            num_skipped: steps of the run that were skipped because a gradient was not finite.
+        """
         num_epochs = -(-self._num_steps // self._steps_per_epoch)
         epoch = f"epoch {(step - 1) // self._steps_per_epoch + 1}/{num_epochs}"
         flips = "" if flip_ratio is None else f" flips {flip_ratio:.1e}"
-        state = f"loss {loss:.3f} top-1 {top1:.1%} {images_per_second:,.0f} images/s{flips}"
+        means = "no step made" if loss is None else f"loss {loss:.3f} top-1 {top1:.1%}"
+        skipped = f" {num_skipped:,} skipped" if num_skipped else ""
+        state = f"{means} {images_per_second:,.0f} images/s{flips}{skipped}"
         if not self._bar.disable:
             self._bar.set_description_str(epoch, refresh=False)
             self._bar.set_postfix_str(state, refresh=False)

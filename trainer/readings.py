@@ -18,7 +18,7 @@ class Reading(NamedTuple):
 
     train: Accuracy
     further: dict[str, Any]
-    """Flip ratios and facts, for the line of `train`; nothing without images, or when the loss is not finite."""
+    """Flip ratios and facts, for the line of `train`; only the skipped steps without images, or when the loss is not finite."""
     diagnostics: dict[str, Any]
     seconds: float
     data_seconds: float
@@ -53,10 +53,10 @@ class Readings:
         own_seconds = numbers_from_ranks(self.own_time.read())
         seconds, data_seconds = self.stopwatch.read()
         speed, self._num_earlier_images = (train.num_images - self._num_earlier_images) / seconds, 0
-        if train.num_images == 0 or not math.isfinite(train.loss):
-            return Reading(train, {}, {}, seconds, data_seconds, speed)
-        flips = self.flips.report(counts)
         facts: dict[str, Any] = {"skipped_steps": num_skipped_steps()}
+        if train.num_images == 0 or not math.isfinite(train.loss):
+            return Reading(train, facts, {}, seconds, data_seconds, speed)
+        flips = self.flips.report(counts)
         if self._counts_replaced:
             facts["replaced_samples"] = int(sum(numbers_from_ranks(num_replaced)))
         facts |= self._stragglers.facts(own_seconds, say)

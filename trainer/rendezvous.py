@@ -9,6 +9,7 @@ import datetime
 import json
 import os
 import socket
+import sys
 import time
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.distributed.distributed_c10d import Store
 
 _ARRIVED, _ALL, _FAILED, _HEARD = "bitfleet/arrived", "bitfleet/all", "bitfleet/failed", "bitfleet/heard"
 POLL_SECONDS = 0.2
+QUIET_SECONDS = 10.0
+"""How long ranks wait for each other before one of them says whom they wait for."""
 TELL_SECONDS = 15.0
 """How long a rank that fails at the very start waits for the others, whose imports may take longer."""
 
@@ -67,7 +70,8 @@ class Meeting:
 
     def _wait_for_server(self, timeout: datetime.timedelta) -> None:
         """Knock until somebody listens; torch's own waiting prints stack traces."""
-        give_up = time.monotonic() + timeout.total_seconds()
+        start = time.monotonic()
+        give_up, speaks = start + timeout.total_seconds(), os.environ.get("LOCAL_RANK", "0") == "0"
         while True:
             try:
                 socket.create_connection((self.address, self.port), timeout=5).close()
@@ -79,6 +83,12 @@ class Meeting:
                         f"{in_words(timeout)} ({error.strerror or error}): has its host started, can this host reach it, and "
                         "is --master_addr right?"
                     ) from None
+                if speaks and time.monotonic() > start + QUIET_SECONDS:
+                    speaks = False
+                    _say(
+                        f"rank {self.rank} waits for rank 0, which does not answer at {self.address}:{self.port} "
+                        f"({error.strerror or error}); it gives up after {in_words(timeout)}"
+                    )
                 time.sleep(POLL_SECONDS)
 
     def wait_for_all(self, timeout: datetime.timedelta, gpu: str = "") -> Store:
@@ -92,8 +102,9 @@ class Meeting:
             ValueError: some have not come within `timeout`; they are named. Or another rank has the GPU.
             PeerFailed: one of them has failed.
         """
-        give_up = time.monotonic() + timeout.total_seconds()
         store = self.store(timeout)
+        start = time.monotonic()
+        give_up, is_quiet = start + timeout.total_seconds(), True
         try:
             store.set(f"bitfleet/host/{self.rank}", socket.gethostname())
             self._claim(gpu, store)
@@ -103,6 +114,9 @@ class Meeting:
                 self.look_for_failure()
                 if time.monotonic() > give_up:
                     raise ValueError(self._who_is_missing(store, timeout))
+                if is_quiet and time.monotonic() > start + QUIET_SECONDS:
+                    is_quiet = False
+                    self._say_who_is_missing(store, timeout)
                 time.sleep(POLL_SECONDS)
         except dist.DistError as error:
             raise ValueError(
@@ -133,15 +147,28 @@ class Meeting:
                     self._store.add(_HEARD, 1)
                 raise PeerFailed(failure["code"])
 
-    def _who_is_missing(self, store: Store, timeout: datetime.timedelta) -> str:
+    def _missing(self, store: Store) -> tuple[list[int], str]:
+        """Return the ranks that have not come, and in words those that have, by host."""
         hosts: dict[str, list[int]] = {}
-        missing = []
+        missing: list[int] = []
         for rank in range(self.world_size):
             if store.check([key := f"bitfleet/host/{rank}"]):
                 hosts.setdefault(store.get(key).decode(), []).append(rank)
             else:
                 missing.append(rank)
-        came = ", ".join(f"{in_ranks(ranks)} on {host}" for host, ranks in hosts.items())
+        return missing, ", ".join(f"{in_ranks(ranks)} on {host}" for host, ranks in hosts.items())
+
+    def _say_who_is_missing(self, store: Store, timeout: datetime.timedelta) -> None:
+        """Say for whom the ranks wait, once for all of them: the first that has come does."""
+        missing, came = self._missing(store)
+        if missing and all(rank in missing for rank in range(self.rank)):
+            _say(
+                f"waiting for {in_ranks(missing)} of {self.world_size} at {self.address}:{self.port} (there: {came}); "
+                f"the job gives up after {in_words(timeout)}"
+            )
+
+    def _who_is_missing(self, store: Store, timeout: datetime.timedelta) -> str:
+        missing, came = self._missing(store)
         return (
             f"{in_ranks(missing)} of {self.world_size} did not come to {self.address}:{self.port} within {in_words(timeout)} "
             f"(there: {came}): have all hosts started, and can they reach it?"
@@ -165,6 +192,10 @@ class Meeting:
             give_up = time.monotonic() + TELL_SECONDS
             while self.rank == 0 and store.add(_HEARD, 0) < self.world_size - 1 and time.monotonic() < give_up:
                 time.sleep(POLL_SECONDS)
+
+
+def _say(text: str) -> None:
+    print(f"bitfleet: {text}", file=sys.stderr, flush=True)
 
 
 def loopback_hint() -> str:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.distributed import Ranks, from_first_rank
 from bitfleet.trainer.journal_writer import open_journal
+from bitfleet.trainer.loss_watch import LossWatch
 from bitfleet.trainer.metrics import Accuracy, MetricsWriter, read_metrics
 from bitfleet.trainer.progress import Progress
 from bitfleet.trainer.readings import Reading
@@ -49,7 +50,7 @@ class Reports:
         routing: str,
         optimizer: Optimizer,
     ) -> None:
-        self.latest: dict[str, dict[str, float | str]] = {}
+        self.latest: dict[str, dict[str, float | str | None]] = {}
         """The last line of "train" and of "validation", on rank 0."""
         self._config, self._steps_per_epoch = config, steps_per_epoch
         self._log: MetricsWriter | None = None
@@ -58,9 +59,10 @@ class Reports:
             self._log = MetricsWriter(path, step)
             self._log.write_text("config", (path / "config.json").read_text())
             self._log.write_text("routing", routing)
-            self.latest = {
-                line.pop("kind"): line for line in read_metrics(path) if line["kind"] in ("train", "validation")
-            }
+            lines = [line for line in read_metrics(path) if line["kind"] in ("train", "validation")]
+            losses = [line["loss"] for line in lines if line["kind"] == "train"]
+            self._loss_watch = LossWatch(config.model.num_classes, losses)
+            self.latest = {line.pop("kind"): line for line in lines}
         self._journal = open_journal(config.journal.enabled, path, ranks, optimizer)
         self._progress = Progress(
             start_step=step, num_steps=num_steps, steps_per_epoch=steps_per_epoch, visible=ranks.is_first
@@ -71,14 +73,18 @@ class Reports:
         return bool(from_first_rank(self.latest.get("validation", {}).get("step") == step))
 
     def train(self, step: int, reading: Reading, hyperparameters: Mapping[str, float]) -> None:
-        """Report training since the last report: means, what else was read, and the time that it took."""
+        """Report training since the last report: means, what else was read, and the time that it took.
+
+        Where every step was skipped there are no means: they are None.
+        """
         if self._log is None:
             return
         accuracy, further, speed = reading.train, reading.further, reading.images_per_second
-        values: dict[str, float | str] = {
-            "loss": accuracy.loss,
-            "top1": accuracy.top1,
-            "top5": accuracy.top5,
+        has_means = accuracy.num_images > 0
+        values: dict[str, float | str | None] = {
+            "loss": accuracy.loss if has_means else None,
+            "top1": accuracy.top1 if has_means else None,
+            "top5": accuracy.top5 if has_means else None,
             "epoch": step / self._steps_per_epoch,
             **hyperparameters,
             **further,
@@ -89,11 +95,14 @@ class Reports:
         self._write("train", step, values)
         self._progress.update(
             step,
-            loss=accuracy.loss,
+            loss=accuracy.loss if has_means else None,
             top1=accuracy.top1,
             images_per_second=speed,
             flip_ratio=None if (flips := further.get("flip_ratio")) is None else float(flips),
+            num_skipped=int(further["skipped_steps"]),
         )
+        if has_means and (sentence := self._loss_watch.sentence(step, accuracy.loss)):
+            self._progress.say(sentence)
 
     def validation(self, step: int, accuracy: Accuracy, remark: str = "") -> None:
         """Report a validation, and say `remark` after it."""
@@ -105,6 +114,14 @@ class Reports:
         if remark:
             self._progress.say(remark)
 
+    def skipped(self, step: int, num_skipped: int) -> None:
+        """Say at the end how many of the run's `step` steps were skipped, if any."""
+        if num_skipped:
+            why = ", as fp16 needs to find its loss scale" if self._config.engine.precision == "fp16" else ""
+            self._progress.say(
+                f"{num_skipped:,} of {step:,} steps were skipped, because a gradient was not finite{why}"
+            )
+
     def diagnostics(self, step: int, values: Mapping[str, Any]) -> None:
         """Report the diagnostics of bits after `step`, if there are any."""
         if self._log is not None and values:
@@ -114,7 +131,7 @@ class Reports:
         """Print a line, on rank 0."""
         self._progress.say(text)
 
-    def _write(self, kind: str, step: int, values: Mapping[str, float | str]) -> None:
+    def _write(self, kind: str, step: int, values: Mapping[str, float | str | None]) -> None:
         if self._log is not None:
             self._log.write(kind, step, values)
             self.latest[kind] = {"step": step, **values}

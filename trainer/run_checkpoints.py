@@ -29,7 +29,7 @@ from bitfleet.trainer.data import decoder_of
 from bitfleet.trainer.distributed import Ranks, sum_of_numbers
 from bitfleet.trainer.engine import load_engine, whole_weights
 from bitfleet.trainer.metrics import read_metrics
-from bitfleet.trainer.run_folder import RunFolder, versions
+from bitfleet.trainer.run_folder import RunFolder, checkpoint_disk, versions
 from bitfleet.trainer.stop import AGREE_SECONDS
 
 ASSUMED_BYTES_PER_SECOND = 50e6
@@ -251,7 +251,7 @@ class RunCheckpoints:
         text = f"checkpoints: {each / 1e6:,.1f} MB each, at most {kept} at a time ({kept * each / 1e6:,.1f} MB)"
         if config.keep_every_steps:
             text += f", and one every {config.keep_every_steps:,} steps for ever"
-        free = shutil.disk_usage(self.folder.path if self.folder.path.exists() else Path.cwd()).free
+        free = shutil.disk_usage(checkpoint_disk(self.folder.path)).free
         text += f"; {free / 1e9:,.1f} GB free in {self.folder.path / FOLDER}"
         if self._earlier_seconds is not None:
             return f"{text}\n{grace(self._earlier_seconds, 'as measured before')}"

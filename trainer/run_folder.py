@@ -16,10 +16,11 @@ import subprocess
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from bitfleet.trainer.checkpoint import is_checkpoint, latest_checkpoint
+from bitfleet.trainer.checkpoint import FOLDER, is_checkpoint, latest_checkpoint
 from bitfleet.trainer.config import TrainConfig, from_dict, to_dict
 from bitfleet.trainer.hardware import hardware
 from bitfleet.trainer.run_lock import lock_run
+from bitfleet.trainer.strict_json import to_json
 from bitfleet.trainer.whole_file import replace
 
 CONFIG = "config.json"
@@ -89,6 +90,22 @@ def _continue_or_branch(path: Path, run_dir: Path | None) -> RunFolder:
     return found
 
 
+def checkpoint_disk(folder: Path) -> Path:
+    """Return the nearest folder that exists, from that of the checkpoints of the run `folder` upwards: it is on their disk."""
+    path = (folder / FOLDER).absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def planned_folder(config: TrainConfig) -> Path:
+    """Return where a run of `config` will write, as far as that is known before it starts; nothing is made."""
+    if config.run_dir is None and config.resume and config.resume != "auto":
+        path = Path(config.resume)
+        return path.resolve().parents[1] if is_checkpoint(path) else path
+    return config.run_dir or config.output / config.name
+
+
 def _find_run(path: Path) -> RunFolder:
     if is_checkpoint(path):
         return RunFolder(path.resolve().parents[1], path.resolve())
@@ -118,7 +135,7 @@ def write_config(path: Path, config: TrainConfig, facts: dict[str, Any]) -> None
     """Write config.json: the resolved configuration, `facts`, git revision, versions and the machine."""
     facts = {**facts, "git": git_revision(), "versions": versions(), "hardware": hardware()}
     content = {"config": to_dict(config), **facts}
-    replace(path / CONFIG, json.dumps(content, indent=2) + "\n")
+    replace(path / CONFIG, to_json(content, indent=2) + "\n")
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from bitfleet.trainer.running_statistics import RunningStatistics
 SEEDING_STEPS = 8
 """Steps whose gradients seed an optimizer's state: enough to know the size of a gradient within a third."""
 MAX_SEEDING_TRIES = 40
-"""fp16 finds its loss scale in 16 of them."""
+"""Of steps whose gradients may not be finite: fp16 finds its loss scale in 16."""
 
 
 def seed_state(
@@ -37,22 +37,15 @@ def seed_state(
         num_steps: of the run.
 
     Returns:
-        What was done, in words.
-
-    Raises:
-        ValueError: the gradients are not finite.
+        What was done, in words. Where no gradient is finite nothing is: the run will skip all its steps, and say why.
     """
     seeding = Seeding(sharded, inertia=config.optim.init_inertia, num_steps=num_steps)
     batches = loader.batches()
     device = next(model.parameters()).device
     model.train()
-    tries = 0
-    while seeding.num_taken < SEEDING_STEPS:
-        if (tries := tries + 1) > MAX_SEEDING_TRIES:
-            raise ValueError(
-                f"the gradients of the weights {config.init} are not finite, so that nothing can be trained from them: look for "
-                f"NaN in the file, or for images or a normalisation that it was not trained with"
-            )
+    for _ in range(MAX_SEEDING_TRIES):
+        if seeding.num_taken == SEEDING_STEPS:
+            break
         for _ in range(num_micro_batches):
             images, labels = next(batches)
             statistics.start_replica()
@@ -64,8 +57,9 @@ def seed_state(
             statistics.end_replica()
         seeding.take()
         statistics.end_step(updated=False)
+    start = f"began from {config.init}: the state of the optimizer was"
+    if seeding.num_taken == 0:
+        return f"{start} not seeded, since no gradient of {MAX_SEEDING_TRIES} steps is finite"
     seeding.finish()
-    return (
-        f"began from {config.init}: the state of the optimizer was seeded with the gradients of {SEEDING_STEPS} steps "
-        f"(optim.init_inertia {config.optim.init_inertia:g})"
-    )
+    number, inertia = seeding.num_taken, config.optim.init_inertia
+    return f"{start} seeded with the gradients of {number} steps (optim.init_inertia {inertia:g})"

@@ -205,6 +205,8 @@ class GraphedStep:
     def _captured(self, work: Callable[[], None]) -> Graph:
         try:
             return self._recorder.capture(work)
+        except torch.OutOfMemoryError:  # a RuntimeError too
+            raise
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(

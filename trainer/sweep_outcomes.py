@@ -1,7 +1,6 @@
 """What became of the runs of a sweep, remembered in its folder; and what a run that failed had to say."""
 
 import dataclasses
-import json
 import re
 import signal
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from bitfleet.trainer.strict_json import to_json
 from bitfleet.trainer.sweep_pool import Ended
 from bitfleet.trainer.whole_file import replace
 
@@ -51,7 +51,7 @@ def read_outcomes(folder: Path) -> dict[str, Outcome]:
 def write_outcomes(folder: Path, outcomes: Mapping[str, Outcome]) -> None:
     """Remember `outcomes` in `folder`."""
     content = {name: dataclasses.asdict(each) for name, each in outcomes.items()}
-    replace(folder / FILE, json.dumps(content, indent=1) + "\n")
+    replace(folder / FILE, to_json(content, indent=1) + "\n")
 
 
 def sentence_of(ended: Ended) -> str:

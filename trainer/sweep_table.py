@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from bitfleet.trainer.config import MACHINE, TrainConfig, to_dict
 from bitfleet.trainer.metrics import read_metrics
 from bitfleet.trainer.run_folder import git_revision, versions
+from bitfleet.trainer.strict_json import to_json
 from bitfleet.trainer.sweep import PlannedRun, Sweep
 from bitfleet.trainer.sweep_outcomes import Outcome
 from bitfleet.trainer.whole_file import replace
@@ -21,7 +21,13 @@ PLACES = ("run_dir", "output", "resume")
 """Fields that say where a run is, not what it is."""
 HOW = (*PLACES, "device", "num_threads", "preflight", *(f"data.{name}" for name in MACHINE))
 """Fields in which a run may differ from its earlier part, and from the same run elsewhere."""
-END = {"loss": "train_loss", "top1": "train_top1", "flip_ratio": "flip_ratio", "images_per_second": "images_per_second"}
+END = {
+    "loss": "train_loss",
+    "top1": "train_top1",
+    "flip_ratio": "flip_ratio",
+    "images_per_second": "images_per_second",
+    "skipped_steps": "skipped_steps",
+}
 """Key of the last training line -> column."""
 COLUMNS = (
     *(f"end.{key}" for key in ("top1", "top5", "loss", *END.values())),
@@ -60,19 +66,17 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Cell]:
     validation = [line for line in lines if line["kind"] == "validation"]
     row: dict[str, Cell] = {}
     if validation:
-        row |= {f"end.{key}": validation[-1][key] for key in ("top1", "top5", "loss")}
+        row |= {f"end.{key}": _cell(validation[-1][key]) for key in ("top1", "top5", "loss")}
         row["best.top1"] = max(line["top1"] for line in validation)
-        row |= {
-            f"curve.{key}": json.dumps([_short(line[key]) for line in validation]) for key in ("step", "top1", "loss")
-        }
+        row |= {f"curve.{key}": to_json([_short(line[key]) for line in validation]) for key in ("step", "top1", "loss")}
     if train:
-        row |= {f"end.{column}": train[-1][key] for key, column in END.items() if key in train[-1]}
+        row |= {f"end.{column}": _cell(train[-1][key]) for key, column in END.items() if key in train[-1]}
         row["steps_per_epoch"] = round(train[-1]["step"] / train[-1]["epoch"])
         every = -(-len(train) // MAX_POINTS)
         kept = train[::-1][::every][::-1]
         for key, column in (("step", "train_step"), ("loss", "train_loss"), ("flip_ratio", "flip_ratio")):
-            if key in train[-1]:
-                row[f"curve.{column}"] = json.dumps([_short(line[key]) for line in kept])
+            if any(key in line for line in train):
+                row[f"curve.{column}"] = to_json([_short(line.get(key)) for line in kept])
     return row
 
 
@@ -94,7 +98,7 @@ def write_question(folder: Path, sweep: Sweep, words: Sequence[str], runs: Seque
         "git": git_revision(),
         "versions": versions(),
     }
-    replace(folder / JSON, json.dumps(content, indent=2) + "\n")
+    replace(folder / JSON, to_json(content, indent=2) + "\n")
 
 
 def differing_fields(configs: Sequence[TrainConfig]) -> list[dict[str, Any]]:
@@ -119,8 +123,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _cell(value: Any) -> Cell:
-    return "" if value is None else value if isinstance(value, str | int | float) else json.dumps(value)
+    return "" if value is None else value if isinstance(value, str | int | float) else to_json(value)
 
 
-def _short(value: float) -> float:
-    return value if isinstance(value, int) else float(f"{value:.6g}")
+def _short(value: float | None) -> float | None:
+    return value if value is None or isinstance(value, int) else float(f"{value:.6g}")

@@ -1,14 +1,15 @@
 """A run: everything that it needs is built here, and the training loop."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import NoReturn
 
-import numpy as np
 import torch
 
-from bitfleet.models import compile_network, create_model
+from bitfleet.models import check_images, compile_network, create_model
 from bitfleet.optim import ShardedOptimizer, build_optimizer, driven_values, routing_table
 from bitfleet.trainer.agreement import agree
 from bitfleet.trainer.arithmetic import use_arithmetic
@@ -18,15 +19,15 @@ from bitfleet.trainer.compilation import eager_on_real_weights, is_compiled
 from bitfleet.trainer.config import TrainConfig, resolve_replicas, with_precision
 from bitfleet.trainer.data import TrainLoader, ValidationLoader, open_dataset
 from bitfleet.trainer.distributed import Ranks, from_first_rank
-from bitfleet.trainer.engine import create_engine, shard
+from bitfleet.trainer.engine import create_engine, shard, whole_weights
 from bitfleet.trainer.engine_options import deepspeed_options
 from bitfleet.trainer.evaluate import validate
 from bitfleet.trainer.flips import make_diagnostics, step_flips
 from bitfleet.trainer.heartbeat import reached
 from bitfleet.trainer.initial_weights import load_initial_weights, seed_everything
 from bitfleet.trainer.metrics import Accuracy, hyperparameters_of
-from bitfleet.trainer.nonfinite import MAX_SKIPPED_IN_A_ROW, nonfinite_gradient
-from bitfleet.trainer.out_of_memory import training_out_of_memory
+from bitfleet.trainer.nonfinite import did_nothing, does_nothing, must_stop, nonfinite_loss, nonfinite_steps
+from bitfleet.trainer.out_of_memory import is_out_of_memory, training_out_of_memory
 from bitfleet.trainer.preflight_memory import bucket_shapes, predict_memory
 from bitfleet.trainer.readings import Readings
 from bitfleet.trainer.reports import Reports
@@ -71,6 +72,7 @@ class Trainer:
         self._open_data()
         self.num_steps = config.epochs * self.loader.steps_per_epoch
 
+        check_images(config.model, config.data.image_size, config.global_batch_size // self.num_replicas)
         seed_everything(config.seed)
         # A checkpoint says what the binary weights are: signs, or real values if it was saved before the first update.
         self.model = create_model(config.model if begun is None else replace(config.model, initial_weights="signs"))
@@ -158,7 +160,7 @@ class Trainer:
     def _resume(self, begun: Intact) -> int:
         step = self.checkpoints.resume(begun)
         if self.ranks.is_first:
-            self.readings.load(begun.meta["meter"])
+            self.readings.load([math.nan if each is None else each for each in begun.meta["meter"]])
         return step
 
     @property
@@ -194,11 +196,33 @@ class Trainer:
 
     def _check_skipped(self, sharded: ShardedOptimizer) -> None:
         """The optimizer updated nothing: stop if that is wanted, or if it has been so for too long."""
-        if self.config.engine.on_nonfinite == "skip" and sharded.num_skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
-            return
-        sharded.forget_skipped_step()
-        self._save_and_wait()
-        raise nonfinite_gradient(sharded.nonfinite, self.step + 1, sharded.num_skipped_in_a_row - 1)
+        if must_stop(self.config, sharded):
+            sharded.forget_skipped_step()
+            self._save_and_wait()
+            raise nonfinite_steps(self.config, sharded, self.step + 1, again=True)
+
+    def _check_report(self, sharded: ShardedOptimizer) -> None:
+        """Every step since the last report was skipped: stop if that is no accident."""
+        if does_nothing(self.config, sharded):
+            self._save_and_wait()
+            raise nonfinite_steps(self.config, sharded, self.step, again=False)
+
+    def _check_end(self) -> None:
+        """Raise if the run ends, or has ended before, without having done anything; its state is saved."""
+        sharded, step = self.sharded, self.step
+        is_reported = step % self.config.metrics.every_steps == 0 or step == self.num_steps
+        loss, *_, num_images = (0.0, 0) if is_reported else self.readings.meter.peek()
+        if not isinstance(sharded, ShardedOptimizer):
+            if not math.isfinite(loss):
+                self._raise_nonfinite_loss(loss)
+        elif sharded.num_skipped_steps:
+            since = not is_reported and num_images == 0 and does_nothing(self.config, sharded)
+            if since or did_nothing(self.config, sharded, step, self.num_steps):
+                raise nonfinite_steps(self.config, sharded, step, again=False)
+
+    def _raise_nonfinite_loss(self, loss: float) -> NoReturn:
+        with whole_weights(self.engine):
+            raise nonfinite_loss(self.config, loss, self.step, self.model.named_parameters())
 
     def _save_and_wait(self) -> None:
         self.save()
@@ -250,8 +274,8 @@ class Trainer:
         """Run from the current step to the end, to `stop_after_steps`, or to a request to stop (`stopped_by`).
 
         Raises:
-            FloatingPointError: losses or gradients are not finite; the state before is saved.
-            ValueError: a checkpoint could not be written, or the GPU is out of memory.
+            FloatingPointError: losses or gradients are not finite, or every step is skipped for it; the state before is saved.
+            ValueError: a checkpoint could not be written, or memory has run out.
         """
         last = min(self.num_steps, self.config.stop_after_steps or self.num_steps)
         with StopWatcher(self.folder.path, self.ranks, launched=self.ranks.launched) as stop:
@@ -259,12 +283,12 @@ class Trainer:
                 self._run_steps(last, stop)
             except Exception as error:
                 self.checkpoints.saver.let_finish()
-                if isinstance(error, torch.OutOfMemoryError):
+                if is_out_of_memory(error):
                     raise ValueError(self._out_of_memory(error)) from error
                 raise
             self.seconds_to_stop = time.monotonic() - stop.seen_at if stop.seen_at is not None else 0.0
 
-    def _out_of_memory(self, error: torch.OutOfMemoryError) -> str:
+    def _out_of_memory(self, error: Exception) -> str:
         place = {"num_replicas": self.num_replicas, "world_size": self.ranks.world_size}
         shapes = bucket_shapes(self.sharded, self.checkpoints.parts.signature)
         predicted = predict_memory(self.config, shapes, **place).peak
@@ -291,6 +315,9 @@ class Trainer:
         if self.stopped_by:
             self.save()
         self.checkpoints.saver.flush()
+        if not self.stopped_by:
+            self._check_end()
+        self.reports.skipped(self.step, self.num_skipped_steps)
         self.stop()
 
     def stop(self) -> None:
@@ -321,11 +348,11 @@ class Trainer:
             say=self.reports.say,
         )
         train = reading.train
-        if train.num_images == 0:  # every step was skipped
-            return
-        if not np.isfinite(train.loss):
+        self.reports.train(self.step, reading, hyperparameters)
+        if train.num_images == 0 and isinstance(self.sharded, ShardedOptimizer):  # every step was skipped
+            self._check_report(self.sharded)
+        elif not math.isfinite(train.loss):
             if isinstance(self.sharded, ShardedOptimizer):  # which let no such gradient into its state
                 self._save_and_wait()
-            raise FloatingPointError(f"the training loss is {train.loss} at step {self.step}: lower the learning rate")
-        self.reports.train(self.step, reading, hyperparameters)
+            self._raise_nonfinite_loss(train.loss)
         self.reports.diagnostics(self.step, reading.diagnostics)

@@ -82,8 +82,8 @@ def _cpu() -> str:
 
 def _cache_folder() -> Path:
     if own := os.environ.get("BITFLEET_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitfleet"
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bitfleet"
 
 
 def _last_line(text: str) -> str:

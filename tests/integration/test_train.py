@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 
+from bitfleet.models import ModelConfig, create_model
 from bitfleet.trainer.advice_run import advise_run
 from bitfleet.trainer.checkpoint import checkpoints
 from bitfleet.trainer.metrics import read_metrics
@@ -269,3 +271,79 @@ def test_more_epochs_of_a_run_are_refused_with_the_way(
     options = [*tiny, "--run_dir", tmp_path / "run", "--resume", "auto", "--num_replicas", "2", "--epochs", "9"]
     done = run_command([sys.executable, "-m", "bitfleet.launch.train", *options])
     failed(done, f"pass another --run_dir and --init {tmp_path / 'run'}")
+
+
+@pytest.fixture(scope="module")
+def broken_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights for `tiny`, of which one value is not a number."""
+    state = create_model(ModelConfig(name="birealnet_small", width=16, num_classes=4)).state_dict()
+    state["head.bias"][1] = float("nan")
+    path = tmp_path_factory.mktemp("broken") / "nan.safetensors"
+    safetensors.torch.save_file(state, path)
+    return path
+
+
+def strict_lines(run: Path) -> list[dict[str, object]]:
+    """metrics.jsonl as a parser reads it that knows JSON alone."""
+
+    def refuse(token: str) -> None:
+        pytest.fail(f"{token} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_skips_every_step_saves_and_stops(
+    deepspeed: Launch, tiny: list[str], broken_weights: Path, tmp_path: Path
+) -> None:
+    """On two ranks, after the first report; what is left is a checkpoint, and a report that is JSON."""
+    run = tmp_path / "run"
+    done = deepspeed(2, TRAIN, *tiny, "--init", broken_weights, "--run_dir", run)
+    failed(done, "because values of head.bias are not finite; the state is saved")
+    assert "--engine.on_nonfinite skip" not in done.stdout.split("bitfleet: error")[1]
+    assert "5 skipped" in done.stdout
+    assert [path.name for path in checkpoints(run)] == ["step-00000005"]
+    (line,) = strict_lines(run)
+    assert (line["step"], line["loss"], line["top1"], line["skipped_steps"]) == (5, None, None, 5)
+
+
+@pytest.mark.parametrize(
+    "options", ["--stop_after_steps 1", "--stop_after_steps 4", "--epochs 1 --metrics.every_steps 100"]
+)
+def test_a_short_run_that_skips_every_step_says_so(
+    options: str, tiny: list[str], broken_weights: Path, tmp_path: Path
+) -> None:
+    """Before its first report, or at its end; continued, it is not called finished."""
+    command = [
+        BIN / "bitfleet",
+        "train",
+        *tiny,
+        "--init",
+        broken_weights,
+        *options.split(),
+        "--run_dir",
+        tmp_path / "run",
+    ]
+    failed(run_command(command), "head.bias")
+    assert run_command([*command, "--resume", "auto"]).returncode == 2
+    failed(
+        run_command([BIN / "bitfleet", "evaluate", tmp_path / "run"]),
+        "predicts nothing: values of head.bias are not finite",
+    )
+
+
+def test_weights_that_break_without_a_check_stop_the_run(tiny: list[str], broken_weights: Path, tmp_path: Path) -> None:
+    """DeepSpeed's sharding skips nothing: the loss says it, also before the first report."""
+    options = [
+        "--engine.sharding",
+        "none",
+        "--init",
+        broken_weights,
+        "--stop_after_steps",
+        "2",
+        "--run_dir",
+        tmp_path / "run",
+    ]
+    failed(
+        run_command([BIN / "bitfleet", "train", *tiny, *options]),
+        "the training loss is nan at step 2, because values of",
+    )

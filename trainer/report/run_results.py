@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bitfleet.trainer.loss_watch import LossWatch
 from bitfleet.trainer.metrics import JSONL, read_metrics
 from bitfleet.trainer.report.sweep_results import Curve
 from bitfleet.trainer.run_folder import CONFIG
@@ -110,6 +111,10 @@ def answer(run: RunResults) -> list[str]:
     else:
         where = _place(last_step, steps_per_epoch, run.config.get("epochs"))
         sentences.append(f"No validation yet; training is at {where}.")
+    if _is_number(skipped := train.get("skipped_steps")) and skipped:
+        sentences.append(f"{skipped:,} of {train['step']:,} steps were skipped, because a gradient was not finite.")
+    if grown := _grown_loss(run):
+        sentences.append(grown)
     flips = run.curve("train", "flip_ratio")
     if flips.values:
         sentences.append(
@@ -117,6 +122,15 @@ def answer(run: RunResults) -> list[str]:
             f"{_parts(flips.values[0])}."
         )
     return sentences
+
+
+def _grown_loss(run: RunResults) -> str:
+    """Say that the training loss grew by orders of magnitude, if it did and did not come back."""
+    losses = run.curve("train", "loss")
+    watch = LossWatch(int(run.config.get("model", {}).get("num_classes", 2)))
+    said = [watch.sentence(int(step), loss) for step, loss in zip(*losses, strict=True)]
+    found = [sentence for sentence in said if sentence]
+    return f"{found[-1][0].upper()}{found[-1][1:]}." if found else ""
 
 
 def summary(run: RunResults) -> list[tuple[str, str]]:

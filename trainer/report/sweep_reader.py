@@ -86,12 +86,13 @@ def _read_run(row: Mapping[str, str], axes: tuple[str, ...], numeric: set[str], 
     lists = {key: _list(row.get(f"curve.{key}") or "", key, where) for key in {*CURVES, *CURVES.values()}}
     curves = {}
     for key, steps in CURVES.items():
-        if len(lists[key]) != len(lists[steps]):
+        if lists[key] and len(lists[key]) != len(lists[steps]):
             raise ValueError(
                 f"{where}: curve.{key} has {len(lists[key])} values, but curve.{steps} has {len(lists[steps])}: "
                 f"expected one a step"
             )
-        curves[key] = Curve(lists[steps], lists[key])
+        finite = [pair for pair in zip(lists[steps], lists[key], strict=False) if math.isfinite(pair[1])]
+        curves[key] = Curve(tuple(step for step, _ in finite), tuple(value for _, value in finite))
     return SweepRun(
         name=row["run"],
         status=row["status"],
@@ -133,6 +134,6 @@ def _number(text: str, key: str, where: str) -> float:
 
 def _list(text: str, key: str, where: str) -> tuple[float, ...]:
     try:
-        return tuple(float(value) for value in json.loads(text)) if text else ()
+        return tuple(math.nan if value is None else float(value) for value in json.loads(text)) if text else ()
     except (ValueError, TypeError):
         raise ValueError(f"{where}: curve.{key} is not a JSON list of numbers: {text[:40]!r}") from None

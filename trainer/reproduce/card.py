@@ -1,6 +1,5 @@
 """The card of a run of the paper: verdict, numbers, differences and the record of the run, as JSON and Markdown."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from bitfleet.trainer.reproduce.recipe import Change, changes_of_config, changes
 from bitfleet.trainer.reproduce.record import Record, read_record
 from bitfleet.trainer.reproduce.standing import Standing, stand
 from bitfleet.trainer.reproduce.verdict import Verdict, judge
+from bitfleet.trainer.strict_json import to_json
 from bitfleet.trainer.whole_file import replace
 
 JSON, MARKDOWN = "reproduce.json", "reproduce.md"
@@ -61,7 +61,7 @@ def make_card(run: Path, paper: Paper, recipe: TrainConfig) -> Card:
 def write_card(card: Card, markdown: str) -> tuple[Path, Path]:
     """Write reproduce.json and reproduce.md into the run's folder; returns both paths."""
     paths = card.record.path / JSON, card.record.path / MARKDOWN
-    for path, text in zip(paths, (json.dumps(as_json(card), indent=2) + "\n", markdown), strict=True):
+    for path, text in zip(paths, (to_json(as_json(card), indent=2) + "\n", markdown), strict=True):
         replace(path, text)
     return paths
 

@@ -1,13 +1,15 @@
 """Files of Keras: which variable goes where, and the sentence for each file that does not fit."""
 
 import re
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -100,6 +102,63 @@ def write_without_colon(path: Path, layers: Variables) -> None:
     np.savez(path, **{name.removesuffix(":0"): array for name, array in flat(layers).items()})  # type: ignore[arg-type]
 
 
+def as_dict(layers: Variables) -> Layers:
+    return {layer: dict(found) for layer, found in layers.items()}
+
+
+def write_nested(path: Path, models: dict[str, Layers], outer: str = "") -> None:
+    """As Keras 2's `save_weights` of a chain of nested models: all variables of a model stand in its group.
+
+    `outer` is a model around each of them; weights that are not trained come last, as in `model.weights`.
+    """
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = [name.encode() for name in models]
+        for model, layers in models.items():
+            scope = f"{outer}{model}/" if outer else ""
+            found = {
+                f"{scope}{layer}/{name}": array for layer, names in layers.items() for name, array in names.items()
+            }
+            order = sorted(found, key=lambda name: "moving" in name)
+            file.create_group(model).attrs["weight_names"] = [name.encode() for name in order]
+            for name in order:
+                file[model][name] = found[name]
+
+
+def halves(layers: Layers) -> tuple[Layers, Layers]:
+    names = list(layers)
+    return {name: layers[name] for name in names[:5]}, {name: layers[name] for name in names[5:]}
+
+
+def write_colliding(path: Path, layers: Layers) -> None:
+    """Two nested models that count their layers from 0 each, as after `clear_session`."""
+    first, second = halves(layers)
+    started = {"batch_normalization_2": "batch_normalization", "batch_normalization_3": "batch_normalization_1"}
+    started |= {"quant_conv2d_1": "quant_conv2d", "conv2d_1": "conv2d"}
+    write_nested(path, {"body": first, "tail": {started.get(name, name): found for name, found in second.items()}})
+
+
+def write_by_class(path: Path, layers: Layers, prefix: str = "layers/") -> None:
+    """As `save_weights("x.weights.h5")` of Keras 2.12 and later: classes are counted in the order of `model.layers`."""
+    counts: dict[str, int] = {}
+    with h5py.File(path, "w") as file:
+        file["optimizer/vars/0"] = np.int64(7)
+        file["metrics/mean/vars/0"] = np.float32(1)
+        for layer, found in layers.items():
+            kind = re.sub(r"_\d+$", "", layer)
+            number = counts[kind] = counts.get(kind, -1) + 1
+            for index, array in enumerate(found.values()):
+                file[f"{prefix}{kind}{f'_{number}' if number else ''}/vars/{index}"] = array
+
+
+def write_keras(path: Path, layers: Layers) -> None:
+    """As `model.save("x.keras")`."""
+    inner = path.with_suffix(".inner")
+    write_by_class(inner, layers, prefix="layers/functional/layers/")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("config.json", "{}")
+        archive.write(inner, "model.weights.h5")
+
+
 WRITERS: dict[str, Callable[[Path, Variables], None]] = {
     "named.npz": write_npz,
     "in_order.npz": write_arrays,
@@ -108,6 +167,12 @@ WRITERS: dict[str, Callable[[Path, Variables], None]] = {
     "counted_on.npz": write_counted_on,
     "reversed.npz": lambda path, layers: write_npz(path, dict(reversed(list(layers.items())))),
     "no_colon.npz": write_without_colon,
+    "nested.h5": lambda path, layers: write_nested(path, {"birealnet": as_dict(layers)}),
+    "in_two.h5": lambda path, layers: write_nested(path, dict(zip("ab", halves(as_dict(layers)), strict=True))),
+    "deeper.hdf5": lambda path, layers: write_nested(path, {"birealnet": as_dict(layers)}, outer="outer/"),
+    "colliding.h5": lambda path, layers: write_colliding(path, as_dict(layers)),
+    "by_class.weights.h5": lambda path, layers: write_by_class(path, as_dict(layers)),
+    "model.keras": lambda path, layers: write_keras(path, as_dict(layers)),
 }
 
 
@@ -206,6 +271,91 @@ def test_a_mismatch_is_named_and_changes_nothing(edit: Callable[[Layers], None],
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_mismatch_in_a_nested_model_is_named_as_the_file_has_it(tmp_path: Path) -> None:
+    layers = random_layers()
+    layers["dense"]["kernel:0"] = np.zeros((8, 9))
+    write_nested(tmp_path / "weights.h5", {"birealnet": layers}, outer="outer/")
+    with pytest.raises(ValueError, match=r"has birealnet/outer/birealnet/dense/kernel:0 of shape \(8, 9\)"):
+        load_keras_weights(network(), tmp_path / "weights.h5")
+    write_by_class(tmp_path / "weights.h5", layers)
+    with pytest.raises(ValueError, match=r"has layers/dense/vars/0 of shape \(8, 9\)"):
+        load_keras_weights(network(), tmp_path / "weights.h5")
+    layers["conv2d_2"] = {"kernel:0": np.zeros(3)}
+    write_by_class(tmp_path / "weights.h5", layers)
+    with pytest.raises(ValueError, match=r"has layers/conv2d_2/vars/0 of shape \(3,\); .* expects 2 conv2d layers"):
+        load_keras_weights(network(), tmp_path / "weights.h5")
+    layers.pop("conv2d_2")
+    layers["conv2d"]["bias:0"] = np.zeros(4)
+    write_by_class(tmp_path / "weights.h5", layers)
+    with pytest.raises(
+        ValueError, match=r"has layers/conv2d/vars/1 of shape \(4,\); .* expects only kernel of that layer"
+    ):
+        load_keras_weights(network(), tmp_path / "weights.h5")
+
+
+def write_layers_apart(path: Path, layers: Layers, classes: Sequence[str]) -> None:
+    """Each layer in a nested model of its own, whose class is one of `classes` in turn."""
+    counts: dict[str, int] = {}
+    with h5py.File(path, "w") as file:
+        for place, (layer, found) in enumerate(layers.items()):
+            model = classes[place % len(classes)]
+            number = counts[model] = counts.get(model, -1) + 1
+            kind = re.sub(r"_\d+$", "", layer)
+            for index, array in enumerate(found.values()):
+                file[f"layers/{model}{f'_{number}' if number else ''}/layers/{kind}/vars/{index}"] = array
+
+
+def test_nested_models_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """Eleven of one class, of which HDF5 lists the tenth before the second; of two classes the order is not in the file."""
+    layers, model = random_layers(), network()
+    ordered = {"dropout": {}, **layers}
+    write_layers_apart(tmp_path / "one.weights.h5", ordered, ["sequential"])
+    load_keras_weights(model, tmp_path / "one.weights.h5")
+    assert_holds(model, layers)
+    write_layers_apart(tmp_path / "two.weights.h5", ordered, ["sequential", "functional"])
+    with pytest.raises(
+        ValueError, match=r"has layers/\w+/.* and layers/\w+/.*, and does not say which of them comes first"
+    ):
+        load_keras_weights(network(), tmp_path / "two.weights.h5")
+
+
+def test_binarynet_with_layer_normalization_has_factors_and_offsets(tmp_path: Path) -> None:
+    """7,700 weights in full precision, as the official code's; its logits, computed here in Keras' layout."""
+    model = timm.create_model("binarynet", norm="layer").eval()
+    assert sum(p.numel() for p in model.parameters() if not getattr(p, "binary", False)) == 7700
+    generator = np.random.default_rng(1)
+    channels = [(128, 3), (128, 128), (256, 128), (256, 256), (512, 256), (512, 512)]
+    shapes = [(3, 3, inputs, outputs) for outputs, inputs in channels] + [(4608, 1024), (1024, 1024), (1024, 10)]
+    kinds = [*["quant_conv2d"] * 6, *["quant_dense"] * 3]
+    names = [f"{kind}_{i}" if (i := kinds[:index].count(kind)) else kind for index, kind in enumerate(kinds)]
+    layers: Layers = {}
+    for index, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+        layers[name] = {"kernel:0": generator.choice([-1.0, 1.0], shape).astype(np.float32)}
+        layers[f"layer_normalization_{index}" if index else "layer_normalization"] = {
+            "gamma:0": generator.uniform(0.5, 1.5, shape[-1]).astype(np.float32),
+            "beta:0": generator.uniform(-0.5, 0.5, shape[-1]).astype(np.float32),
+        }
+    write_h5(tmp_path / "weights.h5", layers)
+    load_keras_weights(model, tmp_path / "weights.h5")
+    images = generator.normal(size=(2, 32, 32, 3)).astype(np.float32)
+    x = torch.from_numpy(images)  # [N, H, W, C]
+    for index, name in enumerate(names):
+        kernel = torch.from_numpy(layers[name]["kernel:0"])
+        x = torch.where(x >= 0, 1.0, -1.0) if index else x
+        if kernel.dim() == 4:
+            x = nn.functional.conv2d(x.movedim(-1, 1), kernel.permute(3, 2, 0, 1), padding=1 if index else 0)
+            x = (nn.functional.max_pool2d(x, 2) if index % 2 else x).movedim(1, -1)
+        else:
+            x = x.reshape(len(x), -1) @ kernel
+        norm = layers[f"layer_normalization_{index}" if index else "layer_normalization"]
+        centred = x - x.mean(-1, keepdim=True)
+        x = centred / (x.var(-1, correction=0, keepdim=True) + 1e-3).sqrt()
+        x = x * torch.from_numpy(norm["gamma:0"]) + torch.from_numpy(norm["beta:0"])
+    with torch.no_grad():
+        logits = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    torch.testing.assert_close(logits, x, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("writer", [write_npz, write_arrays])
 @pytest.mark.parametrize(("file_norm", "norm"), [("batch", "layer"), ("layer", "batch")])
 def test_the_other_norm(file_norm: Norm, norm: Norm, writer: Callable[[Path, Variables], None], tmp_path: Path) -> None:
@@ -250,7 +400,19 @@ def truncated_npz(path: Path) -> None:
 
 def other_h5(path: Path) -> None:
     with h5py.File(path, "w") as file:
-        file["layers/conv2d/vars/0"] = np.zeros(3)
+        file["layers/conv2d/kernel"] = np.zeros(3)
+
+
+def keras_without_weights(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("config.json", "{}")
+
+
+def doubled_h5(path: Path) -> None:
+    write_nested(path, {"a": {"conv2d": {"kernel:0": np.zeros(3)}}})
+    with h5py.File(path, "a") as file:
+        file["a"].attrs["weight_names"] = [b"a/conv2d/kernel:0", b"conv2d/kernel:0"]
+        file["a/a/conv2d/kernel:0"] = np.ones(3)
 
 
 def hollow_h5(path: Path) -> None:
@@ -263,7 +425,11 @@ def hollow_h5(path: Path) -> None:
     ("file", "write", "message"),
     [
         ("weights.npz", lambda path: None, "there is no weights file"),
-        ("weights.keras", lambda path: None, r"ends in '.keras'; expected .npz or .h5"),
+        ("weights.keras", lambda path: None, "there is no weights file"),
+        ("weights.pb", lambda path: None, r"ends in '.pb'; expected .npz, .h5, .hdf5, .keras"),
+        ("weights.keras", lambda path: path.write_bytes(b"text"), "not a weights file of Keras: .*zip"),
+        ("weights.keras", keras_without_weights, "not a weights file of Keras: it holds no model.weights.h5"),
+        ("weights.h5", doubled_h5, "it lists a/conv2d/kernel:0 twice"),
         ("weights.npz", lambda path: path.write_bytes(b"text"), "no archive as np.savez writes"),
         ("weights.npz", truncated_npz, "not a weights file of Keras: "),
         ("weights.npz", empty_npz, "it has no variables"),

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -9,6 +11,7 @@ from bitfleet.models import (
     ModelConfig,
     ModelSize,
     XNORNet,
+    check_images,
     count,
     create_model,
     hardtanh_tanh_sign,
@@ -182,6 +185,61 @@ def test_option_of_another_model() -> None:
         create_model(ModelConfig(name="xnornet", residual="single"))
     with pytest.raises(ValueError, match="resnet18 does not take one of the options .*binarizer"):
         create_model(ModelConfig(name="resnet18", binarizer="ste"))
+
+
+def test_options_of_another_model_say_how_to_unset_them() -> None:
+    with pytest.raises(ValueError, match=r"leave width, depths to it with --model.width None --model.depths None$"):
+        create_model(ModelConfig(name="xnornet", norm="layer", width=8, depths=(1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 0}, "model.width must be at least 1, not 0"),
+        ({"width": -4}, "model.width must be at least 1, not -4"),
+        ({"depths": ()}, r"model.depths must be one number or more, each at least 1, not \(\)"),
+        ({"depths": (2, 0)}, r"each at least 1, not \(2, 0\)"),
+        ({"depths": (-2, 2)}, r"each at least 1, not \(-2, 2\)"),
+    ],
+)
+def test_sizes_that_make_no_network(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(name="birealnet_small", **options)
+    with pytest.raises(ValueError, match="expected numbers of at least 1"):
+        BiRealNet(stem="small", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "image_size", "batch_size", "message"),
+    [
+        ("binarynet", {}, 32, 1, "a batch normalization of binarynet has a single value per channel where 1 image"),
+        ("xnornet", {}, 224, 1, "a batch normalization of xnornet has a single value per channel"),
+        ("birealnet_small", {"depths": (1, 1, 1, 1, 1)}, 28, 1, "a batch normalization of birealnet_small"),
+        ("xnornet", {}, 32, 8, "xnornet cannot take images of 32x32 pixels: .*too small"),
+        ("binarynet", {}, 48, 8, "binarynet got images of 48x48 pixels; expected 32x32"),
+        ("vit_tiny_patch16_224", {}, 32, 8, "vit_tiny_patch16_224 cannot take images of 32x32 pixels: .*224"),
+    ],
+)
+def test_images_that_a_network_cannot_train_on(
+    name: str, options: dict[str, Any], image_size: int, batch_size: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_images(ModelConfig(name=name, num_classes=10, **options), image_size, batch_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "image_size", "batch_size"),
+    [
+        ("binarynet", "layer", 32, 1),
+        ("binarynet", "batch", 32, 2),
+        ("birealnet_small", "batch", 28, 1),
+        ("resnet18", None, 64, 2),
+    ],
+)
+def test_images_that_it_can_train_on(name: str, norm: Any, image_size: int, batch_size: int) -> None:
+    before = torch.get_rng_state()
+    check_images(ModelConfig(name=name, num_classes=10, norm=norm), image_size, batch_size)
+    assert torch.equal(torch.get_rng_state(), before)  # nothing was drawn on the CPU
 
 
 def test_wrong_number_of_classes() -> None:

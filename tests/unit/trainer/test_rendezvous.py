@@ -62,6 +62,30 @@ def test_rank_0_that_does_not_come() -> None:
         Meeting(1, 2).wait_for_all(SHORT)
 
 
+def test_after_a_while_one_rank_says_who_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rendezvous, "QUIET_SECONDS", 1.0)
+    monkeypatch.setattr(rendezvous.socket, "gethostname", lambda: "host-a")
+    together(*(lambda rank=rank: Meeting(rank, 4).wait_for_all(SHORT) for rank in (0, 2)))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("bitfleet: waiting for ranks 1, 3 of 4 at 127.0.0.1:")
+    assert line.endswith("(there: ranks 0, 2 on host-a); the job gives up after 4 s")
+
+
+def test_after_a_while_the_first_rank_of_a_host_says_that_rank_0_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rendezvous, "QUIET_SECONDS", 1.0)
+    for local_rank, said in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(ValueError, match="rank 1 has not reached rank 0"):
+            Meeting(1, 2).wait_for_all(datetime.timedelta(seconds=2))
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == said
+        assert all(line.startswith("bitfleet: rank 1 waits for rank 0, which does not answer at ") for line in lines)
+
+
 def test_port_of_another_job() -> None:
     other = Meeting(0, 1)
     other.wait_for_all(LONG)

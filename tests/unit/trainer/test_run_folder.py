@@ -1,13 +1,22 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bitfleet.configs import load_config
 from bitfleet.trainer.checkpoint import checkpoints, latest_checkpoint
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.run_folder import RunFolder, choose_run_folder, read_config, take_folder, write_config
+from bitfleet.trainer.run_folder import (
+    RunFolder,
+    checkpoint_disk,
+    choose_run_folder,
+    planned_folder,
+    read_config,
+    take_folder,
+    write_config,
+)
 
 
 def make(output: Path, **fields: object) -> TrainConfig:
@@ -126,3 +135,29 @@ def test_a_damaged_configuration_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json is damaged: expected the JSON that a run writes"):
         read_config(tmp_path)
+
+
+def test_the_disk_is_that_of_the_checkpoints(tmp_path: Path) -> None:
+    """Their folder may be a link to another disk; what is not there yet will be on the disk of what is above it."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    assert checkpoint_disk(run) == tmp_path
+    run.mkdir()
+    assert checkpoint_disk(run) == run
+    elsewhere.mkdir()
+    (run / "checkpoints").symlink_to(elsewhere)
+    assert checkpoint_disk(run).samefile(elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "out/NAME"),
+        ({"run_dir": Path("own")}, "own"),
+        ({"resume": "auto"}, "out/NAME"),
+        ({"resume": "/other/run"}, "/other/run"),
+        ({"resume": "/other/run", "run_dir": Path("branch")}, "branch"),
+    ],
+)
+def test_where_a_run_will_write(options: dict[str, Any], expected: str) -> None:
+    config = dataclasses.replace(load_config("fashion_quickstart"), output=Path("out"), **options)
+    assert planned_folder(config) == Path(expected.replace("NAME", config.name))

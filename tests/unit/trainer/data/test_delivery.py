@@ -127,6 +127,7 @@ def test_the_training_thread_does_nothing_to_a_batch(root: str, loader: str, pre
         for _ in range(4):
             next(batches)
     assert operations.names == []
+    del batches  # which ends its threads
 
 
 def test_windows_of_the_official_preprocessing_travel_as_bytes(

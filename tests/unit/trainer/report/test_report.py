@@ -2,6 +2,8 @@
 
 import base64
 import itertools
+import json
+import math
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -72,6 +74,18 @@ def test_a_sweep_becomes_one_page_and_pictures_beside_it(tmp_path: Path) -> None
     assert "Does it work?" in read.text
     assert "the training loss is nan at step 40: lower the learning rate" in read.text
     assert "≥ 4.00" in read.text
+
+
+def test_skipped_steps_and_a_grown_loss_are_told(tmp_path: Path) -> None:
+    run = made_up.run_folder(tmp_path / "run", 10)
+    with (run / "metrics.jsonl").open("a") as file:
+        for step, loss in ((9000, 1e5), (9010, None), (9020, math.nan)):  # NaN: of an earlier version
+            line = {"kind": "train", "step": step, "epoch": step / 10, "loss": loss, "skipped_steps": step - 9000}
+            file.write(json.dumps(line) + "\n")
+    text = " ".join(answer(read_run(run)))
+    assert "20 of 9,020 steps were skipped, because a gradient was not finite." in text
+    assert "The training loss grew to 1e+05 at step 9,000" in text
+    assert write_report([run], tmp_path / "page")[0].is_file()
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
