@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitfleet.optim.kernels import kernel_library, num_threads, on_gpu, pack_flags
 
-__all__ = ["pack_signs", "popcount", "unpack_signs"]
+__all__ = ["pack_signs", "popcount", "unpack_changed", "unpack_signs"]
 
 
 def pack_signs(weights: Tensor, out: Tensor | None = None) -> Tensor:
@@ -59,6 +59,28 @@ def unpack_signs(bits: Tensor, out: Tensor) -> Tensor:
         return out
     numel = out.numel()
     built.unpack(numel, num_threads(numel), bits.data_ptr(), out.dtype == torch.bfloat16, out.data_ptr())
+    return out
+
+
+@torch.no_grad()
+def unpack_changed(changed: Tensor, bits: Tensor, out: Tensor) -> Tensor:
+    """Write the weights that `bits` stand for into `out`, which holds them already where `changed` is 0.
+
+    Args:
+        changed: uint8 [n / 8], contiguous: 1 for weights that differ.
+        bits: uint8 [n / 8], contiguous.
+        out: fp32, bf16 or fp64 [n], contiguous, on the same device.
+
+    Returns:
+        `out`.
+    """
+    _check(bits, out, "out")
+    _check(changed, out, "out")
+    built = kernel_library() if _has_kernel(out) else None
+    if built is None:
+        return unpack_signs(bits, out)
+    numel, is_bf16 = out.numel(), out.dtype == torch.bfloat16
+    built.unpack_changed(numel, num_threads(numel), changed.data_ptr(), bits.data_ptr(), is_bf16, out.data_ptr())
     return out
 
 

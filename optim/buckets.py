@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitfleet.optim.bits import pack_signs, unpack_signs
+from bitfleet.optim.bits import pack_signs, unpack_changed, unpack_signs
 from bitfleet.optim.counter_random import uniform
 from bitfleet.optim.param_groups import is_binary
 from bitfleet.optim.routed import RULES, Group, names_of
@@ -268,10 +268,18 @@ class Bucket:
             self.bits = pack_signs(self.weights[self.begin : self.end])
         return self.bits
 
-    def unpack(self, gathered: Tensor) -> None:
-        """Write the gathered signs of all slices, uint8 [world_size * slice_numel / 8], into the parameters that are +-1."""
+    def unpack(self, gathered: Tensor, changed: Tensor | None = None) -> None:
+        """Write the gathered signs of all slices into the parameters that are +-1.
+
+        Args:
+            gathered: uint8 [world_size * slice_numel / 8].
+            changed: same shape, 1 for weights that the parameters do not hold yet. None: not known.
+        """
         if not self.real:
-            unpack_signs(gathered, self.weights)
+            if changed is None or self._first_updates:
+                unpack_signs(gathered, self.weights)
+            else:
+                unpack_changed(changed, gathered, self.weights)
             return
         for index, (start, end) in enumerate(self._aligned()):
             if index not in self.real:

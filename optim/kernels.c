@@ -161,3 +161,27 @@ void unpack(int64_t numel, int num_threads, const uint8_t *bits, int is_bf16, vo
         is_bf16 ? unpack_range(1, begin, end, bits, values) : unpack_range(0, begin, end, bits, values);
     }
 }
+
+INLINE void unpack_changed_range(const int is_bf16, int64_t begin, int64_t end, const uint8_t *restrict changed,
+                                 const uint8_t *restrict bits, void *restrict values) {
+    for (int64_t i = begin; i < end;) {
+        uint64_t word = 0;
+        if (i + 64 <= end) memcpy(&word, changed + i / 8, 8);
+        if (i + 64 <= end && word == 0) {
+            i += 64;
+            continue;
+        }
+        for (int64_t last = i + 64 < end ? i + 64 : end; i < last; i += 8)
+            if (changed[i / 8]) unpack_word(8, is_bf16, i, bits, values);
+    }
+}
+
+/* Writes +-1, but no byte's weights of which `changed` has no bit: few flip in a step, and writing all costs a tenth of one. */
+void unpack_changed(int64_t numel, int num_threads, const uint8_t *changed, const uint8_t *bits, int is_bf16, void *values) {
+#pragma omp parallel for num_threads(num_threads) schedule(static, 1)
+    for (int share = 0; share < num_threads; share++) {
+        const int64_t begin = cut(numel, share, num_threads), end = cut(numel, share + 1, num_threads);
+        is_bf16 ? unpack_changed_range(1, begin, end, changed, bits, values)
+                : unpack_changed_range(0, begin, end, changed, bits, values);
+    }
+}

@@ -268,6 +268,7 @@ def _declare(built: ctypes.CDLL) -> ctypes.CDLL:
     built.update_bits.argtypes = [number, size, number, pointer, pointer, number, pointer, pointer, *5 * [real]]
     built.pack.argtypes = [size, number, pointer, number, pointer]
     built.unpack.argtypes = [size, number, pointer, number, pointer]
-    for function in (built.update_bits, built.pack, built.unpack):
+    built.unpack_changed.argtypes = [size, number, pointer, pointer, number, pointer]
+    for function in (built.update_bits, built.pack, built.unpack, built.unpack_changed):
         function.restype = None
     return built

@@ -268,21 +268,25 @@ class ShardedOptimizer(torch.optim.Optimizer):
         numbers = iter(self._step_numbers)
         gathers = []
         for index, bucket in enumerate(self.buckets):
-            before = bucket.signs().clone() if self.observers and bucket.binary else None
+            before = bucket.signs().clone() if self._knows_flips(bucket) else None
             for run in self._runs[index]:
                 bucket.update_(self._grads[index], run, next(numbers), finite)
-            if before is not None:
-                flips = before.bitwise_xor_(bucket.signs())
+            flips = None if before is None else before.bitwise_xor_(bucket.signs())
+            if flips is not None:
                 for observe in self.observers:
                     observe(bucket, self._grads[index], flips)
             if not self.keeps_gradients:
                 self._grads[index] = self._grads[index].new_empty(0)
-            gathers.append(self._gather(bucket))
-        for bucket, (work, gathered) in zip(self.buckets, gathers, strict=True):
+            gathers.append((*self._gather(bucket), flips if self.world_size == 1 else None))
+        for bucket, (work, gathered, flips) in zip(self.buckets, gathers, strict=True):
             if work is not None:
                 work.wait()
             if bucket.binary:
-                bucket.unpack(gathered)
+                bucket.unpack(gathered, flips)
+
+    def _knows_flips(self, bucket: Bucket) -> bool:
+        """Whether `update` compares the signs of `bucket` with those before: for observers; a single rank writes only changes."""
+        return bucket.binary and bool(self.observers or (self.world_size == 1 and bucket.weights.device.type == "cpu"))
 
     def _settle(self) -> None:
         """Learn whether the last step was skipped on the device."""

@@ -4,7 +4,7 @@ import torch
 
 from bitfleet.optim import bits as bits_module
 from bitfleet.optim import kernels
-from bitfleet.optim.bits import pack_signs, popcount, unpack_signs
+from bitfleet.optim.bits import pack_signs, popcount, unpack_changed, unpack_signs
 
 TYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -89,3 +89,21 @@ def test_popcount_counts_every_bit(numel: int) -> None:
     packed = np.random.default_rng(0).integers(0, 256, 16 + numel, dtype=np.uint8)
     packed[16:24], packed[24:32] = 255, 0
     assert int(popcount(torch.from_numpy(packed)[16:])) == int(np.unpackbits(packed[16:]).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("numel", [8, 56, 64, 72, 1000, 600_000])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3])
+def test_only_what_changed_is_written(numel: int, share: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(numel)
+    before = torch.randn(numel, generator=generator).sign().to(dtype)
+    after = torch.where(torch.rand(numel, generator=generator) < share, -before, before)
+    bits = pack_signs(after)
+    changed = pack_signs(before) ^ bits
+    assert torch.equal(unpack_changed(changed, bits, before), after)
+    if dtype != torch.float64:  # which has no kernel: all is written
+        untouched = torch.full((numel,), 7.0, dtype=dtype)
+        unpack_changed(torch.zeros_like(changed), bits, untouched)
+        assert (untouched == 7.0).all()
+    with pytest.raises(ValueError, match="bits must be contiguous"):
+        unpack_changed(changed[:-1], bits, before)
