@@ -88,9 +88,9 @@ class EngineConfig:
             raise ValueError(f"engine.max_grad_norm must be positive, not {self.max_grad_norm}")
         if self.check_every_steps is not None and self.check_every_steps < 1:
             raise ValueError(f"engine.check_every_steps must be at least 1, not {self.check_every_steps}")
-        if not self.collective_timeout_minutes > 0:
+        if not 0 < self.collective_timeout_minutes <= 1e6:
             raise ValueError(
-                f"engine.collective_timeout_minutes must be positive, not {self.collective_timeout_minutes}"
+                f"engine.collective_timeout_minutes must be in (0, 1e6], not {self.collective_timeout_minutes}"
             )
         own = self.max_grad_norm is not None or self.grad_comm_dtype != "fp32" or self.on_nonfinite != "skip"
         if self.sharding != "bits" and (own or self.cuda_graph):
