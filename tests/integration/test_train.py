@@ -338,6 +338,8 @@ def test_weights_that_break_without_a_check_stop_the_run(tiny: list[str], broken
         "none",
         "--init",
         broken_weights,
+        "--optim.init_inertia",
+        "0",
         "--stop_after_steps",
         "2",
         "--run_dir",
