@@ -67,6 +67,8 @@ def _draw_throughput(axis: Any, nodes: list[int], estimates: Sequence[Estimate])
         place, side = (0, -9), "center"
         if after > 1.3 * value:  # next to a steep line, which would run through what stands below the point
             place, side = (7, 0), "left"
+        elif value > 1.3 * before and after < value:  # a summit
+            place, side = (4, 24), "left"
         elif value > 1.3 * before:
             place, side = (4, -14), "left"
         elif after < 0.75 * value:
