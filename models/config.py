@@ -33,7 +33,7 @@ class ModelConfig:
     residual: Literal["single", "double"] | None = None
     """Shortcuts of a Bi-Real Net: around every two binary convolutions, or around every one. None: the network's own default."""
     initial_weights: Literal["signs", "real"] = "signs"
-    """What binary weights are until their first update. real: Glorot's values, as in the paper's code, whose first forward and
+    """Binary weights until their first update. real: Glorot's values, as in the paper's code, whose first forward and
     backward pass see them; the first update compares with them and leaves +-1. signs: the signs of such values."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the network's training step with torch.compile, which takes 20 to 60 s at the start unless torch's cache has it.

@@ -217,7 +217,7 @@ class Bucket:
         if self.binary:
             bits = self.signs()[run.low // 8 : run.high // 8]
             if run.step == 1 and self._first_updates:
-                # The host knows that this update is finite: it waits for every first one.
+                # Gradients are finite here: the host reads the flag of every first update before it is made.
                 RULES[group["rule"]].update_(weights, grad, state | step, group)
                 pack_signs(weights, out=bits)
             else:
@@ -300,7 +300,7 @@ class Bucket:
 
     @property
     def travels_as_bits(self) -> bool:
-        """Whether all weights are +-1 of a rule that keeps them so."""
+        """Return True if all weights are +-1 and are sent as bits; False for values, also those before a first update."""
         return self.binary and not self.real
 
     def wire_form(self) -> Tensor:

@@ -97,7 +97,7 @@ def latent_sgd_step_(
 
 
 def walk(num_steps: int) -> float:
-    """How far a sum of gradients gets in a run, in gradients: 10 sqrt(num_steps).
+    """Return the level of a sum of gradients over a run, in units of one gradient: 10 sqrt(num_steps).
 
     Uncorrelated ones give sqrt(num_steps). Those of a trained network are not, and a sum forgets none of them:
     with ten times that a sum keeps as many signs as an average does (measured: docs/optimizers.md).

@@ -96,6 +96,6 @@ def routing_table(optimizer: Optimizer) -> str:
 
 
 def starts_real(optimizer: Optimizer) -> bool:
-    """Whether weights of a rule that flips them are real values, as they may be before their first update."""
+    """Return True if a rule that flips weights has some that are still real, before their first update."""
     flipped = (group["params"] for group in optimizer.param_groups if RULES[group["rule"]].flips)
     return any(not bool((param.detach().abs() == 1).all()) for params in flipped for param in params)

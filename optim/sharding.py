@@ -285,7 +285,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 bucket.unpack(gathered, flips)
 
     def _knows_flips(self, bucket: Bucket) -> bool:
-        """Whether `update` compares the signs of `bucket` with those before: for observers; a single rank writes only changes."""
+        """Return True if `update` must find the flips of `bucket`: for observers, or to write only changes (one rank, CPU)."""
         return bucket.binary and bool(self.observers or (self.world_size == 1 and bucket.weights.device.type == "cpu"))
 
     def _settle(self) -> None:

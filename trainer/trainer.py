@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 import torch
+from torch import nn
 
 from bitfleet.models import check_images, compile_network, create_model
 from bitfleet.optim import ShardedOptimizer, build_optimizer, driven_values, routing_table
@@ -74,12 +75,7 @@ class Trainer:
 
         check_images(config.model, config.data.image_size, config.global_batch_size // self.num_replicas)
         seed_everything(config.seed)
-        # A checkpoint says what the binary weights are: signs, or real values if it was saved before the first update.
-        self.model = create_model(config.model if begun is None else replace(config.model, initial_weights="signs"))
-        if config.init and begun is None:
-            new_head = config.init_head == "new"
-            load_initial_weights(self.model, config.model, config.init, config.init_scales, new_head=new_head)
-        self.model.to(device)
+        self.model = self._create_model(begun).to(device)
         self.compiled = is_compiled(config, device, begun.meta if begun else None)
         """Whether the network is compiled."""
         if self.compiled:
@@ -116,6 +112,18 @@ class Trainer:
         """Entered around each step by those who measure it."""
         self.after_validation: Callable[[int, Accuracy], str] = lambda step, accuracy: ""
         """What is to be said after a validation: of the steps done and its accuracy."""
+
+    def _create_model(self, begun: Intact | None) -> nn.Module:
+        """Build the network, on the CPU; a checkpoint that is continued brings its weights later."""
+        config = self.config
+        if begun is not None:
+            # It says itself whether the binary weights are signs, or real values before their first update.
+            return create_model(replace(config.model, initial_weights="signs"))
+        model = create_model(config.model)
+        if config.init is not None:
+            new_head = config.init_head == "new"
+            load_initial_weights(model, config.model, config.init, config.init_scales, new_head=new_head)
+        return model
 
     def _like_before(self, begun: Intact | None) -> int:
         """The number of replicas; where it is open, it and the threads of a rank are those of the run that is continued."""

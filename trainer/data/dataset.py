@@ -71,7 +71,7 @@ def _open_class_folders(root: Path, allow_incomplete: bool) -> Dataset:
     errors = []
     for found in (scan.train, scan.val):
         if fault := found.omitted.fault(len(found.names)):
-            incomplete.append(f"of {found.folder} there is left out {fault}")
+            incomplete.append(f"not listed from {found.folder}: {fault}")
     if unread := {**scan.unread, **unreadable, **unreadable_val}:
         fix = "replace such files or remove them from the class folders (bitfleet data prepare can set them aside)"
         errors.append(unreadable_images(unread, fix, f" (bitfleet data verify {shlex.quote(str(root))} names all)"))

@@ -34,7 +34,7 @@ class Listing:
         found = list(self.faults)
         for split, images in zip(SPLITS, (self.manifest.train, self.manifest.val), strict=True):
             if (omitted := self.omitted.get(split)) and (fault := omitted.fault(len(images))):
-                found.append(f"of {split} in {place} there is left out {fault}")
+                found.append(f"not listed from {split} in {place}: {fault}")
         return found
 
 

@@ -34,14 +34,14 @@ def test_too_much_left_out_is_an_error_unless_allowed(root: Path) -> None:
     (root / "val/n01443537").rename(root / "val/.n01443537")
     with pytest.raises(
         ValueError,
-        match=r"'n01443537' is in train/ only.*; of .*/val there is left out more than 1% beside the 4 images .*2 hidden.*"
+        match=r"'n01443537' is in train/ only.*; not listed from .*/val: more than 1% beside the 4 images .*2 hidden.*"
         r"--data\.allow_incomplete True",
     ):
         open_dataset(DataConfig(root=str(root)))
     dataset = open_dataset(DataConfig(root=str(root), allow_incomplete=True))
     assert (len(dataset.train), len(dataset.val)) == (12, 4)
     assert set(dataset.val.labels.tolist()) == {0, 2}
-    assert "INCOMPLETE: of" in dataset.summary()
+    assert "INCOMPLETE: not listed from" in dataset.summary()
 
 
 def test_all_that_cannot_be_read_are_named(root: Path) -> None:

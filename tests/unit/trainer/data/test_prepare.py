@@ -228,12 +228,12 @@ def test_what_is_left_out_is_said_and_too_much_is_an_error(tmp_path: Path) -> No
     }
     miniature.write(source, {"train/n01440764/a.npy": b"", "val/n01440764/.1.jpg": b""})
     with pytest.raises(
-        ValueError, match=r"of train in .* the 12 images .* 1 files named \*\.npy.*; of val in .*hidden"
+        ValueError, match=r"from train in .* the 12 images .* 1 files named \*\.npy.*; not listed from val in .*hidden"
     ):
         prepare(source, tmp_path / "dest", num_workers=1)
     summary = prepare(source, tmp_path / "dest", num_workers=1, allow_incomplete=True)
-    assert "INCOMPLETE: of train in" in summary
-    assert "INCOMPLETE: of val in" in summary
+    assert "INCOMPLETE: not listed from train in" in summary
+    assert "INCOMPLETE: not listed from val in" in summary
     notes = open_dataset(DataConfig(root=str(tmp_path / "dest"))).summary()
     assert "not listed: train: 1 files named *.npy, not images that are read, 1 text or annotations;" in notes
 

@@ -287,7 +287,7 @@ def test_a_folder_that_was_never_prepared_is_listed_and_decoded(tmp_path: Path) 
     assert "val/a/03.jpg: cannot be decoded (the file is empty)" in report
     assert "val/a/04.jpg: the file is missing" in report
     assert "nothing is set aside, since" in report
-    assert "INCOMPLETE: of val in" in report
+    assert "INCOMPLETE: not listed from val in" in report
     names = {str(path.relative_to(root)) for path in root.rglob("*")}
     assert names == {*before, "val/a/04.jpg", "val/a/.05.jpg", *FOLDERS} - {"val/a/05.jpg"}
 
