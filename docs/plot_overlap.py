@@ -16,7 +16,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bitfleet.models import ModelConfig, create_model
-from bitfleet.optim import OptimConfig, ShardedOptimizer, build_optimizer, sharding_exchange
+from bitfleet.optim import OptimConfig, ShardedOptimizer, build_optimizer
+from bitfleet.optim.sharding import exchange as sharding_exchange
 
 ROWS = {
     "forward": ("forward", "#9ecae1"),

@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bitfleet.trainer.metrics import SCHEDULED, read_metrics
+from bitfleet.trainer.metrics.metrics import SCHEDULED, read_metrics
 
 
 def series(lines: list[dict[str, float]], kind: str, key: str) -> tuple[list[float], list[float]]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfleet.models import ModelConfig, create_model
-from bitfleet.models.layers import QuantConv2d, QuantLinear
+from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
 
 SIZES = {"birealnet18": 224, "birealnet34": 224, "xnornet": 224, "binarynet": 32, "birealnet_small": 32}
 

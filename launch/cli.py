@@ -4,7 +4,7 @@ import difflib
 import importlib
 import sys
 
-from bitfleet.launch.environment import run
+from bitfleet.launch.job import run
 
 COMMANDS = {
     "train": "train a run on one rank; `bitfleet train --config NAME --help` lists its options",
@@ -57,8 +57,9 @@ def dispatch() -> None:
 
         print("\n".join(available()))
         return
-    # A command is the function of its name in the module of its name, which is imported only now: torch takes seconds.
-    function = getattr(importlib.import_module(f"bitfleet.launch.{command}"), command)
+    # A command is the function of its name, in the file or folder of its name, which is imported only now: torch takes seconds.
+    module = {"train": "train", "evaluate": "evaluate", "launch": "cluster.command"}.get(command, f"{command}.command")
+    function = getattr(importlib.import_module(f"bitfleet.launch.{module}"), command)
     if command in OF_MANY_RANKS:
         function(rest, prog=f"bitfleet {command}")
     else:

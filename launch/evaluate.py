@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from bitfleet.launch.arguments import one_sentence
-from bitfleet.launch.environment import is_first_rank, job, run
-from bitfleet.trainer.user_paths import with_users_paths
+from bitfleet.launch.job import is_first_rank, job, run
+from bitfleet.launch.parsing.arguments import one_sentence
+from bitfleet.trainer.run.user_paths import with_users_paths
 
 if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not wait for it
     from bitfleet.trainer.evaluate import Evaluation

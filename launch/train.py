@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitfleet.launch.arguments import parse_train
-from bitfleet.launch.environment import REQUEUE, is_first_rank, job, run
-from bitfleet.launch.options import take_option
+from bitfleet.launch.job import REQUEUE, is_first_rank, job, run
+from bitfleet.launch.parsing.arguments import parse_train
+from bitfleet.launch.parsing.options import take_option
 
 if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not wait for it
     import torch
 
     from bitfleet.trainer.config import TrainConfig
-    from bitfleet.trainer.distributed import Ranks
+    from bitfleet.trainer.ranks.collectives import Ranks
     from bitfleet.trainer.trainer import Trainer
 
 
@@ -30,7 +30,7 @@ def train(arguments: Sequence[str], prog: str = "launch/train.py") -> None:
     """
     name, rest = take_option([a for a in arguments if not a.startswith("--local_rank=")], "--reproduce")
     if name is not None:
-        from bitfleet.launch.reproduce import reproduce
+        from bitfleet.launch.reproduce.command import reproduce
 
         reproduce([name, *rest], prog)
         return
@@ -51,8 +51,8 @@ def prepared_trainer(config: "TrainConfig", ranks: "Ranks", device: "torch.devic
     Raises:
         ValueError: bad input.
     """
-    from bitfleet.trainer.preflight import Preflight
-    from bitfleet.trainer.preflight_rehearsal import rehearse
+    from bitfleet.launch.preflight.preflight import Preflight
+    from bitfleet.launch.preflight.rehearsal import rehearse
     from bitfleet.trainer.trainer import Trainer
 
     if config.preflight == "full":

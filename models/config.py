@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from bitfleet.models.layers import start_real
+from bitfleet.models.layers.layers import start_real
 
 OPTIONS = ("norm", "width", "depths", "binarizer", "residual")
 """Fields of `ModelConfig` that go to the network unless they are None."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitfleet.models.layers import QuantConv2d, QuantLinear
+from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
 
 __all__ = ["ModelSize", "count", "layer_macs"]
 

@@ -1,19 +1,19 @@
 """Optimizers for binarized networks: update rules, parameter groups, schedules. Plain PyTorch, usable in any loop."""
 
-from bitfleet.optim.bnew import bnew_step_
-from bitfleet.optim.bop import Bop, bop_step_
-from bitfleet.optim.bop2ndorder import Bop2ndOrder, bop2ndorder_step_
 from bitfleet.optim.config import HYPERPARAMETERS, OptimConfig, build_optimizer, with_rule
-from bitfleet.optim.diode import Diode, diode_step_
-from bitfleet.optim.latent import LatentAdam, LatentSgd, latent_adam_step_, latent_sgd_step_
 from bitfleet.optim.param_groups import check_claims, is_binary, param_groups, routing_table
-from bitfleet.optim.routed import RoutedOptimizer
+from bitfleet.optim.rules.bnew import bnew_step_
+from bitfleet.optim.rules.bop import Bop, bop_step_
+from bitfleet.optim.rules.bop2ndorder import Bop2ndOrder, bop2ndorder_step_
+from bitfleet.optim.rules.diode import Diode, diode_step_
+from bitfleet.optim.rules.latent import LatentAdam, LatentSgd, latent_adam_step_, latent_sgd_step_
+from bitfleet.optim.rules.rule import RoutedOptimizer
+from bitfleet.optim.rules.sgdat import Sgdat, sgdat_step_
+from bitfleet.optim.rules.two_ema import TwoEma, two_ema_step_
 from bitfleet.optim.schedules import HyperparameterScheduler, Schedule, constant, linear
-from bitfleet.optim.seeding import Seeding
-from bitfleet.optim.sgdat import Sgdat, sgdat_step_
-from bitfleet.optim.sharding import ShardedOptimizer
+from bitfleet.optim.sharding.optimizer import ShardedOptimizer
+from bitfleet.optim.sharding.seeding import Seeding
 from bitfleet.optim.transitions import TransitionConfig, driven_values
-from bitfleet.optim.two_ema import TwoEma, two_ema_step_
 
 __all__ = [
     "HYPERPARAMETERS",

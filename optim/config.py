@@ -6,12 +6,12 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from bitfleet.optim import bnew
-from bitfleet.optim.adam import KERAS_DEFAULTS
-from bitfleet.optim.bop2ndorder import Correction, check_correction
-from bitfleet.optim.latent import check_momentum
 from bitfleet.optim.param_groups import BINARY, DECAYED, FULL_PRECISION, check_claims, param_groups
-from bitfleet.optim.routed import RULES, Group, RoutedOptimizer
+from bitfleet.optim.rules import bnew
+from bitfleet.optim.rules.adam import KERAS_DEFAULTS
+from bitfleet.optim.rules.bop2ndorder import Correction, check_correction
+from bitfleet.optim.rules.latent import check_momentum
+from bitfleet.optim.rules.rule import RULES, Group, RoutedOptimizer
 from bitfleet.optim.schedules import HyperparameterScheduler, Schedule, constant, linear
 from bitfleet.optim.transitions import KEY, TransitionConfig, check_transitions, target_of
 

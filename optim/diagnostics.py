@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfleet.optim.bits import popcount
-from bitfleet.optim.bop2ndorder import EPS, bias_corrections
-from bitfleet.optim.buckets import Bucket
-from bitfleet.optim.routed import Group, State
-from bitfleet.optim.shard_state import Chunk, packed_chunks
-from bitfleet.optim.sharding import ShardedOptimizer
+from bitfleet.optim.kernels.bits import popcount
+from bitfleet.optim.rules.bop2ndorder import EPS, bias_corrections
+from bitfleet.optim.rules.rule import Group, State
+from bitfleet.optim.sharding.buckets import Bucket
+from bitfleet.optim.sharding.optimizer import ShardedOptimizer
+from bitfleet.optim.sharding.state import Chunk, packed_chunks
 
 WINDOW = 100
 """Steps over which the flips of a weight are counted; windows follow each other and do not overlap."""

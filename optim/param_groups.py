@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from bitfleet.optim.routed import RULES, Group
+from bitfleet.optim.rules.rule import RULES, Group
 
 BINARY = "binary"
 FULL_PRECISION = "full_precision"

@@ -26,10 +26,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from bitfleet.optim.bits import popcount
-from bitfleet.optim.buckets import Bucket
-from bitfleet.optim.routed import Group
+from bitfleet.optim.kernels.bits import popcount
+from bitfleet.optim.rules.rule import Group
 from bitfleet.optim.schedules import Schedule
+from bitfleet.optim.sharding.buckets import Bucket
 
 Driven = Literal["latent_lr", "gamma", "threshold"]
 DRIVEN_RULES: dict[Driven, tuple[str, ...]] = {

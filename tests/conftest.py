@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 from PIL import Image
 
-from bitfleet.launch.environment import free_port
+from bitfleet.launch.job import free_port
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

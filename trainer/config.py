@@ -9,12 +9,12 @@ from pydantic import TypeAdapter
 
 from bitfleet.models import ModelConfig
 from bitfleet.optim import OptimConfig
-from bitfleet.optim.routed import RULES
-from bitfleet.trainer.checkpoint import CheckpointConfig
+from bitfleet.optim.rules.rule import RULES
+from bitfleet.trainer.checkpoint.format import CheckpointConfig
 from bitfleet.trainer.data import DataConfig
-from bitfleet.trainer.engine_options import EngineConfig, resolve_precision
-from bitfleet.trainer.journal import JournalConfig
-from bitfleet.trainer.metrics import MetricsConfig
+from bitfleet.trainer.engine.config import EngineConfig, resolve_precision
+from bitfleet.trainer.journal.format import JournalConfig
+from bitfleet.trainer.metrics.metrics import MetricsConfig
 
 MACHINE = (
     "root",

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from bitfleet.models import create_model
-from bitfleet.trainer.agreement import agree
-from bitfleet.trainer.arithmetic import use_arithmetic
-from bitfleet.trainer.checkpoint import is_checkpoint, latest_checkpoint, read_meta
-from bitfleet.trainer.checkpoint_loader import load_model
+from bitfleet.trainer.checkpoint.format import is_checkpoint, latest_checkpoint, read_meta
+from bitfleet.trainer.checkpoint.loader import load_model
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import ValidationLoader, normalize, open_dataset
-from bitfleet.trainer.distributed import Ranks, sum_of_numbers
-from bitfleet.trainer.engine import autocast
-from bitfleet.trainer.engine_options import Precision, resolve_precision
-from bitfleet.trainer.metrics import Accuracy, AccuracyMeter
-from bitfleet.trainer.nonfinite import broken
-from bitfleet.trainer.run_folder import read_config
+from bitfleet.trainer.engine.arithmetic import use_arithmetic
+from bitfleet.trainer.engine.config import Precision, resolve_precision
+from bitfleet.trainer.engine.engine import autocast
+from bitfleet.trainer.metrics.metrics import Accuracy, AccuracyMeter
+from bitfleet.trainer.ranks.check_same import agree
+from bitfleet.trainer.ranks.collectives import Ranks, sum_of_numbers
+from bitfleet.trainer.run.folder import read_config
+from bitfleet.trainer.run.nonfinite import broken
 
 
 @torch.no_grad()

@@ -10,35 +10,35 @@ from typing import NoReturn
 import torch
 from torch import nn
 
+from bitfleet.launch.preflight.memory import bucket_shapes, predict_memory
 from bitfleet.models import check_images, compile_network, create_model
 from bitfleet.optim import ShardedOptimizer, build_optimizer, driven_values, routing_table
-from bitfleet.trainer.agreement import agree
-from bitfleet.trainer.arithmetic import use_arithmetic
-from bitfleet.trainer.checkpoint import model_signature
-from bitfleet.trainer.checkpoint_loader import Intact
-from bitfleet.trainer.compilation import eager_on_real_weights, is_compiled
+from bitfleet.trainer.checkpoint.checkpoints import Parts, RunCheckpoints, find_start, identity
+from bitfleet.trainer.checkpoint.format import model_signature
+from bitfleet.trainer.checkpoint.initial_weights import load_initial_weights, seed_everything
+from bitfleet.trainer.checkpoint.loader import Intact
+from bitfleet.trainer.checkpoint.seeded_state import seed_state
 from bitfleet.trainer.config import TrainConfig, resolve_replicas, with_precision
 from bitfleet.trainer.data import TrainLoader, ValidationLoader, open_dataset
-from bitfleet.trainer.distributed import Ranks, from_first_rank
-from bitfleet.trainer.engine import create_engine, shard, whole_weights
-from bitfleet.trainer.engine_options import deepspeed_options
+from bitfleet.trainer.engine.arithmetic import use_arithmetic
+from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
+from bitfleet.trainer.engine.compilation import eager_on_real_weights, is_compiled
+from bitfleet.trainer.engine.config import deepspeed_options
+from bitfleet.trainer.engine.engine import create_engine, shard, whole_weights
+from bitfleet.trainer.engine.step_graph import CudaRecorder, GraphedStep, check_can_capture
+from bitfleet.trainer.engine.train_step import TrainStep
 from bitfleet.trainer.evaluate import validate
-from bitfleet.trainer.flips import make_diagnostics, step_flips
-from bitfleet.trainer.heartbeat import reached
-from bitfleet.trainer.initial_weights import load_initial_weights, seed_everything
-from bitfleet.trainer.metrics import Accuracy, hyperparameters_of
-from bitfleet.trainer.nonfinite import did_nothing, does_nothing, must_stop, nonfinite_loss, nonfinite_steps
-from bitfleet.trainer.out_of_memory import is_out_of_memory, training_out_of_memory
-from bitfleet.trainer.preflight_memory import bucket_shapes, predict_memory
-from bitfleet.trainer.readings import Readings
-from bitfleet.trainer.reports import Reports
-from bitfleet.trainer.run_checkpoints import Parts, RunCheckpoints, find_start, identity
-from bitfleet.trainer.run_folder import RunFolder, choose_run_folder, take_folder
-from bitfleet.trainer.running_statistics import RunningStatistics
-from bitfleet.trainer.seeded_state import seed_state
-from bitfleet.trainer.step_graph import CudaRecorder, GraphedStep, check_can_capture
-from bitfleet.trainer.stop import StopWatcher
-from bitfleet.trainer.train_step import TrainStep
+from bitfleet.trainer.metrics.flips import make_diagnostics, step_flips
+from bitfleet.trainer.metrics.metrics import Accuracy, hyperparameters_of
+from bitfleet.trainer.metrics.readings import Readings
+from bitfleet.trainer.metrics.reports import Reports
+from bitfleet.trainer.ranks.check_same import agree
+from bitfleet.trainer.ranks.collectives import Ranks, from_first_rank
+from bitfleet.trainer.ranks.heartbeat import reached
+from bitfleet.trainer.run.folder import RunFolder, choose_run_folder, take_folder
+from bitfleet.trainer.run.nonfinite import did_nothing, does_nothing, must_stop, nonfinite_loss, nonfinite_steps
+from bitfleet.trainer.run.out_of_memory import is_out_of_memory, training_out_of_memory
+from bitfleet.trainer.run.stop import StopWatcher
 
 
 class Trainer:

@@ -4,12 +4,12 @@ import difflib
 import importlib
 from pathlib import Path
 
-from bitfleet.trainer.sweep import Sweep
+from bitfleet.configs.sweeps.sweep import Sweep
 
 
 def available_sweeps() -> list[str]:
     """Names of all sweeps."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "sweep"))
 
 
 def load_sweep(name: str) -> Sweep:

@@ -19,7 +19,7 @@ The points change the base's schedules and nothing else:
                    could not tell.
 """
 
-from bitfleet.trainer.sweep import Point, Sweep, held
+from bitfleet.configs.sweeps.sweep import Point, Sweep, held
 
 BIASED = ("--optim.rule", "bop2ndorder", "--optim.correction", "none")
 FROZEN = tuple(

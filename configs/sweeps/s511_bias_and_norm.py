@@ -9,7 +9,7 @@ command    bitfleet sweep s511_bias_and_norm
            as in the paper: --config binarynet_cifar10 --epochs 150 --global_batch_size 100 --optim.lr.kind constant
 """
 
-from bitfleet.trainer.sweep import Point, Sweep, held
+from bitfleet.configs.sweeps.sweep import Point, Sweep, held
 
 HELD = (*held("gamma", 1e-7), *held("sigma", 1e-3), *held("threshold", 1e-6))
 

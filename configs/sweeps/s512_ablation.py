@@ -10,7 +10,7 @@ command    bitfleet sweep s512_ablation
            as in the paper: --config binarynet_cifar10 --epochs 100 --global_batch_size 100 --optim.lr.kind constant
 """
 
-from bitfleet.trainer.sweep import Point, Sweep, held
+from bitfleet.configs.sweeps.sweep import Point, Sweep, held
 
 CENTRE = {"gamma": 1e-7, "sigma": 1e-3, "threshold": 1e-6}
 VALUES = {

@@ -11,7 +11,7 @@ command    bitfleet sweep s513_pairs
 import itertools
 
 from bitfleet.configs.sweeps.s512_ablation import CENTRE, point
-from bitfleet.trainer.sweep import Point, Sweep
+from bitfleet.configs.sweeps.sweep import Point, Sweep
 
 PAIRS = (("gamma", "threshold"), ("sigma", "threshold"), ("gamma", "sigma"))
 

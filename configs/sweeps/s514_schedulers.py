@@ -11,7 +11,7 @@ command    bitfleet sweep s514_schedulers
 """
 
 from bitfleet.configs.sweeps.s512_ablation import CENTRE, RULE
-from bitfleet.trainer.sweep import Point, Sweep, held
+from bitfleet.configs.sweeps.sweep import Point, Sweep, held
 
 
 def staircase(name: str, start: float) -> tuple[str, ...]:

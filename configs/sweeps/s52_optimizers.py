@@ -11,7 +11,7 @@ command    bitfleet sweep s52_optimizers
            on the paper's network: --config binarynet_cifar10
 """
 
-from bitfleet.trainer.sweep import Point, Sweep, held
+from bitfleet.configs.sweeps.sweep import Point, Sweep, held
 
 
 def _rule(name: str, **held_values: float) -> str:

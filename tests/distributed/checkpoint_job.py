@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from bitfleet.trainer import checkpoint_tensors
-from bitfleet.trainer.checkpoint_planners import logical_chunk
-from bitfleet.trainer.checkpoint_tensors import Tensors
+from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
+from bitfleet.trainer.checkpoint.planners import logical_chunk
+from bitfleet.trainer.checkpoint.tensors import Tensors
 
 NUMEL = 1001
 WHOLE = {

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bitfleet.optim import RoutedOptimizer, ShardedOptimizer
-from bitfleet.optim.bits import pack_signs
 from bitfleet.optim.diagnostics import RATIOS, WINDOW, BitDiagnostics
-from bitfleet.trainer import checkpoint_tensors
-from bitfleet.trainer.distributed import sum_over_ranks_
+from bitfleet.optim.kernels.bits import pack_signs
+from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
+from bitfleet.trainer.ranks.collectives import sum_over_ranks_
 
 NUM_STEPS = WINDOW + 30
 SAVED_AT = WINDOW - 20

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitfleet.optim import Bop, Bop2ndOrder, RoutedOptimizer, ShardedOptimizer
-from bitfleet.optim.buckets import tree_sum
 from bitfleet.optim.schedules import constant
+from bitfleet.optim.sharding.buckets import tree_sum
 from bitfleet.optim.transitions import Target, next_rate, next_value
 from tests.distributed.diagnostics_check import check_diagnostics
 from tests.distributed.rounded import rounded_sums

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bitfleet.trainer.checkpoint import checkpoints, step_of, verify
+from bitfleet.trainer.checkpoint.format import checkpoints, step_of, verify
 from tests.conftest import BIN, REPOSITORY, free_port
 from tests.faults.job import SAVE_POINTS
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from bitfleet.launch.train import main
-from bitfleet.trainer import train_step
 from bitfleet.trainer import trainer as loop
-from bitfleet.trainer.checkpoint_saver import Saver
-from bitfleet.trainer.stop import StopWatcher, launcher_processes
+from bitfleet.trainer.checkpoint.saver import Saver
+from bitfleet.trainer.engine import train_step
+from bitfleet.trainer.run.stop import StopWatcher, launcher_processes
 from bitfleet.trainer.trainer import Trainer
 
 SAVE_POINTS = ("begin", "write_tensors", "hash_files", "write_meta", "commit", "prune")

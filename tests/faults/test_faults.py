@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bitfleet.trainer.checkpoint import checkpoints, latest_checkpoint, step_of
+from bitfleet.trainer.checkpoint.format import checkpoints, latest_checkpoint, step_of
 from tests.faults.harness import (
     GONE_SECONDS,
     NUM_STEPS,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitfleet.launch.environment import job
-from bitfleet.trainer.distributed import Ranks
+from bitfleet.launch.job import job
+from bitfleet.trainer.ranks.collectives import Ranks
 
 DRY_RUN = "BITFLEET_GPU_DRY_RUN"
 HERE = Path(__file__).parent

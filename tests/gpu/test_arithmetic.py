@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from bitfleet.trainer.arithmetic import use_arithmetic
-from bitfleet.trainer.distributed import Ranks, connect, gpu_uuid, process_group
-from bitfleet.trainer.doctor_facts import compare_kernel
-from bitfleet.trainer.engine import autocast
-from bitfleet.trainer.engine_options import EngineConfig
+from bitfleet.launch.doctor.facts import compare_kernel
+from bitfleet.trainer.engine.arithmetic import use_arithmetic
+from bitfleet.trainer.engine.config import EngineConfig
+from bitfleet.trainer.engine.engine import autocast
+from bitfleet.trainer.ranks.collectives import Ranks, connect, gpu_uuid, process_group
 
 pytestmark = pytest.mark.gpu
 FAN_IN = 9216

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from bitfleet.trainer.bench_gpu_dali import TRANSFORMS, Decoder, Transform, batches_under_load, compare_pixels
-from bitfleet.trainer.bench_gpu_targets import MEAN_DIFFERENCE
-from bitfleet.trainer.bench_loader_photos import find_photos, write_class_folders
+from bitfleet.launch.bench.gpu.dali import TRANSFORMS, Decoder, Transform, batches_under_load, compare_pixels
+from bitfleet.launch.bench.gpu.targets import MEAN_DIFFERENCE
+from bitfleet.launch.bench.loader_photos import find_photos, write_class_folders
 from bitfleet.trainer.data import DataConfig, TrainLoader, ValidationLoader, open_dataset
 
 pytestmark = pytest.mark.gpu

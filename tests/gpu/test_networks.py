@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from bitfleet.trainer.bench_gpu_gradients import NETWORKS, compare_binary_sums, compare_gradients
-from bitfleet.trainer.bench_gpu_networks import Setting
-from bitfleet.trainer.bench_gpu_repeat import different_gradients
-from bitfleet.trainer.engine_options import Precision
+from bitfleet.launch.bench.gpu.gradients import NETWORKS, compare_binary_sums, compare_gradients
+from bitfleet.launch.bench.gpu.networks import Setting
+from bitfleet.launch.bench.gpu.repeat import different_gradients
+from bitfleet.trainer.engine.config import Precision
 
 pytestmark = pytest.mark.gpu
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from bitfleet.optim.kernels import on_gpu
-from bitfleet.trainer import bench_gpu_rule
-from bitfleet.trainer.bench_gpu_rule import GOLDEN, Form, Variant
+from bitfleet.launch.bench.gpu import rule as bench_gpu_rule
+from bitfleet.launch.bench.gpu.rule import GOLDEN, Form, Variant
+from bitfleet.optim.kernels.kernels import on_gpu
 from tests.golden import recipe
 
 pytestmark = pytest.mark.gpu

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from bitfleet.configs import load_config
+from bitfleet.launch.bench.gpu.syncs import PageableCopies, host_waits
+from bitfleet.launch.bench.gpu.trainer import Loader, Variant, varied
 from bitfleet.optim import ShardedOptimizer
-from bitfleet.trainer import checkpoint_tensors
-from bitfleet.trainer.bench_gpu_syncs import PageableCopies, host_waits
-from bitfleet.trainer.bench_gpu_trainer import Loader, Variant, varied
-from bitfleet.trainer.checkpoint import checkpoints
-from bitfleet.trainer.distributed import Ranks
+from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
+from bitfleet.trainer.checkpoint.format import checkpoints
+from bitfleet.trainer.ranks.collectives import Ranks
 from bitfleet.trainer.trainer import Trainer
 from tests.integration.runs import assert_same_bits
 

@@ -2,11 +2,11 @@
 
 import sys
 
-from bitfleet.launch.arguments import parse_train
-from bitfleet.launch.environment import job, run
-from bitfleet.trainer.bench_comm import CollectiveCounter
-from bitfleet.trainer.preflight import Preflight
-from bitfleet.trainer.stop import StopWatcher
+from bitfleet.launch.bench.comm import CollectiveCounter
+from bitfleet.launch.job import job, run
+from bitfleet.launch.parsing.arguments import parse_train
+from bitfleet.launch.preflight.preflight import Preflight
+from bitfleet.trainer.run.stop import StopWatcher
 from bitfleet.trainer.trainer import Trainer
 
 

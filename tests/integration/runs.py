@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from bitfleet.trainer import checkpoint_tensors
-from bitfleet.trainer.checkpoint import checkpoints, verify
-from bitfleet.trainer.metrics import read_metrics
+from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
+from bitfleet.trainer.checkpoint.format import checkpoints, verify
+from bitfleet.trainer.metrics.metrics import read_metrics
 
 TRAIN = "launch/train.py"
 NUM_STEPS = 30  # 12 steps an epoch: two and a half epochs

@@ -12,20 +12,20 @@ import torch
 import torch.distributed as dist
 
 from bitfleet.configs import load_config
-from bitfleet.launch.bench import bench
-from bitfleet.optim.sharding_exchange import all_gather_single
-from bitfleet.trainer.bench_checkpoint import bench_checkpoint
-from bitfleet.trainer.bench_checkpoint_table import TITLES as SAVES
-from bitfleet.trainer.bench_comm import GRAD_DTYPES, TITLES, CollectiveCounter, Method, bench_comm, interface_bytes
-from bitfleet.trainer.bench_diagnostics import bench_diagnostics
-from bitfleet.trainer.bench_loader_contenders import ORIGINALS, Settings, contenders, sampler_alone
-from bitfleet.trainer.bench_loader_manifest import bench_manifest
-from bitfleet.trainer.bench_loader_photos import find_photos, write_class_folders
-from bitfleet.trainer.bench_loader_table import BITFLEET, BITFLEET_SMALL, TIMM, TORCHVISION_UINT8
-from bitfleet.trainer.bench_memory import BUCKET_BYTES
-from bitfleet.trainer.distributed import Ranks
-from bitfleet.trainer.plan_rates import read_rates
-from bitfleet.trainer.tensor_bytes import TensorBytes
+from bitfleet.launch.bench.checkpoint import bench_checkpoint
+from bitfleet.launch.bench.checkpoint_table import TITLES as SAVES
+from bitfleet.launch.bench.comm import GRAD_DTYPES, TITLES, CollectiveCounter, Method, bench_comm, interface_bytes
+from bitfleet.launch.bench.command import bench
+from bitfleet.launch.bench.diagnostics import bench_diagnostics
+from bitfleet.launch.bench.loader_contenders import ORIGINALS, Settings, contenders, sampler_alone
+from bitfleet.launch.bench.loader_manifest import bench_manifest
+from bitfleet.launch.bench.loader_photos import find_photos, write_class_folders
+from bitfleet.launch.bench.loader_table import BITFLEET, BITFLEET_SMALL, TIMM, TORCHVISION_UINT8
+from bitfleet.launch.bench.memory import BUCKET_BYTES
+from bitfleet.launch.plan.rates import read_rates
+from bitfleet.launch.preflight.tensor_bytes import TensorBytes
+from bitfleet.optim.sharding.exchange import all_gather_single
+from bitfleet.trainer.ranks.collectives import Ranks
 from tests.conftest import BIN, REPOSITORY, Launch, run_command
 
 NUM_BINARY, NUM_REAL = 16 * 256**2, 16 * 256 + 2570
@@ -57,14 +57,16 @@ def check_traffic(rows: Table) -> None:
 
 
 def test_comm_counts_what_two_ranks_send(deepspeed: Launch) -> None:
-    done = deepspeed(2, "launch/bench.py", "comm", "--steps", "2")
+    done = deepspeed(2, "--module", "bitfleet.launch", "bench", "comm", "--steps", "2")
     assert done.returncode == 0, done.stdout
     check_traffic(parse(done.stdout))
 
 
 def test_plan_predicts_a_step_and_measures_it(deepspeed: Launch, tiny: list[str], tmp_path: Path) -> None:
     file = tmp_path / "rates.json"
-    done = deepspeed(2, "launch/bench.py", "plan", "--rounds", "1", "--steps", "2", "--output", file, *tiny)
+    done = deepspeed(
+        2, "--module", "bitfleet.launch", "bench", "plan", "--rounds", "1", "--steps", "2", "--output", file, *tiny
+    )
     assert done.returncode == 0, done.stdout
     numbers = {
         word: float(re.findall(rf"^ *{word} +([\d.,]+)", done.stdout, re.MULTILINE)[0].replace(",", ""))
@@ -74,7 +76,9 @@ def test_plan_predicts_a_step_and_measures_it(deepspeed: Launch, tiny: list[str]
     assert numbers["ratio"] == pytest.approx(numbers["predicted"] / numbers["measured"], rel=0.05)  # of one round
     rates = read_rates(file)
     assert (rates.device, rates.cores) == ("cpu", len(os.sched_getaffinity(0)))
-    again = deepspeed(2, "launch/bench.py", "plan", "--rounds", "1", "--steps", "2", "--rates", file, *tiny)
+    again = deepspeed(
+        2, "--module", "bitfleet.launch", "bench", "plan", "--rounds", "1", "--steps", "2", "--rates", file, *tiny
+    )
     assert again.returncode == 0, again.stdout
     (predicted,) = re.findall(r"^ *predicted +([\d.,]+)", again.stdout, re.MULTILINE)
     assert float(predicted.replace(",", "")) == numbers["predicted"]
@@ -92,7 +96,7 @@ def test_diagnostics_are_measured_with_and_without(tiny: list[str]) -> None:
 
 @pytest.mark.slow
 def test_memory_of_two_ranks_stays_in_bounds(deepspeed: Launch) -> None:
-    done = deepspeed(2, "launch/bench.py", "memory", "--steps", "2")
+    done = deepspeed(2, "--module", "bitfleet.launch", "bench", "memory", "--steps", "2")
     assert done.returncode == 0, done.stdout
     rows = parse(done.stdout)
     for grad_dtype in GRAD_DTYPES:
@@ -108,7 +112,7 @@ def test_memory_of_two_ranks_stays_in_bounds(deepspeed: Launch) -> None:
 def test_checkpoint_writes_what_it_should(deepspeed: Launch, tmp_path: Path) -> None:
     folder = tmp_path / "new"
     own = ["--network", "birealnet18", "--rounds", "1", "--folder", str(folder)]
-    done = deepspeed(2, "launch/bench.py", "checkpoint", *own, timeout=240)
+    done = deepspeed(2, "--module", "bitfleet.launch", "bench", "checkpoint", *own, timeout=240)
     assert done.returncode == 0, done.stdout  # the last checkpoint is committed, and its hashes are right
     sizes = {}
     for method, title in SAVES.items():
@@ -148,7 +152,7 @@ def test_loader_measures_all_that_are_installed(capsys: pytest.CaptureFixture[st
 def test_loaders_of_small_images_are_measured_in_turns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bitfleet.trainer.bench_loader_memory._TURN_SECONDS", 0.02)
+    monkeypatch.setattr("bitfleet.launch.bench.loader_memory._TURN_SECONDS", 0.02)
     bench(["loader", "--memory", "--images", "40", "--rounds", "1", "--batch_size", "5", "--num_workers", "1"])
     output = capsys.readouterr().out
     assert "40 images of 32 pixels, batches of 5, 1 threads, median of 1 rounds" in output
@@ -195,7 +199,7 @@ def test_a_long_manifest_is_opened_in_new_processes() -> None:
 @pytest.mark.multinode
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2")
 def test_wire_between_two_hosts_carries_what_the_calls_say() -> None:
-    done = run_command([REPOSITORY / "launch" / "hosts.sh", "2", "1", "launch/bench.py", "comm"])
+    done = run_command([REPOSITORY / "launch" / "cluster" / "hosts.sh", "2", "1", "-m", "bitfleet.launch", "bench", "comm"])
     assert done.returncode == 0, done.stdout
     rows = parse(done.stdout)
     check_traffic(rows)
@@ -208,7 +212,19 @@ def test_wire_between_two_hosts_carries_what_the_calls_say() -> None:
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("tc") is None, reason="network namespaces need root and iproute2")
 def test_slow_wires_between_three_hosts_carry_what_the_calls_say() -> None:
     done = run_command(
-        [REPOSITORY / "launch" / "hosts.sh", "3", "1", "--rate", "1gbit", "launch/bench.py", "comm", "--steps", "2"]
+        [
+            REPOSITORY / "launch" / "cluster" / "hosts.sh",
+            "3",
+            "1",
+            "--rate",
+            "1gbit",
+            "-m",
+            "bitfleet.launch",
+            "bench",
+            "comm",
+            "--steps",
+            "2",
+        ]
     )
     assert done.returncode == 0, done.stdout
     assert "3 ranks on 3 hosts" in done.stdout
@@ -218,7 +234,7 @@ def test_slow_wires_between_three_hosts_carry_what_the_calls_say() -> None:
 
 
 def test_hosts_want_their_numbers() -> None:
-    done = run_command([REPOSITORY / "launch" / "hosts.sh", "2"])
+    done = run_command([REPOSITORY / "launch" / "cluster" / "hosts.sh", "2"])
     assert done.returncode == 2
     assert "NUM_HOSTS RANKS_PER_HOST [--rate RATE] SCRIPT" in done.stdout
 

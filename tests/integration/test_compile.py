@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bitfleet.trainer.checkpoint import checkpoints, read_meta
+from bitfleet.trainer.checkpoint.format import checkpoints, read_meta
 from tests.conftest import BIN, Launch, run_command
 from tests.integration.runs import TRAIN, assert_same_bits, failed, final_tensors
 

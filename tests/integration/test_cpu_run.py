@@ -9,7 +9,7 @@ from tests.conftest import run_command
 COMMAND = """
 import sys
 import torch
-import bitfleet.trainer.preflight
+import bitfleet.launch.preflight.preflight
 
 def fail(*arguments):
     raise AssertionError("CUDA was started")

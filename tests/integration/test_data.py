@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bitfleet.trainer.metrics import read_metrics
+from bitfleet.trainer.metrics.metrics import read_metrics
 from tests.conftest import BIN, Launch, run_command
 from tests.integration.runs import TRAIN, assert_same_bits, failed, final_tensors
 
@@ -206,5 +206,5 @@ def test_set_aside_on_the_command_line(root: Path, tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_gets_a_sentence(prepared: Path, arguments: list[str], sentence: str) -> None:
-    done = run_command([sys.executable, "-m", "bitfleet.launch.data", *(a.format(root=prepared) for a in arguments)])
+    done = run_command([sys.executable, "-m", "bitfleet.launch", "data", *(a.format(root=prepared) for a in arguments)])
     failed(done, sentence)

@@ -7,7 +7,7 @@ from tests.conftest import BIN, Launch, run_command
 
 
 def test_two_ranks_are_examined(deepspeed: Launch, tiny: list[str], tmp_path: Path) -> None:
-    done = deepspeed(2, "launch/doctor.py", *tiny, "--output", tmp_path)
+    done = deepspeed(2, "--module", "bitfleet.launch", "doctor", *tiny, "--output", tmp_path)
     assert done.returncode == 0, done.stdout
     (summary,) = re.findall(r"^(\d+) OK, (\d+) WARN, 0 FAIL$", done.stdout, re.MULTILINE)
     assert sum(map(int, summary)) == 27

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bitfleet.launch.bench_gpu import PARTS
-from bitfleet.trainer.bench_gpu_rows import Row, read_rows
+from bitfleet.launch.bench.gpu.command import PARTS
+from bitfleet.launch.bench.gpu.rows import Row, read_rows
 from tests.conftest import run_command
 
 

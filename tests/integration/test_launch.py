@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bitfleet.launch.supervise import AGENT
-from bitfleet.trainer.checkpoint import checkpoints, latest_checkpoint, step_of, verify
+from bitfleet.launch.cluster.supervise import AGENT
+from bitfleet.trainer.checkpoint.format import checkpoints, latest_checkpoint, step_of, verify
 from tests.conftest import BIN, REPOSITORY, free_port
 
 REQUEUE = 75

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
-from bitfleet.launch.arguments import parse_train
+from bitfleet.launch.parsing.arguments import parse_train
 from tests.conftest import BIN, REPOSITORY
 
-LAUNCH = REPOSITORY / "launch"
+LAUNCH = REPOSITORY / "launch" / "cluster"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 FAKE_SRUN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" > "$FAKE/srun"
@@ -190,7 +190,7 @@ def test_kubernetes_container_starts_its_node(manifests: dict[str, Any], fakes: 
     done = subprocess.run(
         [*command, *container["args"]], env=fakes | variables, capture_output=True, text=True, check=True
     )
-    from bitfleet.launch.launch import read_request
+    from bitfleet.launch.cluster.command import read_request
 
     launch, launcher, *rest = done.stdout.splitlines()
     request, config = read_request(rest, launcher)

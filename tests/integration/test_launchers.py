@@ -53,7 +53,7 @@ def test_srun_variables_make_a_job(tiny: list[str], tmp_path: Path) -> None:
 
 
 def test_contradiction_is_one_sentence() -> None:
-    command = [sys.executable, "-m", "bitfleet.launch.bench", "memory"]
+    command = [sys.executable, "-m", "bitfleet.launch", "bench", "memory"]
     first, second = run_all([slurm(rank, WORLD_SIZE="4") for rank in range(2)], command)
     failed(first, "WORLD_SIZE is 4, but srun says 2 (SLURM_STEP_NUM_TASKS): unset WORLD_SIZE")
     assert "error (rank 1): WORLD_SIZE is 4" in second.stdout

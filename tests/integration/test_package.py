@@ -35,12 +35,12 @@ def test_install_puts_exactly_one_package(tmp_path: Path) -> None:
     assert not (target / "bitfleet" / "optim").is_symlink()
     for name in (
         "py.typed",
-        "optim/kernels.c",
-        "launch/slurm.sh",
-        "launch/kubernetes.yaml",
+        "optim/kernels/kernels.c",
+        "launch/cluster/slurm.sh",
+        "launch/cluster/kubernetes.yaml",
         "trainer/data/fashion_mnist/subset.npz",
         "trainer/data/fashion_mnist/LICENSE.txt",
-        "trainer/reproduce/expected/fashion_dry_run.json",
+        "launch/reproduce/expected/fashion_dry_run.json",
     ):
         assert (target / "bitfleet" / name).is_file(), name
     check = (

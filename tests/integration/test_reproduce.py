@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bitfleet.launch.reproduce import reproduce
-from bitfleet.trainer.metrics import read_metrics
+from bitfleet.launch.reproduce.command import reproduce
+from bitfleet.trainer.metrics.metrics import read_metrics
 from tests.conftest import BIN, Launch, run_command
 
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ def test_dry_run_continues_on_other_ranks_and_ends_with_a_card(
     reproduce(["birealnet18", "--dry_run", "--check", str(run)])  # no SystemExit: it runs fine
     assert "unfinished\nthe last validation is after step 12 of 36: the same command" in capsys.readouterr().out
 
-    done = deepspeed(2, "launch/reproduce.py", *options)
+    done = deepspeed(2, "--module", "bitfleet.launch", "reproduce", *options)
     assert done.returncode == 0, done.stdout
     assert "step-00000017: 36 steps on 2 ranks" in done.stdout
     assert [done.stdout.count(f" at epoch {epoch}/3") for epoch in (1, 2, 3)] == [0, 1, 1]  # by rank 0 alone

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bitfleet.trainer.checkpoint import checkpoints, read_meta
-from bitfleet.trainer.journal_reader import read_parts, weights_after
-from bitfleet.trainer.journal_tools import verified
+from bitfleet.launch.journal.reader import read_parts, weights_after
+from bitfleet.launch.journal.tools import verified
+from bitfleet.trainer.checkpoint.format import checkpoints, read_meta
 from tests.conftest import BIN, Launch, run_command
 from tests.integration.runs import NUM_STEPS, TRAIN, assert_same_bits, failed, final_tensors, metrics, scalar_steps
 

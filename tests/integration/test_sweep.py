@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bitfleet.launch.options import take_option
-from bitfleet.trainer.checkpoint import checkpoints
-from bitfleet.trainer.metrics import read_metrics
+from bitfleet.launch.parsing.options import take_option
+from bitfleet.trainer.checkpoint.format import checkpoints
+from bitfleet.trainer.metrics.metrics import read_metrics
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.slow

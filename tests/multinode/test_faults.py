@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bitfleet.trainer.checkpoint import checkpoints, step_of
+from bitfleet.trainer.checkpoint.format import checkpoints, step_of
 from tests.conftest import REPOSITORY
 from tests.faults.harness import REQUEUE
 from tests.integration.runs import assert_same_bits, final_tensors, metrics
@@ -113,7 +113,7 @@ def another_checkout(folder: Path, file: str, old: str, new: str) -> dict[Path, 
 
 
 def another_version(folder: Path, _: Path) -> dict[Path, Path]:
-    return another_checkout(folder, "trainer/stop.py", "FILE_SECONDS = 1.0", "FILE_SECONDS = 2.0")
+    return another_checkout(folder, "trainer/run/stop.py", "FILE_SECONDS = 1.0", "FILE_SECONDS = 2.0")
 
 
 def another_config(folder: Path, _: Path) -> dict[Path, Path]:
@@ -138,7 +138,7 @@ def no_data(folder: Path, images: Path) -> dict[Path, Path]:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (another_version, r"rank 1 on host-b differs from rank 0 on host-a in the source file trainer/stop.py: "),
+        (another_version, r"rank 1 on host-b differs from rank 0 on host-a in the source file trainer/run/stop.py: "),
         (
             another_config,
             r"rank 1 on host-b differs from rank 0 on host-a in the field optim.lr.end: 6e-06 there, 5e-06 on",

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from bitfleet.configs.sweeps.s52_optimizers import OPTIMIZERS
-from bitfleet.launch.arguments import parse_train
-from bitfleet.launch.environment import job, run
-from bitfleet.trainer import checkpoint_tensors
-from bitfleet.trainer.checkpoint import checkpoints
+from bitfleet.launch.job import job, run
+from bitfleet.launch.parsing.arguments import parse_train
+from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
+from bitfleet.trainer.checkpoint.format import checkpoints
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.metrics import read_metrics
+from bitfleet.trainer.metrics.metrics import read_metrics
 from bitfleet.trainer.trainer import Trainer
 
 RECORDED = Path(__file__).parents[1] / "golden" / "recorded.json"

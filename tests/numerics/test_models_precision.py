@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitfleet.models.layers import QuantConv2d
-from bitfleet.models.quantizers import ste_sign
+from bitfleet.models.layers.layers import QuantConv2d
+from bitfleet.models.layers.quantizers import ste_sign
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXACT = {"bf16": 256, "fp16": 2048}

@@ -16,17 +16,17 @@ ROOMS = {
 SHARED = "c_library"
 """A module of the package itself, below all rooms."""
 OWNERS = {
-    "deepspeed": ("trainer/engine.py", "launch/"),
+    "deepspeed": ("trainer/engine/engine.py", "launch/"),
     "nvidia": ("trainer/data/",),
-    "h5py": ("models/keras_files.py",),
+    "h5py": ("models/keras/files.py",),
     "tensorboard": ("trainer/metrics",),
     "torch.utils.tensorboard": ("trainer/metrics",),
     "torch.distributed": (
-        "trainer/distributed.py",
+        "trainer/ranks/collectives.py",
         "optim/sharding",
-        "trainer/checkpoint_planners.py",
-        "trainer/checkpoint_tensors.py",
-        "trainer/rendezvous.py",
+        "trainer/checkpoint/planners.py",
+        "trainer/checkpoint/tensors.py",
+        "trainer/ranks/rendezvous.py",
     ),
 }
 FILES = [path for room in ROOMS for path in sorted((REPOSITORY / room).rglob("*.py"))]

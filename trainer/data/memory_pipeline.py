@@ -23,7 +23,7 @@ from bitfleet.trainer.data.device_copies import CudaCopyStream, DeviceCopies
 from bitfleet.trainer.data.request import Batch, Decoded, Geometry, Mend, Request
 from bitfleet.trainer.data.resizing import Resizer
 from bitfleet.trainer.data.sampler import Ints
-from bitfleet.trainer.distributed import job_word
+from bitfleet.trainer.ranks.collectives import job_word
 
 DEVICE_SHARE = 1 / 4
 """The part of a GPU's memory that decoded images may take there."""

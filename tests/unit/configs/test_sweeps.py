@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 
 from bitfleet.configs.sweeps import available_sweeps, load_sweep
-from bitfleet.launch.arguments import parse_train
+from bitfleet.configs.sweeps.sweep import Sweep, plan_runs
+from bitfleet.launch.parsing.arguments import parse_train
 from bitfleet.optim.config import HYPERPARAMETERS
-from bitfleet.trainer.sweep import Sweep, plan_runs
 
 RUNS = {
     "regime": 15,

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitfleet.models import ModelConfig, compilation, compile_network, create_model, layers
+from bitfleet.models import ModelConfig, compilation, compile_network, create_model
 from bitfleet.models.compilation import problem_of_compiling
+from bitfleet.models.layers import layers
 
 SMALL = [
     ModelConfig(name="birealnet_small", num_classes=10, norm=norm, binarizer=binarizer)

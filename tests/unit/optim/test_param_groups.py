@@ -17,7 +17,7 @@ from bitfleet.optim import (
     routing_table,
     with_rule,
 )
-from bitfleet.optim.routed import RULES
+from bitfleet.optim.rules.rule import RULES
 
 
 def network() -> nn.Sequential:

@@ -12,7 +12,7 @@ from torchvision.datasets import ImageFolder
 from bitfleet.trainer.data import left_out
 from bitfleet.trainer.data.class_folders import scan_class_folders
 from bitfleet.trainer.data.splits import scan_root
-from tests.unit.trainer.data import miniature
+from tests import miniature
 
 PHOTO = miniature.photo(0, 1)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bitfleet.trainer.data import DataConfig, open_dataset
-from tests.unit.trainer.data import miniature
+from tests import miniature
 
 
 @pytest.fixture(autouse=True)

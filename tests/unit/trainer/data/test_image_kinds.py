@@ -5,8 +5,8 @@ import io
 import pytest
 from PIL import Image
 
+from bitfleet.launch.data.whole import WholeDecoder
 from bitfleet.trainer.data.image_kinds import HEAD_BYTES, IMAGE_SUFFIXES, is_image, is_of_system, suffix_of
-from bitfleet.trainer.data.whole import WholeDecoder
 
 READ = ["JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "J2K", "BigTIFF", "P5", "P4"]
 NOT_READ = ["GIF", "DIB", "ICO", "TGA", "PCX", "SGI", "PFM"]

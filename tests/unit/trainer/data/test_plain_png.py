@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bitfleet.trainer.data import whole
+from bitfleet.launch.data import whole
 from bitfleet.trainer.data.plain_png import plain_png
 
 

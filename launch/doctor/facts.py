@@ -1,0 +1,191 @@
+"""What a rank knows about its machine and its installation: facts for the doctor, no verdicts."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import sysconfig
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from bitfleet.launch.data.readable import Readable, readable
+from bitfleet.optim.kernels.kernels import bop2ndorder_bits_, kernel_library
+from bitfleet.trainer.config import TrainConfig, to_dict
+from bitfleet.trainer.data.cache import cache_folder
+from bitfleet.trainer.ranks.collectives import Ranks, nccl_version
+from bitfleet.trainer.run.folder import checkpoint_disk, git_revision, planned_folder
+
+PACKAGES = ("bitfleet", "torch", "torchvision", "deepspeed", "timm", "numpy")
+KERNEL_WEIGHTS = 4096
+DALI_WHEELS = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """One rank's. Sizes are bytes; None is what does not exist or cannot be found out."""
+
+    rank: int
+    local_rank: int
+    local_world_size: int
+    host: str
+    versions: dict[str, str]
+    """python, glibc and packages."""
+    git: str | None
+    dali: dict[str, str]
+    """Installed wheels of DALI and their versions."""
+    torch_cuda: str | None
+    """CUDA that torch was built for."""
+    cuda_available: bool
+    nvidia_driver: bool
+    """Whether the machine has NVIDIA's kernel driver."""
+    cxx11_abi: bool
+    nccl: str | None
+    devices: list[str]
+    num_machine_cores: int
+    cores: list[int]
+    """Those that this rank may use."""
+    num_threads: int
+    free_memory: int
+    free_run: int | None
+    """Free where runs are written; None: not writable."""
+    run_folder: str
+    free_cache: int | None
+    """Free in the cache folder; None: not writable."""
+    cache_folder: str
+    shm: int | None
+    """Size of /dev/shm."""
+    open_files: int
+    """Soft limit of open files."""
+    compiler: str | None
+    """C++ compiler that torch.compile finds."""
+    kernels: str | None
+    """Why the kernels of optim/kernels/kernels.py are not built; None: they are."""
+    c_compiler: str | None
+    """That Triton finds."""
+    python_header: bool
+    """Whether Python.h is where Triton looks for it."""
+    gpu_kernel: str | None
+    """What is wrong with the update of binary weights on this rank's GPU; "" for nothing, None without a GPU."""
+    config: str | None = None
+    """sha256 of the configuration."""
+    data: Readable | None = None
+    """Only with a configuration, as the one above."""
+
+
+def collect_facts(config: TrainConfig | None, ranks: Ranks, device: torch.device) -> Facts:
+    """The facts of this rank and its device, about its data too if there is a configuration."""
+    run_folder = checkpoint_disk(planned_folder(config) if config else Path("runs"))
+    cache, free_cache = _cache()
+    return Facts(
+        rank=ranks.rank,
+        local_rank=ranks.local_rank,
+        local_world_size=ranks.local_world_size,
+        host=socket.gethostname(),
+        versions=_versions(),
+        git=git_revision(),
+        dali={name: version for name in DALI_WHEELS if (version := _version(name))},
+        torch_cuda=torch.version.cuda,
+        cuda_available=torch.cuda.is_available(),
+        nvidia_driver=Path("/proc/driver/nvidia/version").exists(),
+        cxx11_abi=torch.compiled_with_cxx11_abi(),
+        nccl=nccl_version(),
+        devices=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        num_machine_cores=os.cpu_count() or 1,
+        cores=sorted(os.sched_getaffinity(0)),
+        num_threads=torch.get_num_threads(),
+        free_memory=free_memory(),
+        free_run=free_where_writable(run_folder),
+        run_folder=str(run_folder),
+        free_cache=free_cache,
+        cache_folder=cache,
+        shm=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        compiler=shutil.which(os.environ.get("CXX") or "g++"),
+        kernels=_kernels(),
+        c_compiler=shutil.which(os.environ.get("CC") or "gcc") or shutil.which("clang"),
+        python_header=Path(sysconfig.get_path("include"), "Python.h").is_file(),
+        gpu_kernel=compare_kernel(device) if device.type == "cuda" else None,
+        config=hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest() if config else None,
+        data=readable(config.data) if config else None,
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "C library": " ".join(platform.libc_ver())}
+    return found | {package: _version(package) or "not installed" for package in PACKAGES}
+
+
+def free_memory() -> int:
+    """What the machine has free, or the container's limit leaves (cgroup v2)."""
+    free: int = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else min(free, int(limit) - used)
+
+
+def free_where_writable(folder: Path) -> int | None:
+    """Bytes free for files in `folder`; None where none can be made: rights alone do not say it, least of all to root."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+def _cache() -> tuple[str, int | None]:
+    try:
+        folder = cache_folder()
+    except ValueError as error:
+        return str(error), None
+    return str(folder), shutil.disk_usage(folder).free
+
+
+def _kernels() -> str | None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if kernel_library() is not None:
+            return None
+    return str(caught[-1].message) if caught else "they could not be built"
+
+
+def compare_kernel(device: torch.device) -> str:
+    """Build the update of binary weights for `device`, run it on a few of them, and compare its bits with the CPU's.
+
+    Returns:
+        What is wrong, in a clause; "" for nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(256, (KERNEL_WEIGHTS // 8,), generator=generator, dtype=torch.uint8)
+    grad, exp_avg = torch.randn(2, KERNEL_WEIGHTS, generator=generator).unbind()
+    expected = [bits, grad, exp_avg, grad.square()]
+    found = [tensor.to(device, copy=True) for tensor in expected]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            for tensors in (expected, found):
+                bop2ndorder_bits_(*tensors, gamma=1e-1, sigma=1e-2, threshold=1e-1, correction="none", step=1)
+            equal = all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+        except Exception as error:  # of a compiler, a driver or a library: whatever is wrong with the installation
+            return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+    if slow := [str(each.message) for each in caught if each.category is RuntimeWarning]:
+        return slow[0]
+    return "" if equal else "its bits are not those of the CPU"

@@ -1,0 +1,254 @@
+"""Ranks from the environment, and what happens to a job when one of them fails."""
+
+import contextlib
+import datetime
+import errno
+import io
+import os
+import random
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from bitfleet.launch.cluster.places import Place, place_from, rank_of
+from bitfleet.launch.home import have_home
+
+if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not wait for it
+    import torch
+
+    from bitfleet.trainer.config import TrainConfig
+    from bitfleet.trainer.ranks.collectives import Ranks
+
+USER_ERROR, CRASH = 2, 1
+REQUEUE = 75
+"""Exit code of a run that was asked to stop and saved its state: the same command continues it (EX_TEMPFAIL of sysexits.h)."""
+FIRST_RANK_SPEAKS_SECONDS = 3.0
+LOST_PEER_SECONDS = 25.0
+"""How long a rank whose collective failed waits for the reason: longer than a silent rank is waited for."""
+
+
+def complete_environment() -> Place:
+    """Give this process the variables of torch.distributed, whatever started it; without a launcher it is a job of its own.
+
+    Raises:
+        ValueError: variables are missing or contradict each other.
+    """
+    place = place_from(os.environ)
+    os.environ |= {
+        "RANK": str(place.rank),
+        "WORLD_SIZE": str(place.world_size),
+        "LOCAL_RANK": str(place.local_rank),
+        "LOCAL_WORLD_SIZE": str(place.local_world_size),
+        "MASTER_ADDR": place.master_addr,
+        "MASTER_PORT": str(place.master_port or free_port()),
+    }
+    if place.launcher in ("alone", "by hand"):  # the shell that started it may close while it runs on
+        os.environ["BITFLEET_ALONE"] = "1"
+    return place
+
+
+def free_port() -> int:
+    """A TCP port of this machine that is free, and that only who asks for it by its number will get.
+
+    It is bound seconds later, when torch is imported. Ports below 32768 Linux gives to nobody by itself; those of
+    launch/cluster/places.py and torch's own lie below 30000.
+    """
+    while True:
+        port = random.SystemRandom().randrange(30_000, 32_768)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 (or alone)."""
+    return rank_of(os.environ) == 0
+
+
+@contextlib.contextmanager
+def job(device_name: str, config: "TrainConfig | None" = None) -> Iterator[tuple["Ranks", "torch.device"]]:
+    """This process as a rank of its job: the ranks, the device ("auto", "cpu" or "gpu") and the process group.
+
+    Args:
+        device_name: "auto", "cpu" or "gpu".
+        config: of the run, where there is one: it must be the same on every rank, and says precision, threads and timeout.
+
+    Raises:
+        ValueError: "gpu" without CUDA; a precision that the device does not have; a rank that does not come, or that differs from
+            rank 0.
+    """
+    complete_environment()
+    from bitfleet.trainer.engine.arithmetic import use_arithmetic
+    from bitfleet.trainer.engine.config import EngineConfig
+    from bitfleet.trainer.ranks.check_same import facts_of_config
+    from bitfleet.trainer.ranks.collectives import COLLECTIVE_TIMEOUT, choose_device, ranks_from_environment, use_device
+    from bitfleet.trainer.ranks.membership import membership
+
+    ranks = ranks_from_environment()
+    device = choose_device(device_name, ranks)
+    use_arithmetic(device, config.engine if config else EngineConfig())
+    use_device(device, ranks, config.num_threads if config else None)
+    timeout = datetime.timedelta(minutes=config.engine.collective_timeout_minutes) if config else COLLECTIVE_TIMEOUT
+    with membership.join(ranks, device, facts_of_config(config) if config else {}, timeout) as ranks:
+        yield ranks, device
+
+
+class _Lasting(io.FileIO):
+    """An output whose reader may end first: what is written then is lost, and that is no error."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            return len(data)
+
+
+def _outlive_the_terminal() -> None:
+    """A rank whose launcher or `tee` died still has to save: its next print must not end it. Nor is `| head` an error."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell
+            continue
+        stream.flush()
+        lasting = io.BufferedWriter(_Lasting(stream.fileno(), "wb", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(lasting, stream.encoding, stream.errors, line_buffering=True))
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run `main` and end the process: 0, or not 0 with the reason on stderr.
+
+    A ValueError is the user's, a FloatingPointError the run's: one sentence, no traceback. An error that all ranks meet is said
+    once, by rank 0: the others wait until the launcher, which ends a job whose rank failed, has taken them down. One that a
+    single rank meets is said by that rank. The process leaves without waiting for peers, which may be stuck in a collective.
+    """
+    have_home(os.environ)
+    threading.excepthook = _thread_failed
+    _outlive_the_terminal()
+    try:
+        main()
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else USER_ERROR if leaving.code else 0
+        if code and not is_first_rank():
+            time.sleep(FIRST_RANK_SPEAKS_SECONDS)
+        _leave(code)
+    except KeyboardInterrupt:
+        _leave(130)
+    except BaseException as error:
+        _fail(error)
+    _leave(0)
+
+
+def _fail(error: BaseException) -> NoReturn:
+    error = _in_a_sentence(error)
+    if isinstance(error, ValueError | FloatingPointError) or _is_full_disk(error) or _is_disagreement(error):
+        if not is_first_rank():
+            _leave_with_others(FIRST_RANK_SPEAKS_SECONDS)
+            _tell_others(USER_ERROR)
+        message = " ".join(str(error).split())
+        if os.environ.get("BITFLEET_DEBUG"):
+            traceback.print_exception(error)
+        print(f"bitfleet: error{_who()}: {message}", file=sys.stderr, flush=True)
+        if is_first_rank():
+            _tell_others(USER_ERROR)
+        _leave(USER_ERROR)
+    from bitfleet.trainer.ranks.collectives import is_lost_peer
+    from bitfleet.trainer.ranks.rendezvous import PeerFailed
+
+    if isinstance(error, PeerFailed):
+        _leave(error.code)
+    if is_lost_peer(error):
+        # The cause is another rank's, which says it; or nobody knows it.
+        _leave_with_others(LOST_PEER_SECONDS)
+        print(f"bitfleet: error{_who()}: lost its peers: {error}", file=sys.stderr, flush=True)
+    else:
+        print(f"bitfleet: error{_who()}: {type(error).__name__}: {error}", file=sys.stderr)
+        traceback.print_exception(error)
+    _tell_others(CRASH)
+    _leave(CRASH)
+
+
+def _who() -> str:
+    """This rank, and its host where the job has several, for a message; nothing for rank 0 of one host."""
+    if _is_on_many_hosts():
+        return f" (rank {rank_of(os.environ)} on {socket.gethostname()})"
+    return "" if is_first_rank() else f" (rank {rank_of(os.environ)})"
+
+
+def _is_on_many_hosts() -> bool:
+    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return local_size is not None and local_size != os.environ.get("WORLD_SIZE")
+
+
+def _leave_with_others(seconds: float) -> None:
+    """Leave without a word if another rank fails within `seconds`, which says why."""
+    if "bitfleet.trainer.ranks.membership" not in sys.modules:
+        time.sleep(seconds)
+        return
+    from bitfleet.trainer.ranks.membership import membership
+
+    if (code := membership.others_failed(seconds)) is not None:
+        _leave(code)
+
+
+def _tell_others(code: int) -> None:
+    """Tell the other ranks that this one fails; the launcher of another host does not. Leaves if one of them was first."""
+    if "bitfleet.trainer.ranks.membership" not in sys.modules and not _is_on_many_hosts():
+        return
+    from bitfleet.trainer.ranks.membership import membership
+
+    if membership.is_watched or _is_on_many_hosts():
+        first = membership.leave(code, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        if first is not None:
+            _leave(first)
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """A full disk under TensorBoard's writer thread is raised again in the main thread, which says it in a sentence."""
+    if failure.exc_value is None or not _is_full_disk(failure.exc_value):
+        threading.__excepthook__(failure)
+
+
+def _in_a_sentence(error: BaseException) -> BaseException:
+    """Memory that has run out, of a GPU or of the machine, as a ValueError; every other error as it is."""
+    if "torch" in sys.modules:
+        from bitfleet.trainer.run.out_of_memory import is_out_of_memory, out_of_memory
+
+        if is_out_of_memory(error):
+            sentence = ValueError(
+                f"{out_of_memory(error)}: use smaller batches, or more --num_replicas, or a machine or GPU that nothing else uses"
+            )
+            sentence.__cause__ = error
+            return sentence
+    return error
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """Whether a disk is full, over its quota or read-only: the user's to mend, and named in the message."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def _is_disagreement(error: BaseException) -> bool:
+    """Whether the ranks found that their weights differ: the message says all that there is to say."""
+    from bitfleet.optim.sharding.verify_weights import WeightsDiffer
+
+    return isinstance(error, WeightsDiffer)
+
+
+def _leave(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    # Destructors of a process group or of DALI may wait for others for ever, and those of gloo abort a process now and then even
+    # though its group is destroyed ("terminate called without an active exception"): a run that ended well must not end so.
+    os._exit(code)

@@ -1,0 +1,160 @@
+"""Binary layers: the input is quantized, the weight is +-1 itself.
+
+There is no latent weight, no gradient estimator on the weight and no scale. The weight carries the attribute
+`binary = True`; optimizers find it by that mark and by nothing else. `start_real` makes the weights of a network real ones until
+their first update.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitfleet.models.layers.binary_conv import binary_conv2d, can_pack
+from bitfleet.models.layers.initializers import Initializer, glorot_uniform_, random_signs_, real_sample_
+from bitfleet.models.layers.quantizers import Quantizer
+from bitfleet.models.layers.same_padding import NO_PADDING, conv2d, same_padding
+
+__all__ = ["QuantConv2d", "QuantLinear", "start_real"]
+
+
+def _name(quantizer: Quantizer | None) -> str:
+    return getattr(quantizer, "__name__", str(quantizer))
+
+
+class _BinaryWeight(nn.Module):
+    """Marks `weight`, again whenever PyTorch replaces the Parameter object and drops its attributes.
+
+    A lost mark would let Adam train the weight as a real number, without any error.
+    """
+
+    weight: Tensor
+    initializer: Initializer
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Mark on construction and in `load_state_dict(assign=True)`."""
+        super().register_parameter(name, param)
+        self._mark_weight()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Mark after `copy.deepcopy` and unpickling."""
+        module: Any = super()  # Any: torch leaves these two methods untyped
+        module.__setstate__(state)
+        self._mark_weight()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """Mark after `to_empty` and other conversions that cannot keep the Parameter."""
+        module: Any = super()
+        module._apply(fn, recurse)
+        self._mark_weight()
+        return self
+
+    def reset_parameters(self) -> None:
+        """Draw new +-1 weights."""
+        random_signs_(self.weight, self.initializer)
+
+    def make_real(self) -> None:
+        """Turn the weights into a sample of the initializer with their signs; the first update of an optimizer ends that."""
+        real_sample_(self.weight, self.initializer)
+
+    def _mark_weight(self) -> None:
+        weight = self._parameters.get("weight")
+        if weight is not None:
+            weight.binary = True  # type: ignore[attr-defined]
+
+
+class QuantConv2d(_BinaryWeight, nn.Conv2d):
+    """Convolution of the quantized input with a +-1 kernel, zeros padded after the quantizer, no bias.
+
+    On a CPU with a C compiler it works on packed bits (binary_conv.py), else it is a convolution of torch.
+
+    Args:
+        in_channels: channels of the input [N, C, H, W].
+        out_channels: channels of the output.
+        kernel_size: side of the square kernel.
+        stride: step in both directions.
+        padding: "same" as in TensorFlow, also strided, or "valid" (none).
+        input_quantizer: a quantizer of quantizers.py; None for a first layer, which sees the real input.
+        initializer: draws the sample whose signs (0 -> +1) are the initial weights.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        *,
+        input_quantizer: Quantizer | None,
+        padding: Literal["same", "valid"] = "same",
+        initializer: Initializer = glorot_uniform_,
+    ) -> None:
+        self.initializer = initializer
+        super().__init__(in_channels, out_channels, kernel_size, stride, bias=False)
+        self.same = padding == "same"
+        self.input_quantizer = input_quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve [N, in_channels, H, W]."""
+        stride = self.stride[0]
+        padding = same_padding(x, self.kernel_size[0], stride) if self.same else NO_PADDING
+        if self.input_quantizer is None:
+            return conv2d(x, self.weight, stride, padding)
+        if padding == NO_PADDING and x.shape[2:] == self.weight.shape[2:]:
+            # One window, the whole input: a matrix product, which spares a large weight and its gradient another layout.
+            product = F.linear(self.input_quantizer(x.flatten(1)), self.weight.flatten(1))
+            return product[:, :, None, None]
+        if can_pack(x, self.weight, self.input_quantizer):
+            return binary_conv2d(x, self.weight, stride, padding, self.input_quantizer)
+        return conv2d(self.input_quantizer(x), self.weight, stride, padding)
+
+    def extra_repr(self) -> str:
+        """Options in `print(model)`."""
+        conv: Any = super()
+        padding = "same" if self.same else "valid"
+        return f"{conv.extra_repr()}, padding={padding}, input_quantizer={_name(self.input_quantizer)}"
+
+
+class QuantLinear(_BinaryWeight, nn.Linear):
+    """Product of the quantized input with a +-1 matrix, no bias.
+
+    Args:
+        in_features: size of the last dimension of the input.
+        out_features: size of the last dimension of the output.
+        input_quantizer: a quantizer of quantizers.py; None for a first layer, which sees the real input.
+        initializer: draws the sample whose signs (0 -> +1) are the initial weights.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        input_quantizer: Quantizer | None,
+        initializer: Initializer = glorot_uniform_,
+    ) -> None:
+        self.initializer = initializer
+        super().__init__(in_features, out_features, bias=False)
+        self.input_quantizer = input_quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in_features] to [..., out_features]."""
+        return F.linear(x if self.input_quantizer is None else self.input_quantizer(x), self.weight)
+
+    def extra_repr(self) -> str:
+        """Options in `print(model)`."""
+        return f"{super().extra_repr()}, input_quantizer={_name(self.input_quantizer)}"
+
+
+def start_real(model: nn.Module) -> None:
+    """Give the binary weights of `model` real values of the same signs, as the paper's code starts.
+
+    Raises:
+        ValueError: it has no binary layer.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, _BinaryWeight)]
+    if not layers:
+        raise ValueError("model.initial_weights is real, but this network has no binary weights: leave it out")
+    for layer in layers:
+        layer.make_real()

@@ -1,0 +1,101 @@
+"""BinaryNet: a VGG-like network for CIFAR-10 whose weights are all binary.
+
+Courbariaux et al., "Binarized Neural Networks: Training Deep Neural Networks with Weights and Activations Constrained to
++1 or -1", arXiv 1602.02830. Layers and constants follow the code published with Bop2ndOrder (arXiv 2104.05124): every
+layer is convolution -> pool -> norm, and the first layer sees the real image. BatchNorms learn an offset only (3,850 values),
+LayerNorms, of the code's master branch, a factor and an offset (7,700).
+"""
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
+from bitfleet.models.layers.normalization import Norm, normalization
+from bitfleet.models.layers.quantizers import Binarizer, quantizer_of
+from bitfleet.models.registry import model_options, register_model
+
+__all__ = ["BinaryNet", "binarynet"]
+
+
+def _norm(kind: Norm, num_channels: int) -> nn.Module:
+    return normalization(kind, num_channels, momentum=0.99, eps=1e-3, scale=kind != "batch")
+
+
+class BinaryNet(nn.Module):
+    """BinaryNet for images of 32x32 pixels.
+
+    Args:
+        num_classes: outputs.
+        norm: "batch" or "layer".
+        in_chans: channels of the images.
+        binarizer: quantizer of the features: "ste", "approx" or "hardtanh_tanh".
+    """
+
+    compiled_apart = ("features", "classifier")
+    """What torch.compile gets one by one: the gradients of the classifier travel while backward goes on in the features."""
+
+    def __init__(
+        self, *, num_classes: int = 10, norm: Norm = "batch", in_chans: int = 3, binarizer: Binarizer = "ste"
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        quantizer = quantizer_of(binarizer)
+
+        def conv(
+            in_channels: int,
+            out_channels: int,
+            *,
+            pool: bool = False,
+            padding: Literal["same", "valid"] = "same",
+            first: bool = False,
+        ) -> list[nn.Module]:
+            input_quantizer = None if first else quantizer
+            layer = QuantConv2d(in_channels, out_channels, 3, padding=padding, input_quantizer=input_quantizer)
+            return [layer, *([nn.MaxPool2d(2)] if pool else []), _norm(norm, out_channels)]
+
+        self.features = nn.Sequential(
+            *conv(in_chans, 128, padding="valid", first=True),
+            *conv(128, 128, pool=True),
+            *conv(128, 256),
+            *conv(256, 256, pool=True),
+            *conv(256, 512),
+            *conv(512, 512, pool=True),
+        )
+        layers: list[nn.Module] = [nn.Flatten()]
+        for in_features, out_features in ((512 * 3 * 3, 1024), (1024, 1024), (1024, num_classes)):
+            layers.append(QuantLinear(in_features, out_features, input_quantizer=quantizer))
+            layers.append(_norm(norm, out_features))
+        self.classifier = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [N, in_chans, 32, 32] -> logits [N, num_classes]."""
+        features: Tensor = self.features(x)
+        if features.shape[2:] != (3, 3):
+            raise ValueError(f"binarynet got images of {x.shape[2]}x{x.shape[3]} pixels; expected 32x32")
+        logits: Tensor = self.classifier(features)
+        return logits
+
+
+@register_model
+def binarynet(pretrained: bool = False, **options: Any) -> BinaryNet:
+    """BinaryNet for 32x32 images.
+
+    | optimizer               | CIFAR-10 top-1 | source                   |
+    |-------------------------|----------------|--------------------------|
+    | Bop2ndOrder, 500 epochs | 91.9 %         | code of arXiv 2104.05124 |
+    | ... bias-corrected      | 91.4 %         | code of arXiv 2104.05124 |
+    | Bop, 500 epochs         | 91.3 %         | arXiv 1906.02107         |
+    | latent weights, Adam    | 90.9 %         | arXiv 1906.02107         |
+
+    | parameters | of them 1-bit | 1-bit MACs  | 32-bit MACs |
+    |------------|---------------|-------------|-------------|
+    | 10,355,850 | 10,352,000    | 510,961,664 | 3,110,400   |
+
+    With norm "layer": 10,359,700 parameters, of them 7,700 in full precision.
+
+    Args:
+        pretrained: must be False.
+        options: arguments of `BinaryNet`.
+    """
+    return BinaryNet(**model_options("binarynet", pretrained, options))

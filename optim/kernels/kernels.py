@@ -1,0 +1,274 @@
+"""Flip rules on packed signs: the update of a slice whose weights exist as bits only.
+
+A bit-flipping step is bound by memory, and a +-1 weight needs no more than a bit of it: 20.25 bytes a weight with fp32
+gradients, 18.25 with bf16, against 28 of a rule on fp32 weights. Where the arithmetic runs:
+
+- CPU: kernels.c, compiled by the system's C compiler at first use (bitfleet/c_library.py).
+- CPU without a compiler: the same in eager torch, chunk by chunk. One warning says so.
+- GPU: triton_kernels.py, one launch for a slice. Rates and the flag "every gradient is finite" are read on the device.
+- GPU on which Triton does not work (no C compiler, no Python headers): eager torch. One warning says so.
+
+Bits are least significant first, bit 1 = +1. On the CPU every path gives the bits of bop_step_ and bop2ndorder_step_,
+for any split into slices and any number of threads; a NaN remains a NaN, of whatever payload, and its weight becomes +1.
+"""
+
+import ctypes
+import warnings
+from collections.abc import Callable
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitfleet.c_library import CLibraryError, load_c_library
+from bitfleet.optim.rules.bop2ndorder import EPS, Correction, bias_corrections
+
+__all__ = ["Rates", "Slice", "bop2ndorder_bits_", "bop_bits_", "flip_packed_", "kernel_library", "on_gpu", "pack_flags"]
+
+SOURCE = Path(__file__).with_suffix(".c")
+RULES = ("bop", "bop2ndorder", "bop2ndorder_corrected")  # `enum rule` of the source
+CHUNK, GPU_CHUNK = 262_144, 1 << 23
+MIN_SHARE = 32_768  # weights for which a thread is worth waking, as in torch
+
+Number = float | Tensor
+"""A hyperparameter of a step, or where it is on the device: fp32 []."""
+
+# Byte i of a word (0 or 1) times bit 56 - 7 i of this constant lands on bit 56 + i; no two products share a bit, so
+# nothing carries.
+_GATHER = sum(1 << (56 - 7 * i) for i in range(8))
+
+
+def bop2ndorder_bits_(
+    bits: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    gamma: float,
+    sigma: float,
+    threshold: float,
+    correction: Correction,
+    step: int,
+) -> None:
+    """Apply `bop2ndorder_step_` to packed weights, in place.
+
+    Args:
+        bits: uint8 [n / 8], the signs of n weights.
+        grad: fp32 or bf16 [n], gradient with respect to the +-1 weights.
+        exp_avg: fp32 [n], first moment.
+        exp_avg_sq: fp32 [n], second moment.
+        gamma: rate of the first moment, in (0, 1].
+        sigma: rate of the second moment, in (0, 1].
+        threshold: flip above it, not negative.
+        correction: "none", "as_coded" or "adam", see bop2ndorder.py.
+        step: 1-based number of this update; only "adam" uses it.
+    """
+    divisors = None if correction == "none" else bias_corrections(correction, gamma, sigma, step)
+    flip_packed_(Slice(bits, grad, exp_avg, exp_avg_sq), Rates(gamma, sigma, threshold, divisors))
+
+
+def bop_bits_(bits: Tensor, grad: Tensor, exp_avg: Tensor, *, gamma: float, threshold: float) -> None:
+    """Apply `bop_step_` to packed weights, in place.
+
+    Args:
+        bits: uint8 [n / 8], the signs of n weights.
+        grad: fp32 or bf16 [n], gradient with respect to the +-1 weights.
+        exp_avg: fp32 [n], moment.
+        gamma: rate of the moment, in (0, 1].
+        threshold: flip above it, not negative.
+    """
+    flip_packed_(Slice(bits, grad, exp_avg), Rates(gamma, 1.0, threshold))
+
+
+class Slice(NamedTuple):
+    """What an update reads and writes; Bop has no second moment."""
+
+    bits: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor | None = None
+
+
+class Rates(NamedTuple):
+    """Hyperparameters of one step: numbers, or 0-dim fp32 tensors on the device. No divisors: moments as they are."""
+
+    gamma: Number
+    sigma: Number
+    threshold: Number
+    divisors: tuple[Number, Number] | None = None
+
+
+def _check(part: Slice) -> None:
+    """The kernel trusts its pointers: a wrong length or type would write past the end."""
+    numel = part.grad.numel()
+    if numel % 8:
+        raise ValueError(f"grad has {numel} elements, expected a multiple of 8: eight weights share a byte")
+    dtypes = ((torch.uint8,), (torch.float32, torch.bfloat16), (torch.float32,), (torch.float32,))
+    for name, tensor, allowed in zip(part._fields, part, dtypes, strict=True):
+        if tensor is None:
+            continue
+        length = numel // 8 if name == "bits" else numel
+        if tensor.shape != (length,) or tensor.dtype not in allowed or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, of shape [{length}] and type {' or '.join(map(str, allowed))}, "
+                f"not {list(tensor.shape)} with strides {list(tensor.stride())} of {tensor.dtype}"
+            )
+        if tensor.device != part.bits.device:
+            raise ValueError(f"{name} is on {tensor.device}, bits are on {part.bits.device}")
+
+
+def flip_packed_(part: Slice, rates: Rates, finite: Tensor | None = None) -> None:
+    """Update packed weights and their moments in place, as `bop2ndorder_step_`, or `bop_step_` without a second moment.
+
+    Args:
+        part: the weights, see `bop2ndorder_bits_` for shapes and types.
+        rates: hyperparameters; on a GPU a tensor among them costs no synchronisation.
+        finite: bool [] on the device: False leaves everything as it is. None is True.
+
+    Raises:
+        ValueError: a tensor has the wrong length, type, strides or device.
+    """
+    _check(part)
+    if part.bits.device.type != "cpu":
+        _update_on_gpu_(part, rates, finite)
+        return
+    built = kernel_library()
+    if built is None:
+        _update_chunked_(part, rates, finite)
+        return
+    if finite is not None and not finite:
+        return
+    rule = "bop" if part.exp_avg_sq is None else "bop2ndorder" if rates.divisors is None else "bop2ndorder_corrected"
+    built.update_bits(
+        RULES.index(rule),
+        part.grad.numel(),
+        num_threads(part.grad.numel()),
+        part.bits.data_ptr(),
+        part.grad.data_ptr(),
+        part.grad.dtype == torch.bfloat16,
+        part.exp_avg.data_ptr(),
+        None if part.exp_avg_sq is None else part.exp_avg_sq.data_ptr(),
+        *(float(number) for number in rates[:3]),
+        *(float(number) for number in rates.divisors or (1.0, 1.0)),
+    )
+
+
+def num_threads(numel: int) -> int:
+    """Threads for a kernel over `numel` weights, as torch would choose. No result depends on it."""
+    return max(1, min(torch.get_num_threads(), numel // MIN_SHARE))
+
+
+def pack_flags(flags: Tensor) -> Tensor:
+    """Pack a new bool tensor [n], n a multiple of 8, to uint8 [n / 8], least significant bit first."""
+    # The top byte of a little-endian word is its last byte: one strided copy, a third of the time of a sum.
+    return (flags.view(torch.int64) * _GATHER).view(torch.uint8)[7::8].contiguous()
+
+
+@torch.no_grad()
+def _update_torch_(part: Slice, rates: Rates, finite: Tensor | None) -> None:
+    bits, grad, exp_avg, exp_avg_sq = part.bits, part.grad.float(), part.exp_avg, part.exp_avg_sq
+    first = exp_avg + (grad - exp_avg) * rates.gamma
+    ratio, second = first, None
+    if exp_avg_sq is not None:
+        second = exp_avg_sq + (grad * grad - exp_avg_sq) * rates.sigma
+        if rates.divisors is None:
+            ratio = first / (second.sqrt() + EPS)
+        else:
+            ratio = (first / rates.divisors[0]) / ((second / rates.divisors[1]).sqrt() + EPS)
+    # A -1 stays only where -ratio < threshold holds: an exact tie and a NaN become +1. Never both, as threshold >= 0.
+    positive, stays = pack_flags(ratio > rates.threshold), pack_flags(-ratio < rates.threshold)
+    for old, new in ((exp_avg, first), (exp_avg_sq, second), (bits, (bits & ~positive) | ~stays)):
+        if old is not None and new is not None:
+            old.copy_(new if finite is None else torch.where(finite, new, old))
+
+
+def _update_chunked_(part: Slice, rates: Rates, finite: Tensor | None) -> None:
+    """Update in eager torch, in chunks: on a CPU their temporaries stay in the cache, on a GPU they are few."""
+    size = CHUNK if part.bits.device.type == "cpu" else GPU_CHUNK
+    for i in range(0, part.grad.numel(), size):
+        first, last = i, i + size
+        second = None if part.exp_avg_sq is None else part.exp_avg_sq[first:last]
+        chunk = Slice(part.bits[first // 8 : last // 8], part.grad[first:last], part.exp_avg[first:last], second)
+        _update_torch_(chunk, rates, finite)
+
+
+def _update_on_gpu_(part: Slice, rates: Rates, finite: Tensor | None) -> None:
+    if not on_gpu(lambda triton: triton.launch_update(*part, **_on_device(rates, finite, part.bits.device), eps=EPS)):
+        _update_chunked_(part, rates, finite)
+
+
+def _on_device(rates: Rates, finite: Tensor | None, device: torch.device) -> dict[str, Any]:
+    def tensor(number: Number) -> Tensor:
+        return number if isinstance(number, Tensor) else _scalar(float(number), device)
+
+    return {
+        "gamma": tensor(rates.gamma),
+        "sigma": tensor(rates.sigma),
+        "threshold": tensor(rates.threshold),
+        "divisors": None if rates.divisors is None else (tensor(rates.divisors[0]), tensor(rates.divisors[1])),
+        "finite": tensor(1.0) if finite is None else finite,
+    }
+
+
+@lru_cache(maxsize=64)
+def _scalar(value: float, device: torch.device) -> Tensor:
+    """Put a number on the device; `full` is a launch without a copy, and schedules repeat their values within a step."""
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
+class _Triton:
+    """Whether this process has launched a kernel of triton_kernels.py, or cannot."""
+
+    works = fails = False
+
+
+def on_gpu(launch: Callable[[Any], None]) -> bool:
+    """Call `launch` with the module triton_kernels; False, after one warning, where Triton does not work on this machine.
+
+    Raises:
+        Exception: of a launch after one that worked: that is not a missing compiler.
+    """
+    if _Triton.fails:
+        return False
+    try:
+        # Here: the import takes most of a second, and a CPU needs none of it.
+        from bitfleet.optim.kernels import triton_kernels
+
+        launch(triton_kernels)
+    except (
+        Exception
+    ) as error:  # of the import, of Triton's compiler, of gcc, of the driver: all before anything is written
+        if _Triton.works:
+            raise
+        _Triton.fails = True
+        _warn_of_eager(" ".join(str(error).splitlines()[:2]))
+        return False
+    _Triton.works = True
+    return True
+
+
+def _warn_of_eager(problem: str) -> None:
+    warnings.warn(f"the flip rule runs in eager torch, many times slower: {problem}", RuntimeWarning, 2)
+
+
+@cache
+def kernel_library() -> ctypes.CDLL | None:
+    """The functions of kernels.c, built on the first call in this process; None, after one warning, where that fails."""
+    try:
+        return _declare(load_c_library(SOURCE))
+    except CLibraryError as error:
+        _warn_of_eager(str(error))
+        return None
+
+
+def _declare(built: ctypes.CDLL) -> ctypes.CDLL:
+    size, number, real, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+    built.update_bits.argtypes = [number, size, number, pointer, pointer, number, pointer, pointer, *5 * [real]]
+    built.pack.argtypes = [size, number, pointer, number, pointer]
+    built.unpack.argtypes = [size, number, pointer, number, pointer]
+    built.unpack_changed.argtypes = [size, number, pointer, pointer, number, pointer]
+    for function in (built.update_bits, built.pack, built.unpack, built.unpack_changed):
+        function.restype = None
+    return built

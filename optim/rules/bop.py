@@ -1,0 +1,58 @@
+"""Bop: flip a binary weight when a moving average of its gradient passes a threshold.
+
+Paper: Helwegen, Widdicombe, Geiger, Liu, Cheng, Nusselder: "Latent Weights Do Not Exist: Rethinking Binarized Neural Network
+Optimization", arXiv 1906.02107. Reference code: larq, larq/optimizers.py. With m = 0 at the start:
+
+    m <- m + gamma (g - m)
+    w <- -w where w m > threshold, +1 where w m = threshold exactly, else w
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfleet.optim.rules.bop2ndorder import check_rate, check_threshold, flip_, seed_average_
+from bitfleet.optim.rules.rule import Group, RoutedOptimizer, State, rule, scheduled
+
+
+@torch.no_grad()
+def bop_step_(weight: Tensor, grad: Tensor, exp_avg: Tensor, *, gamma: float, threshold: float) -> None:
+    """One update in place, elementwise.
+
+    Args:
+        weight: any shape, +-1.
+        grad: gradient with respect to `weight`, same shape.
+        exp_avg: moment m, fp32, same shape.
+        gamma: rate of the moment, in (0, 1].
+        threshold: flip above it, not negative. Unlike Bop2ndOrder's it has the scale of the gradient.
+    """
+    exp_avg.add_((grad.float() - exp_avg) * gamma)
+    flip_(weight, weight * exp_avg, threshold, exp_avg)
+
+
+def _seed_(weight: Tensor, mean_square: Tensor, state: State, group: Group, inertia: float) -> None:
+    seed_average_(state["exp_avg"], weight, mean_square, rate=group["gamma"], inertia=inertia)
+
+
+@rule("bop", "exp_avg", flips=True, numbers=scheduled("gamma", "threshold"), seed_=_seed_)
+def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
+    bop_step_(weight, grad, state["exp_avg"], gamma=group["gamma"], threshold=group["threshold"])
+
+
+class Bop(RoutedOptimizer):
+    """The rule above as a plain PyTorch optimizer for binary weights.
+
+    Args:
+        params: parameters (or groups) with values +-1.
+        gamma: rate of the moment.
+        threshold: flip above it.
+
+    State of each parameter: exp_avg (fp32) and step.
+    """
+
+    def __init__(self, params: Iterable[Any], *, gamma: float, threshold: float) -> None:
+        check_rate("gamma", gamma)
+        check_threshold(threshold)
+        super().__init__(params, {"rule": "bop", "gamma": gamma, "threshold": threshold})

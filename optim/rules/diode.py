@@ -1,0 +1,106 @@
+"""Diode: two moving averages, the second one of the sign of the first; neither a threshold nor the scale of the gradient.
+
+Reference code: GreenBitAI/bitorch-engine, "diode v1" (ECCV 2024). With e1 = 0 and e2 = -w U(0, 1e-3) at the start, g the
+gradient with respect to the +-1 weight w:
+
+    e1 <- beta1 e1 + (1 - beta1) g                       gamma = 1 - beta1 = 0.01
+    e2 <- beta2 e2 + (1 - beta2) lr sgn(e1)              alpha = 1 - beta2 = 0.0001
+    w  <- -sgn(e2), +1 where e2 = 0
+
+lr only matters against the first values of e2: later its scale cancels in the sign.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfleet.optim.rules.bop2ndorder import check_rate
+from bitfleet.optim.rules.latent import check_latent_lr
+from bitfleet.optim.rules.rule import Group, RoutedOptimizer, State, rule, scheduled
+
+FIRST_LIMIT = 1e-3
+"""The largest |e2| at the start."""
+
+
+@torch.no_grad()
+def diode_step_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sign: Tensor,
+    *,
+    gamma: float,
+    alpha: float,
+    latent_lr: float,
+) -> None:
+    """One update in place, elementwise.
+
+    Args:
+        weight: any shape; only written, with +-1.
+        grad: gradient with respect to the +-1 weight, same shape.
+        exp_avg: e1, fp32, same shape.
+        exp_avg_sign: e2, fp32, same shape.
+        gamma: rate of e1, in (0, 1].
+        alpha: rate of e2, in (0, 1].
+        latent_lr: lr, the scale of what e2 averages.
+    """
+    exp_avg.add_((grad.float() - exp_avg) * gamma)
+    exp_avg_sign.add_((exp_avg.sign() * latent_lr - exp_avg_sign) * alpha)
+    weight.copy_(torch.where(exp_avg_sign > 0, -1.0, 1.0))
+
+
+def _begin_(weight: Tensor, uniform: Tensor, shape: torch.Size, state: State, group: Group) -> None:
+    state["exp_avg_sign"].copy_(torch.where(weight >= 0, -uniform, uniform) * FIRST_LIMIT)
+
+
+def _seed_(weight: Tensor, mean_square: Tensor, state: State, group: Group, inertia: float) -> None:
+    """e2 averages signs of e1, which keep for about 1 / gamma steps: noise gives it lr sqrt(alpha / gamma)."""
+    level = group["latent_lr"] * min(math.sqrt(group["alpha"] / group["gamma"]), 1.0)
+    state["exp_avg_sign"].copy_(weight * (-inertia * level))
+
+
+@rule(
+    "diode",
+    "exp_avg",
+    "exp_avg_sign",
+    flips=True,
+    begin_=_begin_,
+    numbers=scheduled("gamma", "alpha", "latent_lr"),
+    seed_=_seed_,
+)
+def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
+    diode_step_(
+        weight,
+        grad,
+        state["exp_avg"],
+        state["exp_avg_sign"],
+        gamma=group["gamma"],
+        alpha=group["alpha"],
+        latent_lr=group["latent_lr"],
+    )
+
+
+class Diode(RoutedOptimizer):
+    """The rule above as a plain PyTorch optimizer for binary weights.
+
+    Args:
+        params: parameters (or groups) with values +-1.
+        latent_lr: lr.
+        gamma: rate of e1.
+        alpha: rate of e2.
+        seed: of the first e2.
+
+    State of each parameter: exp_avg, exp_avg_sign (fp32) and step.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], *, latent_lr: float = 1e-3, gamma: float = 1e-2, alpha: float = 1e-4, seed: int = 0
+    ) -> None:
+        check_latent_lr(latent_lr)
+        check_rate("gamma", gamma)
+        check_rate("alpha", alpha)
+        defaults = {"latent_lr": latent_lr, "gamma": gamma, "alpha": alpha, "seed": seed}
+        super().__init__(params, {"rule": "diode", **defaults})

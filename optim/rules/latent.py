@@ -1,0 +1,182 @@
+"""Latent weights with the straight-through sign: what Bop and its relatives are compared with.
+
+Papers: Courbariaux, Hubara, Soudry, El-Yaniv, Bengio: "Binarized Neural Networks", arXiv 1602.02830 (sign in the forward pass,
+the gradient passes straight through, weights are clipped); Helwegen et al., arXiv 1906.02107, section 2. Recipes: larq-zoo. With
+w~ the latent weight, g the gradient with respect to w = sign(w~), sign(0) = +1, t = 1, 2, ...:
+
+    latent_adam:  m <- 0.9 m + 0.1 g,  v <- 0.999 v + 0.001 g^2
+                  w~ <- clip(w~ - lr sqrt(1 - 0.999^t) / (1 - 0.9^t) m / (sqrt(v) + 1e-7), -1, 1)     as Keras' Adam
+    latent_sgd:   u <- momentum u + g
+                  w~ <- clip(w~ - lr u, -1, 1)                                                        as torch.optim.SGD
+    both:         w <- sign(w~)
+
+In the published code w~ is the parameter and its sign part of the forward pass. Here w is the parameter and w~ is state of the
+rule, so that it is sharded and the weights travel as bits. The numbers are the same: the gradient passes where |w~| <= 1, and
+after clipping that is everywhere.
+
+At the start w~ = w u a, u uniform in (0, 1) by element, a = sqrt(6 / (fan_in + fan_out)): Glorot's uniform sample, given its
+signs. A weight that is not +-1 then (model.initial_weights real) is itself the latent one.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfleet.optim.rules.adam import adam_step_
+from bitfleet.optim.rules.rule import Group, RoutedOptimizer, State, rule, scheduled
+
+
+def glorot_limit(shape: torch.Size) -> float:
+    """sqrt(6 / (fan_in + fan_out)) of a weight [out, in, ...]; of one with a single dimension, both are its length."""
+    if len(shape) < 2:
+        return math.sqrt(3.0 / max(shape.numel(), 1))
+    return math.sqrt(6.0 / ((shape[0] + shape[1]) * shape[2:].numel()))
+
+
+def begin_latent_(weight: Tensor, uniform: Tensor, shape: torch.Size, state: State, group: Group) -> None:
+    """Fill state["latent"] with latent weights of the signs of `weight`; one that is not +-1 is its own.
+
+    Args:
+        weight: any shape.
+        uniform: fp32, same shape, in (0, 1).
+        shape: of the whole parameter.
+        state: "latent" is fp32, of the shape of `weight`.
+        group: not read.
+    """
+    drawn = torch.where(weight >= 0, uniform, -uniform) * glorot_limit(shape)
+    state["latent"].copy_(torch.where(weight.abs() == 1.0, drawn, weight))
+
+
+def clip_and_sign_(weight: Tensor, latent: Tensor) -> None:
+    """Clip `latent` to [-1, 1] and set `weight` to its sign, sign(0) = sign(-0) = +1, in place."""
+    latent.clamp_(-1.0, 1.0)
+    weight.copy_(torch.where(latent >= 0, 1.0, -1.0))
+
+
+@torch.no_grad()
+def latent_adam_step_(
+    weight: Tensor, grad: Tensor, latent: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, latent_lr: float, step: Tensor
+) -> None:
+    """One update in place, elementwise.
+
+    Args:
+        weight: any shape; only written, with +-1.
+        grad: gradient with respect to the +-1 weight, same shape.
+        latent: w~, fp32, same shape, in [-1, 1].
+        exp_avg: first moment m, fp32, same shape.
+        exp_avg_sq: second moment v, fp32, same shape.
+        latent_lr: learning rate lr.
+        step: 1-based number of this update, 0-dim, on the CPU.
+    """
+    adam_step_(latent, grad.float(), exp_avg, exp_avg_sq, step=step, lr=latent_lr)
+    clip_and_sign_(weight, latent)
+
+
+@torch.no_grad()
+def latent_sgd_step_(
+    weight: Tensor, grad: Tensor, latent: Tensor, momentum_buffer: Tensor, *, latent_lr: float, momentum: float
+) -> None:
+    """One update in place, elementwise.
+
+    Args:
+        weight: any shape; only written, with +-1.
+        grad: gradient with respect to the +-1 weight, same shape.
+        latent: w~, fp32, same shape, in [-1, 1].
+        momentum_buffer: u, fp32, same shape.
+        latent_lr: learning rate lr.
+        momentum: in [0, 1).
+    """
+    momentum_buffer.mul_(momentum).add_(grad.float())
+    latent.sub_(
+        momentum_buffer * latent_lr
+    )  # not alpha=: a fused multiply-add would give other low bits in other kernels
+    clip_and_sign_(weight, latent)
+
+
+def walk(num_steps: int) -> float:
+    """Return the level of a sum of gradients over a run, in units of one gradient: 10 sqrt(num_steps).
+
+    Uncorrelated ones give sqrt(num_steps). Those of a trained network are not, and a sum forgets none of them:
+    with ten times that a sum keeps as many signs as an average does (measured: docs/optimizers.md).
+    """
+    return 10.0 * math.sqrt(num_steps)
+
+
+def _seed_adam_(weight: Tensor, mean_square: Tensor, state: State, group: Group, inertia: float) -> None:
+    """Adam's steps have the size lr, whatever that of the gradients."""
+    state["latent"].copy_(weight * (inertia * group["latent_lr"] * walk(group["num_steps"]))).clamp_(-1.0, 1.0)
+
+
+def _seed_sgd_(weight: Tensor, mean_square: Tensor, state: State, group: Group, inertia: float) -> None:
+    """Each gradient comes to lr / (1 - momentum) of its size."""
+    level = inertia * group["latent_lr"] / (1.0 - group["momentum"]) * walk(group["num_steps"])
+    state["latent"].copy_(weight * mean_square.sqrt() * level).clamp_(-1.0, 1.0)
+
+
+@rule("latent_adam", "latent", "exp_avg", "exp_avg_sq", flips=True, begin_=begin_latent_, seed_=_seed_adam_)
+def _update_adam_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
+    moments = state["latent"], state["exp_avg"], state["exp_avg_sq"]
+    latent_adam_step_(weight, grad, *moments, latent_lr=group["latent_lr"], step=state["step"])
+
+
+@rule(
+    "latent_sgd",
+    "latent",
+    "momentum_buffer",
+    flips=True,
+    begin_=begin_latent_,
+    numbers=scheduled("latent_lr"),
+    seed_=_seed_sgd_,
+)
+def _update_sgd_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
+    moments = state["latent"], state["momentum_buffer"]
+    latent_sgd_step_(weight, grad, *moments, latent_lr=group["latent_lr"], momentum=group["momentum"])
+
+
+def check_latent_lr(value: float) -> None:
+    """Raise ValueError unless `value` can be a learning rate of latent weights."""
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"latent_lr must be finite and not negative, not {value}")
+
+
+def check_momentum(value: float) -> None:
+    """Raise ValueError unless `value` can be a momentum."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"momentum must be in [0, 1), not {value}")
+
+
+class LatentAdam(RoutedOptimizer):
+    """The rule latent_adam as a plain PyTorch optimizer for binary weights.
+
+    Args:
+        params: parameters (or groups) with values +-1.
+        latent_lr: learning rate of the latent weights.
+        seed: of the first latent weights.
+
+    State of each parameter: latent, exp_avg, exp_avg_sq (fp32) and step.
+    """
+
+    def __init__(self, params: Iterable[Any], *, latent_lr: float, seed: int = 0) -> None:
+        check_latent_lr(latent_lr)
+        super().__init__(params, {"rule": "latent_adam", "latent_lr": latent_lr, "seed": seed})
+
+
+class LatentSgd(RoutedOptimizer):
+    """The rule latent_sgd as a plain PyTorch optimizer for binary weights.
+
+    Args:
+        params: parameters (or groups) with values +-1.
+        latent_lr: learning rate of the latent weights.
+        momentum: in [0, 1).
+        seed: of the first latent weights.
+
+    State of each parameter: latent, momentum_buffer (fp32) and step.
+    """
+
+    def __init__(self, params: Iterable[Any], *, latent_lr: float, momentum: float = 0.9, seed: int = 0) -> None:
+        check_latent_lr(latent_lr)
+        check_momentum(momentum)
+        super().__init__(params, {"rule": "latent_sgd", "latent_lr": latent_lr, "momentum": momentum, "seed": seed})

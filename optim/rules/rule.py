@@ -1,0 +1,193 @@
+"""One optimizer, one update rule per parameter group.
+
+DeepSpeed wants a single optimizer object, while a binarized network needs two rules: a bit-flipping one for the +-1 weights and
+Adam for the rest (larq's CaseOptimizer). `RoutedOptimizer` looks up the rule that each group names. Every rule is elementwise,
+so it may be given whole parameters or the flat slices into which DeepSpeed's ZeRO cuts them.
+
+State that does not begin at 0 is filled by the rule's `begin_` before the first update of a parameter, from random numbers that
+belong to the element (counter_random.py): the same however parameters are cut. Which elements a slice of DeepSpeed's holds is
+not known here, so such a rule is refused there.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitfleet.optim.rules.counter_random import uniform
+
+State = dict[str, Tensor]
+Group = dict[str, Any]
+Update = Callable[[Tensor, Tensor, State, Group], None]
+
+
+Begin = Callable[[Tensor, Tensor, torch.Size, State, Group], None]
+Seed = Callable[[Tensor, Tensor, State, Group, float], None]
+Numbers = Callable[[Group, int], dict[str, float]]
+
+
+class Rule(NamedTuple):
+    """An elementwise update: (weight, grad, state, group) -> None, in place."""
+
+    update_: Update
+    state_keys: tuple[str, ...]
+    """fp32 tensors of the weight's shape that start at 0. The 0-dim tensor `step` comes on top."""
+    flips: bool = False
+    """Its weights are +-1 and stay so: a sharded optimizer keeps and sends them as bits, else as values."""
+    begin_: Begin | None = None
+    """(weight, uniform, shape, state, group) -> None: fills the state of elements before their first update. `uniform` holds a
+    number in (0, 1) for each (fp32), `shape` is that of the whole parameter; group["seed"] is the seed of the numbers."""
+    numbers: Numbers | None = None
+    """(group, step) -> all that changes from step to step, by the key under which `update_` finds it in its group: floats, or
+    0-dim tensors where the device must not wait for the host. `step` is the 1-based number of the update. None: the update
+    decides on the host, and cannot be part of a CUDA graph."""
+    seed_: Seed | None = None
+    """(weight, mean_square, state, group, inertia) -> None: fills the state of weights that were trained before, in place of
+    `begin_`, so that they stay what they are until gradients say otherwise. `mean_square` is that of some gradients (fp32), the
+    group has "num_steps", the length of the run. See seeding.py."""
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(
+    name: str,
+    *state_keys: str,
+    flips: bool = False,
+    begin_: Begin | None = None,
+    numbers: Numbers | None = None,
+    seed_: Seed | None = None,
+) -> Callable[[Update], Update]:
+    """Register an update function under the name that parameter groups use; for the rest see `Rule`."""
+
+    def register(update_: Update) -> Update:
+        assert name not in RULES, name
+        RULES[name] = Rule(update_, state_keys, flips, begin_, numbers, seed_)
+        return update_
+
+    return register
+
+
+def scheduled(*keys: str) -> Numbers:
+    """The `Rule.numbers` of an update that takes `keys` from its group as they are."""
+    return lambda group, step: {key: group[key] for key in keys}
+
+
+def numbers_of(group: Group, step: int) -> dict[str, float]:
+    """The numbers of the group's rule at the 1-based `step`; none where it has no such function."""
+    numbers = RULES[group["rule"]].numbers
+    return {} if numbers is None else numbers(group, step)
+
+
+def names_of(number: int, group: Group) -> list[str]:
+    """The names of the parameters of the `number`-th group: its "param_names", else running numbers."""
+    return group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
+
+
+class RoutedOptimizer(torch.optim.Optimizer):
+    """Applies to each group the rule that its key "rule" names.
+
+    Args:
+        params: parameters, or groups; each group, or `defaults`, holds "rule" and that rule's hyperparameters.
+        defaults: values for groups that do not set them.
+
+    `step` is counted per parameter, never per call: DeepSpeed's ZeRO calls `step()` once for every group.
+    """
+
+    def __init__(self, params: Iterable[Any], defaults: Group | None = None) -> None:
+        self._names: dict[Tensor, str] = {}
+        super().__init__(params, defaults or {})
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, as in torch.optim.
+
+        Raises:
+            ValueError: it names no known rule.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group.get("rule") not in RULES:
+            raise ValueError(f"a parameter group names the rule {group.get('rule')!r}; known are {sorted(RULES)}")
+        self._names |= zip(group["params"], names_of(len(self.param_groups) - 1, group), strict=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As of torch.optim, which leaves out what it does not know: a copy or a pickle has the names of its own parameters."""
+        return {**super().__getstate__(), "_names": self._names}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Raises:
+            ValueError: the rule begins with random state, and the parameters were replaced after construction (DeepSpeed's ZeRO);
+                or a group has transitions.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if "transitions" in group:
+                raise ValueError(
+                    "a group is driven by its transitions, which only ShardedOptimizer counts: wrap the optimizer"
+                )
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self._state_of(param, group)
+                if RULES[group["rule"]].begin_ is not None and state["step"] == 0:
+                    self._begin_(param, state, group)
+                state["step"] += 1
+                numbers = numbers_of(group, int(state["step"]))
+                RULES[group["rule"]].update_(param, param.grad, state, group | numbers)
+        return loss
+
+    def _begin_(self, param: Tensor, state: State, group: Group) -> None:
+        if param not in self._names:
+            raise ValueError(
+                f"the rule {group['rule']} begins with random state for each parameter, but its parameters were replaced by "
+                f"others, as DeepSpeed's ZeRO does: use ShardedOptimizer or no sharding"
+            )
+        begin_ = RULES[group["rule"]].begin_
+        assert begin_ is not None
+        numbers = uniform(group["seed"], self._names[param], 0, param.numel(), param.device)
+        begin_(param, numbers.view(param.shape), param.shape, state, group)
+
+    def create_state(self) -> None:
+        """Make the state of every parameter that has none, as before its first update: a checkpoint is read into it."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                self._state_of(param, group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of torch.optim, but state stays fp32: torch casts it to the type of its parameter, and bf16 would round it."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for number, param in zip(numbers, params, strict=True):
+            saved: State = state_dict["state"].get(number, {})
+            if param.dtype != torch.float32 and saved:
+                self.state[param] |= {key: saved[key].to(param.device, torch.float32) for key in saved if key != "step"}
+
+    def steps(self) -> dict[str, int]:
+        """Updates that each parameter has had; groups need "param_names"."""
+        return {
+            name: int(self.state[param]["step"]) if param in self.state else 0
+            for group in self.param_groups
+            for name, param in zip(group["param_names"], group["params"], strict=True)
+        }
+
+    def load_steps(self, steps: dict[str, int]) -> None:
+        """Set what `steps` returned; every parameter has state."""
+        for group in self.param_groups:
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                self.state[param]["step"].fill_(steps[name])
+
+    def _state_of(self, param: Tensor, group: Group) -> State:
+        state: State = self.state[param]
+        if not state:
+            state["step"] = torch.zeros(())  # on the CPU, as in torch.optim: read without a device sync
+            for key in RULES[group["rule"]].state_keys:
+                state[key] = torch.zeros_like(param, dtype=torch.float32)
+        return state

@@ -1,0 +1,112 @@
+"""What is in a rank's slices, by parameter name: what a checkpoint of a sharded optimizer holds. No communication here."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitfleet.optim.sharding.buckets import Bucket
+
+BITS = "bits"
+
+
+class Chunk(NamedTuple):
+    """A stretch of a logical flat tensor that belongs to one parameter and of which every rank holds another stretch."""
+
+    key: str
+    """Key of the state ("exp_avg"), or "bits" for the packed signs of a binary weight (uint8, 8 weights a byte)."""
+    name: str
+    """The parameter."""
+    tensor: Tensor
+    """A flat view of this rank's stretch."""
+    offset: int
+    """Its first element in the logical tensor."""
+    numel: int
+    """Elements of the logical tensor: the parameter's, or a byte for 8 of them, the last one filled up."""
+
+
+def chunks(buckets: Sequence[Bucket]) -> list[Chunk]:
+    """This rank's stretches of the state of every parameter."""
+    found = []
+    for bucket in buckets:
+        for index, name, first, low, high in bucket.pieces():
+            numel = bucket.segments[index].param.numel()
+            found += [Chunk(key, name, state[low:high], first, numel) for key, state in bucket.state.items()]
+    return found
+
+
+def bit_chunks(buckets: Sequence[Bucket]) -> list[Chunk]:
+    """This rank's stretches of the binary weights that are +-1, as packed signs."""
+    names = in_bits(buckets)
+    found = (chunk for bucket in buckets if bucket.binary for chunk in packed_chunks(bucket, BITS, bucket.signs()))
+    return [chunk for chunk in found if chunk.name in names]
+
+
+def in_bits(buckets: Sequence[Bucket]) -> set[str]:
+    """The parameters that `bit_chunks` holds; those that start as real values come to it with their first update."""
+    return {
+        segment.name
+        for bucket in buckets
+        if bucket.binary
+        for index, segment in enumerate(bucket.segments)
+        if index not in bucket.real
+    }
+
+
+def packed_chunks(bucket: Bucket, key: str, packed: Tensor) -> list[Chunk]:
+    """The stretches, by parameter, of what holds a bit for each weight of a slice: uint8 [slice_numel / 8]."""
+    return [
+        Chunk(key, name, packed[low // 8 : -(-high // 8)], first // 8, -(-bucket.segments[i].param.numel() // 8))
+        for i, name, first, low, high in bucket.pieces()
+    ]
+
+
+def steps(buckets: Sequence[Bucket]) -> dict[str, int]:
+    """Parameter -> updates that it has had."""
+    return {
+        segment.name: step for bucket in buckets for segment, step in zip(bucket.segments, bucket.steps, strict=True)
+    }
+
+
+def load_steps_(buckets: Sequence[Bucket], counts: dict[str, int]) -> None:
+    """Set the counts that `steps` returned, and read the weights anew.
+
+    Raises:
+        ValueError: they are of other parameters.
+    """
+    if differing := sorted(steps(buckets).keys() ^ counts.keys()):
+        raise ValueError(f"the optimizer state is of other parameters: {differing[0]} is not in both")
+    for bucket in buckets:
+        bucket.steps = [counts[segment.name] for segment in bucket.segments]
+        bucket.read_weights()
+
+
+def shard(buckets: Sequence[Bucket]) -> dict[str, Tensor]:
+    """ "<key>/<parameter>/<first element>" -> flat views into the state of this rank's slices."""
+    return {f"{chunk.key}/{chunk.name}/{chunk.offset}": chunk.tensor for chunk in chunks(buckets)}
+
+
+@torch.no_grad()
+def load_(buckets: Sequence[Bucket], tensors: dict[str, Tensor], counts: dict[str, int]) -> None:
+    """Copy what `shard` and `steps` returned into the slices, and read the weights anew.
+
+    Raises:
+        ValueError: the shard is of another layout.
+    """
+    mine = shard(buckets)
+    if differing := sorted(mine.keys() ^ tensors.keys()):
+        raise ValueError(f"the optimizer shard is of another layout: {differing[0]} is not in both")
+    load_steps_(buckets, counts)
+    for name, tensor in mine.items():
+        tensor.copy_(tensors[name])
+
+
+def nonfinite(buckets: Sequence[Bucket], grads: Sequence[Tensor]) -> list[str]:
+    """Parameters of which this rank's slice of the reduced gradient is not finite."""
+    return [
+        name
+        for bucket, grad in zip(buckets, grads, strict=True)
+        for _, name, _, low, high in bucket.pieces()
+        if not grad[low:high].isfinite().all()
+    ]

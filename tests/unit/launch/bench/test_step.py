@@ -1,0 +1,81 @@
+import shutil
+
+import pytest
+import torch
+
+from bitfleet.launch.bench import step as bench_step
+from bitfleet.launch.bench.step import FirstStep, Row
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None or shutil.which("g++") is None, reason="no compiler")
+
+
+def test_format_steps() -> None:
+    rows = [
+        Row(numel, name, 0.5, 28.0, 1.0, 0.9, 0.8)
+        for numel in (640, 1280)
+        for name in ("AdamW fused", "pack fp32", "unpack to fp32")
+    ]
+    text = bench_step.format_steps(rows, [FirstStep("kernel on bits", 1.234, 0.05)])
+    lines = text.splitlines()
+    assert lines[0] == f"640 weights, {torch.get_num_threads()} threads"
+    assert lines[6] == f"1,280 weights, {torch.get_num_threads()} threads"
+    assert lines[2].split() == ["AdamW", "fused", "0.500", "28.00", "1.000", "0.900", "0.800"]
+    assert lines[5].split() == ["pack", "fp32", "+", "unpack", "to", "fp32", "1.000"]
+    assert lines[-1] == "first step of the kernel on bits: 1.23 s cold, 0.05 s warm"
+
+
+@needs_compiler
+def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="sizes must be positive multiples of 64, not 100"):
+        bench_step.bench_step([100], 1)
+    with pytest.raises(ValueError, match="number of rounds must be positive, not 0"):
+        bench_step.bench_step([64], 0)
+    monkeypatch.setattr(bench_step, "kernel_library", lambda: None)
+    with pytest.raises(ValueError, match="needs a C and a C\\+\\+ compiler"):
+        bench_step.bench_step([64], 1)
+
+
+def test_first_step_of_the_kernel() -> None:
+    assert bench_step.first_step("bits", 640) > 0
+
+
+@pytest.fixture
+def without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its optimizer compiles for half a minute, and its import warns."""
+    monkeypatch.setattr(bench_step, "deepspeed_cpu_adam", lambda parameter: None)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_deepspeed")
+def test_bench_step() -> None:
+    rows = bench_step.bench_step([64_000], num_rounds=2)
+    assert len({row.name for row in rows}) == len(rows) == 13
+    assert all(row.ns_per_weight > 0 for row in rows)
+    by_name = {row.name: row for row in rows}
+    assert by_name[bench_step.REFERENCE].ratio == by_name[bench_step.LIMIT].limit_fraction == 1.0
+    assert by_name[bench_step.COPY].copy_fraction == 1.0
+    assert by_name["kernel on bits, fp32 gradients"].ratio < by_name["eager rule on fp32 weights"].ratio
+
+
+@needs_compiler
+@pytest.mark.usefixtures("without_deepspeed")
+def test_contenders_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    for contender in bench_step.contenders(6400).values():
+        contender.run()
+        contender.run()
+
+
+def test_read_modify_write_changes_nothing() -> None:
+    tensors = [torch.randn(100) for _ in range(4)]
+    copies = [tensor.clone() for tensor in tensors]
+    bench_step._read_modify_write_(*tensors, torch.zeros(()))
+    assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_first_steps_are_timed_cold_and_warm() -> None:
+    kernel, compiled = bench_step.first_steps()
+    assert min(step for row in (kernel, compiled) for step in (row.cold_seconds, row.warm_seconds)) > 0

@@ -1,0 +1,50 @@
+"""The report on the two loaders, where they agree and where they do not."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bitfleet.launch.data.compare import compare
+from bitfleet.trainer.data import DataConfig, torch_pipeline
+from bitfleet.trainer.data.request import Request
+from tests.unit.trainer.data.test_images import photo
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BITFLEET_CACHE", str(tmp_path / "cache"))
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "a").mkdir(parents=True)
+        for index in range(5):
+            photo(50, 60 + index, index).save(tmp_path / "data" / split / "a" / f"{index}.png")
+    return tmp_path / "data"
+
+
+def test_loaders_that_agree(root: Path) -> None:
+    config = DataConfig(root=str(root), augmentation="random_resized_crop", image_size=24, num_threads=1)
+    report, num_different = compare(config, num_images=5, seed=1, device=torch.device("cpu"))
+    assert num_different == 0
+    assert report.splitlines()[1].startswith("training         5")
+    assert "every image is the same but for rounding" in report
+
+
+def test_images_that_they_read_differently_are_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if Pillow clipped 16-bit grey to white, while DALI scales it."""
+    scaled = torch_pipeline.image_of
+
+    def clipped(request: Request, position: int) -> Image.Image:
+        image = scaled(request, position)
+        return image.point(lambda value: 255) if request.path(position).endswith("3.png") else image
+
+    monkeypatch.setattr(torch_pipeline, "image_of", clipped)
+    for split in ("train", "val"):
+        grey = Image.fromarray(np.full((50, 60), 20_000, np.uint16))
+        grey.save(root / split / "a" / "3.png")
+    config = DataConfig(root=str(root), augmentation="random_resized_crop", image_size=24, num_threads=1)
+    report, num_different = compare(config, num_images=5, seed=1, device=torch.device("cpu"))
+    assert num_different == 2
+    assert report.count("a/3.png: mean |d| 177.0, largest 177") == 2
+    assert "2 of these images differ by more than rounding" in report

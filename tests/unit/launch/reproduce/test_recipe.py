@@ -1,0 +1,85 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitfleet.configs import load_config
+from bitfleet.launch.reproduce.papers import PAPERS, dry_run_of, find_paper
+from bitfleet.launch.reproduce.recipe import Change, changes_of_config, changes_of_run
+from bitfleet.optim import linear
+from bitfleet.trainer.config import TrainConfig
+
+PAPER = load_config("birealnet18_imagenet")
+
+
+def with_section(section: str, **fields: Any) -> TrainConfig:
+    return dataclasses.replace(PAPER, **{section: dataclasses.replace(getattr(PAPER, section), **fields)})
+
+
+def test_what_leaves_the_recipe_as_it_is() -> None:
+    other = dataclasses.replace(
+        with_section("data", root="/elsewhere", loader="torch", num_threads=3, on_bad_sample="replace"),
+        name="x",
+        seed=7,
+        num_replicas=8,
+        run_dir=Path("/r"),
+        resume="auto",
+        stop_after_steps=5,
+        device="cpu",
+    )
+    assert changes_of_config(PAPER, other) == []
+    for fields in ({"sharding": "zero1"}, {"precision": "tf32"}, {"precision": "fp32"}, {"deterministic": False}):
+        assert changes_of_config(PAPER, with_section("engine", **fields)) == []
+
+
+@pytest.mark.parametrize(
+    ("here", "change"),
+    [
+        (dataclasses.replace(PAPER, epochs=3), Change("epochs", 150, 3)),
+        (dataclasses.replace(PAPER, init=Path("w.npz")), Change("init", None, "w.npz")),
+        (with_section("model", norm="layer"), Change("model.norm", "batch", "layer")),
+        (with_section("data", preprocessing="torchvision"), Change("data.preprocessing", "official", "torchvision")),
+        (with_section("optim", gamma=linear(1e-3, 1e-9)), Change("optim.gamma.start", 1e-4, 1e-3)),
+        (with_section("engine", precision="bf16"), Change("engine.precision", "fp32 or tf32", "bf16")),
+    ],
+    ids=lambda value: value.name if isinstance(value, Change) else "",
+)
+def test_what_changes_the_recipe(here: TrainConfig, change: Change) -> None:
+    assert changes_of_config(PAPER, here) == [change]
+
+
+def test_other_data_and_replicas_show_in_the_run() -> None:
+    def changes(name: str, **facts: Any) -> list[str]:
+        paper = PAPERS[name]
+        asked = {
+            "steps_per_epoch": paper.steps_per_epoch,
+            "global_batch_size": 1024,
+            "batch_size": 1024,
+            "num_replicas": 1,
+            "num_validation_images": paper.num_validation_images,
+        }
+        return [change.name for change in changes_of_run(paper, **(asked | facts))]
+
+    assert changes("birealnet18") == []
+    assert changes("birealnet18", num_replicas=8, num_validation_images=None) == []
+    assert changes("birealnet18", steps_per_epoch=100) == ["training steps an epoch"]
+    assert changes("birealnet18", steps_per_epoch=100, global_batch_size=512) == []  # the batch is named already
+    assert changes("birealnet18", num_validation_images=49_999) == ["validation images"]
+    assert changes("binarynet", num_replicas=2) == ["num_replicas (BatchNorm sees a batch's share)"]
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_papers_agree_with_their_configurations(name: str) -> None:
+    config, paper = load_config(PAPERS[name].config), PAPERS[name]
+    images = 50_000 if config.model.num_classes == 10 else 1_281_167
+    assert paper.steps_per_epoch == images // config.global_batch_size
+    dry = dry_run_of(paper)
+    assert dry.steps_per_epoch == 6000 // load_config(dry.config).global_batch_size
+
+
+def test_unknown_paper_gets_the_nearest() -> None:
+    with pytest.raises(
+        ValueError, match="knows birealnet18, xnornet, binarynet, not 'xnor_net'; did you mean 'xnornet'"
+    ):
+        find_paper("xnor_net")

@@ -1,0 +1,194 @@
+"""A sweep whose runs are shell scripts: what is kept, tried again and given up."""
+
+import csv
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from bitfleet.configs.sweeps.sweep import PlannedRun, Point, Sweep, plan_runs
+from bitfleet.launch.parsing.arguments import parse_train
+from bitfleet.launch.sweep import pool as sweep_pool
+from bitfleet.launch.sweep.outcomes import read_outcomes, sentence_of
+from bitfleet.launch.sweep.pool import Ended, Job
+from bitfleet.launch.sweep.run import check_folders, run_sweep
+from bitfleet.launch.sweep.table import JSON
+from bitfleet.trainer.config import to_dict, with_precision
+from bitfleet.trainer.run import lock as run_lock
+from bitfleet.trainer.run.folder import CONFIG, write_config
+from bitfleet.trainer.run.lock import lock_run
+
+SWEEP = Sweep("s", "T", "Q?", "fashion_small", tuple(Point({"run": name}, ()) for name in "abc"), (0,))
+DONE = "mkdir -p runs && cp -r made/$RUN runs"
+SAYS_WHY = "echo noise; echo 'bitfleet: error (rank 1): the loss is nan: lower it'; exit 2"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_pool, "LOOK_SECONDS", 0.01)
+
+
+def planned(folder: Path, *options: str) -> list[PlannedRun]:
+    return plan_runs(SWEEP, folder, options, lambda words: parse_train(words, "t"))
+
+
+def made(run: PlannedRun, top1: float = 0.5) -> Path:
+    """A folder beside `run` that looks as it will when it has finished."""
+    place = run.path.parents[1] / "made" / run.name
+    place.mkdir(parents=True, exist_ok=True)
+    (place / CONFIG).write_text(json.dumps({"config": to_dict(run.config)}))
+    line = {"kind": "validation", "step": 3, "loss": 1.0, "top1": top1, "top5": 1.0}
+    (place / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    return place
+
+
+def command_of(run: PlannedRun, script: str = DONE) -> tuple[str, ...]:
+    """Leaves its point's name in the file "started", and runs `script`."""
+    folder = made(run).parents[1]
+    return "sh", "-c", f"cd {folder}; RUN={run.name}; echo {run.point.labels['run']} >> started; {script}"
+
+
+def sweep_of(folder: Path, scripts: Sequence[str]) -> int:
+    """Run a, b, c as the `scripts`."""
+    commands = {run.name: command_of(run, script) for run, script in zip(planned(folder), scripts, strict=True)}
+    (folder / "started").write_text("")
+    return run_sweep(SWEEP, planned(folder), folder, lambda run: commands[run.name], [{}])
+
+
+def started(folder: Path) -> str:
+    return "".join((folder / "started").read_text().split())
+
+
+def column(folder: Path, name: str) -> list[str]:
+    with (folder / "sweep.csv").open(newline="") as file:
+        return [row[name] for row in csv.DictReader(file)]
+
+
+def test_failing_run_is_given_up_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep_of(tmp_path, [DONE, SAYS_WHY, DONE]) == 1
+    assert started(tmp_path) == "abcb"
+    assert column(tmp_path, "status") == ["finished", "failed", "finished"]
+    assert column(tmp_path, "error") == ["", "the loss is nan: lower it", ""]
+    told = capsys.readouterr().out
+    assert "[3 of 3] run-b-seed0: FAILED: the loss is nan: lower it" in told
+    assert "2 finished, 1 failed, 0 to be done" in told
+    # Started again, it gets one attempt more, and nothing else is run.
+    assert sweep_of(tmp_path, ["false", SAYS_WHY, "false"]) == 1
+    assert started(tmp_path) == "b"
+    assert read_outcomes(tmp_path)["run-b-seed0"].failures == 3
+    assert sweep_of(tmp_path, ["false", DONE, "false"]) == 0
+    assert column(tmp_path, "status") == ["finished"] * 3
+    assert column(tmp_path, "error") == [""] * 3
+    assert sweep_of(tmp_path, ["false"] * 3) == 0
+    assert started(tmp_path) == ""
+
+
+def test_second_attempt_may_succeed(tmp_path: Path) -> None:
+    assert sweep_of(tmp_path, [DONE, f"test -e x || {{ touch x; exit 1; }}; {DONE}", DONE]) == 0
+    assert column(tmp_path, "status") == ["finished"] * 3
+
+
+def test_run_that_was_stopped_by_others_is_left_for_the_next_time(tmp_path: Path) -> None:
+    assert sweep_of(tmp_path, [DONE, "exit 75", DONE]) == 75
+    assert started(tmp_path) == "abc"
+    assert column(tmp_path, "status") == ["finished", "pending", "finished"]
+    assert sweep_of(tmp_path, [DONE] * 3) == 0
+    assert started(tmp_path) == "b"
+
+
+def with_seeds(folder: Path, *seeds: int, points: Sequence[Point] = SWEEP.points) -> int:
+    """Run a, b, c with the `seeds`."""
+    sweep = dataclasses.replace(SWEEP, seeds=seeds, points=tuple(points))
+    runs = plan_runs(sweep, folder, [], lambda words: parse_train(words, "t"))
+    return run_sweep(sweep, runs, folder, command_of, [{}, {}])
+
+
+def test_rows_of_other_seeds_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep_of(tmp_path, [DONE] * 3) == 0
+    assert with_seeds(tmp_path, 7) == 0
+    assert len(read_outcomes(tmp_path)) == 6
+    assert column(tmp_path, "seed") == ["0"] * 3 + ["7"] * 3
+    assert column(tmp_path, "end.top1") == ["0.5"] * 6
+    assert json.loads((tmp_path / JSON).read_text())["seeds"] == [0, 7]
+    assert capsys.readouterr().out.count("3 finished, 0 failed, 0 to be done") == 2  # of those that were asked for
+    # A seed of which nothing has begun leaves no row; nor does a point that the sweep has no more.
+    shutil.rmtree(tmp_path / "runs")
+    assert with_seeds(tmp_path, 8, points=SWEEP.points[:2]) == 0
+    assert column(tmp_path, "seed") == ["8"] * 2
+
+
+def test_earlier_seeds_of_another_configuration_are_refused(tmp_path: Path) -> None:
+    assert sweep_of(tmp_path, [DONE] * 3) == 0
+    other = dataclasses.replace(SWEEP, seeds=(7,))
+    runs = plan_runs(other, tmp_path, ["--epochs", "9"], lambda words: parse_train(words, "t"))
+    with pytest.raises(ValueError, match="run-a-seed0 holds a run whose epochs is 8, and this sweep wants 9"):
+        run_sweep(other, runs, tmp_path, command_of, [{}])
+
+
+def test_finished_run_whose_folder_was_removed_is_run_again(tmp_path: Path) -> None:
+    assert sweep_of(tmp_path, [DONE] * 3) == 0
+    shutil.rmtree(tmp_path / "runs" / "run-b-seed0")
+    assert sweep_of(tmp_path, ["false", DONE, "false"]) == 0
+    assert started(tmp_path) == "b"
+    assert column(tmp_path, "end.top1") == ["0.5"] * 3
+
+
+def test_run_without_a_validation_has_not_finished(tmp_path: Path) -> None:
+    assert sweep_of(tmp_path, [DONE, "echo nothing; true", DONE]) == 1
+    assert column(tmp_path, "status") == ["finished", "failed", "finished"]
+    assert "exit code 0, but there is no validation in its folder; the last line of" in column(tmp_path, "error")[1]
+
+
+def test_folder_of_a_sweep_that_is_at_work_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "WAIT_SECONDS", 0.1)
+    with lock_run(tmp_path), pytest.raises(ValueError, match="in use by process .* or choose another --output$"):
+        run_sweep(SWEEP, planned(tmp_path), tmp_path, command_of, [{}])
+    assert not (tmp_path / "sweep.csv").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"a": {"status": "well"}}'])
+def test_damaged_outcomes_are_one_sentence(tmp_path: Path, content: str) -> None:
+    (tmp_path / "outcomes.json").write_text(content)
+    with pytest.raises(ValueError, match=r"^.*outcomes.json is damaged: delete it; the same command [^\n]*$"):
+        read_outcomes(tmp_path)
+
+
+def test_damaged_question_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / JSON).write_text("{}")
+    with pytest.raises(ValueError, match="sweep.json is damaged: delete it, and pass all seeds"):
+        with_seeds(tmp_path, 0)
+
+
+def test_folder_with_another_configuration_is_refused(tmp_path: Path) -> None:
+    (run, *_) = planned(tmp_path)
+    write_config(run.path, run.config, {})
+    check_folders([run])
+    moved = "--data.root /elsewhere --data.device gpu --data.stall_seconds 5 --device cpu --num_threads 3 --data.num_threads 2"
+    check_folders(planned(tmp_path, *moved.split()))
+    write_config(run.path, with_precision(run.config, "cuda"), {})  # as a run on a GPU leaves it
+    check_folders([run])
+    with pytest.raises(ValueError, match="whose engine.precision is tf32, and this sweep wants bf16"):
+        check_folders(planned(tmp_path, "--engine.precision", "bf16"))
+    write_config(run.path, run.config, {})
+    with pytest.raises(
+        ValueError, match=r"run-a-seed0 holds a run whose epochs is 8, and this sweep wants 9: pass another"
+    ):
+        check_folders(planned(tmp_path, "--epochs", "9"))
+    # Another rule has other fields, on both sides.
+    with pytest.raises(ValueError, match="whose optim.rule is bop2ndorder, and this sweep wants latent_adam"):
+        check_folders(planned(tmp_path, "--optim.rule", "latent_adam"))
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "sentence"),
+    [
+        (1, "x\nbitfleet: error: one\nbitfleet: error: two\n", "two"),
+        (-9, "step 5\n\n", "it was killed by SIGKILL; the last line of run.log is 'step 5'"),
+        (4, "", "it left with exit code 4; the last line of run.log is 'missing'"),
+    ],
+)
+def test_reason_of_a_failure(code: int, output: str, sentence: str) -> None:
+    assert sentence_of(Ended(Job("run", (), Path("run.log")), code, 1.0, False, output)) == sentence

@@ -1,0 +1,137 @@
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitfleet.models import (
+    BatchNorm,
+    QuantConv2d,
+    QuantLinear,
+    SameAvgPool2d,
+    SameConv2d,
+    SameMaxPool2d,
+    approx_sign,
+    hardtanh_tanh_sign,
+    ste_sign,
+)
+from bitfleet.models.layers.initializers import glorot_normal_, glorot_uniform_, random_signs_
+from bitfleet.models.layers.same_padding import same_padding
+
+
+def layers() -> list[nn.Module]:
+    return [QuantConv2d(3, 4, 3, 2, input_quantizer=approx_sign), QuantLinear(5, 6, input_quantizer=ste_sign)]
+
+
+@pytest.mark.parametrize("layer", layers(), ids=["conv", "linear"])
+class TestBinaryMark:
+    def test_new_layer(self, layer: nn.Module) -> None:
+        assert [name for name, _ in layer.named_parameters()] == ["weight"]
+        assert layer.weight.binary is True
+        assert set(layer.weight.unique().tolist()) == {-1.0, 1.0}
+
+    def test_survives_deepcopy_inside_a_model(self, layer: nn.Module) -> None:
+        clone = copy.deepcopy(nn.Sequential(layer))
+        assert clone[0].weight.binary is True
+        assert clone[0].weight is not layer.weight
+        assert torch.equal(clone[0].weight, layer.weight)
+
+    def test_survives_pickling(self, layer: nn.Module) -> None:
+        assert pickle.loads(pickle.dumps(layer)).weight.binary is True
+
+    def test_survives_conversions(self, layer: nn.Module) -> None:
+        clone = copy.deepcopy(layer)
+        assert clone.to(torch.bfloat16).weight.binary is True
+        assert clone.to("meta").weight.binary is True
+        assert clone.to_empty(device="cpu").weight.binary is True
+
+    def test_survives_assigned_state(self, layer: nn.Module) -> None:
+        clone = copy.deepcopy(layer)
+        clone.load_state_dict({"weight": torch.ones_like(layer.weight)}, assign=True)
+        assert clone.weight.binary is True
+        assert bool((clone.weight == 1).all())
+
+
+def test_real_layers_are_not_marked() -> None:
+    assert not hasattr(SameConv2d(3, 4, 3).weight, "binary")
+
+
+@pytest.mark.parametrize("initializer", [glorot_uniform_, glorot_normal_])
+def test_random_signs_are_fair(initializer) -> None:
+    weight = random_signs_(torch.empty(64, 64, 3, 3), initializer)
+    assert bool((weight.abs() == 1).all())
+    assert abs(float(weight.mean())) < 0.03  # 5 standard deviations
+
+
+def test_zero_becomes_plus_one() -> None:
+    assert bool((random_signs_(torch.empty(4, 4), nn.init.zeros_) == 1).all())
+
+
+def test_glorot_normal_is_truncated_and_has_keras_variance() -> None:
+    weight = glorot_normal_(torch.empty(256, 128, 3, 3))
+    variance = 2 / (9 * (256 + 128))
+    assert float(weight.var()) == pytest.approx(variance, rel=0.02)
+    assert float(weight.abs().max()) <= 2 * variance**0.5 / 0.8796
+
+
+def padded(x: Tensor, kernel_size: int, stride: int, value: float) -> Tensor:
+    return F.pad(x, same_padding(x, kernel_size, stride), value=value)
+
+
+@pytest.mark.parametrize("kernel_size", [2, 3, 4, 5])
+@pytest.mark.parametrize("stride", [2, 3])
+def test_same_pools_equal_explicit_padding(kernel_size: int, stride: int) -> None:
+    if stride > kernel_size:
+        with pytest.raises(ValueError, match="stride is 3"):
+            SameMaxPool2d(kernel_size, stride)
+        return
+    for height, width in ((7, 7), (8, 8), (7, 10), (12, 9), (5, 16)):
+        x = torch.randn(2, 3, height, width)
+        expected_max = F.max_pool2d(padded(x, kernel_size, stride, -torch.inf), kernel_size, stride)
+        assert torch.equal(SameMaxPool2d(kernel_size, stride)(x), expected_max)
+        inside = padded(torch.ones_like(x), kernel_size, stride, 0)
+        expected_mean = F.avg_pool2d(padded(x, kernel_size, stride, 0), kernel_size, stride) / F.avg_pool2d(
+            inside, kernel_size, stride
+        )
+        torch.testing.assert_close(SameAvgPool2d(kernel_size, stride)(x), expected_mean)
+
+
+def test_zeros_are_padded_after_the_sign() -> None:
+    layer = QuantConv2d(1, 1, 3, input_quantizer=ste_sign)
+    with torch.no_grad():
+        layer.weight.fill_(1)
+    # Every pixel is 0, whose sign is +1: a corner sees four pixels, the rest of its window is padding.
+    assert layer(torch.zeros(1, 1, 4, 4))[0, 0, 0, 0] == 4
+
+
+def test_batch_norm_of_rows_averages_the_biased_variance() -> None:
+    norm, x = BatchNorm(3, momentum=0.9, eps=1e-3), torch.randn(10, 3)
+    norm(x)
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * x.var(0, correction=0))
+
+
+def test_batch_norm_of_rows_has_the_gradient_of_any_other() -> None:
+    x = torch.randn(10, 3, requires_grad=True)
+    factors = torch.randn(10, 3)
+    (grad,) = torch.autograd.grad((factors * BatchNorm(3, momentum=0.9, eps=1e-3)(x)).sum(), x)
+    (expected,) = torch.autograd.grad(
+        (factors * torch.nn.functional.batch_norm(x, None, None, training=True, eps=1e-3)).sum(), x
+    )
+    torch.testing.assert_close(grad, expected)
+
+
+def test_batch_norm_rejects_other_shapes() -> None:
+    with pytest.raises(ValueError, match="3 dimensions"):
+        BatchNorm(3, momentum=0.9, eps=1e-3)(torch.randn(2, 3, 4))
+
+
+def test_gradient_of_hardtanh_tanh() -> None:
+    x = torch.tensor([-3.0, -1.0, -0.3, -0.0, 0.0, 0.5, 1.0, 1.0001, torch.inf], requires_grad=True)
+    signs = hardtanh_tanh_sign(x)
+    assert signs.tolist() == [-1, -1, -1, 1, 1, 1, 1, 1, 1]
+    (3 * signs).sum().backward()
+    expected = [3 / math.cosh(value) ** 2 if abs(value) <= 1 else 0.0 for value in x.detach().double().tolist()]
+    torch.testing.assert_close(x.grad, torch.tensor(expected), rtol=1e-6, atol=1e-7)

@@ -1,0 +1,79 @@
+"""Weights to begin from; what Keras' files hold is tests/unit/models/keras/test_weights.py."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from bitfleet.models import ModelConfig, create_model
+from bitfleet.trainer.checkpoint.initial_weights import load_initial_weights
+
+SMALL = ModelConfig(name="birealnet_small", width=8, num_classes=4)
+
+
+def load(model: nn.Module, path: Path, config: ModelConfig = SMALL, *, new_head: bool = False) -> None:
+    load_initial_weights(model, config, path, "none", new_head=new_head)
+
+
+def test_our_own_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, other = create_model(SMALL), create_model(SMALL)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    load(other, tmp_path / "w.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    model, path = create_model(SMALL), tmp_path / "w.safetensors"
+    state = model.state_dict()
+    for change, sentence in (
+        ({"head.bias": torch.zeros(5)}, r"head.bias is \[5\] there and \[4\] in this model"),
+        ({"head.extra": torch.zeros(5)}, "this model has no head.extra"),
+        ({"blocks.0.conv.weight": None}, r"blocks.0.conv.weight is missing there and \[8, 8, 3, 3\] in this model"),
+        (
+            {"blocks.0.conv.weight": None, "bits.blocks.0.conv.weight": torch.zeros(3, dtype=torch.uint8)},
+            "is missing there",
+        ),
+    ):
+        save_file({name: tensor for name, tensor in {**state, **change}.items() if tensor is not None}, path)
+        with pytest.raises(ValueError, match=f"the weights {path} do not fit: .*{sentence}"):
+            load(model, path)
+    path.write_bytes(b"pickle")
+    with pytest.raises(ValueError, match="are not a safetensors file"):
+        load(model, path)
+    with pytest.raises(ValueError, match="there is no file of initial weights at"):
+        load(model, tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+def test_names_of_wrapped_networks(prefix: str, tmp_path: Path) -> None:
+    model, other = create_model(SMALL), create_model(SMALL)
+    save_file({prefix + name: tensor for name, tensor in model.state_dict().items()}, tmp_path / "w.safetensors")
+    load(other, tmp_path / "w.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["birealnet_small", "binarynet"])
+def test_another_number_of_classes_takes_a_new_head(name: str, tmp_path: Path) -> None:
+    four, six = ModelConfig(name=name, num_classes=4), ModelConfig(name=name, num_classes=6)
+    model, other = create_model(four), create_model(six)
+    before = {key: tensor.clone() for key, tensor in other.state_dict().items()}
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"head|classifier"):
+        load(other, tmp_path / "w.safetensors", six)
+    load(other, tmp_path / "w.safetensors", six, new_head=True)
+    for key, tensor in model.state_dict().items():
+        is_head = tensor.shape != before[key].shape
+        assert is_head == (key.startswith(("head.", "classifier.5.", "classifier.6.")) and tensor.dim() > 0), key
+        assert torch.equal(other.state_dict()[key], before[key] if is_head else tensor), key
+
+
+def test_pickles_are_refused_with_what_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save(create_model(SMALL).state_dict(), path)
+    with pytest.raises(ValueError, match=r"w\.pth are a pickle of PyTorch.*--init takes a run folder.*\.safetensors"):
+        load(create_model(SMALL), path)
+    with pytest.raises(ValueError, match="no weights can be read from .*: there is no checkpoint in it; --init takes"):
+        load(create_model(SMALL), tmp_path)

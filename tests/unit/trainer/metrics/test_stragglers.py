@@ -1,0 +1,36 @@
+"""The slowest rank, and when it is said."""
+
+import pytest
+import torch
+
+from bitfleet.trainer.metrics.stragglers import OwnTime, Spread, StragglerWatch, spread
+
+
+def test_spread_names_the_slowest_of_the_ranks() -> None:
+    assert spread([0.1, 0.2, 0.9, 0.3]) == Spread(2, 0.9, 0.2)
+    assert spread([0.4, 0.2]) == Spread(0, 0.4, 0.2)
+
+
+def test_straggler_is_said_once_after_three_reports_in_a_row() -> None:
+    watch = StragglerWatch(["a", "a", "b", "b"])
+    slow, other, even = Spread(2, 0.4, 0.2), Spread(1, 0.4, 0.2), Spread(2, 0.29, 0.2)
+    said = [watch.report(each) for each in (slow, slow, even, slow, slow, other, slow, slow, slow, slow)]
+    assert [bool(each) for each in said] == [False] * 8 + [True, False]
+    assert said[8] == (
+        "rank 2 on b holds the others up: 0.400 s a step for loading, forward and backward, 0.200 s on the median of the others"
+    )
+
+
+def test_own_time_is_what_lies_between_begin_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("bitfleet.trainer.metrics.stragglers.time.perf_counter", lambda: now)
+    clock = OwnTime(torch.device("cpu"))
+    for _ in range(2):
+        for _ in range(2):
+            clock.begin()
+            now += 1.0
+            clock.end()
+            now += 100.0
+        clock.end_step()
+    assert clock.read() == 2.0
+    assert clock.read() == 0.0

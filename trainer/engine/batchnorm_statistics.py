@@ -1,0 +1,86 @@
+"""BatchNorm's running statistics over replicas.
+
+Every replica (micro-batch) normalises with its own batch statistics and advances its own running ones; after each step the
+running statistics are the mean over all replicas, as Keras' are under the paper's MirroredStrategy. DeepSpeed never touches
+buffers: without this each rank would validate another network.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from bitfleet.optim.sharding.buckets import tree_sum, tree_sum_rows
+from bitfleet.trainer.ranks.collectives import gather_from_ranks
+
+
+class RunningStatistics:
+    """All floating-point buffers of a model, read and written as one flat tensor.
+
+    They stay tensors of their own: as views of one, torch.compile would have to treat them as aliases of each other. Call
+    `start_replica` before and `end_replica` after each micro-batch, then `end_step` once.
+    """
+
+    def __init__(self, model: nn.Module, num_replicas: int) -> None:
+        self.num_replicas = num_replicas
+        self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self._counters = [counter for name, counter in model.named_buffers() if name.endswith("num_batches_tracked")]
+        self.numel = sum(buffer.numel() for buffer in self._buffers)
+        self._start: Tensor | None = None
+        self._replicas: list[Tensor] = []
+
+    def _read(self) -> Tensor:
+        """A copy of all buffers, end to end."""
+        flat = [buffer.reshape(-1) for buffer in self._buffers]
+        return torch.cat(flat) if flat else torch.zeros(0)
+
+    def _write_(self, flat: Tensor) -> None:
+        if not self._buffers:
+            return
+        parts = flat.split([buffer.numel() for buffer in self._buffers])
+        torch._foreach_copy_(self._buffers, [part.view_as(b) for part, b in zip(parts, self._buffers, strict=True)])
+
+    def _count_down_(self, number: int | Tensor) -> None:
+        if not self._counters:
+            return
+        if isinstance(number, Tensor):
+            torch._foreach_sub_(self._counters, [number] * len(self._counters))
+        else:
+            torch._foreach_sub_(self._counters, number)
+
+    @torch.no_grad()
+    def start_replica(self) -> None:
+        """Begin where the step began."""
+        if self._start is None:
+            self._start = self._read()
+        else:
+            self._write_(self._start)
+
+    @torch.no_grad()
+    def end_replica(self) -> None:
+        """Keep this replica's statistics for the mean."""
+        self._replicas.append(self._read())
+
+    @torch.no_grad()
+    def end_step(self, updated: bool | Tensor = True) -> None:
+        """Set the statistics to their mean over the replicas of all ranks, summed in the order of the gradients.
+
+        Args:
+            updated: whether the optimizer updated the network, known to the host or bool [] on the device. A skipped step leaves
+                the statistics where it began: its batches may have put NaN into them.
+        """
+        assert self._start is not None
+        num_here = len(self._replicas)
+        if updated is False:
+            self._write_(self._start)
+            self._count_down_(num_here)
+        else:
+            mean = self._replicas[0]
+            if self.num_replicas > 1:
+                mean = tree_sum_rows(torch.stack(gather_from_ranks(tree_sum(self._replicas)))).div_(self.num_replicas)
+            if isinstance(updated, Tensor):
+                self._write_(torch.where(updated, mean, self._start))
+                self._count_down_(num_here - updated.long())
+            elif self.num_replicas > 1:
+                self._write_(mean)
+                if num_here > 1:  # steps, not the forward passes that this rank happened to run
+                    self._count_down_(num_here - 1)
+        self._start, self._replicas = None, []

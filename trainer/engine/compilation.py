@@ -1,0 +1,60 @@
+"""Whether a run's network is compiled, and when its compiled code is used."""
+
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.compiler import set_stance
+from torch.optim import Optimizer
+
+from bitfleet.models.compilation import problem_of_compiling
+from bitfleet.optim import ShardedOptimizer
+from bitfleet.optim.param_groups import starts_real
+from bitfleet.trainer.checkpoint.checkpoints import was_compiled
+from bitfleet.trainer.config import TrainConfig
+from bitfleet.trainer.ranks.collectives import objects_from_ranks
+
+
+def is_compiled(config: TrainConfig, device: torch.device, begun: Mapping[str, Any] | None) -> bool:
+    """What `model.compile` comes to, the same on all ranks; every rank calls this.
+
+    Where one of the ranks cannot compile, none does, after one warning.
+
+    Args:
+        config: the run.
+        device: where the model runs.
+        begun: meta.json of the checkpoint that is continued; None for a new run.
+    """
+    wanted = config.model.compile == "on"
+    if config.model.compile == "auto":
+        wanted = was_compiled(begun) if begun else device.type == "cuda" and config.engine.sharding != "zero3"
+    if not wanted:
+        return False
+    problems = objects_from_ranks(problem_of_compiling(device))
+    bad = [(rank, problem) for rank, problem in enumerate(problems) if problem]
+    if bad:
+        rank, problem = bad[0]
+        warnings.warn(
+            f"the network runs in eager torch, slower: rank {rank} cannot compile: {problem}", RuntimeWarning, 2
+        )
+    return not bad
+
+
+def eager_on_real_weights(compiled: bool, device: torch.device, optimizer: Optimizer) -> AbstractContextManager[Any]:
+    """Inside, a compiled network runs in eager torch if its binary weights are still real: its kernels of a CPU know bits only.
+
+    Args:
+        compiled: whether the network is.
+        device: where it runs.
+        optimizer: of the network.
+    """
+    if not compiled or device.type != "cpu":
+        return nullcontext()
+    if isinstance(optimizer, ShardedOptimizer) and not any(bucket.real for bucket in optimizer.buckets):
+        return nullcontext()
+    if optimizer.state or not starts_real(optimizer):
+        return nullcontext()
+    eagerly: AbstractContextManager[Any] = set_stance("force_eager")
+    return eagerly

@@ -1,0 +1,121 @@
+"""This process among the ranks of its job: meeting them, agreeing with them, watching them, and leaving them."""
+
+import dataclasses
+import datetime
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from bitfleet.trainer.ranks.check_same import agree, all_facts
+from bitfleet.trainer.ranks.collectives import (
+    COLLECTIVE_TIMEOUT,
+    Ranks,
+    connect,
+    cpu_group,
+    from_first_rank,
+    gpu_uuid,
+    hosts_of_ranks,
+    process_group,
+)
+from bitfleet.trainer.ranks.heartbeat import Heartbeat
+from bitfleet.trainer.ranks.rendezvous import Meeting, PeerFailed, loopback_hint
+
+TELL_TIMEOUT = datetime.timedelta(seconds=10)
+
+
+class Membership:
+    """At most one a process."""
+
+    def __init__(self) -> None:
+        self._meeting: Meeting | None = None
+        self._heartbeat: Heartbeat | None = None
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether the heartbeat of this process has begun."""
+        return self._heartbeat is not None
+
+    @contextmanager
+    def join(
+        self,
+        ranks: Ranks,
+        device: torch.device,
+        facts: Mapping[str, str],
+        timeout: datetime.timedelta = COLLECTIVE_TIMEOUT,
+    ) -> Iterator[Ranks]:
+        """The process group, once all ranks have come and agree; inside, lost ranks are noticed.
+
+        Args:
+            ranks: this process's place.
+            device: where the model runs.
+            facts: what must be equal on every rank, beside those of `all_facts`.
+            timeout: of the meeting, and of every collective.
+
+        Yields:
+            `ranks` with the hosts of all.
+
+        Raises:
+            ValueError: a rank does not come, has the GPU of another, or differs from rank 0.
+            PeerFailed: a rank has failed before all had met.
+        """
+        if ranks.world_size == 1:
+            with process_group(device, ranks, timeout):
+                connect(device)
+                yield ranks
+            return
+        self._meeting = Meeting(ranks.rank, ranks.world_size)
+        store = self._meeting.wait_for_all(timeout, gpu_uuid(device))
+        if ranks.local_rank == 0 and ranks.local_world_size < ranks.world_size and (hint := loopback_hint()):
+            print(f"bitfleet: warning: {hint}", file=sys.stderr, flush=True)
+        with process_group(device, ranks, timeout, store):
+            ranks = dataclasses.replace(ranks, hosts=hosts_of_ranks())
+            self._heartbeat = watch(ranks, self._meeting.address)
+            agree(ranks, all_facts(ranks, device, facts))
+            connect(device)
+            yield ranks
+            self._heartbeat.stop()
+
+    def others_failed(self, seconds: float) -> int | None:
+        """The exit code with which another rank has failed, and said why; None if none does within `seconds`."""
+        if self._heartbeat is None:
+            time.sleep(seconds)
+            return None
+        verdict = self._heartbeat.wait(seconds)
+        return verdict.code if verdict else None
+
+    def leave(self, code: int, rank: int, world_size: int) -> int | None:
+        """Tell the others that this rank fails.
+
+        Returns:
+            The exit code of a rank that told it before, None if this one is the first.
+        """
+        if self._heartbeat:
+            self._heartbeat.leave(code)
+            return None
+        self._meeting = self._meeting or Meeting(rank, world_size)
+        try:
+            if not self._meeting.is_over:
+                self._meeting.tell_failure(code, TELL_TIMEOUT)
+        except PeerFailed as failure:
+            return failure.code
+        return None
+
+
+def watch(ranks: Ranks, address: str) -> Heartbeat:
+    """Connect every rank with rank 0 and begin to watch; every rank calls this.
+
+    Raises:
+        ValueError: rank 0 cannot be reached.
+    """
+    heartbeat = Heartbeat(ranks.rank, ranks.hosts, speaks=ranks.local_rank == 0)
+    port, token = from_first_rank(heartbeat.listen() if ranks.is_first else (0, ""), cpu_group("control"))
+    if not ranks.is_first:
+        heartbeat.connect(address, port, token)
+    heartbeat.start()
+    return heartbeat
+
+
+membership = Membership()

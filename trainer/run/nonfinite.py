@@ -1,0 +1,102 @@
+"""Steps without a finite gradient: how many a run puts up with, and what is said when it ends for them."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from bitfleet.optim import ShardedOptimizer
+from bitfleet.optim.sharding.loss_scale import LARGEST, LEAST
+from bitfleet.trainer.config import TrainConfig
+from bitfleet.trainer.data import normalize
+
+MAX_SKIPPED_IN_A_ROW = 20
+"""More steps without a finite gradient than an accident explains."""
+HALVINGS = int(math.log2(LARGEST / LEAST))
+"""Skipped steps in a row after which the loss scale of fp16 cannot be the reason: it is at its smallest."""
+MAX_NAMES = 3
+
+
+def must_stop(config: TrainConfig, sharded: ShardedOptimizer) -> bool:
+    """Say whether a step that was just skipped ends the run, whatever it reports; fp16 skips steps to find its loss scale."""
+    most = HALVINGS + 1 if config.engine.precision == "fp16" else MAX_SKIPPED_IN_A_ROW
+    return config.engine.on_nonfinite == "stop" or sharded.num_skipped_in_a_row >= most
+
+
+def does_nothing(config: TrainConfig, sharded: ShardedOptimizer) -> bool:
+    """Say whether a run of which all steps since the last report were skipped ends for it: a single one is an accident.
+
+    Where weights are not finite, no loss scale of fp16 helps.
+    """
+    in_a_row = sharded.num_skipped_in_a_row
+    return in_a_row > (HALVINGS if config.engine.precision == "fp16" else 1) or bool(broken(weights_of(sharded)))
+
+
+def did_nothing(config: TrainConfig, sharded: ShardedOptimizer, step: int, num_steps: int) -> bool:
+    """Say whether all `step` steps of a run that ends now were skipped; in fp16 only if that is its whole length."""
+    is_over = config.engine.precision != "fp16" or step == num_steps
+    return step > 0 and sharded.num_skipped_steps == step and is_over
+
+
+def weights_of(sharded: ShardedOptimizer) -> list[tuple[str, Tensor]]:
+    """Return the parameters of an optimizer with their names."""
+    return [(segment.name, segment.param) for bucket in sharded.buckets for segment in bucket.segments]
+
+
+def broken(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Return the names of tensors that hold values that are not finite; the host waits for the device."""
+    return [name for name, tensor in named if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+
+
+def nonfinite_steps(config: TrainConfig, sharded: ShardedOptimizer, step: int, *, again: bool) -> FloatingPointError:
+    """Return what ends a run that makes no steps and whose state is saved.
+
+    Args:
+        config: the run.
+        sharded: its optimizer; it names no gradient where only the sum of finite ones has overflowed.
+        step: the last optimizer step, from 1.
+        again: whether a run that continues makes that step again.
+    """
+    names, in_a_row = broken(weights_of(sharded)), sharded.num_skipped_in_a_row
+    cause = f", because values of {_list(names)} are not finite" if names else ""
+    if not cause and not _are_inputs_finite(config):
+        cause = f", because pixels are not finite after data.mean {config.data.mean} and data.std {config.data.std}"
+    before = f", nor was one in the {in_a_row - 1} before it" if in_a_row > 1 else ""
+    gradients = _list(sharded.nonfinite) or "all parameters together"
+    what = f"the gradient of {gradients} is not finite in step {step}{before}{cause}"
+    if in_a_row == 0:  # an earlier part of the run made these steps
+        what = f"none of the {step:,} steps of this run was made: no gradient was finite{cause}"
+    saved = "the state before it is saved" if again else "the state is saved"
+    return FloatingPointError(f"{what}; {saved}: {_advice(config, names)}")
+
+
+def nonfinite_loss(
+    config: TrainConfig, loss: float, step: int, named: Iterable[tuple[str, Tensor]]
+) -> FloatingPointError:
+    """Return what ends a run whose mean loss is not finite although its steps were made; `named` are its weights."""
+    names = broken(named)
+    cause = f", because values of {_list(names)} are not finite" if names else ""
+    return FloatingPointError(f"the training loss is {loss} at step {step}{cause}: {_advice(config, names)}")
+
+
+def _advice(config: TrainConfig, names: Sequence[str]) -> str:
+    if names and config.init is not None:
+        return f"look at the weights of --init {config.init}, or continue from a checkpoint before they broke"
+    if names:
+        return "begin again, or from an earlier checkpoint, with a lower learning rate"
+    if config.engine.on_nonfinite == "stop":
+        return "lower the learning rate, or continue with --engine.on_nonfinite skip"
+    if config.engine.precision == "fp16":
+        return "lower the learning rate, or begin again with --engine.precision bf16"
+    return "lower the learning rate"
+
+
+def _are_inputs_finite(config: TrainConfig) -> bool:
+    extremes = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).repeat(1, 1, 1, 3)
+    return bool(normalize(extremes, config.data.mean, config.data.std).isfinite().all())
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and of {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
