@@ -2,9 +2,8 @@
 
 import difflib
 import importlib
-import sys
 
-from bitfleet.launch.job import run
+from bitfleet.launch.job import command_line, run
 
 COMMANDS = {
     "train": "train a run on one rank; `bitfleet train --config NAME --help` lists its options",
@@ -22,8 +21,6 @@ COMMANDS = {
     "report": "turn sweeps and runs into one HTML page with pictures; `bitfleet report --help`",
     "configs": "list the configurations that --config knows",
 }
-OF_MANY_RANKS = ("train", "evaluate")
-"""Commands that launch/NAME.py starts as well: they are told how they were called."""
 
 
 def usage() -> str:
@@ -42,7 +39,7 @@ def dispatch() -> None:
     Raises:
         ValueError: there is no such command.
     """
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank=")]
+    arguments = command_line()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return
@@ -60,10 +57,7 @@ def dispatch() -> None:
     # A command is the function of its name, in the file or folder of its name, which is imported only now: torch takes seconds.
     module = {"train": "train", "evaluate": "evaluate", "launch": "cluster.command"}.get(command, f"{command}.command")
     function = getattr(importlib.import_module(f"bitfleet.launch.{module}"), command)
-    if command in OF_MANY_RANKS:
-        function(rest, prog=f"bitfleet {command}")
-    else:
-        function(rest)
+    function(rest)
 
 
 def main() -> None:

@@ -1,26 +1,24 @@
 """Evaluate: `bitfleet evaluate RUN`, or on many ranks `deepspeed --num_accelerators 2 launch/evaluate.py RUN`."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-import tyro
+from tyro.conf import Positional
 
-from bitfleet.launch.job import is_first_rank, job, run
-from bitfleet.launch.parsing.arguments import one_sentence
-from bitfleet.trainer.run.user_paths import with_users_paths
+from bitfleet.launch.job import command_line, is_first_rank, job, run
+from bitfleet.launch.parsing.commands import parse
 
 if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not wait for it
     from bitfleet.trainer.evaluate import Evaluation
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class EvaluateArguments:
+class Evaluate:
     """Print top-1 and top-5 of a run over every image of its validation set."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Positional[Path]
     """Run folder (its newest checkpoint is taken) or one of its checkpoints."""
     data_root: str | None = None
     """Where the data is now. None: where the run read it."""
@@ -30,16 +28,13 @@ class EvaluateArguments:
     """What to compute in; several: one validation in each, and how many predictions differ. None given: as the run did."""
 
 
-def evaluate(arguments: Sequence[str], prog: str = "launch/evaluate.py") -> None:
+def evaluate(arguments: Sequence[str], prog: str = "bitfleet evaluate") -> None:
     """Parse `arguments` and evaluate.
 
     Raises:
         ValueError: bad input.
     """
-    own = [a for a in arguments if not a.startswith("--local_rank=")]
-    with one_sentence():
-        options = tyro.cli(EvaluateArguments, prog=prog, args=own, console_outputs=is_first_rank())
-    options = with_users_paths(options)
+    options: Evaluate = parse(Evaluate, arguments, prog)
     with job(options.device) as (ranks, device):
         from bitfleet.trainer.evaluate import evaluate_run
 
@@ -70,7 +65,7 @@ def format_evaluation(found: "Evaluation") -> str:
 
 def main() -> None:
     """Entry point of the file."""
-    run(lambda: evaluate(sys.argv[1:]))
+    run(lambda: evaluate(command_line(), "launch/evaluate.py"))
 
 
 if __name__ == "__main__":

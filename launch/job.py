@@ -64,6 +64,11 @@ def free_port() -> int:
             return port
 
 
+def command_line() -> list[str]:
+    """Return the words after the program's name, without the one that DeepSpeed's launcher adds."""
+    return [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
+
+
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))

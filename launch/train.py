@@ -3,6 +3,7 @@
 The same file runs under torchrun, as `python -m bitfleet.launch.train`, and alone as one rank.
 """
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -10,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitfleet.launch.job import REQUEUE, is_first_rank, job, run
-from bitfleet.launch.parsing.arguments import parse_train
-from bitfleet.launch.parsing.options import take_option
+from bitfleet.launch.job import REQUEUE, command_line, is_first_rank, job, run
+from bitfleet.launch.parsing.arguments import HELP, parse_train
+from bitfleet.launch.parsing.commands import parse_with_run
 
 if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not wait for it
     import torch
@@ -22,17 +23,23 @@ if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not
     from bitfleet.trainer.trainer import Trainer
 
 
-def train(arguments: Sequence[str], prog: str = "launch/train.py") -> None:
+@dataclasses.dataclass(frozen=True)
+class _Reproduce:
+    reproduce: str | None = None
+
+
+def train(arguments: Sequence[str], prog: str = "bitfleet train") -> None:
     """Parse `arguments` and train; `--reproduce NAME` instead of --config is `bitfleet reproduce NAME`, for every launcher.
 
     Raises:
         ValueError: bad input.
+        SystemExit: with 75, if the run was asked to stop.
     """
-    name, rest = take_option([a for a in arguments if not a.startswith("--local_rank=")], "--reproduce")
-    if name is not None:
+    asked, rest = parse_with_run(_Reproduce, [a for a in arguments if a not in HELP], prog)
+    if asked.reproduce is not None:
         from bitfleet.launch.reproduce.command import reproduce
 
-        reproduce([name, *rest], prog)
+        reproduce([asked.reproduce, *rest])
         return
     config = parse_train(arguments, prog)
     with job(config.device, config) as (ranks, device):
@@ -91,12 +98,19 @@ def say_stopped(trainer: "Trainer", again: str = "the same command with --resume
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Options that a command which continues the run does not repeat."""
+
+    resume: str | None = None
+    run_dir: str | None = None
+    stop_after_steps: str | None = None
+
+
 def next_commands(run_folder: os.PathLike[str], arguments: Sequence[str], world_size: int) -> str:
     """What to do after a run: look at it, evaluate it, continue it."""
     path = shlex.quote(str(run_folder))
-    kept = [a for a in arguments if not a.startswith("--local_rank=")]
-    for option in ("--resume", "--run_dir", "--stop_after_steps"):
-        _, kept = take_option(kept, option)
+    _, kept = parse_with_run(_Place, arguments, "bitfleet train")
     # With the folder of this interpreter in front: `make train` does not activate .venv in the user's shell.
     folder = Path(sys.executable).parent
     tools = os.path.relpath(folder) + "/" if folder.is_relative_to(Path.cwd()) else ""
@@ -110,7 +124,7 @@ def next_commands(run_folder: os.PathLike[str], arguments: Sequence[str], world_
 
 def main() -> None:
     """Entry point of the file."""
-    run(lambda: train(sys.argv[1:]))
+    run(lambda: train(command_line(), "launch/train.py"))
 
 
 if __name__ == "__main__":

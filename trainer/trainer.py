@@ -10,7 +10,6 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from bitfleet.launch.preflight.memory import bucket_shapes, predict_memory
 from bitfleet.models import check_images, compile_network, create_model
 from bitfleet.optim import ShardedOptimizer, build_optimizer, driven_values, routing_table
 from bitfleet.trainer.checkpoint.checkpoints import Parts, RunCheckpoints, find_start, identity
@@ -297,12 +296,7 @@ class Trainer:
             self.seconds_to_stop = time.monotonic() - stop.seen_at if stop.seen_at is not None else 0.0
 
     def _out_of_memory(self, error: Exception) -> str:
-        place = {"num_replicas": self.num_replicas, "world_size": self.ranks.world_size}
-        shapes = bucket_shapes(self.sharded, self.checkpoints.parts.signature)
-        predicted = predict_memory(self.config, shapes, **place).peak
-        return training_out_of_memory(
-            error, self.config, num_replicas=self.num_replicas, device=self.device, predicted=predicted
-        )
+        return training_out_of_memory(error, self.config, num_replicas=self.num_replicas, device=self.device)
 
     def _run_steps(self, last: int, stop: StopWatcher) -> None:
         self.start()

@@ -1,19 +1,51 @@
-"""Checkpoint: `bitfleet checkpoint inspect|verify|weights|diff ...`."""
+"""`bitfleet checkpoint`: look at checkpoints, compare them, and write the model alone."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from bitfleet.trainer.run.user_paths import users_path
+from tyro.conf import Positional
 
-USAGE = """usage: bitfleet checkpoint COMMAND ...
+from bitfleet.launch.parsing.commands import parse
 
-  inspect PATH                       step, epoch, files, hashes, tensors, sizes, metrics, versions and configuration
-  verify PATH                        read everything again and compare it with the hashes
-  weights PATH OUT.safetensors [--packed]
-                                     the model alone; binary weights as +-1 in fp32, or packed, 8 a byte
-  diff A B                           the first tensor and element that differ; exit code 1 if there is one
 
-PATH is a checkpoint (runs/NAME/DATE/checkpoints/step-00001234) or a run folder, whose newest one is taken."""
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Print step, epoch, files, hashes, tensors, sizes, metrics, versions and configuration of a checkpoint."""
+
+    path: Positional[Path]
+    """Checkpoint (runs/NAME/DATE/checkpoints/step-00001234) or run folder, whose newest checkpoint is taken."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Read every file of a checkpoint again and compare it with its hash."""
+
+    path: Positional[Path]
+    """Checkpoint or run folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Write the model alone; binary weights as +-1 in fp32."""
+
+    path: Positional[Path]
+    """Checkpoint or run folder."""
+    output: Positional[Path]
+    """File to write, .safetensors."""
+    packed: bool = False
+    """Write binary weights as bits, 8 per byte."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Diff:
+    """Print the first tensor and element in which two checkpoints differ; exit code 1 if there is one."""
+
+    a: Positional[Path]
+    """Checkpoint or run folder."""
+    b: Positional[Path]
+    """Checkpoint or run folder."""
 
 
 def checkpoint(arguments: Sequence[str]) -> None:
@@ -23,35 +55,17 @@ def checkpoint(arguments: Sequence[str]) -> None:
         ValueError: bad input, or a damaged checkpoint.
         SystemExit: 1, when two checkpoints differ.
     """
-    if not arguments or "-h" in arguments or "--help" in arguments:
-        print(USAGE)
-        return
-    command, *rest = arguments
-    packed = command == "weights" and "--packed" in rest
-    paths = [users_path(argument) for argument in rest if argument != "--packed" or command != "weights"]
-    wanted = {"inspect": 1, "verify": 1, "weights": 2, "diff": 2}.get(command)
-    if wanted is None:
-        raise ValueError(
-            f"there is no command {command!r} of bitfleet checkpoint; there are: inspect, verify, weights, diff"
-        )
-    if unknown := [argument for argument in map(str, paths) if argument.startswith("--")]:
-        raise ValueError(
-            f"bitfleet checkpoint {command} has no option {unknown[0]!r}; `bitfleet checkpoint --help` lists them"
-        )
-    if len(paths) != wanted:
-        raise ValueError(
-            f"bitfleet checkpoint {command} takes {wanted} paths, not {len(paths)}; see bitfleet checkpoint --help"
-        )
-    from bitfleet.launch.checkpoint import tools as checkpoint_tools
+    options = parse(Inspect | Verify | Weights | Diff, arguments, "bitfleet checkpoint")
+    from bitfleet.launch.checkpoint import tools
 
-    if command == "inspect":
-        print(checkpoint_tools.inspect(paths[0]))
-    elif command == "verify":
-        print(checkpoint_tools.verified(paths[0]))
-    elif command == "weights":
-        print(checkpoint_tools.export_weights(paths[0], paths[1], packed=packed))
-    elif difference := checkpoint_tools.first_difference(paths[0], paths[1]):
-        print(difference)
-        sys.exit(1)
-    else:
-        print("every tensor has the same bits")
+    match options:
+        case Inspect():
+            print(tools.inspect(options.path))
+        case Verify():
+            print(tools.verified(options.path))
+        case Weights():
+            print(tools.export_weights(options.path, options.output, packed=options.packed))
+        case Diff():
+            difference = tools.first_difference(options.a, options.b)
+            print(difference or "every tensor has the same bits")
+            sys.exit(bool(difference))

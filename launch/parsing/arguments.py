@@ -2,57 +2,68 @@
 
 import dataclasses
 import difflib
-import io
-import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import tyro
 
 from bitfleet.configs import available, load_config
 from bitfleet.launch.job import is_first_rank
-from bitfleet.launch.parsing.options import take_option
+from bitfleet.launch.parsing.commands import one_sentence, parse_with_run
 from bitfleet.optim import with_rule
 from bitfleet.optim.config import check_belongs
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.run.user_paths import with_users_paths
 
 DEFAULT_HELP = "fashion_quickstart"
-RULE = "--optim.rule"
+HELP = {"-h", "--help"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    rule: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Named:
+    """What decides the defaults of all other options."""
+
+    config: str | None = None
+    optim: _Rule = _Rule()
 
 
 def parse_train(arguments: Sequence[str], prog: str) -> TrainConfig:
-    """The run that `arguments` ask for.
+    """Return the run that `arguments` ask for.
 
     Raises:
         ValueError: unknown configuration or option (the nearest is named), or a value that does not fit.
         SystemExit: after --help.
     """
-    name, rest = take_option([a for a in arguments if not a.startswith("--local_rank=")], "--config")
-    wants_help = "-h" in rest or "--help" in rest
+    wants_help = bool(HELP & set(arguments))
+    named, rest = parse_with_run(_Named, [a for a in arguments if a not in HELP], prog)
+    name = named.config or (DEFAULT_HELP if wants_help else None)
     if name is None:
-        if not wants_help:
-            raise ValueError(f"which run? Pass --config NAME, one of: {', '.join(available())}")
-        name = DEFAULT_HELP
+        misspelt = difflib.get_close_matches("--config", [word.split("=")[0] for word in rest], n=1)
+        wrong = f"there is no option {misspelt[0]}; " if misspelt else ""
+        raise ValueError(f"{wrong}which run? Pass --config NAME, one of: {', '.join(available())}")
     description = (
         f"Train the run {name!r}; the defaults below are its values. Configurations: {', '.join(available())}."
     )
-    return override(load_config(name), rest, prog=f"{prog} --config {name}", description=description)
+    default, prog = load_config(name), f"{prog} --config {name}"
+    if named.optim.rule is not None:
+        default = dataclasses.replace(default, optim=with_rule(default.optim, named.optim.rule))
+    return override(default, [*rest, *["--help"] * wants_help], prog=prog, description=description)
 
 
 def override(default: TrainConfig, arguments: Sequence[str], *, prog: str, description: str) -> TrainConfig:
-    """`default` with the fields that `arguments` name.
+    """Return `default` with the fields that `arguments` name.
 
     Raises:
         ValueError: unknown option (the nearest is named), or a value that does not fit.
         SystemExit: after --help.
     """
-    rule, _ = take_option(list(arguments), RULE)
-    if rule is not None:
-        default = dataclasses.replace(default, optim=with_rule(default.optim, rule))
     _reject_unknown(arguments, default)
-    with one_sentence():
+    with one_sentence(prog):
         config = tyro.cli(
             TrainConfig,
             prog=prog,
@@ -63,21 +74,6 @@ def override(default: TrainConfig, arguments: Sequence[str], *, prog: str, descr
             console_outputs=is_first_rank(),
         )
     return with_users_paths(config)
-
-
-@contextmanager
-def one_sentence() -> Iterator[None]:
-    """Turn the box that tyro draws around a bad value into a ValueError."""
-    drawn = io.StringIO()
-    try:
-        with redirect_stderr(drawn):
-            yield
-    except SystemExit as leaving:
-        if not leaving.code:
-            raise
-        inside = [line.strip("│ ").strip() for line in drawn.getvalue().splitlines() if line.startswith("│")]
-        sentence = itertools.takewhile(lambda line: not line.startswith("──"), inside)
-        raise ValueError(" ".join(sentence) or "the command line cannot be read") from None
 
 
 def option_names(config: Any, prefix: str = "--") -> list[str]:

@@ -1,15 +1,26 @@
 """`bitfleet report`: sweeps and runs as one HTML page."""
 
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
-from bitfleet.launch.parsing.options import take_option
-from bitfleet.trainer.run.user_paths import users_path
+from tyro.conf import Positional
 
-USAGE = """usage: bitfleet report PATH... [--output FOLDER]
+from bitfleet.launch.parsing.commands import parse
 
-Turn sweeps and runs into FOLDER/report.html, one page that needs nothing else, and FOLDER/report/*.png. A PATH is a sweep's
-folder or sweep.csv, or a run's folder; parts of one sweep, run with other seeds elsewhere, become one; several runs are compared.
-Without --output the page goes into the folder of the only PATH."""
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Turn sweeps and runs into FOLDER/report.html, one page that needs no other file, and FOLDER/report/*.png.
+
+    A path is a sweep's folder or sweep.csv, or a run's folder. Parts of one sweep that ran elsewhere with other seeds become one;
+    several runs are compared.
+    """
+
+    paths: Positional[tuple[Path, ...]]
+    """Folders of sweeps and runs."""
+    output: Path | None = None
+    """Folder of the page. Default: the folder of the only path."""
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -18,15 +29,8 @@ def report(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: an option is unknown, or a path has nothing to report.
     """
-    if "-h" in arguments or "--help" in arguments:
-        print(USAGE)
-        return
-    output, paths = take_option(arguments, "--output")
-    for path in paths:
-        if path.startswith("-"):
-            raise ValueError(f"bitfleet report has no option {path}; it knows --output FOLDER")
-
+    options: Report = parse(Report, arguments, "bitfleet report")
     from bitfleet.launch.report import write_report
 
-    page, lines = write_report([users_path(path) for path in paths], users_path(output) if output else None)
+    page, lines = write_report(options.paths, options.output)
     print("\n".join([*lines, f"report: {page}"]))

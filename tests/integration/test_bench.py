@@ -199,7 +199,9 @@ def test_a_long_manifest_is_opened_in_new_processes() -> None:
 @pytest.mark.multinode
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2")
 def test_wire_between_two_hosts_carries_what_the_calls_say() -> None:
-    done = run_command([REPOSITORY / "launch" / "cluster" / "hosts.sh", "2", "1", "-m", "bitfleet.launch", "bench", "comm"])
+    done = run_command(
+        [REPOSITORY / "launch" / "cluster" / "hosts.sh", "2", "1", "-m", "bitfleet.launch", "bench", "comm"]
+    )
     assert done.returncode == 0, done.stdout
     rows = parse(done.stdout)
     check_traffic(rows)

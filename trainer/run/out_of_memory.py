@@ -36,7 +36,7 @@ def out_of_memory(error: BaseException) -> str:
 
 
 def training_out_of_memory(
-    error: BaseException, config: TrainConfig, *, num_replicas: int, device: torch.device, predicted: int
+    error: BaseException, config: TrainConfig, *, num_replicas: int, device: torch.device
 ) -> str:
     """Say in a sentence which batch did not fit, and what to change.
 
@@ -45,7 +45,6 @@ def training_out_of_memory(
         config: of the run; its precision is the one that it computes in.
         num_replicas: micro-batches per step over all ranks.
         device: of this rank.
-        predicted: bytes that a rank was to need at most.
     """
     images = config.global_batch_size // num_replicas
     # On a GPU everything that torch has there, on a CPU what the process holds.
@@ -59,7 +58,7 @@ def training_out_of_memory(
     ]
     return (
         f"{out_of_memory(error)}: a rank trains on {images:,} images at a time in {config.engine.precision}, "
-        f"{predicted / 1e9:,.1f} GB were predicted, {taken / 1e9:,.1f} GB allocated; what helps: {', '.join(ways)}"
+        f"{taken / 1e9:,.1f} GB are allocated; what helps: {', '.join(ways)}"
     )
 
 

@@ -5,7 +5,7 @@ from bitfleet.launch.train import next_commands
 
 
 def test_next_commands_keep_the_overrides_and_replace_the_place() -> None:
-    arguments = shlex.split("--local_rank=0 --config x --run_dir 'a b' --resume=auto --epochs 3 --stop_after_steps 7")
+    arguments = shlex.split("--config x --run_dir 'a b' --resume=auto --epochs 3 --stop_after_steps 7")
     lines = next_commands(Path("a b"), arguments, 2).splitlines()
     assert lines[-1].endswith("deepspeed --num_accelerators 2 launch/train.py --config x --epochs 3 --resume 'a b'")
     assert lines[-2].endswith("bitfleet evaluate 'a b'")

@@ -1,6 +1,7 @@
 import pytest
 
 from bitfleet.configs import available, load_config
+from bitfleet.launch.job import command_line
 from bitfleet.launch.parsing.arguments import option_names, parse_train
 from bitfleet.optim import Schedule
 
@@ -47,14 +48,17 @@ def test_what_does_not_belong_to_a_rule_is_refused(arguments: str, message: str)
 
 
 def test_launcher_arguments_are_ignored() -> None:
-    assert parse_train(["--local_rank=1", "--config=fashion_quickstart"], "t") == load_config("fashion_quickstart")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["launch/train.py", "--local_rank=1", "--config=fashion_quickstart"])
+        assert parse_train(command_line(), "t") == load_config("fashion_quickstart")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("", "which run.*fashion_quickstart"),
-        ("--config", "--config needs a value"),
+        ("--confg x", "there is no option --confg; which run.*fashion_quickstart"),
+        ("--config", "--config"),
         ("--config fashion_quikstart", "no configuration 'fashion_quikstart'; did you mean 'fashion_quickstart'"),
         (
             "--config fashion_quickstart --optim.gama.start 1",
