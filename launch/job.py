@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from bitfleet.launch.cluster.places import Place, place_from, rank_of
 from bitfleet.launch.home import have_home
+from bitfleet.trainer.ranks.exit_codes import CRASH, USER_ERROR, error_line
 
 if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not wait for it
     import torch
@@ -23,9 +24,6 @@ if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not
     from bitfleet.trainer.config import TrainConfig
     from bitfleet.trainer.ranks.collectives import Ranks
 
-USER_ERROR, CRASH = 2, 1
-REQUEUE = 75
-"""Exit code of a run that was asked to stop and saved its state: the same command continues it (EX_TEMPFAIL of sysexits.h)."""
 FIRST_RANK_SPEAKS_SECONDS = 3.0
 LOST_PEER_SECONDS = 25.0
 """How long a rank whose collective failed waits for the reason: longer than a silent rank is waited for."""
@@ -163,7 +161,7 @@ def _fail(error: BaseException) -> NoReturn:
         message = " ".join(str(error).split())
         if os.environ.get("BITFLEET_DEBUG"):
             traceback.print_exception(error)
-        print(f"bitfleet: error{_who()}: {message}", file=sys.stderr, flush=True)
+        print(error_line(message, _who()), file=sys.stderr, flush=True)
         if is_first_rank():
             _tell_others(USER_ERROR)
         _leave(USER_ERROR)
@@ -175,9 +173,9 @@ def _fail(error: BaseException) -> NoReturn:
     if is_lost_peer(error):
         # The cause is another rank's, which says it; or nobody knows it.
         _leave_with_others(LOST_PEER_SECONDS)
-        print(f"bitfleet: error{_who()}: lost its peers: {error}", file=sys.stderr, flush=True)
+        print(error_line(f"lost its peers: {error}", _who()), file=sys.stderr, flush=True)
     else:
-        print(f"bitfleet: error{_who()}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(error_line(f"{type(error).__name__}: {error}", _who()), file=sys.stderr)
         traceback.print_exception(error)
     _tell_others(CRASH)
     _leave(CRASH)

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from bitfleet.launch.job import REQUEUE
+from bitfleet.trainer.ranks.exit_codes import REQUEUE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 LOOK_SECONDS = 0.2

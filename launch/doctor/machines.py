@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from bitfleet.launch.doctor.facts import Facts
-from bitfleet.launch.doctor.table import GB, Check, Verdict, by_value, differ, gigabytes, spread, who
+from bitfleet.launch.doctor.table import GB, Check, Verdict, by_value, differ, spread, who
+from bitfleet.launch.text import gigabytes
 
 LEAST_MEMORY, LITTLE_MEMORY = 0.5 * GB, 1.5 * GB
 """Of a rank. One of fashion_quickstart takes 1.0 GB."""

@@ -50,8 +50,3 @@ def spread(facts: Sequence[Facts], value: Callable[[Facts], float], form: Callab
 def differ(facts: Sequence[Facts], value: Callable[[Facts], object]) -> bool:
     """Whether the ranks have different values."""
     return len({value(each) for each in facts}) > 1
-
-
-def gigabytes(num_bytes: float) -> str:
-    """Bytes in words, a gigabyte being 1e9."""
-    return f"{num_bytes / GB:,.1f} GB"

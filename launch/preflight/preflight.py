@@ -9,6 +9,7 @@ import torch
 
 from bitfleet.launch.preflight.memory import BucketShape, Memory, bucket_shapes, predict_memory
 from bitfleet.launch.preflight.tensor_bytes import TensorBytes
+from bitfleet.launch.text import clock, megabytes
 from bitfleet.optim import ShardedOptimizer
 from bitfleet.trainer.engine.config import EngineConfig
 from bitfleet.trainer.trainer import Trainer
@@ -143,15 +144,3 @@ class Preflight:
             f"expected time: {clock((last - trainer.step) * each)} until step {last:,} ({1000 * each:,.0f} ms a step, "
             f"{rate:,.0f} images/s), validation and checkpoints not included"
         )
-
-
-def megabytes(num_bytes: float) -> str:
-    """Bytes in words, a megabyte being 1e6: "0.02 MB", "48.9 MB", "1,203 MB"."""
-    value = num_bytes / 1e6
-    return f"{value:,.0f} MB" if value >= 1000 else f"{value:.1f} MB" if value >= 1 else f"{value:.2g} MB"
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds: "1:02:03"."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

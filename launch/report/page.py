@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from bitfleet.trainer.run.files import replace
+from bitfleet.trainer.run.files import write_atomically
 
 TEMPLATE = "page.html"
 PAGE = "report.html"
@@ -76,7 +76,7 @@ def write_page(title: str, sections: Sequence[Section], output: Path) -> Path:
             for block in section.blocks:
                 if block.png:
                     (output / PICTURES / f"{section.key}-{block.picture}.png").write_bytes(block.png)
-        replace(page, html)
+        write_atomically(page, html)
     except OSError as error:
         raise ValueError(f"cannot write the report into {output}: {error}; choose another --output") from error
     return page

@@ -11,7 +11,7 @@ from bitfleet.launch.reproduce.record import Record, read_record
 from bitfleet.launch.reproduce.standing import Standing, stand
 from bitfleet.launch.reproduce.verdict import Verdict, judge
 from bitfleet.trainer.config import TrainConfig, to_dict
-from bitfleet.trainer.run.files import replace
+from bitfleet.trainer.run.files import write_atomically
 from bitfleet.trainer.run.strict_json import to_json
 
 JSON, MARKDOWN = "reproduce.json", "reproduce.md"
@@ -62,7 +62,7 @@ def write_card(card: Card, markdown: str) -> tuple[Path, Path]:
     """Write reproduce.json and reproduce.md into the run's folder; returns both paths."""
     paths = card.record.path / JSON, card.record.path / MARKDOWN
     for path, text in zip(paths, (to_json(as_json(card), indent=2) + "\n", markdown), strict=True):
-        replace(path, text)
+        write_atomically(path, text)
     return paths
 
 

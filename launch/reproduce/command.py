@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitfleet.configs import load_config
-from bitfleet.launch.job import REQUEUE, is_first_rank, job
+from bitfleet.launch.job import is_first_rank, job
 from bitfleet.launch.parsing.arguments import override
 from bitfleet.launch.parsing.options import take_flag, take_option
+from bitfleet.launch.prepared import prepared_trainer, say_stopped
 from bitfleet.launch.reproduce.papers import PAPERS, Paper, dry_run_of, find_paper
-from bitfleet.launch.train import prepared_trainer, say_stopped
 from bitfleet.trainer.config import TrainConfig
+from bitfleet.trainer.ranks.exit_codes import REQUEUE
 from bitfleet.trainer.run.user_paths import users_path
 
 if TYPE_CHECKING:

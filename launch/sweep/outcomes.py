@@ -1,7 +1,6 @@
 """What became of the runs of a sweep, remembered in its folder; and what a run that failed had to say."""
 
 import dataclasses
-import re
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from bitfleet.launch.sweep.pool import Ended
-from bitfleet.trainer.run.files import replace
+from bitfleet.trainer.ranks.exit_codes import error_sentences
+from bitfleet.trainer.run.files import write_atomically
 from bitfleet.trainer.run.strict_json import to_json
 
 FILE = "outcomes.json"
-_SENTENCE = re.compile(r"^bitfleet: error(?: \(rank [^)]*\))?: (.*)$", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,12 +50,12 @@ def read_outcomes(folder: Path) -> dict[str, Outcome]:
 def write_outcomes(folder: Path, outcomes: Mapping[str, Outcome]) -> None:
     """Remember `outcomes` in `folder`."""
     content = {name: dataclasses.asdict(each) for name, each in outcomes.items()}
-    replace(folder / FILE, to_json(content, indent=1) + "\n")
+    write_atomically(folder / FILE, to_json(content, indent=1) + "\n")
 
 
 def sentence_of(ended: Ended) -> str:
     """Why a run failed: its own sentence, else how it ended."""
-    if said := _SENTENCE.findall(ended.output):
+    if said := error_sentences(ended.output):
         return str(said[-1]).strip()
     how = f"it left with exit code {ended.code}"
     if ended.code < 0:

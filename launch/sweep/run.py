@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from bitfleet.configs.sweeps.sweep import PlannedRun, Sweep, with_seed
-from bitfleet.launch.preflight.preflight import clock
 from bitfleet.launch.sweep.outcomes import Outcome, read_outcomes, sentence_of, write_outcomes
 from bitfleet.launch.sweep.pool import Ended, Job, run_jobs
 from bitfleet.launch.sweep.table import HOW, JSON, flatten, write_question, write_table
+from bitfleet.launch.text import clock
 from bitfleet.trainer.config import to_dict
 from bitfleet.trainer.metrics.metrics import read_metrics
+from bitfleet.trainer.ranks.exit_codes import REQUEUE
+from bitfleet.trainer.run.files import lock_run
 from bitfleet.trainer.run.folder import CONFIG, read_config
-from bitfleet.trainer.run.lock import lock_run
 
 MAX_FAILURES = 2
 """A run that fails so often is given up; one that was given up gets one more attempt when the sweep is started again."""
-STOPPED = 75
-"""Exit code of a run that saved its state because it was asked to stop, as in launch/job.py."""
 
 
 def run_sweep(
@@ -141,7 +140,7 @@ class _Progress:
         again = False
         if ended.code == 0 and _is_there(self._paths[name]):
             outcome = dataclasses.replace(outcome, status="finished", error="")
-        elif ended.stopped or ended.code == STOPPED:
+        elif ended.stopped or ended.code == REQUEUE:
             outcome = dataclasses.replace(outcome, status="pending")
         else:
             self._attempts[name] += 1
@@ -185,6 +184,6 @@ class _Progress:
         for name in failed:
             print(f"  {name}: {self.outcomes[name].error} (log: {self._folder / 'logs' / name}.log)")
         if was_asked or pending:
-            print(f"exit code {STOPPED}: the same command continues the sweep", flush=True)
-            return STOPPED
+            print(f"exit code {REQUEUE}: the same command continues the sweep", flush=True)
+            return REQUEUE
         return 1 if failed else 0

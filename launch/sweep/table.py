@@ -10,7 +10,7 @@ from bitfleet.configs.sweeps.sweep import PlannedRun, Sweep
 from bitfleet.launch.sweep.outcomes import Outcome
 from bitfleet.trainer.config import MACHINE, TrainConfig, to_dict
 from bitfleet.trainer.metrics.metrics import read_metrics
-from bitfleet.trainer.run.files import replace
+from bitfleet.trainer.run.files import write_atomically
 from bitfleet.trainer.run.folder import git_revision, versions
 from bitfleet.trainer.run.strict_json import to_json
 
@@ -56,7 +56,7 @@ def write_table(folder: Path, sweep: Sweep, runs: Sequence[PlannedRun], outcomes
         row |= {f"config.{field}": _cell(value) for field, value in fields.items()}
         row |= {"seconds": round(outcome.seconds, 1), "error": outcome.error}
         table.writerow(row | curves(read_metrics(run.path)))
-    replace(folder / CSV, text.getvalue())
+    write_atomically(folder / CSV, text.getvalue())
 
 
 def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Cell]:
@@ -98,7 +98,7 @@ def write_question(folder: Path, sweep: Sweep, words: Sequence[str], runs: Seque
         "git": git_revision(),
         "versions": versions(),
     }
-    replace(folder / JSON, to_json(content, indent=2) + "\n")
+    write_atomically(folder / JSON, to_json(content, indent=2) + "\n")
 
 
 def differing_fields(configs: Sequence[TrainConfig]) -> list[dict[str, Any]]:

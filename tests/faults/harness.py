@@ -19,7 +19,6 @@ from tests.faults.job import SAVE_POINTS
 NUM_STEPS = 30
 SAVE_EVERY = 3
 GONE_SECONDS = 60
-REQUEUE = 75
 
 
 @dataclasses.dataclass(frozen=True)

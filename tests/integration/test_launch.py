@@ -14,9 +14,9 @@ import pytest
 
 from bitfleet.launch.cluster.supervise import AGENT
 from bitfleet.trainer.checkpoint.format import checkpoints, latest_checkpoint, step_of, verify
+from bitfleet.trainer.ranks.exit_codes import REQUEUE
 from tests.conftest import BIN, REPOSITORY, free_port
 
-REQUEUE = 75
 LONG = ["--epochs", "400", "--checkpoint.every_epochs", "400"]
 Start = Callable[..., subprocess.Popen[str]]
 

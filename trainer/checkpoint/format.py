@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import nn
 
+from bitfleet.trainer.run.files import flush_folder
 from bitfleet.trainer.run.strict_json import finite_or_null, to_json
 
 FOLDER = "checkpoints"
@@ -232,10 +233,3 @@ def remove(checkpoint: Path) -> None:
     doomed = checkpoint.with_name(f".old-{checkpoint.name}")
     os.rename(checkpoint, doomed)
     shutil.rmtree(doomed)
-
-
-def flush_folder(folder: Path) -> None:
-    """Bring the entries of a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -18,7 +18,6 @@ from bitfleet.trainer.checkpoint.format import (
     CheckpointConfig,
     checkpoints,
     file_facts,
-    flush_folder,
     remove,
     superseded,
     write_meta,
@@ -33,6 +32,7 @@ from bitfleet.trainer.ranks.collectives import (
     is_lost_peer,
     objects_from_ranks,
 )
+from bitfleet.trainer.run.files import flush_folder
 
 LAST_SAVE_SECONDS = 20.0
 """How long a rank that fails waits for a save under way; the launcher gives it 30 s."""

@@ -1,10 +1,11 @@
 """The cache folder of this machine: what is computed or unpacked once and found again by name."""
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from bitfleet.trainer.run.files import locked
 
 
 def cache_folder() -> Path:
@@ -34,15 +35,11 @@ def cache_folder() -> Path:
 def exclusive(path: Path) -> Iterator[None]:
     """Hold `path`.lock for the time of the block, against every other process that asks for the same path.
 
-    The kernel drops the lock when its holder dies, so a killed rank leaves nothing to clean up. The lock file stays:
-    deleting it would let a third process lock a new file of the same name beside a second one that waits on the old.
-
     Raises:
         ValueError: the disk does not take what the block writes, or the lock.
     """
     try:
-        with open(path.with_name(path.name + ".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(path.with_name(path.name + ".lock")):
             yield
     except OSError as error:
         raise ValueError(

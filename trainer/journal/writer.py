@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from bitfleet.optim import ShardedOptimizer
 from bitfleet.optim.sharding.buckets import Bucket
-from bitfleet.trainer.checkpoint.format import flush_folder
 from bitfleet.trainer.journal.format import (
     FOLDER,
     SIGNS,
@@ -31,6 +30,7 @@ from bitfleet.trainer.journal.format import (
     marker_name,
 )
 from bitfleet.trainer.ranks.collectives import Ranks, from_first_rank
+from bitfleet.trainer.run.files import flush_folder
 
 MAX_STEPS_BEHIND = 16
 """Steps that a slow disk may be behind before training waits for it: what they hold must stay small."""

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from bitfleet.optim import is_binary
 from bitfleet.trainer.metrics.diagnostics import show_diagnostics
 from bitfleet.trainer.ranks.collectives import sum_over_ranks_
-from bitfleet.trainer.run.files import replace
+from bitfleet.trainer.run.files import write_atomically
 from bitfleet.trainer.run.strict_json import finite_or_null, to_json
 
 JSONL = "metrics.jsonl"
@@ -182,7 +182,7 @@ class MetricsWriter:
 
         path = run / JSONL
         kept = [line for line in read_metrics(run) if line["step"] <= start_step]
-        replace(path, "".join(to_json(line) + "\n" for line in kept))
+        write_atomically(path, "".join(to_json(line) + "\n" for line in kept))
         self._file = path.open("a")
         order_event_files(run / TENSORBOARD, time.time())
         self._tensorboard = SummaryWriter(str(run / TENSORBOARD), purge_step=start_step + 1)

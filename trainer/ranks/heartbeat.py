@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from bitfleet.trainer.ranks.exit_codes import CRASH, error_line
 from bitfleet.trainer.ranks.rendezvous import in_ranks
 
 BEAT_SECONDS = 1.0
@@ -27,7 +28,6 @@ GRACE_SECONDS = 10.0
 """How long the main thread of a rank has to leave by itself, once the job is lost: a save may be under way."""
 CLOSE_SECONDS = 2.0
 """How long a rank that leaves waits until the others have read that it does."""
-CRASH = 1
 
 
 STRANGER = -1
@@ -264,7 +264,7 @@ class Heartbeat:
         if self._hosts.count(host) == len(ranks) < len(self._hosts):
             sentence = f"lost the host {host} ({in_ranks(ranks)}) {self._lost[first]}"
         if self.rank == 0 or self._speaks:
-            print(f"bitfleet: error: {sentence}", file=sys.stderr, flush=True)
+            print(error_line(sentence), file=sys.stderr, flush=True)
         self._judge(Verdict(CRASH, sentence))
 
     def _judge(self, verdict: Verdict) -> None:

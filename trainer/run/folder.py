@@ -18,9 +18,8 @@ from typing import IO, Any, NamedTuple
 
 from bitfleet.trainer.checkpoint.format import FOLDER, is_checkpoint, latest_checkpoint
 from bitfleet.trainer.config import TrainConfig, from_dict, to_dict
-from bitfleet.trainer.run.files import replace
+from bitfleet.trainer.run.files import lock_run, write_atomically
 from bitfleet.trainer.run.hardware import hardware
-from bitfleet.trainer.run.lock import lock_run
 from bitfleet.trainer.run.strict_json import to_json
 
 CONFIG = "config.json"
@@ -135,7 +134,7 @@ def write_config(path: Path, config: TrainConfig, facts: dict[str, Any]) -> None
     """Write config.json: the resolved configuration, `facts`, git revision, versions and the machine."""
     facts = {**facts, "git": git_revision(), "versions": versions(), "hardware": hardware()}
     content = {"config": to_dict(config), **facts}
-    replace(path / CONFIG, to_json(content, indent=2) + "\n")
+    write_atomically(path / CONFIG, to_json(content, indent=2) + "\n")
 
 
 @functools.cache

@@ -7,8 +7,9 @@ import torch
 
 from bitfleet.configs import load_config
 from bitfleet.launch.preflight.memory import BucketShape, Memory, bucket_shapes, predict_memory
-from bitfleet.launch.preflight.preflight import clock, megabytes, sent_bytes
+from bitfleet.launch.preflight.preflight import sent_bytes
 from bitfleet.launch.preflight.rehearsal import difference
+from bitfleet.launch.text import clock, megabytes
 from bitfleet.models import create_model
 from bitfleet.optim import ShardedOptimizer, build_optimizer
 from bitfleet.trainer.checkpoint.format import model_signature

@@ -18,8 +18,8 @@ from bitfleet.launch.sweep.run import check_folders, run_sweep
 from bitfleet.launch.sweep.table import JSON
 from bitfleet.trainer.config import to_dict, with_precision
 from bitfleet.trainer.run import lock as run_lock
+from bitfleet.trainer.run.files import lock_run
 from bitfleet.trainer.run.folder import CONFIG, write_config
-from bitfleet.trainer.run.lock import lock_run
 
 SWEEP = Sweep("s", "T", "Q?", "fashion_small", tuple(Point({"run": name}, ()) for name in "abc"), (0,))
 DONE = "mkdir -p runs && cp -r made/$RUN runs"

@@ -6,7 +6,7 @@ import pytest
 
 from bitfleet.trainer.checkpoint import format as checkpoint
 from bitfleet.trainer.run import files as whole_file
-from bitfleet.trainer.run.files import replace
+from bitfleet.trainer.run.files import write_atomically
 
 
 def test_content_is_on_the_disk_before_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,18 +25,18 @@ def test_content_is_on_the_disk_before_its_name(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(checkpoint.os, "fsync", fsync)
     monkeypatch.setattr(whole_file.os, "replace", rename)
-    replace(tmp_path / "folder" / "a.json", "ü")
+    write_atomically(tmp_path / "folder" / "a.json", "ü")
     assert done == ["flush a.json.tmp", "rename a.json.tmp a.json", "flush folder"]
     assert (tmp_path / "folder" / "a.json").read_text(encoding="utf-8") == "ü"
 
 
 def test_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace(tmp_path / "a", "old")
+    write_atomically(tmp_path / "a", "old")
 
     def full(_: int) -> None:
         raise OSError("full")
 
     monkeypatch.setattr(whole_file.os, "fsync", full)
     with pytest.raises(OSError, match="full"):
-        replace(tmp_path / "a", "new")
+        write_atomically(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"

@@ -12,7 +12,7 @@ import pytest
 from bitfleet.trainer.ranks.collectives import Ranks
 from bitfleet.trainer.run import lock as run_lock
 from bitfleet.trainer.run import stop
-from bitfleet.trainer.run.lock import lock_run
+from bitfleet.trainer.run.files import lock_run
 from bitfleet.trainer.run.stop import StopWatcher, launcher_processes
 
 pytestmark = pytest.mark.usefixtures("process_group")

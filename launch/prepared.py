@@ -1,0 +1,59 @@
+"""A trainer whose run has been announced: what `bitfleet train` and `bitfleet reproduce` share."""
+
+from typing import TYPE_CHECKING
+
+from bitfleet.launch.job import is_first_rank
+from bitfleet.trainer.ranks.exit_codes import REQUEUE
+
+if TYPE_CHECKING:
+    import torch
+
+    from bitfleet.trainer.config import TrainConfig
+    from bitfleet.trainer.ranks.collectives import Ranks
+    from bitfleet.trainer.trainer import Trainer
+
+
+def prepared_trainer(config: "TrainConfig", ranks: "Ranks", device: "torch.device") -> "Trainer":
+    """The trainer of the run, after rank 0 has said what it will do and take.
+
+    Raises:
+        ValueError: bad input.
+    """
+    from bitfleet.launch.preflight.preflight import Preflight
+    from bitfleet.launch.preflight.rehearsal import rehearse
+    from bitfleet.trainer.trainer import Trainer
+
+    if config.preflight == "full":
+        rehearse(config, ranks, device)
+    trainer = Trainer(config, ranks, device)
+    if is_first_rank():
+        print(trainer.routing)
+        print(f"data: {trainer.dataset.summary()}")
+        state = f"continues {trainer.begun.path}" if trainer.begun else "starts"
+        if trainer.step >= trainer.num_steps:
+            state = (
+                f"is finished (to train on from its weights, pass another --run_dir and --init {trainer.folder.path})"
+            )
+        elif config.stop_after_steps and trainer.step >= config.stop_after_steps:
+            state = f"is at step {trainer.step:,}, past --stop_after_steps {config.stop_after_steps:,}: nothing is to be done"
+        print(
+            f"run {trainer.folder.path} {state}: {trainer.num_steps:,} steps on {ranks.world_size} "
+            f"rank{'s' * (ranks.world_size > 1)} ({device.type}, {trainer.config.engine.precision})"
+        )
+        if device.type == "cuda" and not config.engine.deterministic:
+            print("engine.deterministic is off: the same run again, or continued, may end with other bits")
+    cost = trainer.checkpoints.cost()
+    if is_first_rank():
+        preflight = Preflight(trainer)
+        trainer.around_step = preflight.around_step
+        print(cost, preflight.report(), sep="\n", end="\n\n", flush=True)
+    return trainer
+
+
+def say_stopped(trainer: "Trainer", again: str = "the same command with --resume auto continues") -> None:
+    """Say on rank 0 that the run was asked to stop, if it was, and what continues it."""
+    if is_first_rank() and trainer.stopped_by:
+        print(
+            f"\nbitfleet: stopped by {trainer.stopped_by} after step {trainer.step:,}; saved "
+            f"{trainer.seconds_to_stop:.1f} s after it; exit code {REQUEUE}: {again}"
+        )
