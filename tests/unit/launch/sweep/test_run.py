@@ -17,7 +17,7 @@ from bitfleet.launch.sweep.pool import Ended, Job
 from bitfleet.launch.sweep.run import check_folders, run_sweep
 from bitfleet.launch.sweep.table import JSON
 from bitfleet.trainer.config import to_dict, with_precision
-from bitfleet.trainer.run import lock as run_lock
+from bitfleet.trainer.run import files as run_lock
 from bitfleet.trainer.run.files import lock_run
 from bitfleet.trainer.run.folder import CONFIG, write_config
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bitfleet.trainer.ranks.collectives import Ranks
-from bitfleet.trainer.run import lock as run_lock
+from bitfleet.trainer.run import files as run_lock
 from bitfleet.trainer.run import stop
 from bitfleet.trainer.run.files import lock_run
 from bitfleet.trainer.run.stop import StopWatcher, launcher_processes
