@@ -8,7 +8,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bitfleet.trainer.metrics.metrics import SCHEDULED, read_metrics
+from bitfleet.optim import RULES
+from bitfleet.trainer.metrics.metrics import read_metrics
 
 
 def series(lines: list[dict[str, float]], kind: str, key: str) -> tuple[list[float], list[float]]:
@@ -40,7 +41,7 @@ def plot(run: Path, output: Path) -> None:
     axes[2].plot(steps, values, color="black", linewidth=1.5, label="all layers")
     axes[2].set_title("flip ratio of a step")
     axes[2].set_yscale("log")
-    for key in SCHEDULED:
+    for key in dict.fromkeys(key for rule in RULES.values() for key in rule.scheduled):
         steps, values = series(lines, "train", key)
         if values:
             axes[3].plot(steps, values, label=key)

@@ -2,54 +2,28 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
+from bitfleet.optim.kernels.kernels import Correction
 from bitfleet.optim.param_groups import BINARY, DECAYED, FULL_PRECISION, check_claims, param_groups
-from bitfleet.optim.rules import bnew
 from bitfleet.optim.rules.adam import KERAS_DEFAULTS
-from bitfleet.optim.rules.bop2ndorder import Correction, check_correction
-from bitfleet.optim.rules.latent import check_momentum
-from bitfleet.optim.rules.rule import RULES, Group, RoutedOptimizer
-from bitfleet.optim.schedules import HyperparameterScheduler, Schedule, constant, linear
+from bitfleet.optim.rules.bop2ndorder import check_correction
+from bitfleet.optim.rules.rule import RULES, Group, RoutedOptimizer, binary_rules
+from bitfleet.optim.schedules import HyperparameterScheduler, Schedule, constant
 from bitfleet.optim.transitions import KEY, TransitionConfig, check_transitions, target_of
-
-BinaryRule = Literal["bop2ndorder", "bop", "latent_adam", "latent_sgd", "two_ema", "sgdat", "diode", "bnew"]
-
-HYPERPARAMETERS: dict[str, dict[str, Any]] = {
-    # The class defaults of the official code.
-    "bop2ndorder": {
-        "gamma": constant(1e-6),
-        "sigma": constant(1e-2),
-        "threshold": constant(1e-6),
-        "correction": "none",
-    },
-    "bop": {"gamma": constant(1e-6), "threshold": constant(1e-6)},
-    # Keras' Adam, from where larq-zoo's XNOR-Net starts (its Bi-Real Net: 5e-3).
-    "latent_adam": {"latent_lr": constant(1e-3)},
-    # Where SGD starts in Lee et al. (arXiv 2404.19248), and the usual momentum.
-    "latent_sgd": {"latent_lr": constant(1e-1), "momentum": 0.9},
-    # The official code has no defaults. gamma is a momentum of 0.9; alpha falls to 0 as there, from where is our choice.
-    "two_ema": {"gamma": constant(1e-1), "alpha": linear(1e-3, 0.0)},
-    # The official code's learning rate; the threshold is that of its runs.
-    "sgdat": {"latent_lr": constant(1e-4), "threshold": constant(1e-7)},
-    # bitorch-engine's rates; the learning rate is our choice, as large as the state at the start.
-    "diode": {"gamma": constant(1e-2), "alpha": constant(1e-4), "latent_lr": constant(1e-3)},
-    # The official runs on CIFAR-10, which freeze after 0.983; earlier here, so that a short run has steps left then.
-    "bnew": {"latent_lr": linear(1e-2, 0.0), "rho": 1e-3, "rho_from": 1 / 6, "frozen_from": 0.95},
-}
-"""Rule -> the fields of `OptimConfig` that it has, and what they are where they are not set."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """Rule and schedules. Schedules without a length run over epochs * training images // global batch steps.
 
-    None: the default of the rule (`HYPERPARAMETERS`) is filled in; what the rule does not have stays None.
+    A hyperparameter of the rule that is None gets the default of the rule (`Rule.defaults`); others stay None.
     """
 
-    rule: BinaryRule = "bop2ndorder"
+    rule: str = "bop2ndorder"
     """Rule of the binary weights; docs/optimizers.md lists them with their hyperparameters."""
     correction: Correction = "none"
     """Bias correction of bop2ndorder: none, as_coded (the official "unbiased" class) or adam."""
@@ -84,21 +58,21 @@ class OptimConfig:
     """A controller that drives one of the hyperparameters by the rate of flips."""
 
     def __post_init__(self) -> None:
-        check_rule(self.rule)
+        defaults = defaults_of(self.rule)
         for field in dataclasses.fields(self):
-            if field.name in HYPERPARAMETERS[self.rule]:
+            if field.name in defaults:
                 if getattr(self, field.name) is None:
-                    object.__setattr__(self, field.name, HYPERPARAMETERS[self.rule][field.name])
+                    object.__setattr__(self, field.name, defaults[field.name])
             elif getattr(self, field.name) != field.default:
                 check_belongs(self.rule, field.name)
         check_correction(self.correction)
         for name in ("gamma", "sigma", "alpha"):
             if getattr(self, name) is not None:
                 self._check_rate(name, getattr(self, name))
-        if self.momentum is not None:
-            check_momentum(self.momentum)
-        if self.rule == "bnew":
-            bnew.check_phases(*(getattr(self, name) for name in ("rho", "rho_from", "frozen_from")))
+        if self.momentum is not None and not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"optim.momentum must be in [0, 1), not {self.momentum}")
+        if (check := RULES[self.rule].check) is not None:
+            check(self.hyperparameters)
         check_transitions(self.transitions, self.rule, getattr(self, self.transitions.drives, None))
         if not 0.0 <= self.init_inertia < math.inf:
             raise ValueError(f"optim.init_inertia must be finite and not negative, not {self.init_inertia}")
@@ -124,40 +98,45 @@ class OptimConfig:
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """Those of the rule, by name: a `Schedule`, or a value that stays."""
-        return {name: getattr(self, name) for name in HYPERPARAMETERS[self.rule]}
+        """Hyperparameters of the rule by name: a `Schedule`, or a value that stays."""
+        return {name: getattr(self, name) for name in defaults_of(self.rule)}
 
 
-def check_rule(rule: str) -> None:
-    """Raise ValueError unless `rule` is one for binary weights."""
-    if rule not in HYPERPARAMETERS:
-        raise ValueError(f"optim.rule must be one of {', '.join(get_args(BinaryRule))}, not {rule!r}")
+def defaults_of(rule: str) -> Mapping[str, Any]:
+    """Return the hyperparameters of `rule` with their defaults.
+
+    Raises:
+        ValueError: there is no such rule for binary weights.
+    """
+    rules = binary_rules()
+    if rule not in rules:
+        raise ValueError(f"optim.rule must be one of {', '.join(rules)}, not {rule!r}")
+    return rules[rule]
 
 
 def check_belongs(rule: str, name: str) -> None:
-    """Raise ValueError if the field `name` of `OptimConfig` is a hyperparameter, but none of `rule`."""
-    owners = [owner for owner, names in HYPERPARAMETERS.items() if name in names]
+    """Raise ValueError if the field `name` of `OptimConfig` is a hyperparameter of other rules, but not of `rule`."""
+    owners = [owner for owner, names in binary_rules().items() if name in names]
     if owners and rule not in owners:
         raise ValueError(
-            f"optim.{name} belongs to {', '.join(owners)}; the rule {rule} has {', '.join(HYPERPARAMETERS[rule])}: "
+            f"optim.{name} belongs to {', '.join(owners)}; the rule {rule} has {', '.join(defaults_of(rule))}: "
             f"leave optim.{name} out or choose another optim.rule"
         )
 
 
 def with_rule(config: OptimConfig, rule: str) -> OptimConfig:
-    """`config` with another rule: what both rules have is kept, what the new one does not have is dropped.
+    """Return `config` with another rule: hyperparameters that both rules have are kept, the others are dropped.
 
     Raises:
         ValueError: there is no such rule.
     """
-    check_rule(rule)
+    kept = defaults_of(rule)
     dropped: dict[str, Any] = {
         field.name: field.default
         for field in dataclasses.fields(config)
-        if field.name in HYPERPARAMETERS[config.rule] and field.name not in HYPERPARAMETERS[rule]
+        if field.name in defaults_of(config.rule) and field.name not in kept
     }
-    changes: dict[str, Any] = {"rule": rule}
-    return dataclasses.replace(config, **changes, **dropped)
+    return dataclasses.replace(config, rule=rule, **dropped)
 
 
 def build_optimizer(
@@ -189,9 +168,8 @@ def build_optimizer(
         FULL_PRECISION: {"lr": config.lr},
         DECAYED: {"lr": config.lr},
     }
-    if config.rule == "bnew":
-        schedules[BINARY] |= bnew.phase_schedules(values, num_steps)
-
+    if (further := RULES[config.rule].schedules) is not None:
+        schedules[BINARY] |= further(values, num_steps)
     if config.transitions.drives != "off":
         driven = schedules[BINARY].pop(config.transitions.drives)
         binary[config.transitions.drives] = driven.start

@@ -5,15 +5,13 @@ only in the steps that are asked for. Counts are integers: summed over the ranks
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitfleet.optim.kernels.bits import popcount
-from bitfleet.optim.rules.bop2ndorder import EPS, bias_corrections
-from bitfleet.optim.rules.rule import Group, State
 from bitfleet.optim.sharding.buckets import Bucket
 from bitfleet.optim.sharding.optimizer import ShardedOptimizer
 from bitfleet.optim.sharding.state import Chunk, packed_chunks
@@ -40,25 +38,6 @@ LOG_RATIO = "log_ratio"
 AVERAGE = "exp_avg"
 """The state whose sign is compared with the gradient's."""
 PI = "pi"
-
-Ratio = Callable[[State, Group], Tensor]
-
-
-def _moment(state: State, group: Group) -> Tensor:
-    return state["exp_avg"]
-
-
-def _normalised_moment(state: State, group: Group) -> Tensor:
-    if group["correction"] == "none":
-        return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + EPS)
-    step = max(int(state["step"]), 1)
-    divisor, divisor_sq = bias_corrections(group["correction"], group["gamma"], group["sigma"], step)
-    return (state["exp_avg"] / divisor) / ((state["exp_avg_sq"] / divisor_sq).sqrt() + EPS)
-
-
-RATIOS: dict[str, Ratio] = {"bop": _moment, "bop2ndorder": _normalised_moment}
-"""Rule -> r, fp32 [n], which it compared with the group's "threshold" in the update that led to `state`. A rule that is not here
-compares nothing: it has no dead band and no histogram."""
 
 
 def octave_counts(ratio: Tensor) -> Tensor:
@@ -204,7 +183,7 @@ class BitDiagnostics(FlipCounts):
         if not self.wanted:
             return
         self._is_counted = True
-        if bucket.group["rule"] in RATIOS:  # now: schedules move on before it is reported
+        if bucket.rule.ratio is not None:  # now: schedules move on before it is reported
             self._threshold = float(bucket.group["threshold"])
         for index, name, _, low, high in bucket.pieces():
             row = self._matrix[self._places[name]]
@@ -214,7 +193,7 @@ class BitDiagnostics(FlipCounts):
     def _count_moments(self, bucket: Bucket, grad: Tensor, row: Tensor, index: int, low: int, high: int) -> None:
         """Dead band, agreement and histogram of the elements `low`... of a slice, which belong to segment `index`."""
         group, step = bucket.group, torch.tensor(float(bucket.steps[index]))
-        ratio_of = RATIOS.get(group["rule"])
+        ratio_of = bucket.rule.ratio
         width = CPU_CHUNK if grad.device.type == "cpu" else CHUNK
         for first in range(low, high, width):
             part = slice(first, min(first + width, high))
@@ -277,7 +256,7 @@ class BitDiagnostics(FlipCounts):
         if key == OSCILLATORS:
             return (self._num_windows - 1) * WINDOW >= self.since
         bucket = self._owners[name]
-        return {DEAD_BAND: bucket.group["rule"] in RATIOS, AGREEMENT: AVERAGE in bucket.state}.get(key, True)
+        return {DEAD_BAND: bucket.rule.ratio is not None, AGREEMENT: AVERAGE in bucket.state}.get(key, True)
 
 
 def _is_of(key: str, name: str) -> bool:

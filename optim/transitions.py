@@ -27,16 +27,10 @@ import torch
 from torch import Tensor
 
 from bitfleet.optim.kernels.bits import popcount
-from bitfleet.optim.rules.rule import Group
+from bitfleet.optim.rules.rule import RULES, Group
 from bitfleet.optim.schedules import Schedule
-from bitfleet.optim.sharding.buckets import Bucket
 
 Driven = Literal["latent_lr", "gamma", "threshold"]
-DRIVEN_RULES: dict[Driven, tuple[str, ...]] = {
-    "latent_lr": ("latent_adam", "latent_sgd"),
-    "gamma": ("bop", "bop2ndorder"),
-    "threshold": ("bop", "bop2ndorder"),
-}
 KEY, RATE = "transitions", "transition_rate"
 """Keys of a group: its `Target`, and K."""
 RANGE = 1e6
@@ -98,7 +92,7 @@ def check_transitions(config: TransitionConfig, rule: str, driven: Schedule | No
     """
     if config.drives == "off":
         return
-    name, rules = config.drives, DRIVEN_RULES[config.drives]
+    name, rules = config.drives, [each for each, record in RULES.items() if config.drives in record.driven]
     if rule not in rules or driven is None:
         raise ValueError(f"optim.transitions.drives {name!r} belongs to the rules {' and '.join(rules)}, not to {rule}")
     if driven.kind != "constant" or driven.warmup_steps:
@@ -153,7 +147,7 @@ class TransitionController:
         for group in self.groups:
             group.setdefault(RATE, 0.0)
 
-    def observe(self, _bucket: Bucket, _grad: Tensor, flips: Tensor) -> None:
+    def observe(self, _bucket: object, _grad: Tensor, flips: Tensor) -> None:
         """Count; an observer of `ShardedOptimizer`."""
         self._flips += popcount(flips)
 
@@ -205,12 +199,9 @@ class TransitionController:
         self._flips.fill_(state["flips"] if is_first_rank else 0)
 
 
-def controller_of(groups: Sequence[Group], buckets: Sequence[Bucket]) -> TransitionController | None:
-    """The controller of the groups that have a target, None where none has."""
-    if not any(KEY in group for group in groups):
-        return None
-    numel = sum(bucket.numel for bucket in buckets if bucket.binary)
-    return TransitionController(groups, numel, buckets[0].weights.device)
+def controller_of(groups: Sequence[Group], numel: int, device: torch.device) -> TransitionController | None:
+    """Return the controller of the groups that have a target, None if none has; see `TransitionController`."""
+    return TransitionController(groups, numel, device) if any(KEY in group for group in groups) else None
 
 
 def driven_values(groups: Sequence[Group]) -> dict[str, float]:

@@ -5,7 +5,7 @@ import math
 from bitfleet.launch.advise.memory import memory_line, reach
 from bitfleet.launch.advise.outlook import LOOKS, Line, Outlook, Verdict
 from bitfleet.launch.advise.theory import Snapshot, first_flip_ratio, first_ratio, noise_floor, settled_step
-from bitfleet.optim.rules.bop2ndorder import EPS
+from bitfleet.optim.kernels.kernels import EPS
 
 HALF_ULP = 2.0**-24
 """Relative size below which fp32 does not notice what is added."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bitfleet.optim.rules.bop2ndorder import EPS, Correction, bias_corrections
+from bitfleet.optim.kernels.kernels import EPS, Correction, bias_corrections
 from bitfleet.optim.schedules import Schedule
 
 Array = npt.NDArray[np.float32]

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bitfleet.launch.bench.comm import read_interfaces
 from bitfleet.models import ModelConfig, create_model
 from bitfleet.optim import OptimConfig, bop2ndorder_step_, build_optimizer
-from bitfleet.optim.rules.rule import Group, State, rule
+from bitfleet.optim.rules.rule import Group, Rule, State, register
 from bitfleet.trainer.engine.config import EngineConfig, deepspeed_options
 from bitfleet.trainer.engine.engine import backward, create_engine, shard
 from bitfleet.trainer.ranks.collectives import Ranks, barrier, objects_from_ranks
@@ -35,11 +35,13 @@ def _compiled_rule() -> Callable[..., None]:
     return compiled
 
 
-@rule(COMPILED, "exp_avg", "exp_avg_sq")
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     rates = {key: torch.tensor(float(group[key])) for key in ("gamma", "sigma", "threshold")}
     moments = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
     _compiled_rule()(weight.view(-1), grad.reshape(-1), *moments, **rates)
+
+
+register(Rule(name=COMPILED, update_=_update_, state_keys=("exp_avg", "exp_avg_sq")))
 
 
 def make_step(contender: str, network: str, images: Tensor, labels: Tensor, ranks: Ranks) -> Callable[[], None]:

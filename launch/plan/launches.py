@@ -22,7 +22,6 @@ from bitfleet.optim.rules.rule import RULES, Group, numbers_of
 from bitfleet.optim.sharding.buckets import Bucket, make_buckets
 from bitfleet.optim.sharding.exchange import can_halve
 from bitfleet.optim.sharding.optimizer import BUCKET_NUMEL
-from bitfleet.optim.sharding.slice_updates import KERNELS
 from bitfleet.trainer.config import TrainConfig, resolve_replicas
 from bitfleet.trainer.data import normalize
 from bitfleet.trainer.metrics.metrics import AccuracyMeter
@@ -324,7 +323,7 @@ def _update_of(bucket: Bucket, clips: bool) -> int:
     undone = UNDO * (1 + len(bucket.state))
     if not bucket.binary:
         return kernels + rule_launches(bucket.group) + undone
-    rule = FLIP if bucket.group["rule"] in KERNELS else UNPACK + rule_launches(bucket.group) + PACK + undone
+    rule = FLIP if bucket.rule.update_bits_ is not None else UNPACK + rule_launches(bucket.group) + PACK + undone
     return kernels + rule + UNPACK
 
 

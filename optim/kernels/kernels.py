@@ -13,31 +13,53 @@ for any split into slices and any number of threads; a NaN remains a NaN, of wha
 """
 
 import ctypes
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bitfleet.c_library import CLibraryError, load_c_library
-from bitfleet.optim.rules.bop2ndorder import EPS, Correction, bias_corrections
-
-__all__ = ["Rates", "Slice", "bop2ndorder_bits_", "bop_bits_", "flip_packed_", "kernel_library", "on_gpu", "pack_flags"]
 
 SOURCE = Path(__file__).with_suffix(".c")
-RULES = ("bop", "bop2ndorder", "bop2ndorder_corrected")  # `enum rule` of the source
+ENUM = ("bop", "bop2ndorder", "bop2ndorder_corrected")  # `enum rule` of the source
 CHUNK, GPU_CHUNK = 262_144, 1 << 23
 MIN_SHARE = 32_768  # weights for which a thread is worth waking, as in torch
 
+Correction = Literal["none", "as_coded", "adam"]
+"""Bias correction of bop2ndorder's moments, see optim/rules/bop2ndorder.py."""
+EPS = 1e-10
+"""Added to the root of bop2ndorder's second moment."""
 Number = float | Tensor
 """A hyperparameter of a step, or where it is on the device: fp32 []."""
 
 # Byte i of a word (0 or 1) times bit 56 - 7 i of this constant lands on bit 56 + i; no two products share a bit, so
 # nothing carries.
 _GATHER = sum(1 << (56 - 7 * i) for i in range(8))
+
+
+def bias_corrections(correction: Correction, gamma: float, sigma: float, step: int) -> tuple[float, float]:
+    """Divisors of the first and the second moment at the 1-based `step`, in float64.
+
+    Raises:
+        ValueError: one would be 0; the ratio would be NaN, which turns a weight into +1.
+    """
+    if correction == "none":
+        return 1.0, 1.0
+    if not (gamma > 0.0 and sigma > 0.0):
+        raise ValueError(f"the correction {correction!r} divides by gamma and sigma, which are {gamma} and {sigma}")
+    if correction == "as_coded":
+        return gamma, sigma
+    return _one_minus_power(gamma, step), _one_minus_power(sigma, step)
+
+
+def _one_minus_power(rate: float, step: int) -> float:
+    """1 - (1 - rate)^step; in float32 1 - rate alone would be 19 % off at a rate of 1e-7."""
+    return 1.0 if rate == 1.0 else -math.expm1(step * math.log1p(-rate))
 
 
 def bop2ndorder_bits_(
@@ -65,8 +87,10 @@ def bop2ndorder_bits_(
         correction: "none", "as_coded" or "adam", see bop2ndorder.py.
         step: 1-based number of this update; only "adam" uses it.
     """
-    divisors = None if correction == "none" else bias_corrections(correction, gamma, sigma, step)
-    flip_packed_(Slice(bits, grad, exp_avg, exp_avg_sq), Rates(gamma, sigma, threshold, divisors))
+    numbers = {"gamma": gamma, "sigma": sigma, "threshold": threshold}
+    if correction != "none":
+        numbers |= zip(("divisor", "divisor_sq"), bias_corrections(correction, gamma, sigma, step), strict=True)
+    flip_packed_(bits, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, numbers)
 
 
 def bop_bits_(bits: Tensor, grad: Tensor, exp_avg: Tensor, *, gamma: float, threshold: float) -> None:
@@ -79,7 +103,7 @@ def bop_bits_(bits: Tensor, grad: Tensor, exp_avg: Tensor, *, gamma: float, thre
         gamma: rate of the moment, in (0, 1].
         threshold: flip above it, not negative.
     """
-    flip_packed_(Slice(bits, grad, exp_avg), Rates(gamma, 1.0, threshold))
+    flip_packed_(bits, grad, {"exp_avg": exp_avg}, {"gamma": gamma, "threshold": threshold})
 
 
 class Slice(NamedTuple):
@@ -119,17 +143,29 @@ def _check(part: Slice) -> None:
             raise ValueError(f"{name} is on {tensor.device}, bits are on {part.bits.device}")
 
 
-def flip_packed_(part: Slice, rates: Rates, finite: Tensor | None = None) -> None:
+def flip_packed_(
+    bits: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    numbers: Mapping[str, Number],
+    finite: Tensor | None = None,
+) -> None:
     """Update packed weights and their moments in place, as `bop2ndorder_step_`, or `bop_step_` without a second moment.
 
     Args:
-        part: the weights, see `bop2ndorder_bits_` for shapes and types.
-        rates: hyperparameters; on a GPU a tensor among them costs no synchronisation.
+        bits: uint8 [n / 8], the signs of n weights.
+        grad: fp32 or bf16 [n], gradient with respect to the +-1 weights.
+        state: "exp_avg" and for bop2ndorder "exp_avg_sq", fp32 [n].
+        numbers: gamma, threshold, and for bop2ndorder sigma; "divisor" and "divisor_sq" where moments are corrected. On a GPU a
+            tensor among them (fp32 []) costs no synchronisation.
         finite: bool [] on the device: False leaves everything as it is. None is True.
 
     Raises:
         ValueError: a tensor has the wrong length, type, strides or device.
     """
+    part = Slice(bits, grad, state["exp_avg"], state.get("exp_avg_sq"))
+    divisors = (numbers["divisor"], numbers["divisor_sq"]) if "divisor" in numbers else None
+    rates = Rates(numbers["gamma"], numbers.get("sigma", 1.0), numbers["threshold"], divisors)
     _check(part)
     if part.bits.device.type != "cpu":
         _update_on_gpu_(part, rates, finite)
@@ -142,7 +178,7 @@ def flip_packed_(part: Slice, rates: Rates, finite: Tensor | None = None) -> Non
         return
     rule = "bop" if part.exp_avg_sq is None else "bop2ndorder" if rates.divisors is None else "bop2ndorder_corrected"
     built.update_bits(
-        RULES.index(rule),
+        ENUM.index(rule),
         part.grad.numel(),
         num_threads(part.grad.numel()),
         part.bits.data_ptr(),

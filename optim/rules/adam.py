@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bitfleet.optim.rules.rule import Group, State, rule
+from bitfleet.optim.rules.rule import Group, Rule, State, register
 
 KERAS_DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-7, "weight_decay": 0.0}
 """tf.keras.optimizers.Adam, which trains everything that is not binary in all runs of the paper."""
@@ -79,7 +79,6 @@ def _adam_(
     weight.sub_((exp_avg * step_size).div_(denominator))  # the bits of addcdiv_, whose factor cannot be a tensor
 
 
-@rule("keras_adam", "exp_avg", "exp_avg_sq", numbers=adam_numbers)
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     numbers = {key: group[key] for key in ("step_size", "root", "corrected_eps")}
     _adam_(
@@ -91,3 +90,14 @@ def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
         weight_decay=group["weight_decay"],
         **numbers,
     )
+
+
+register(
+    Rule(
+        name="keras_adam",
+        update_=_update_,
+        state_keys=("exp_avg", "exp_avg_sq"),
+        scheduled=("lr",),
+        numbers=adam_numbers,
+    )
+)

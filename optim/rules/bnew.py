@@ -17,6 +17,7 @@ a = sqrt(6 / (fan_in + fan_out)): Glorot's uniform sample, given its signs. So o
 signs; a weight that begins with another value, as from a file, keeps it.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from torch import Tensor
 
 from bitfleet.optim.rules.adam import adam_step_
 from bitfleet.optim.rules.latent import glorot_limit
-from bitfleet.optim.rules.rule import Group, State, rule
-from bitfleet.optim.schedules import Schedule
+from bitfleet.optim.rules.rule import Group, Rule, State, register
+from bitfleet.optim.schedules import Schedule, linear
 
 
 @torch.no_grad()
@@ -60,7 +61,6 @@ def begin_real_(weight: Tensor, uniform: Tensor, shape: torch.Size, state: State
     weight.copy_(torch.where(weight.abs() == 1.0, weight * uniform * glorot_limit(shape), weight))
 
 
-@rule("bnew", "exp_avg", "exp_avg_sq", begin_=begin_real_)
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     if not group["free"]:
         weight.copy_(torch.where(weight >= 0, 1.0, -1.0))
@@ -69,8 +69,9 @@ def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     bnew_step_(weight, grad, *moments, latent_lr=group["latent_lr"], rho=group["rho"], step=state["step"])
 
 
-def check_phases(rho: float, rho_from: float, frozen_from: float) -> None:
-    """Raise ValueError unless these can be rho0 and the parts of the run after which phases 2 and 3 begin."""
+def check_phases(values: Mapping[str, Any]) -> None:
+    """Raise ValueError unless rho, rho_from and frozen_from make phases: parts of the run in order, rho0 in [0, 1]."""
+    rho, rho_from, frozen_from = (values[name] for name in ("rho", "rho_from", "frozen_from"))
     if not 0.0 <= rho <= 1.0:
         raise ValueError(f"optim.rho must be in [0, 1], not {rho}")
     if not 0.0 <= rho_from < frozen_from < 1.0:
@@ -80,7 +81,7 @@ def check_phases(rho: float, rho_from: float, frozen_from: float) -> None:
         )
 
 
-def phase_schedules(values: dict[str, Any], num_steps: int) -> dict[str, Schedule]:
+def phase_schedules(values: Mapping[str, Any], num_steps: int) -> dict[str, Schedule]:
     """The group keys that make the phases: "rho", and "free", which is 1 until phase 3 and then 0.
 
     Args:
@@ -95,3 +96,18 @@ def phase_schedules(values: dict[str, Any], num_steps: int) -> dict[str, Schedul
         ),
         "free": Schedule(start=1.0, kind="exponential", rate=0.0, num_steps=frozen),
     }
+
+
+register(
+    Rule(
+        name="bnew",
+        update_=_update_,
+        state_keys=("exp_avg", "exp_avg_sq"),
+        # The official runs on CIFAR-10, which freeze after 0.983; earlier here, so that a short run has steps left then.
+        defaults={"latent_lr": linear(1e-2, 0.0), "rho": 1e-3, "rho_from": 1 / 6, "frozen_from": 0.95},
+        scheduled=("latent_lr", "rho"),
+        begin_=begin_real_,
+        schedules=phase_schedules,
+        check=check_phases,
+    )
+)

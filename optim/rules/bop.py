@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfleet.optim.kernels.kernels import flip_packed_
 from bitfleet.optim.rules.bop2ndorder import check_rate, check_threshold, flip_, seed_average_
-from bitfleet.optim.rules.rule import Group, RoutedOptimizer, State, rule, scheduled
+from bitfleet.optim.rules.rule import Group, RoutedOptimizer, Rule, State, register, unchanged
+from bitfleet.optim.schedules import constant
 
 
 @torch.no_grad()
@@ -36,9 +38,25 @@ def _seed_(weight: Tensor, mean_square: Tensor, state: State, group: Group, iner
     seed_average_(state["exp_avg"], weight, mean_square, rate=group["gamma"], inertia=inertia)
 
 
-@rule("bop", "exp_avg", flips=True, numbers=scheduled("gamma", "threshold"), seed_=_seed_)
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     bop_step_(weight, grad, state["exp_avg"], gamma=group["gamma"], threshold=group["threshold"])
+
+
+register(
+    Rule(
+        name="bop",
+        update_=_update_,
+        update_bits_=flip_packed_,
+        state_keys=("exp_avg",),
+        flips=True,
+        defaults={"gamma": constant(1e-6), "threshold": constant(1e-6)},
+        scheduled=("gamma", "threshold"),
+        driven=("gamma", "threshold"),
+        numbers=unchanged("gamma", "threshold"),
+        seed_=_seed_,
+        ratio=lambda state, group: state["exp_avg"],
+    )
+)
 
 
 class Bop(RoutedOptimizer):

@@ -19,15 +19,14 @@ The published ImageNet runs and 91.9 % on CIFAR-10 use "none", 91.4 % on CIFAR-1
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from bitfleet.optim.rules.rule import Group, RoutedOptimizer, State, rule
-
-Correction = Literal["none", "as_coded", "adam"]
-EPS = 1e-10
+from bitfleet.optim.kernels.kernels import EPS, Correction, bias_corrections, flip_packed_
+from bitfleet.optim.rules.rule import Group, RoutedOptimizer, Rule, State, register
+from bitfleet.optim.schedules import constant
 
 
 def flip_(weight: Tensor, signal: Tensor, threshold: float, exp_avg: Tensor) -> None:
@@ -40,26 +39,6 @@ def flip_(weight: Tensor, signal: Tensor, threshold: float, exp_avg: Tensor) -> 
     to_minus = (signal - threshold) * weight > 0
     padding = (weight == 0) & (exp_avg == 0)
     weight.copy_(torch.where(padding, weight, torch.where(to_minus, -1.0, 1.0)))
-
-
-def bias_corrections(correction: Correction, gamma: float, sigma: float, step: int) -> tuple[float, float]:
-    """Divisors of the first and the second moment at the 1-based `step`, in float64.
-
-    Raises:
-        ValueError: one would be 0; the ratio would be NaN, which turns a weight into +1.
-    """
-    if correction == "none":
-        return 1.0, 1.0
-    if not (gamma > 0.0 and sigma > 0.0):
-        raise ValueError(f"the correction {correction!r} divides by gamma and sigma, which are {gamma} and {sigma}")
-    if correction == "as_coded":
-        return gamma, sigma
-    return _one_minus_power(gamma, step), _one_minus_power(sigma, step)
-
-
-def _one_minus_power(rate: float, step: int) -> float:
-    """1 - (1 - rate)^step; in float32 1 - rate alone would be 19 % off at a rate of 1e-7."""
-    return 1.0 if rate == 1.0 else -math.expm1(step * math.log1p(-rate))
 
 
 @torch.no_grad()
@@ -150,7 +129,6 @@ def _seed_(weight: Tensor, mean_square: Tensor, state: State, group: Group, iner
     state["exp_avg_sq"].copy_(mean_square)
 
 
-@rule("bop2ndorder", "exp_avg", "exp_avg_sq", flips=True, numbers=_numbers, seed_=_seed_)
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     bop2ndorder_step_(
         weight,
@@ -163,6 +141,37 @@ def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
         correction=group["correction"],
         step=int(state["step"]),
     )
+
+
+def _ratio(state: State, group: Group) -> Tensor:
+    if group["correction"] == "none":
+        return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + EPS)
+    step = max(int(state["step"]), 1)
+    divisor, divisor_sq = bias_corrections(group["correction"], group["gamma"], group["sigma"], step)
+    return (state["exp_avg"] / divisor) / ((state["exp_avg_sq"] / divisor_sq).sqrt() + EPS)
+
+
+register(
+    Rule(
+        name="bop2ndorder",
+        update_=_update_,
+        update_bits_=flip_packed_,
+        state_keys=("exp_avg", "exp_avg_sq"),
+        flips=True,
+        # The class defaults of the official code.
+        defaults={
+            "gamma": constant(1e-6),
+            "sigma": constant(1e-2),
+            "threshold": constant(1e-6),
+            "correction": "none",
+        },
+        scheduled=("gamma", "sigma", "threshold"),
+        driven=("gamma", "threshold"),
+        numbers=_numbers,
+        seed_=_seed_,
+        ratio=_ratio,
+    )
+)
 
 
 class Bop2ndOrder(RoutedOptimizer):

@@ -11,15 +11,12 @@ lr only matters against the first values of e2: later its scale cancels in the s
 """
 
 import math
-from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitfleet.optim.rules.bop2ndorder import check_rate
-from bitfleet.optim.rules.latent import check_latent_lr
-from bitfleet.optim.rules.rule import Group, RoutedOptimizer, State, rule, scheduled
+from bitfleet.optim.rules.rule import Group, Rule, State, register, unchanged
+from bitfleet.optim.schedules import constant
 
 FIRST_LIMIT = 1e-3
 """The largest |e2| at the start."""
@@ -62,15 +59,6 @@ def _seed_(weight: Tensor, mean_square: Tensor, state: State, group: Group, iner
     state["exp_avg_sign"].copy_(weight * (-inertia * level))
 
 
-@rule(
-    "diode",
-    "exp_avg",
-    "exp_avg_sign",
-    flips=True,
-    begin_=_begin_,
-    numbers=scheduled("gamma", "alpha", "latent_lr"),
-    seed_=_seed_,
-)
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     diode_step_(
         weight,
@@ -83,24 +71,17 @@ def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     )
 
 
-class Diode(RoutedOptimizer):
-    """The rule above as a plain PyTorch optimizer for binary weights.
-
-    Args:
-        params: parameters (or groups) with values +-1.
-        latent_lr: lr.
-        gamma: rate of e1.
-        alpha: rate of e2.
-        seed: of the first e2.
-
-    State of each parameter: exp_avg, exp_avg_sign (fp32) and step.
-    """
-
-    def __init__(
-        self, params: Iterable[Any], *, latent_lr: float = 1e-3, gamma: float = 1e-2, alpha: float = 1e-4, seed: int = 0
-    ) -> None:
-        check_latent_lr(latent_lr)
-        check_rate("gamma", gamma)
-        check_rate("alpha", alpha)
-        defaults = {"latent_lr": latent_lr, "gamma": gamma, "alpha": alpha, "seed": seed}
-        super().__init__(params, {"rule": "diode", **defaults})
+register(
+    Rule(
+        name="diode",
+        update_=_update_,
+        state_keys=("exp_avg", "exp_avg_sign"),
+        flips=True,
+        # bitorch-engine's rates; the learning rate is our choice, as large as the state at the start.
+        defaults={"gamma": constant(1e-2), "alpha": constant(1e-4), "latent_lr": constant(1e-3)},
+        scheduled=("gamma", "alpha", "latent_lr"),
+        numbers=unchanged("gamma", "alpha", "latent_lr"),
+        begin_=_begin_,
+        seed_=_seed_,
+    )
+)

@@ -19,14 +19,13 @@ signs. A weight that is not +-1 then (model.initial_weights real) is itself the 
 """
 
 import math
-from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitfleet.optim.rules.adam import adam_step_
-from bitfleet.optim.rules.rule import Group, RoutedOptimizer, State, rule, scheduled
+from bitfleet.optim.rules.rule import Group, Rule, State, register, unchanged
+from bitfleet.optim.schedules import constant
 
 
 def glorot_limit(shape: torch.Size) -> float:
@@ -116,67 +115,42 @@ def _seed_sgd_(weight: Tensor, mean_square: Tensor, state: State, group: Group, 
     state["latent"].copy_(weight * mean_square.sqrt() * level).clamp_(-1.0, 1.0)
 
 
-@rule("latent_adam", "latent", "exp_avg", "exp_avg_sq", flips=True, begin_=begin_latent_, seed_=_seed_adam_)
 def _update_adam_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     moments = state["latent"], state["exp_avg"], state["exp_avg_sq"]
     latent_adam_step_(weight, grad, *moments, latent_lr=group["latent_lr"], step=state["step"])
 
 
-@rule(
-    "latent_sgd",
-    "latent",
-    "momentum_buffer",
-    flips=True,
-    begin_=begin_latent_,
-    numbers=scheduled("latent_lr"),
-    seed_=_seed_sgd_,
-)
 def _update_sgd_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     moments = state["latent"], state["momentum_buffer"]
     latent_sgd_step_(weight, grad, *moments, latent_lr=group["latent_lr"], momentum=group["momentum"])
 
 
-def check_latent_lr(value: float) -> None:
-    """Raise ValueError unless `value` can be a learning rate of latent weights."""
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"latent_lr must be finite and not negative, not {value}")
-
-
-def check_momentum(value: float) -> None:
-    """Raise ValueError unless `value` can be a momentum."""
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"momentum must be in [0, 1), not {value}")
-
-
-class LatentAdam(RoutedOptimizer):
-    """The rule latent_adam as a plain PyTorch optimizer for binary weights.
-
-    Args:
-        params: parameters (or groups) with values +-1.
-        latent_lr: learning rate of the latent weights.
-        seed: of the first latent weights.
-
-    State of each parameter: latent, exp_avg, exp_avg_sq (fp32) and step.
-    """
-
-    def __init__(self, params: Iterable[Any], *, latent_lr: float, seed: int = 0) -> None:
-        check_latent_lr(latent_lr)
-        super().__init__(params, {"rule": "latent_adam", "latent_lr": latent_lr, "seed": seed})
-
-
-class LatentSgd(RoutedOptimizer):
-    """The rule latent_sgd as a plain PyTorch optimizer for binary weights.
-
-    Args:
-        params: parameters (or groups) with values +-1.
-        latent_lr: learning rate of the latent weights.
-        momentum: in [0, 1).
-        seed: of the first latent weights.
-
-    State of each parameter: latent, momentum_buffer (fp32) and step.
-    """
-
-    def __init__(self, params: Iterable[Any], *, latent_lr: float, momentum: float = 0.9, seed: int = 0) -> None:
-        check_latent_lr(latent_lr)
-        check_momentum(momentum)
-        super().__init__(params, {"rule": "latent_sgd", "latent_lr": latent_lr, "momentum": momentum, "seed": seed})
+register(
+    Rule(
+        name="latent_adam",
+        update_=_update_adam_,
+        state_keys=("latent", "exp_avg", "exp_avg_sq"),
+        flips=True,
+        # Keras' Adam, from where larq-zoo's XNOR-Net starts (its Bi-Real Net: 5e-3).
+        defaults={"latent_lr": constant(1e-3)},
+        scheduled=("latent_lr",),
+        driven=("latent_lr",),
+        begin_=begin_latent_,
+        seed_=_seed_adam_,
+    )
+)
+register(
+    Rule(
+        name="latent_sgd",
+        update_=_update_sgd_,
+        state_keys=("latent", "momentum_buffer"),
+        flips=True,
+        # Where SGD starts in Lee et al. (arXiv 2404.19248), and the usual momentum.
+        defaults={"latent_lr": constant(1e-1), "momentum": 0.9},
+        scheduled=("latent_lr",),
+        driven=("latent_lr",),
+        numbers=unchanged("latent_lr"),
+        begin_=begin_latent_,
+        seed_=_seed_sgd_,
+    )
+)

@@ -9,67 +9,87 @@ belong to the element (counter_random.py): the same however parameters are cut. 
 not known here, so such a rule is refused there.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitfleet.optim.rules.counter_random import uniform
+from bitfleet.optim.schedules import Schedule
 
 State = dict[str, Tensor]
 Group = dict[str, Any]
 Update = Callable[[Tensor, Tensor, State, Group], None]
-
-
+BitsUpdate = Callable[[Tensor, Tensor, State, Group, Tensor | None], None]
 Begin = Callable[[Tensor, Tensor, torch.Size, State, Group], None]
 Seed = Callable[[Tensor, Tensor, State, Group, float], None]
 Numbers = Callable[[Group, int], dict[str, float]]
+Ratio = Callable[[State, Group], Tensor]
 
 
-class Rule(NamedTuple):
-    """An elementwise update: (weight, grad, state, group) -> None, in place."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Everything that bitfleet knows about an update rule; a file of optim/rules registers one.
 
+    All functions are elementwise, so they may be given whole parameters or any slices of them.
+    """
+
+    name: str
+    """Value of `optim.rule`, and of the key "rule" of a parameter group."""
     update_: Update
+    """(weight, grad, state, group) -> None: one update in place. The group holds the hyperparameters of the step."""
     state_keys: tuple[str, ...]
-    """fp32 tensors of the weight's shape that start at 0. The 0-dim tensor `step` comes on top."""
+    """fp32 tensors of the weight's shape that start at 0. The 0-dim tensor "step" comes on top."""
     flips: bool = False
-    """Its weights are +-1 and stay so: a sharded optimizer keeps and sends them as bits, else as values."""
+    """Weights are +-1 and stay so: a sharded optimizer keeps and sends them as bits, else as values."""
+    defaults: Mapping[str, Any] | None = None
+    """Hyperparameters, fields of `OptimConfig`, and their defaults: a `Schedule`, or a value that stays. None: the rule is not
+    one for binary weights, and `optim.rule` cannot name it."""
+    scheduled: tuple[str, ...] = ()
+    """Keys of the group that a schedule changes from step to step and that the run logs."""
+    driven: tuple[str, ...] = ()
+    """Hyperparameters that a controller may drive (transitions.py)."""
+    numbers: Numbers | None = None
+    """(group, step) -> everything that changes from step to step, by the key under which `update_` finds it in its group: floats,
+    or 0-dim tensors where the device must not wait for the host. `step` is the 1-based number of the update. None: the update
+    decides on the host, and cannot be part of a CUDA graph."""
     begin_: Begin | None = None
     """(weight, uniform, shape, state, group) -> None: fills the state of elements before their first update. `uniform` holds a
-    number in (0, 1) for each (fp32), `shape` is that of the whole parameter; group["seed"] is the seed of the numbers."""
-    numbers: Numbers | None = None
-    """(group, step) -> all that changes from step to step, by the key under which `update_` finds it in its group: floats, or
-    0-dim tensors where the device must not wait for the host. `step` is the 1-based number of the update. None: the update
-    decides on the host, and cannot be part of a CUDA graph."""
+    number in (0, 1) per element (fp32), `shape` is that of the whole parameter; group["seed"] is the seed of the numbers."""
     seed_: Seed | None = None
     """(weight, mean_square, state, group, inertia) -> None: fills the state of weights that were trained before, in place of
     `begin_`, so that they stay what they are until gradients say otherwise. `mean_square` is that of some gradients (fp32), the
-    group has "num_steps", the length of the run. See seeding.py."""
+    group has "num_steps", the length of the run. See sharding/seeding.py."""
+    update_bits_: BitsUpdate | None = None
+    """(bits, grad, state, group, finite) -> None: `update_` on packed weights, uint8 [n / 8], in place; `finite` (bool [] on the
+    device, None is True) False leaves everything as it is. None: weights are unpacked chunk by chunk for `update_`."""
+    ratio: Ratio | None = None
+    """(state, group) -> fp32 [n], what the update that led to `state` compared with group["threshold"]. None: the rule compares
+    nothing, so diagnostics have no dead band and no histogram."""
+    schedules: Callable[[Mapping[str, Any], int], dict[str, Schedule]] | None = None
+    """(hyperparameters, num_steps) -> further keys of the group and their schedules."""
+    check: Callable[[Mapping[str, Any]], None] | None = None
+    """Raise ValueError for hyperparameters that do not go together."""
 
 
 RULES: dict[str, Rule] = {}
+"""Name -> rule, of every file of optim/rules and of whatever else calls `register`."""
 
 
-def rule(
-    name: str,
-    *state_keys: str,
-    flips: bool = False,
-    begin_: Begin | None = None,
-    numbers: Numbers | None = None,
-    seed_: Seed | None = None,
-) -> Callable[[Update], Update]:
-    """Register an update function under the name that parameter groups use; for the rest see `Rule`."""
-
-    def register(update_: Update) -> Update:
-        assert name not in RULES, name
-        RULES[name] = Rule(update_, state_keys, flips, begin_, numbers, seed_)
-        return update_
-
-    return register
+def register(rule: Rule) -> None:
+    """Make `rule` known by its name."""
+    assert rule.name not in RULES, rule.name
+    RULES[rule.name] = rule
 
 
-def scheduled(*keys: str) -> Numbers:
+def binary_rules() -> dict[str, Mapping[str, Any]]:
+    """Name -> hyperparameters with their defaults, of every rule that `optim.rule` can name."""
+    return {name: rule.defaults for name, rule in sorted(RULES.items()) if rule.defaults is not None}
+
+
+def unchanged(*keys: str) -> Numbers:
     """The `Rule.numbers` of an update that takes `keys` from its group as they are."""
     return lambda group, step: {key: group[key] for key in keys}
 

@@ -11,15 +11,12 @@ momentum. With M = 0 and n_flips = 0 at the start, g the gradient with respect t
 A weight that has flipped often needs a larger accumulator to flip again; the first gradient that is not 0 always sets it.
 """
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from bitfleet.optim.rules.bop2ndorder import check_threshold
-from bitfleet.optim.rules.latent import check_latent_lr, walk
-from bitfleet.optim.rules.rule import Group, RoutedOptimizer, State, rule, scheduled
+from bitfleet.optim.rules.latent import walk
+from bitfleet.optim.rules.rule import Group, Rule, State, register, unchanged
+from bitfleet.optim.schedules import constant
 
 
 @torch.no_grad()
@@ -48,7 +45,6 @@ def _seed_(weight: Tensor, mean_square: Tensor, state: State, group: Group, iner
     state["accumulator"].copy_(weight * mean_square.sqrt() * level)
 
 
-@rule("sgdat", "accumulator", "num_flips", flips=True, numbers=scheduled("latent_lr", "threshold"), seed_=_seed_)
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     sgdat_step_(
         weight,
@@ -60,18 +56,16 @@ def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     )
 
 
-class Sgdat(RoutedOptimizer):
-    """The rule above as a plain PyTorch optimizer for binary weights.
-
-    Args:
-        params: parameters (or groups) with values +-1.
-        latent_lr: learning rate of the accumulator.
-        threshold: by which each flip raises the weight's threshold.
-
-    State of each parameter: accumulator, num_flips (fp32) and step.
-    """
-
-    def __init__(self, params: Iterable[Any], *, latent_lr: float = 1e-4, threshold: float = 1e-7) -> None:
-        check_latent_lr(latent_lr)
-        check_threshold(threshold)
-        super().__init__(params, {"rule": "sgdat", "latent_lr": latent_lr, "threshold": threshold})
+register(
+    Rule(
+        name="sgdat",
+        update_=_update_,
+        state_keys=("accumulator", "num_flips"),
+        flips=True,
+        # The official code's learning rate; the threshold is that of its runs.
+        defaults={"latent_lr": constant(1e-4), "threshold": constant(1e-7)},
+        scheduled=("latent_lr", "threshold"),
+        numbers=unchanged("latent_lr", "threshold"),
+        seed_=_seed_,
+    )
+)

@@ -12,14 +12,12 @@ gradient with respect to the +-1 weight w:
 The code lowers alpha to 0 over the run, linearly by epoch; a linear schedule here does so by step.
 """
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from bitfleet.optim.rules.bop2ndorder import check_rate, seed_average_
-from bitfleet.optim.rules.rule import Group, RoutedOptimizer, State, rule, scheduled
+from bitfleet.optim.rules.bop2ndorder import seed_average_
+from bitfleet.optim.rules.rule import Group, Rule, State, register, unchanged
+from bitfleet.optim.schedules import constant, linear
 
 
 @torch.no_grad()
@@ -46,23 +44,20 @@ def _seed_(weight: Tensor, mean_square: Tensor, state: State, group: Group, iner
     seed_average_(state["exp_avg_cascaded"], weight, mean_square, rate=group["alpha"], inertia=inertia)
 
 
-@rule("two_ema", "exp_avg", "exp_avg_cascaded", flips=True, numbers=scheduled("gamma", "alpha"), seed_=_seed_)
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     two_ema_step_(weight, grad, state["exp_avg"], state["exp_avg_cascaded"], gamma=group["gamma"], alpha=group["alpha"])
 
 
-class TwoEma(RoutedOptimizer):
-    """The rule above as a plain PyTorch optimizer for binary weights.
-
-    Args:
-        params: parameters (or groups) with values +-1.
-        gamma: rate of the first average.
-        alpha: rate of the second one.
-
-    State of each parameter: exp_avg, exp_avg_cascaded (fp32) and step.
-    """
-
-    def __init__(self, params: Iterable[Any], *, gamma: float, alpha: float) -> None:
-        check_rate("gamma", gamma)
-        check_rate("alpha", alpha)
-        super().__init__(params, {"rule": "two_ema", "gamma": gamma, "alpha": alpha})
+register(
+    Rule(
+        name="two_ema",
+        update_=_update_,
+        state_keys=("exp_avg", "exp_avg_cascaded"),
+        flips=True,
+        # The official code has no defaults. gamma is a momentum of 0.9; alpha falls to 0 as there, from where is our choice.
+        defaults={"gamma": constant(1e-1), "alpha": linear(1e-3, 0.0)},
+        scheduled=("gamma", "alpha"),
+        numbers=unchanged("gamma", "alpha"),
+        seed_=_seed_,
+    )
+)

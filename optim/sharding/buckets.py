@@ -8,7 +8,7 @@ words; every parameter of a binary bucket begins at a multiple of 64 for the sam
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from bitfleet.optim.kernels.bits import pack_signs, unpack_changed, unpack_signs
 from bitfleet.optim.param_groups import is_binary
 from bitfleet.optim.rules.counter_random import uniform
-from bitfleet.optim.rules.rule import RULES, Group, names_of
-from bitfleet.optim.sharding.slice_updates import CHUNK, unless_nonfinite, update_bits_
+from bitfleet.optim.rules.rule import RULES, Group, Rule, State, names_of
 
 ALIGN = 64
+CHUNK = 262_144
+"""Weights that a CPU unpacks at a time: they, their gradient and state stay in its cache. A multiple of 64."""
 
 
 class Segment(NamedTuple):
@@ -69,7 +70,8 @@ class Bucket:
 
     def __init__(self, named: Sequence[tuple[str, nn.Parameter]], group: Group, rank: int, world_size: int) -> None:
         self.group = group
-        self.binary = RULES[group["rule"]].flips
+        self.rule = RULES[group["rule"]]
+        self.binary = self.rule.flips
         """Its weights are +-1, exist as packed signs on their owner, and travel as bits."""
         self.is_clipped = not self.binary and not is_binary(named[0][1])
         """Whether its gradients count for, and are scaled to, a largest norm: those of weights that become binary do not."""
@@ -89,8 +91,7 @@ class Bucket:
             view = self.weights[segment.start : segment.end].view(segment.param.shape)
             view.copy_(segment.param.detach())
             segment.param.data = view
-        keys = RULES[group["rule"]].state_keys
-        self.state = {key: torch.zeros(self.slice_numel, device=first.device) for key in keys}
+        self.state = {key: torch.zeros(self.slice_numel, device=first.device) for key in self.rule.state_keys}
         self.bits: Tensor | None = None
         self.real: set[int] = set()
         """Segments of a binary bucket that hold real values: their first update makes them +-1."""
@@ -218,21 +219,25 @@ class Bucket:
             bits = self.signs()[run.low // 8 : run.high // 8]
             if run.step == 1 and self._first_updates:
                 # Gradients are finite here: the host reads the flag of every first update before it is made.
-                RULES[group["rule"]].update_(weights, grad, state | step, group)
+                self.rule.update_(weights, grad, state | step, group)
                 pack_signs(weights, out=bits)
+            elif self.rule.update_bits_ is not None:
+                self.rule.update_bits_(bits, grad, state | step, group, finite)
             else:
-                update_bits_(bits, grad, state | step, group, finite)
+                guard = nullcontext() if finite is None else unless_nonfinite(finite, [bits, *state.values()])
+                with guard:
+                    update_unpacked_(self.rule, bits, grad, state | step, group)
             return
         guard = nullcontext() if finite is None else unless_nonfinite(finite, [weights, *state.values()])
         with guard:
-            RULES[group["rule"]].update_(weights, grad, state | step, group)
+            self.rule.update_(weights, grad, state | step, group)
 
     def _begin_(self, indices: set[int]) -> None:
         """Fill the state of the segments `indices`, which are about to have their first update, where the rule asks for it.
 
         State that is there already was seeded (seeding.py) and stays.
         """
-        begin_ = RULES[self.group["rule"]].begin_
+        begin_ = self.rule.begin_
         if begin_ is None:
             return
         for index, name, first, low, high in self.pieces():
@@ -337,6 +342,40 @@ class Bucket:
             low, high = max(segment.start, self.begin), min(segment.end, self.end)
             if low < high:
                 yield index, segment.name, low - segment.start, low - self.begin, high - self.begin
+
+
+@contextmanager
+def unless_nonfinite(finite: Tensor, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Undo on the way out what happened to `tensors` inside, where `finite` (bool []) is False; the host does not wait.
+
+    For rules that know no such flag: costs a copy of each tensor and a pass over it.
+    """
+    before = [tensor.clone() for tensor in tensors]
+    yield
+    for tensor, old in zip(tensors, before, strict=True):
+        tensor.copy_(torch.where(finite, tensor, old))
+
+
+def update_unpacked_(rule: Rule, bits: Tensor, grad: Tensor, state: State, group: Group) -> None:
+    """Apply `rule` to packed weights, in place: chunk by chunk on unpacked ones.
+
+    Args:
+        rule: has no `update_bits_`.
+        bits: uint8 [n / 8], the signs of n weights; n is a multiple of 8.
+        grad: fp32 [n], gradient with respect to the +-1 weights.
+        state: of the rule, fp32 [n] each, and "step".
+        group: holds the hyperparameters and numbers of the step.
+    """
+    numel = grad.numel()
+    size = min(CHUNK, numel) if grad.device.type == "cpu" else numel
+    weights = torch.empty(size, device=grad.device)
+    for low in range(0, numel, max(size, 1)):
+        high = min(low + size, numel)
+        here = bits[low // 8 : high // 8]
+        part = {key: tensor if key == "step" else tensor[low:high] for key, tensor in state.items()}
+        unpacked = unpack_signs(here, weights[: high - low])
+        rule.update_(unpacked, grad[low:high], part, group)
+        pack_signs(unpacked, out=here)
 
 
 def make_buckets(groups: Sequence[Group], bucket_numel: int, rank: int, world_size: int) -> list[Bucket]:

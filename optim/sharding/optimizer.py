@@ -103,7 +103,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Skipped steps that the host knows of since the last one that was not."""
         self.updated: bool | Tensor = True
         """Whether the last step changed anything: True or False where the host knows, else bool [] on the device."""
-        self.transitions = controller_of(self.param_groups, self.buckets)
+        self.transitions = controller_of(
+            self.param_groups,
+            sum(bucket.numel for bucket in self.buckets if bucket.binary),
+            self.buckets[0].weights.device,
+        )
         self.observers += [self.transitions.observe] if self.transitions else []
         self.nonfinite: list[str] = []
         """Parameters whose gradient was not finite in the last step that was skipped, if the host waited for it."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bitfleet.optim.rules.rule import RULES, numbers_of
+from bitfleet.optim.rules.rule import numbers_of
 from bitfleet.optim.sharding.buckets import Bucket
 from bitfleet.optim.sharding.optimizer import ShardedOptimizer
 
@@ -51,7 +51,7 @@ class Seeding:
     def finish(self) -> None:
         """Fill the state of the rules that flip weights."""
         for bucket, squares in zip(self._sharded.buckets, self._squares, strict=True):
-            seed_ = RULES[bucket.group["rule"]].seed_
+            seed_ = bucket.rule.seed_
             if seed_ is None:
                 continue
             group = bucket.group | {"num_steps": self._num_steps}

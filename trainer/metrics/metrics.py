@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bitfleet.optim import is_binary
+from bitfleet.optim import RULES, is_binary
 from bitfleet.trainer.metrics.diagnostics import show_diagnostics
 from bitfleet.trainer.ranks.collectives import sum_over_ranks_
 from bitfleet.trainer.run.files import write_atomically
@@ -22,8 +22,6 @@ JSONL = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 EVENT_PREFIX = "events.out.tfevents."
 LOSS_GRID = 2.0**30
-SCHEDULED = ("gamma", "sigma", "threshold", "alpha", "latent_lr", "rho", "lr")
-"""Hyperparameters that schedules write into the groups of an optimizer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,8 +249,5 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def hyperparameters_of(optimizer: Optimizer) -> dict[str, float]:
-    """The scheduled values of an optimizer, for the metrics."""
-    values: dict[str, float] = {}
-    for group in optimizer.param_groups:
-        values |= {key: group[key] for key in SCHEDULED if key in group}
-    return values
+    """Return the values that schedules change from step to step, for the metrics."""
+    return {key: group[key] for group in optimizer.param_groups for key in RULES[group["rule"]].scheduled}

@@ -5,7 +5,7 @@ import pytest
 from bitfleet.configs.sweeps import available_sweeps, load_sweep
 from bitfleet.configs.sweeps.sweep import Sweep, plan_runs
 from bitfleet.launch.parsing.arguments import parse_train
-from bitfleet.optim.config import HYPERPARAMETERS
+from bitfleet.optim import binary_rules
 
 RUNS = {
     "regime": 15,
@@ -38,7 +38,7 @@ def test_same_sweeps_on_the_papers_networks(base: str) -> None:
 def test_every_rule_is_compared() -> None:
     points = load_sweep("s52_optimizers").points
     rules = {parse_train(["--config", "fashion_small", *point.overrides], "t").optim.rule for point in points}
-    assert rules == set(HYPERPARAMETERS)
+    assert rules == set(binary_rules())
 
 
 def test_second_moment_is_frozen_after_a_tenth() -> None:

@@ -1,5 +1,6 @@
 """The counts over flips and moments against numpy on unpacked weights; on several ranks: tests/distributed."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -8,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitfleet.optim import RoutedOptimizer, ShardedOptimizer
+from bitfleet.optim import RULES, RoutedOptimizer, ShardedOptimizer
 from bitfleet.optim.diagnostics import (
     HIGHEST,
     KEYS,
     LOWEST,
     NUM_BINS,
-    RATIOS,
     BitDiagnostics,
     FlipHistory,
     octave_counts,
@@ -111,7 +111,8 @@ def test_the_ratio_is_the_one_that_flips(rule: dict[str, Any]) -> None:
         flips = step(param, sharded, grad)
         (bucket,) = sharded.buckets
         state = bucket.state | {"step": torch.tensor(float(number))}
-        ratio = RATIOS[rule["rule"]](state, bucket.group)[:1001]
+        assert bucket.rule.ratio is not None
+        ratio = bucket.rule.ratio(state, bucket.group)[:1001]
         assert torch.equal(flips, before * ratio > rule["threshold"])
         values = read(diagnostics)
         assert values["dead_band"] == int((ratio.abs() <= rule["threshold"]).sum()) / 1001
@@ -161,7 +162,7 @@ def test_a_history_that_begins_late_waits_for_a_whole_window() -> None:
 
 
 def test_a_rule_without_a_ratio_leaves_out_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(RATIOS, "bop")
+    monkeypatch.setitem(RULES, "bop", dataclasses.replace(RULES["bop"], ratio=None))
     param, sharded = make(BOP)
     diagnostics = BitDiagnostics(sharded)
     diagnostics.wanted = True

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from bitfleet.optim import (
-    HYPERPARAMETERS,
     OptimConfig,
     RoutedOptimizer,
     Schedule,
+    binary_rules,
     build_optimizer,
     check_claims,
     constant,
@@ -116,7 +116,7 @@ def test_table_counts_weights_and_state() -> None:
     ]
 
 
-@pytest.mark.parametrize("rule", [rule for rule in HYPERPARAMETERS if RULES[rule].flips])
+@pytest.mark.parametrize("rule", [rule for rule in binary_rules() if RULES[rule].flips])
 def test_groups_hold_the_hyperparameters_of_their_rule(rule: str) -> None:
     """And nothing else; where none is set they are the defaults, and one update with them works."""
     model = network()
@@ -124,12 +124,12 @@ def test_groups_hold_the_hyperparameters_of_their_rule(rule: str) -> None:
     optimizer, schedules = build_optimizer(model, config, num_steps=10, seed=4)
     group = next(group for group in optimizer.param_groups if group["name"] == "binary")
     begins = {"seed"} if RULES[rule].begin_ else set()
-    assert set(group) == {"params", "param_names", "name", "rule", *HYPERPARAMETERS[rule], *begins}
-    for name, default in HYPERPARAMETERS[rule].items():
+    assert set(group) == {"params", "param_names", "name", "rule", *binary_rules()[rule], *begins}
+    for name, default in binary_rules()[rule].items():
         assert getattr(config, name) == default
         assert group[name] == (default.start if isinstance(default, Schedule) else default)
         assert (name in schedules["binary"]) == isinstance(default, Schedule)
-    others = {name for names in HYPERPARAMETERS.values() for name in names} - set(HYPERPARAMETERS[rule])
+    others = {name for names in binary_rules().values() for name in names} - set(binary_rules()[rule])
     assert all(getattr(config, name) in (None, "none") for name in others)
     model(torch.randn(16, 4)).square().sum().backward()
     optimizer.step()
@@ -142,7 +142,7 @@ def test_another_rule_keeps_what_both_have() -> None:
     )
     other = with_rule(config, "two_ema")
     assert (other.gamma, other.sigma, other.threshold, other.correction) == (config.gamma, None, None, "none")
-    assert other.alpha == HYPERPARAMETERS["two_ema"]["alpha"]
+    assert other.alpha == binary_rules()["two_ema"]["alpha"]
     assert (other.lr, other.weight_decay, other.decayed) == (config.lr, 0.1, ("x",))
     assert with_rule(other, "bop2ndorder") == dataclasses.replace(
         OptimConfig(), gamma=config.gamma, lr=config.lr, weight_decay=0.1, decayed=("x",)
@@ -173,12 +173,12 @@ def test_another_rule_keeps_what_both_have() -> None:
         ),
         (
             {"latent_lr": constant(0.1)},
-            "optim.latent_lr belongs to latent_adam, latent_sgd, sgdat, diode, bnew; the rule bop2ndorder",
+            "optim.latent_lr belongs to bnew, diode, latent_adam, latent_sgd, sgdat; the rule bop2ndorder",
         ),
         ({"rule": "latent_adam", "momentum": 0.0}, "optim.momentum belongs to latent_sgd"),
         ({"rule": "latent_sgd", "momentum": 1.0}, r"momentum must be in \[0, 1\), not 1.0"),
         ({"rule": "two_ema", "alpha": constant(0.0)}, "optim.alpha must stay in"),
-        ({"rule": "bob"}, "optim.rule must be one of bop2ndorder, bop, .*, not 'bob'"),
+        ({"rule": "bob"}, "optim.rule must be one of .*bop2ndorder.*, not 'bob'"),
     ],
 )
 def test_bad_configurations_are_named(options: dict[str, object], message: str) -> None:

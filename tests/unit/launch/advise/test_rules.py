@@ -11,8 +11,7 @@ from bitfleet.launch.advise.advice import ADVICE, advise
 from bitfleet.launch.advise.gradient import Gradient
 from bitfleet.launch.advise.latent import first_sizes
 from bitfleet.launch.advise.outlook import Line, make_outlook
-from bitfleet.optim import OptimConfig, constant, linear, with_rule
-from bitfleet.optim.config import HYPERPARAMETERS
+from bitfleet.optim import OptimConfig, binary_rules, constant, linear, with_rule
 from bitfleet.optim.rules.bnew import bnew_step_, phase_schedules
 from bitfleet.optim.rules.diode import FIRST_LIMIT, diode_step_
 from bitfleet.optim.rules.latent import latent_adam_step_, latent_sgd_step_
@@ -41,10 +40,10 @@ def lines_of(rule: str, gradient: Gradient | None = GRADIENT, **changes: object)
     return {line.quantity: line for line in found}
 
 
-@pytest.mark.parametrize("rule", HYPERPARAMETERS)
+@pytest.mark.parametrize("rule", binary_rules())
 def test_every_rule_has_its_lines(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitfleet.launch.advise.theory.FINE_STEPS", 20)
-    assert ADVICE.keys() == HYPERPARAMETERS.keys()
+    assert ADVICE.keys() == binary_rules().keys()
     for gradient in (GRADIENT, None):
         found = lines_of(rule, gradient)
         assert LINES[rule] <= found.keys()

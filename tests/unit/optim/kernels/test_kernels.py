@@ -334,11 +334,11 @@ def test_nothing_changes_unless_finite(has_second: bool) -> None:
     twins = Twins(520)
     grad = wild_grad(520, twins.generator)
     twins.moments_of_bits[0].normal_(generator=twins.generator)
-    second = twins.moments_of_bits[1] if has_second else None
-    part = kernels.Slice(twins.bits, grad, twins.moments_of_bits[0], second)
+    state = dict(zip(("exp_avg", "exp_avg_sq")[: 1 + has_second], twins.moments_of_bits, strict=False))
+    numbers = {"gamma": 0.5, "sigma": 0.5, "threshold": 0.1}
     before = [tensor.clone() for tensor in (twins.bits, *twins.moments_of_bits)]
     for finite in (False, True):
-        kernels.flip_packed_(part, kernels.Rates(0.5, 0.5, 0.1), torch.tensor(finite))
+        kernels.flip_packed_(twins.bits, grad, state, numbers, torch.tensor(finite))
         after = (twins.bits, *twins.moments_of_bits[: 1 + has_second])
         for old, new in zip(before, after, strict=False):
             assert torch.equal(old.view(torch.uint8), new.view(torch.uint8)) == (not finite)
@@ -349,11 +349,11 @@ def test_rates_may_be_tensors() -> None:
     one, other = Twins(520), Twins(520)
     for step in range(1, 5):
         grad = torch.randn(520, generator=one.generator)
-        rates, divisors = (0.1 / step, 0.03, 0.2), (0.7, 0.3 / step)
+        values = {"gamma": 0.1 / step, "sigma": 0.03, "threshold": 0.2, "divisor": 0.7, "divisor_sq": 0.3 / step}
         for twins in (one, other):
-            part = kernels.Slice(twins.bits, grad, *twins.moments_of_bits)
-            make = torch.tensor if twins is other else float
-            kernels.flip_packed_(part, kernels.Rates(*map(make, rates), tuple(map(make, divisors))))
+            state = dict(zip(("exp_avg", "exp_avg_sq"), twins.moments_of_bits, strict=True))
+            numbers = {key: torch.tensor(value) if twins is other else value for key, value in values.items()}
+            kernels.flip_packed_(twins.bits, grad, state, numbers)
     assert torch.equal(one.bits, other.bits)
     assert torch.equal(torch.stack(one.moments_of_bits), torch.stack(other.moments_of_bits))
 

@@ -112,7 +112,7 @@ def test_reading_the_counts_waits_for_the_last_step(way: str) -> None:
 @pytest.mark.parametrize("rule", [name for name in BINARY if RULES[name.split()[0]].numbers])
 def test_the_host_reads_nothing_in_a_step(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("kernels", "bits"):  # what a GPU without Triton runs
-        monkeypatch.setattr(f"bitfleet.optim.{module}.kernel_library", lambda: None)
+        monkeypatch.setattr(f"bitfleet.optim.kernels.{module}.kernel_library", lambda: None)
     params, sharded = make(rule, defers=True, scales_loss=True)
     assert sharded.loss_scale is not None
     for step in range(2):  # the first one waits

@@ -6,10 +6,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitfleet.optim import HYPERPARAMETERS, OptimConfig, Schedule, build_optimizer
+from bitfleet.optim import OptimConfig, Schedule, binary_rules, build_optimizer
 from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
 from bitfleet.trainer.metrics.metrics import (
-    SCHEDULED,
     AccuracyMeter,
     FlipCounter,
     MetricsWriter,
@@ -32,15 +31,15 @@ def test_accuracy_is_the_mean_over_images_of_uneven_batches() -> None:
     assert meter.read().num_images == 0
 
 
-@pytest.mark.parametrize("rule", HYPERPARAMETERS)
+@pytest.mark.parametrize("rule", binary_rules())
 def test_every_schedule_is_reported(rule: str) -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 2))
     model[0].weight.binary = True  # type: ignore[assignment]
     optimizer, _ = build_optimizer(model, OptimConfig(rule=rule), num_steps=10)  # type: ignore[arg-type]
-    expected = {name: value.start for name, value in HYPERPARAMETERS[rule].items() if isinstance(value, Schedule)}
+    expected = {name: value.start for name, value in binary_rules()[rule].items() if isinstance(value, Schedule)}
     expected |= {"rho": 0.0} if rule == "bnew" else {}
     assert hyperparameters_of(optimizer) == expected | {"lr": 1e-3}
-    assert set(SCHEDULED) >= set(expected)
+    assert set(RULES[rule].scheduled) >= set(expected)
 
 
 class HostReads(TorchDispatchMode):
