@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bitfleet.optim import RULES
-from bitfleet.trainer.metrics.metrics import read_metrics
+from bitfleet.trainer.metrics import read_metrics
 
 
 def series(lines: list[dict[str, float]], kind: str, key: str) -> tuple[list[float], list[float]]:

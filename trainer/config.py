@@ -14,7 +14,7 @@ from bitfleet.trainer.checkpoint.format import CheckpointConfig
 from bitfleet.trainer.data import DataConfig
 from bitfleet.trainer.engine.config import EngineConfig, resolve_precision
 from bitfleet.trainer.journal.format import JournalConfig
-from bitfleet.trainer.metrics.metrics import MetricsConfig
+from bitfleet.trainer.metrics.config import MetricsConfig
 
 MACHINE = (
     "root",

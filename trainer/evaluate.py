@@ -17,11 +17,11 @@ from bitfleet.trainer.data import ValidationLoader, normalize, open_dataset
 from bitfleet.trainer.engine.arithmetic import use_arithmetic
 from bitfleet.trainer.engine.config import Precision, resolve_precision
 from bitfleet.trainer.engine.engine import autocast
-from bitfleet.trainer.metrics.metrics import Accuracy, AccuracyMeter
+from bitfleet.trainer.engine.nonfinite import broken
+from bitfleet.trainer.metrics import Accuracy, AccuracyMeter
 from bitfleet.trainer.ranks.check_same import agree
 from bitfleet.trainer.ranks.collectives import Ranks, sum_of_numbers
 from bitfleet.trainer.run.folder import read_config
-from bitfleet.trainer.run.nonfinite import broken
 
 
 @torch.no_grad()

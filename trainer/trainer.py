@@ -1,47 +1,118 @@
-"""A run: everything that it needs is built here, and the training loop."""
+"""The training loop, and everything that it is built of."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from bitfleet.models import check_images, compile_network, create_model
 from bitfleet.optim import ShardedOptimizer, build_optimizer, driven_values, routing_table
-from bitfleet.trainer.checkpoint.checkpoints import Parts, RunCheckpoints, find_start, identity
+from bitfleet.optim.diagnostics import BitDiagnostics
+from bitfleet.trainer.checkpoint.checkpoints import Parts, RunCheckpoints, find_start, identity, was_compiled
 from bitfleet.trainer.checkpoint.format import model_signature
 from bitfleet.trainer.checkpoint.initial_weights import load_initial_weights, seed_everything
 from bitfleet.trainer.checkpoint.loader import Intact
 from bitfleet.trainer.checkpoint.seeded_state import seed_state
 from bitfleet.trainer.config import TrainConfig, resolve_replicas, with_precision
-from bitfleet.trainer.data import TrainLoader, ValidationLoader, open_dataset
+from bitfleet.trainer.data import TrainLoader, ValidationLoader, normalize, open_dataset
+from bitfleet.trainer.data.request import Batch
 from bitfleet.trainer.engine.arithmetic import use_arithmetic
 from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
 from bitfleet.trainer.engine.compilation import eager_on_real_weights, is_compiled
 from bitfleet.trainer.engine.config import deepspeed_options
-from bitfleet.trainer.engine.engine import create_engine, shard, whole_weights
+from bitfleet.trainer.engine.engine import autocast, backward, create_engine, scaled_loss, shard, whole_weights
+from bitfleet.trainer.engine.nonfinite import did_nothing, does_nothing, must_stop, nonfinite_loss, nonfinite_steps
 from bitfleet.trainer.engine.step_graph import CudaRecorder, GraphedStep, check_can_capture
-from bitfleet.trainer.engine.train_step import TrainStep
 from bitfleet.trainer.evaluate import validate
-from bitfleet.trainer.metrics.flips import make_diagnostics, step_flips
-from bitfleet.trainer.metrics.metrics import Accuracy, hyperparameters_of
-from bitfleet.trainer.metrics.readings import Readings
-from bitfleet.trainer.metrics.reports import Reports
+from bitfleet.trainer.metrics import Accuracy, Reports, StepObserver, hyperparameters_of, step_flips
 from bitfleet.trainer.ranks.check_same import agree
 from bitfleet.trainer.ranks.collectives import Ranks, from_first_rank
 from bitfleet.trainer.ranks.heartbeat import reached
-from bitfleet.trainer.run.folder import RunFolder, choose_run_folder, take_folder
-from bitfleet.trainer.run.nonfinite import did_nothing, does_nothing, must_stop, nonfinite_loss, nonfinite_steps
+from bitfleet.trainer.run.folder import RunFolder, choose_run_folder, take_folder, write_config
 from bitfleet.trainer.run.out_of_memory import is_out_of_memory, training_out_of_memory
 from bitfleet.trainer.run.stop import StopWatcher
 
 
+class TrainStep:
+    """Makes optimizer steps over a rank's micro-batches; the host waits for nothing in them.
+
+    Args:
+        engine: DeepSpeed's, around `model`.
+        model: the network.
+        optimizer: of the engine.
+        statistics: running statistics of the network's BatchNorms.
+        observer: meters of the run.
+        normalize: from images as the loader has them to the network's input.
+        precision: `EngineConfig.precision`, not "auto".
+        num_micro_batches: of this rank, per step.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        model: nn.Module,
+        optimizer: Optimizer,
+        statistics: RunningStatistics,
+        observer: StepObserver,
+        *,
+        normalize: Callable[[Tensor], Tensor],
+        precision: str,
+        num_micro_batches: int,
+    ) -> None:
+        self._engine, self._model, self._optimizer = engine, model, optimizer
+        self._statistics, self._observer, self._normalize = statistics, observer, normalize
+        self._precision, self.num_micro_batches = precision, num_micro_batches
+        self.next_batch, self.end_backward, self.end_step = (
+            observer.next_batch,
+            observer.end_backward,
+            observer.end_step,
+        )
+
+    def run(self, batches: Iterator[Batch]) -> None:
+        """Make one step of the next batches."""
+        self._observer.meter.keep()
+        for _ in range(self.num_micro_batches):
+            images, labels = self.next_batch(batches)
+            with self._statistics.replica():
+                logits: Tensor = self._engine(self._normalize(images))
+                loss = nn.functional.cross_entropy(logits.float(), labels)
+                backward(self._engine, loss, self._optimizer)
+            self.end_backward()
+            self._observer.meter.add(loss, logits.detach(), labels)
+            self._engine.step()
+        self.settle(self._optimizer.updated if isinstance(self._optimizer, ShardedOptimizer) else True)
+        self.end_step()
+
+    def accumulate(self, micro_batches: Sequence[Batch]) -> None:
+        """Run forward and backward of all micro-batches of a step, without DeepSpeed's engine (in a CUDA graph)."""
+        assert isinstance(self._optimizer, ShardedOptimizer)
+        self._observer.meter.keep()
+        for images, labels in micro_batches:
+            with self._statistics.replica():
+                with autocast(images.device, self._precision):
+                    logits: Tensor = self._model(self._normalize(images))
+                loss = nn.functional.cross_entropy(logits.float(), labels)
+                torch.autograd.backward(scaled_loss(loss, self._optimizer))
+            self._observer.meter.add(loss, logits.detach(), labels)
+
+    def settle(self, updated: bool | Tensor) -> None:
+        """Set running statistics and meters to those after the step.
+
+        Args:
+            updated: whether the optimizer updated the network, known to the host or bool [] on the device.
+        """
+        self._statistics.end_step(updated)
+        self._observer.meter.end_step(updated)
+
+
 class Trainer:
-    """Builds everything that a run needs; `train()` runs it.
+    """Build everything that a run needs; `train()` runs it.
 
     Args:
         config: the run.
@@ -75,7 +146,8 @@ class Trainer:
         check_images(config.model, config.data.image_size, config.global_batch_size // self.num_replicas)
         seed_everything(config.seed)
         self.model = self._create_model(begun).to(device)
-        self.compiled = is_compiled(config, device, begun.meta if begun else None)
+        before = was_compiled(begun.meta) if begun else None
+        self.compiled = is_compiled(config.model.compile, device, config.engine.sharding, before)
         """Whether the network is compiled."""
         if self.compiled:
             compile_network(self.model)
@@ -88,9 +160,12 @@ class Trainer:
             check_can_capture(ranks, device, self.optimizer)
         self.engine = create_engine(self.model, self.sharded, schedules, options, device)
         self.statistics = RunningStatistics(self.model, self.num_replicas)
-        diagnostics = make_diagnostics(config, self.sharded)
+        diagnostics = None
+        if config.metrics.diagnostics:
+            assert isinstance(self.sharded, ShardedOptimizer), config.engine.sharding
+            diagnostics = BitDiagnostics(self.sharded)
         flips = step_flips(self.engine, self.model, self.sharded, ranks, diagnostics)
-        self.readings = Readings(config, ranks, device, flips)
+        self.observer = StepObserver(ranks, device, flips, counts_replaced=config.data.on_bad_sample == "replace")
         self.checkpoints = RunCheckpoints(
             config,
             self.folder,
@@ -134,14 +209,25 @@ class Trainer:
         return resolve_replicas(config, self.ranks.world_size, begun.meta["num_replicas"])
 
     def _step_maker(self) -> TrainStep | GraphedStep:
-        config, parts = self.config, (self.statistics, self.readings)
-        num_micro_batches = self.num_replicas // self.ranks.world_size
-        eager = TrainStep(config, self.engine, self.sharded, *parts, num_micro_batches)
+        config = self.config
+        step = TrainStep(
+            self.engine,
+            self.model,
+            self.sharded,
+            self.statistics,
+            self.observer,
+            normalize=self._normalize,
+            precision=config.engine.precision,
+            num_micro_batches=self.num_replicas // self.ranks.world_size,
+        )
         if not config.engine.cuda_graph:
-            return eager
+            return step
         assert isinstance(self.sharded, ShardedOptimizer)
         end_step, recorder = self.engine.lr_scheduler.step, CudaRecorder(self.device)
-        return GraphedStep(eager, config, self.model, self.sharded, *parts, end_step, recorder)
+        return GraphedStep(step, self.sharded, end_step, recorder, config.model.name)
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        return normalize(images, self.config.data.mean, self.config.data.std)
 
     def _open_data(self) -> None:
         config, ranks = self.config, self.ranks
@@ -167,7 +253,7 @@ class Trainer:
     def _resume(self, begun: Intact) -> int:
         step = self.checkpoints.resume(begun)
         if self.ranks.is_first:
-            self.readings.load([math.nan if each is None else each for each in begun.meta["meter"]])
+            self.observer.load([math.nan if each is None else each for each in begun.meta["meter"]])
         return step
 
     @property
@@ -182,7 +268,7 @@ class Trainer:
             self.step,
             {
                 "classes": list(self.dataset.classes),
-                "meter": self.readings.meter.peek(),
+                "meter": self.observer.meter.peek(),
                 "num_threads": torch.get_num_threads(),
                 "metrics": self.reports.latest,
             },
@@ -203,33 +289,42 @@ class Trainer:
 
     def _check_skipped(self, sharded: ShardedOptimizer) -> None:
         """The optimizer updated nothing: stop if that is wanted, or if it has been so for too long."""
-        if must_stop(self.config, sharded):
+        if must_stop(self.config.engine, sharded):
             sharded.forget_skipped_step()
             self._save_and_wait()
-            raise nonfinite_steps(self.config, sharded, self.step + 1, again=True)
+            raise self._nonfinite_steps(sharded, self.step + 1, again=True)
 
     def _check_report(self, sharded: ShardedOptimizer) -> None:
         """Every step since the last report was skipped: stop if that is no accident."""
-        if does_nothing(self.config, sharded):
+        if does_nothing(self.config.engine, sharded):
             self._save_and_wait()
-            raise nonfinite_steps(self.config, sharded, self.step, again=False)
+            raise self._nonfinite_steps(sharded, self.step, again=False)
 
     def _check_end(self) -> None:
         """Raise if the run ends, or has ended before, without having done anything; its state is saved."""
         sharded, step = self.sharded, self.step
         is_reported = step % self.config.metrics.every_steps == 0 or step == self.num_steps
-        loss, *_, num_images = (0.0, 0) if is_reported else self.readings.meter.peek()
+        loss, *_, num_images = (0.0, 0) if is_reported else self.observer.meter.peek()
         if not isinstance(sharded, ShardedOptimizer):
             if not math.isfinite(loss):
                 self._raise_nonfinite_loss(loss)
         elif sharded.num_skipped_steps:
-            since = not is_reported and num_images == 0 and does_nothing(self.config, sharded)
-            if since or did_nothing(self.config, sharded, step, self.num_steps):
-                raise nonfinite_steps(self.config, sharded, step, again=False)
+            since = not is_reported and num_images == 0 and does_nothing(self.config.engine, sharded)
+            if since or did_nothing(self.config.engine, sharded, step, self.num_steps):
+                raise self._nonfinite_steps(sharded, step, again=False)
+
+    def _nonfinite_steps(self, sharded: ShardedOptimizer, step: int, *, again: bool) -> FloatingPointError:
+        config = self.config
+        extremes = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).repeat(1, 1, 1, 3)
+        bad_inputs = ""
+        if not bool(self._normalize(extremes).isfinite().all()):
+            bad_inputs = f"pixels are not finite after data.mean {config.data.mean} and data.std {config.data.std}"
+        return nonfinite_steps(config.engine, sharded, step, init=config.init, bad_inputs=bad_inputs, again=again)
 
     def _raise_nonfinite_loss(self, loss: float) -> NoReturn:
+        config = self.config
         with whole_weights(self.engine):
-            raise nonfinite_loss(self.config, loss, self.step, self.model.named_parameters())
+            raise nonfinite_loss(config.engine, loss, self.step, self.model.named_parameters(), config.init)
 
     def _save_and_wait(self) -> None:
         self.save()
@@ -237,22 +332,27 @@ class Trainer:
 
     def start(self) -> None:
         """Open the run's reports and the stream of batches at the current step."""
+        config, ranks = self.config, self.ranks
+        if ranks.is_first:
+            facts = {"world_size": ranks.world_size, "num_replicas": self.num_replicas, "device": str(self.device)}
+            write_config(self.folder.path, config, facts)
         self.reports = Reports(
-            self.config,
             self.folder.path,
-            self.ranks,
+            ranks,
             step=self.step,
             num_steps=self.num_steps,
-            steps_per_epoch=self.loader.steps_per_epoch,
-            facts={"world_size": self.ranks.world_size, "num_replicas": self.num_replicas, "device": str(self.device)},
+            num_epochs=config.epochs,
+            num_classes=config.model.num_classes,
+            scales_loss=config.engine.precision == "fp16",
             routing=self.routing,
+            has_journal=config.journal.enabled,
             optimizer=self.sharded,
         )
-        if self.config.init and self.begun is None and self.config.optim.init_inertia and self.step == 0:
+        if config.init and self.begun is None and config.optim.init_inertia and self.step == 0:
             self._seed_state()
         self.batches = self.loader.batches(self.step)
         self.engine.train()
-        self.readings.stopwatch.read()
+        self.observer.stopwatch.read()
 
     def _seed_state(self) -> None:
         assert isinstance(self.sharded, ShardedOptimizer)
@@ -272,7 +372,7 @@ class Trainer:
         if (self.step + 1) % self.config.metrics.every_steps and self.step + 1 != self.num_steps:
             self.train_step()
             return
-        self.readings.flips.before_step()
+        self.observer.flips.before_step()
         hyperparameters = hyperparameters_of(self.optimizer)
         self.train_step()
         self._report(hyperparameters | driven_values(self.optimizer.param_groups))
@@ -296,7 +396,13 @@ class Trainer:
             self.seconds_to_stop = time.monotonic() - stop.seen_at if stop.seen_at is not None else 0.0
 
     def _out_of_memory(self, error: Exception) -> str:
-        return training_out_of_memory(error, self.config, num_replicas=self.num_replicas, device=self.device)
+        return training_out_of_memory(
+            error,
+            precision=self.config.engine.precision,
+            micro_batch_size=self.config.global_batch_size // self.num_replicas,
+            num_replicas=self.num_replicas,
+            device=self.device,
+        )
 
     def _run_steps(self, last: int, stop: StopWatcher) -> None:
         self.start()
@@ -341,20 +447,20 @@ class Trainer:
         accuracy = validate(self.model, self.validation_loader, self.config, self.device, must_stop)
         if accuracy is not None:
             self.reports.validation(self.step, accuracy, self.after_validation(self.step, accuracy))
-        self.readings.stopwatch.leave_out(time.perf_counter() - start)  # images/s are those of the steps
+        self.observer.stopwatch.leave_out(time.perf_counter() - start)  # images/s are those of the steps
 
     def _report(self, hyperparameters: dict[str, float]) -> None:
-        reading = self.readings.read(
+        report = self.observer.read(
             num_skipped_steps=lambda: self.num_skipped_steps,
             num_replaced=self.loader.num_replaced,
-            say=self.reports.say,
+            log=self.reports.say,
         )
-        train = reading.train
-        self.reports.train(self.step, reading, hyperparameters)
+        train = report.train
+        self.reports.train(self.step, report, hyperparameters)
         if train.num_images == 0 and isinstance(self.sharded, ShardedOptimizer):  # every step was skipped
             self._check_report(self.sharded)
         elif not math.isfinite(train.loss):
             if isinstance(self.sharded, ShardedOptimizer):  # which let no such gradient into its state
                 self._save_and_wait()
             self._raise_nonfinite_loss(train.loss)
-        self.reports.diagnostics(self.step, reading.diagnostics)
+        self.reports.diagnostics(self.step, report.diagnostics)

@@ -14,7 +14,7 @@ from bitfleet.launch.advise.theory import Snapshot, window
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
 from bitfleet.trainer.checkpoint.format import latest_checkpoint, read_meta
 from bitfleet.trainer.checkpoint.tensors import BITS, OPTIM
-from bitfleet.trainer.metrics.metrics import read_metrics
+from bitfleet.trainer.metrics import read_metrics
 
 FACTOR = 2.0
 """Measured and predicted are called alike within this factor."""

@@ -127,7 +127,7 @@ def _trained(
     labels = torch.randint(0, 1000, (MICRO_BATCH_SIZE,), device=device)
 
     def step() -> None:
-        backward(engine, nn.functional.cross_entropy(engine(images), labels), sharding)
+        backward(engine, nn.functional.cross_entropy(engine(images), labels), optimizer)
         engine.step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

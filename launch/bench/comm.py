@@ -87,6 +87,7 @@ class Contender:
             if bucket_numel:
                 sizes = {"reduce_bucket_size": bucket_numel, "allgather_bucket_size": bucket_numel}
                 options["zero_optimization"] |= sizes
+        self.optimizer = optimizer
         self.model = self.engine = create_engine(model, optimizer, schedules, options, device)
 
     def backward(self) -> None:
@@ -95,7 +96,7 @@ class Contender:
         if self.method == "ddp":
             torch.autograd.backward(loss)
         else:
-            backward(self.engine, loss, self.method)
+            backward(self.engine, loss, self.optimizer)
 
     def update(self) -> None:
         """What is left of the reduction, and the update; no gradient outlives it."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.metrics.metrics import JSONL
+from bitfleet.trainer.metrics import JSONL
 from bitfleet.trainer.ranks.collectives import Ranks, barrier, from_first_rank
 from bitfleet.trainer.trainer import Trainer
 

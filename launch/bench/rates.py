@@ -61,7 +61,7 @@ class _Probe:
         self.network = describe(config)
         torch.manual_seed(0)
         self.model = create_model(config.model).to(device)
-        if is_compiled(config, device, None):
+        if is_compiled(config.model.compile, device, config.engine.sharding, None):
             compile_network(self.model)
         self.micro_batch_size = max(2, config.global_batch_size // (config.num_replicas or ranks.world_size))
         size = config.data.image_size

@@ -67,10 +67,11 @@ def make_step(contender: str, network: str, images: Tensor, labels: Tensor, rank
     options = deepspeed_options(
         config, global_batch_size=batch, num_replicas=ranks.world_size, world_size=ranks.world_size
     )
-    engine = create_engine(model, shard(optimizer, config, ranks.world_size), schedules, options, images.device)
+    sharded = shard(optimizer, config, ranks.world_size)
+    engine = create_engine(model, sharded, schedules, options, images.device)
 
     def engine_step() -> None:
-        backward(engine, nn.functional.cross_entropy(engine(images), labels), config.sharding)
+        backward(engine, nn.functional.cross_entropy(engine(images), labels), sharded)
         engine.step()
 
     return engine_step

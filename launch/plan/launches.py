@@ -24,7 +24,7 @@ from bitfleet.optim.sharding.exchange import can_halve
 from bitfleet.optim.sharding.optimizer import BUCKET_NUMEL
 from bitfleet.trainer.config import TrainConfig, resolve_replicas
 from bitfleet.trainer.data import normalize
-from bitfleet.trainer.metrics.metrics import AccuracyMeter
+from bitfleet.trainer.metrics import AccuracyMeter
 
 FREE = (
     "_unsafe_view lift_fresh empty empty_like empty_strided new_empty new_empty_strided _local_scalar_dense"

@@ -119,19 +119,23 @@ def _build(config: TrainConfig, ranks: Ranks, device: torch.device, num_replicas
 
 
 def _step(
-    config: TrainConfig, engine: Any, statistics: RunningStatistics, device: torch.device, generator: torch.Generator
+    config: TrainConfig,
+    engine: Any,
+    optimizer: Optimizer,
+    statistics: RunningStatistics,
+    device: torch.device,
+    generator: torch.Generator,
 ) -> float:
     """One optimizer step on random images; the loss of its first micro-batch."""
     losses = []
     size = config.data.image_size
     for _ in range(engine.gradient_accumulation_steps()):
-        statistics.start_replica()
-        images = torch.randn(MICRO_BATCH, 3, size, size, generator=generator)
-        labels = torch.randint(config.model.num_classes, (MICRO_BATCH,), generator=generator)
-        logits: Tensor = engine(images.to(device).contiguous(memory_format=torch.channels_last))
-        loss = nn.functional.cross_entropy(logits.float(), labels.to(device))
-        backward(engine, loss, config.engine.sharding)
-        statistics.end_replica()
+        with statistics.replica():
+            images = torch.randn(MICRO_BATCH, 3, size, size, generator=generator)
+            labels = torch.randint(config.model.num_classes, (MICRO_BATCH,), generator=generator)
+            logits: Tensor = engine(images.to(device).contiguous(memory_format=torch.channels_last))
+            loss = nn.functional.cross_entropy(logits.float(), labels.to(device))
+            backward(engine, loss, optimizer)
         engine.step()
         losses.append(loss.detach())
     statistics.end_step()
@@ -151,7 +155,7 @@ def _try_steps(
     generator = torch.Generator().manual_seed(ranks.rank)
     parts.engine.train()
     statistics = RunningStatistics(model, num_replicas)
-    losses = [_step(config, parts.engine, statistics, device, generator) for _ in range(NUM_STEPS)]
+    losses = [_step(config, parts.engine, parts.optimizer, statistics, device, generator) for _ in range(NUM_STEPS)]
     optimizer = parts.optimizer
     checked = ""
     if isinstance(optimizer, ShardedOptimizer):

@@ -15,7 +15,7 @@ from bitfleet.launch.report.sweep_parts import belong_together, join
 from bitfleet.launch.report.sweep_reader import CSV, read_sweep
 from bitfleet.launch.report.sweep_results import SweepResults
 from bitfleet.launch.report.sweep_section import sweep_section
-from bitfleet.trainer.metrics.metrics import JSONL
+from bitfleet.trainer.metrics import JSONL
 from bitfleet.trainer.run.folder import CONFIG
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bitfleet.launch.report.sweep_results import Curve
-from bitfleet.trainer.metrics.loss_watch import LossWatch
-from bitfleet.trainer.metrics.metrics import JSONL, read_metrics
+from bitfleet.trainer.metrics import JSONL, LossWatch, read_metrics
 from bitfleet.trainer.run.folder import CONFIG
 
 DIAGNOSTICS = ("dead_band", "never_flipped", "oscillators", "sign_agreement")

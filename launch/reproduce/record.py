@@ -14,7 +14,7 @@ from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
 from bitfleet.trainer.checkpoint.format import latest_checkpoint, step_of, verify
 from bitfleet.trainer.checkpoint.tensors import BITS, MODEL, Tensors
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.metrics.metrics import JSONL, read_metrics
+from bitfleet.trainer.metrics import JSONL, read_metrics
 from bitfleet.trainer.run.folder import CONFIG, read_config
 
 

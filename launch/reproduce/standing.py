@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from bitfleet.launch.reproduce.curves import Curve, Point, expected_at
-from bitfleet.trainer.metrics.metrics import Accuracy
+from bitfleet.trainer.metrics import Accuracy
 
 Word = Literal["on track", "off", "too early", "no curve"]
 

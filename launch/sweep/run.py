@@ -13,7 +13,7 @@ from bitfleet.launch.sweep.pool import Ended, Job, run_jobs
 from bitfleet.launch.sweep.table import HOW, JSON, flatten, write_question, write_table
 from bitfleet.launch.text import clock
 from bitfleet.trainer.config import to_dict
-from bitfleet.trainer.metrics.metrics import read_metrics
+from bitfleet.trainer.metrics import read_metrics
 from bitfleet.trainer.ranks.exit_codes import REQUEUE
 from bitfleet.trainer.run.files import lock_run
 from bitfleet.trainer.run.folder import CONFIG, read_config

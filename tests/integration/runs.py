@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
 from bitfleet.trainer.checkpoint.format import checkpoints, verify
-from bitfleet.trainer.metrics.metrics import read_metrics
+from bitfleet.trainer.metrics import read_metrics
 
 TRAIN = "launch/train.py"
 NUM_STEPS = 30  # 12 steps an epoch: two and a half epochs

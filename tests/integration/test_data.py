@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bitfleet.trainer.metrics.metrics import read_metrics
+from bitfleet.trainer.metrics import read_metrics
 from tests.conftest import BIN, Launch, run_command
 from tests.integration.runs import TRAIN, assert_same_bits, failed, final_tensors
 

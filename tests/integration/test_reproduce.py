@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bitfleet.launch.reproduce.command import reproduce
-from bitfleet.trainer.metrics.metrics import read_metrics
+from bitfleet.trainer.metrics import read_metrics
 from tests.conftest import BIN, Launch, run_command
 
 pytestmark = pytest.mark.slow

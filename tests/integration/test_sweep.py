@@ -15,7 +15,7 @@ import pytest
 
 from bitfleet.launch.parsing.options import take_option
 from bitfleet.trainer.checkpoint.format import checkpoints
-from bitfleet.trainer.metrics.metrics import read_metrics
+from bitfleet.trainer.metrics import read_metrics
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.slow

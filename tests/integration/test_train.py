@@ -13,7 +13,7 @@ import safetensors.torch
 from bitfleet.launch.advise.run import advise_run
 from bitfleet.models import ModelConfig, create_model
 from bitfleet.trainer.checkpoint.format import checkpoints
-from bitfleet.trainer.metrics.metrics import read_metrics
+from bitfleet.trainer.metrics import read_metrics
 from tests.conftest import BIN, Launch, free_port, run_command
 from tests.integration.runs import NUM_STEPS, TRAIN, assert_same_bits, failed, final_tensors, final_weights
 

@@ -23,7 +23,7 @@ from bitfleet.launch.parsing.arguments import parse_train
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
 from bitfleet.trainer.checkpoint.format import checkpoints
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.metrics.metrics import read_metrics
+from bitfleet.trainer.metrics import read_metrics
 from bitfleet.trainer.trainer import Trainer
 
 RECORDED = Path(__file__).parents[1] / "golden" / "recorded.json"

@@ -21,7 +21,7 @@ from bitfleet.trainer.checkpoint.saver import Saver
 from bitfleet.trainer.config import MACHINE, TrainConfig, from_dict, to_dict
 from bitfleet.trainer.data import decoder_of
 from bitfleet.trainer.engine.engine import load_engine, whole_weights
-from bitfleet.trainer.metrics.metrics import read_metrics
+from bitfleet.trainer.metrics import read_metrics
 from bitfleet.trainer.ranks.collectives import Ranks, sum_of_numbers
 from bitfleet.trainer.run.folder import RunFolder, checkpoint_disk, versions
 from bitfleet.trainer.run.stop import AGREE_SECONDS

@@ -7,7 +7,7 @@ from bitfleet.optim import Seeding, ShardedOptimizer
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import TrainLoader, normalize
 from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
-from bitfleet.trainer.engine.engine import autocast
+from bitfleet.trainer.engine.engine import autocast, scaled_loss
 
 SEEDING_STEPS = 8
 """Steps whose gradients seed an optimizer's state: enough to know the size of a gradient within a third."""
@@ -48,13 +48,11 @@ def seed_state(
             break
         for _ in range(num_micro_batches):
             images, labels = next(batches)
-            statistics.start_replica()
-            with autocast(device, config.engine.precision):
-                logits: Tensor = model(normalize(images, config.data.mean, config.data.std))
-            loss = nn.functional.cross_entropy(logits.float(), labels)
-            scale = sharded.loss_scale
-            torch.autograd.backward(loss if scale is None else loss * scale.value)
-            statistics.end_replica()
+            with statistics.replica():
+                with autocast(device, config.engine.precision):
+                    logits: Tensor = model(normalize(images, config.data.mean, config.data.std))
+                loss = nn.functional.cross_entropy(logits.float(), labels)
+                torch.autograd.backward(scaled_loss(loss, sharded))
         seeding.take()
         statistics.end_step(updated=False)
     start = f"began from {config.init}: the state of the optimizer was"

@@ -5,6 +5,9 @@ running statistics are the mean over all replicas, as Keras' are under the paper
 buffers: without this each rank would validate another network.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +18,8 @@ from bitfleet.trainer.ranks.collectives import gather_from_ranks
 class RunningStatistics:
     """All floating-point buffers of a model, read and written as one flat tensor.
 
-    They stay tensors of their own: as views of one, torch.compile would have to treat them as aliases of each other. Call
-    `start_replica` before and `end_replica` after each micro-batch, then `end_step` once.
+    They stay separate tensors: as views of one, torch.compile would have to treat them as aliases of each other. Run each
+    micro-batch inside `replica`, then call `end_step` once.
     """
 
     def __init__(self, model: nn.Module, num_replicas: int) -> None:
@@ -46,18 +49,17 @@ class RunningStatistics:
         else:
             torch._foreach_sub_(self._counters, number)
 
-    @torch.no_grad()
-    def start_replica(self) -> None:
-        """Begin where the step began."""
-        if self._start is None:
-            self._start = self._read()
-        else:
-            self._write_(self._start)
-
-    @torch.no_grad()
-    def end_replica(self) -> None:
-        """Keep this replica's statistics for the mean."""
-        self._replicas.append(self._read())
+    @contextmanager
+    def replica(self) -> Iterator[None]:
+        """Start from the statistics of the start of the step, and keep those of this micro-batch for the mean."""
+        with torch.no_grad():
+            if self._start is None:
+                self._start = self._read()
+            else:
+                self._write_(self._start)
+        yield
+        with torch.no_grad():
+            self._replicas.append(self._read())
 
     @torch.no_grad()
     def end_step(self, updated: bool | Tensor = True) -> None:

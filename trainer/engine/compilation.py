@@ -1,7 +1,6 @@
-"""Whether a run's network is compiled, and when its compiled code is used."""
+"""Decide whether a run's network is compiled, and when its compiled code is used."""
 
 import warnings
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,24 +11,23 @@ from torch.optim import Optimizer
 from bitfleet.models.compilation import problem_of_compiling
 from bitfleet.optim import ShardedOptimizer
 from bitfleet.optim.param_groups import starts_real
-from bitfleet.trainer.checkpoint.checkpoints import was_compiled
-from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.ranks.collectives import objects_from_ranks
 
 
-def is_compiled(config: TrainConfig, device: torch.device, begun: Mapping[str, Any] | None) -> bool:
-    """What `model.compile` comes to, the same on all ranks; every rank calls this.
+def is_compiled(compile: str, device: torch.device, sharding: str, was_compiled: bool | None) -> bool:
+    """Return whether the network is compiled, the same on all ranks; every rank calls this.
 
-    Where one of the ranks cannot compile, none does, after one warning.
+    If one of the ranks cannot compile, none does, after one warning.
 
     Args:
-        config: the run.
+        compile: `model.compile` of the run: "on", "off" or "auto".
         device: where the model runs.
-        begun: meta.json of the checkpoint that is continued; None for a new run.
+        sharding: of the run.
+        was_compiled: whether that of the checkpoint to resume from was; None for a new run.
     """
-    wanted = config.model.compile == "on"
-    if config.model.compile == "auto":
-        wanted = was_compiled(begun) if begun else device.type == "cuda" and config.engine.sharding != "zero3"
+    wanted = compile == "on"
+    if compile == "auto":
+        wanted = device.type == "cuda" and sharding != "zero3" if was_compiled is None else was_compiled
     if not wanted:
         return False
     problems = objects_from_ranks(problem_of_compiling(device))
@@ -43,7 +41,7 @@ def is_compiled(config: TrainConfig, device: torch.device, begun: Mapping[str, A
 
 
 def eager_on_real_weights(compiled: bool, device: torch.device, optimizer: Optimizer) -> AbstractContextManager[Any]:
-    """Inside, a compiled network runs in eager torch if its binary weights are still real: its kernels of a CPU know bits only.
+    """Run a compiled network in eager torch inside if its binary weights are still real: the kernels of a CPU know bits only.
 
     Args:
         compiled: whether the network is.

@@ -13,6 +13,7 @@ from typing import Any
 import pydantic
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from bitfleet.optim import HyperparameterScheduler, RoutedOptimizer, Schedule, ShardedOptimizer
 from bitfleet.trainer.engine.config import AUTOCAST, EngineConfig
@@ -33,13 +34,19 @@ def shard(optimizer: RoutedOptimizer, config: EngineConfig, num_replicas: int) -
     )
 
 
-def backward(engine: Any, loss: Tensor, sharding: str) -> None:
-    """Backward of a micro-batch; with sharding "bits" the optimizer reduces the gradients and divides by the replicas."""
-    if sharding == "bits":
+def backward(engine: Any, loss: Tensor, optimizer: Optimizer) -> None:
+    """Run the backward pass of a micro-batch; a `ShardedOptimizer` reduces the gradients and divides by the replicas itself."""
+    if isinstance(optimizer, ShardedOptimizer):
         with engine.no_sync():
-            engine.backward(loss, scale_wrt_gas=False)
+            engine.backward(scaled_loss(loss, optimizer), scale_wrt_gas=False)
     else:
         engine.backward(loss)
+
+
+def scaled_loss(loss: Tensor, optimizer: ShardedOptimizer) -> Tensor:
+    """Return what backward starts from: under fp16 the loss times its scale."""
+    scale = optimizer.loss_scale
+    return loss if scale is None else loss * scale.value
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

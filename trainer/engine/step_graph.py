@@ -5,24 +5,18 @@ running statistics, meters, the reduction. The second holds the update. In betwe
 it learns whether the step before was skipped, counts, and sends the rates of this step. Both read nothing from the host.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitfleet.optim import RoutedOptimizer, ShardedOptimizer
 from bitfleet.optim.rules.rule import RULES
-from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.data import normalize
-from bitfleet.trainer.data.request import Batch
-from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
-from bitfleet.trainer.engine.engine import autocast
-from bitfleet.trainer.engine.train_step import TrainStep
-from bitfleet.trainer.metrics.readings import Readings
 from bitfleet.trainer.ranks.collectives import Ranks
 
+Batch = tuple[Tensor, Tensor]
 WARM_UP_STEPS = 4
 """Eager steps first: they compile kernels, choose convolution algorithms, and make the first update of every parameter."""
 
@@ -106,35 +100,53 @@ def check_can_capture(ranks: Ranks, device: torch.device, optimizer: RoutedOptim
             )
 
 
+class Step(Protocol):
+    """What an optimizer step is made of; `trainer.TrainStep` is one."""
+
+    num_micro_batches: int
+
+    def run(self, batches: Iterator[Batch]) -> None:
+        """Make an eager step of the next batches."""
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """Return the next micro-batch."""
+
+    def accumulate(self, micro_batches: Sequence[Batch]) -> None:
+        """Run forward and backward of all micro-batches of a step, without DeepSpeed's engine."""
+
+    def settle(self, updated: bool | Tensor) -> None:
+        """Set running statistics and meters to those after the step; `updated` says whether it was skipped."""
+
+    def end_backward(self) -> None:
+        """Note on the host that forward and backward are over."""
+
+    def end_step(self) -> None:
+        """Note on the host that the step is over."""
+
+
 class GraphedStep:
-    """Makes optimizer steps like `TrainStep`, from the `WARM_UP_STEPS`-th on by replaying graphs.
+    """Makes optimizer steps, from the `WARM_UP_STEPS`-th on by replaying graphs.
 
     Args:
-        eager: makes the first steps, and says what a step is made of.
-        config: the run.
-        model: the network, whose parameters `optimizer` has.
+        step: makes the first steps, and says what a step is made of.
         optimizer: sharded, of a single rank; it `defers`.
-        statistics: of the network's BatchNorms.
-        readings: meters of the run.
         end_step: called after each replayed step: schedules move on.
         recorder: captures.
+        network: name, for messages.
     """
 
     def __init__(
         self,
-        eager: TrainStep,
-        config: TrainConfig,
-        model: nn.Module,
+        step: Step,
         optimizer: ShardedOptimizer,
-        statistics: RunningStatistics,
-        readings: Readings,
         end_step: Callable[[], None],
         recorder: Recorder,
+        network: str,
     ) -> None:
         assert optimizer.defers
         optimizer.keeps_gradients = True
-        self._eager, self._config, self._model, self._optimizer = eager, config, model, optimizer
-        self._statistics, self._readings, self._end_step, self._recorder = statistics, readings, end_step, recorder
+        self._step, self._optimizer, self._network = step, optimizer, network
+        self._end_step, self._recorder = end_step, recorder
         self._num_eager = 0
         self._inputs: list[Batch] = []
         self._collect: Graph | None = None
@@ -149,38 +161,29 @@ class GraphedStep:
         with self._recorder.on_stream():
             if self._num_eager < WARM_UP_STEPS:
                 self._num_eager += 1
-                self._eager.run(batches)
+                self._step.run(batches)
                 return
             self._read(batches)
             if self._collect is None:
                 self._collect = self._captured(self._forward_and_backward)
             self._collect.replay()
-            self._readings.own_time.end()
+            self._step.end_backward()
             if self._optimizer.prepare([[True] * len(bucket.segments) for bucket in self._optimizer.buckets]):
                 self._update_graph().replay()
             self._end_step()
-            self._readings.own_time.end_step()
+            self._step.end_step()
 
     def _read(self, batches: Iterator[Batch]) -> None:
         """Copy the next micro-batches to where the graph reads them."""
-        for place in range(self._eager.num_micro_batches):
-            batch = self._eager.next_batch(batches)
+        for place in range(self._step.num_micro_batches):
+            batch = self._step.next_batch(batches)
             if place == len(self._inputs):
                 self._inputs.append((batch[0].clone(), batch[1].clone()))
             for mine, new in zip(self._inputs[place], batch, strict=True):
                 mine.copy_(new, non_blocking=True)
 
     def _forward_and_backward(self) -> None:
-        config, meter, precision = self._config, self._readings.meter, self._config.engine.precision
-        meter.keep()
-        for images, labels in self._inputs:
-            self._statistics.start_replica()
-            with autocast(images.device, precision):
-                logits: Tensor = self._model(normalize(images, config.data.mean, config.data.std))
-            loss = nn.functional.cross_entropy(logits.float(), labels)
-            torch.autograd.backward(self._eager.scaled(loss))
-            self._statistics.end_replica()
-            meter.add(loss, logits.detach(), labels)
+        self._step.accumulate(self._inputs)
         unused = [
             segment.name
             for bucket in self._optimizer.buckets
@@ -192,8 +195,7 @@ class GraphedStep:
                 f"engine.cuda_graph needs a gradient of every parameter in every step, and {unused[0]} got none: leave it out"
             )
         self._optimizer.collect()
-        self._statistics.end_step(self._optimizer.finite)
-        meter.end_step(self._optimizer.finite)
+        self._step.settle(self._optimizer.finite)
 
     def _update_graph(self) -> Graph:
         """The update, and with what observes it in a logging step: captured when it is first needed."""
@@ -210,5 +212,5 @@ class GraphedStep:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"engine.cuda_graph cannot capture the step of {self._config.model.name}: {reason}; leave it out"
+                f"engine.cuda_graph cannot capture the step of {self._network}: {reason}; leave it out"
             ) from error

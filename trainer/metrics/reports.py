@@ -3,83 +3,116 @@
 Rank 0 writes, the others have the same object; of the flip journal each writes its share.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
 
-from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.journal.writer import open_journal
-from bitfleet.trainer.metrics.loss_watch import LossWatch
-from bitfleet.trainer.metrics.metrics import Accuracy, MetricsWriter, read_metrics
+from bitfleet.trainer.metrics.accuracy import Accuracy
 from bitfleet.trainer.metrics.progress import Progress
-from bitfleet.trainer.metrics.readings import Reading
+from bitfleet.trainer.metrics.step_observer import StepReport
+from bitfleet.trainer.metrics.writer import MetricsWriter, read_metrics
 from bitfleet.trainer.ranks.collectives import Ranks, from_first_rank
-from bitfleet.trainer.run.folder import write_config
+
+FACTOR = 100.0
+"""Two orders of magnitude."""
+SMALLEST_PART = 0.1
+"""Of the loss of guessing: a loss that is smaller still does not lower what others are compared with, or noise would count."""
+
+
+class LossWatch:
+    """Compares each reported loss with the smallest one before it, and with the loss of guessing.
+
+    Args:
+        num_classes: whose guessing has the loss log(num_classes): what a network begins with, or soon reaches.
+        earlier: losses that the run has reported before, as when it is continued; None for a report without images.
+    """
+
+    def __init__(self, num_classes: int, earlier: Iterable[float | None] = ()) -> None:
+        guessing = math.log(max(num_classes, 2))
+        self._floor, self._smallest, self._said = SMALLEST_PART * guessing, guessing, 0.0
+        for loss in earlier:
+            if loss is not None:
+                self.sentence(0, loss)
+
+    def sentence(self, step: int, loss: float) -> str:
+        """Return what is to be said of the loss up to `step`: once for every two orders of magnitude, else ""."""
+        self._smallest = min(self._smallest, max(loss, self._floor))
+        if not loss >= FACTOR * max(self._smallest, self._said):
+            return ""
+        self._said = loss
+        return (
+            f"the training loss grew to {loss:.3g} at step {step:,}, {loss / self._smallest:,.0f} times the smallest before it "
+            f"({self._smallest:.3g}): the run diverges, a lower learning rate or threshold schedule is needed"
+        )
 
 
 class Reports:
-    """Opens the files of a run at `step`; what an earlier part of it wrote after that is dropped.
+    """Open the files of a run at `step`; what an earlier part of it wrote after that is dropped.
 
     Args:
-        config: the run.
-        path: its folder.
+        path: the run folder, with its config.json.
         ranks: this process's place.
         step: optimizer steps done.
-        num_steps: of the whole run.
-        steps_per_epoch: global batches in an epoch.
-        facts: for config.json.
+        num_steps: length of the run in steps.
+        num_epochs: length of the run in epochs.
+        num_classes: that the network tells apart.
+        scales_loss: whether fp16 looks for its loss scale by skipping steps.
         routing: the table of parameters.
-        optimizer: what the journal, if there is one, hears of flips from.
+        has_journal: whether flips are written into a journal.
+        optimizer: tells the journal of its flips.
 
     Raises:
-        ValueError: the journal cannot be begun.
+        ValueError: the journal cannot be started.
     """
 
     def __init__(
         self,
-        config: TrainConfig,
         path: Path,
         ranks: Ranks,
         *,
         step: int,
         num_steps: int,
-        steps_per_epoch: int,
-        facts: dict[str, Any],
+        num_epochs: int,
+        num_classes: int,
+        scales_loss: bool,
         routing: str,
+        has_journal: bool,
         optimizer: Optimizer,
     ) -> None:
         self.latest: dict[str, dict[str, float | str | None]] = {}
         """The last line of "train" and of "validation", on rank 0."""
-        self._config, self._steps_per_epoch = config, steps_per_epoch
+        self._num_epochs, self._steps_per_epoch = num_epochs, num_steps // num_epochs
+        self._scales_loss = scales_loss
         self._log: MetricsWriter | None = None
         if ranks.is_first:
-            write_config(path, config, facts)
             self._log = MetricsWriter(path, step)
             self._log.write_text("config", (path / "config.json").read_text())
             self._log.write_text("routing", routing)
             lines = [line for line in read_metrics(path) if line["kind"] in ("train", "validation")]
             losses = [line["loss"] for line in lines if line["kind"] == "train"]
-            self._loss_watch = LossWatch(config.model.num_classes, losses)
+            self._loss_watch = LossWatch(num_classes, losses)
             self.latest = {line.pop("kind"): line for line in lines}
-        self._journal = open_journal(config.journal.enabled, path, ranks, optimizer)
+        self._journal = open_journal(has_journal, path, ranks, optimizer)
         self._progress = Progress(
-            start_step=step, num_steps=num_steps, steps_per_epoch=steps_per_epoch, visible=ranks.is_first
+            start_step=step, num_steps=num_steps, steps_per_epoch=self._steps_per_epoch, visible=ranks.is_first
         )
 
     def has_validation(self, step: int) -> bool:
         """Whether the validation after `step` has been reported; every rank calls this."""
         return bool(from_first_rank(self.latest.get("validation", {}).get("step") == step))
 
-    def train(self, step: int, reading: Reading, hyperparameters: Mapping[str, float]) -> None:
+    def train(self, step: int, report: StepReport, hyperparameters: Mapping[str, float]) -> None:
         """Report training since the last report: means, what else was read, and the time that it took.
 
         Where every step was skipped there are no means: they are None.
         """
         if self._log is None:
             return
-        accuracy, further, speed = reading.train, reading.further, reading.images_per_second
+        accuracy, further, speed = report.train, report.further, report.images_per_second
         has_means = accuracy.num_images > 0
         values: dict[str, float | str | None] = {
             "loss": accuracy.loss if has_means else None,
@@ -89,8 +122,8 @@ class Reports:
             **hyperparameters,
             **further,
             "images_per_second": speed,
-            "data_wait_seconds": reading.data_seconds,
-            "seconds": reading.seconds,
+            "data_wait_seconds": report.data_seconds,
+            "seconds": report.seconds,
         }
         self._write("train", step, values)
         self._progress.update(
@@ -108,7 +141,7 @@ class Reports:
         """Report a validation, and say `remark` after it."""
         self._write("validation", step, accuracy._asdict())
         self._progress.say(
-            f"epoch {step // self._steps_per_epoch}/{self._config.epochs}: validation loss {accuracy.loss:.3f} "
+            f"epoch {step // self._steps_per_epoch}/{self._num_epochs}: validation loss {accuracy.loss:.3f} "
             f"top-1 {accuracy.top1:.2%} top-5 {accuracy.top5:.2%} ({accuracy.num_images:,} images)"
         )
         if remark:
@@ -117,7 +150,7 @@ class Reports:
     def skipped(self, step: int, num_skipped: int) -> None:
         """Say at the end how many of the run's `step` steps were skipped, if any."""
         if num_skipped:
-            why = ", as fp16 needs to find its loss scale" if self._config.engine.precision == "fp16" else ""
+            why = ", as fp16 needs to find its loss scale" if self._scales_loss else ""
             self._progress.say(
                 f"{num_skipped:,} of {step:,} steps were skipped, because a gradient was not finite{why}"
             )

@@ -1,56 +1,11 @@
-"""Which rank holds the others up: the time that each spends on its own work, without what it waits for the others."""
+"""Find the rank that holds the others up, by the time that each spends on its own work."""
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 SLOW_RATIO = 1.5
 REPORTS_IN_A_ROW = 3
-
-
-class OwnTime:
-    """Seconds that this rank needs for loading, forward and backward; in what follows, ranks wait for each other.
-
-    On a GPU the clock is that of its stream. With engine.sharding none and zero1 to zero3 DeepSpeed reduces inside of backward,
-    so the waiting is in it and the ranks look alike.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._seconds = 0.0
-        self._begun = 0.0
-        self._num_steps = 0
-
-    def begin(self) -> None:
-        """A micro-batch begins."""
-        if self._on_gpu:
-            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-            self._events[-1][0].record()
-        self._begun = time.perf_counter()
-
-    def end(self) -> None:
-        """Its backward is over."""
-        if self._on_gpu:
-            self._events[-1][1].record()
-        else:
-            self._seconds += time.perf_counter() - self._begun
-
-    def end_step(self) -> None:
-        """All micro-batches of an optimizer step are over."""
-        self._num_steps += 1
-
-    def read(self) -> float:
-        """Seconds a step, since the last reading; on a GPU this waits for it."""
-        for first, last in self._events:
-            last.synchronize()
-            self._seconds += first.elapsed_time(last) / 1000
-        result = self._seconds / max(self._num_steps, 1)
-        self._events, self._seconds, self._num_steps = [], 0.0, 0
-        return result
 
 
 class Spread(NamedTuple):

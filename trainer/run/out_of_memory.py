@@ -6,8 +6,6 @@ import socket
 import psutil
 import torch
 
-from bitfleet.trainer.config import TrainConfig
-
 _GPU = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 _CPU = ("DefaultCPUAllocator", "Cannot allocate memory", "std::bad_alloc")
 """Parts of the text of a RuntimeError that is about memory: of a GPU, or of the machine."""
@@ -36,28 +34,28 @@ def out_of_memory(error: BaseException) -> str:
 
 
 def training_out_of_memory(
-    error: BaseException, config: TrainConfig, *, num_replicas: int, device: torch.device
+    error: BaseException, *, precision: str, micro_batch_size: int, num_replicas: int, device: torch.device
 ) -> str:
-    """Say in a sentence which batch did not fit, and what to change.
+    """Return a sentence that says which batch did not fit, and what to change.
 
     Args:
         error: for which `is_out_of_memory` holds.
-        config: of the run; its precision is the one that it computes in.
+        precision: that the run computes in.
+        micro_batch_size: images.
         num_replicas: micro-batches per step over all ranks.
         device: of this rank.
     """
-    images = config.global_batch_size // num_replicas
     # On a GPU everything that torch has there, on a CPU what the process holds.
     on_gpu = device.type == "cuda"
     taken = torch.cuda.max_memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss
     ways = [
-        *_more_replicas(images, num_replicas),
+        *_more_replicas(micro_batch_size, num_replicas),
         "a smaller --global_batch_size",
-        *(["--engine.precision bf16"] if config.engine.precision in ("fp32", "tf32") else []),
+        *(["--engine.precision bf16"] if precision in ("fp32", "tf32") else []),
         "in a validation --data.val_batch_size",
     ]
     return (
-        f"{out_of_memory(error)}: a rank trains on {images:,} images at a time in {config.engine.precision}, "
+        f"{out_of_memory(error)}: a rank trains on {micro_batch_size:,} images at a time in {precision}, "
         f"{taken / 1e9:,.1f} GB are allocated; what helps: {', '.join(ways)}"
     )
 

@@ -36,6 +36,8 @@ def with_users_paths(config: Config) -> Config:
             new: Any = with_users_paths(value)
         elif isinstance(value, Path):
             new = users_path(value)
+        elif isinstance(value, tuple) and any(isinstance(each, Path) for each in value):
+            new = tuple(map(users_path, value))
         elif isinstance(value, str) and field.name in TEXTS and value.startswith("~"):
             new = str(users_path(value))
         else:

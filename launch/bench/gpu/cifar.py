@@ -13,7 +13,7 @@ from bitfleet.launch.bench.gpu.session import Session
 from bitfleet.launch.bench.gpu.trainer import tiny_fields, variants_of, varied, write_random_images
 from bitfleet.optim import ShardedOptimizer
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.metrics.metrics import Accuracy
+from bitfleet.trainer.metrics import Accuracy
 from bitfleet.trainer.ranks.collectives import Ranks
 from bitfleet.trainer.run.stop import STOP_FILE
 from bitfleet.trainer.trainer import Trainer

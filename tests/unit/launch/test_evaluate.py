@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bitfleet.launch.evaluate import format_evaluation
 from bitfleet.trainer.evaluate import Evaluation
-from bitfleet.trainer.metrics.metrics import Accuracy
+from bitfleet.trainer.metrics import Accuracy
 
 PLACE = Path("runs/x/checkpoints/step-00000001")
 GOOD = Accuracy(loss=1.5, top1=0.572, top5=0.8, num_images=50_000)

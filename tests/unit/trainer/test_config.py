@@ -7,7 +7,7 @@ from bitfleet.configs import available, load_config
 from bitfleet.optim import OptimConfig, TransitionConfig
 from bitfleet.trainer.config import from_dict, resolve_replicas, to_dict, with_precision
 from bitfleet.trainer.engine.config import EngineConfig
-from bitfleet.trainer.metrics.metrics import MetricsConfig
+from bitfleet.trainer.metrics import MetricsConfig
 
 
 @pytest.mark.parametrize("name", available())

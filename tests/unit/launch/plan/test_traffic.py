@@ -44,9 +44,8 @@ def counted_bytes(config: TrainConfig, world_size: int) -> float:
     statistics = RunningStatistics(model, world_size)
     for _ in range(2):
         with CollectiveCounter(world_size) as counter:
-            statistics.start_replica()
-            torch.autograd.backward(model(torch.randn(8 // world_size, 3, 32, 32)).square().mean())
-            statistics.end_replica()
+            with statistics.replica():
+                torch.autograd.backward(model(torch.randn(8 // world_size, 3, 32, 32)).square().mean())
             optimizer.step()
             statistics.end_step()
     return counter.sent_bytes

@@ -15,7 +15,7 @@ from bitfleet.optim import ShardedOptimizer, build_optimizer
 from bitfleet.trainer.checkpoint.format import model_signature
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.engine.config import EngineConfig
-from bitfleet.trainer.metrics.metrics import MetricsConfig
+from bitfleet.trainer.metrics import MetricsConfig
 
 BUCKETS = [BucketShape(("a", "b"), 1024, True, 2), BucketShape(("c",), 128, False, 2)]
 

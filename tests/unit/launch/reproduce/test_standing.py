@@ -2,7 +2,7 @@ import pytest
 
 from bitfleet.launch.reproduce.curves import expected_curve
 from bitfleet.launch.reproduce.standing import sentence, stand, watcher
-from bitfleet.trainer.metrics.metrics import Accuracy
+from bitfleet.trainer.metrics import Accuracy
 from tests.unit.launch.reproduce.test_curves import CURVE
 
 

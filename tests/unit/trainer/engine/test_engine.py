@@ -166,12 +166,13 @@ def test_engine_computes_in_the_precision_and_scales_no_loss(precision: Any, dty
     model = create_model(ModelConfig(name="birealnet_small", width=8, num_classes=4))
     optimizer, schedules = build_optimizer(model, OptimConfig(), num_steps=10)
     settings = deepspeed_options(EngineConfig(precision=precision), global_batch_size=4, num_replicas=1, world_size=1)
-    engine = create_engine(model, ShardedOptimizer(optimizer), schedules, settings, torch.device("cpu"))
+    sharded = ShardedOptimizer(optimizer)
+    engine = create_engine(model, sharded, schedules, settings, torch.device("cpu"))
     images, labels = torch.randn(4, 3, 28, 28), torch.tensor([0, 1, 2, 3])
     logits: torch.Tensor = engine(images)
     assert logits.dtype == dtype
     loss = torch.nn.functional.cross_entropy(logits.float(), labels)
-    backward(engine, loss, "bits")
+    backward(engine, loss, sharded)
     assert engine.torch_autocast_z0_gradscaler is None
     with autocast(torch.device("cpu"), precision):
         assert model.eval()(images).dtype == dtype

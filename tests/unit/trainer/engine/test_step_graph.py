@@ -15,13 +15,13 @@ from bitfleet.models import create_model
 from bitfleet.optim import HyperparameterScheduler, ShardedOptimizer, build_optimizer, linear
 from bitfleet.optim.kernels import kernels
 from bitfleet.trainer.config import TrainConfig
+from bitfleet.trainer.data import normalize
 from bitfleet.trainer.data.request import Batch
 from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
 from bitfleet.trainer.engine.step_graph import WARM_UP_STEPS, GraphedStep, check_can_capture
-from bitfleet.trainer.engine.train_step import TrainStep
-from bitfleet.trainer.metrics.flips import SlicedFlips
-from bitfleet.trainer.metrics.readings import Readings
+from bitfleet.trainer.metrics.step_observer import SlicedFlips, StepObserver
 from bitfleet.trainer.ranks.collectives import Ranks
+from bitfleet.trainer.trainer import TrainStep
 from tests.host_reads import HostReads
 from tests.recorder import OperatorRecorder, Recording
 
@@ -69,14 +69,21 @@ class Run:
         engine: Any = Engine(self.model, self.optimizer, HyperparameterScheduler(plain, schedules))
         self.statistics = RunningStatistics(self.model, num_micro_batches)
         self.flips = SlicedFlips(self.optimizer)
-        self.readings = Readings(config, ALONE, CPU, self.flips)
-        parts = (self.statistics, self.readings)
-        self.step: TrainStep | GraphedStep = TrainStep(config, engine, self.optimizer, *parts, num_micro_batches)
+        self.observer = StepObserver(ALONE, CPU, self.flips, counts_replaced=False)
+        self.step: TrainStep | GraphedStep
+        self.step = step = TrainStep(
+            engine,
+            self.model,
+            self.optimizer,
+            self.statistics,
+            self.observer,
+            normalize=lambda images: normalize(images, config.data.mean, config.data.std),
+            precision="fp32",
+            num_micro_batches=num_micro_batches,
+        )
         if graphed:
             scheduler = engine.lr_scheduler
-            self.step = GraphedStep(
-                self.step, config, self.model, self.optimizer, *parts, scheduler.step, OperatorRecorder()
-            )
+            self.step = GraphedStep(step, self.optimizer, scheduler.step, OperatorRecorder(), config.model.name)
         self.model.train()
 
     def batches(self, bad: set[int]) -> Iterator[Batch]:
@@ -100,7 +107,7 @@ class Run:
         return {
             **self.model.state_dict(),
             **moments,
-            "meter": self.readings.meter._sums,
+            "meter": self.observer.meter._sums,
             "scale": self.optimizer.loss_scale.value,
         }
 
@@ -159,7 +166,7 @@ def test_a_logging_step_reads_once() -> None:
     with HostReads() as reads:
         run.flips.before_step()
         run.step.run(stream)
-        run.readings.read(num_skipped_steps=lambda: run.optimizer.num_skipped_steps, num_replaced=0, say=print)
+        run.observer.read(num_skipped_steps=lambda: run.optimizer.num_skipped_steps, num_replaced=0, log=print)
     assert [place.split()[0] for place in reads.found] == ["tolist"]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from bitfleet.optim import RoutedOptimizer, ShardedOptimizer
 from bitfleet.optim.diagnostics import BitDiagnostics
-from bitfleet.trainer.metrics.flips import DiagnosedFlips, SlicedFlips, WholeFlips, step_flips
+from bitfleet.trainer.metrics.step_observer import DiagnosedFlips, SlicedFlips, WholeFlips, step_flips
 from bitfleet.trainer.ranks.collectives import Ranks
 
 ALONE = Ranks(0, 1, 0, 1)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bitfleet.trainer.metrics.stragglers import OwnTime, Spread, StragglerWatch, spread
+from bitfleet.trainer.metrics.step_observer import ComputeTimer
+from bitfleet.trainer.metrics.stragglers import Spread, StragglerWatch, spread
 
 
 def test_spread_names_the_slowest_of_the_ranks() -> None:
@@ -23,8 +24,8 @@ def test_straggler_is_said_once_after_three_reports_in_a_row() -> None:
 
 def test_own_time_is_what_lies_between_begin_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("bitfleet.trainer.metrics.stragglers.time.perf_counter", lambda: now)
-    clock = OwnTime(torch.device("cpu"))
+    monkeypatch.setattr("bitfleet.trainer.metrics.step_observer.time.perf_counter", lambda: now)
+    clock = ComputeTimer(torch.device("cpu"))
     for _ in range(2):
         for _ in range(2):
             clock.begin()

@@ -1,14 +1,12 @@
 """The sentences of a GPU without memory, from torch's own text."""
 
-import dataclasses
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from bitfleet.configs import load_config
-from bitfleet.trainer.config import with_precision
 from bitfleet.trainer.run import out_of_memory as module
 from bitfleet.trainer.run.out_of_memory import is_out_of_memory, out_of_memory, training_out_of_memory
 
@@ -36,17 +34,15 @@ def test_torch_s_text_is_cut_to_what_matters() -> None:
 
 def test_batch_and_ways_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: {1: 77.9e9}[device.index])
-    config = dataclasses.replace(with_precision(load_config("birealnet18_imagenet"), "cuda"), global_batch_size=4096)
-    place = {"num_replicas": 8, "device": torch.device("cuda", 1)}
-    sentence = training_out_of_memory(ERROR, config, **place)  # type: ignore[arg-type]
+    place: dict[str, Any] = {"micro_batch_size": 512, "num_replicas": 8, "device": torch.device("cuda", 1)}
+    sentence = training_out_of_memory(ERROR, precision="tf32", **place)
     assert sentence.startswith(out_of_memory(ERROR))
     assert sentence.endswith(
         "a rank trains on 512 images at a time in tf32, 77.9 GB are allocated; what helps: "
         "--num_replicas 16 (micro-batches of half the images), a smaller --global_batch_size, --engine.precision bf16, in a "
         "validation --data.val_batch_size"
     )
-    half = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision="bf16"))
-    assert "precision" not in training_out_of_memory(ERROR, half, **place).split("what helps")[1]  # type: ignore[arg-type]
+    assert "precision" not in training_out_of_memory(ERROR, precision="bf16", **place).split("what helps")[1]
 
 
 CPU = RuntimeError(
@@ -97,9 +93,8 @@ def test_other_errors_are_not_about_memory(error: BaseException) -> None:
 )
 def test_the_way_out_works(batch: int, num_replicas: int, way: str) -> None:
     """The number of replicas that is named divides the batch, and leaves BatchNorm two images."""
-    config = dataclasses.replace(with_precision(load_config("fashion_quickstart"), "cpu"), global_batch_size=batch)
-    place = {"num_replicas": num_replicas, "device": torch.device("cpu")}
-    sentence = training_out_of_memory(CPU, config, **place)  # type: ignore[arg-type]
+    place: dict[str, Any] = {"micro_batch_size": batch // num_replicas, "num_replicas": num_replicas}
+    sentence = training_out_of_memory(CPU, precision="fp32", device=torch.device("cpu"), **place)
     assert f"what helps: {way}" in sentence
     assert f"a rank trains on {batch // num_replicas} images at a time in fp32, " in sentence
     assert re.search(r"\d\.\d GB are allocated;", sentence)

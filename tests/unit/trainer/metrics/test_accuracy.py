@@ -8,15 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfleet.optim import OptimConfig, Schedule, binary_rules, build_optimizer
 from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
-from bitfleet.trainer.metrics.metrics import (
-    AccuracyMeter,
-    FlipCounter,
-    MetricsWriter,
-    Stopwatch,
-    hyperparameters_of,
-    order_event_files,
-    read_metrics,
-)
+from bitfleet.trainer.metrics import AccuracyMeter, MetricsWriter, hyperparameters_of, read_metrics
+from bitfleet.trainer.metrics.step_observer import FlipCounter, Stopwatch
+from bitfleet.trainer.metrics.writer import order_event_files
 
 
 @pytest.mark.usefixtures("process_group")
@@ -91,7 +85,7 @@ def test_flip_ratio_counts_changed_binary_weights() -> None:
 def test_stopwatch_leaves_out_what_was_not_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images and seconds of a report are those of the same steps, also when a validation came between."""
     now = 0.0
-    monkeypatch.setattr("bitfleet.trainer.metrics.metrics.time.perf_counter", lambda: now)
+    monkeypatch.setattr("bitfleet.trainer.metrics.step_observer.time.perf_counter", lambda: now)
     watch = Stopwatch()
     now = 3.0
     watch.waited(0.5)
@@ -153,9 +147,8 @@ def test_skipped_step_leaves_no_trace_in_the_statistics(updated: bool | torch.Te
     statistics = RunningStatistics(model, num_replicas=2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for _ in range(2):
-        statistics.start_replica()
-        model(torch.full((4, 3), float("nan")))
-        statistics.end_replica()
+        with statistics.replica():
+            model(torch.full((4, 3), float("nan")))
     statistics.end_step(updated)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -174,9 +167,8 @@ def test_running_statistics_are_the_mean_over_replicas() -> None:
     statistics = RunningStatistics(model, num_replicas=2)
     batches = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(0))
     for batch in batches:
-        statistics.start_replica()
-        model(batch)
-        statistics.end_replica()
+        with statistics.replica():
+            model(batch)
     statistics.end_step()
     means = []
     for batch in batches:
@@ -189,8 +181,8 @@ def test_running_statistics_are_the_mean_over_replicas() -> None:
 @pytest.mark.usefixtures("process_group")
 def test_running_statistics_of_a_model_without_any() -> None:
     statistics = RunningStatistics(nn.Linear(2, 2), num_replicas=2)
-    statistics.start_replica()
-    statistics.end_replica()
+    with statistics.replica():
+        pass
     statistics.end_step()
     assert statistics.numel == 0
 

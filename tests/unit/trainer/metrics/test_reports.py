@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from bitfleet.trainer.metrics.loss_watch import LossWatch
+from bitfleet.trainer.metrics import LossWatch
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from bitfleet.configs import load_config
 from bitfleet.models import ModelConfig, create_model
 from bitfleet.optim import ShardedOptimizer, build_optimizer
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.run.nonfinite import (
+from bitfleet.trainer.engine.nonfinite import (
     did_nothing,
     does_nothing,
     must_stop,
@@ -21,6 +21,7 @@ from bitfleet.trainer.run.nonfinite import (
     weights_of,
 )
 
+INIT = Path("given.safetensors")
 Make = Callable[[TrainConfig, int], ShardedOptimizer]
 
 
@@ -66,8 +67,8 @@ def test_how_many_skipped_steps_end_a_run(
     config = config_of(precision)
     sharded = make(config, 0)
     sharded.num_skipped_in_a_row = in_a_row
-    assert does_nothing(config, sharded) is nothing
-    assert must_stop(config, sharded) is stops
+    assert does_nothing(config.engine, sharded) is nothing
+    assert must_stop(config.engine, sharded) is stops
 
 
 def test_no_loss_scale_helps_broken_weights(make: Make) -> None:
@@ -75,7 +76,7 @@ def test_no_loss_scale_helps_broken_weights(make: Make) -> None:
     sharded = make(config, 0)
     sharded.num_skipped_in_a_row = 2
     dict(weights_of(sharded))["head.bias"].data[3] = torch.inf
-    assert does_nothing(config, sharded)
+    assert does_nothing(config.engine, sharded)
 
 
 @pytest.mark.parametrize(("precision", "step", "nothing"), [("fp32", 2, True), ("fp32", 3, False), ("fp16", 2, False)])
@@ -83,35 +84,36 @@ def test_a_run_of_skipped_steps_alone_did_nothing(precision: str, step: int, not
     """In fp16 only at the end of its whole length."""
     config = config_of(precision)
     sharded = make(config, 2)
-    assert did_nothing(config, sharded, step, num_steps=9) is nothing
-    assert did_nothing(config, sharded, 2, num_steps=2)
-    assert not did_nothing(config, make(config, 0), 0, num_steps=9)
+    assert did_nothing(config.engine, sharded, step, num_steps=9) is nothing
+    assert did_nothing(config.engine, sharded, 2, num_steps=2)
+    assert not did_nothing(config.engine, make(config, 0), 0, num_steps=9)
 
 
 def test_advice_is_not_the_setting_in_force(make: Make) -> None:
     for on_nonfinite, is_advised in (("skip", False), ("stop", True)):
         config = config_of(on_nonfinite=on_nonfinite)
-        text = str(nonfinite_steps(config, make(config, 1), 7, again=True))
+        text = str(nonfinite_steps(config.engine, make(config, 1), 7, init=None, bad_inputs="", again=True))
         assert ("--engine.on_nonfinite skip" in text) is is_advised
         assert "the gradient of " in text
         assert "of 27 more" in text or " more is not finite in step 7; the state before it is saved" in text
 
 
 def test_what_is_not_finite_is_named(make: Make) -> None:
-    config = config_of(init=Path("given.safetensors"))
+    config = config_of()
     sharded = make(config, 2)
-    assert "because" not in str(nonfinite_steps(config, sharded, 2, again=False))
+    assert "because" not in str(nonfinite_steps(config.engine, sharded, 2, init=INIT, bad_inputs="", again=False))
     dict(weights_of(sharded))["head.bias"].data[3] = torch.nan
-    text = str(nonfinite_steps(config, sharded, 2, again=False))
+    text = str(nonfinite_steps(config.engine, sharded, 2, init=INIT, bad_inputs="", again=False))
     assert (
         "in step 2, nor was one in the 1 before it, because values of head.bias are not finite; the state is saved"
         in text
     )
     assert "--init given.safetensors" in text
-    assert "head.bias" in str(nonfinite_loss(config, torch.nan, 2, weights_of(sharded)))
+    assert "head.bias" in str(nonfinite_loss(config.engine, torch.nan, 2, weights_of(sharded), None))
 
 
 def test_pixels_that_overflow_are_named(make: Make) -> None:
-    base = config_of()
-    config = dataclasses.replace(base, data=dataclasses.replace(base.data, std=(1e-40, 1.0, 1.0)))
-    assert "because pixels are not finite" in str(nonfinite_steps(config, make(config, 2), 2, again=False))
+    config, pixels = config_of(), "pixels are not finite after data.mean"
+    sharded = make(config, 2)
+    text = str(nonfinite_steps(config.engine, sharded, 2, init=None, bad_inputs=pixels, again=False))
+    assert f"because {pixels}" in text

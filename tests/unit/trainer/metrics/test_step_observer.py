@@ -5,9 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from bitfleet.configs import load_config
-from bitfleet.trainer.metrics.flips import FlipReport
-from bitfleet.trainer.metrics.readings import Reading, Readings
+from bitfleet.trainer.metrics.step_observer import FlipReport, StepObserver, StepReport
 from bitfleet.trainer.ranks.collectives import Ranks
 
 
@@ -26,15 +24,15 @@ def test_images_of_before_an_interruption_count_in_the_means_and_not_in_the_spee
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 0.0
-    monkeypatch.setattr("bitfleet.trainer.metrics.metrics.time.perf_counter", lambda: now)
-    readings = Readings(load_config("fashion_quickstart"), Ranks(0, 1, 0, 1), torch.device("cpu"), NoFlips())
-    readings.load([3.0 * 96, 0.0, 0.0, 96.0])
+    monkeypatch.setattr("bitfleet.trainer.metrics.step_observer.time.perf_counter", lambda: now)
+    observer = StepObserver(Ranks(0, 1, 0, 1), torch.device("cpu"), NoFlips(), counts_replaced=False)
+    observer.load([3.0 * 96, 0.0, 0.0, 96.0])
 
-    def read(seconds: float) -> Reading:
+    def read(seconds: float) -> StepReport:
         nonlocal now
-        readings.meter.add(torch.tensor(1.0), torch.randn(32, 10), torch.zeros(32, dtype=torch.int64))
+        observer.meter.add(torch.tensor(1.0), torch.randn(32, 10), torch.zeros(32, dtype=torch.int64))
         now += seconds
-        return readings.read(num_skipped_steps=lambda: 0, num_replaced=0, say=print)
+        return observer.read(num_skipped_steps=lambda: 0, num_replaced=0, log=print)
 
     first, second = read(2.0), read(4.0)
     assert (first.train.num_images, first.train.loss, first.images_per_second) == (128, 2.5, 16.0)

@@ -1,15 +1,14 @@
-"""Steps without a finite gradient: how many a run puts up with, and what is said when it ends for them."""
+"""Steps without a finite gradient: how many a run tolerates, and what it says when it ends because of them."""
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from bitfleet.optim import ShardedOptimizer
 from bitfleet.optim.sharding.loss_scale import LARGEST, LEAST
-from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.data import normalize
+from bitfleet.trainer.engine.config import EngineConfig
 
 MAX_SKIPPED_IN_A_ROW = 20
 """More steps without a finite gradient than an accident explains."""
@@ -18,24 +17,24 @@ HALVINGS = int(math.log2(LARGEST / LEAST))
 MAX_NAMES = 3
 
 
-def must_stop(config: TrainConfig, sharded: ShardedOptimizer) -> bool:
+def must_stop(config: EngineConfig, sharded: ShardedOptimizer) -> bool:
     """Say whether a step that was just skipped ends the run, whatever it reports; fp16 skips steps to find its loss scale."""
-    most = HALVINGS + 1 if config.engine.precision == "fp16" else MAX_SKIPPED_IN_A_ROW
-    return config.engine.on_nonfinite == "stop" or sharded.num_skipped_in_a_row >= most
+    most = HALVINGS + 1 if config.precision == "fp16" else MAX_SKIPPED_IN_A_ROW
+    return config.on_nonfinite == "stop" or sharded.num_skipped_in_a_row >= most
 
 
-def does_nothing(config: TrainConfig, sharded: ShardedOptimizer) -> bool:
+def does_nothing(config: EngineConfig, sharded: ShardedOptimizer) -> bool:
     """Say whether a run of which all steps since the last report were skipped ends for it: a single one is an accident.
 
     Where weights are not finite, no loss scale of fp16 helps.
     """
     in_a_row = sharded.num_skipped_in_a_row
-    return in_a_row > (HALVINGS if config.engine.precision == "fp16" else 1) or bool(broken(weights_of(sharded)))
+    return in_a_row > (HALVINGS if config.precision == "fp16" else 1) or bool(broken(weights_of(sharded)))
 
 
-def did_nothing(config: TrainConfig, sharded: ShardedOptimizer, step: int, num_steps: int) -> bool:
+def did_nothing(config: EngineConfig, sharded: ShardedOptimizer, step: int, num_steps: int) -> bool:
     """Say whether all `step` steps of a run that ends now were skipped; in fp16 only if that is its whole length."""
-    is_over = config.engine.precision != "fp16" or step == num_steps
+    is_over = config.precision != "fp16" or step == num_steps
     return step > 0 and sharded.num_skipped_steps == step and is_over
 
 
@@ -49,52 +48,51 @@ def broken(named: Iterable[tuple[str, Tensor]]) -> list[str]:
     return [name for name, tensor in named if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
 
 
-def nonfinite_steps(config: TrainConfig, sharded: ShardedOptimizer, step: int, *, again: bool) -> FloatingPointError:
-    """Return what ends a run that makes no steps and whose state is saved.
+def nonfinite_steps(
+    config: EngineConfig, sharded: ShardedOptimizer, step: int, *, init: Path | None, bad_inputs: str, again: bool
+) -> FloatingPointError:
+    """Return the error that ends a run which makes no steps and whose state is saved.
 
     Args:
-        config: the run.
+        config: of the run.
         sharded: its optimizer; it names no gradient where only the sum of finite ones has overflowed.
         step: the last optimizer step, from 1.
+        init: file that the weights came from.
+        bad_inputs: why pixels are not finite, "" if they are.
         again: whether a run that continues makes that step again.
     """
     names, in_a_row = broken(weights_of(sharded)), sharded.num_skipped_in_a_row
     cause = f", because values of {_list(names)} are not finite" if names else ""
-    if not cause and not _are_inputs_finite(config):
-        cause = f", because pixels are not finite after data.mean {config.data.mean} and data.std {config.data.std}"
+    if not cause and bad_inputs:
+        cause = f", because {bad_inputs}"
     before = f", nor was one in the {in_a_row - 1} before it" if in_a_row > 1 else ""
     gradients = _list(sharded.nonfinite) or "all parameters together"
     what = f"the gradient of {gradients} is not finite in step {step}{before}{cause}"
     if in_a_row == 0:  # an earlier part of the run made these steps
         what = f"none of the {step:,} steps of this run was made: no gradient was finite{cause}"
     saved = "the state before it is saved" if again else "the state is saved"
-    return FloatingPointError(f"{what}; {saved}: {_advice(config, names)}")
+    return FloatingPointError(f"{what}; {saved}: {_advice(config, names, init)}")
 
 
 def nonfinite_loss(
-    config: TrainConfig, loss: float, step: int, named: Iterable[tuple[str, Tensor]]
+    config: EngineConfig, loss: float, step: int, named: Iterable[tuple[str, Tensor]], init: Path | None
 ) -> FloatingPointError:
-    """Return what ends a run whose mean loss is not finite although its steps were made; `named` are its weights."""
+    """Return the error that ends a run whose mean loss is not finite although its steps were made; `named` are its weights."""
     names = broken(named)
     cause = f", because values of {_list(names)} are not finite" if names else ""
-    return FloatingPointError(f"the training loss is {loss} at step {step}{cause}: {_advice(config, names)}")
+    return FloatingPointError(f"the training loss is {loss} at step {step}{cause}: {_advice(config, names, init)}")
 
 
-def _advice(config: TrainConfig, names: Sequence[str]) -> str:
-    if names and config.init is not None:
-        return f"look at the weights of --init {config.init}, or continue from a checkpoint before they broke"
+def _advice(config: EngineConfig, names: Sequence[str], init: Path | None) -> str:
+    if names and init is not None:
+        return f"look at the weights of --init {init}, or continue from a checkpoint before they broke"
     if names:
-        return "begin again, or from an earlier checkpoint, with a lower learning rate"
-    if config.engine.on_nonfinite == "stop":
+        return "start again, or from an earlier checkpoint, with a lower learning rate"
+    if config.on_nonfinite == "stop":
         return "lower the learning rate, or continue with --engine.on_nonfinite skip"
-    if config.engine.precision == "fp16":
-        return "lower the learning rate, or begin again with --engine.precision bf16"
+    if config.precision == "fp16":
+        return "lower the learning rate, or start again with --engine.precision bf16"
     return "lower the learning rate"
-
-
-def _are_inputs_finite(config: TrainConfig) -> bool:
-    extremes = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).repeat(1, 1, 1, 3)
-    return bool(normalize(extremes, config.data.mean, config.data.std).isfinite().all())
 
 
 def _list(names: Sequence[str]) -> str:

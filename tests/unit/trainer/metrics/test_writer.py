@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from bitfleet.optim.diagnostics import LOWEST, NUM_BINS, octave_edges
-from bitfleet.trainer.metrics.metrics import MetricsWriter, read_metrics
+from bitfleet.trainer.metrics import MetricsWriter, read_metrics
 
 
 def test_diagnostics_reach_both_files(tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""Loss and accuracy, counted on the device."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitfleet.trainer.ranks.collectives import sum_over_ranks_
+
+LOSS_GRID = 2.0**30
+
+
+class Accuracy(NamedTuple):
+    """Means over `num_images` images; the top-k are fractions."""
+
+    loss: float
+    top1: float
+    top5: float
+    num_images: int
+
+
+class AccuracyMeter:
+    """Sums of loss and hits on the device; reading them is the only sync.
+
+    Losses are added as multiples of 2^-30 in float64: sums below 2^23 are exact, so they do not depend on their order, on the
+    number of ranks, or on an interruption.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._kept = self._sums.clone()
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: loss (its mean over the batch, 0-dim, or that of each image [N]), logits [N, classes], labels [N]."""
+        num_images = labels.numel()
+        if num_images == 0:
+            return
+        losses = (loss.detach().double() * (num_images if loss.dim() == 0 else 1)).mul(LOSS_GRID).round().div(LOSS_GRID)
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        hits = top.double().sum(0)
+        self._sums[0] += losses.sum()
+        self._sums[1] += hits[0]
+        self._sums[2] += hits.sum()
+        self._sums[3] += num_images
+
+    def keep(self) -> None:
+        """Remember the sums, for `end_step`."""
+        self._kept.copy_(self._sums)
+
+    def end_step(self, updated: bool | Tensor) -> None:
+        """Drop what was added since `keep` if the step was skipped.
+
+        Args:
+            updated: whether the step was not: known to the host, or bool [] on the device.
+        """
+        if isinstance(updated, Tensor):
+            self._sums.copy_(torch.where(updated, self._sums, self._kept))
+        elif not updated:
+            self._sums.copy_(self._kept)
+
+    def peek(self) -> list[float]:
+        """The sums over all ranks since the last reading, for a checkpoint; every rank calls this."""
+        sums: list[float] = sum_over_ranks_(self._sums.clone()).tolist()
+        return sums
+
+    def load(self, sums: Sequence[float]) -> None:
+        """Continue from `peek`; on one rank only, the others start at 0."""
+        self._sums.copy_(torch.tensor(sums, dtype=torch.float64))
+
+    def read(self) -> Accuracy:
+        """Means over everything counted on all ranks since the last reading; every rank calls this."""
+        return self.read_with(self._sums[:0])[0]
+
+    def read_with(self, counts: Tensor) -> tuple[Accuracy, list[int]]:
+        """Read, and in the same collective and host sync the sums over the ranks of `counts`, int64 [n], each below 2^53."""
+        sums = torch.cat([self._sums, counts.to(self._sums)])
+        loss, top1, top5, num_images, *sums_of_counts = sum_over_ranks_(sums).tolist()
+        self._sums.zero_()
+        count = max(num_images, 1.0)
+        accuracy = Accuracy(loss / count, top1 / count, top5 / count, int(num_images))
+        return accuracy, [int(each) for each in sums_of_counts]
