@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bitfleet.launch.cluster.places import Place, place_from, rank_of
+from bitfleet.launch.cluster.places import place_from, rank_of
 from bitfleet.launch.home import have_home
 from bitfleet.trainer.ranks.exit_codes import CRASH, USER_ERROR, error_line
 
@@ -29,24 +29,35 @@ LOST_PEER_SECONDS = 25.0
 """How long a rank whose collective failed waits for the reason: longer than a silent rank is waited for."""
 
 
-def complete_environment() -> Place:
-    """Give this process the variables of torch.distributed, whatever started it; without a launcher it is a job of its own.
+def ranks_of_process() -> "Ranks":
+    """Return the place of this process, whatever started it; without a launcher it is a job of its own.
+
+    torch and DeepSpeed read the place from the environment, which is completed for them.
 
     Raises:
         ValueError: variables are missing or contradict each other.
     """
+    from bitfleet.trainer.ranks.collectives import Ranks
+
     place = place_from(os.environ)
+    ranks = Ranks(
+        place.rank,
+        place.world_size,
+        place.local_rank,
+        place.local_world_size,
+        master_addr=place.master_addr,
+        master_port=place.master_port or free_port(),
+        launched=place.launcher not in ("alone", "by hand"),  # the shell that started it may close while it runs on
+    )
     os.environ |= {
-        "RANK": str(place.rank),
-        "WORLD_SIZE": str(place.world_size),
-        "LOCAL_RANK": str(place.local_rank),
-        "LOCAL_WORLD_SIZE": str(place.local_world_size),
-        "MASTER_ADDR": place.master_addr,
-        "MASTER_PORT": str(place.master_port or free_port()),
+        "RANK": str(ranks.rank),
+        "WORLD_SIZE": str(ranks.world_size),
+        "LOCAL_RANK": str(ranks.local_rank),
+        "LOCAL_WORLD_SIZE": str(ranks.local_world_size),
+        "MASTER_ADDR": ranks.master_addr,
+        "MASTER_PORT": str(ranks.master_port),
     }
-    if place.launcher in ("alone", "by hand"):  # the shell that started it may close while it runs on
-        os.environ["BITFLEET_ALONE"] = "1"
-    return place
+    return ranks
 
 
 def free_port() -> int:
@@ -79,29 +90,29 @@ def is_first_rank() -> bool:
 
 @contextlib.contextmanager
 def job(device_name: str, config: "TrainConfig | None" = None) -> Iterator[tuple["Ranks", "torch.device"]]:
-    """This process as a rank of its job: the ranks, the device ("auto", "cpu" or "gpu") and the process group.
+    """Join this process to its job as a rank; gives the ranks and the device, inside the process group.
 
     Args:
         device_name: "auto", "cpu" or "gpu".
-        config: of the run, where there is one: it must be the same on every rank, and says precision, threads and timeout.
+        config: of the run, if there is one: it must be the same on every rank, and says precision, threads and timeout.
 
     Raises:
         ValueError: "gpu" without CUDA; a precision that the device does not have; a rank that does not come, or that differs from
             rank 0.
     """
-    complete_environment()
+    ranks = ranks_of_process()
+    from bitfleet.trainer.config import to_dict
     from bitfleet.trainer.engine.arithmetic import use_arithmetic
     from bitfleet.trainer.engine.config import EngineConfig
-    from bitfleet.trainer.ranks.check_same import facts_of_config
-    from bitfleet.trainer.ranks.collectives import COLLECTIVE_TIMEOUT, choose_device, ranks_from_environment, use_device
+    from bitfleet.trainer.ranks.collectives import COLLECTIVE_TIMEOUT, choose_device, use_device
     from bitfleet.trainer.ranks.membership import membership
+    from bitfleet.trainer.run.folder import versions
 
-    ranks = ranks_from_environment()
     device = choose_device(device_name, ranks)
     use_arithmetic(device, config.engine if config else EngineConfig())
     use_device(device, ranks, config.num_threads if config else None)
     timeout = datetime.timedelta(minutes=config.engine.collective_timeout_minutes) if config else COLLECTIVE_TIMEOUT
-    with membership.join(ranks, device, facts_of_config(config) if config else {}, timeout) as ranks:
+    with membership.join(ranks, device, versions(), to_dict(config) if config else {}, timeout) as ranks:
         yield ranks, device
 
 
@@ -211,7 +222,7 @@ def _tell_others(code: int) -> None:
     from bitfleet.trainer.ranks.membership import membership
 
     if membership.is_watched or _is_on_many_hosts():
-        first = membership.leave(code, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        first = membership.leave(code, ranks_of_process())
         if first is not None:
             _leave(first)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 PREFIXES = tuple("BITFLEET_ NCCL_ GLOO_ TORCH_ OMP_ MKL_ KMP_ GOMP_ MALLOC_ DALI_ CUDA_DEVICE_ CUBLAS_".split())
 NAMES = tuple("DS_ACCELERATOR DEEPSPEED_TIMEOUT LD_LIBRARY_PATH LD_PRELOAD CUDA_HOME".split())
-LEFT_BEHIND = ("BITFLEET_ALONE",)
 
 
 def traveling(environ: Mapping[str, str], device: str) -> dict[str, str]:
@@ -23,11 +22,7 @@ def traveling(environ: Mapping[str, str], device: str) -> dict[str, str]:
     Raises:
         ValueError: a value of several lines, which no file of lines can hold.
     """
-    found = {
-        name: value
-        for name, value in sorted(environ.items())
-        if (name.startswith(PREFIXES) or name in NAMES) and name not in LEFT_BEHIND
-    }
+    found = {name: value for name, value in sorted(environ.items()) if name.startswith(PREFIXES) or name in NAMES}
     if device == "cpu":
         found.setdefault("DS_ACCELERATOR", "cpu")
     for name, value in found.items():

@@ -1,4 +1,4 @@
-"""Before anything is trained every rank is compared with rank 0: the same bitfleet, libraries, configuration and data."""
+"""Compare every rank with rank 0 before training: the same bitfleet, libraries, configuration and data."""
 
 import hashlib
 import json
@@ -10,21 +10,29 @@ from typing import Any
 import torch
 
 import bitfleet
-from bitfleet.trainer.config import TrainConfig, to_dict
 from bitfleet.trainer.ranks.collectives import Ranks, cpu_group, from_first_rank, objects_from_ranks
-from bitfleet.trainer.run.folder import versions
 
 MAY_DIFFER = {"data.root"}
 """Fields that belong to a machine: the data may lie elsewhere on it, its contents are compared."""
 _SHOWN = 60
 
 
-def all_facts(ranks: Ranks, device: torch.device, facts_of_job: Mapping[str, str]) -> dict[str, str]:
-    """What must be equal on every rank: name -> value. The first difference is told, so what explains others comes first."""
-    facts = {f"the version of {name}": version for name, version in versions().items()}
+def all_facts(
+    ranks: Ranks, device: torch.device, versions: Mapping[str, str], config: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return what must be equal on every rank: name -> value. The first difference is told: what explains others comes first.
+
+    Args:
+        ranks: this process's place.
+        device: where the model runs.
+        versions: package -> version.
+        config: the resolved configuration as JSON types; empty if there is none.
+    """
+    facts = {f"the version of {name}": version for name, version in versions.items()}
     facts["the number of ranks on its host"] = str(ranks.local_world_size)
     facts["the device"] = device.type
-    return facts | dict(facts_of_job) | {f"the source file {name}": sha for name, sha in source_files().items()}
+    facts |= {f"the field {name}": value for name, value in _flat(config).items() if name and name not in MAY_DIFFER}
+    return facts | {f"the source file {name}": sha for name, sha in source_files().items()}
 
 
 def source_files() -> dict[str, str]:
@@ -37,13 +45,8 @@ def source_files() -> dict[str, str]:
     }
 
 
-def facts_of_config(config: TrainConfig) -> dict[str, str]:
-    """The resolved configuration, a field a fact."""
-    return {f"the field {name}": value for name, value in _flat(to_dict(config)).items() if name not in MAY_DIFFER}
-
-
 def _flat(value: Any, name: str = "") -> dict[str, str]:
-    if not isinstance(value, dict) or not value:
+    if not isinstance(value, Mapping) or not value:
         return {name: json.dumps(value)}
     parts: dict[str, str] = {}
     for key, each in value.items():

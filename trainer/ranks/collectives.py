@@ -25,8 +25,6 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=5)
 _timeout = COLLECTIVE_TIMEOUT
 _job_word: str | None = None
-ALONE = "BITFLEET_ALONE"
-"""Environment variable of a process that no launcher started."""
 SAVE_TIMEOUT = datetime.timedelta(minutes=30)
 """A rank that waits for the files of a slower one must not give up before a large checkpoint on a slow disk is written."""
 
@@ -39,8 +37,11 @@ class Ranks:
     world_size: int
     local_rank: int
     local_world_size: int
+    master_addr: str = "127.0.0.1"
+    """Where rank 0 listens."""
+    master_port: int = 0
     launched: bool = False
-    """Whether a launcher started this process."""
+    """Whether a launcher started this process, whose end is a request to stop."""
     hosts: tuple[str, ...] = ()
     """The host of every rank; empty for a single rank."""
 
@@ -48,19 +49,6 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this is rank 0, which prints and writes what is not sharded."""
         return self.rank == 0
-
-
-def ranks_from_environment() -> Ranks:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (DeepSpeed's launcher says LOCAL_SIZE)."""
-    world_size = int(os.environ["WORLD_SIZE"])
-    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
-    return Ranks(
-        int(os.environ["RANK"]),
-        world_size,
-        int(os.environ.get("LOCAL_RANK", 0)),
-        int(local_size),
-        launched=ALONE not in os.environ,
-    )
 
 
 def choose_device(wanted: str, ranks: Ranks) -> torch.device:

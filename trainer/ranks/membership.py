@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -43,15 +44,17 @@ class Membership:
         self,
         ranks: Ranks,
         device: torch.device,
-        facts: Mapping[str, str],
+        versions: Mapping[str, str],
+        config: Mapping[str, Any],
         timeout: datetime.timedelta = COLLECTIVE_TIMEOUT,
     ) -> Iterator[Ranks]:
-        """The process group, once all ranks have come and agree; inside, lost ranks are noticed.
+        """Give the process group once all ranks have come and agree; inside, lost ranks are noticed.
 
         Args:
             ranks: this process's place.
             device: where the model runs.
-            facts: what must be equal on every rank, beside those of `all_facts`.
+            versions: package -> version; equal on every rank.
+            config: the resolved configuration as JSON types, equal on every rank; empty if there is none.
             timeout: of the meeting, and of every collective.
 
         Yields:
@@ -66,14 +69,14 @@ class Membership:
                 connect(device)
                 yield ranks
             return
-        self._meeting = Meeting(ranks.rank, ranks.world_size)
+        self._meeting = Meeting(ranks)
         store = self._meeting.wait_for_all(timeout, gpu_uuid(device))
         if ranks.local_rank == 0 and ranks.local_world_size < ranks.world_size and (hint := loopback_hint()):
             print(f"bitfleet: warning: {hint}", file=sys.stderr, flush=True)
         with process_group(device, ranks, timeout, store):
             ranks = dataclasses.replace(ranks, hosts=hosts_of_ranks())
             self._heartbeat = watch(ranks, self._meeting.address)
-            agree(ranks, all_facts(ranks, device, facts))
+            agree(ranks, all_facts(ranks, device, versions, config))
             connect(device)
             yield ranks
             self._heartbeat.stop()
@@ -86,7 +89,7 @@ class Membership:
         verdict = self._heartbeat.wait(seconds)
         return verdict.code if verdict else None
 
-    def leave(self, code: int, rank: int, world_size: int) -> int | None:
+    def leave(self, code: int, ranks: Ranks) -> int | None:
         """Tell the others that this rank fails.
 
         Returns:
@@ -95,7 +98,7 @@ class Membership:
         if self._heartbeat:
             self._heartbeat.leave(code)
             return None
-        self._meeting = self._meeting or Meeting(rank, world_size)
+        self._meeting = self._meeting or Meeting(ranks)
         try:
             if not self._meeting.is_over:
                 self._meeting.tell_failure(code, TELL_TIMEOUT)

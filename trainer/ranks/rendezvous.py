@@ -16,6 +16,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from bitfleet.trainer.ranks.collectives import Ranks
+
 _ARRIVED, _ALL, _FAILED, _HEARD = "bitfleet/arrived", "bitfleet/all", "bitfleet/failed", "bitfleet/heard"
 POLL_SECONDS = 0.2
 QUIET_SECONDS = 10.0
@@ -36,13 +38,13 @@ class Meeting:
     """This process at the store; every rank of a job that was launched makes one.
 
     Args:
-        rank: of this process.
-        world_size: number of ranks.
+        ranks: this process's place.
     """
 
-    def __init__(self, rank: int, world_size: int) -> None:
-        self.rank, self.world_size = rank, world_size
-        self.address, self.port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    def __init__(self, ranks: Ranks) -> None:
+        self.rank, self.world_size = ranks.rank, ranks.world_size
+        self.address, self.port = ranks.master_addr, ranks.master_port
+        self._speaks = ranks.local_rank == 0
         self._store: Store | None = None
         self.is_over = False
         """Whether all ranks have met."""
@@ -71,7 +73,7 @@ class Meeting:
     def _wait_for_server(self, timeout: datetime.timedelta) -> None:
         """Knock until somebody listens; torch's own waiting prints stack traces."""
         start = time.monotonic()
-        give_up, speaks = start + timeout.total_seconds(), os.environ.get("LOCAL_RANK", "0") == "0"
+        give_up, speaks = start + timeout.total_seconds(), self._speaks
         while True:
             try:
                 socket.create_connection((self.address, self.port), timeout=5).close()

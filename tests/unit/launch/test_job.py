@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bitfleet.configs import load_config
-from bitfleet.launch.job import _thread_failed, complete_environment, job
+from bitfleet.launch.job import _thread_failed, job, ranks_of_process
 from bitfleet.trainer.engine import arithmetic
 from bitfleet.trainer.engine.config import EngineConfig
 from bitfleet.trainer.ranks import collectives as distributed
@@ -91,20 +91,21 @@ run(main)
 
 
 def test_environment_is_completed_once_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT BITFLEET_ALONE".split()
+    names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
     for name in names:
         monkeypatch.setenv(name, "")  # so that what is set below is taken back
         monkeypatch.delenv(name)
-    assert complete_environment().launcher == "alone"
+    ranks = ranks_of_process()
+    assert not ranks.launched
     first = {name: os.environ[name] for name in names}
-    assert (first["WORLD_SIZE"], first["BITFLEET_ALONE"]) == ("1", "1")
-    complete_environment()
+    assert (first["WORLD_SIZE"], first["MASTER_PORT"]) == ("1", str(ranks.master_port))
+    assert ranks_of_process() == ranks
     assert {name: os.environ[name] for name in names} == first
 
 
 def test_arithmetic_is_set_before_the_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuBLAS and NCCL read it when they start."""
-    for name in "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT BITFLEET_ALONE".split():
+    for name in "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split():
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     order: list[Any] = []

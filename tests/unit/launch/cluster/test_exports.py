@@ -14,7 +14,6 @@ def test_what_the_ranks_need_travels() -> None:
         "OMP_NUM_THREADS": "4",
         "GLOO_SOCKET_IFNAME": "ib0",
         "BITFLEET_CACHE": "/scratch",
-        "BITFLEET_ALONE": "1",
         "HOME": "/root",
         "RANK": "0",
         "SSH_AUTH_SOCK": "/x",

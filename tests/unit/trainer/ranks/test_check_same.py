@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bitfleet.configs import load_config
+from bitfleet.trainer.config import to_dict
 from bitfleet.trainer.ranks import check_same as agreement
-from bitfleet.trainer.ranks.check_same import all_facts, difference, facts_of_config, source_files
+from bitfleet.trainer.ranks.check_same import all_facts, difference, source_files
 from bitfleet.trainer.ranks.collectives import Ranks
 
 
@@ -23,7 +24,8 @@ def test_difference_is_the_first_with_both_values() -> None:
 def test_every_field_of_the_configuration_is_compared_but_for_the_place_of_the_data() -> None:
     config = load_config("fashion_quickstart")
     other = dataclasses.replace(config, seed=1, data=dataclasses.replace(config.data, root="/elsewhere", image_size=64))
-    mine, theirs = facts_of_config(other), facts_of_config(config)
+    ranks, cpu = Ranks(0, 2, 0, 2), torch.device("cpu")
+    mine, theirs = (all_facts(ranks, cpu, {}, to_dict(each)) for each in (other, config))
     assert {name for name in mine if mine[name] != theirs[name]} == {"the field seed", "the field data.image_size"}
 
 
@@ -34,7 +36,7 @@ def test_source_files_are_those_of_all_rooms() -> None:
 
 
 def test_facts_begin_with_versions_and_end_with_files() -> None:
-    names = list(all_facts(Ranks(0, 2, 0, 2), torch.device("cpu"), {"the field x": "1"}))
+    names = list(all_facts(Ranks(0, 2, 0, 2), torch.device("cpu"), {"python": "3"}, {"x": 1}))
     assert names[0] == "the version of python"
     assert names.index("the device") < names.index("the field x") < names.index("the source file trainer/run/stop.py")
 

@@ -7,16 +7,24 @@ from collections.abc import Callable
 import pytest
 
 from bitfleet.trainer.ranks import rendezvous
+from bitfleet.trainer.ranks.collectives import Ranks
 from bitfleet.trainer.ranks.rendezvous import Meeting, PeerFailed, in_ranks, in_words, loopback_hint
 from tests.conftest import free_port
 
 LONG, SHORT = datetime.timedelta(seconds=60), datetime.timedelta(seconds=4)
 
 
+class Port:
+    number = 0
+
+
+def meeting(rank: int, world_size: int, local_rank: int = 0) -> Meeting:
+    return Meeting(Ranks(rank, world_size, local_rank, world_size, master_port=Port.number))
+
+
 @pytest.fixture(autouse=True)
 def address(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setattr(Port, "number", free_port())
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setattr(rendezvous, "TELL_SECONDS", 5.0)
 
@@ -41,14 +49,14 @@ def together(*calls: Callable[[], object]) -> list[object]:
 
 
 def test_ranks_meet() -> None:
-    ranks = [Meeting(rank, 3) for rank in range(3)]
+    ranks = [meeting(rank, 3) for rank in range(3)]
     together(*(lambda each=each: each.wait_for_all(LONG) for each in ranks))
     assert all(each.is_over for each in ranks)
 
 
 def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous.socket, "gethostname", lambda: "host-a")
-    results = together(*(lambda rank=rank: Meeting(rank, 4).wait_for_all(SHORT) for rank in (0, 2)))
+    results = together(*(lambda rank=rank: meeting(rank, 4).wait_for_all(SHORT) for rank in (0, 2)))
     for result in results:
         assert isinstance(result, ValueError)
         assert "ranks 1, 3 of 4 did not come to 127.0.0.1:" in str(result)
@@ -59,7 +67,7 @@ def test_rank_0_that_does_not_come() -> None:
     with pytest.raises(
         ValueError, match=r"rank 1 has not reached rank 0 at 127.0.0.1:\d+ within 4 s \(Connection refused\)"
     ):
-        Meeting(1, 2).wait_for_all(SHORT)
+        meeting(1, 2).wait_for_all(SHORT)
 
 
 def test_after_a_while_one_rank_says_who_is_missing(
@@ -67,7 +75,7 @@ def test_after_a_while_one_rank_says_who_is_missing(
 ) -> None:
     monkeypatch.setattr(rendezvous, "QUIET_SECONDS", 1.0)
     monkeypatch.setattr(rendezvous.socket, "gethostname", lambda: "host-a")
-    together(*(lambda rank=rank: Meeting(rank, 4).wait_for_all(SHORT) for rank in (0, 2)))
+    together(*(lambda rank=rank: meeting(rank, 4).wait_for_all(SHORT) for rank in (0, 2)))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("bitfleet: waiting for ranks 1, 3 of 4 at 127.0.0.1:")
     assert line.endswith("(there: ranks 0, 2 on host-a); the job gives up after 4 s")
@@ -77,26 +85,25 @@ def test_after_a_while_the_first_rank_of_a_host_says_that_rank_0_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rendezvous, "QUIET_SECONDS", 1.0)
-    for local_rank, said in (("1", 0), ("0", 1)):
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    for local_rank, said in ((1, 0), (0, 1)):
         with pytest.raises(ValueError, match="rank 1 has not reached rank 0"):
-            Meeting(1, 2).wait_for_all(datetime.timedelta(seconds=2))
+            meeting(1, 2, local_rank).wait_for_all(datetime.timedelta(seconds=2))
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == said
         assert all(line.startswith("bitfleet: rank 1 waits for rank 0, which does not answer at ") for line in lines)
 
 
 def test_port_of_another_job() -> None:
-    other = Meeting(0, 1)
+    other = meeting(0, 1)
     other.wait_for_all(LONG)
     with pytest.raises(ValueError, match="rank 0 cannot serve the meeting point .* Pass another --master_port"):
-        Meeting(0, 2).wait_for_all(SHORT)
+        meeting(0, 2).wait_for_all(SHORT)
 
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_failure_is_told_to_those_who_wait(failing: int) -> None:
-    calls = [lambda rank=rank: Meeting(rank, 3).wait_for_all(LONG) for rank in range(3)]
-    calls[failing] = lambda: Meeting(failing, 3).tell_failure(2, LONG)
+    calls = [lambda rank=rank: meeting(rank, 3).wait_for_all(LONG) for rank in range(3)]
+    calls[failing] = lambda: meeting(failing, 3).tell_failure(2, LONG)
     results = together(*calls)
     assert results.pop(failing) is None
     for result in results:
@@ -105,14 +112,14 @@ def test_failure_is_told_to_those_who_wait(failing: int) -> None:
 
 
 def test_of_several_failures_one_is_said() -> None:
-    results = together(*(lambda rank=rank: Meeting(rank, 3).tell_failure(2, LONG) for rank in range(3)))
+    results = together(*(lambda rank=rank: meeting(rank, 3).tell_failure(2, LONG) for rank in range(3)))
     assert sum(isinstance(result, PeerFailed) for result in results) == 2
     assert results.count(None) == 1
 
 
 def test_ranks_with_the_same_gpu() -> None:
     """Both see it as number 0: the one that comes second says so, and the others hear of it."""
-    ranks = [Meeting(rank, 3) for rank in range(3)]
+    ranks = [meeting(rank, 3) for rank in range(3)]
     gpus = ("GPU-a", "GPU-b", "GPU-a")
     results = together(
         *(
@@ -138,7 +145,7 @@ def tell_of_errors(meeting: Meeting, call: Callable[[], object]) -> object:
 
 
 def test_ranks_with_a_gpu_each_meet() -> None:
-    ranks = [Meeting(rank, 2) for rank in range(2)]
+    ranks = [meeting(rank, 2) for rank in range(2)]
     together(*(lambda each=each: each.wait_for_all(LONG, f"GPU-{each.rank}") for each in ranks))
     assert all(each.is_over for each in ranks)
 
