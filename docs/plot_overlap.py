@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 
 from bitfleet.models import ModelConfig, create_model
 from bitfleet.optim import OptimConfig, ShardedOptimizer, build_optimizer
-from bitfleet.optim.sharding import exchange as sharding_exchange
+from bitfleet.optim.sharding import reduction as sharding_exchange
 
 ROWS = {
     "forward": ("forward", "#9ecae1"),

@@ -6,7 +6,7 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from bitfleet.optim.sharding import exchange as sharding_exchange
+from bitfleet.optim.sharding import reduction as sharding_exchange
 
 
 def halved(grads: list[Tensor]) -> Tensor:

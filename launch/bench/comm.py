@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfleet.models import QuantLinear, ste_sign
 from bitfleet.optim import OptimConfig, ShardedOptimizer, build_optimizer, is_binary
-from bitfleet.optim.sharding import exchange as sharding_exchange
+from bitfleet.optim.sharding import reduction as sharding_exchange
 from bitfleet.optim.sharding.optimizer import BUCKET_NUMEL
 from bitfleet.trainer.engine.config import EngineConfig, deepspeed_options
 from bitfleet.trainer.engine.engine import backward, create_engine

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bitfleet.optim.rules.rule import RULES, Group, numbers_of
 from bitfleet.optim.sharding.buckets import Bucket, make_buckets
-from bitfleet.optim.sharding.exchange import can_halve
 from bitfleet.optim.sharding.optimizer import BUCKET_NUMEL
+from bitfleet.optim.sharding.reduction import can_halve
 from bitfleet.trainer.config import TrainConfig, resolve_replicas
 from bitfleet.trainer.data import normalize
 from bitfleet.trainer.metrics import AccuracyMeter

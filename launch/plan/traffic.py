@@ -14,8 +14,8 @@ from bitfleet.models import create_model
 from bitfleet.models.size import layer_macs
 from bitfleet.optim import build_optimizer
 from bitfleet.optim.sharding.buckets import make_buckets
-from bitfleet.optim.sharding.exchange import can_halve
 from bitfleet.optim.sharding.optimizer import BUCKET_NUMEL
+from bitfleet.optim.sharding.reduction import can_halve
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import DataConfig, open_dataset
 

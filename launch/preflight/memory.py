@@ -17,8 +17,7 @@ from bitfleet.models.layers.binary_kernels import meta_is_cpu
 from bitfleet.optim import RoutedOptimizer, ShardedOptimizer
 from bitfleet.optim.diagnostics import BITS_PER_WEIGHT
 from bitfleet.optim.rules.rule import RULES
-from bitfleet.optim.sharding.exchange import can_halve
-from bitfleet.optim.sharding.reduction import MAX_FLIGHTS
+from bitfleet.optim.sharding.reduction import MAX_FLIGHTS, can_halve
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import normalize
 from bitfleet.trainer.engine.config import EngineConfig

@@ -14,10 +14,9 @@ from torch import Tensor
 from bitfleet.optim.rules.rule import RoutedOptimizer, numbers_of
 from bitfleet.optim.sharding import state as shard_state
 from bitfleet.optim.sharding.buckets import Bucket, make_buckets
-from bitfleet.optim.sharding.exchange import all_gather_single
 from bitfleet.optim.sharding.finite_flag import FiniteFlag
 from bitfleet.optim.sharding.loss_scale import LossScale
-from bitfleet.optim.sharding.reduction import Reduction
+from bitfleet.optim.sharding.reduction import Reduction, all_gather_single
 from bitfleet.optim.sharding.state import Chunk
 from bitfleet.optim.sharding.step_numbers import StepNumbers
 from bitfleet.optim.sharding.verify_weights import WeightsDiffer, differing_weights, union

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from bitfleet.optim.sharding.buckets import Bucket
-from bitfleet.optim.sharding.exchange import all_gather_single
+from bitfleet.optim.sharding.reduction import all_gather_single
 
 
 class WeightsDiffer(RuntimeError):

@@ -24,7 +24,7 @@ from bitfleet.launch.bench.loader_table import BITFLEET, BITFLEET_SMALL, TIMM, T
 from bitfleet.launch.bench.memory import BUCKET_BYTES
 from bitfleet.launch.plan.rates import read_rates
 from bitfleet.launch.preflight.tensor_bytes import TensorBytes
-from bitfleet.optim.sharding.exchange import all_gather_single
+from bitfleet.optim.sharding.reduction import all_gather_single
 from bitfleet.trainer.ranks.collectives import Ranks
 from tests.conftest import BIN, REPOSITORY, Launch, run_command
 
