@@ -1,4 +1,4 @@
-"""The optimizer part of a run's configuration, and what is built from it."""
+"""Configure the optimizer of a run, and build it with its schedules."""
 
 import dataclasses
 import math
@@ -42,12 +42,12 @@ class OptimConfig:
     rho: float | None = None
     """Factor of bnew's regulariser at the end of the run; it rises from 0."""
     rho_from: float | None = None
-    """Part of the run after which bnew's regulariser begins."""
+    """Fraction of the run after which bnew's regulariser starts."""
     frozen_from: float | None = None
-    """Part of the run after which bnew's weights are signs, frozen."""
+    """Fraction of the run after which bnew's weights are frozen signs."""
     init_inertia: float = 0.4
-    """With --init: how firmly binary weights keep what they were loaded with, times the noise of the rule's averages, whose state
-    is seeded from the gradients of 8 steps. 0: state begins as in any run, and most rules flip half of the weights at once."""
+    """With --init: how firmly binary weights keep their loaded signs, as a multiple of the noise of the rule's averages. Their state
+    is seeded from the gradients of 8 steps. 0: state starts as in any run, and most rules flip half of the weights at once."""
     lr: Schedule = dataclasses.field(default_factory=lambda: constant(1e-3))
     """Learning rate of Adam, which trains the full-precision parameters."""
     weight_decay: float = 0.0
@@ -55,7 +55,7 @@ class OptimConfig:
     decayed: tuple[str, ...] = ()
     """Shell patterns of the parameters that have weight decay."""
     transitions: TransitionConfig = dataclasses.field(default_factory=TransitionConfig)
-    """A controller that drives one of the hyperparameters by the rate of flips."""
+    """Controller that drives one of the hyperparameters by the rate of flips."""
 
     def __post_init__(self) -> None:
         defaults = defaults_of(self.rule)
@@ -88,7 +88,7 @@ class OptimConfig:
         if not 0.0 < largest <= 1.0:
             raise ValueError(f"optim.{name} must stay in (0, 1], but reaches {largest}")
         if self.correction != "none" and schedule.kind in ("polynomial", "cosine"):
-            for place, value in (("begin", schedule.start), ("end", schedule.end)):
+            for place, value in (("start", schedule.start), ("end", schedule.end)):
                 if value == 0.0:
                     raise ValueError(
                         f"optim.{name} must not {place} at 0: the correction {self.correction!r} divides by it"
@@ -142,13 +142,13 @@ def with_rule(config: OptimConfig, rule: str) -> OptimConfig:
 def build_optimizer(
     model: nn.Module, config: OptimConfig, *, num_steps: int, seed: int = 0
 ) -> tuple[RoutedOptimizer, dict[str, dict[str, Schedule]]]:
-    """The optimizer of `model` and the schedules of its groups.
+    """Build the optimizer of `model` and the schedules of its groups.
 
     Args:
         model: its binary weights carry the mark; it may have none, or nothing else.
         config: rule and schedules.
         num_steps: length of the schedules that do not state theirs.
-        seed: of state that begins at random.
+        seed: of state that starts at random.
 
     Returns:
         The optimizer, whose groups hold the values of step 0, and group name -> hyperparameter -> schedule for

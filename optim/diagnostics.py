@@ -1,7 +1,7 @@
-"""What the flips of a sharded optimizer amount to: counts over this rank's slices, by parameter. No communication here.
+"""Count what the flips of a sharded optimizer do, over this rank's slices, by parameter. No communication here.
 
-Every step costs a few operations on packed bits, an eighth of a byte a weight each. What needs gradient and moments is counted
-only in the steps that are asked for. Counts are integers: summed over the ranks they are the same on any number of them.
+Every step costs a few operations on packed bits, an eighth of a byte per weight each. Counts that need gradients and moments
+are made only in the requested steps. Counts are integers: summed over the ranks they are the same on any number of them.
 """
 
 import math
@@ -19,11 +19,11 @@ from bitfleet.optim.sharding.state import Chunk, packed_chunks
 WINDOW = 100
 """Steps over which the flips of a weight are counted; windows follow each other and do not overlap."""
 LOWEST, HIGHEST = -60, 20
-"""The histogram of |r| has a bin for each octave from 2^LOWEST to 2^HIGHEST; what is outside is in its first or last bin."""
+"""Octaves of the histogram of |r|, one bin each from 2^LOWEST to 2^HIGHEST; values outside are in the first or last bin."""
 NUM_BINS = HIGHEST - LOWEST
 CPU_CHUNK, CHUNK = 1 << 16, 1 << 22  # weights: temporaries that stay in the cache; few launches on a GPU
 BITS_PER_WEIGHT = 5
-"""What a `FlipHistory` holds."""
+"""Memory of a `FlipHistory`."""
 
 FLIPS, DEAD_BAND, NEVER, OSCILLATORS, AGREEMENT = (
     "flip_ratio",
@@ -33,15 +33,15 @@ FLIPS, DEAD_BAND, NEVER, OSCILLATORS, AGREEMENT = (
     "sign_agreement",
 )
 KEYS = (FLIPS, DEAD_BAND, NEVER, OSCILLATORS, AGREEMENT)
-"""The counts of a parameter, in this order; each is reported as a fraction of its weights."""
+"""Counts per parameter, in this order; each is reported as a fraction of its weights."""
 LOG_RATIO = "log_ratio"
 AVERAGE = "exp_avg"
-"""The state whose sign is compared with the gradient's."""
+"""State whose sign is compared with the gradient's."""
 PI = "pi"
 
 
 def octave_counts(ratio: Tensor) -> Tensor:
-    """The histogram of |`ratio`|, fp32 [n], not negative, over octaves: int64 [NUM_BINS].
+    """Return the histogram of `ratio`, fp32 [n], not negative, over octaves: int64 [NUM_BINS].
 
     A bin is the exponent of the float, so no logarithm rounds a value into its neighbour.
     """
@@ -95,13 +95,13 @@ class FlipHistory:
 
 
 class FlipCounts:
-    """How many weights of each parameter a step flipped: an observer for the steps that are asked for."""
+    """Counts the weights of each parameter that a step flips: an observer for the requested steps."""
 
     def __init__(self, sharded: ShardedOptimizer) -> None:
         self.buckets = [bucket for bucket in sharded.buckets if bucket.binary]
         segments = [segment for bucket in self.buckets for segment in bucket.segments]
         self.sizes = {segment.name: segment.param.numel() for segment in reversed(segments)}
-        """Parameter -> its weights, in the order of the model as far as the buckets keep it."""
+        """Parameter -> number of its weights, in the order of the buckets."""
         self._places = {name: place for place, name in enumerate(self.sizes)}
         self._counts = self._zeros(len(self.sizes))
 
@@ -110,12 +110,12 @@ class FlipCounts:
         return torch.zeros(count, dtype=torch.int64, device=device)
 
     def observe(self, bucket: Bucket, grad: Tensor, flips: Tensor) -> None:
-        """An observer of `ShardedOptimizer`."""
+        """Count; an observer of `ShardedOptimizer`."""
         for _, name, _, low, high in bucket.pieces():
             self._counts[self._places[name]] += popcount(flips[low // 8 : -(-high // 8)])
 
     def take(self) -> Tensor:
-        """The counts since the last call, int64 [parameters], of this rank's slices."""
+        """Return the counts of this rank's slices since the last call, int64 [parameters]."""
         counts = self._counts.clone()
         self._counts.zero_()  # in place: a CUDA graph adds to this tensor
         return counts
@@ -126,7 +126,7 @@ class FlipCounts:
 
 
 class BitDiagnostics(FlipCounts):
-    """The counts of `KEYS` and the histogram of |r|; its memory of earlier flips goes into checkpoints.
+    """Counts of `KEYS` and the histogram of |r|; its memory of earlier flips goes into checkpoints.
 
     Args:
         sharded: the optimizer, which it observes from now on; some of its parameters are binary.
@@ -143,9 +143,9 @@ class BitDiagnostics(FlipCounts):
                 f"diagnostics of bits need weights that are updated as bits, but the rules here, {', '.join(rules)}, have none"
             )
         self.wanted = False
-        """Whether the coming step is counted; `take` ends it."""
+        """Count the coming step; `take` resets it."""
         self.since = 0
-        """Steps that were done when the history began."""
+        """Steps that were done when the history started."""
         self._sharded, self._num_windows, self._is_counted = sharded, 0, False
         self._owners = {segment.name: bucket for bucket in self.buckets for segment in bucket.segments}
         self._history = {bucket: FlipHistory(bucket.slice_numel, bucket.weights.device) for bucket in self.buckets}
@@ -155,11 +155,11 @@ class BitDiagnostics(FlipCounts):
         sharded.observers.append(self.observe)
 
     def begin(self, since: int) -> None:
-        """Go on from the steps that the optimizer has done and from what is in `chunks`; it began after `since` steps."""
+        """Continue from the steps that the optimizer has done and from `chunks`; the history started after `since` steps."""
         self.since, self._num_windows = since, self._sharded.num_steps // WINDOW
 
     def chunks(self) -> list[Chunk]:
-        """This rank's stretches of the history, packed, for a checkpoint of the steps that are done."""
+        """Return this rank's chunks of the history, packed, for a checkpoint of the steps that are done."""
         self._end_windows(self._sharded.num_steps)
         return [
             chunk
@@ -169,14 +169,14 @@ class BitDiagnostics(FlipCounts):
         ]
 
     def _end_windows(self, num_steps: int) -> None:
-        """End those that are over once `num_steps` are done; a skipped step tells no observer, but it counts."""
+        """End the windows that are over after `num_steps`; a skipped step tells no observer, but it counts."""
         for _ in range(min(num_steps // WINDOW - self._num_windows, 2)):
             for history in self._history.values():
                 history.end_window_()
         self._num_windows = num_steps // WINDOW
 
     def observe(self, bucket: Bucket, grad: Tensor, flips: Tensor) -> None:
-        """An observer of `ShardedOptimizer`."""
+        """Count; an observer of `ShardedOptimizer`."""
         self._end_windows(self._sharded.num_steps - 1)
         history = self._history[bucket]
         history.add_(flips)
@@ -206,7 +206,7 @@ class BitDiagnostics(FlipCounts):
                 row[KEYS.index(AGREEMENT)] += torch.count_nonzero(grad[part].sign() == state[AVERAGE].sign())
 
     def take(self) -> Tensor:
-        """The counts of this rank's slices after the step that was `wanted`, for `flip_ratios` and `values`.
+        """Return the counts of this rank's slices after the step that was `wanted`, for `flip_ratios` and `values`.
 
         Returns:
             int64, to be summed over the ranks; all 0 in the first place when the step was skipped, as on every rank.
@@ -225,11 +225,11 @@ class BitDiagnostics(FlipCounts):
         return counts
 
     def flip_ratios(self, counts: Sequence[int]) -> dict[str, float]:
-        """As of `FlipCounts`, from the summed counts of `take`; 0 where the step was skipped."""
+        """Return the flip ratios of `FlipCounts` from the summed counts of `take`; 0 if the step was skipped."""
         return super().flip_ratios(counts[1 + KEYS.index(FLIPS) : 1 + len(KEYS) * len(self.sizes) : len(KEYS)])
 
     def values(self, counts: Sequence[int]) -> dict[str, Any]:
-        """What a report says: each of `KEYS` and "pi" overall and as "<key>/<parameter>", "threshold", "since", "log_ratio".
+        """Return what a report says: each of `KEYS` and "pi" overall and as "<key>/<parameter>", "threshold", "since", "log_ratio".
 
         Left out is what does not exist: everything after a skipped step; oscillators before a whole window has been seen; what
         needs r or the average for parameters whose rule has none.

@@ -1,4 +1,4 @@
-"""Which parameter is updated by which rule.
+"""Assign each parameter to a group, and so to an update rule.
 
 The layers mark a binary weight with `weight.binary = True`; this file is the only reader of the mark. Every trainable parameter
 ends in exactly one group; a pattern that selects nothing is an error, because it is a misspelt name.
@@ -18,7 +18,7 @@ DECAYED = "full_precision_decayed"
 
 
 def is_binary(param: nn.Parameter) -> bool:
-    """Whether the layer that owns `param` marked it as a tensor of +-1."""
+    """Return True if the layer that owns `param` marked it as a tensor of +-1."""
     return bool(getattr(param, "binary", False))
 
 
@@ -69,7 +69,7 @@ def check_claims(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def routing_table(optimizer: Optimizer) -> str:
-    """The routing as text: name, shape, group, rule, count and bytes of optimizer state (unsharded) of each parameter.
+    """Return a table of name, shape, group, rule, count and bytes of optimizer state (unsharded) per parameter.
 
     A last line says so where binary weights start as real values.
     """

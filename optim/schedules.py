@@ -17,7 +17,7 @@ Kind = Literal["constant", "polynomial", "exponential", "cosine"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """A hyperparameter as a function of the 0-based step."""
+    """Hyperparameter as a function of the 0-based step."""
 
     start: float
     """Value at step 0 (before warm-up)."""
@@ -35,10 +35,10 @@ class Schedule:
     rate: float = 0.1
     """Factor of each exponential stair."""
     warmup_steps: int = 0
-    """The value is multiplied by (t + 1)/warmup_steps during the first so many steps."""
+    """During the first N steps the value is multiplied by (t + 1) / N."""
     delay_steps: int = 0
-    """The value stays at `start` for so many steps, from which t counts. An open length ends where it would without them; a
-    stair keeps its length."""
+    """The value stays at `start` for N steps, after which t counts. The decay ends at the same step as without a delay, if
+    `num_steps` is unset; a stair keeps its length."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -57,7 +57,7 @@ class Schedule:
                 raise ValueError(f"{name} of a schedule must be finite and not negative, not {value}")
 
     def over(self, num_steps: int) -> "Schedule":
-        """This schedule with an open length filled in, for a run of `num_steps` steps.
+        """Return this schedule with its length filled in if it is unset, for a run of `num_steps` steps.
 
         Raises:
             ValueError: it would end before its delay does.
@@ -92,12 +92,12 @@ class Schedule:
 
 
 def constant(value: float) -> Schedule:
-    """The same value at every step."""
+    """Return a schedule with the same value at every step."""
     return Schedule(start=value)
 
 
 def linear(start: float, end: float, num_steps: int | None = None) -> Schedule:
-    """Keras' PolynomialDecay of power 1, as in all runs of the paper."""
+    """Return Keras' PolynomialDecay of power 1, as in all runs of the paper."""
     return Schedule(start=start, end=end, kind="polynomial", num_steps=num_steps)
 
 
@@ -132,7 +132,7 @@ class HyperparameterScheduler:
         self._write()
 
     def state_dict(self) -> dict[str, int]:
-        """The position; the schedules themselves belong to the configuration."""
+        """Return the position; the schedules themselves belong to the configuration."""
         return {"num_steps_done": self.num_steps_done}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:

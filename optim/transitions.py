@@ -35,7 +35,7 @@ KEY, RATE = "transitions", "transition_rate"
 """Keys of a group: its `Target`, and K."""
 RANGE = 1e6
 PART = 4096
-"""A count travels as two float32, its quotient and remainder: the sums are exact up to 2^36 flips and 4096 ranks."""
+"""Divisor of a count, which travels as two float32 (quotient and remainder): sums are exact up to 2^36 flips and 4096 ranks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,14 +43,14 @@ class TransitionConfig:
     """Scheduled weight transitions (TRS, arXiv 2404.19248); needs sharding "bits", which counts the flips."""
 
     drives: Literal["off", "latent_lr", "gamma", "threshold"] = "off"
-    """The hyperparameter that is driven, which is then a constant where it begins: latent_lr of latent_adam and latent_sgd, gamma
-    or threshold of bop and bop2ndorder."""
+    """Hyperparameter to drive; its schedule must be a constant, the initial value. latent_lr of latent_adam and latent_sgd, gamma or
+    threshold of bop and bop2ndorder."""
     target: Schedule = dataclasses.field(default_factory=lambda: Schedule(start=5e-3, kind="cosine"))
     """R, the fraction of the binary weights that each step is to flip; starts at the paper's lambda."""
     momentum: float = 0.99
     """m of the average over steps."""
     gain: float = 1.0
-    """eta as a multiple of the hyperparameter's beginning; the paper's is 1."""
+    """eta as a multiple of the hyperparameter's initial value; the paper's is 1."""
 
     def __post_init__(self) -> None:
         choices = ("off", *get_args(Driven))
@@ -71,7 +71,7 @@ class TransitionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """What the controller of a group needs; group["transitions"]."""
+    """Settings of the controller of a group; group["transitions"]."""
 
     drives: Driven
     schedule: Schedule
@@ -97,7 +97,7 @@ def check_transitions(config: TransitionConfig, rule: str, driven: Schedule | No
         raise ValueError(f"optim.transitions.drives {name!r} belongs to the rules {' and '.join(rules)}, not to {rule}")
     if driven.kind != "constant" or driven.warmup_steps:
         raise ValueError(
-            f"optim.{name} has a schedule of its own, but optim.transitions drives it: expected a constant, where it begins"
+            f"optim.{name} has a schedule, but optim.transitions drives it: expected a constant, its initial value"
         )
     if not driven.start > 0.0:
         raise ValueError(
@@ -106,7 +106,7 @@ def check_transitions(config: TransitionConfig, rule: str, driven: Schedule | No
 
 
 def target_of(config: TransitionConfig, driven: Schedule, num_steps: int) -> Target:
-    """The group's part of a configuration that `check_transitions` let pass; `num_steps` is the length of the run."""
+    """Return the settings of a group from a checked configuration; `num_steps` is the length of the run."""
     assert config.drives != "off"
     return Target(
         drives=config.drives,
@@ -153,20 +153,20 @@ class TransitionController:
 
     @property
     def flips(self) -> Tensor:
-        """This rank's flips of the last update, int64 []."""
+        """Flips of this rank in the last update, int64 []."""
         return self._flips
 
     def facts(self) -> Tensor:
-        """The count as two fp32 numbers whose sums over the ranks are exact."""
+        """Return the count as two fp32 numbers whose sums over the ranks are exact."""
         return torch.stack([self._flips // PART, self._flips % PART]).float()
 
     def drive(self, facts: Sequence[float], step: int, *, is_first: bool) -> None:
-        """Write K and U of the 0-based `step` into the groups, and begin a new count.
+        """Write K and U of the 0-based `step` into the groups, and start a new count.
 
         Args:
             facts: sums of `facts` over the ranks.
             step: about to be made.
-            is_first: no update was made before: K and U stay where they begin.
+            is_first: no update was made before: K and U keep their initial values.
         """
         self._flips.zero_()
         if is_first:
@@ -179,7 +179,7 @@ class TransitionController:
             group[target.drives] = next_value(group[target.drives], target.schedule(step) - group[RATE], target)
 
     def state(self, flips: int) -> dict[str, Any]:
-        """What is driven, K and U of each driven group, and the last update's `flips` of all ranks, for a checkpoint."""
+        """Return what is driven, K and U of each driven group, and the last update's `flips` of all ranks, for a checkpoint."""
         values = [[group[KEY].drives, group[RATE], group[group[KEY].drives]] for group in self.groups]
         return {"values": values, "flips": flips}
 

@@ -113,10 +113,10 @@ def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def popcount(packed: Tensor) -> Tensor:
-    """How many bits of `packed` are 1, without a wait for the device, as torch.bincount has one.
+    """Count the bits of `packed` that are 1, without the wait for the device that torch.bincount has.
 
     Args:
-        packed: uint8 [n], contiguous; a view into another tensor begins at a multiple of 8 of its bytes.
+        packed: uint8 [n], contiguous; a view into another tensor starts at a multiple of 8 of its bytes.
 
     Returns:
         int64 [].

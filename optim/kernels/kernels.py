@@ -9,7 +9,7 @@ gradients, 18.25 with bf16, against 28 of a rule on fp32 weights. Where the arit
 - GPU on which Triton does not work (no C compiler, no Python headers): eager torch. One warning says so.
 
 Bits are least significant first, bit 1 = +1. On the CPU every path gives the bits of bop_step_ and bop2ndorder_step_,
-for any split into slices and any number of threads; a NaN remains a NaN, of whatever payload, and its weight becomes +1.
+for any split into slices and any number of threads; a NaN stays a NaN (of any payload), and its weight becomes +1.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ Correction = Literal["none", "as_coded", "adam"]
 EPS = 1e-10
 """Added to the root of bop2ndorder's second moment."""
 Number = float | Tensor
-"""A hyperparameter of a step, or where it is on the device: fp32 []."""
+"""Hyperparameter of a step: a float, or fp32 [] on the device."""
 
 # Byte i of a word (0 or 1) times bit 56 - 7 i of this constant lands on bit 56 + i; no two products share a bit, so
 # nothing carries.
@@ -107,7 +107,7 @@ def bop_bits_(bits: Tensor, grad: Tensor, exp_avg: Tensor, *, gamma: float, thre
 
 
 class Slice(NamedTuple):
-    """What an update reads and writes; Bop has no second moment."""
+    """Tensors that an update reads and writes; Bop has no second moment."""
 
     bits: Tensor
     grad: Tensor
@@ -125,7 +125,7 @@ class Rates(NamedTuple):
 
 
 def _check(part: Slice) -> None:
-    """The kernel trusts its pointers: a wrong length or type would write past the end."""
+    """Check lengths and types: the kernel trusts its pointers and would write past the end."""
     numel = part.grad.numel()
     if numel % 8:
         raise ValueError(f"grad has {numel} elements, expected a multiple of 8: eight weights share a byte")
@@ -255,7 +255,7 @@ def _scalar(value: float, device: torch.device) -> Tensor:
 
 
 class _Triton:
-    """Whether this process has launched a kernel of triton_kernels.py, or cannot."""
+    """State of this process: a kernel of triton_kernels.py was launched, or failed."""
 
     works = fails = False
 
@@ -291,7 +291,7 @@ def _warn_of_eager(problem: str) -> None:
 
 @cache
 def kernel_library() -> ctypes.CDLL | None:
-    """The functions of kernels.c, built on the first call in this process; None, after one warning, where that fails."""
+    """Return the functions of kernels.c, built on the first call in this process; None, after one warning, if that fails."""
     try:
         return _declare(load_c_library(SOURCE))
     except CLibraryError as error:

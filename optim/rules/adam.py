@@ -2,7 +2,7 @@
 
 The arithmetic is that of `torch.optim.adam`, single-tensor, bit for bit on a CPU: unlike the fused kernel its bits do not depend
 on how a parameter is cut into slices. It is written out here because torch's takes the step and the learning rate from the host,
-which a CUDA graph cannot, and its capturable form rounds otherwise. Keras adds epsilon to the uncorrected root ("epsilon hat" of
+which a CUDA graph cannot, and its capturable form rounds differently. Keras adds epsilon to the uncorrected root ("epsilon hat" of
 the Adam paper, section 2), torch to the corrected one; eps / sqrt(1 - beta2^t) in torch's place makes them equal. Weight decay is
 the coupled kind (an L2 term in the loss).
 """
@@ -29,7 +29,7 @@ def adam_step_(
     eps: float = KERAS_DEFAULTS["eps"],
     weight_decay: float = 0.0,
 ) -> None:
-    """One update in place, elementwise.
+    """Apply one update in place, elementwise.
 
     Args:
         weight: any shape, fp32 or bf16.
@@ -47,7 +47,7 @@ def adam_step_(
 
 
 def adam_numbers(group: Group, step: int) -> dict[str, float]:
-    """What changes from step to step: the step size, the correction of the root, and epsilon as torch places it.
+    """Return what changes from step to step: the step size, the correction of the root, and epsilon as torch places it.
 
     Args:
         group: with lr, betas and eps.

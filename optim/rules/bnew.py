@@ -5,16 +5,16 @@ binary features all the time, w real and d Adam's direction (Keras' epsilon, as 
 
     phase 1:  w <- clip(w - lr d, -1, 1)
     phase 2:  w <- clip((w - lr d) (1 + 2 rho), -1, 1)      a step down the regulariser -rho |w|^2; rho rises from 0 to rho0
-    phase 3:  w <- sign(w), sign(0) = +1, and stays         BatchNorm and all that is not binary go on
+    phase 3:  w <- sign(w), sign(0) = +1, and stays         BatchNorm and everything that is not binary keep training
 
 The weights carry the mark of binary ones, but are values until phase 3: they are sharded, sent and stored as values. Published
 runs on CIFAR-10: 1200 epochs, phase 2 from epoch 200 with rho0 = 1e-3 or 1e-4, phase 3 from epoch 1180, Adam from 1e-2 falling
-linearly. On ImageNet the paper gives each filter the scale mean|w| beside its sign; here there is none, the normalization behind
-the layer has one.
+linearly. On ImageNet the paper gives each filter the scale mean|w| besides its sign; here there is none, because the
+normalization after the layer has one.
 
-The layers begin with signs. Before its first update a weight of +-1 becomes w u a, u uniform in (0, 1) by element,
+The layers start with signs. Before its first update a weight of +-1 becomes w u a, u uniform in (0, 1) by element,
 a = sqrt(6 / (fan_in + fan_out)): Glorot's uniform sample, given its signs. So only the gradient of the first step is that of the
-signs; a weight that begins with another value, as from a file, keeps it.
+signs; a weight that starts with another value, as from a file, keeps it.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ from bitfleet.optim.schedules import Schedule, linear
 def bnew_step_(
     weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, latent_lr: float, rho: float, step: Tensor
 ) -> None:
-    """One update of phase 1 (rho = 0) or 2 in place, elementwise.
+    """Apply one update of phase 1 (rho = 0) or 2 in place, elementwise.
 
     Args:
         weight: w, any shape, in [-1, 1].
@@ -82,11 +82,11 @@ def check_phases(values: Mapping[str, Any]) -> None:
 
 
 def phase_schedules(values: Mapping[str, Any], num_steps: int) -> dict[str, Schedule]:
-    """The group keys that make the phases: "rho", and "free", which is 1 until phase 3 and then 0.
+    """Return the schedules that make the phases: "rho", and "free", which is 1 until phase 3 and then 0.
 
     Args:
         values: rho, rho_from and frozen_from, as `check_phases` has them.
-        num_steps: of the run; phase 3 begins after step 0 in any case.
+        num_steps: of the run; phase 3 starts after step 0 in any case.
     """
     begin = int(values["rho_from"] * num_steps)
     frozen = max(1, int(values["frozen_from"] * num_steps))

@@ -21,7 +21,7 @@ from bitfleet.optim.schedules import constant
 
 @torch.no_grad()
 def bop_step_(weight: Tensor, grad: Tensor, exp_avg: Tensor, *, gamma: float, threshold: float) -> None:
-    """One update in place, elementwise.
+    """Apply one update in place, elementwise.
 
     Args:
         weight: any shape, +-1.
@@ -60,7 +60,7 @@ register(
 
 
 class Bop(RoutedOptimizer):
-    """The rule above as a plain PyTorch optimizer for binary weights.
+    """Plain PyTorch optimizer for binary weights with the rule above.
 
     Args:
         params: parameters (or groups) with values +-1.

@@ -54,7 +54,7 @@ def bop2ndorder_step_(
     correction: Correction = "none",
     step: int = 1,
 ) -> None:
-    """One update in place, elementwise.
+    """Apply one update in place, elementwise.
 
     Args:
         weight: any shape, +-1.
@@ -175,7 +175,7 @@ register(
 
 
 class Bop2ndOrder(RoutedOptimizer):
-    """The rule above as a plain PyTorch optimizer for binary weights.
+    """Plain PyTorch optimizer for binary weights with the rule above.
 
     Args:
         params: parameters (or groups) with values +-1.

@@ -1,6 +1,6 @@
 """Random numbers by position: a pure function of seed, parameter name and element.
 
-State that begins at random must have the same bits in the plain optimizer and in every cut into slices, on any number of ranks.
+State that starts at random must have the same bits in the plain optimizer and in every cut into slices, on any number of ranks.
 A generator that is read in order cannot do that; here number i is a hash of i. The hash is splitmix64 (Steele, Lea, Flood: "Fast
 splittable pseudorandom number generators", OOPSLA 2014) in torch's int64, whose products wrap around.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 __all__ = ["uniform"]
 
 _BITS = 23
-"""Of each number; with the half that is added they fill the 24 of a float32."""
+"""Bits per number; with the half that is added they fill the 24 bits of a float32."""
 
 
 def uniform(seed: int, name: str, first: int, count: int, device: torch.device | None = None) -> Tensor:

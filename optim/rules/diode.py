@@ -19,7 +19,7 @@ from bitfleet.optim.rules.rule import Group, Rule, State, register, unchanged
 from bitfleet.optim.schedules import constant
 
 FIRST_LIMIT = 1e-3
-"""The largest |e2| at the start."""
+"""Largest |e2| at the start."""
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def diode_step_(
     alpha: float,
     latent_lr: float,
 ) -> None:
-    """One update in place, elementwise.
+    """Apply one update in place, elementwise.
 
     Args:
         weight: any shape; only written, with +-1.

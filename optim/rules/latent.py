@@ -59,7 +59,7 @@ def clip_and_sign_(weight: Tensor, latent: Tensor) -> None:
 def latent_adam_step_(
     weight: Tensor, grad: Tensor, latent: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, latent_lr: float, step: Tensor
 ) -> None:
-    """One update in place, elementwise.
+    """Apply one update in place, elementwise.
 
     Args:
         weight: any shape; only written, with +-1.
@@ -78,7 +78,7 @@ def latent_adam_step_(
 def latent_sgd_step_(
     weight: Tensor, grad: Tensor, latent: Tensor, momentum_buffer: Tensor, *, latent_lr: float, momentum: float
 ) -> None:
-    """One update in place, elementwise.
+    """Apply one update in place, elementwise.
 
     Args:
         weight: any shape; only written, with +-1.
@@ -105,7 +105,7 @@ def walk(num_steps: int) -> float:
 
 
 def _seed_adam_(weight: Tensor, mean_square: Tensor, state: State, group: Group, inertia: float) -> None:
-    """Adam's steps have the size lr, whatever that of the gradients."""
+    """Adam's steps have the size lr, independent of the size of the gradients."""
     state["latent"].copy_(weight * (inertia * group["latent_lr"] * walk(group["num_steps"]))).clamp_(-1.0, 1.0)
 
 

@@ -1,10 +1,10 @@
-"""One optimizer, one update rule per parameter group.
+"""Update rules, and an optimizer that applies one rule per parameter group.
 
 DeepSpeed wants a single optimizer object, while a binarized network needs two rules: a bit-flipping one for the +-1 weights and
 Adam for the rest (larq's CaseOptimizer). `RoutedOptimizer` looks up the rule that each group names. Every rule is elementwise,
 so it may be given whole parameters or the flat slices into which DeepSpeed's ZeRO cuts them.
 
-State that does not begin at 0 is filled by the rule's `begin_` before the first update of a parameter, from random numbers that
+State that does not start at 0 is filled by the rule's `begin_` before the first update of a parameter, from random numbers that
 belong to the element (counter_random.py): the same however parameters are cut. Which elements a slice of DeepSpeed's holds is
 not known here, so such a rule is refused there.
 """
@@ -75,7 +75,7 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {}
-"""Name -> rule, of every file of optim/rules and of whatever else calls `register`."""
+"""Name -> rule, of every file of optim/rules and of any other code that calls `register`."""
 
 
 def register(rule: Rule) -> None:
@@ -90,18 +90,18 @@ def binary_rules() -> dict[str, Mapping[str, Any]]:
 
 
 def unchanged(*keys: str) -> Numbers:
-    """The `Rule.numbers` of an update that takes `keys` from its group as they are."""
+    """Return a `Rule.numbers` for an update that takes `keys` from its group as they are."""
     return lambda group, step: {key: group[key] for key in keys}
 
 
 def numbers_of(group: Group, step: int) -> dict[str, float]:
-    """The numbers of the group's rule at the 1-based `step`; none where it has no such function."""
+    """Return the numbers of the group's rule at the 1-based `step`; empty if it has no such function."""
     numbers = RULES[group["rule"]].numbers
     return {} if numbers is None else numbers(group, step)
 
 
 def names_of(number: int, group: Group) -> list[str]:
-    """The names of the parameters of the `number`-th group: its "param_names", else running numbers."""
+    """Return the names of the parameters of the `number`-th group: its "param_names", else running numbers."""
     return group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
 
 
@@ -132,7 +132,7 @@ class RoutedOptimizer(torch.optim.Optimizer):
         self._names |= zip(group["params"], names_of(len(self.param_groups) - 1, group), strict=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        """As of torch.optim, which leaves out what it does not know: a copy or a pickle has the names of its own parameters."""
+        """Return the state of torch.optim, and the names: a copy or a pickle has those of its parameters."""
         return {**super().__getstate__(), "_names": self._names}
 
     @torch.no_grad()
@@ -140,7 +140,7 @@ class RoutedOptimizer(torch.optim.Optimizer):
         """Update every parameter that has a gradient.
 
         Raises:
-            ValueError: the rule begins with random state, and the parameters were replaced after construction (DeepSpeed's ZeRO);
+            ValueError: the rule starts with random state, and the parameters were replaced after construction (DeepSpeed's ZeRO);
                 or a group has transitions.
         """
         loss = None
@@ -166,7 +166,7 @@ class RoutedOptimizer(torch.optim.Optimizer):
     def _begin_(self, param: Tensor, state: State, group: Group) -> None:
         if param not in self._names:
             raise ValueError(
-                f"the rule {group['rule']} begins with random state for each parameter, but its parameters were replaced by "
+                f"the rule {group['rule']} starts with random state for each parameter, but its parameters were replaced by "
                 f"others, as DeepSpeed's ZeRO does: use ShardedOptimizer or no sharding"
             )
         begin_ = RULES[group["rule"]].begin_
@@ -181,7 +181,7 @@ class RoutedOptimizer(torch.optim.Optimizer):
                 self._state_of(param, group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of torch.optim, but state stays fp32: torch casts it to the type of its parameter, and bf16 would round it."""
+        """Load as torch.optim does, but keep state in fp32: torch casts it to the dtype of its parameter, and bf16 would round it."""
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]

@@ -23,7 +23,7 @@ from bitfleet.optim.schedules import constant
 def sgdat_step_(
     weight: Tensor, grad: Tensor, accumulator: Tensor, num_flips: Tensor, *, latent_lr: float, threshold: float
 ) -> None:
-    """One update in place, elementwise.
+    """Apply one update in place, elementwise.
 
     Args:
         weight: any shape, +-1; a real one becomes its sign.

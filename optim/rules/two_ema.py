@@ -24,7 +24,7 @@ from bitfleet.optim.schedules import constant, linear
 def two_ema_step_(
     weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_cascaded: Tensor, *, gamma: float, alpha: float
 ) -> None:
-    """One update in place, elementwise.
+    """Apply one update in place, elementwise.
 
     Args:
         weight: any shape, +-1.

@@ -1,7 +1,7 @@
 """Buckets: parameters of one group laid end to end, of which each rank owns one equal slice. No communication here.
 
 Layout of a bucket of world_size * slice_numel elements (slice_numel is a multiple of 64, so that a slice of signs is whole 64-bit
-words; every parameter of a binary bucket begins at a multiple of 64 for the same reason):
+words; every parameter of a binary bucket starts at a multiple of 64 for the same reason):
 
     | param 0 | pad | param 1 | pad | ... | pad to world_size * slice_numel |
     |   slice of rank 0     |  slice of rank 1   | ...                       |
@@ -25,7 +25,7 @@ CHUNK = 262_144
 
 
 class Segment(NamedTuple):
-    """Place of a parameter in its bucket."""
+    """Range of a parameter in its bucket."""
 
     name: str
     param: nn.Parameter
@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
 
 def tree_sum(parts: Sequence[Tensor]) -> Tensor:
-    """Sum of `parts` in one fixed binary tree: ((0 + 1) + (2 + 3)) + ..., an odd one out waits for the next level."""
+    """Sum `parts` in one fixed binary tree: ((0 + 1) + (2 + 3)) + ..., an odd one out waits for the next level."""
     level = list(parts)
     while len(level) > 1:
         paired = [a + b for a, b in zip(level[::2], level[1::2], strict=False)]
@@ -59,7 +59,7 @@ def tree_sum_rows(rows: Tensor) -> Tensor:
 
 
 class Bucket:
-    """The parameters of one bucket, which become views of one flat tensor, and this rank's slice of its state.
+    """Parameters that become views of one flat tensor, and this rank's slice of their state.
 
     Args:
         named: the parameters, in the order in which backward is expected to reach them.
@@ -72,9 +72,9 @@ class Bucket:
         self.group = group
         self.rule = RULES[group["rule"]]
         self.binary = self.rule.flips
-        """Its weights are +-1, exist as packed signs on their owner, and travel as bits."""
+        """Weights are +-1, exist as packed signs on their owner, and travel as bits."""
         self.is_clipped = not self.binary and not is_binary(named[0][1])
-        """Whether its gradients count for, and are scaled to, a largest norm: those of weights that become binary do not."""
+        """Gradients count for, and are scaled to, the largest norm; those of weights that become binary are not."""
         self.segments: list[Segment] = []
         end = 0
         for name, param in named:
@@ -125,11 +125,11 @@ class Bucket:
         self.used[index] = True
 
     def _takes_whole(self, grad: Tensor) -> bool:
-        """Whether `grad` can itself be the buffer: it is the only one of its bucket, as those of the largest layers are."""
+        """Return True if `grad` can itself be the buffer: it is the only one of its bucket, as in the largest layers."""
         return grad.numel() == self.weights.numel() and grad.dtype == torch.float32 and grad.is_contiguous()
 
     def _empty(self) -> Tensor:
-        """Room for the gradients of a replica, 0 between the parameters and behind the last one."""
+        """Return room for the gradients of a replica, 0 between the parameters and after the last one."""
         buffer = torch.empty(self.weights.numel(), device=self.weights.device)
         for segment, following in zip(self.segments, [*self.segments[1:], None], strict=True):
             end = self.weights.numel() if following is None else following.start
@@ -139,7 +139,7 @@ class Bucket:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every parameter has brought its gradient of the current replica."""
+        """True once every parameter has its gradient of the current replica."""
         return not self._missing
 
     def end_replica(self) -> None:
@@ -156,7 +156,7 @@ class Bucket:
         self._sums.append((level, local))
 
     def take_gradient(self) -> Tensor:
-        """The sum over this rank's replicas, fp32 [world_size * slice_numel]; the bucket keeps nothing of it."""
+        """Return the sum over this rank's replicas, fp32 [world_size * slice_numel], and forget it."""
         total = self._sums.pop()[1]
         while self._sums:
             total = self._sums.pop()[1].add_(total)
@@ -168,7 +168,7 @@ class Bucket:
         self.used = [False] * len(self.segments)
 
     def check_parameters(self) -> None:
-        """Raise ValueError, naming it, for a parameter that is no longer the view that it was made into."""
+        """Raise ValueError if a parameter is no longer a view of the flat tensor; it is named."""
         start, width = self.weights.data_ptr(), self.weights.element_size()
         for index, segment in enumerate(self.segments):
             if segment.param.numel() and segment.param.data_ptr() != start + width * segment.start:
@@ -184,7 +184,7 @@ class Bucket:
     # The update of this rank's slice.
 
     def advance(self, used: Sequence[bool]) -> list[Run]:
-        """Count an update of the segments that are `used`, and return what it covers; fills state that a rule begins with.
+        """Count an update of the segments that are `used`, and return what it covers; fill state before a first update.
 
         Args:
             used: for each segment, whether any rank had a gradient for it; the others keep weight and state, as a plain
@@ -203,7 +203,7 @@ class Bucket:
             self.steps[index] -= is_used
 
     def update_(self, grad: Tensor, run: Run, numbers: Mapping[str, float | Tensor], finite: Tensor | None) -> None:
-        """Apply the rule to a stretch of this rank's slice.
+        """Apply the rule to a run of elements of this rank's slice.
 
         Args:
             grad: the reduced gradient of the slice, fp32 [slice_numel].
@@ -257,7 +257,7 @@ class Bucket:
         return unpack_signs(bits, torch.empty(8 * bits.numel(), device=bits.device))[: high - low]
 
     def _runs(self, used: Sequence[bool]) -> Iterator[Run]:
-        """Stretches of the slice that are updated alike; usually the whole slice."""
+        """Yield runs of elements that are updated alike; usually the whole slice."""
         if all(used) and len(set(self.steps)) == 1:
             yield Run(0, self.slice_numel, self.steps[0])
             return
@@ -268,7 +268,7 @@ class Bucket:
                 yield Run(low, high, self.steps[index])
 
     def signs(self) -> Tensor:
-        """This rank's slice of the weights as bits, uint8 [slice_numel / 8]; packed from the weights when first asked for."""
+        """Return this rank's slice of the weights as bits, uint8 [slice_numel / 8]; packed on the first call."""
         if self.bits is None:
             self.bits = pack_signs(self.weights[self.begin : self.end])
         return self.bits
@@ -291,7 +291,7 @@ class Bucket:
                 unpack_signs(gathered[start // 8 : end // 8], self.weights[start:end])
 
     def _aligned(self) -> list[tuple[int, int]]:
-        """Begin and end of each segment of a binary bucket, with the padding behind it."""
+        """Return start and end of each segment of a binary bucket, with the padding after it."""
         return [(segment.start, -(-segment.end // ALIGN) * ALIGN) for segment in self.segments]
 
     def read_weights(self) -> None:
@@ -301,7 +301,7 @@ class Bucket:
             held = enumerate(segment.param.detach() for segment in self.segments)
             self.real = {index for index, weight in held if not bool((weight.abs() == 1).all())}
 
-    # What all ranks must agree on.
+    # Comparison between ranks.
 
     @property
     def travels_as_bits(self) -> bool:
@@ -309,19 +309,19 @@ class Bucket:
         return self.binary and not self.real
 
     def wire_form(self) -> Tensor:
-        """A copy of all weights in a form whose words can be compared: packed signs, or the values' bits as integers."""
+        """Return a copy of all weights in a form whose words can be compared: packed signs, or the values' bits as integers."""
         if self.travels_as_bits:
             return pack_signs(self.weights)
         return self.weights.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[self.weights.element_size()]).clone()
 
     def checksum(self) -> Tensor:
-        """A 64-bit sum over the weights, int64 [], with odd factors: one changed word always changes it."""
+        """Return a 64-bit sum over the weights, int64 [], with odd factors: one changed word always changes it."""
         words = self.wire_form()
         factors = torch.arange(1, 2 * words.numel(), 2, device=words.device)
         return (words.to(torch.int64) * factors).sum()
 
     def differences(self, truth: Tensor) -> list[tuple[str, int]]:
-        """Parameters whose weights differ from `truth` (a wire form), each with its first differing element."""
+        """Return the parameters whose weights differ from `truth` (a wire form), each with its first differing element."""
         here, differences = self.wire_form(), []
         for segment in self.segments:
             low, high = segment.start, segment.end
@@ -398,5 +398,5 @@ def make_buckets(groups: Sequence[Group], bucket_numel: int, rank: int, world_si
 
 
 def _kind(param: nn.Parameter) -> tuple[torch.dtype, torch.device, bool]:
-    """What the parameters of a bucket have in common."""
+    """Return what the parameters of a bucket have in common."""
     return param.dtype, param.device, is_binary(param)

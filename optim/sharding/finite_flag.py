@@ -1,11 +1,11 @@
-"""Whether every gradient of a step was finite: decided on the device, known to the host one step later."""
+"""Tell the host one step later whether every gradient of a step was finite, which the device decides."""
 
 import torch
 from torch import Tensor
 
 
 class FiniteFlag:
-    """Brings one flag to the host while the device goes on.
+    """Brings one flag to the host while the device keeps running.
 
     Waiting for the flag of step t - 1 when forward and backward of step t are queued lets no device run dry: it still has that
     work.
@@ -30,7 +30,7 @@ class FiniteFlag:
         self._is_pending = True
 
     def read(self) -> bool:
-        """Wait for the flag that was put last; True where none is pending."""
+        """Wait for the flag that was put last; True if none is pending."""
         if not self._is_pending:
             return True
         self._is_pending = False

@@ -1,4 +1,4 @@
-"""A dynamic loss scale for fp16, which the host never reads in a step.
+"""Scale the loss dynamically for fp16, without a read by the host in a step.
 
 fp16 has no numbers below 6e-8: gradients of activations vanish unless the loss is multiplied by a large factor, which the
 optimizer takes out again. The factor is a power of two, so it rounds nothing (Micikevicius et al., "Mixed Precision Training",
@@ -16,7 +16,7 @@ GROWTH_STEPS = 2000
 
 
 class LossScale:
-    """The scale and how long it has held, on the device.
+    """Loss scale, and for how many steps it has held, on the device.
 
     Args:
         device: where the gradients are.
@@ -24,7 +24,7 @@ class LossScale:
 
     def __init__(self, device: torch.device) -> None:
         self.value = torch.full((), FIRST, device=device)
-        """What the loss of the coming step is multiplied by, fp32 []."""
+        """Factor of the loss of the coming step, fp32 []."""
         self._held = torch.zeros((), dtype=torch.int32, device=device)
 
     def update_(self, finite: Tensor) -> None:

@@ -36,7 +36,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     1. Construction: parameters become views of flat buckets, and take the values of rank 0.
     2. Backward: a hook moves each gradient into its bucket and frees it. A rank runs `num_replicas / N` backward passes (micro-
        batches) a step; their gradients are summed in a binary tree. During the last one a complete bucket is sent at once,
-       while backward goes on, buckets always in the same order (sharding_exchange.py says how): every rank gets the sum of its
+       while backward continues, buckets always in the same order (reduction.py says how): every rank gets the sum of its
        slice over all ranks, in the same tree continued over the ranks, in fp32: for a power of two of replicas it has the same
        bits on 1, 2, 4, ... ranks. The bucket's buffers are freed as it lands.
     3. `step()`: one all-reduce of a few numbers says whether every gradient is finite (if not, no rank updates anything), which
@@ -58,7 +58,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         grad_dtype: what gradients travel as: torch.float32, or torch.bfloat16 at half the traffic; sums are fp32 always, but what
             is rounded before it travels depends on rank and number of ranks, and so do the bits.
         max_grad_norm: clip the gradients of full-precision weights (none that are binary or marked so) to this norm over all.
-        check_every: compare the weights of all ranks before every so many-th step; see `check_agreement`. A difference at any
+        check_every: compare the weights of all ranks every N steps; see `check_agreement`. A difference at any
             other step is overwritten by its gather.
         defers: the host does not wait for the device in a step: it learns one step later that one was skipped. Same bits. None:
             on a GPU.
@@ -91,17 +91,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"num_replicas is {num_replicas}, which {self.world_size} ranks cannot share equally")
         self.max_grad_norm, self.check_every = max_grad_norm, check_every
         self.observers: list[Observer] = []
-        """Told of every update of a binary bucket on this rank, after the update and before the weights travel."""
+        """Called for every update of a binary bucket on this rank, after the update and before the weights travel."""
         self.buckets: list[Bucket] = []
         super().__init__(optimizer.param_groups, {})
         self.buckets = make_buckets(self.param_groups, bucket_numel, self.rank, self.world_size)
         self.num_steps = self._num_skipped_steps = 0
         self.keeps_gradients = False
-        """Whether the reduced gradients outlive the update: a CUDA graph has their addresses."""
+        """Keep the reduced gradients after the update: a CUDA graph has their addresses."""
         self.num_skipped_in_a_row = 0
         """Skipped steps that the host knows of since the last one that was not."""
         self.updated: bool | Tensor = True
-        """Whether the last step changed anything: True or False where the host knows, else bool [] on the device."""
+        """False if the last step was skipped; bool [] on the device if the host does not know yet."""
         self.transitions = controller_of(
             self.param_groups,
             sum(bucket.numel for bucket in self.buckets if bucket.binary),
@@ -114,7 +114,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.defers = device.type == "cuda" if defers is None else defers
         self.loss_scale = LossScale(device) if scales_loss else None
         self.finite = torch.ones((), dtype=torch.bool, device=device)
-        """Whether every gradient of the last step was finite, bool [] on the device."""
+        """True if every gradient of the last step was finite, bool [] on the device."""
         self._finite_flag, self._device_numbers = FiniteFlag(device), StepNumbers(device)
         self._advanced: list[list[bool]] | None = None
         self._used: tuple[tuple[bool, ...], Tensor] = (), torch.empty(0)
@@ -196,7 +196,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return self._grads, used
 
     def _used_flags(self) -> Tensor:
-        """For each parameter whether this rank has a gradient of it, fp32; made anew only when that changes."""
+        """Return for each parameter whether this rank has a gradient of it, fp32; built again only when that changes."""
         used = tuple(flag for bucket in self.buckets for flag in bucket.used)
         if used != self._used[0]:
             self._used = used, torch.tensor(used, dtype=torch.float32, device=self.buckets[0].weights.device)
@@ -255,10 +255,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         )
 
     def _must_wait(self, used_here: Sequence[Sequence[bool]]) -> bool:
-        """Whether this step's flag is read before its update: the same on every rank.
+        """Return True if this step's flag is read before its update: the same on every rank.
 
-        After a skipped step, so that a run of them is counted without delay; for transitions, whose next value hangs on a count;
-        and for a first update, which fills state.
+        That is after a skipped step, so that several in a row are counted without delay; for transitions, whose next value depends
+        on a count; and for a first update, which fills state.
         """
         if not self.defers or self.transitions or self.num_skipped_in_a_row > 0:
             return True
@@ -331,7 +331,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._num_skipped_steps -= 1
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of a step that was begun, as after a backward pass that raised.
+        """Forget the gradients of a step that was started, as after a backward pass that raised.
 
         Raises:
             ValueError: some of them have left for other ranks already.
@@ -342,7 +342,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     # Looking in from outside.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only while the optimizer is built: buckets are laid out once.
+        """Add a group while the optimizer is built: buckets are laid out once.
 
         Raises:
             ValueError: afterwards.
@@ -352,11 +352,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def close(self) -> None:
-        """Let go of the parameters, which keep their values, so that another optimizer can take them."""
+        """Release the parameters, which keep their values, so that another optimizer can take them."""
         self._reduction.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's share of the state and the hyperparameters; to be loaded on the same rank of as many."""
+        """Return this rank's share of the state and the hyperparameters, to be loaded on the same rank of as many."""
         groups = [{k: value for k, value in group.items() if k not in ("params", KEY)} for group in self.param_groups]
         self._settle()
         return {
@@ -386,7 +386,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             group.update(saved)
 
     def read_weights(self) -> None:
-        """Take over weights that were written into the parameters from outside (a checkpoint that was loaded)."""
+        """Read weights that were written into the parameters from outside (a checkpoint that was loaded)."""
         for bucket in self.buckets:
             bucket.read_weights()
 
@@ -402,15 +402,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise WeightsDiffer(f"the weights of the ranks differ before step {self.num_steps}: {'; '.join(named)}")
 
     def chunks(self) -> list[Chunk]:
-        """This rank's stretches of the state, flat views by parameter: what a checkpoint for any number of ranks is made of."""
+        """Return this rank's chunks of the state, flat views by parameter: a checkpoint for any number of ranks is made of them."""
         return shard_state.chunks(self.buckets)
 
     def bit_chunks(self) -> list[Chunk]:
-        """This rank's stretches of the binary weights, as packed signs."""
+        """Return this rank's chunks of the binary weights, as packed signs."""
         return shard_state.bit_chunks(self.buckets)
 
     def transition_state(self) -> dict[str, Any] | None:
-        """What `transitions` needs to continue, if there are any, the same on every rank; every rank calls this."""
+        """Return what `transitions` needs to continue, if there are any, the same on every rank; every rank calls this."""
         if self.transitions is None:
             return None
         flips = self.transitions.flips.clone()
@@ -440,7 +440,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def gather_state(self) -> dict[str, dict[str, Tensor]]:
-        """The whole optimizer state, parameter name -> key -> tensor of the parameter's shape; every rank calls this."""
+        """Return the whole optimizer state, parameter name -> key -> tensor of the parameter's shape; every rank calls this."""
         self._settle()
         result: dict[str, dict[str, Tensor]] = {}
         for bucket in self.buckets:

@@ -25,9 +25,9 @@ from torch import Tensor
 from bitfleet.optim.sharding.buckets import Bucket, tree_sum
 
 MAX_FLIGHTS = 2
-"""Reductions under way at a time on a CPU: one on the wire, one waiting for it. More would only hold more memory. A GPU has no
-limit: there the host is far ahead, and a wait for the first exchange would hold up the rest of backward (4 bytes per weight until
-the step)."""
+"""Largest number of reductions in progress on a CPU: one on the wire, one waiting for it. More would only hold more memory. A GPU
+has no limit: there the host is far ahead, and a wait for the first exchange would hold up the rest of backward (4 bytes per weight
+until the step)."""
 
 
 all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -43,17 +43,17 @@ _Order = tuple[Exchange, Tensor, Tensor, "Future[Tensor]"]
 
 
 class Flight(Protocol):
-    """A reduction under way, or one that has landed; a `concurrent.futures.Future` is one."""
+    """Reduction that is in progress or done; a `concurrent.futures.Future` is one."""
 
     def done(self) -> bool:
-        """Whether `result` returns at once."""
+        """Return True if `result` returns at once."""
 
     def result(self) -> Tensor:
         """Wait for this rank's slice of what the ranks have exchanged, fp32 [slice]."""
 
 
 def can_halve(world_size: int) -> bool:
-    """Whether gradients go by halving; else by all-to-all."""
+    """Return True if gradients are reduced by halving, else by all-to-all."""
     return world_size & (world_size - 1) == 0
 
 
@@ -97,7 +97,7 @@ def swap(send: Tensor, received: Tensor, peer: int, group: dist.ProcessGroup | N
 
 
 class AllToAll:
-    """The other way: a flight that is summed when it has landed.
+    """Reduction by all-to-all, which is summed when it has arrived.
 
     Args:
         total: this rank's gradients, fp32 [world_size * slice].
@@ -125,18 +125,18 @@ class AllToAll:
         )
 
     def done(self) -> bool:
-        """Whether everything has arrived."""
+        """Return True once everything has arrived."""
         return self._work is None or bool(self._work.is_completed())
 
     def result(self) -> Tensor:
-        """Wait for it, sum it and finish it."""
+        """Wait for the parts, sum them and finish the sum."""
         if self._work is not None:
             self._work.wait()
         return self._finish(tree_sum([part.float() for part in self._received.view(self._world_size, -1)]))
 
 
 class Courier:
-    """Runs exchanges one after another while backward goes on: a thread does on a CPU, a stream of its own on a GPU.
+    """Runs exchanges one after another while backward continues: in a thread on a CPU, on a separate stream on a GPU.
 
     The thread is a daemon: one that waits for a lost rank must not keep a failed process alive.
 
@@ -152,7 +152,7 @@ class Courier:
         self._thread: threading.Thread | None = None
 
     def send(self, exchange: Exchange, total: Tensor) -> Flight:
-        """Start `exchange` of `total`, after those that were started before; `total` now belongs to it."""
+        """Start `exchange` of `total`, after all that were started before; `total` now belongs to it."""
         scratch = torch.empty_like(total, dtype=self._grad_dtype)  # here, where those who count memory see it
         if self._stream is not None:
             return _Streamed(exchange, total, scratch, self._stream)
@@ -173,13 +173,13 @@ class Courier:
 
 @torch.no_grad()
 def _carry(orders: "queue.SimpleQueue[_Order | None]", num_threads: int) -> None:
-    torch.set_num_threads(num_threads)  # of OpenMP, each thread has a number of its own
+    torch.set_num_threads(num_threads)  # OpenMP keeps a number per thread
     while (order := orders.get()) is not None:
         exchange, total, scratch, landing = order
         del order
         try:
             result = exchange(total, scratch)
-        except BaseException as error:  # raised again by whoever waits for it
+        except BaseException as error:  # raised again by `result`
             landing.set_exception(error)
         else:
             landing.set_result(result)
@@ -188,7 +188,7 @@ def _carry(orders: "queue.SimpleQueue[_Order | None]", num_threads: int) -> None
 
 
 class _Streamed:
-    """An exchange on a stream: everything is enqueued at once, and nothing waits but the streams."""
+    """Exchange on a stream: everything is enqueued at once, and only the streams wait."""
 
     def __init__(self, exchange: Exchange, total: Tensor, scratch: Tensor, stream: torch.cuda.Stream) -> None:
         stream.wait_stream(torch.cuda.current_stream(stream.device))
@@ -281,7 +281,7 @@ class Reduction:
 
     @torch.no_grad()
     def _launch(self, everything: bool = False) -> None:
-        """Send the next buckets in order, as far as they are complete."""
+        """Send the next buckets in order, up to the first one that is not complete."""
         while self._next < len(self.buckets) and (everything or self.buckets[self._next].is_complete):
             while len(self._flights) >= MAX_FLIGHTS and not self._on_gpu:
                 self._land(next(iter(self._flights)))
@@ -328,14 +328,14 @@ class Reduction:
             raise ValueError(f"step() after {self._replicas_done} of {local_replicas} backward passes of this rank")
 
     def take(self) -> list[Tensor]:
-        """Wait for what is under way; the reduced slice of every bucket, fp32, which now belongs to the caller."""
+        """Wait for all reductions; return the reduced slice of every bucket, fp32, which now belongs to the caller."""
         for index in list(self._flights):
             self._land(index)
         self._replicas_done = self._next = 0
         return [self._reduced.pop(index) for index in range(len(self.buckets))]
 
     def forget(self) -> None:
-        """Drop the gradients of a step that was begun.
+        """Drop the gradients of a step that was started.
 
         Raises:
             ValueError: some of them have left for other ranks already.
@@ -348,7 +348,7 @@ class Reduction:
             bucket.forget_gradients()
 
     def close(self) -> None:
-        """Take the hooks off the parameters."""
+        """Remove the hooks of the parameters."""
         for hook in self._hooks:
             hook.remove()
         self._courier.close()

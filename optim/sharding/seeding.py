@@ -1,4 +1,4 @@
-"""State for weights that were trained before: a run that starts from a file keeps what they have learned.
+"""Seed optimizer state for weights that were trained before, so that a run that starts from a file keeps what they learned.
 
 With moments of 0 the ratio of the first step is far above any published threshold, and half of the weights flip at once. An
 average of some gradients would not help: half of them are noise of the wrong sign. What is loaded must be in the state: each

@@ -1,4 +1,4 @@
-"""What is in a rank's slices, by parameter name: what a checkpoint of a sharded optimizer holds. No communication here."""
+"""Read and write a rank's slices by parameter name, for checkpoints of a sharded optimizer. No communication here."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,22 +12,22 @@ BITS = "bits"
 
 
 class Chunk(NamedTuple):
-    """A stretch of a logical flat tensor that belongs to one parameter and of which every rank holds another stretch."""
+    """Part of a logical flat tensor of one parameter, of which every rank holds another part."""
 
     key: str
     """Key of the state ("exp_avg"), or "bits" for the packed signs of a binary weight (uint8, 8 weights a byte)."""
     name: str
-    """The parameter."""
+    """Name of the parameter."""
     tensor: Tensor
-    """A flat view of this rank's stretch."""
+    """Flat view of this rank's part."""
     offset: int
-    """Its first element in the logical tensor."""
+    """Index of its first element in the logical tensor."""
     numel: int
     """Elements of the logical tensor: the parameter's, or a byte for 8 of them, the last one filled up."""
 
 
 def chunks(buckets: Sequence[Bucket]) -> list[Chunk]:
-    """This rank's stretches of the state of every parameter."""
+    """Return this rank's chunks of the state of every parameter."""
     found = []
     for bucket in buckets:
         for index, name, first, low, high in bucket.pieces():
@@ -37,14 +37,14 @@ def chunks(buckets: Sequence[Bucket]) -> list[Chunk]:
 
 
 def bit_chunks(buckets: Sequence[Bucket]) -> list[Chunk]:
-    """This rank's stretches of the binary weights that are +-1, as packed signs."""
+    """Return this rank's chunks of the binary weights that are +-1, as packed signs."""
     names = in_bits(buckets)
     found = (chunk for bucket in buckets if bucket.binary for chunk in packed_chunks(bucket, BITS, bucket.signs()))
     return [chunk for chunk in found if chunk.name in names]
 
 
 def in_bits(buckets: Sequence[Bucket]) -> set[str]:
-    """The parameters that `bit_chunks` holds; those that start as real values come to it with their first update."""
+    """Return the parameters that `bit_chunks` holds; weights that start as real values are in it after their first update."""
     return {
         segment.name
         for bucket in buckets
@@ -55,7 +55,7 @@ def in_bits(buckets: Sequence[Bucket]) -> set[str]:
 
 
 def packed_chunks(bucket: Bucket, key: str, packed: Tensor) -> list[Chunk]:
-    """The stretches, by parameter, of what holds a bit for each weight of a slice: uint8 [slice_numel / 8]."""
+    """Return the chunks, by parameter, of a tensor that holds a bit per weight of a slice: uint8 [slice_numel / 8]."""
     return [
         Chunk(key, name, packed[low // 8 : -(-high // 8)], first // 8, -(-bucket.segments[i].param.numel() // 8))
         for i, name, first, low, high in bucket.pieces()
@@ -70,7 +70,7 @@ def steps(buckets: Sequence[Bucket]) -> dict[str, int]:
 
 
 def load_steps_(buckets: Sequence[Bucket], counts: dict[str, int]) -> None:
-    """Set the counts that `steps` returned, and read the weights anew.
+    """Set the counts that `steps` returned, and read the weights again.
 
     Raises:
         ValueError: they are of other parameters.
@@ -89,7 +89,7 @@ def shard(buckets: Sequence[Bucket]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_(buckets: Sequence[Bucket], tensors: dict[str, Tensor], counts: dict[str, int]) -> None:
-    """Copy what `shard` and `steps` returned into the slices, and read the weights anew.
+    """Copy what `shard` and `steps` returned into the slices, and read the weights again.
 
     Raises:
         ValueError: the shard is of another layout.

@@ -1,4 +1,4 @@
-"""The numbers of a step (rates, thresholds, corrections) where a kernel can read them: one small copy per step."""
+"""Bring the numbers of a step (rates, thresholds, corrections) to the device, in one small copy per step."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""What the ranks of a sharded optimizer tell each other when something is wrong: where weights differ, what is not finite."""
+"""Compare the weights of the ranks of a sharded optimizer, and name what is wrong."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from bitfleet.optim.sharding.reduction import all_gather_single
 
 
 class WeightsDiffer(RuntimeError):
-    """The ranks do not hold the same weights."""
+    """Raised when the ranks do not hold the same weights."""
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def differing_weights(buckets: Sequence[Bucket], process_group: dist.ProcessGrou
 
 
 def union(names: list[str], process_group: dist.ProcessGroup | None) -> list[str]:
-    """The names of all ranks, each once, in order of rank; every rank calls this."""
+    """Return the names of all ranks, each once, in order of rank; every rank calls this."""
     if not dist.is_initialized():
         return names
     found: list[Any] = [None] * dist.get_world_size(process_group)
@@ -45,7 +45,7 @@ def union(names: list[str], process_group: dist.ProcessGroup | None) -> list[str
 
 
 def _wrong_here(bucket: Bucket, checksums: list[int], process_group: dist.ProcessGroup | None) -> list[tuple[str, int]]:
-    """Parameters of `bucket` that are wrong on this rank, each with its first wrong element."""
+    """Return the parameters of `bucket` that are wrong on this rank, each with its first wrong element."""
     truth = bucket.wire_form()
     if bucket.travels_as_bits:  # the owners have the truth in their packed slices
         all_gather_single(truth, bucket.signs(), group=process_group)
