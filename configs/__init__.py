@@ -8,12 +8,12 @@ from bitfleet.trainer.config import TrainConfig
 
 
 def available() -> list[str]:
-    """Names of all configurations."""
+    """Return the names of all configurations."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
 
 
 def load_config(name: str) -> TrainConfig:
-    """The configuration called `name`.
+    """Return the configuration called `name`.
 
     Raises:
         ValueError: there is none; the message names the nearest.

@@ -24,7 +24,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-    """The text of --help."""
+    """Return the text of --help."""
     width = max(map(len, COMMANDS))
     lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
     return (

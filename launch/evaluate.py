@@ -21,11 +21,11 @@ class Evaluate:
     run: Positional[Path]
     """Run folder (its newest checkpoint is taken) or one of its checkpoints."""
     data_root: str | None = None
-    """Where the data is now. None: where the run read it."""
+    """Path of the data, if it has moved since the run. None: the path that the run used."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where the model runs; auto is CUDA where torch finds it."""
+    """Device of the model; auto is CUDA if torch finds it."""
     precision: tuple[Literal["fp32", "tf32", "bf16", "fp16"], ...] = ()
-    """What to compute in; several: one validation in each, and how many predictions differ. None given: as the run did."""
+    """Precisions to compute in; with several, validate in each and count the predictions that differ. Default: that of the run."""
 
 
 def evaluate(arguments: Sequence[str], prog: str = "bitfleet evaluate") -> None:
@@ -46,7 +46,7 @@ def evaluate(arguments: Sequence[str], prog: str = "bitfleet evaluate") -> None:
 
 
 def format_evaluation(found: "Evaluation") -> str:
-    """The checkpoint and its accuracy; with the precision where it is not the run's, and what differs where there are several."""
+    """Return checkpoint and accuracy as text, with the precision if it is not the run's, and the differences if there are several."""
     lines = [str(found.checkpoint)]
     as_trained = list(found.accuracies) == [found.trained_in]
     if not as_trained:

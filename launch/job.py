@@ -26,11 +26,11 @@ if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not
 
 FIRST_RANK_SPEAKS_SECONDS = 3.0
 LOST_PEER_SECONDS = 25.0
-"""How long a rank whose collective failed waits for the reason: longer than a silent rank is waited for."""
+"""Seconds that a rank whose collective failed waits for the reason; longer than the heartbeat waits for a silent rank."""
 
 
 def ranks_of_process() -> "Ranks":
-    """Return the place of this process, whatever started it; without a launcher it is a job of its own.
+    """Return the place of this process for any launcher; without a launcher it is a job of one rank.
 
     torch and DeepSpeed read the place from the environment, which is completed for them.
 
@@ -61,9 +61,9 @@ def ranks_of_process() -> "Ranks":
 
 
 def free_port() -> int:
-    """A TCP port of this machine that is free, and that only who asks for it by its number will get.
+    """Return a free TCP port of this machine that no other process gets by chance.
 
-    It is bound seconds later, when torch is imported. Ports below 32768 Linux gives to nobody by itself; those of
+    It is bound seconds later, when torch is imported. Linux never assigns ports below 32768 by itself; those of
     launch/cluster/places.py and torch's own lie below 30000.
     """
     while True:
@@ -79,12 +79,12 @@ def command_line() -> list[str]:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def is_first_rank() -> bool:
-    """Whether this process is rank 0 (or alone)."""
+    """Return True if this process is rank 0 (or alone)."""
     return rank_of(os.environ) == 0
 
 
@@ -117,7 +117,7 @@ def job(device_name: str, config: "TrainConfig | None" = None) -> Iterator[tuple
 
 
 class _Lasting(io.FileIO):
-    """An output whose reader may end first: what is written then is lost, and that is no error."""
+    """Output whose reader may end first: what is written after that is lost without an error."""
 
     def write(self, data: Any) -> int:
         try:
@@ -129,7 +129,7 @@ class _Lasting(io.FileIO):
 
 
 def _outlive_the_terminal() -> None:
-    """A rank whose launcher or `tee` died still has to save: its next print must not end it. Nor is `| head` an error."""
+    """Keep output from ending the process: a rank whose launcher or `tee` died still has to save, and `| head` is not an error."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the shell
@@ -140,11 +140,11 @@ def _outlive_the_terminal() -> None:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run `main` and end the process: 0, or not 0 with the reason on stderr.
+    """Run `main` and exit.
 
-    A ValueError is the user's, a FloatingPointError the run's: one sentence, no traceback. An error that all ranks meet is said
-    once, by rank 0: the others wait until the launcher, which ends a job whose rank failed, has taken them down. One that a
-    single rank meets is said by that rank. The process leaves without waiting for peers, which may be stuck in a collective.
+    ValueError and FloatingPointError are reported in one line, with exit code 2; anything else with a traceback and 1. An error that
+    is raised on every rank is printed by rank 0 only: the others wait until the launcher has ended them. An error of a single rank is
+    printed by that rank. The process exits without waiting for peers, which may be stuck in a collective.
     """
     have_home(os.environ)
     threading.excepthook = _thread_failed
@@ -182,7 +182,7 @@ def _fail(error: BaseException) -> NoReturn:
     if isinstance(error, PeerFailed):
         _leave(error.code)
     if is_lost_peer(error):
-        # The cause is another rank's, which says it; or nobody knows it.
+        # Another rank prints the cause, if it is known.
         _leave_with_others(LOST_PEER_SECONDS)
         print(error_line(f"lost its peers: {error}", _who()), file=sys.stderr, flush=True)
     else:
@@ -193,7 +193,7 @@ def _fail(error: BaseException) -> NoReturn:
 
 
 def _who() -> str:
-    """This rank, and its host where the job has several, for a message; nothing for rank 0 of one host."""
+    """Return this rank, and its host if the job has several, for a message; "" for rank 0 of one host."""
     if _is_on_many_hosts():
         return f" (rank {rank_of(os.environ)} on {socket.gethostname()})"
     return "" if is_first_rank() else f" (rank {rank_of(os.environ)})"
@@ -205,7 +205,7 @@ def _is_on_many_hosts() -> bool:
 
 
 def _leave_with_others(seconds: float) -> None:
-    """Leave without a word if another rank fails within `seconds`, which says why."""
+    """Exit silently if another rank fails within `seconds`, which prints why."""
     if "bitfleet.trainer.ranks.membership" not in sys.modules:
         time.sleep(seconds)
         return
@@ -216,7 +216,7 @@ def _leave_with_others(seconds: float) -> None:
 
 
 def _tell_others(code: int) -> None:
-    """Tell the other ranks that this one fails; the launcher of another host does not. Leaves if one of them was first."""
+    """Tell the other ranks that this one fails, as the launcher of another host does not. Exit if one of them was first."""
     if "bitfleet.trainer.ranks.membership" not in sys.modules and not _is_on_many_hosts():
         return
     from bitfleet.trainer.ranks.membership import membership
@@ -228,13 +228,13 @@ def _tell_others(code: int) -> None:
 
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """A full disk under TensorBoard's writer thread is raised again in the main thread, which says it in a sentence."""
+    """Stay silent on a full disk in TensorBoard's writer thread: it is raised again in the main thread, which reports it."""
     if failure.exc_value is None or not _is_full_disk(failure.exc_value):
         threading.__excepthook__(failure)
 
 
 def _in_a_sentence(error: BaseException) -> BaseException:
-    """Memory that has run out, of a GPU or of the machine, as a ValueError; every other error as it is."""
+    """Return a ValueError if memory has run out, of a GPU or of the machine; every other error as it is."""
     if "torch" in sys.modules:
         from bitfleet.trainer.run.out_of_memory import is_out_of_memory, out_of_memory
 
@@ -248,12 +248,12 @@ def _in_a_sentence(error: BaseException) -> BaseException:
 
 
 def _is_full_disk(error: BaseException) -> bool:
-    """Whether a disk is full, over its quota or read-only: the user's to mend, and named in the message."""
+    """Return True if a disk is full, over its quota or read-only: for the user to fix, and named in the message."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def _is_disagreement(error: BaseException) -> bool:
-    """Whether the ranks found that their weights differ: the message says all that there is to say."""
+    """Return True if the ranks found that their weights differ: the message is complete."""
     from bitfleet.optim.sharding.verify_weights import WeightsDiffer
 
     return isinstance(error, WeightsDiffer)
@@ -263,6 +263,6 @@ def _leave(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
-    # Destructors of a process group or of DALI may wait for others for ever, and those of gloo abort a process now and then even
+    # Destructors of a process group or of DALI may wait for others indefinitely, and those of gloo sometimes abort a process even
     # though its group is destroyed ("terminate called without an active exception"): a run that ended well must not end so.
     os._exit(code)

@@ -56,7 +56,7 @@ class _Place:
 
 
 def next_commands(run_folder: os.PathLike[str], arguments: Sequence[str], world_size: int) -> str:
-    """What to do after a run: look at it, evaluate it, continue it."""
+    """Return the commands to view, evaluate and continue a run."""
     path = shlex.quote(str(run_folder))
     _, kept = parse_with_run(_Place, arguments, "bitfleet train")
     # With the folder of this interpreter in front: `make train` does not activate .venv in the user's shell.

@@ -1,4 +1,4 @@
-"""The configuration of a run: the owners' parts, composed, and the checks that concern more than one of them."""
+"""Compose the configuration of a run from those of its parts, and check what concerns more than one of them."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ change as well where the pixels do not: see `run_checkpoints.identity`."""
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """One run."""
+    """Configuration of a run."""
 
     name: str
     """Name of the configuration; runs are written below `output`/`name`."""
@@ -41,34 +41,34 @@ class TrainConfig:
     global_batch_size: int
     """Images per optimizer step, over all ranks."""
     num_replicas: int | None = None
-    """Micro-batches per step, each with its own BatchNorm statistics; a multiple of the number of ranks. None: one a rank."""
+    """Micro-batches per step, each with its own BatchNorm statistics; a multiple of the number of ranks. None: one per rank."""
     seed: int = 0
     """Seed of the initial weights, the sample order, crops and flips."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where the model runs; auto is CUDA where torch finds it."""
+    """Device of the model; auto is CUDA if torch finds it."""
     num_threads: int | None = None
-    """Threads of a rank's CPU work. None: the cores of the machine divided by its ranks. Equal bits on another number of
-    ranks need equal threads."""
+    """CPU threads per rank. None: the cores of the machine divided by its ranks. Results are bit-identical across numbers of ranks
+    only if this is equal."""
     validate_every_epochs: int = 1
-    """Validate after every so many epochs, and at the end."""
+    """Validate every N epochs, and at the end."""
     output: Path = Path("runs")
     """Folder of all runs."""
     run_dir: Path | None = None
     """Folder of this run. None: a new one, `output`/`name`/<date and time>."""
     resume: str | None = None
-    """auto: continue the newest run (or `run_dir`) where there is one. A path: continue that run folder or checkpoint."""
+    """auto: continue the newest run (or `run_dir`) if there is one. A path: continue that run folder or checkpoint."""
     init: Path | None = None
-    """Weights to begin from: a run folder or checkpoint, a file of `bitfleet checkpoint weights`, or Keras' .npz, .h5 or .keras.
+    """Weights to start from: a run folder or checkpoint, a file of `bitfleet checkpoint weights`, or Keras' .npz, .h5 or .keras.
     The state of a rule that flips weights is seeded so that they keep their signs (optim.init_inertia). None: random ones."""
     init_head: Literal["loaded", "new"] = "loaded"
-    """new: the layers whose size depends on the number of classes begin at random, as for other classes than those of `init`."""
+    """new: the layers whose size depends on the number of classes start at random, as for other classes than those of `init`."""
     init_scales: Literal["none", "larq-zoo"] = "none"
-    """larq-zoo: binary kernels of the Keras file carry a scale for each filter, which goes into the BatchNorm behind it."""
+    """larq-zoo: binary kernels of the Keras file carry a scale per filter, which goes into the BatchNorm after it."""
     stop_after_steps: int | None = None
-    """Stop, with a checkpoint, once so many optimizer steps are done. The schedules keep their length."""
+    """Stop with a checkpoint after N optimizer steps. The schedules keep their length."""
     preflight: Literal["basic", "full"] = "basic"
-    """What is tried before the run. basic: memory, traffic and time are predicted, then compared with the first steps. full: two
-    optimizer steps on random images, a save, and reading it back on this and on other numbers of ranks, come before it."""
+    """Checks before the run. basic: none; memory, traffic and time are measured in the first steps. full: first two optimizer steps in
+    a scratch folder, a save, and reading it back on this and on other numbers of ranks."""
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -96,7 +96,7 @@ class TrainConfig:
             )
         if self.model.compile == "on" and self.engine.sharding == "zero3":
             raise ValueError(
-                'model.compile on does not go with engine.sharding "zero3", which takes the weights apart around every layer: '
+                'model.compile on does not work with engine.sharding "zero3", which takes the weights apart around every layer: '
                 "choose another sharding, or set model.compile to auto or off"
             )
         if self.init_head == "new" and self.init is None:
@@ -116,7 +116,7 @@ class TrainConfig:
         if RULES[self.optim.rule].begin_ is not None and self.engine.stage > 0:
             raise ValueError(
                 f'optim.rule {self.optim.rule} needs engine.sharding "bits" or "none", not {self.engine.sharding!r}: its state '
-                f"begins with random numbers for each weight, and DeepSpeed's slices do not say which weights they hold"
+                f"starts with random numbers for each weight, and DeepSpeed's slices do not say which weights they hold"
             )
         on_host = {
             "metrics.diagnostics": self.metrics.diagnostics,
@@ -131,12 +131,12 @@ class TrainConfig:
 
 
 def resolve_replicas(config: TrainConfig, world_size: int, before: int | None = None) -> int:
-    """The number of replicas on `world_size` ranks.
+    """Return the number of replicas on `world_size` ranks.
 
     Args:
         config: its num_replicas may be None.
         world_size: number of ranks.
-        before: replicas of the run that is continued; they are kept where the configuration leaves them open.
+        before: replicas of the run to resume; they are kept if the configuration leaves them unset.
 
     Raises:
         ValueError: ranks, replicas and batch do not divide.
@@ -145,7 +145,7 @@ def resolve_replicas(config: TrainConfig, world_size: int, before: int | None = 
     if num_replicas % world_size and before and config.num_replicas is None:
         raise ValueError(
             f"the run has {before} replicas, which {world_size} ranks cannot share equally: continue it on a number of ranks "
-            f"that divides {before}; a run that shall move between 1, 2, 4, ... ranks is begun with --num_replicas"
+            f"that divides {before}; to change the number of ranks later, start the run with --num_replicas"
         )
     if num_replicas % world_size:
         raise ValueError(
@@ -161,12 +161,12 @@ def resolve_replicas(config: TrainConfig, world_size: int, before: int | None = 
 
 
 def with_precision(config: TrainConfig, device_type: str, before: str | None = None) -> TrainConfig:
-    """`config` with the precision that the run computes in, in place of "auto".
+    """Return `config` with the precision that the run computes in, in place of "auto".
 
     Args:
         config: of the run.
         device_type: of the device that the model runs on.
-        before: precision of the run that is continued; it is kept where the configuration leaves it open.
+        before: precision of the run to resume; it is kept if the configuration is "auto".
 
     Raises:
         ValueError: the device does not have that precision.
@@ -174,7 +174,7 @@ def with_precision(config: TrainConfig, device_type: str, before: str | None = N
     wanted = config.engine.precision
     if wanted == "auto" and before == "tf32" and device_type != "cuda":
         raise ValueError(
-            "the run was begun on a GPU in precision tf32, which a CPU does not have: continue it on a GPU, or begin another run "
+            "the run was started on a GPU in precision tf32, which a CPU does not have: continue it on a GPU, or start another run "
             "from its weights (bitfleet checkpoint weights, --init)"
         )
     if wanted == "auto" and before is not None:
@@ -184,11 +184,11 @@ def with_precision(config: TrainConfig, device_type: str, before: str | None = N
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """`config` as JSON types."""
+    """Return `config` as JSON types."""
     resolved: dict[str, Any] = json.loads(TypeAdapter(TrainConfig).dump_json(config))
     return resolved
 
 
 def from_dict(resolved: dict[str, Any]) -> TrainConfig:
-    """The configuration that `to_dict` wrote down."""
+    """Return the configuration that `to_dict` serialized."""
     return TypeAdapter(TrainConfig).validate_python(resolved)

@@ -1,4 +1,4 @@
-"""Validation: every image of the validation set exactly once, on any number of ranks."""
+"""Validate on every image of the validation set exactly once, on any number of ranks."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def validate(
     device: torch.device,
     must_stop: Callable[[], bool] = lambda: False,
 ) -> Accuracy | None:
-    """Loss and accuracy of `model` over the validation set; every rank calls this and gets the same result.
+    """Return loss and accuracy of `model` over the validation set; every rank calls this and gets the same result.
 
     Args:
         model: in any mode; it is left as it was.
@@ -62,7 +62,7 @@ def validate(
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate_run` found."""
+    """Result of `evaluate_run`."""
 
     checkpoint: Path
     trained_in: str
@@ -129,7 +129,7 @@ def evaluate_run(
 def _validate_in(
     precision: Precision, model: nn.Module, loader: ValidationLoader, config: TrainConfig, device: torch.device
 ) -> Accuracy:
-    """`validate` in a precision that need not be the run's."""
+    """Call `validate` in a precision that need not be the run's."""
     # fp16 needs sharding "bits" for the gradients, of which there are none.
     engine = dataclasses.replace(config.engine, precision=precision, sharding="bits")
     use_arithmetic(device, engine)

@@ -1,4 +1,4 @@
-"""From a command line to a `TrainConfig`: `--config NAME` and typed overrides."""
+"""Turn a command line into a `TrainConfig`: `--config NAME` and typed overrides."""
 
 import dataclasses
 import difflib
@@ -26,7 +26,7 @@ class _Rule:
 
 @dataclasses.dataclass(frozen=True)
 class _Named:
-    """What decides the defaults of all other options."""
+    """Options that decide the defaults of all others."""
 
     config: str | None = None
     optim: _Rule = _Rule()
@@ -77,7 +77,7 @@ def override(default: TrainConfig, arguments: Sequence[str], *, prog: str, descr
 
 
 def option_names(config: Any, prefix: str = "--") -> list[str]:
-    """Every option that overrides a field of the dataclass `config`; parts that are None have none."""
+    """Return every option that overrides a field of the dataclass `config`; parts that are None have none."""
     names = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

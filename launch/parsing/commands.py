@@ -35,11 +35,11 @@ def _number(kind: Callable[[str], float], metavar: str) -> Any:
 
 
 Count = Annotated[int, _number(int, "N")]
-"""A positive whole number."""
+"""Positive whole number."""
 MaybeCount = Annotated[int | None, _number(int, "N")]
-"""A positive whole number, or None if it is not given."""
+"""Positive whole number, or None if it is not given."""
 MaybeDecimal = Annotated[float | None, _number(float, "X")]
-"""A positive number, or None if it is not given."""
+"""Positive number, or None if it is not given."""
 
 
 def parse(command: Any, arguments: Sequence[str], prog: str) -> Any:
@@ -59,7 +59,7 @@ def parse(command: Any, arguments: Sequence[str], prog: str) -> Any:
 
 
 def parse_with_run(command: Any, arguments: Sequence[str], prog: str) -> tuple[Any, list[str]]:
-    """Return the options of a command that also takes those of a run, and the words that are none of its own.
+    """Return the options of a command that also takes those of a run, and the words that are not options of the command.
 
     Raises:
         ValueError: an option is missing, or a value does not fit.

@@ -1,4 +1,4 @@
-"""How torch computes on a GPU: the precision of its products, and whether the same inputs give the same bits.
+"""Set how torch computes on a GPU: the precision of its products, and whether the same inputs give the same bits.
 
 These are settings of the whole process. On a CPU there is nothing to set: products are fp32 or what autocast says, and the same
 number of threads gives the same bits.
@@ -29,7 +29,7 @@ def use_arithmetic(device: torch.device, config: EngineConfig) -> None:
     if device.type != "cuda":
         return
     # These two names work without a warning in torch 2.11 to 2.14. Their successors (conv.fp32_precision and so on) do too, but
-    # then whoever still reads these, as torch.compile does, gets an error about mixed settings.
+    # then code that still reads these, as torch.compile does, gets an error about mixed settings.
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
     # By default a product that is split over the GPU adds its parts in bf16 or fp16.

@@ -16,7 +16,7 @@ from bitfleet.trainer.ranks.collectives import gather_from_ranks
 
 
 class RunningStatistics:
-    """All floating-point buffers of a model, read and written as one flat tensor.
+    """Floating-point buffers of a model, read and written as one flat tensor.
 
     They stay separate tensors: as views of one, torch.compile would have to treat them as aliases of each other. Run each
     micro-batch inside `replica`, then call `end_step` once.
@@ -31,7 +31,7 @@ class RunningStatistics:
         self._replicas: list[Tensor] = []
 
     def _read(self) -> Tensor:
-        """A copy of all buffers, end to end."""
+        """Return a copy of all buffers, end to end."""
         flat = [buffer.reshape(-1) for buffer in self._buffers]
         return torch.cat(flat) if flat else torch.zeros(0)
 
@@ -67,7 +67,7 @@ class RunningStatistics:
 
         Args:
             updated: whether the optimizer updated the network, known to the host or bool [] on the device. A skipped step leaves
-                the statistics where it began: its batches may have put NaN into them.
+                the statistics as they were at its start: its batches may have put NaN into them.
         """
         assert self._start is not None
         num_here = len(self._replicas)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from bitfleet.trainer.run.user_paths import users_path
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-"""What convolutions and matrix products compute in (docs/precision.md)."""
+"""Precision of convolutions and matrix products (docs/precision.md)."""
 AUTOCAST: dict[str, str] = {"bf16": "bfloat16", "fp16": "float16"}
 """Precision -> the dtype of torch that autocast gives to convolutions and matrix products; the other precisions need none."""
 
@@ -48,24 +48,24 @@ NESTED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """How DeepSpeed runs the ranks."""
+    """Settings of the ranks and of DeepSpeed."""
 
     sharding: Literal["bits", "none", "zero1", "zero2", "zero3"] = "bits"
     """bits: bitfleet's own sharding (docs/sharding.md), binary weights travel as bits. none: every rank holds all state.
     zero1, zero2, zero3: DeepSpeed's ZeRO shards the optimizer state, the gradients as well, the weights as well."""
     grad_comm_dtype: Literal["fp32", "bf16"] = "fp32"
-    """What gradients travel as between the ranks; sums are fp32. bf16 halves the traffic. For "bits" only."""
+    """Dtype in which gradients travel between the ranks; sums are fp32. bf16 halves the traffic. For "bits" only."""
     max_grad_norm: float | None = None
     """Clip the gradients of the full-precision parameters (only of those) to this norm. For "bits" only."""
     check_every_steps: int | None = 1000
-    """Compare the weights of all ranks before every so many-th step; a difference then stops the job. (The gather of any other
-    step would have mended it.) For "bits" only."""
+    """Compare the weights of all ranks every N steps and stop on a difference. (The gather of any other step would have repaired
+    it.) For "bits" only."""
     on_nonfinite: Literal["skip", "stop"] = "skip"
     """What to do when a gradient is not finite: skip the step and count it (20 in a row stop the run), or save the state before
     it and stop, naming the parameters. For "bits" only; DeepSpeed's ZeRO always skips."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """What convolutions and matrix products compute in; weights, gradients and moments stay fp32. auto: fp32 on a CPU, tf32 on a
-    GPU, and in a run that is continued what it was begun with. fp32: no TF32 anywhere. tf32: operands rounded to 10 bits, sums in
+    """Precision of convolutions and matrix products; weights, gradients and moments stay fp32. auto: fp32 on a CPU, tf32 on a GPU,
+    and in a resumed run the precision that it was started with. fp32: no TF32 anywhere. tf32: operands rounded to 10 bits, sums in
     fp32, so that binary layers are exact. bf16, fp16: autocast; fp16 only with sharding "bits"."""
     deterministic: bool = True
     """On a GPU: the same inputs give the same bits, as resuming exactly needs. False: algorithms are chosen by their time, equal
@@ -74,7 +74,7 @@ class EngineConfig:
     """Launch the whole step as two CUDA graphs: for small networks and batches, whose kernels run shorter than it takes to launch
     them. A GPU and a single rank; for "bits" only."""
     collective_timeout_minutes: float = 5.0
-    """How long ranks wait for each other, at the start and in every collective, before the job fails."""
+    """Minutes that ranks wait for each other, at the start and in every collective, before the job fails."""
     deepspeed: Path | None = None
     """JSON file of further DeepSpeed options (comms_logger, zero_optimization.reduce_bucket_size, ...)."""
 
@@ -114,7 +114,7 @@ class EngineConfig:
 
 
 def resolve_precision(precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"], device_type: str) -> Precision:
-    """Say what `EngineConfig.precision` is on a device: "auto" is fp32 on a CPU and tf32 on a GPU.
+    """Return what `EngineConfig.precision` is on a device: "auto" is fp32 on a CPU and tf32 on a GPU.
 
     Args:
         precision: as configured.
@@ -179,7 +179,7 @@ def merge(owned: dict[str, Any], options: dict[str, Any], path: Path | None, pre
 def deepspeed_options(
     config: EngineConfig, *, global_batch_size: int, num_replicas: int, world_size: int
 ) -> dict[str, Any]:
-    """The whole dictionary for `deepspeed.initialize`."""
+    """Return the whole dictionary for `deepspeed.initialize`."""
     owned: dict[str, Any] = {
         "train_batch_size": global_batch_size,
         "train_micro_batch_size_per_gpu": global_batch_size // num_replicas,
@@ -198,7 +198,7 @@ def deepspeed_options(
             )
     options = _with_users_paths(options)
     options.setdefault("steps_per_print", 2**31)  # the progress bar prints
-    # On by default, and synchronised: it would drain the GPU twice per micro-batch for a figure that nobody reads.
+    # On by default, and synchronised: it would drain the GPU twice per micro-batch for a figure that is not read.
     options.setdefault("timers", {"throughput": {"enabled": False}})
     return merge(owned, options, config.deepspeed)
 

@@ -1,4 +1,4 @@
-"""DeepSpeed: the engine that orchestrates the ranks. The only file that imports it."""
+"""Create and use DeepSpeed's engine, which orchestrates the ranks. The only file of trainer/ that imports DeepSpeed."""
 
 import difflib
 import logging
@@ -20,7 +20,7 @@ from bitfleet.trainer.engine.config import AUTOCAST, EngineConfig
 
 
 def shard(optimizer: RoutedOptimizer, config: EngineConfig, num_replicas: int) -> RoutedOptimizer | ShardedOptimizer:
-    """The optimizer that the engine gets: sharded by bitfleet, or the plain one for DeepSpeed to shard."""
+    """Return the optimizer for the engine: sharded by bitfleet, or the plain one for DeepSpeed to shard."""
     if config.sharding != "bits":
         return optimizer
     return ShardedOptimizer(
@@ -50,13 +50,13 @@ def scaled_loss(loss: Tensor, optimizer: ShardedOptimizer) -> Tensor:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """`EngineConfig.precision` for forward passes outside of the engine."""
+    """Return the autocast context of `EngineConfig.precision`, for forward passes outside of the engine."""
     dtype: torch.dtype = getattr(torch, AUTOCAST.get(precision, "bfloat16"))
     return torch.autocast(device.type, dtype, enabled=precision in AUTOCAST)
 
 
 def whole_weights(engine: Any) -> AbstractContextManager[None]:
-    """Inside, every rank can read all weights: under zero3 they are gathered; every rank enters."""
+    """Give every rank all weights inside: under zero3 they are gathered; every rank enters."""
     if engine.zero_optimization_stage() < 3:
         return nullcontext()
     import deepspeed
@@ -119,7 +119,7 @@ def create_engine(
 
 
 def _place(device: torch.device, stage: int) -> SimpleNamespace | None:
-    """The argument that keeps DeepSpeed from making GPU number LOCAL_RANK current, which a rank that sees one GPU does not have.
+    """Return the argument that keeps DeepSpeed from using GPU number LOCAL_RANK, which a rank that sees one GPU does not have.
 
     Raises:
         ValueError: ZeRO 3 asks the environment again and again.
@@ -142,7 +142,7 @@ def _models(base: type[pydantic.BaseModel]) -> list[type[pydantic.BaseModel]]:
 def load_engine(engine: Any, checkpoint: Path, tag: str) -> None:
     """Load DeepSpeed's own shards, on as many ranks as wrote them; every rank calls this.
 
-    DeepSpeed unpickles whatever a file says. Here only tensors and the few plain classes that its own files hold are let in.
+    DeepSpeed unpickles any object in a file. Here only tensors and the few plain classes of its own files are allowed.
 
     Raises:
         ValueError: a file holds anything else.

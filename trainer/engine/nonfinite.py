@@ -18,22 +18,22 @@ MAX_NAMES = 3
 
 
 def must_stop(config: EngineConfig, sharded: ShardedOptimizer) -> bool:
-    """Say whether a step that was just skipped ends the run, whatever it reports; fp16 skips steps to find its loss scale."""
+    """Return True if a step that was just skipped ends the run; fp16 skips steps to find its loss scale."""
     most = HALVINGS + 1 if config.precision == "fp16" else MAX_SKIPPED_IN_A_ROW
     return config.on_nonfinite == "stop" or sharded.num_skipped_in_a_row >= most
 
 
 def does_nothing(config: EngineConfig, sharded: ShardedOptimizer) -> bool:
-    """Say whether a run of which all steps since the last report were skipped ends for it: a single one is an accident.
+    """Return True if a run ends because all steps since the last report were skipped: a single one is an accident.
 
-    Where weights are not finite, no loss scale of fp16 helps.
+    If weights are not finite, no loss scale of fp16 helps.
     """
     in_a_row = sharded.num_skipped_in_a_row
     return in_a_row > (HALVINGS if config.precision == "fp16" else 1) or bool(broken(weights_of(sharded)))
 
 
 def did_nothing(config: EngineConfig, sharded: ShardedOptimizer, step: int, num_steps: int) -> bool:
-    """Say whether all `step` steps of a run that ends now were skipped; in fp16 only if that is its whole length."""
+    """Return True if all `step` steps of a run that ends now were skipped; in fp16 only if that is its whole length."""
     is_over = config.precision != "fp16" or step == num_steps
     return step > 0 and sharded.num_skipped_steps == step and is_over
 

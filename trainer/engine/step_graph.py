@@ -1,4 +1,4 @@
-"""The optimizer step as two CUDA graphs, for networks and batches so small that launching kernels takes longer than running them.
+"""Run the optimizer step as two CUDA graphs, for networks and batches so small that launching kernels takes longer than they run.
 
 The first graph holds everything up to the question whether all gradients are finite: forward and backward of every micro-batch,
 running statistics, meters, the reduction. The second holds the update. In between the host does what it does in an eager step:
@@ -22,7 +22,7 @@ WARM_UP_STEPS = 4
 
 
 class Graph(Protocol):
-    """What was captured; `torch.cuda.CUDAGraph` is one."""
+    """Captured work; `torch.cuda.CUDAGraph` is one."""
 
     def replay(self) -> None:
         """Run it again, on the tensors that it was captured with."""
@@ -35,11 +35,11 @@ class Recorder(Protocol):
         """Capture what `work` launches, without running it."""
 
     def on_stream(self) -> AbstractContextManager[Any]:
-        """Inside, everything is launched where graphs are captured and replayed."""
+        """Launch everything inside on the stream on which graphs are captured and replayed."""
 
 
 class CudaRecorder:
-    """Captures CUDA graphs on a stream of its own, on which warm-up and replays run as well.
+    """Captures CUDA graphs on a separate stream, on which warm-up and replays run as well.
 
     Autograd runs the accumulation of a gradient on the stream of the parameter's first use: had that been another one, the
     capture would depend on work outside of it.
@@ -52,7 +52,7 @@ class CudaRecorder:
     def capture(self, work: Callable[[], None]) -> Graph:
         """Capture what `work` launches."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads (the loader's, that of a save) may go on: only this one must launch nothing outside of the capture.
+        # Other threads (of the loader, of a save) may continue: only this one must launch nothing outside of the capture.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         return graph
@@ -63,7 +63,7 @@ class CudaRecorder:
 
 
 class _Joined:
-    """A stream that starts after the current one, and is waited for by it, both on the device."""
+    """Context of a stream that starts after the current one and is waited for by it, both on the device."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream, self._inside = stream, torch.cuda.stream(stream)
@@ -79,7 +79,7 @@ class _Joined:
 
 
 def check_can_capture(ranks: Ranks, device: torch.device, optimizer: RoutedOptimizer) -> None:
-    """Refuse by name what no graph can hold.
+    """Refuse anything that a graph cannot hold.
 
     Raises:
         ValueError: names it.
@@ -101,7 +101,7 @@ def check_can_capture(ranks: Ranks, device: torch.device, optimizer: RoutedOptim
 
 
 class Step(Protocol):
-    """What an optimizer step is made of; `trainer.TrainStep` is one."""
+    """Parts of an optimizer step; `trainer.TrainStep` is one."""
 
     num_micro_batches: int
 
@@ -198,7 +198,7 @@ class GraphedStep:
         self._step.settle(self._optimizer.finite)
 
     def _update_graph(self) -> Graph:
-        """The update, and with what observes it in a logging step: captured when it is first needed."""
+        """Return the graph of the update, in a logging step with its observers; captured when it is first needed."""
         is_observed = bool(self._optimizer.observers)
         if is_observed not in self._updates:
             self._updates[is_observed] = self._captured(self._optimizer.update)

@@ -1,4 +1,4 @@
-"""What a run measures, and where it is written."""
+"""Measure a run, and write what is measured."""
 
 from bitfleet.trainer.metrics.accuracy import Accuracy, AccuracyMeter
 from bitfleet.trainer.metrics.config import MetricsConfig

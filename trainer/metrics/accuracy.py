@@ -1,4 +1,4 @@
-"""Loss and accuracy, counted on the device."""
+"""Count loss and accuracy on the device."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -61,7 +61,7 @@ class AccuracyMeter:
             self._sums.copy_(self._kept)
 
     def peek(self) -> list[float]:
-        """The sums over all ranks since the last reading, for a checkpoint; every rank calls this."""
+        """Return the sums over all ranks since the last reading, for a checkpoint; every rank calls this."""
         sums: list[float] = sum_over_ranks_(self._sums.clone()).tolist()
         return sums
 
@@ -70,7 +70,7 @@ class AccuracyMeter:
         self._sums.copy_(torch.tensor(sums, dtype=torch.float64))
 
     def read(self) -> Accuracy:
-        """Means over everything counted on all ranks since the last reading; every rank calls this."""
+        """Return the means over everything counted on all ranks since the last reading; every rank calls this."""
         return self.read_with(self._sums[:0])[0]
 
     def read_with(self, counts: Tensor) -> tuple[Accuracy, list[int]]:

@@ -1,16 +1,16 @@
-"""How often a run reports, and what."""
+"""Settings of a run's reports."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MetricsConfig:
-    """How often a run reports."""
+    """Settings of a run's reports."""
 
     every_steps: int = 10
-    """Log every so many optimizer steps; on all other steps metrics cost no host sync."""
+    """Log every N optimizer steps; on all other steps metrics cost no host sync."""
     diagnostics: bool = False
-    """Log also what the flips of the binary weights amount to (docs/diagnostics.md); wants engine.sharding bits."""
+    """Also log diagnostics of the flips of binary weights (docs/diagnostics.md); needs engine.sharding bits."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:

@@ -1,4 +1,4 @@
-"""The progress of a run on a terminal: a bar, or plain lines where the output is a file."""
+"""Show the progress of a run: a bar on a terminal, plain lines in a file."""
 
 import sys
 import time

@@ -1,6 +1,6 @@
-"""What a run tells: its folder's files, TensorBoard and the progress bar.
+"""Report a run: files of its folder, TensorBoard and the progress bar.
 
-Rank 0 writes, the others have the same object; of the flip journal each writes its share.
+Rank 0 writes; the other ranks have the same object, and each writes its share of the flip journal.
 """
 
 import math
@@ -20,15 +20,15 @@ from bitfleet.trainer.ranks.collectives import Ranks, from_first_rank
 FACTOR = 100.0
 """Two orders of magnitude."""
 SMALLEST_PART = 0.1
-"""Of the loss of guessing: a loss that is smaller still does not lower what others are compared with, or noise would count."""
+"""Fraction of the loss of guessing below which a smaller loss does not lower the reference, or noise would count."""
 
 
 class LossWatch:
     """Compares each reported loss with the smallest one before it, and with the loss of guessing.
 
     Args:
-        num_classes: whose guessing has the loss log(num_classes): what a network begins with, or soon reaches.
-        earlier: losses that the run has reported before, as when it is continued; None for a report without images.
+        num_classes: guessing has the loss log(num_classes), with which a network starts or which it soon reaches.
+        earlier: losses that the run has reported before it was resumed; None for a report without images.
     """
 
     def __init__(self, num_classes: int, earlier: Iterable[float | None] = ()) -> None:
@@ -39,7 +39,7 @@ class LossWatch:
                 self.sentence(0, loss)
 
     def sentence(self, step: int, loss: float) -> str:
-        """Return what is to be said of the loss up to `step`: once for every two orders of magnitude, else ""."""
+        """Return a warning about the loss up to `step`, once per two orders of magnitude, else ""."""
         self._smallest = min(self._smallest, max(loss, self._floor))
         if not loss >= FACTOR * max(self._smallest, self._said):
             return ""
@@ -84,7 +84,7 @@ class Reports:
         optimizer: Optimizer,
     ) -> None:
         self.latest: dict[str, dict[str, float | str | None]] = {}
-        """The last line of "train" and of "validation", on rank 0."""
+        """Last line of "train" and of "validation", on rank 0."""
         self._num_epochs, self._steps_per_epoch = num_epochs, num_steps // num_epochs
         self._scales_loss = scales_loss
         self._log: MetricsWriter | None = None
@@ -102,13 +102,13 @@ class Reports:
         )
 
     def has_validation(self, step: int) -> bool:
-        """Whether the validation after `step` has been reported; every rank calls this."""
+        """Return True if the validation after `step` has been reported; every rank calls this."""
         return bool(from_first_rank(self.latest.get("validation", {}).get("step") == step))
 
     def train(self, step: int, report: StepReport, hyperparameters: Mapping[str, float]) -> None:
         """Report training since the last report: means, what else was read, and the time that it took.
 
-        Where every step was skipped there are no means: they are None.
+        If every step was skipped there are no means: they are None.
         """
         if self._log is None:
             return
@@ -138,7 +138,7 @@ class Reports:
             self._progress.say(sentence)
 
     def validation(self, step: int, accuracy: Accuracy, remark: str = "") -> None:
-        """Report a validation, and say `remark` after it."""
+        """Report a validation, and print `remark` after it."""
         self._write("validation", step, accuracy._asdict())
         self._progress.say(
             f"epoch {step // self._steps_per_epoch}/{self._num_epochs}: validation loss {accuracy.loss:.3f} "
@@ -148,7 +148,7 @@ class Reports:
             self._progress.say(remark)
 
     def skipped(self, step: int, num_skipped: int) -> None:
-        """Say at the end how many of the run's `step` steps were skipped, if any."""
+        """Print at the end how many of the run's `step` steps were skipped, if any."""
         if num_skipped:
             why = ", as fp16 needs to find its loss scale" if self._scales_loss else ""
             self._progress.say(
@@ -170,7 +170,7 @@ class Reports:
             self.latest[kind] = {"step": step, **values}
 
     def flush(self) -> None:
-        """Bring what was reported to the disk.
+        """Write everything that was reported to the disk.
 
         Raises:
             ValueError: the journal could not be written.

@@ -1,4 +1,4 @@
-"""What a step costs and does: meters that every step feeds, read at a logging step with one host sync."""
+"""Observe what steps cost and do: meters that every step feeds, read at a logging step with one host sync."""
 
 import math
 import time
@@ -20,7 +20,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class StepReport(NamedTuple):
-    """What is known of the steps since the last report; flips and diagnostics are those of the last step."""
+    """Report of the steps since the last one; flips and diagnostics are those of the last step."""
 
     train: Accuracy
     further: dict[str, Any]
@@ -33,7 +33,7 @@ class StepReport(NamedTuple):
 
 
 class StepObserver:
-    """The meters of a run, on every rank. They read nothing from the device until `read`.
+    """Meters of a run, on every rank. They read nothing from the device until `read`.
 
     Args:
         ranks: this process's place.
@@ -75,7 +75,7 @@ class StepObserver:
         """Read all meters, with one host sync; every rank calls this after a step before which it called `flips.before_step`.
 
         Args:
-            num_skipped_steps: returns those of the run so far; called after the sync.
+            num_skipped_steps: returns the skipped steps of the run so far; called after the sync.
             num_replaced: samples that this rank's loader replaced so far.
             log: is told that a rank is slow.
         """
@@ -160,7 +160,7 @@ class ComputeTimer:
 
 
 class FlipReport(NamedTuple):
-    """Of one step; the same on every rank."""
+    """Flips of one step; the same on every rank."""
 
     ratios: dict[str, float]
     """ "flip_ratio" overall, "flip_ratio/<parameter>" each; empty without binary weights."""
@@ -169,20 +169,20 @@ class FlipReport(NamedTuple):
 
 
 class StepFlips(Protocol):
-    """Looks at single steps; every rank calls all three, in this order."""
+    """Counts the flips of single steps; every rank calls all three methods, in this order."""
 
     def before_step(self) -> None:
-        """The coming step will be looked at."""
+        """Prepare to observe the coming step."""
 
     def take(self) -> Tensor:
-        """The counts of this rank after it, int64 [n], on the device."""
+        """Return the counts of this rank after the step, int64 [n], on the device."""
 
     def report(self, counts: Sequence[int]) -> FlipReport:
-        """What the step flipped, of the counts of all ranks together."""
+        """Return the flips of the step from the summed counts of all ranks."""
 
 
 class WholeFlips:
-    """Of an optimizer that is not sharded by bitfleet: rank 0 compares its weights."""
+    """Flips under an optimizer that is not sharded by bitfleet: rank 0 compares its weights."""
 
     def __init__(self, engine: Any, model: nn.Module, ranks: Ranks) -> None:
         self._engine, self._ranks, self._counter = engine, ranks, FlipCounter(model)
@@ -199,12 +199,12 @@ class WholeFlips:
             return self._counter.take()
 
     def report(self, counts: Sequence[int]) -> FlipReport:
-        """Ratios only."""
+        """Return ratios only."""
         return FlipReport(self._counter.flip_ratios(counts), {})
 
 
 class SlicedFlips:
-    """Of a sharded optimizer, which is observed in these steps only."""
+    """Flips under a sharded optimizer, which is observed in these steps only."""
 
     def __init__(self, sharded: ShardedOptimizer) -> None:
         self._sharded, self._counts = sharded, FlipCounts(sharded)
@@ -219,33 +219,33 @@ class SlicedFlips:
         return self._counts.take()
 
     def report(self, counts: Sequence[int]) -> FlipReport:
-        """Ratios only."""
+        """Return ratios only."""
         return FlipReport(self._counts.flip_ratios(counts), {})
 
 
 class DiagnosedFlips:
-    """With the diagnostics of bits, which see every step."""
+    """Flips from the diagnostics of bits, which see every step."""
 
     def __init__(self, diagnostics: BitDiagnostics) -> None:
         self._diagnostics = diagnostics
 
     def before_step(self) -> None:
-        """Have the moments looked at as well."""
+        """Count also what needs the moments."""
         self._diagnostics.wanted = True
 
     def take(self) -> Tensor:
-        """Of this rank's slices."""
+        """Return the counts of this rank's slices."""
         return self._diagnostics.take()
 
     def report(self, counts: Sequence[int]) -> FlipReport:
-        """Ratios and diagnostics."""
+        """Return ratios and diagnostics."""
         return FlipReport(self._diagnostics.flip_ratios(counts), self._diagnostics.values(counts))
 
 
 def step_flips(
     engine: Any, model: nn.Module, optimizer: Optimizer, ranks: Ranks, diagnostics: BitDiagnostics | None
 ) -> StepFlips:
-    """The cheapest way to look at a step."""
+    """Return the cheapest way to count the flips of a step."""
     if diagnostics is not None:
         return DiagnosedFlips(diagnostics)
     if isinstance(optimizer, ShardedOptimizer):
@@ -254,7 +254,7 @@ def step_flips(
 
 
 class FlipCounter:
-    """Fraction of the binary weights whose sign one optimizer step changed (larq's flip_ratio), overall and per parameter."""
+    """Compares the signs of binary weights before and after a step (larq's flip_ratio), overall and per parameter."""
 
     def __init__(self, model: nn.Module) -> None:
         self._params = [(name, param) for name, param in model.named_parameters() if is_binary(param)]
@@ -266,7 +266,7 @@ class FlipCounter:
         self._before = [param.detach().clone() for _, param in self._params]
 
     def take(self) -> Tensor:
-        """The weights of each parameter whose sign has changed since `before_step`, int64 [parameters]; 0 without that call."""
+        """Count the weights of each parameter whose sign has changed since `before_step`, int64 [parameters]; 0 without that call."""
         before, self._before = self._before, []
         self._sizes = [
             param.numel() for _, param in self._params
@@ -277,7 +277,7 @@ class FlipCounter:
         return torch.stack([((old >= 0) != (param.detach() >= 0)).sum() for old, (_, param) in pairs])
 
     def flip_ratios(self, counts: Sequence[int]) -> dict[str, float]:
-        """Of counts that `take` returned: "flip_ratio" overall, "flip_ratio/<parameter>" each; empty without binary weights."""
+        """Return the ratios of counts of `take`: "flip_ratio" overall, "flip_ratio/<parameter>" each; empty without binary weights."""
         if not self._params:
             return {}
         layers = {

@@ -1,4 +1,4 @@
-"""The files of a run's metrics: metrics.jsonl, and TensorBoard with charts of the diagnostics of bits."""
+"""Write the metrics of a run to metrics.jsonl and TensorBoard, and read them back."""
 
 import json
 import os
@@ -66,7 +66,7 @@ class MetricsWriter:
         self._tensorboard.add_text(tag, "".join(f"    {line}\n" for line in text.splitlines()))
 
     def flush(self) -> None:
-        """Bring everything to the disk: a checkpoint of this step must not outlive its metrics."""
+        """Write everything to the disk: a checkpoint of this step must not outlive its metrics."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._tensorboard.flush()
@@ -87,7 +87,7 @@ def order_event_files(folder: Path, now: float) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line that was cut off by a crash is left out.
+    """Return the lines of a run's metrics.jsonl; a last line that was cut off by a crash is left out.
 
     A value that was not finite is None.
     """
@@ -124,7 +124,7 @@ def show_diagnostics(writer: "SummaryWriter", step: int, values: Mapping[str, An
 
 
 def _show_histogram(writer: "SummaryWriter", step: int, edges: Sequence[float], counts: Sequence[int]) -> None:
-    """Counts between `edges`; moments, which TensorBoard asks for, are those of the bins' centres."""
+    """Show counts between `edges`; moments, which TensorBoard asks for, are those of the bins' centres."""
     number, limit = np.array(counts, dtype=np.float64), np.array(edges)
     centre = (limit[1:] + limit[:-1]) / 2
     (occupied,) = number.nonzero()

@@ -13,7 +13,7 @@ import bitfleet
 from bitfleet.trainer.ranks.collectives import Ranks, cpu_group, from_first_rank, objects_from_ranks
 
 MAY_DIFFER = {"data.root"}
-"""Fields that belong to a machine: the data may lie elsewhere on it, its contents are compared."""
+"""Fields of a machine: the data may have another path on it; its contents are compared."""
 _SHOWN = 60
 
 
@@ -36,7 +36,7 @@ def all_facts(
 
 
 def source_files() -> dict[str, str]:
-    """The files that bitfleet runs from: name -> the first 12 digits of the sha256 of its contents."""
+    """Return the source files of bitfleet: name -> the first 12 digits of the sha256 of its contents."""
     rooms = [path for path in Path(bitfleet.__file__).parent.iterdir() if path.is_dir() and path.name != "__pycache__"]
     return {
         f"{room.name}/{path.relative_to(room.resolve())}": hashlib.sha256(path.read_bytes()).hexdigest()[:12]
@@ -74,7 +74,7 @@ def agree(ranks: Ranks, facts: Mapping[str, str]) -> None:
 
 
 def difference(facts: Mapping[str, str], expected: Mapping[str, str]) -> str:
-    """The first fact, in the order of `expected`, that is another one, with both values; "" where all are equal."""
+    """Return the first fact, in the order of `expected`, that differs, with both values; "" if all are equal."""
     for name in [*expected, *facts]:
         here, there = facts.get(name, "nothing"), expected.get(name, "nothing")
         if here != there:

@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, and the few collectives that training itself needs."""
+"""Place of this process among the ranks, and the few collectives that training itself needs."""
 
 import ctypes
 import dataclasses
@@ -26,7 +26,7 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=5)
 _timeout = COLLECTIVE_TIMEOUT
 _job_word: str | None = None
 SAVE_TIMEOUT = datetime.timedelta(minutes=30)
-"""A rank that waits for the files of a slower one must not give up before a large checkpoint on a slow disk is written."""
+"""Timeout of saves: a rank must not give up before a slower one has written a large checkpoint to a slow disk."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,21 +38,21 @@ class Ranks:
     local_rank: int
     local_world_size: int
     master_addr: str = "127.0.0.1"
-    """Where rank 0 listens."""
+    """Address on which rank 0 listens."""
     master_port: int = 0
     launched: bool = False
-    """Whether a launcher started this process, whose end is a request to stop."""
+    """A launcher started this process; the end of the launcher is a request to stop."""
     hosts: tuple[str, ...] = ()
-    """The host of every rank; empty for a single rank."""
+    """Host of every rank; empty for a single rank."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which prints and writes what is not sharded."""
+        """True on rank 0, which prints, and writes everything that is not sharded."""
         return self.rank == 0
 
 
 def choose_device(wanted: str, ranks: Ranks) -> torch.device:
-    """The device of this rank: `wanted` is "auto", "cpu" or "gpu".
+    """Return the device of this rank; `wanted` is "auto", "cpu" or "gpu".
 
     Raises:
         ValueError: "gpu" without CUDA, or more ranks than GPUs.
@@ -62,7 +62,7 @@ def choose_device(wanted: str, ranks: Ranks) -> torch.device:
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     num_gpus = torch.cuda.device_count()
-    if num_gpus == 1:  # of its own: srun --gpus-per-task=1 shows each rank one GPU, as number 0
+    if num_gpus == 1:  # srun --gpus-per-task=1 shows each rank one GPU, as number 0
         return torch.device("cuda", 0)
     if ranks.local_rank >= num_gpus:
         raise ValueError(
@@ -73,7 +73,7 @@ def choose_device(wanted: str, ranks: Ranks) -> torch.device:
 
 
 def gpu_uuid(device: torch.device) -> str:
-    """The UUID of a GPU, the same for all processes and under every number that it is seen as; "" for a CPU."""
+    """Return the UUID of a GPU, the same in all processes and under any device number; "" for a CPU."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
@@ -87,10 +87,10 @@ def use_device(device: torch.device, ranks: Ranks, num_threads: int | None = Non
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next tensor, as CUDA's allocator does.
+    """Let the C library keep freed memory for the next tensor, as CUDA's allocator does.
 
-    glibc gives large blocks back to the system at once, and the next one is filled page by page: that was 45 % of a training step
-    of XNOR-Net on a CPU (docs/sharding.md). Other C libraries stay as they are.
+    glibc returns large blocks to the system at once, and the next one is filled page by page: that was 45 % of a training step of
+    XNOR-Net on a CPU (docs/sharding.md). Other C libraries stay as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -105,7 +105,7 @@ def process_group(
     timeout: datetime.timedelta = COLLECTIVE_TIMEOUT,
     store: Store | None = None,
 ) -> Iterator[None]:
-    """The default process group (NCCL on CUDA, else gloo), destroyed on the way out.
+    """Create the default process group (NCCL on CUDA, else gloo), and destroy it at the end of the block.
 
     A process that failed must not wait for its peers, so on an exception the group is left to the end of the process.
 
@@ -138,7 +138,7 @@ def process_group(
 
 
 def connect(device: torch.device) -> None:
-    """Let NCCL connect the ranks, each with its GPU; on a CPU they are connected already. Every rank calls this.
+    """Connect the ranks by NCCL, each with its GPU; on a CPU they are connected already. Every rank calls this.
 
     `init_process_group(device_id=device)` ends with the same. Here it comes after the ranks have agreed: those that differ in
     versions or device would hang in it.
@@ -152,12 +152,12 @@ def connect(device: torch.device) -> None:
 
 
 def job_word() -> str | None:
-    """A random word that the ranks of this job have in common, to find each other on a machine; None for a single rank."""
+    """Return a random word that the ranks of this job share, to find each other on a machine; None for a single rank."""
     return _job_word
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank calls this."""
     dist.barrier()
 
 
@@ -169,7 +169,7 @@ def sum_over_ranks_(tensor: Tensor) -> Tensor:
 
 
 def gather_from_ranks(tensor: Tensor) -> list[Tensor]:
-    """`tensor` (flat) of every rank, in their order."""
+    """Return `tensor` (flat) of every rank, in the order of ranks."""
     world_size = dist.get_world_size()
     if world_size == 1:
         return [tensor]
@@ -179,31 +179,31 @@ def gather_from_ranks(tensor: Tensor) -> list[Tensor]:
 
 
 def from_first_rank(value: T, group: dist.ProcessGroup | None = None) -> T:
-    """`value` of rank 0, on every rank (pickled: strings and numbers only)."""
+    """Return `value` of rank 0 on every rank (pickled: strings and numbers only)."""
     box = [value]
     dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
 def objects_from_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """`value` of every rank, in their order (pickled: strings and numbers only)."""
+    """Return `value` of every rank, in the order of ranks (pickled: strings and numbers only)."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value, group=group)
     return found
 
 
 def hosts_of_ranks() -> tuple[str, ...]:
-    """The host name of every rank, in their order."""
+    """Return the host name of every rank, in the order of ranks."""
     return tuple(objects_from_ranks(socket.gethostname(), cpu_group("control")))
 
 
 def sum_of_numbers(value: int) -> int:
-    """The sum of `value` over the ranks."""
+    """Return the sum of `value` over the ranks."""
     return sum(objects_from_ranks(value))
 
 
 def numbers_from_ranks(value: float) -> list[float]:
-    """`value` of every rank, in their order, without waiting for a GPU."""
+    """Return `value` of every rank, in the order of ranks, without waiting for a GPU."""
     if dist.get_world_size() == 1:
         return [value]
     everyone = [torch.zeros((), dtype=torch.float64) for _ in range(dist.get_world_size())]
@@ -212,7 +212,7 @@ def numbers_from_ranks(value: float) -> list[float]:
 
 
 def nccl_version() -> str | None:
-    """Of the NCCL that torch was built with; None without one."""
+    """Return the version of the NCCL that torch was built with; None without one."""
     if not dist.is_nccl_available():
         return None
     version: Any = torch.cuda.nccl.version()
@@ -238,7 +238,7 @@ def _finish(tensor: Tensor) -> None:
 
 
 def cpu_group(name: str, timeout: datetime.timedelta | None = None) -> dist.ProcessGroup:
-    """A gloo group of all ranks, one for each `name`: threads that share a group would mix up each other's collectives.
+    """Return a gloo group of all ranks, one per `name`: threads that share a group would mix up each other's collectives.
 
     Every rank asks for the same groups in the same order. `timeout` None: that of the process group.
     """
@@ -253,7 +253,7 @@ def _cpu_group(name: str, timeout: datetime.timedelta, _: object) -> dist.Proces
 
 
 def max_over_ranks(values: Sequence[int]) -> list[int]:
-    """Elementwise maximum over the ranks, without waiting for a GPU."""
+    """Return the elementwise maximum over the ranks, without waiting for a GPU."""
     if dist.get_world_size() == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.int64)
@@ -270,7 +270,7 @@ def data_parallel(model: nn.Module, *, grad_dtype: Literal["fp32", "bf16"], buck
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether `error` came out of a collective because another rank is gone or hangs."""
+    """Return True if a collective raised `error` because another rank is gone or hangs."""
     gone = (
         "Connection closed by peer",
         "Connection reset by peer",

@@ -1,8 +1,8 @@
-"""A thread in every rank that notices when another one is gone, whatever the process itself is waiting for.
+"""Notice in a thread of every rank when another rank is gone, even if the process itself waits in a collective.
 
-Every rank holds a TCP connection to rank 0 and says each second which step it is in. A connection that closes, or from which
-nothing has come for SILENT_SECONDS (a host without power, a cut cable, a stopped process), is a lost rank; rank 0 says so and
-tells the others, and all leave. It depends neither on gloo nor on NCCL, whose own timeout has to be as long as the slowest step.
+Every rank holds a TCP connection to rank 0 and sends each second which step it is in. A connection that closes, or that is silent
+for SILENT_SECONDS (a host without power, a cut cable, a stopped process), is a lost rank; rank 0 reports it and tells the others,
+and all exit. It does not depend on gloo or NCCL, whose own timeout has to be as long as the slowest step.
 """
 
 import json
@@ -23,34 +23,34 @@ from bitfleet.trainer.ranks.rendezvous import in_ranks
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 20.0
 GATHER_SECONDS = 1.0
-"""When a host goes, its ranks go one after another: so long the first one's loss waits for the others."""
+"""Seconds that the first loss waits for further ones: when a host goes down, its ranks go one after another."""
 GRACE_SECONDS = 10.0
-"""How long the main thread of a rank has to leave by itself, once the job is lost: a save may be under way."""
+"""Seconds that the main thread of a rank has to exit by itself once the job is lost: a save may be in progress."""
 CLOSE_SECONDS = 2.0
-"""How long a rank that leaves waits until the others have read that it does."""
+"""Seconds that a rank which exits waits until the others have read its message."""
 
 
-STRANGER = -1
+UNKNOWN = -1
 
 
-class Verdict(NamedTuple):
-    """Why the job ends: the exit code, and the sentence that was said (by another rank: "")."""
+class HangReport(NamedTuple):
+    """Reason for the end of the job: exit code, and the sentence that was printed ("" if another rank prints it)."""
 
     code: int
     sentence: str
 
 
-class _Reached:
+class _Progress:
     step = 0
 
 
 def reached(step: int) -> None:
-    """This rank has done `step` optimizer steps."""
-    _Reached.step = step
+    """Report that this rank has done `step` optimizer steps."""
+    _Progress.step = step
 
 
 class _Peer:
-    """A connection, and what has come through it."""
+    """Connection to another rank, and the state that it has sent."""
 
     def __init__(self, connection: socket.socket, rank: int) -> None:
         connection.setblocking(False)
@@ -58,18 +58,18 @@ class _Peer:
         self.heard_at = time.monotonic()
         self.step = 0
         self.ended = False
-        """It has said that it leaves."""
+        """It has sent that it exits."""
         self._text = b""
 
     def send(self, **message: Any) -> None:
-        """A peer that takes nothing more is noticed by its silence."""
+        """Send a message; a peer that receives nothing more is noticed by its silence."""
         try:
             self.connection.send(json.dumps(message).encode() + b"\n")
         except OSError:
             return
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """The messages that have come; None when the connection is closed."""
+        """Return the messages that have arrived; None when the connection is closed."""
         try:
             part = self.connection.recv(65536)
         except BlockingIOError:
@@ -84,13 +84,13 @@ class _Peer:
 
 
 class Heartbeat:
-    """Watches the job from this rank; `start` begins.
+    """Watches the job from this rank, from `start` to `stop`.
 
     Args:
         rank: of this process.
-        hosts: the host of every rank.
-        speaks: whether this rank says that rank 0 is gone (one rank a host is enough).
-        end: called with the exit code when the main thread has not left in time.
+        hosts: host of every rank.
+        speaks: whether this rank reports that rank 0 is gone (one rank per host is enough).
+        end: called with the exit code when the main thread has not exited in time.
     """
 
     def __init__(
@@ -98,9 +98,9 @@ class Heartbeat:
     ) -> None:
         self.rank, self._hosts, self._speaks, self._end = rank, hosts, speaks, end
         self.token = secrets.token_hex(16)
-        self.verdict: Verdict | None = None
-        self._judged, self._closed = threading.Event(), threading.Event()
-        self._leaving: queue.SimpleQueue[Verdict] = queue.SimpleQueue()
+        self.report: HangReport | None = None
+        self._ended, self._closed = threading.Event(), threading.Event()
+        self._leaving: queue.SimpleQueue[HangReport] = queue.SimpleQueue()
         self._peers: dict[int, _Peer] = {}
         self._lost: dict[int, str] = {}
         self._lost_at = 0.0
@@ -110,7 +110,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def listen(self) -> tuple[int, str]:
-        """On rank 0: listen on a free port; returns it and the word that the others must say."""
+        """Listen on a free port (rank 0). Return the port and a token that clients must present."""
         family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         self._listener = socket.create_server(
             ("", 0), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=1024
@@ -120,7 +120,7 @@ class Heartbeat:
         return self._listener.getsockname()[1], self.token
 
     def connect(self, address: str, port: int, token: str) -> None:
-        """On the other ranks: connect to rank 0.
+        """Connect to rank 0 (all other ranks).
 
         Raises:
             ValueError: its port cannot be reached.
@@ -136,26 +136,26 @@ class Heartbeat:
         peer.send(rank=self.rank, token=token)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start to watch."""
         self._thread.start()
 
     def stop(self) -> None:
-        """The job has ended well: whoever leaves now is not lost."""
+        """Stop to watch at the end of a successful job: a rank that exits now is not lost."""
         self._stopping = True
-        self._leave(Verdict(0, ""), CLOSE_SECONDS)
+        self._leave(HangReport(0, ""), CLOSE_SECONDS)
 
     def leave(self, code: int) -> None:
-        """This rank fails and has said why: tell the others, so that they leave quietly with its exit code."""
-        if self.verdict is None:
-            self._leave(Verdict(code, ""), CLOSE_SECONDS)
+        """Tell the others that this rank fails and has printed why, so that they exit quietly with its exit code."""
+        if self.report is None:
+            self._leave(HangReport(code, ""), CLOSE_SECONDS)
 
-    def wait(self, seconds: float) -> Verdict | None:
-        """Wait for the end of the job as the heartbeat sees it; None if it does not come within `seconds`."""
-        self._judged.wait(seconds)
-        return self.verdict
+    def wait(self, seconds: float) -> HangReport | None:
+        """Wait up to `seconds` for the end of the job as the heartbeat sees it; None if it does not end."""
+        self._ended.wait(seconds)
+        return self.report
 
-    def _leave(self, verdict: Verdict, seconds: float) -> None:
-        self._leaving.put(verdict)
+    def _leave(self, report: HangReport, seconds: float) -> None:
+        self._leaving.put(report)
         self._closed.wait(seconds)
 
     def _add(self, connection: socket.socket, rank: int) -> _Peer:
@@ -180,48 +180,48 @@ class Heartbeat:
                 else:
                     self._hear(key.data)
             now = time.monotonic()
-            if now - seen_at > SILENT_SECONDS / 2:  # it was this process that stood still
+            if now - seen_at > SILENT_SECONDS / 2:  # this process itself was stopped
                 for peer in self._peers.values():
                     peer.heard_at += now - seen_at
             seen_at = now
             if now - beat_at >= BEAT_SECONDS:
                 beat_at = now
                 self._beat(now)
-            if self.verdict is None and self._lost and now - self._lost_at >= GATHER_SECONDS:
+            if self.report is None and self._lost and now - self._lost_at >= GATHER_SECONDS:
                 self._say_loss()
             if not self._leaving.empty():
-                self._judge(self._leaving.get())
-            if self.verdict is not None:
+                self._end_job(self._leaving.get())
+            if self.report is not None:
                 self._close()
                 return
 
     def _accept(self) -> None:
-        """Anybody may knock: who it is, the first message says."""
+        """Accept any connection; the first message identifies the rank."""
         assert self._listener is not None
         try:
             connection, _ = self._listener.accept()
         except OSError:
             return
-        self._selector.register(connection, selectors.EVENT_READ, _Peer(connection, STRANGER))
+        self._selector.register(connection, selectors.EVENT_READ, _Peer(connection, UNKNOWN))
 
     def _greet(self, peer: _Peer) -> None:
-        """A stranger whose first message has the right word becomes a peer, any other one is sent away."""
+        """Add a connection whose first message has the token as a peer, and close any other one."""
         try:
             messages = peer.receive()
             if messages == []:
                 return
             hello = (messages or [{}])[0]
-            peer.rank = int(hello["rank"]) if secrets.compare_digest(str(hello["token"]), self.token) else STRANGER
+            peer.rank = int(hello["rank"]) if secrets.compare_digest(str(hello["token"]), self.token) else UNKNOWN
         except (ValueError, KeyError, TypeError):
-            peer.rank = STRANGER
-        if peer.rank == STRANGER:
+            peer.rank = UNKNOWN
+        if peer.rank == UNKNOWN:
             self._drop(peer)
         else:
             self._peers[peer.rank] = peer
             self._take(peer, messages[1:] if messages else [])
 
     def _hear(self, peer: _Peer) -> None:
-        if peer.rank == STRANGER:
+        if peer.rank == UNKNOWN:
             self._greet(peer)
             return
         messages = peer.receive()
@@ -237,11 +237,11 @@ class Heartbeat:
             if "leaves" in message:
                 peer.ended = True
                 if message["leaves"]:
-                    self._judge(Verdict(message["leaves"], ""))
+                    self._end_job(HangReport(message["leaves"], ""))
 
     def _beat(self, now: float) -> None:
         for peer in list(self._peers.values()):
-            peer.send(step=_Reached.step)
+            peer.send(step=_Progress.step)
             if now - peer.heard_at > SILENT_SECONDS and not peer.ended:
                 self._drop(peer)
                 self._lose(
@@ -250,11 +250,11 @@ class Heartbeat:
                     "process stands still)",
                 )
 
-    def _lose(self, peer: _Peer, why: str) -> None:
+    def _lose(self, peer: _Peer, reason: str) -> None:
         if not self._lost:
             self._lost_at = time.monotonic()
-        step = max(peer.step, _Reached.step) + 1  # ranks go in step; this one's number is never late
-        self._lost[peer.rank] = f"in step {step}: {why}"
+        step = max(peer.step, _Progress.step) + 1  # ranks go in step; this one's number is never late
+        self._lost[peer.rank] = f"in step {step}: {reason}"
 
     def _say_loss(self) -> None:
         first = min(self._lost)
@@ -265,18 +265,18 @@ class Heartbeat:
             sentence = f"lost the host {host} ({in_ranks(ranks)}) {self._lost[first]}"
         if self.rank == 0 or self._speaks:
             print(error_line(sentence), file=sys.stderr, flush=True)
-        self._judge(Verdict(CRASH, sentence))
+        self._end_job(HangReport(CRASH, sentence))
 
-    def _judge(self, verdict: Verdict) -> None:
-        if self.verdict is None:
-            self.verdict = verdict
-            self._judged.set()
+    def _end_job(self, report: HangReport) -> None:
+        if self.report is None:
+            self.report = report
+            self._ended.set()
 
     def _close(self) -> None:
-        """Tell the others, wait until they have read it, then end the process if its main thread does not."""
-        assert self.verdict is not None
+        """Tell the others, wait until they have read it, then end the process if its main thread does not exit."""
+        assert self.report is not None
         for peer in self._peers.values():
-            peer.send(leaves=self.verdict.code)
+            peer.send(leaves=self.report.code)
         give_up = time.monotonic() + CLOSE_SECONDS
         for peer in list(self._peers.values()):
             try:
@@ -287,11 +287,11 @@ class Heartbeat:
             except OSError:
                 pass
             self._drop(peer)
-        for key in list(self._selector.get_map().values()):  # the listener, and strangers
+        for key in list(self._selector.get_map().values()):  # the listener, and connections without a rank
             self._selector.unregister(key.fileobj)
             key.fileobj.close()  # type: ignore[union-attr]  # a socket
         self._selector.close()
         self._closed.set()
-        if self.verdict.code:
+        if self.report.code:
             time.sleep(GRACE_SECONDS)
-            self._end(self.verdict.code)
+            self._end(self.report.code)

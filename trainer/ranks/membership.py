@@ -1,4 +1,4 @@
-"""This process among the ranks of its job: meeting them, agreeing with them, watching them, and leaving them."""
+"""Join this process to the ranks of its job: meet them, compare with them, watch them, and leave them."""
 
 import dataclasses
 import datetime
@@ -28,7 +28,7 @@ TELL_TIMEOUT = datetime.timedelta(seconds=10)
 
 
 class Membership:
-    """At most one a process."""
+    """Membership of this process in its job; there is one per process."""
 
     def __init__(self) -> None:
         self._meeting: Meeting | None = None
@@ -36,7 +36,7 @@ class Membership:
 
     @property
     def is_watched(self) -> bool:
-        """Whether the heartbeat of this process has begun."""
+        """True once the heartbeat of this process has started."""
         return self._heartbeat is not None
 
     @contextmanager
@@ -82,12 +82,12 @@ class Membership:
             self._heartbeat.stop()
 
     def others_failed(self, seconds: float) -> int | None:
-        """The exit code with which another rank has failed, and said why; None if none does within `seconds`."""
+        """Return the exit code of another rank that fails and prints why; None if none does within `seconds`."""
         if self._heartbeat is None:
             time.sleep(seconds)
             return None
-        verdict = self._heartbeat.wait(seconds)
-        return verdict.code if verdict else None
+        report = self._heartbeat.wait(seconds)
+        return report.code if report else None
 
     def leave(self, code: int, ranks: Ranks) -> int | None:
         """Tell the others that this rank fails.
@@ -108,7 +108,7 @@ class Membership:
 
 
 def watch(ranks: Ranks, address: str) -> Heartbeat:
-    """Connect every rank with rank 0 and begin to watch; every rank calls this.
+    """Connect every rank with rank 0 and start to watch; every rank calls this.
 
     Raises:
         ValueError: rank 0 cannot be reached.

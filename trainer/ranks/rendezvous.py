@@ -1,7 +1,7 @@
-"""How the ranks of a job find each other, and how a rank that fails before that tells the others.
+"""Let the ranks of a job find each other, and tell the others if one fails before that.
 
-All ranks meet at torch's key-value store, which rank 0 (or torchrun's agent) serves at MASTER_ADDR and MASTER_PORT. Here the
-waiting is bitfleet's own: it names the ranks that do not come, and it ends in seconds when one of them has failed.
+All ranks meet at torch's key-value store, which rank 0 (or torchrun's agent) serves at MASTER_ADDR and MASTER_PORT. The wait is
+bitfleet's own: it names missing ranks, and it ends within seconds when one of them has failed.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from bitfleet.trainer.ranks.collectives import Ranks
 _ARRIVED, _ALL, _FAILED, _HEARD = "bitfleet/arrived", "bitfleet/all", "bitfleet/failed", "bitfleet/heard"
 POLL_SECONDS = 0.2
 QUIET_SECONDS = 10.0
-"""How long ranks wait for each other before one of them says whom they wait for."""
+"""Seconds that ranks wait for each other before one of them prints which ranks are missing."""
 TELL_SECONDS = 15.0
-"""How long a rank that fails at the very start waits for the others, whose imports may take longer."""
+"""Seconds that a rank which fails at the very start waits for the others, whose imports may take longer."""
 
 
 class PeerFailed(Exception):
-    """Another rank has failed, and says so itself; `code` is its exit code."""
+    """Raised when another rank has failed, which prints why; `code` is its exit code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -35,7 +35,7 @@ class PeerFailed(Exception):
 
 
 class Meeting:
-    """This process at the store; every rank of a job that was launched makes one.
+    """Connection of this process to the store; every rank of a launched job makes one.
 
     Args:
         ranks: this process's place.
@@ -47,13 +47,13 @@ class Meeting:
         self._speaks = ranks.local_rank == 0
         self._store: Store | None = None
         self.is_over = False
-        """Whether all ranks have met."""
+        """True once all ranks have met."""
 
     def store(self, timeout: datetime.timedelta) -> Store:
-        """Connect to the store, or serve it; waits for the server at most `timeout`.
+        """Connect to the store, or serve it; wait for the server at most `timeout`.
 
         Raises:
-            ValueError: nobody serves it, or this rank cannot.
+            ValueError: no rank serves it, or this rank cannot.
         """
         if self._store is None:
             serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -71,7 +71,7 @@ class Meeting:
         return self._store
 
     def _wait_for_server(self, timeout: datetime.timedelta) -> None:
-        """Knock until somebody listens; torch's own waiting prints stack traces."""
+        """Retry the connection until the store listens; torch's own retry prints stack traces."""
         start = time.monotonic()
         give_up, speaks = start + timeout.total_seconds(), self._speaks
         while True:
@@ -94,7 +94,7 @@ class Meeting:
                 time.sleep(POLL_SECONDS)
 
     def wait_for_all(self, timeout: datetime.timedelta, gpu: str = "") -> Store:
-        """Wait until every rank has come; returns the store.
+        """Wait until every rank has come; return the store.
 
         Args:
             timeout: after which it gives up.
@@ -122,7 +122,7 @@ class Meeting:
                 time.sleep(POLL_SECONDS)
         except dist.DistError as error:
             raise ValueError(
-                f"rank {self.rank} lost rank 0 at {self.address}:{self.port} before the job began "
+                f"rank {self.rank} lost rank 0 at {self.address}:{self.port} before the job started "
                 f"({str(error).splitlines()[0]})"
             ) from None
         self.is_over = True
@@ -150,7 +150,7 @@ class Meeting:
                 raise PeerFailed(failure["code"])
 
     def _missing(self, store: Store) -> tuple[list[int], str]:
-        """Return the ranks that have not come, and in words those that have, by host."""
+        """Return the ranks that are missing, and in words those that have come, by host."""
         hosts: dict[str, list[int]] = {}
         missing: list[int] = []
         for rank in range(self.world_size):
@@ -161,7 +161,7 @@ class Meeting:
         return missing, ", ".join(f"{in_ranks(ranks)} on {host}" for host, ranks in hosts.items())
 
     def _say_who_is_missing(self, store: Store, timeout: datetime.timedelta) -> None:
-        """Say for whom the ranks wait, once for all of them: the first that has come does."""
+        """Print which ranks are missing, once per job: on the lowest rank that has come."""
         missing, came = self._missing(store)
         if missing and all(rank in missing for rank in range(self.rank)):
             _say(
@@ -177,7 +177,7 @@ class Meeting:
         )
 
     def tell_failure(self, code: int, timeout: datetime.timedelta) -> None:
-        """Tell the ranks that wait, or will come, that this one has failed; returns when they know, or after TELL_SECONDS.
+        """Tell the ranks that wait, or will come, that this one has failed; return when they know, or after TELL_SECONDS.
 
         Args:
             code: exit code of this process.
@@ -186,7 +186,7 @@ class Meeting:
         Raises:
             PeerFailed: another rank has told of a failure before.
         """
-        with contextlib.suppress(ValueError, dist.DistError):  # nobody can be told
+        with contextlib.suppress(ValueError, dist.DistError):  # there is no store to tell it
             store = self.store(timeout)
             mine = json.dumps({"rank": self.rank, "code": code})
             if store.compare_set(_FAILED, "", mine).decode() != mine:
@@ -201,7 +201,7 @@ def _say(text: str) -> None:
 
 
 def loopback_hint() -> str:
-    """What to do where the name of this host leads to an address that other hosts cannot use; "" where it is a good one.
+    """Return what to do if the name of this host resolves to an address that other hosts cannot use; "" if it is a good one.
 
     gloo offers that address to the other ranks, NCCL does not. Debian's /etc/hosts has 127.0.1.1.
     """
@@ -219,12 +219,12 @@ def loopback_hint() -> str:
 
 
 def in_words(timeout: datetime.timedelta) -> str:
-    """A timeout in minutes, or in seconds below one: "5 minutes"."""
+    """Return a timeout in minutes, or in seconds below one: "5 minutes"."""
     seconds = timeout.total_seconds()
     return f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} s"
 
 
 def in_ranks(ranks: list[int]) -> str:
-    """ "rank 3", or "ranks 2, 3"; of many only the first ones."""
+    """Return "rank 3", or "ranks 2, 3"; of many only the first ones."""
     shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}"

@@ -11,7 +11,7 @@ from typing import IO
 
 LOCK = ".lock"
 WAIT_SECONDS = 5.0
-"""A run that is requeued may start before the last process of its earlier part has left."""
+"""Seconds to wait for a lock: a requeued run may start before the last process of its earlier part has exited."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Stopping a run on request: signals, a file, or the death of the launcher; all ranks stop after the same step."""
+"""Stop a run on request (a signal, a file, or the death of the launcher), on all ranks after the same step."""
 
 import os
 import select
@@ -15,11 +15,11 @@ STOP_FILE = "STOP"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REASONS = ("", "SIGTERM", "SIGINT", "SIGUSR1", f"the file {STOP_FILE}", "the end of the launcher")
 FILE_SECONDS = 1.0
-"""Seconds between two looks at the run folder, which may be on a network."""
+"""Seconds between two checks of the run folder, which may be on a network."""
 AGREE_SECONDS = 0.25
-"""About how often the ranks tell each other of requests while they train."""
+"""Approximate seconds between exchanges of requests between the ranks."""
 MAX_STEPS = 100
-"""After so many steps they do in any case: the next ones may take longer than those that were measured."""
+"""Largest number of steps between exchanges: the next steps may take longer than the measured ones."""
 
 
 class StopWatcher:
@@ -43,7 +43,7 @@ class StopWatcher:
         self._agreed_at = time.monotonic()
         self._ancestors: Callable[[], tuple[int, ...]] = launcher_processes if launched else tuple
         self._launcher = self._ancestors()
-        # A rank on another machine has its input from the ssh of the launching one: it ends when that does.
+        # On another machine, standard input is the ssh connection of the launching machine and ends with it.
         self._input = input_from_launcher() if len(self._launcher) > 1 else None
         self._before: dict[signal.Signals, signal._HANDLER] = {}
 
@@ -77,7 +77,7 @@ class StopWatcher:
                 self._file.unlink(missing_ok=True)
 
     def after_step(self, flag: bool = False) -> tuple[str, bool]:
-        """`agree` after every N steps, which take about AGREE_SECONDS; after the others ("", False). Every rank calls this.
+        """Call `agree` every N steps, which take about AGREE_SECONDS; else return ("", False). Every rank calls this.
 
         On a GPU a step may take less time than the ranks need to agree. N is agreed on as well, so it is the same on every rank.
         """
@@ -91,11 +91,11 @@ class StopWatcher:
         return self._agree(flag, wanted)
 
     def agree(self, flag: bool = False) -> tuple[str, bool]:
-        """What any rank has been asked, "" for nothing, and whether `flag` is true on any; every rank calls this."""
+        """Return the request that any rank has seen ("" for none), and whether `flag` is true on any; every rank calls this."""
         return self._agree(flag, self._interval)
 
     def _agree(self, flag: bool, wanted: int) -> tuple[str, bool]:
-        """`agree`, and the fewest steps that a rank wants until the next time."""
+        """Call `agree`, and agree on the fewest steps that a rank wants until the next time."""
         self._look()
         reason, any_flag, fewest = max_over_ranks([self._seen, int(flag), -wanted])
         self._interval = self._steps_left = -fewest
@@ -105,7 +105,7 @@ class StopWatcher:
 
 
 def launcher_processes() -> tuple[int, ...]:
-    """The process that started this one, and, where that is DeepSpeed's agent, the command that started the agent.
+    """Return the process that started this one, and, if that is DeepSpeed's agent, the command that started the agent.
 
     A child whose parent has died gets another parent, so the numbers change when a launcher dies. Linux only.
     """
@@ -121,7 +121,7 @@ def launcher_processes() -> tuple[int, ...]:
 
 
 def input_from_launcher() -> "select.poll | None":
-    """Watches the end of the standard input, without reading it; None where it is no pipe or socket, or has ended already."""
+    """Return a poll for the end of standard input, without reading it; None if it is not a pipe or socket, or has ended."""
     try:
         mode = os.fstat(0).st_mode
     except OSError:

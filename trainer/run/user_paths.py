@@ -1,4 +1,4 @@
-"""Paths that a user names: a leading ~ is the home folder, wherever the path is given."""
+"""Expand a leading ~ in every path that a user gives."""
 
 import dataclasses
 from pathlib import Path
@@ -6,14 +6,14 @@ from typing import Any, TypeVar
 
 Config = TypeVar("Config")
 TEXTS = ("root", "resume", "data_root")
-"""Fields of configurations that hold a path as text, since they can also be a word."""
+"""Fields that hold a path as text, since they can also hold a word."""
 
 
 def users_path(text: str | Path) -> Path:
     """Return `text` as a path, with the home folder in place of a leading ~ or ~name.
 
     Raises:
-        ValueError: nobody knows that home folder.
+        ValueError: that home folder is unknown.
     """
     try:
         return Path(text).expanduser()
@@ -27,7 +27,7 @@ def with_users_paths(config: Config) -> Config:
     """Return the dataclass `config` with `users_path` of every path in it and in its parts.
 
     Raises:
-        ValueError: nobody knows a home folder.
+        ValueError: a home folder is unknown.
     """
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]  # a dataclass

@@ -72,5 +72,5 @@ def test_precision_is_that_of_the_device_or_of_the_run_that_is_continued() -> No
         assert with_precision(config, "cuda", before).engine.precision == gpu
         assert with_precision(asked, "cuda", before) == asked
     assert with_precision(config, "cuda", "tf32").engine.precision == "tf32"
-    with pytest.raises(ValueError, match="begun on a GPU in precision tf32, which a CPU does not have: continue it on"):
+    with pytest.raises(ValueError, match="tf32.*GPU"):
         with_precision(config, "cpu", "tf32")

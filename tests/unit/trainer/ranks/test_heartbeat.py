@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from bitfleet.trainer.ranks import heartbeat
-from bitfleet.trainer.ranks.heartbeat import Heartbeat, Verdict
+from bitfleet.trainer.ranks.heartbeat import HangReport, Heartbeat
 
 HOSTS = ["host-a", "host-a", "host-b", "host-b"]
 
@@ -72,13 +72,13 @@ def test_closed_connection_is_a_lost_rank(
     job: list[Heartbeat], ended: Ended, capsys: pytest.CaptureFixture[str]
 ) -> None:
     join(job[0]).close()
-    assert job[0].wait(10) == Verdict(
+    assert job[0].wait(10) == HangReport(
         1,
         "lost rank 3 on host-b in step 7: its process ended without a word (killed, out of memory, or its host went down)",
     )
-    assert [each.wait(10) for each in job[1:]] == [Verdict(1, "")] * 2
+    assert [each.wait(10) for each in job[1:]] == [HangReport(1, "")] * 2
     assert ended.event.wait(10)
-    assert capsys.readouterr().err == f"bitfleet: error: {job[0].verdict.sentence}\n"  # type: ignore[union-attr]
+    assert capsys.readouterr().err == f"bitfleet: error: {job[0].report.sentence}\n"  # type: ignore[union-attr]
 
 
 def test_silence_is_a_lost_rank(job: list[Heartbeat], ended: Ended) -> None:
@@ -101,7 +101,7 @@ def test_a_rank_that_says_why_it_leaves_is_not_lost(
     job: list[Heartbeat], ended: Ended, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job[2].leave(7)
-    assert [each.wait(10) for each in job] == [Verdict(7, "")] * 3
+    assert [each.wait(10) for each in job] == [HangReport(7, "")] * 3
     assert capsys.readouterr().err == ""
     assert ended.event.wait(10)
     assert set(ended.codes) == {7}
