@@ -24,6 +24,46 @@ CALL = re.compile(r"(?:\bbitfleet|-m(?:odule)? bitfleet\.launch|\blaunch/(?=trai
 OPTION = re.compile(r"(?<![\w-])--([a-z][\w.]*)")
 EXAMPLE = re.compile(r"<!-- example: (\w+) -->\n+```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
+CHECKS = {
+    "rule": """
+from bitfleet.optim import OptimConfig, build_optimizer
+from bitfleet.models import QuantLinear
+
+model = QuantLinear(2, 1, input_quantizer=None)
+optimizer, _ = build_optimizer(model, OptimConfig(rule="vote", gamma=constant(0.5)), num_steps=1)
+before = model.weight.detach().clone()
+model.weight.grad = before * torch.tensor([[2.0, -3.0]])
+optimizer.step()
+assert (model.weight == before * torch.tensor([[-1.0, 1.0]])).all()  # only the first has its gradient's sign
+""",
+    "network": """
+import torch
+from bitfleet.models import ModelConfig, create_model
+from bitfleet.optim import param_groups
+
+model = create_model(ModelConfig(name="two_layers", num_classes=5, width=8))
+assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
+groups = {group["name"]: group["params"] for group in param_groups(model)}
+assert [param.shape for _, param in groups["binary"]] == [(8, 8, 3, 3)]
+""",
+    "layout": """
+from PIL import Image
+from bitfleet.launch.data.layouts import recognise
+
+for split in ("train", "val"):
+    Path(split).mkdir()
+    for name in ("dog_1", "cat_1"):
+        Image.new("RGB", (4, 3)).save(f"{split}/{name}.jpg")
+Path("train/notes.txt").touch()
+source = recognise(Path())
+listing = source.make(num_workers=1)
+assert source.layout == "flat" and listing.manifest.classes == ("cat", "dog")
+assert listing.manifest.val.labels.tolist() == [0, 1]
+assert sum(listing.counts()["train"].values()) == 1
+""",
+}
+"""Example -> code that fails unless the example does what the page says."""
+
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 
 
@@ -120,10 +160,11 @@ def test_commands_and_their_options_exist(page: Path) -> None:
         assert not [option for option in options if option not in known], command
 
 
-def test_examples_run() -> None:
-    """One process runs the examples of a page one after the other, since they extend the registries."""
-    for page in PAGES:
-        if examples := EXAMPLE.findall(page.read_text()):
-            source = "\n".join(code for _, code in examples)
-            done = subprocess.run([sys.executable, "-c", source], cwd=REPOSITORY, capture_output=True, text=True)
-            assert done.returncode == 0, f"{page}: {done.stderr}"
+@pytest.mark.parametrize("name", CHECKS)
+def test_examples_of_extending_run(name: str, tmp_path: Path) -> None:
+    """Each in a process of its own, since it extends a registry."""
+    examples = dict(EXAMPLE.findall((REPOSITORY / "docs" / "extending.md").read_text()))
+    assert examples.keys() == CHECKS.keys()
+    source = f"{examples[name]}\n{CHECKS[name]}"
+    done = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
