@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import re
 import subprocess
 import sys
@@ -104,6 +105,7 @@ def calls(page: Path) -> Iterator[tuple[str, list[str]]]:
             yield "", OPTION.findall(shown)
 
 
+@functools.cache
 def run_options(part: Any = TrainConfig, prefix: str = "") -> set[str]:
     """Return the names of all fields of a run's configuration, "optim.gamma.start" for example."""
     names = set()
@@ -115,14 +117,17 @@ def run_options(part: Any = TrainConfig, prefix: str = "") -> set[str]:
     return names | {"config", "reproduce", "help"}
 
 
+@functools.cache
 def command_options(command: str) -> set[str]:
-    """Return every option that the source of a command names: a field of a class, or "--option" in a string."""
+    """Return every option that the source of a command names: a field of a class, its other name, or "--option" in a string."""
     folder = {"launch": "cluster", "": ""}.get(command, command)
     names: set[str] = set()
     for path in [*(REPOSITORY / "launch" / folder).rglob("*.py"), REPOSITORY / "launch" / f"{command or 'cli'}.py"]:
         for node in ast.walk(ast.parse(path.read_text())) if path.exists() else ():
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 names.add(node.target.id)
+            elif isinstance(node, ast.keyword) and node.arg == "name" and isinstance(node.value, ast.Constant):
+                names.add(node.value.value)  # tyro.conf.arg(name="print")
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 names |= set(OPTION.findall(node.value))
     return names
