@@ -119,7 +119,7 @@ def run_options(part: Any = TrainConfig, prefix: str = "") -> set[str]:
 
 @functools.cache
 def command_options(command: str) -> set[str]:
-    """Return every option that the source of a command names: a field of a class, its other name, or "--option" in a string."""
+    """Return every option in the source of a command: a field, its other name, or "--x" in a string."""
     folder = {"launch": "cluster", "": ""}.get(command, command)
     names: set[str] = set()
     for path in [*(REPOSITORY / "launch" / folder).rglob("*.py"), REPOSITORY / "launch" / f"{command or 'cli'}.py"]:
@@ -127,7 +127,7 @@ def command_options(command: str) -> set[str]:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 names.add(node.target.id)
             elif isinstance(node, ast.keyword) and node.arg == "name" and isinstance(node.value, ast.Constant):
-                names.add(node.value.value)  # tyro.conf.arg(name="print")
+                names.add(str(node.value.value))  # tyro.conf.arg(name="print")
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 names |= set(OPTION.findall(node.value))
     return names
