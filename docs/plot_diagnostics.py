@@ -1,4 +1,4 @@
-"""Draw the diagnostics of a run: `python docs/plot_diagnostics.py RUN OUTPUT.png`. Needs matplotlib (the extra `dev`)."""
+"""Draw the diagnostics of a run: `python docs/plot_diagnostics.py RUN OUTPUT.png`."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ PANELS = {
 
 
 def plot(run: Path, output: Path) -> None:
-    """A panel for each number, a line for each layer, and the histogram of |r| over the steps."""
+    """Draw a panel per number with a line per layer, and the histogram of |r| over the steps."""
     lines: list[dict[str, Any]] = [line for line in read_metrics(run) if line["kind"] == "diagnostics"]
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.4), constrained_layout=True)
     for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=False):

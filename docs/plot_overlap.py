@@ -1,6 +1,6 @@
 """Draw when gradients travel: `torchrun --nproc_per_node 2 docs/plot_overlap.py OUTPUT.png`.
 
-Rank 0 profiles one step of Bi-Real Net 18 on 64x64 images and draws what its threads did.
+Rank 0 profiles one step of Bi-Real Net 18 on 64x64 images and draws the work of its threads.
 """
 
 import sys
@@ -29,7 +29,7 @@ ROWS = {
 
 
 def profile_step() -> list[tuple[str, float, float]]:
-    """(name of ROWS, start, end) in ms of the third step."""
+    """Profile the third step; return (key of ROWS, start, end) of each span, in ms."""
     torch.set_num_threads(1)
     model = create_model(ModelConfig(name="birealnet18", num_classes=1000))
     optimizer = ShardedOptimizer(build_optimizer(model, OptimConfig(), num_steps=10)[0], bucket_numel=1 << 20)
@@ -65,7 +65,7 @@ def profile_step() -> list[tuple[str, float, float]]:
 
 
 def plot(spans: list[tuple[str, float, float]], output: str) -> None:
-    """A row a kind of work, time from left to right."""
+    """Draw a row per kind of work, time from left to right."""
     start = min(span[1] for span in spans)
     figure, axis = plt.subplots(figsize=(10, 2.6), constrained_layout=True)
     for row, (key, (_, color)) in enumerate(ROWS.items()):
@@ -75,9 +75,7 @@ def plot(spans: list[tuple[str, float, float]], output: str) -> None:
     axis.invert_yaxis()
     axis.set_xlabel("ms")
     axis.grid(axis="x", alpha=0.3)
-    axis.set_title(
-        "One step of Bi-Real Net 18 on rank 0 of 2 (gloo): gradients leave while backward goes on", fontsize=10
-    )
+    axis.set_title("One step of Bi-Real Net 18 on rank 0 of 2 (gloo): gradients travel during backward", fontsize=10)
     figure.savefig(output, dpi=80)
 
 

@@ -13,13 +13,13 @@ from bitfleet.trainer.metrics import read_metrics
 
 
 def series(lines: list[dict[str, float]], kind: str, key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of `key` in the lines of `kind`."""
+    """Return steps and values of `key` in the lines of `kind`."""
     chosen = [line for line in lines if line["kind"] == kind and key in line]
     return [line["step"] for line in chosen], [line[key] for line in chosen]
 
 
 def plot(run: Path, output: Path) -> None:
-    """Accuracy, loss, flip ratio and schedules of `run` over its steps."""
+    """Draw accuracy, loss, flip ratio and schedules of `run` over its steps."""
     lines = read_metrics(run)
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.3), constrained_layout=True)
     for axis, key, scale in ((axes[0], "top1", 100.0), (axes[1], "loss", 1.0)):

@@ -1,4 +1,4 @@
-"""Relative error (root mean square) of a sum of gradients that travel in bf16: python docs/rounding.py"""
+"""Print the relative error (root mean square) of sums of gradients that travel in bf16: python docs/rounding.py"""
 
 import threading
 from queue import SimpleQueue
@@ -10,7 +10,7 @@ from bitfleet.optim.sharding import reduction as sharding_exchange
 
 
 def halved(grads: list[Tensor]) -> Tensor:
-    """The sum as bitfleet makes it, each rank a thread."""
+    """Return the sum as bitfleet computes it, with one thread per rank."""
     boxes: dict[tuple[str, str], SimpleQueue[Tensor]] = {}
     parts: list[Tensor] = [torch.empty(0)] * len(grads)
 

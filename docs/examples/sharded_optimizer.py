@@ -1,4 +1,7 @@
-"""The sharded optimizer in a loop of your own: torchrun --nproc_per_node 2 docs/examples/sharded_optimizer.py"""
+"""Train with the sharded optimizer in your own loop.
+
+torchrun --nproc_per_node 2 docs/examples/sharded_optimizer.py
+"""
 
 import torch
 import torch.distributed as dist
@@ -13,7 +16,7 @@ NUM_STEPS, BATCH_SIZE = 300, 64
 def main() -> None:
     """Learn which half of 32 bits has more ones."""
     dist.init_process_group("gloo")
-    generator = torch.Generator().manual_seed(dist.get_rank())  # other data on every rank; weights become rank 0's
+    generator = torch.Generator().manual_seed(dist.get_rank())  # different data per rank; all take rank 0's weights
     model = nn.Sequential(
         QuantLinear(32, 512, input_quantizer=None),  # weights of +-1, marked as binary
         nn.BatchNorm1d(512),
