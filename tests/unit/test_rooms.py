@@ -24,7 +24,6 @@ OWNERS = {
     "torch.distributed": (
         "trainer/ranks/collectives.py",
         "optim/sharding",
-        "trainer/checkpoint/planners.py",
         "trainer/checkpoint/tensors.py",
         "trainer/ranks/rendezvous.py",
     ),

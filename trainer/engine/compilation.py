@@ -1,7 +1,6 @@
 """Whether a run's network is compiled, and when its compiled code is used."""
 
 import warnings
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,12 +11,11 @@ from torch.optim import Optimizer
 from bitfleet.models.compilation import problem_of_compiling
 from bitfleet.optim import ShardedOptimizer
 from bitfleet.optim.param_groups import starts_real
-from bitfleet.trainer.checkpoint.checkpoints import was_compiled
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.ranks.collectives import objects_from_ranks
 
 
-def is_compiled(config: TrainConfig, device: torch.device, begun: Mapping[str, Any] | None) -> bool:
+def is_compiled(config: TrainConfig, device: torch.device, was_compiled: bool | None) -> bool:
     """What `model.compile` comes to, the same on all ranks; every rank calls this.
 
     Where one of the ranks cannot compile, none does, after one warning.
@@ -25,11 +23,11 @@ def is_compiled(config: TrainConfig, device: torch.device, begun: Mapping[str, A
     Args:
         config: the run.
         device: where the model runs.
-        begun: meta.json of the checkpoint that is continued; None for a new run.
+        was_compiled: if the run is resumed, whether it was compiled before; None for a new run.
     """
     wanted = config.model.compile == "on"
     if config.model.compile == "auto":
-        wanted = was_compiled(begun) if begun else device.type == "cuda" and config.engine.sharding != "zero3"
+        wanted = device.type == "cuda" and config.engine.sharding != "zero3" if was_compiled is None else was_compiled
     if not wanted:
         return False
     problems = objects_from_ranks(problem_of_compiling(device))

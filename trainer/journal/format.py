@@ -17,7 +17,6 @@ is written as gap // 255 bytes of 255 and one of gap % 255, then deflated withou
 about the entropy of flips that do not know of each other, at any density (docs/journal.md).
 """
 
-import dataclasses
 import json
 import struct
 import zlib
@@ -39,15 +38,6 @@ _HEAD = struct.Struct("<QIIIBxxx")  # step, flips, payload bytes, crc32 of the p
 _CRC = struct.Struct("<I")
 FRAME_BYTES = _HEAD.size + _CRC.size
 Bytes = npt.NDArray[np.uint8]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class JournalConfig:
-    """The flip journal (docs/journal.md)."""
-
-    enabled: bool = False
-    """Write every flip of every step below `journal/` of the run, so that `bitfleet journal` can rebuild the binary weights of
-    any step. Needs engine.sharding "bits"."""
 
 
 class Piece(NamedTuple):
