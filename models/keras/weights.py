@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from bitfleet.models.keras.files import Array, read_keras_file
 from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
-from bitfleet.models.layers.normalization import BatchNorm, ChannelAffine, ChannelLayerNorm
-from bitfleet.models.layers.same_padding import SameConv2d
+from bitfleet.models.layers.real_layers import BatchNorm, ChannelAffine, ChannelLayerNorm, SameConv2d
 from bitfleet.models.networks.binarynet import BinaryNet
 from bitfleet.models.networks.birealnet import BiRealNet
 from bitfleet.models.networks.xnornet import XNORNet

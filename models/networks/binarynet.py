@@ -11,8 +11,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
-from bitfleet.models.layers.normalization import Norm, normalization
 from bitfleet.models.layers.quantizers import Binarizer, quantizer_of
+from bitfleet.models.layers.real_layers import Norm, normalization
 from bitfleet.models.registry import model_options, register_model
 
 __all__ = ["BinaryNet", "binarynet"]

@@ -9,11 +9,17 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from bitfleet.models.layers.initializers import glorot_normal_, glorot_uniform_
 from bitfleet.models.layers.layers import QuantConv2d
-from bitfleet.models.layers.normalization import Norm, normalization
 from bitfleet.models.layers.quantizers import Binarizer, Quantizer, quantizer_of
-from bitfleet.models.layers.same_padding import SameAvgPool2d, SameConv2d, SameMaxPool2d
+from bitfleet.models.layers.real_layers import (
+    Norm,
+    SameAvgPool2d,
+    SameConv2d,
+    SameMaxPool2d,
+    glorot_normal_,
+    glorot_uniform_,
+    normalization,
+)
 from bitfleet.models.registry import model_options, register_model
 
 __all__ = ["BiRealNet", "Residual", "birealnet18", "birealnet34", "birealnet_small"]

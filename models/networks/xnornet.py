@@ -9,11 +9,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from bitfleet.models.layers.initializers import glorot_uniform_
 from bitfleet.models.layers.layers import QuantConv2d
-from bitfleet.models.layers.normalization import Norm, normalization
 from bitfleet.models.layers.quantizers import Binarizer, quantizer_of
-from bitfleet.models.layers.same_padding import SameConv2d
+from bitfleet.models.layers.real_layers import Norm, SameConv2d, glorot_uniform_, normalization
 from bitfleet.models.registry import model_options, register_model
 
 __all__ = ["XNORNet", "xnornet"]

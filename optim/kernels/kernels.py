@@ -30,7 +30,9 @@ __all__ = ["Rates", "Slice", "bop2ndorder_bits_", "bop_bits_", "flip_packed_", "
 SOURCE = Path(__file__).with_suffix(".c")
 RULES = ("bop", "bop2ndorder", "bop2ndorder_corrected")  # `enum rule` of the source
 CHUNK, GPU_CHUNK = 262_144, 1 << 23
-MIN_SHARE = 32_768  # weights for which a thread is worth waking, as in torch
+MIN_SHARE = 32_768
+"""Weights that justify one more thread, as in torch. models/layers/binary_conv.py repeats this and `num_threads`, because
+models and optimizers do not import each other: change both together."""
 
 Number = float | Tensor
 """A hyperparameter of a step, or where it is on the device: fp32 []."""

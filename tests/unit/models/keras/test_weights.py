@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfleet.models import BiRealNet, kernel_from_keras, load_keras_weights
-from bitfleet.models.layers.normalization import Norm
+from bitfleet.models.layers.real_layers import Norm
 from tests.golden.keras_layout import Variables, flat, write_arrays, write_h5, write_npz
 
 # Two blocks, the second with a shortcut of its own, in the order of Keras' model.layers.
