@@ -29,9 +29,6 @@ from bitfleet.c_library import CLibraryError, load_c_library
 from bitfleet.models.layers.quantizers import Binarizer, Quantizer, binarizer_of, pseudo_gradient
 from bitfleet.models.layers.real_layers import Padding
 
-__all__ = ["binary_conv2d", "can_pack", "meta_is_cpu"]
-
-
 SOURCE = Path(__file__).with_name("binary_conv.c")
 WORD, LANES = 64, 8
 """Channels per word of packed bits, and output channels that are adjacent in packed weights."""

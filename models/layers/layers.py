@@ -16,8 +16,6 @@ from bitfleet.models.layers.binary_conv import binary_conv2d, can_pack
 from bitfleet.models.layers.quantizers import Quantizer
 from bitfleet.models.layers.real_layers import NO_PADDING, Initializer, conv2d, glorot_uniform_, same_padding
 
-__all__ = ["QuantConv2d", "QuantLinear", "random_signs_", "real_sample_", "start_real"]
-
 
 def random_signs_(weight: Tensor, initializer: Initializer) -> Tensor:
     """Fill with the signs (0 -> +1) of a sample of `initializer`.

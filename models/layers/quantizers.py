@@ -11,17 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Binarizer",
-    "Quantizer",
-    "approx_sign",
-    "binarizer_of",
-    "hardtanh_tanh_sign",
-    "pseudo_gradient",
-    "quantizer_of",
-    "ste_sign",
-]
-
 Quantizer = Callable[[Tensor], Tensor]
 Binarizer = Literal["ste", "approx", "hardtanh_tanh"]
 

@@ -12,24 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = [
-    "NO_PADDING",
-    "BatchNorm",
-    "ChannelAffine",
-    "ChannelLayerNorm",
-    "Initializer",
-    "Norm",
-    "Padding",
-    "SameAvgPool2d",
-    "SameConv2d",
-    "SameMaxPool2d",
-    "conv2d",
-    "glorot_normal_",
-    "glorot_uniform_",
-    "normalization",
-    "same_padding",
-]
-
 Initializer = Callable[[Tensor], Tensor]
 Norm = Literal["batch", "layer", "none"]
 
