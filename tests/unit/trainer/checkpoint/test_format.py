@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bitfleet.launch.checkpoint import tools as checkpoint_tools
 from bitfleet.models import ModelConfig, create_model
 from bitfleet.optim import OptimConfig, ShardedOptimizer, build_optimizer
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
@@ -190,24 +189,6 @@ def test_binary_weights_cost_one_bit(tmp_path: Path) -> None:
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     tensors = checkpoint_tensors.tensors_to_save(model, optimizer, ALONE)
     assert checkpoint_tensors.total_bytes(tensors) == binary // 8 + 8 * (binary + other) + 4 * other + buffers
-
-
-@pytest.mark.usefixtures("process_group")
-def test_tools_name_the_first_difference(tmp_path: Path) -> None:
-    model, optimizer = build(0, sharded=True)
-    a = save(tmp_path / "a", model, optimizer, 3)
-    model, optimizer = build(0, sharded=True)
-    assert checkpoint_tools.first_difference(a, save(tmp_path / "b", model, optimizer, 3)) is None
-    model, optimizer = build(0, sharded=True)
-    with torch.no_grad():
-        dict(model.named_parameters())["blocks.0.conv.weight"].view(-1)[13] *= -1
-        optimizer.read_weights()
-    c = save(tmp_path / "c", model, optimizer, 3)
-    assert str(checkpoint_tools.first_difference(a, c)).startswith(
-        "bits.blocks.0.conv.weight differs first at element 13: "
-    )
-    with pytest.raises(ValueError, match=str(tmp_path)):
-        checkpoint_tools.find(tmp_path)
 
 
 @pytest.mark.usefixtures("process_group")
