@@ -1,7 +1,7 @@
 """Binary networks, their layers and quantizers.
 
-Importing this package registers the networks with timm: `timm.create_model("birealnet18", norm="layer")`. The weight of
-a binary layer is itself +-1 and has the attribute `binary = True`.
+Importing this package registers the networks with timm: `timm.create_model("birealnet18",
+norm="layer")`. The weight of a binary layer is itself +-1 and has the attribute `binary = True`.
 """
 
 from bitfleet.models.compilation import compile_network

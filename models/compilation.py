@@ -1,4 +1,4 @@
-"""Compile a network with torch.compile in place: parameter names, checkpoints and hooks stay as they are."""
+"""Compile a network in place: parameter names, checkpoints and hooks stay as they are."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,17 +11,19 @@ from torch import Tensor, nn
 def compile_network(model: nn.Module) -> None:
     """Compile `model` when it is first called; if that fails, warn once and run it eagerly.
 
-    Shapes are static: another batch size compiles again (`torch.compiler.set_stance("force_eager")` avoids that).
-    The first call takes 20 to 60 s of a CPU core; later ones, also in other processes, find most in torch's cache.
+    Shapes are static: another batch size compiles again (`torch.compiler.set_stance("force_eager")`
+    avoids that). The first call takes 20 to 60 s of a CPU core; later ones, also in other
+    processes, find most in torch's cache.
 
     Args:
-        model: one of bitfleet's networks, which compiles to one graph, or to one per submodule named in its
-            `compiled_apart`; or any other, whose graph may have breaks.
+        model: one of bitfleet's networks, which compiles to one graph, or to one per submodule
+            named in its `compiled_apart`; or any other, whose graph may have breaks.
     """
     ours = type(model).__module__.startswith("bitfleet.")
     names: Sequence[str] = getattr(model, "compiled_apart", ())
     for part in [model.get_submodule(name) for name in names] or [model]:
-        # The forward method, not the module: DeepSpeed's hooks count steps, and each count would be compiled again.
+        # The forward method, not the module: DeepSpeed's hooks count steps, and each count would be
+        # compiled again.
         part.forward = torch.compile(part.forward, fullgraph=ours, dynamic=False, backend=_inductor_or_eager)
 
 

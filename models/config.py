@@ -16,7 +16,8 @@ from bitfleet.models.registry import network_options
 class ModelConfig:
     """A network in timm's registry: one of bitfleet's, or any other.
 
-    Fields whose default is None are options of networks: they are passed to the network unless they are None.
+    Fields whose default is None are options of networks: they are passed to the network unless they
+    are None.
     """
 
     name: str = "birealnet18"
@@ -24,22 +25,24 @@ class ModelConfig:
     num_classes: int = 1000
     """Number of classes."""
     norm: Literal["batch", "layer", "none"] | None = None
-    """Normalization of bitfleet's networks; none (Bi-Real Nets): only a factor and an offset. None: the network's default."""
+    """Normalization; none (Bi-Real Nets): only factor and offset. None: the network's default."""
     width: int | None = None
     """Channels of the first stage of a Bi-Real Net. None: the network's default."""
     depths: tuple[int, ...] | None = None
     """Binary convolutions per stage of a Bi-Real Net. None: the network's default."""
     binarizer: Literal["ste", "approx", "hardtanh_tanh"] | None = None
-    """Pseudo-gradient of the sign of the features in bitfleet's networks. None: the network's default."""
+    """Pseudo-gradient of the sign of the features. None: the network's default."""
     residual: Literal["single", "double"] | None = None
-    """Shortcuts of a Bi-Real Net around two binary convolutions (single) or around each (double). None: the default."""
+    """Shortcuts of a Bi-Real Net around each two convolutions, or each. None: the default."""
     initial_weights: Literal["signs", "real"] = "signs"
-    """Binary weights until their first update. real: Glorot's values, as in the paper's code; the first forward and
-    backward pass see them, and the first update turns them into +-1. signs: the signs of such values."""
+    """Binary weights until their first update. real: Glorot's values, as in the paper's code; the
+    first forward and backward pass see them, and the first update turns them into +-1. signs: the
+    signs of such values."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the network's training step with torch.compile, which takes 20 to 60 s at the start unless it is in
-    torch's cache. auto: on GPUs, not on CPUs; a resumed run stays as it was. Validation is never compiled. A compiled
-    network rounds differently, so a run cannot switch. Not with engine.sharding zero3."""
+    """Compile the network's training step with torch.compile, which takes 20 to 60 s at the start
+    unless it is in torch's cache. auto: on GPUs, not on CPUs; a resumed run stays as it was.
+    Validation is never compiled. A compiled network rounds differently, so a run cannot switch. Not
+    with engine.sharding zero3."""
 
     def __post_init__(self) -> None:
         if self.num_classes < 1:
@@ -84,7 +87,7 @@ def create_model(config: ModelConfig) -> nn.Module:
 
 
 def check_images(config: ModelConfig, image_size: int, batch_size: int) -> None:
-    """Raise ValueError unless the network can be trained on `batch_size` square images of `image_size` pixels.
+    """Raise ValueError unless the network can train on `batch_size` images of `image_size` pixels.
 
     It is tried on the meta device, which computes nothing.
     """

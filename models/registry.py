@@ -24,7 +24,8 @@ def model_options(name: str, pretrained: bool, options: dict[str, Any], **defaul
     Args:
         name: of the network in timm's registry, for the error.
         pretrained: must be False: no weights are published.
-        options: keyword arguments of the model function, with what `timm.create_model` adds for its own models.
+        options: keyword arguments of the model function, with what `timm.create_model` adds for its
+            own models.
         defaults: arguments that `options` may override.
     """
     if pretrained:
@@ -39,7 +40,8 @@ def model_options(name: str, pretrained: bool, options: dict[str, Any], **defaul
 def network_options(name: str) -> set[str] | None:
     """Return the keyword arguments of a registered network, or None if its signature does not say.
 
-    A model function with **options passes them to the constructor of the class that it is annotated to return.
+    A model function with **options passes them to the constructor of the class that it is annotated
+    to return.
     """
     function: Callable[..., Any] = timm.model_entrypoint(name)
     options: set[str] = set()

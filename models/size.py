@@ -35,7 +35,7 @@ class ModelSize:
 
 
 def count(model: nn.Module, input_size: tuple[int, ...]) -> ModelSize:
-    """Count in one forward pass, like larq's summary: padded positions count, norms and pools do not.
+    """Count in one forward pass like larq's summary: padding counts, norms and pools do not.
 
     Args:
         model: run in evaluation mode and left unchanged.
@@ -55,7 +55,7 @@ def count(model: nn.Module, input_size: tuple[int, ...]) -> ModelSize:
 
 
 def layer_macs(model: nn.Module, input_size: tuple[int, ...]) -> dict[nn.Module, int]:
-    """Count multiply-accumulates per image of every convolution and linear layer that a forward pass reaches.
+    """Count multiply-accumulates per image of every convolution and linear layer that is reached.
 
     Args:
         model: run in evaluation mode on any device ("meta" computes nothing) and left unchanged.

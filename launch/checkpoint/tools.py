@@ -19,7 +19,7 @@ def find(path: Path) -> Path:
     Raises:
         ValueError: there is no checkpoint.
     """
-    if is_checkpoint(path.resolve()) or (path / META).is_file():  # also one that was renamed because it is damaged
+    if is_checkpoint(path.resolve()) or (path / META).is_file():  # also a renamed one
         return path.resolve()
     newest = latest_checkpoint(path)
     if newest is None:
@@ -28,7 +28,7 @@ def find(path: Path) -> Path:
 
 
 def inspect(path: Path) -> str:
-    """Describe position, files, tensors and configuration of a checkpoint, reading only the headers of tensor files.
+    """Describe position, files, tensors and configuration of a checkpoint, without verifying it.
 
     Raises:
         ValueError: there is no checkpoint, or it cannot be read.
@@ -75,8 +75,8 @@ def export_weights(path: Path, out: Path, *, packed: bool) -> str:
     Args:
         path: checkpoint or run folder.
         out: the file to write, .safetensors.
-        packed: binary weights as bits.<name>, uint8, 8 per byte, least significant bit first, instead of +-1 in
-            fp32; any that are not +-1 yet (the rule bnew) stay real.
+        packed: binary weights as bits.<name>, uint8, 8 per byte, least significant bit first,
+            instead of +-1 in fp32; any that are not +-1 yet (the rule bnew) stay real.
 
     Raises:
         ValueError: the checkpoint does not exist or is damaged, or the file cannot be written.
@@ -120,7 +120,7 @@ def write_safetensors(state: Tensors, out: Path, metadata: dict[str, str]) -> No
 
 
 def first_difference(a: Path, b: Path) -> str | None:
-    """Describe the first tensor and element in which two checkpoints differ; None if all tensors have the same bits.
+    """Describe the first element in which two checkpoints differ; None if all bits are equal.
 
     Raises:
         ValueError: one of them cannot be read.
@@ -148,7 +148,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def describe_element(name: str, byte: int, values: list[torch.Tensor], num_bytes: int) -> str:
-    """Describe the first difference, at `byte`, between two flat tensors `values` that differ in `num_bytes` bytes."""
+    """Describe the first of `num_bytes` differing bytes, at `byte`, of two flat tensors."""
     index = byte // values[0].element_size()
     one, other = (value[index].item() for value in values)
     if name.startswith(BITS):

@@ -50,13 +50,13 @@ class Part(NamedTuple):
     end_step: int
     """The last step that counts: where the next part starts, it replaces this one."""
     files: list[RankFile]
-    """One per rank, in order; empty if the run was continued without a journal, or if there is a `problem`."""
+    """One per rank, in order; empty after an end mark, or if there is a `problem`."""
     problem: str = ""
     """Why the part cannot be read, or ""."""
 
     @property
     def last_step(self) -> int:
-        """The last step that counts and that all ranks have written; `begin_step` - 1 if there is none."""
+        """The last step that counts and all ranks have; `begin_step` - 1 if there is none."""
         written = [file.last_step for file in self.files] or [self.begin_step - 1]
         return min(self.end_step, *written)
 
@@ -74,7 +74,7 @@ class Part(NamedTuple):
 
 
 def read_parts(run: Path) -> list[Part]:
-    """List the parts of a run's journal in the order in which they were started, without reading payloads.
+    """List the parts of a run's journal in order of their start, without reading payloads.
 
     Raises:
         ValueError: there is no journal, or no part can be read.
@@ -93,7 +93,7 @@ def read_parts(run: Path) -> list[Part]:
     parts: list[Part] = []
     end_step = NO_END
     for (number, begin_step), files in sorted(files_of.items(), reverse=True):
-        if begin_step < end_step or not parts:  # otherwise the run went back to its start, and nothing of it counts
+        if begin_step < end_step or not parts:  # else a later part replaces all of it
             parts.insert(0, _read_part(number, begin_step, end_step, files, sizes[number, begin_step]))
         end_step = min(end_step, begin_step)
     if not any(part.files for part in parts):
@@ -173,7 +173,7 @@ def covered(parts: list[Part]) -> str:
 
 
 def signs_after(file: RankFile, step: int) -> Bytes:
-    """Return the packed signs of a rank's slices after `step`, replaying the flips since the last whole signs.
+    """Return the packed signs of a rank's slices after `step`.
 
     Raises:
         ValueError: a frame in between is damaged.
@@ -188,10 +188,11 @@ def signs_after(file: RankFile, step: int) -> Bytes:
 
 
 def replay(file: RankFile, last_step: int) -> Iterator[tuple[int, Bytes]]:
-    """Yield (step, packed signs after it) up to `last_step`; the array of signs is changed in place.
+    """Yield (step, packed signs) up to `last_step`; the array is changed in place.
 
     Raises:
-        ValueError: a frame is damaged, or whole signs differ from what the flips before them lead to.
+        ValueError: a frame is damaged, or whole signs differ from what the flips before them lead
+            to.
     """
     signs = np.empty(file.layout.num_weights // 8, np.uint8)
     with file.path.open("rb") as opened:
@@ -223,7 +224,7 @@ def apply_frame_(signs: Bytes, frame: Frame, path: Path, descriptor: int) -> Non
 
 
 def joined(layouts: list[Layout], signs: list[Bytes]) -> dict[str, Tensor]:
-    """Assemble the packed signs of every parameter, uint8 [ceil(numel / 8)], from all ranks' slices.
+    """Assemble packed signs per parameter, uint8 [ceil(numel / 8)], from all ranks' slices.
 
     Raises:
         ValueError: a part of a parameter is missing.
@@ -245,7 +246,7 @@ def joined(layouts: list[Layout], signs: list[Bytes]) -> dict[str, Tensor]:
 
 
 def weights_after(run: Path, step: int) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """Return the packed signs and the shape of every binary parameter after `step` optimizer steps, by name.
+    """Return packed signs and shape of every binary parameter after `step`, by name.
 
     Raises:
         ValueError: the journal does not have the step, or is damaged.

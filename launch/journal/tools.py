@@ -1,4 +1,4 @@
-"""Export the weights of a step from a flip journal, summarize it, and compare it with the checkpoints."""
+"""Export weights from a flip journal, summarize it, and compare it with the checkpoints."""
 
 import json
 import statistics
@@ -25,7 +25,8 @@ def export_weights(run: Path, step: int, out: Path, *, packed: bool) -> str:
         run: run folder.
         step: optimizer steps done; 0: the initial weights.
         out: the file to write, .safetensors.
-        packed: as bits.<name>, uint8, 8 per byte, least significant bit first, instead of +-1 in fp32.
+        packed: as bits.<name>, uint8, 8 per byte, least significant bit first, instead of +-1 in
+            fp32.
 
     Raises:
         ValueError: the journal does not have the step or is damaged, or the file cannot be written.
@@ -73,7 +74,7 @@ def info(run: Path) -> str:
 
 
 def verified(run: Path) -> str:
-    """Replay the whole journal and compare it, bit for bit, with the binary weights of every checkpoint.
+    """Replay the whole journal and compare it, bit for bit, with every checkpoint.
 
     Returns:
         One line per checkpoint, and one about the journal.
@@ -93,7 +94,7 @@ def verified(run: Path) -> str:
         for rank, file in enumerate(part.files):
             for step, signs in replay(file, part.last_step):
                 if step in wanted:
-                    kept[step][rank:] = [signs.copy()]  # whole signs follow the flips of the same step
+                    kept[step][rank:] = [signs.copy()]  # whole signs follow flips
         for step in sorted(wanted):
             _compare(joined([file.layout for file in part.files], kept[step]), saved[step])
             lines[step] = f"{saved[step]}: the same bits"
@@ -125,7 +126,7 @@ def _num_weights(part: Part) -> int:
 
 
 def _by_step(parts: list[Part]) -> tuple[dict[int, int], dict[int, int], int, int]:
-    """Sum, over all ranks, flips and bytes of every step that counts, steps skipped, and bytes of whole signs."""
+    """Sum flips and bytes per step, steps skipped, and bytes of whole signs, over all ranks."""
     flips: dict[int, int] = defaultdict(int)
     sizes: dict[int, int] = defaultdict(int)
     num_skipped = signs_bytes = 0

@@ -22,8 +22,8 @@ def read_keras_file(path: Path) -> dict[str, Array]:
     """Read all variables of a file by unique names.
 
     Names are "layer/variable:0" in .h5 of Keras 2, prefixed by the models around a nested layer
-    ("model/layer/variable:0"); "layer/vars/0" in .keras and .weights.h5 of Keras 2.12 and later, which number the
-    layers of each class; and in .npz whatever `np.savez` got.
+    ("model/layer/variable:0"); "layer/vars/0" in .keras and .weights.h5 of Keras 2.12 and later,
+    which number the layers of each class; and in .npz whatever `np.savez` got.
 
     Args:
         path: .npz; .h5 of `model.save_weights` or `model.save`; .keras.
@@ -92,7 +92,7 @@ def _datasets(group: Any, kind: type[Any], prefix: str = "") -> Iterator[tuple[s
 
 
 def _read_named(root: Any) -> dict[str, Array]:
-    """Read the variables that Keras 2 lists by name; those of a nested model are all in the group of that model."""
+    """Read the variables that Keras 2 lists by name, nested ones in the group of their model."""
     arrays: dict[str, Array] = {}
     for layer in _names(root, "layer_names"):
         for variable in _names(root[layer], "weight_names"):

@@ -1,7 +1,8 @@
-"""Load weights that Keras or larq wrote: names, order and memory layout, and the scales of larq-zoo's kernels.
+"""Load weights written by Keras or larq: names, order, memory layout, scales of larq-zoo's kernels.
 
-Each supported network is described once, in the order in which its published Keras code creates the layers. A layer's
-name is its class and a number in order of creation; `model.get_weights()` lists the layers by depth in the graph.
+Each supported network is described once, in the order in which its published Keras code creates the
+layers. A layer's name is its class and a number in order of creation; `model.get_weights()` lists
+the layers by depth in the graph.
 """
 
 import dataclasses
@@ -82,23 +83,25 @@ _Matches = dict[_Layer, dict[str, _Found]]
 
 
 def load_keras_weights(model: nn.Module, path: Path, *, scales: Scales = "none") -> None:
-    """Load weights written by Keras or larq into a network in place; a file that does not fit changes nothing.
+    """Load weights written by Keras or larq in place; a file that does not fit changes nothing.
 
-    A binary kernel is replaced by its sign (0 -> +1), so latent weights are accepted. If the file has no gamma
-    (`scale=False`, as in larq-zoo's XNOR-Net), the norms get a factor of 1.
+    A binary kernel is replaced by its sign (0 -> +1), so latent weights are accepted. If the file
+    has no gamma (`scale=False`, as in larq-zoo's XNOR-Net), the norms get a factor of 1.
 
     Args:
         model: `BinaryNet`, `XNORNet` or `BiRealNet`, with either norm.
-        path: .h5 of `model.save_weights` or `model.save`, .keras, or .npz with arrays named like Keras' variables
-            ("quant_conv2d_1/kernel:0"; numbers may start anywhere, Keras counts over all models of a process) or
-            with those of `np.savez(path, *model.get_weights())`. Layers may be in nested models.
+        path: .h5 of `model.save_weights` or `model.save`, .keras, or .npz with arrays named like
+            Keras' variables ("quant_conv2d_1/kernel:0"; numbers may start anywhere, Keras counts
+            over all models of a process) or with those of `np.savez(path, *model.get_weights())`.
+            Layers may be in nested models.
         scales: "larq-zoo" if a kernel stands for its sign times mean|W| of each output filter
-            (`larq.quantizers.MagnitudeAwareSign`): the factor moves into the BatchNorm after the layer and the
-            logits stay the same. "none": only the sign counts.
+            (`larq.quantizers.MagnitudeAwareSign`): the factor moves into the BatchNorm after the
+            layer and the logits stay the same. "none": only the sign counts.
 
     Raises:
-        ValueError: the file does not exist or is not from Keras; a variable is missing, superfluous or of another
-            shape; the norm is another one; a scale is 0; or the network is not supported.
+        ValueError: the file does not exist or is not from Keras; a variable is missing, superfluous
+            or of another shape; the norm is another one; a scale is 0; or the network is not
+            supported.
     """
     if scales not in get_args(Scales):
         raise ValueError(f'scales is {scales!r}; expected "none" or "larq-zoo"')
@@ -128,8 +131,8 @@ def kernel_from_keras(array: Array, num_pixels: int = 1) -> Tensor:
 
     Args:
         array: [height, width, in, out] or [in, out].
-        num_pixels: height times width of the image flattened into the input of a dense layer: Keras flattens H, W, C
-            and PyTorch C, H, W.
+        num_pixels: height times width of the image flattened into the input of a dense layer: Keras
+            flattens H, W, C and PyTorch C, H, W.
     """
     if array.ndim == 4:
         return torch.from_numpy(np.ascontiguousarray(array.transpose(3, 2, 0, 1)))
@@ -171,7 +174,7 @@ def _chain(modules: Sequence[nn.Module], num_pixels: int) -> list[_Layer]:
 
 
 def _birealnet(model: BiRealNet) -> list[_Layer]:
-    """List the layers of a Bi-Real Net: a block creates its shortcut first, but Keras lists the convolution first."""
+    """List the layers of a Bi-Real Net: Keras creates the shortcut first, but lists it second."""
     if model.residual != "double" or isinstance(model.stem[1], ChannelAffine):
         raise ValueError(
             'the BiRealNet has residual="single" or norm="none", which no Keras code was published for; expected '
@@ -206,7 +209,7 @@ def _match_by_order(arrays: dict[str, Array], layers: list[_Layer], network: str
 
 
 def _match_by_class(arrays: dict[str, Array], layers: list[_Layer], network: str, path: Path) -> _Matches:
-    """Match names like "layers/conv2d_1/vars/0": Keras 2.12 and later number layers and variables by `get_weights`."""
+    """Match names of Keras >= 2.12 ("layers/conv2d_1/vars/0"), numbered as in `get_weights`."""
     in_order = sorted(arrays, key=_numbered)
     groups = _grouped({name.replace("/vars/", "/"): (name, arrays[name]) for name in in_order}, path)
     found: _Matches = {layer: {} for layer in layers}
@@ -235,7 +238,7 @@ def _numbered(name: str) -> list[tuple[str, int]]:
 
 
 def _check_order(names: Sequence[str], kind: str, path: Path) -> None:
-    """Raise ValueError if layers of a class are in nested models of several classes, whose order the file does not say."""
+    """Raise ValueError if the file does not say the order of nested models."""
     models = {re.sub(r"_\d+", "", name.split(f"/{kind}")[0]): name for name in names}
     if len(models) > 1:
         first, second = list(models.values())[:2]
@@ -251,7 +254,8 @@ def _match_by_name(arrays: dict[str, Array], layers: list[_Layer], network: str,
     found: _Matches = {layer: {} for layer in layers}
     for kind in _worst_first(groups):
         targets = [layer for layer in layers if layer.kind == kind]
-        # Keras counts over all models of a process: numbers are valid across nested ones unless layers were named.
+        # Keras counts over all models of a process: numbers are valid across nested ones unless
+        # layers were named.
         by_number = {number: variables for (_, number), variables in groups[kind].items()}
         numbered = by_number if len(by_number) == len(groups[kind]) else {}
         if not numbered or max(numbered) >= len(targets):
@@ -267,12 +271,12 @@ _Place = tuple[int, int]
 
 
 def _places(group: dict[_Place, Any], by_number: bool) -> list[_Place]:
-    """Sort the layers of a class by number or, if numbers of nested models collide, model by model."""
+    """Sort the layers of a class by number or, if nested models share numbers, model by model."""
     return sorted(group, key=lambda place: place[1]) if by_number else sorted(group)
 
 
 def _grouped(arrays: dict[str, tuple[str, Array]], path: Path) -> dict[str, dict[_Place, dict[str, _Found]]]:
-    """Group variables ("models/around/layer/variable" -> name in the file and array) by class, layer and variable."""
+    """Group variables, keyed "models/around/layer/variable", by class, layer and variable."""
     groups: dict[str, dict[_Place, dict[str, _Found]]] = {}
     models: dict[str, int] = {}
     for place, (name, array) in arrays.items():
@@ -314,7 +318,7 @@ def _refuse_surplus(
 
 
 def _check(found: _Matches, network: str, path: Path) -> None:
-    """Check names and shapes, fill in gamma if the file has none, and convert all arrays to floats."""
+    """Check names and shapes, fill in gamma if the file has none, convert arrays to floats."""
     has_gamma = any("gamma" in variables for variables in found.values())
     for layer, variables in found.items():
         for variable in layer.variables:
@@ -339,7 +343,7 @@ def _check(found: _Matches, network: str, path: Path) -> None:
 
 
 def _fold_scales(found: _Matches, path: Path) -> None:
-    """Fold alpha = mean|W| into the norm: gamma (alpha x - mean) / std = (gamma alpha) (x - mean / alpha) / std."""
+    """Fold alpha = mean|W| into the norms: gamma (alpha x - m) = (gamma alpha) (x - m / alpha)."""
     norms = {layer.module: variables for layer, variables in found.items()}
     for layer, variables in found.items():
         if not isinstance(layer.module, QuantConv2d | QuantLinear):
@@ -360,7 +364,7 @@ def _fold_scales(found: _Matches, path: Path) -> None:
         norm["moving_mean"] = _Found(norm["moving_mean"].name, norm["moving_mean"].array / alpha)
         if "gamma" in norm:
             norm["gamma"] = _Found(norm["gamma"].name, norm["gamma"].array * alpha)
-        else:  # var' + eps = (var + eps) / alpha^2; larq clips latent weights to [-1, 1], so var' >= var
+        else:  # var' + eps = (var + eps) / alpha^2; larq clips |W| to 1, so var' >= var
             eps = layer.norm.eps
             variance = (norm["moving_variance"].array.astype(np.float64) + eps) / alpha**2 - eps
             norm["moving_variance"] = _Found(norm["moving_variance"].name, variance)

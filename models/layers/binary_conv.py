@@ -1,16 +1,19 @@
 """Binary convolutions on a CPU: packed bits in the forward pass, and packed bits kept for backward.
 
-A product of two signs is an exclusive-or and a sum of them a population count, so the forward pass takes a tenth of
-the time of a float convolution (with AVX-512; a third with AVX2) and gives the same bits, because all sums are
-integers. Backward convolves float gradients with torch. Without a C compiler, layers.py convolves floats both ways.
+A product of two signs is an exclusive-or and a sum of them a population count, so the forward pass
+takes a tenth of the time of a float convolution (with AVX-512; a third with AVX2) and gives the
+same bits, because all sums are integers. Backward convolves float gradients with torch. Without a C
+compiler, layers.py convolves floats both ways.
 
-The convolution and its backward are torch operators, `bitfleet::binary_conv2d` and `bitfleet::binary_conv2d_backward`,
-so torch.compile includes them in its graphs. The functions after them call the kernels of binary_conv.c. Activations
-are channels_last, float32 or bfloat16. A pixel is packed to whole 64-bit words of int64 tensors, least significant bit
-first, bit 1 = +1; on the meta device the functions return tensors of the right sizes.
+The convolution and its backward are torch operators, `bitfleet::binary_conv2d` and
+`bitfleet::binary_conv2d_backward`, so torch.compile includes them in its graphs. The functions
+after them call the kernels of binary_conv.c. Activations are channels_last, float32 or bfloat16. A
+pixel is packed to whole 64-bit words of int64 tensors, least significant bit first, bit 1 = +1; on
+the meta device the functions return tensors of the right sizes.
 
-Models and optimizers do not import each other, so optim/kernels repeats a little of this: MIN_SHARE and the number of
-threads (kernels.py), the order of bits (bits.py), `load` in the C source (kernels.c). Change both together.
+Models and optimizers do not import each other, so optim/kernels repeats a little of this: MIN_SHARE
+and the number of threads (kernels.py), the order of bits (bits.py), `load` in the C source
+(kernels.c). Change both together.
 """
 
 import contextlib
@@ -37,7 +40,7 @@ MIN_SHARE = 32_768
 
 
 class ConvShape(NamedTuple):
-    """Sizes of a convolution, in the order of `struct layer` of the source; `left` ... `bottom` is the zero padding."""
+    """Sizes of a convolution, ordered as `struct layer` in C; `left` ... `bottom` is padding."""
 
     images: int
     height: int
@@ -84,7 +87,7 @@ class _Layer(ctypes.Structure):
 
 
 def can_pack(x: Tensor, weight: Tensor, quantizer: Quantizer) -> bool:
-    """Return True if `binary_conv2d` takes these: CPU, float32 or bfloat16, channels_last, a known quantizer, +-1 weights.
+    """Return True for channels_last fp32 or bf16 on a CPU, a known quantizer and +-1 weights.
 
     The rule bnew trains real weights. Compiled code cannot test that here; `_forward` does.
     """
@@ -101,7 +104,7 @@ def can_pack(x: Tensor, weight: Tensor, quantizer: Quantizer) -> bool:
 
 
 def binary_conv2d(x: Tensor, weight: Tensor, stride: int, padding: Padding, quantizer: Quantizer) -> Tensor:
-    """Compute `conv2d(quantizer(x), weight, stride, padding)` with the same bits in output and gradients.
+    """Compute the bits of `conv2d(quantizer(x), weight, stride, padding)` and of its gradients.
 
     Args:
         x: [N, C, H, W], accepted by `can_pack`.
@@ -178,7 +181,7 @@ def _forward(x: Tensor, weight: Tensor, shape: Sequence[int], dtype: torch.dtype
 def _backward(
     grad: Tensor, signs: Tensor, bits: Tensor, shape: Sequence[int], needs_signs: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the signs, including asymmetric padding, and of the weight; empty if not needed."""
+    """Return the gradients of the (padded) signs and of the weight; empty if not needed."""
     sizes = ConvShape(*shape)
     dtype = grad.dtype  # that of the forward pass, whether or not autocast chose it
     grad_signs, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -238,7 +241,7 @@ def _(
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_kernels(device: torch.device) -> bool:
-    """Return True if the kernels run on `device`: a CPU with a C compiler, or "meta" inside `meta_is_cpu`."""
+    """Return True on a CPU with a C compiler, and on "meta" inside `meta_is_cpu`."""
     if device.type == "cpu":
         return _library() is not None
     return device.type == "meta" and _meta_is_cpu and _library() is not None
@@ -249,7 +252,7 @@ _meta_is_cpu = False
 
 @contextlib.contextmanager
 def meta_is_cpu(enabled: bool) -> Iterator[None]:
-    """Let networks on the meta device create the tensors that they would create on a CPU, if `enabled`."""
+    """If `enabled`, let networks on the meta device create the tensors that they would on a CPU."""
     global _meta_is_cpu
     before, _meta_is_cpu = _meta_is_cpu, enabled
     try:
@@ -260,7 +263,7 @@ def meta_is_cpu(enabled: bool) -> Iterator[None]:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """Build binary_conv.c on the first call in this process; warn once and return None if that fails."""
+    """Build binary_conv.c on the first call; warn once and return None if that fails."""
     try:
         return load_c_library(SOURCE)
     except CLibraryError as error:
@@ -269,7 +272,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _call(name: str, shape: ConvShape, tensors: list[Tensor | None], *numbers: int) -> None:
-    """Call a C function with the shape, threads, pointers to `tensors`, and `numbers`; it checks nothing."""
+    """Call a C function with shape, threads, pointers to `tensors`, and `numbers`, unchecked."""
     largest = max((tensor for tensor in tensors if tensor is not None), key=Tensor.numel)
     if largest.is_meta:
         return
@@ -320,7 +323,8 @@ def pack_input(x: Tensor, shape: ConvShape, *, with_inside: bool) -> tuple[Tenso
         with_inside: also return the mask.
 
     Returns:
-        int64 [images, padded height, padded width, words], padding is 0; and int64 [images, height, width, words].
+        int64 [images, padded height, padded width, words], padding is 0; and int64 [images, height,
+        width, words].
     """
     signs, inside = empty_signs(x, shape), None
     if with_inside:
@@ -337,8 +341,8 @@ def pack_weight(weight: Tensor, shape: ConvShape) -> tuple[Tensor, Tensor]:
         shape: of the convolution.
 
     Returns:
-        int64 [blocks, kernel * kernel, words, LANES], and what `convolve` needs at borders, int64 [blocks, kernel * kernel,
-        LANES].
+        int64 [blocks, kernel * kernel, words, LANES], and what `convolve` needs at borders, int64
+        [blocks, kernel * kernel, LANES].
     """
     bits = empty_bits(weight, shape)
     borders = weight.new_empty((shape.blocks, shape.kernel**2, LANES), dtype=torch.int64)
@@ -347,7 +351,7 @@ def pack_weight(weight: Tensor, shape: ConvShape) -> tuple[Tensor, Tensor]:
 
 
 def are_signs(weight: Tensor) -> bool:
-    """Return True if every element of `weight`, float32 [outputs, channels, kernel, kernel], is +1 or -1."""
+    """Return True if all of `weight`, float32 [outputs, channels, kernel, kernel], is +1 or -1."""
     outputs, channels, kernel, _ = weight.shape
     shape = ConvShape(0, 0, 0, channels, outputs, 0, 0, kernel, 1, 0, 0, 0, 0)
     others = torch.zeros(1, dtype=torch.int64)
@@ -367,7 +371,7 @@ def convolve(signs: Tensor, weight: Tensor, borders: Tensor, shape: ConvShape, d
 
 
 def unpack_input(signs: Tensor, shape: ConvShape, dtype: torch.dtype, *, with_padding: bool) -> Tensor:
-    """Undo `pack_input`: `dtype` [images, channels, height, width], +-1, with a border of zeros if `with_padding`."""
+    """Undo `pack_input`: +-1 as `dtype` [images, channels, height, width], padded by zeros."""
     values = empty_input(signs, shape, dtype, with_padding=with_padding)
     _call("unpack_input", shape, [signs, values], with_padding, _is_half(values))
     return values
@@ -395,7 +399,8 @@ def ste_gradient(inside: Tensor, grad: Tensor, shape: ConvShape) -> Tensor:
 
     Args:
         inside: mask of `pack_input`.
-        grad: [images, channels, padded height, padded width], channels_last; values on padding are dropped.
+        grad: [images, channels, padded height, padded width], channels_last; values on padding are
+            dropped.
         shape: of the convolution.
     """
     out = empty_input(grad, shape, grad.dtype, with_padding=False)

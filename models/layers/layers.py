@@ -1,8 +1,8 @@
 """Binary layers: the input is quantized, the weight itself is +-1.
 
-There is no latent weight, no gradient estimator on the weight and no scale. The weight has the attribute
-`binary = True`; optimizers recognize it by that mark alone. `start_real` makes the weights of a network real
-until their first update.
+There is no latent weight, no gradient estimator on the weight and no scale. The weight has the
+attribute `binary = True`; optimizers recognize it by that mark alone. `start_real` makes the
+weights of a network real until their first update.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ from bitfleet.models.layers.real_layers import NO_PADDING, Initializer, conv2d, 
 def random_signs_(weight: Tensor, initializer: Initializer) -> Tensor:
     """Fill with the signs (0 -> +1) of a sample of `initializer`.
 
-    The official code starts from the real sample, which its first update turns into signs (`real_sample_`).
-    That matters: the first gradients of a network of signs are up to hundreds of times smaller, and the
-    moments remember them.
+    The official code starts from the real sample, which its first update turns into signs
+    (`real_sample_`). That matters: the first gradients of a network of signs are up to hundreds of
+    times smaller, and the moments remember them.
     """
     with torch.no_grad():
         initializer(weight)
@@ -32,7 +32,8 @@ def random_signs_(weight: Tensor, initializer: Initializer) -> Tensor:
 def real_sample_(weight: Tensor, initializer: Initializer) -> Tensor:
     """Turn weights of +-1 into a sample of `initializer` with the same signs, in place.
 
-    Glorot's distributions are symmetric, so magnitudes of a new sample with independent signs are a sample.
+    Glorot's distributions are symmetric, so magnitudes of a new sample with independent signs are a
+    sample.
     """
     with torch.no_grad():
         return weight.mul_(initializer(torch.empty_like(weight)).abs_())
@@ -43,7 +44,7 @@ def _name(quantizer: Quantizer | None) -> str:
 
 
 class _BinaryWeight(nn.Module):
-    """Mark `weight` as binary, also whenever PyTorch replaces the Parameter object and drops its attributes.
+    """Mark `weight` as binary, again whenever PyTorch replaces the Parameter object.
 
     If the mark were lost, Adam would train the weight as a real number without any error.
     """
@@ -84,9 +85,10 @@ class _BinaryWeight(nn.Module):
 
 
 class QuantConv2d(_BinaryWeight, nn.Conv2d):
-    """Convolution of the quantized input with a +-1 kernel, zeros padded after the quantizer, no bias.
+    """Convolution of the quantized, then zero-padded input with a +-1 kernel, no bias.
 
-    On a CPU with a C compiler it works on packed bits (binary_conv.py), otherwise it is torch's convolution.
+    On a CPU with a C compiler it works on packed bits (binary_conv.py), otherwise it is torch's
+    convolution.
 
     Args:
         in_channels: channels of the input [N, C, H, W].
@@ -121,7 +123,8 @@ class QuantConv2d(_BinaryWeight, nn.Conv2d):
         if self.input_quantizer is None:
             return conv2d(x, self.weight, stride, padding)
         if padding == NO_PADDING and x.shape[2:] == self.weight.shape[2:]:
-            # The window is the whole input: a matrix product avoids changing the layout of a large weight.
+            # The window is the whole input: a matrix product avoids changing the layout of a large
+            # weight.
             product = F.linear(self.input_quantizer(x.flatten(1)), self.weight.flatten(1))
             return product[:, :, None, None]
         if can_pack(x, self.weight, self.input_quantizer):

@@ -1,8 +1,8 @@
-"""Full-precision layers as Keras computes them: initializers, SAME padding of convolutions and pools, normalization.
+"""Full-precision layers as in Keras: initializers, SAME padding of convolutions and pools, norms.
 
-TensorFlow's SAME padding gives ceil(size / stride) rows. Of an odd number of rows to pad, the surplus one goes to
-the bottom (and right), so a stride-2 3x3 layer on an even size pads nothing on top: PyTorch's symmetric padding would
-sample a grid shifted by one pixel.
+TensorFlow's SAME padding gives ceil(size / stride) rows. Of an odd number of rows to pad, the
+surplus one goes to the bottom (and right), so a stride-2 3x3 layer on an even size pads nothing on
+top: PyTorch's symmetric padding would sample a grid shifted by one pixel.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ Initializer = Callable[[Tensor], Tensor]
 Norm = Literal["batch", "layer", "none"]
 
 _TRUNCATED_STDDEV = 0.87962566103423978
-"""Standard deviation of a unit normal truncated at +-2. Keras divides by it, so that the truncated sample has the
-wanted variance."""
+"""Standard deviation of a unit normal truncated at +-2. Keras divides by it, so that the truncated
+sample has the wanted variance."""
 
 
 def glorot_uniform_(weight: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def glorot_uniform_(weight: Tensor) -> Tensor:
 
 
 def glorot_normal_(weight: Tensor) -> Tensor:
-    """Fill with a normal truncated at two standard deviations, variance 2 / (fan_in + fan_out), as Keras does.
+    """Fill with Keras' truncated normal: 2 standard deviations, variance 2 / (fan_in + fan_out).
 
     Args:
         weight: floating point, [out, in] or [out, in, height, width].
@@ -67,7 +67,7 @@ def same_padding(x: Tensor, kernel_size: int, stride: int) -> Padding:
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: int, padding: Padding) -> Tensor:
-    """Convolve `x` [N, C, H, W] with `weight` [out, C, kernel, kernel], padding zeros; asymmetric padding copies `x`."""
+    """Convolve `x` [N, C, H, W], zero-padded, without bias; asymmetric padding copies `x`."""
     if padding.is_symmetric:
         return F.conv2d(x, weight, None, stride, (padding.top, padding.left))
     return F.conv2d(F.pad(x, padding), weight, None, stride)
@@ -101,8 +101,8 @@ class SameConv2d(nn.Conv2d):
 class _SamePool2d(nn.Module):
     """A pool whose windows ignore pixels outside the image.
 
-    PyTorch's `ceil_mode` adds the window that crosses the bottom or right edge; together with half of the
-    padding, rounded down, on both sides it equals SAME without a padded copy of the input.
+    PyTorch's `ceil_mode` adds the window that crosses the bottom or right edge; together with half
+    of the padding, rounded down, on both sides it equals SAME without a padded copy of the input.
     """
 
     def __init__(self, kernel_size: int, stride: int) -> None:
@@ -127,7 +127,7 @@ class SameMaxPool2d(_SamePool2d):
 
 
 class SameAvgPool2d(_SamePool2d):
-    """Mean over the pixels inside the image, with SAME padding that counts neither in the sum nor in the divisor."""
+    """Mean over the pixels inside the image, with SAME padding that is not counted."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, ceil(H / stride), ceil(W / stride)]."""
@@ -141,8 +141,8 @@ def normalization(
     """Create the normalization layer of a network.
 
     Args:
-        kind: "batch", "layer" (as in the official code's master branch), or "none": only a factor and an offset,
-            without statistics.
+        kind: "batch", "layer" (as in the official code's master branch), or "none": only a factor
+            and an offset, without statistics.
         num_channels: size of dimension 1 of the input.
         momentum: Keras' momentum of the running statistics, 1 minus PyTorch's; for "batch".
         eps: added to the variance, for "batch"; "layer" uses Keras' default 1e-3 in every network.
@@ -165,7 +165,8 @@ def normalization(
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalization of [N, C] or [N, C, H, W] as Keras computes it.
 
-    For images Keras averages the unbiased variance, like PyTorch; for [N, C] it averages the biased variance.
+    For images Keras averages the unbiased variance, like PyTorch; for [N, C] it averages the biased
+    variance.
 
     Args:
         num_channels: C.
@@ -195,8 +196,9 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             assert self.momentum is not None
             with torch.no_grad():
                 num_rows, variance = x.shape[0], x.to(self.running_var.dtype).var(0, correction=0)
-                # unbiased = biased * n / (n - 1): biased / (n - 1) is too much. Through .data: autograd has saved
-                # running_var, which it does not read in training, but it would complain about the change.
+                # unbiased = biased * n / (n - 1): biased / (n - 1) is too much. Through .data:
+                # autograd has saved running_var, which it does not read in training, but it would
+                # complain about the change.
                 self.running_var.data.sub_(variance, alpha=self.momentum / (num_rows - 1))
         return result
 
@@ -206,7 +208,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """Keras' LayerNormalization over the channels of each pixel: [N, C] or [N, C, H, W], eps 1e-3."""
+    """Keras' LayerNormalization over channels: [N, C] or [N, C, H, W], eps 1e-3."""
 
     def __init__(self, num_channels: int, *, scale: bool = True) -> None:
         super().__init__(num_channels, eps=1e-3)
@@ -221,13 +223,14 @@ class ChannelLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize dimension 1."""
-        # Both moves are views; on a channels_last input they also make the data contiguous for the kernel.
+        # Both moves are views; on a channels_last input they also make the data contiguous for the
+        # kernel.
         result = F.layer_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.bias, self.eps)
         return result.movedim(-1, 1)
 
 
 class ChannelAffine(nn.Module):
-    """A learned factor (initially `gain`) and offset (initially 0) per channel: [N, C] or [N, C, H, W]."""
+    """Learned factor (initially `gain`) and offset (0) per channel: [N, C] or [N, C, H, W]."""
 
     def __init__(self, num_channels: int, gain: float) -> None:
         super().__init__()

@@ -1,9 +1,10 @@
 """BinaryNet: a VGG-like network for CIFAR-10 whose weights are all binary.
 
-Courbariaux et al., "Binarized Neural Networks: Training Deep Neural Networks with Weights and Activations
-Constrained to +1 or -1", arXiv 1602.02830. Layers and constants follow the code published with Bop2ndOrder
-(arXiv 2104.05124): every layer is convolution -> pool -> norm, and the first layer sees the real image. BatchNorms
-learn only an offset (3,850 values); LayerNorms, from the code's master branch, a factor and an offset (7,700).
+Courbariaux et al., "Binarized Neural Networks: Training Deep Neural Networks with Weights and
+Activations Constrained to +1 or -1", arXiv 1602.02830. Layers and constants follow the code
+published with Bop2ndOrder (arXiv 2104.05124): every layer is convolution -> pool -> norm, and the
+first layer sees the real image. BatchNorms learn only an offset (3,850 values); LayerNorms, from
+the code's master branch, a factor and an offset (7,700).
 """
 
 from typing import Any, Literal
@@ -31,7 +32,7 @@ class BinaryNet(nn.Module):
     """
 
     compiled_apart = ("features", "classifier")
-    """Compiled separately: gradients of the classifier are communicated during the backward pass of the features."""
+    """Compiled separately: gradients of the classifier travel during backward of the features."""
 
     def __init__(
         self, *, num_classes: int = 10, norm: Norm = "batch", in_chans: int = 3, binarizer: Binarizer = "ste"

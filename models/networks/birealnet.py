@@ -1,8 +1,9 @@
 """Bi-Real Net: a binary ResNet with a real-valued shortcut around every binary convolution.
 
-Liu et al., "Bi-Real Net: Enhancing the Performance of 1-bit CNNs With Improved Representational Capability and Advanced
-Training Algorithm", ECCV 2018, arXiv 1808.00278. Layers and constants follow the code published with Bop2ndOrder (Suarez-
-Ramirez et al., arXiv 2104.05124), whose convolutions have neither weight scales nor biases.
+Liu et al., "Bi-Real Net: Enhancing the Performance of 1-bit CNNs With Improved Representational
+Capability and Advanced Training Algorithm", ECCV 2018, arXiv 1808.00278. Layers and constants
+follow the code published with Bop2ndOrder (Suarez- Ramirez et al., arXiv 2104.05124), whose
+convolutions have neither weight scales nor biases.
 """
 
 from typing import Any, Literal
@@ -57,14 +58,15 @@ class _Block(nn.Module):
         return normalized
 
     def forward(self, x: Tensor) -> Tensor:
-        # The shortcut last: DeepSpeed's zero3 hooks every module and sums gradients in the order of their calls.
+        # The shortcut last: DeepSpeed's zero3 hooks every module and sums gradients in the order of
+        # their calls.
         convolved = self.convolved(x)
         shortcut: Tensor = self.shortcut(x)
         return convolved + shortcut
 
 
 class _Pair(nn.Module):
-    """Two convolutions of blocks within one shortcut, as in ResNet, but with a sign instead of ReLU."""
+    """Two convolutions within one shortcut, as in ResNet, but with a sign instead of ReLU."""
 
     def __init__(self, first: _Block, second: _Block) -> None:
         super().__init__()
@@ -82,17 +84,19 @@ class BiRealNet(nn.Module):
     Args:
         width: channels of the stem and the first stage; each later stage doubles them.
         depths: binary convolutions per stage. All stages but the first halve the resolution.
-        stem: "imagenet" (7x7 convolution and 3x3 max pool, both stride 2) or "small" for images of 28 to 32 pixels
-            (3x3 convolution, 2x2 max pool).
+        stem: "imagenet" (7x7 convolution and 3x3 max pool, both stride 2) or "small" for images of
+            28 to 32 pixels (3x3 convolution, 2x2 max pool).
         num_classes: number of classes.
-        norm: "batch", "layer", or "none": a learned factor (initially 1 / sqrt(fan in) after a binary convolution)
-            and offset.
+        norm: "batch", "layer", or "none": a learned factor (initially 1 / sqrt(fan in) after a
+            binary convolution) and offset.
         in_chans: channels of the images.
         binarizer: quantizer of the features: "ste", "approx" or "hardtanh_tanh".
-        residual: "double": a shortcut around each binary convolution. "single": around each two of them, as in ResNet.
+        residual: "double": a shortcut around each binary convolution. "single": around each two of
+            them, as in ResNet.
 
     Raises:
-        ValueError: an unknown option, a width or depth below 1, or `residual="single"` with an odd number in `depths`.
+        ValueError: an unknown option, a width or depth below 1, or `residual="single"` with an odd
+            number in `depths`.
     """
 
     def __init__(
@@ -187,7 +191,7 @@ def birealnet34(pretrained: bool = False, **options: Any) -> BiRealNet:
 
 @register_model
 def birealnet_small(pretrained: bool = False, **options: Any) -> BiRealNet:
-    """Six binary convolutions for images of 28 to 32 pixels, trained in minutes on one core; not from any paper.
+    """Six binary convolutions for images of 28 to 32 pixels; not from any paper.
 
     | parameters | of them 1-bit | 1-bit MACs (32x32) | 32-bit MACs |
     |------------|---------------|--------------------|-------------|

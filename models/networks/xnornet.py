@@ -1,8 +1,8 @@
 """XNOR-Net: AlexNet with batch normalization and sign before every binary convolution.
 
-Rastegari et al., "XNOR-Net: ImageNet Classification Using Binary Convolutional Neural Networks", ECCV 2016, arXiv
-1603.05279. Layers and constants follow the code published with Bop2ndOrder (arXiv 2104.05124): no weight scales,
-biases or dropout, and zeros padded after the sign.
+Rastegari et al., "XNOR-Net: ImageNet Classification Using Binary Convolutional Neural Networks",
+ECCV 2016, arXiv 1603.05279. Layers and constants follow the code published with Bop2ndOrder (arXiv
+2104.05124): no weight scales, biases or dropout, and zeros padded after the sign.
 """
 
 from typing import Any, Literal
@@ -26,7 +26,7 @@ class XNORNet(nn.Module):
     """
 
     compiled_apart = ("features", "classifier")
-    """Compiled separately: gradients of the classifier are communicated during the backward pass of the features."""
+    """Compiled separately: gradients of the classifier travel during backward of the features."""
 
     def __init__(
         self, *, num_classes: int = 1000, norm: Norm = "batch", in_chans: int = 3, binarizer: Binarizer = "ste"

@@ -99,7 +99,7 @@ def test_packed_equals_naive_bit_for_bit(
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward pass keeps for backward, beside parameters and the input; shared storages count once."""
+    """Bytes that a forward pass keeps for backward, besides parameters and the input; shared storages count once."""
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, int] = {}
 

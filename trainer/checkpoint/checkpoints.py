@@ -30,7 +30,7 @@ from bitfleet.trainer.ranks.collectives import Ranks, sum_of_numbers
 from bitfleet.trainer.run.stop import AGREE_SECONDS
 
 ASSUMED_BYTES_PER_SECOND = 50e6
-"""Speed of writing, hashing and flushing a checkpoint, until one has been measured: that of a slow disk."""
+"""Speed of writing, hashing and flushing, until one is measured: that of a slow disk."""
 SECTIONS: dict[str, TypeAdapter[Any]] = {
     "data": TypeAdapter(DataConfig),
     "engine": TypeAdapter(EngineConfig),
@@ -64,12 +64,13 @@ def identity(
 ) -> dict[str, Any]:
     """Return what must be equal for a resumed run to be the same run: field -> value.
 
-    DeepSpeed's own shards can only be read by as many ranks as wrote them; anything else is independent of
-    the number of ranks. Of the loader only the decoder counts: data.loader "memory" can resume "dali".
+    DeepSpeed's own shards can only be read by as many ranks as wrote them; anything else is
+    independent of the number of ranks. Of the loader only the decoder counts: data.loader "memory"
+    can resume "dali".
 
     Args:
-        config: configuration of the run as JSON types, with its resolved precision. Fields that are missing,
-            because the configuration is older than they are, get their defaults.
+        config: configuration of the run as JSON types, with its resolved precision. Fields that are
+            missing, because the configuration is older than they are, get their defaults.
         num_replicas: micro-batches per step.
         world_size: number of ranks.
         data_sha: sha256 of the lists of images.
@@ -95,19 +96,20 @@ def identity(
 
 
 def _with_todays_identity(meta: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return `meta` with the `identity` that its run would have now: fields younger than it get their defaults."""
+    """Return `meta` with today's `identity` of its run: newer fields get their defaults."""
     try:
         today = identity(
             meta["config"], meta["num_replicas"], meta["world_size"], meta["data_sha"], compiled=was_compiled(meta)
         )
     except ValueError:  # its configuration is no longer accepted: compare it as it was written
         return meta
-    decoder = {"data.loader": meta["data.loader"]} if "data.loader" in meta else {}  # of the machine that wrote it
+    # The decoder of the machine that wrote it.
+    decoder = {"data.loader": meta["data.loader"]} if "data.loader" in meta else {}
     return {**meta, **today, **decoder}
 
 
 def was_compiled(meta: Mapping[str, Any]) -> bool:
-    """Return True if the run that wrote `meta` compiled its network; older ones without the field did not."""
+    """Return True if the run that wrote `meta` compiled its network; very old ones did not."""
     return bool(meta.get("model.compile") == "on")
 
 
@@ -169,7 +171,7 @@ class Checkpoints:
         return self._last_step
 
     def by_time(self) -> bool:
-        """Return True if the last checkpoint is older than `every_minutes`, by the clock of rank 0."""
+        """Return True if the last checkpoint is older than `every_minutes` on rank 0."""
         minutes = self.config.every_minutes
         return self.ranks.is_first and minutes is not None and time.monotonic() - self._last_time > 60 * minutes
 
@@ -180,7 +182,7 @@ class Checkpoints:
         return at_epoch or (config.every_steps is not None and step % config.every_steps == 0)
 
     def save(self, step: int, **progress: Any) -> None:
-        """Start to save the state after `step` optimizer steps, unless it has been saved; every rank calls this.
+        """Start to save the state after `step` steps, unless it is saved; every rank calls this.
 
         Args:
             step: optimizer steps done.
@@ -240,7 +242,7 @@ class Checkpoints:
             num_bytes += 12 * num_elements // self.ranks.world_size
         size = sum_of_numbers(num_bytes)
         config = self.config
-        kept = config.keep_last + config.keep_best + 1  # the new one is written before an old one is deleted
+        kept = config.keep_last + config.keep_best + 1  # before pruning there is one more
         text = f"checkpoints: {size / 1e6:,.1f} MB each, at most {kept} at a time ({kept * size / 1e6:,.1f} MB)"
         if config.keep_every_steps:
             text += f", and one every {config.keep_every_steps:,} steps that is never deleted"
@@ -272,7 +274,7 @@ def _optimizer_meta(optimizer: Optimizer | None) -> dict[str, Any]:
 
 
 def _shutdown(save_seconds: float, source: str, step_seconds: float = 0.0) -> str:
-    """Say how long a stop takes: the ranks agree on it, then a save in progress ends, then the last one is made."""
+    """Say how long a stop takes: the ranks agree, a save in progress ends, the last one is made."""
     needed = math.ceil(max(step_seconds, AGREE_SECONDS) + 2 * save_seconds)
     text = f"a stop needs about {needed} s between SIGTERM and SIGKILL (a save takes {save_seconds:.1f} s, {source})"
     if needed > LAUNCHER_SECONDS:

@@ -12,8 +12,9 @@ MACHINE = (
     "max_bad_samples",
     "stall_seconds",
 )
-"""Fields of `data` that may differ in a resumed run: where the data is, which device decodes it, how
-faults are handled. The loader may change as well if the pixels do not (`checkpoints.identity`)."""
+"""Fields of `data` that may differ in a resumed run: where the data is, which device decodes it,
+how faults are handled. The loader may change as well if the pixels do not
+(`checkpoints.identity`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,13 +1,13 @@
 """The format of checkpoints: one folder each, for any number of ranks, committed by a rename.
 
     checkpoints/step-00001234/
-        shard-00001-model-00001-of-00001.safetensors, ...   tensors, one file per rank (tensors.py)
-        engine/                                             DeepSpeed's files (sharding "zero1", "zero2", "zero3")
-        meta.json                                           position and identity of the run, sha256 of every file
+        shard-00001-model-...safetensors   tensors, one file per rank (tensors.py)
+        engine/                            DeepSpeed's files (sharding "zero1", "zero2", "zero3")
+        meta.json                          position and identity of the run, sha256 of every file
 
-All ranks write below `.tmp-00001234`; when they are done rank 0 writes meta.json, flushes and renames
-(saver.py). A folder called step-* is therefore complete and the newest one is the latest: there is no
-pointer file that could be wrong. Loading compares every file with its hash (loader.py).
+All ranks write below `.tmp-00001234`; when they are done rank 0 writes meta.json, flushes and
+renames (saver.py). A folder called step-* is therefore complete and the newest one is the latest:
+there is no pointer file that could be wrong. Loading compares every file with its hash (loader.py).
 """
 
 import hashlib
@@ -59,7 +59,7 @@ def model_signature(model: nn.Module) -> dict[str, list[int]]:
 
 
 def check_model(saved: Mapping[str, list[int]], current: Mapping[str, list[int]], path: Path) -> None:
-    """Raise ValueError, naming the first tensor that differs, unless two model signatures are equal."""
+    """Raise ValueError, naming the first difference, unless two model signatures are equal."""
     for name in [*current, *saved]:
         if saved.get(name) != current.get(name):
             there, here = saved.get(name, "missing"), current.get(name, "missing")
@@ -132,7 +132,7 @@ def _meta_sha(meta: Mapping[str, Any]) -> str:
 
 
 def damage(checkpoint: Path, files: Iterable[tuple[str, Mapping[str, Any]]]) -> str | None:
-    """Compare files of a checkpoint with their size and hash in meta.json; describe the first problem, if any."""
+    """Compare files with their size and hash in meta.json; describe the first problem, if any."""
     for name, expected in files:
         try:
             actual = file_facts(checkpoint / name)
@@ -165,7 +165,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is neither loaded nor overwritten; return its new path."""
+    """Rename a damaged checkpoint, to neither load nor overwrite it; return its new path."""
     path = checkpoint.with_name(DAMAGED + checkpoint.name)
     for index in range(2, 1000):
         if not path.exists():
@@ -193,7 +193,7 @@ def superseded(committed: list[Path], config: CheckpointConfig, top1: Mapping[in
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; it is renamed first, so that a kill halfway leaves no incomplete checkpoint."""
+    """Delete a checkpoint, renaming it first: a kill halfway leaves no incomplete one."""
     renamed = checkpoint.with_name(f".old-{checkpoint.name}")
     os.rename(checkpoint, renamed)
     shutil.rmtree(renamed)

@@ -1,4 +1,4 @@
-"""Start a run from given weights: bitfleet's own files and runs, files of Keras, and the optimizer state for them."""
+"""Start a run from weights of bitfleet or Keras, and seed the optimizer state for them."""
 
 import dataclasses
 import math
@@ -27,20 +27,20 @@ ACCEPTED = (
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that DistributedDataParallel and torch.compile add to tensor names."""
 SEEDING_STEPS = 8
-"""Steps whose gradients seed an optimizer's state: enough to estimate the size of a gradient within a third."""
+"""Steps that seed an optimizer's state: they estimate the size of a gradient within a third."""
 MAX_SEEDING_STEPS = 40
 """Limit if gradients are not finite: fp16 finds its loss scale in 16 steps."""
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the generators of Python, NumPy and torch, so that every rank builds the same weights."""
+    """Seed the generators of Python, NumPy and torch: every rank builds the same weights."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  (libraries use the global generator)
     torch.manual_seed(seed)
 
 
 def load_initial_weights(model: nn.Module, config: ModelConfig, path: Path, scales: Scales, *, new_head: bool) -> None:
-    """Load weights from a run, a checkpoint, a .safetensors file (binary weights packed or not) or a file of Keras.
+    """Load weights from a run, a checkpoint, a .safetensors file (packed or not) or a Keras file.
 
     Args:
         model: on the CPU.
@@ -50,7 +50,8 @@ def load_initial_weights(model: nn.Module, config: ModelConfig, path: Path, scal
         new_head: keep the layers whose size depends on the number of classes as they are.
 
     Raises:
-        ValueError: the file is missing, of another kind, or does not fit; names the tensor that differs.
+        ValueError: the file is missing, of another kind, or does not fit; names the tensor that
+            differs.
     """
     if path.is_dir():
         tensors = _checkpoint_tensors(path)
@@ -138,7 +139,7 @@ def seed_state(
     num_micro_batches: int,
     num_steps: int,
 ) -> str:
-    """Fill a new optimizer's state for loaded weights, from gradients of the first steps; every rank calls this.
+    """Fill a new optimizer's state from gradients of the first steps; every rank calls this.
 
     Args:
         model: with the weights; they and the running statistics of its BatchNorms stay as they are.
@@ -152,8 +153,8 @@ def seed_state(
         num_steps: of the run.
 
     Returns:
-        A sentence about the state. If no gradient is finite it is left empty: the run will skip all its
-        steps and say why.
+        A sentence about the state. If no gradient is finite it is left empty: the run will skip all
+        its steps and say why.
     """
     seeding = Seeding(sharded, inertia=inertia, num_steps=num_steps)
     batches = loader.batches()

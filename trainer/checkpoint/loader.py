@@ -1,4 +1,4 @@
-"""Find the newest valid checkpoint, and load it into a model and optimizer on any number of ranks."""
+"""Find the newest valid checkpoint, and load it on any number of ranks."""
 
 import sys
 from pathlib import Path
@@ -38,8 +38,8 @@ class ValidCheckpoint(NamedTuple):
 def find_resume_checkpoint(folder: RunFolder, ranks: Ranks) -> ValidCheckpoint | None:
     """Find the checkpoint to resume from, None for a new run; every rank calls this.
 
-    If the newest one of the run is damaged, say so, rename it and take the one before; a checkpoint that
-    the user named is never replaced by another.
+    If the newest one of the run is damaged, say so, rename it and take the one before; a checkpoint
+    that the user named is never replaced by another.
 
     Raises:
         ValueError: the run, or the checkpoint named, has no valid checkpoint.
@@ -72,7 +72,7 @@ def _newest_valid(run: Path, ranks: Ranks) -> ValidCheckpoint | None:
 
 
 def _verify_on_all_ranks(checkpoint: Path, ranks: Ranks) -> tuple[ValidCheckpoint | None, str | None]:
-    """Verify a checkpoint, each rank a share of its files; return it or the problem, the same on every rank."""
+    """Verify a share of the files per rank; return the checkpoint or the problem to all ranks."""
     problem, meta = None, {}
     try:
         meta = read_meta(checkpoint)
@@ -86,7 +86,7 @@ def _verify_on_all_ranks(checkpoint: Path, ranks: Ranks) -> tuple[ValidCheckpoin
 
 @torch.no_grad()
 def load(model: nn.Module, optimizer: Optimizer, checkpoint: ValidCheckpoint) -> None:
-    """Load weights, buffers, moments and step counts; every rank calls this. Not for DeepSpeed's own shards."""
+    """Load weights, buffers, moments and step counts (not ZeRO's); every rank calls this."""
     path, meta = checkpoint
     weights = checkpoint_tensors.empty_tensors(path, checkpoint_tensors.MODEL, checkpoint_tensors.BITS)
     moments = checkpoint_tensors.state_targets(optimizer)
@@ -105,7 +105,7 @@ def load(model: nn.Module, optimizer: Optimizer, checkpoint: ValidCheckpoint) ->
 
 
 def load_diagnostics(diagnostics: BitDiagnostics, checkpoint: ValidCheckpoint, ranks: Ranks) -> None:
-    """Load the flip memory, after `load`; every rank calls this. If the checkpoint has none, start it and say so."""
+    """Load the flip memory, after `load`, or start it and say so; every rank calls this."""
     path, meta = checkpoint
     since = meta.get(DIAGNOSTICS_SINCE)
     if since is not None:

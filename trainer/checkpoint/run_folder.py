@@ -17,7 +17,7 @@ class RunFolder(NamedTuple):
     path: Path
     checkpoint: Path | None
     branches: bool = False
-    """The checkpoint belongs to another run, or was named by the user: never fall back to an older one."""
+    """The checkpoint is another run's, or the user named it: never fall back to an older one."""
 
 
 def choose_run_folder(runs: Path, run_dir: Path | None, resume: str | None) -> RunFolder:
@@ -29,7 +29,8 @@ def choose_run_folder(runs: Path, run_dir: Path | None, resume: str | None) -> R
         resume: None, "auto", or a path of a run or checkpoint.
 
     Raises:
-        ValueError: a path to resume holds no run, or a new run would write into the folder of another.
+        ValueError: a path to resume holds no run, or a new run would write into the folder of
+            another.
     """
     if resume and resume != "auto":
         return _resume_or_branch(Path(resume), run_dir)
@@ -44,7 +45,7 @@ def choose_run_folder(runs: Path, run_dir: Path | None, resume: str | None) -> R
 
 
 def _new_folder(runs: Path) -> Path:
-    """Name a folder that sorts after all others, even if the clock was set back or two runs start in one second."""
+    """Name a folder that sorts after all others, also after the clock was set back."""
     path = now = runs / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     newest = max(runs.iterdir(), default=now) if runs.is_dir() else now
     if newest > now or path.exists():
@@ -85,7 +86,7 @@ def _find_run(path: Path) -> RunFolder:
 
 
 def planned_folder(runs: Path, run_dir: Path | None, resume: str | None) -> Path:
-    """Return where a run will write, as far as known before it starts; arguments as of `choose_run_folder`."""
+    """Return where a run will write, as far as known; arguments as in `choose_run_folder`."""
     if run_dir is None and resume and resume != "auto":
         path = Path(resume)
         return path.resolve().parents[1] if is_checkpoint(path) else path
@@ -106,7 +107,7 @@ def take_folder(folder: RunFolder) -> IO[str]:
 
 
 def checkpoint_disk(run: Path) -> Path:
-    """Return the nearest existing folder at or above the checkpoints of a run: it is on their disk."""
+    """Return the nearest existing folder at or above a run's checkpoints: it is on their disk."""
     path = (run / FOLDER).absolute()
     while not path.is_dir():
         path = path.parent

@@ -1,4 +1,4 @@
-"""Save in the background: copy to host memory, then write, hash and commit in a thread while training continues."""
+"""Save in the background: copy to host memory, then write, hash and commit in a thread."""
 
 import copy
 import os
@@ -27,14 +27,14 @@ from bitfleet.trainer.ranks.collectives import (
 from bitfleet.trainer.run.files import flush_folder
 
 LAST_SAVE_SECONDS = 20.0
-"""Seconds that a failing rank waits for a save in progress; DeepSpeed's launcher kills it after 30."""
+"""Seconds that a failing rank waits for a save in progress; DeepSpeed kills it after 30."""
 
 
 class Saver:
-    """Write the checkpoints of a run in the background, one at a time; every rank calls it at the same steps.
+    """Write the checkpoints of a run in a thread, one at a time; every rank has one.
 
-    A save goes through `begin`, `write_tensors`, `hash_files`, `write_meta`, `commit` and `prune`; a kill
-    at any point leaves the earlier checkpoints valid (tests/faults).
+    A save goes through `begin`, `write_tensors`, `hash_files`, `write_meta`, `commit` and `prune`;
+    a kill at any point leaves the earlier checkpoints valid (tests/faults).
 
     Args:
         run: run folder.
@@ -70,7 +70,8 @@ class Saver:
             step: optimizer steps done.
             tensors: from `tensors_to_save`.
             meta: content of meta.json except "files"; JSON types.
-            write_more: writes more files of all ranks below the given folder before this returns (DeepSpeed's).
+            write_more: writes more files of all ranks below the given folder before this returns
+                (DeepSpeed's).
 
         Raises:
             ValueError: the previous save failed.
@@ -117,7 +118,7 @@ class Saver:
         self._buffers = {name: self._buffer(name, tensor) for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
             self._buffers[name].copy_(tensor, non_blocking=True)
-        if any(tensor.is_cuda for tensor in tensors.values()):  # otherwise it would start CUDA in a run on the CPU
+        if any(tensor.is_cuda for tensor in tensors.values()):  # else it would start CUDA
             torch.cuda.synchronize()
 
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ class Saver:
         )
 
     def _commit_on_first_rank(self, temporary: Path, committed: Path, meta: dict[str, Any]) -> str | None:
-        """Hash, commit and prune; return None, or why there is no checkpoint, the same on every rank."""
+        """Hash, commit and prune; return None, or the problem, the same on every rank."""
         hashed = objects_from_ranks(self.hash_files(temporary), self._group)
         problem: str | None = None
         if self.ranks.is_first:
@@ -179,7 +180,7 @@ class Saver:
         checkpoint_tensors.write(self._buffers, temporary, self._group)
 
     def hash_files(self, temporary: Path) -> dict[str, dict[str, Any]]:
-        """Return name -> size and hash of the files that this rank wrote; on rank 0 also of the engine's."""
+        """Return name -> size and hash of this rank's files; on rank 0 also of the engine's."""
         files = list(temporary.glob(checkpoint_tensors.shard_files(self.ranks.rank)))
         if self.ranks.is_first:
             files += [path for path in temporary.rglob("*") if path.is_file() and path.parent != temporary]

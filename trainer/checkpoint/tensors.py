@@ -1,19 +1,19 @@
-"""Write and read the tensors of a checkpoint with torch.distributed.checkpoint (DCP) and safetensors: no pickle.
+"""Write and read tensors with torch.distributed.checkpoint (DCP) and safetensors: no pickle.
 
-    bits.<parameter>                a binary weight as packed signs, uint8 [ceil(numel / 8)], least significant bit
-                                    first; only if it is +-1 (not before the first update with
-                                    model.initial_weights real, nor before the rule bnew freezes it)
+    bits.<parameter>                a binary weight as packed signs, uint8 [ceil(numel / 8)], least
+                                    significant bit first; only if it is +-1: not before the first
+                                    update with model.initial_weights real, nor before bnew freezes
     model.<tensor>                  any other parameter or buffer, unchanged
     optim.<key>.<parameter>         a moment, flat fp32 [numel]
     diagnostics.<key>.<parameter>   flip memory, packed like the bits; only with metrics.diagnostics
 
-With sharding "bits" each rank writes its slices of bits and moments as chunks of these logical tensors, and
-rank 0 the rest; otherwise rank 0 writes everything. Any number of ranks can read them.
+With sharding "bits" each rank writes its slices of bits and moments as chunks of these logical
+tensors, and rank 0 the rest; otherwise rank 0 writes everything. Any number of ranks can read them.
 
-A logical tensor is flat and consists of chunks on several ranks. A chunk is a plain tensor with a mark that
-says where it belongs. DCP's own planners would take it for a whole tensor: of the ranks that write one name
-one would win, without an error, and the rest would be lost. torch 2.14 has marks (CheckpointableTensor),
-earlier versions do not; the planners here work with every version.
+A logical tensor is flat and consists of chunks on several ranks. A chunk is a plain tensor with a
+mark that says where it belongs. DCP's own planners would take it for a whole tensor: of the ranks
+that write one name one would win, without an error, and the rest would be lost. torch 2.14 has
+marks (CheckpointableTensor), earlier versions do not; the planners here work with every version.
 """
 
 import json
@@ -144,7 +144,7 @@ def unpacked(bits: Tensor, shape: Iterable[int]) -> Tensor:
 
 
 def logical_chunk(tensor: Tensor, offset: int, numel: int) -> Tensor:
-    """Mark a flat tensor as the elements from `offset` on of a logical tensor of `numel` elements."""
+    """Mark a flat tensor as the elements from `offset` on of a logical one of `numel` elements."""
     tensor.logical_offset, tensor.logical_numel = offset, numel  # type: ignore[attr-defined]
     return tensor
 
@@ -158,7 +158,7 @@ def copy_mark(source: Tensor, target: Tensor) -> Tensor:
 
 
 def chunk_of(tensor: Tensor) -> tuple[ChunkStorageMetadata, torch.Size]:
-    """Return the place of `tensor` in its logical tensor and the size of that; without a mark it is whole."""
+    """Return the chunk and the size of its logical tensor; without a mark `tensor` is whole."""
     if hasattr(tensor, "logical_numel"):
         mark: Any = tensor
         chunk = ChunkStorageMetadata(torch.Size([mark.logical_offset]), tensor.size())
@@ -189,7 +189,7 @@ def _write_item(name: str, tensor: Tensor) -> WriteItem:
 
 
 class ChunkLoadPlanner(DefaultLoadPlanner):
-    """Plan how to fill a flat dictionary of tensors, whole or chunks, from the chunks of any number of ranks."""
+    """Plan how to fill a flat dictionary of tensors or chunks from those of any number of ranks."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -198,7 +198,8 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
         """Plan an item for each part of a written chunk that a tensor of this rank needs.
 
         Raises:
-            ValueError: the checkpoint lacks a tensor, or has another size. DCP passes it on to all ranks.
+            ValueError: the checkpoint lacks a tensor, or has another size. DCP passes it on to all
+                ranks.
         """
         assert self.metadata is not None
         items = []
@@ -221,14 +222,14 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
 class _Writer(HuggingFaceStorageWriter):
     """DCP's writer, which streams tensors to the file.
 
-    DCP itself serializes the file into memory first, in a call that holds the interpreter lock (0.4 s for
-    260 MB): training would stop for as long.
+    DCP itself serializes the file into memory first, in a call that holds the interpreter lock (0.4
+    s for 260 MB): training would stop for as long.
     """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write the tensors of `plan` as one safetensors file and flush it."""
         done: Future[list[WriteResult]] = Future()
-        done.set_result([])  # results would go into an index file, which distributed shards do not have
+        done.set_result([])  # they would go into an index file, which shards do not have
         if not plan.items:
             return done
         tensors: Tensors = {}
@@ -246,7 +247,7 @@ class _Writer(HuggingFaceStorageWriter):
             FORMAT_KEY: FORMAT_VALUE,
         }
         save_file(tensors, path, metadata)
-        path.chmod(0o666 & path.parent.stat().st_mode)  # follow the umask: save_file lets only the owner read
+        path.chmod(0o666 & path.parent.stat().st_mode)  # save_file ignores the umask
         with path.open("rb") as file:
             os.fsync(file.fileno())
         return done
@@ -269,7 +270,7 @@ def read_into(tensors: Tensors, folder: Path, group: Any) -> None:
 
 
 def contents(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Read name -> logical size and dtype of every tensor in a checkpoint from the headers of its files.
+    """Read name -> logical size and dtype of every tensor from the headers of a checkpoint's files.
 
     Raises:
         ValueError: a file is not safetensors.
@@ -304,7 +305,7 @@ def read_chunks(chunks: Iterable[Chunk], folder: Path) -> None:
 
 def _read_alone(tensors: Tensors, folder: Path) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # it is not needed
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         reader = HuggingFaceStorageReader(str(folder))
         dcp_load(tensors, storage_reader=reader, planner=ChunkLoadPlanner(), no_dist=True)
 
@@ -323,7 +324,7 @@ def model_state(tensors: Mapping[str, Tensor], shapes: Mapping[str, Iterable[int
 
 
 def state_targets(optimizer: Optimizer) -> Tensors:
-    """Return views into this rank's moments, to be filled from a checkpoint; missing state is created as 0."""
+    """Return views into this rank's moments, to be filled; missing state is created as 0."""
     if isinstance(optimizer, ShardedOptimizer):
         return _marked(optimizer.chunks())
     assert isinstance(optimizer, RoutedOptimizer)
@@ -337,7 +338,7 @@ def diagnostics_targets(diagnostics: BitDiagnostics) -> Tensors:
 
 
 def total_bytes(tensors: Mapping[str, Any], become_bits: Container[str] = ()) -> int:
-    """Sum the bytes of `tensors`, counting 1 bit per element of the parameters `become_bits`, which may still be real."""
+    """Sum the bytes of `tensors`, with 1 bit per element of the parameters `become_bits`."""
     return sum(
         -(-tensor.numel() // 8)
         if name.startswith(MODEL) and name.removeprefix(MODEL) in become_bits

@@ -1,4 +1,4 @@
-"""The flip journal: every flip of every step of a run, so that the binary weights of any step can be rebuilt."""
+"""The flip journal: every flip of every step of a run, to rebuild the weights of any step."""
 
 from bitfleet.trainer.journal.config import JournalConfig
 from bitfleet.trainer.journal.writer import JournalWriter, open_journal

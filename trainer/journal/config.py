@@ -8,5 +8,5 @@ class JournalConfig:
     """The flip journal (docs/journal.md)."""
 
     enabled: bool = False
-    """Write every flip of every step below `journal/` of the run, so that `bitfleet journal` can rebuild
-    the binary weights of any step. Needs engine.sharding "bits"."""
+    """Write every flip of every step below `journal/` of the run, so that `bitfleet journal` can
+    rebuild the binary weights of any step. Needs engine.sharding "bits"."""

@@ -1,20 +1,22 @@
 """The format of the flip journal's files.
 
-    journal/part-0001-step-00000000-rank-00000-of-00002.journal, ...    one part per start, one file per rank
+    journal/part-0001-step-00000000-rank-00000-of-00002.journal, ...
 
-A part begins at the step where the run started or resumed, and can be read without the others. A file is
-MAGIC, length and crc32 of a header in JSON (`Layout`), the header, then a sequence of frames:
+One part per start, one file per rank. A part begins at the step where the run started or resumed,
+and can be read without the others. A file is MAGIC, length and crc32 of a header in JSON
+(`Layout`), the header, then a sequence of frames:
 
-    signs      the packed signs of this rank's slices after the step: the first frame, and again whenever the
-               flips since then have taken SIGNS_EVERY times their space, so that reading never starts far back
+    signs      packed signs of this rank's slices after the step: the first frame, and again when
+               the flips since take SIGNS_EVERY times their space, so that reading starts nearby
     gaps       a step with few flips: the number of weights between one flipped weight and the next
     wide gaps  a step with very few flips: the same, with the low bytes stored apart
     bitmap     a step with many flips: one bit per weight
     skipped    a step that updated nothing, because a gradient was not finite
 
-Each step has one frame, in order. Weights are counted through this rank's slices of all binary buckets, laid
-end to end. A gap is written as gap // 255 bytes of 255 and one byte of gap % 255, then deflated with Huffman
-codes only: about the entropy of independent flips, at any density (docs/journal.md).
+Each step has one frame, in order. Weights are counted through this rank's slices of all binary
+buckets, laid end to end. A gap is written as gap // 255 bytes of 255 and one byte of gap % 255,
+then deflated with Huffman codes only: about the entropy of independent flips, at any density
+(docs/journal.md).
 """
 
 import json
@@ -82,7 +84,7 @@ def file_name(part: int, begin_step: int, rank: int, world_size: int) -> str:
 
 
 def marker_name(part: int, begin_step: int) -> str:
-    """Return the name of the empty file which marks that the run continued without a journal from this step."""
+    """Return the name of the empty file that marks the end of a journal at this step."""
     return f"part-{part:04d}-step-{begin_step:08d}-off.journal"
 
 
@@ -118,7 +120,7 @@ def frame(kind: int, step: int, num_flips: int, payload: bytes) -> bytes:
 
 
 def parse_frame(head: bytes, offset: int) -> Frame | None:
-    """Parse the first FRAME_BYTES of the frame at `offset` of its file; return None if they are damaged."""
+    """Parse the first FRAME_BYTES of the frame at `offset`; return None if they are damaged."""
     if zlib.crc32(head[: _HEAD.size]) != _CRC.unpack(head[_HEAD.size :])[0]:
         return None
     step, num_flips, length, crc, kind = _HEAD.unpack(head[: _HEAD.size])

@@ -1,4 +1,4 @@
-"""Write the flip journal during training: the optimizer reports flips, a thread encodes and writes them."""
+"""Write the flip journal: the optimizer reports flips, a thread encodes and writes them."""
 
 import contextlib
 import os
@@ -33,7 +33,7 @@ from bitfleet.trainer.ranks.collectives import Ranks, from_first_rank
 from bitfleet.trainer.run.files import flush_folder
 
 MAX_STEPS_BEHIND = 16
-"""Steps that a slow disk may be behind before training waits for it, to bound the memory they take."""
+"""Steps that a slow disk may be behind before training waits, to bound their memory."""
 
 
 def open_journal(enabled: bool, run: Path, ranks: Ranks, optimizer: Optimizer) -> "JournalWriter | None":
@@ -42,7 +42,8 @@ def open_journal(enabled: bool, run: Path, ranks: Ranks, optimizer: Optimizer) -
     If disabled, return None and mark the end of a journal that exists.
 
     Raises:
-        ValueError: the run keeps no weights as bits, or the journal or its end mark cannot be written.
+        ValueError: the run keeps no weights as bits, or the journal or its end mark cannot be
+            written.
     """
     folder = run / FOLDER
     if not enabled:
@@ -130,7 +131,7 @@ class JournalWriter:
         optimizer.observers.append(self.observe)
 
     def observe(self, bucket: Bucket, grad: Tensor, flips: Tensor) -> None:
-        """Receive `flips` (uint8 [slice_numel / 8], not changed afterwards) of a bucket in the current step.
+        """Receive the `flips`, uint8 [slice_numel / 8], of a bucket in the current step.
 
         Raises:
             ValueError: an earlier step could not be written.
@@ -145,7 +146,7 @@ class JournalWriter:
             self._last_step, self._flips = step, []
 
     def flush(self) -> None:
-        """Write all steps so far to disk, so that a checkpoint never outlives the flips that led to it.
+        """Write all steps so far to disk: a checkpoint must not outlive the flips before it.
 
         Raises:
             ValueError: a step could not be written.
@@ -188,7 +189,7 @@ class JournalWriter:
             try:
                 if self._error is None:
                     self._write(item)
-            except Exception as error:  # raised in the main thread, which must not wait for this one forever
+            except Exception as error:  # raised in the main thread
                 self._error = error
             if isinstance(item, threading.Event):
                 item.set()

@@ -17,7 +17,7 @@ from bitfleet.models import BiRealNet, kernel_from_keras, load_keras_weights
 from bitfleet.models.layers.real_layers import Norm
 from tests.golden.keras_layout import Variables, flat, write_arrays, write_h5, write_npz
 
-# Two blocks, the second with a shortcut of its own, in the order of Keras' model.layers.
+# Two blocks, the second with its own shortcut, in the order of Keras' model.layers.
 SHAPES = {
     "conv2d": (3, 3, 3, 4),
     "batch_normalization": (4,),
@@ -292,7 +292,7 @@ def test_a_mismatch_in_a_nested_model_is_named_as_the_file_has_it(tmp_path: Path
 
 
 def write_layers_apart(path: Path, layers: Layers, classes: Sequence[str]) -> None:
-    """Each layer in a nested model of its own, whose class is one of `classes` in turn."""
+    """Each layer in its own nested model, whose class is one of `classes` in turn."""
     counts: dict[str, int] = {}
     with h5py.File(path, "w") as file:
         for place, (layer, found) in enumerate(layers.items()):

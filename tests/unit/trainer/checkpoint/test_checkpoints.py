@@ -172,7 +172,7 @@ def test_only_what_decodes_counts_of_the_loader(make: Make, monkeypatch: pytest.
     assert make(with_loader("memory")).checkpoints.resume(of("dali")) == 1
     with pytest.raises(ValueError, match="data.loader is 'torch'.*'dali'"):
         make(with_loader("memory")).checkpoints.resume(of("torch"))
-    # On a machine without DALI Pillow decodes what is kept in memory: what the checkpoint was made with counts all the same.
+    # On a machine without DALI Pillow decodes what is kept in memory: the decoder of the checkpoint counts anyway.
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     assert make(with_loader("memory")).checkpoints.resume(of("torch")) == 1
     with pytest.raises(ValueError, match="data.loader is 'dali'.*'torch'"):
