@@ -1,16 +1,22 @@
 """Binary networks, their layers and quantizers.
 
-Importing this package registers the models with timm: `timm.create_model("birealnet18", norm="layer")`. A binary layer's
-weight is +-1 itself and carries the attribute `binary = True`.
+Importing this package registers the networks with timm: `timm.create_model("birealnet18",
+norm="layer")`. The weight of a binary layer is itself +-1 and has the attribute `binary = True`.
 """
 
 from bitfleet.models.compilation import compile_network
 from bitfleet.models.config import ModelConfig, check_images, create_model
 from bitfleet.models.keras.weights import kernel_from_keras, load_keras_weights
 from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
-from bitfleet.models.layers.normalization import BatchNorm, ChannelAffine, ChannelLayerNorm
 from bitfleet.models.layers.quantizers import approx_sign, hardtanh_tanh_sign, ste_sign
-from bitfleet.models.layers.same_padding import SameAvgPool2d, SameConv2d, SameMaxPool2d
+from bitfleet.models.layers.real_layers import (
+    BatchNorm,
+    ChannelAffine,
+    ChannelLayerNorm,
+    SameAvgPool2d,
+    SameConv2d,
+    SameMaxPool2d,
+)
 from bitfleet.models.networks.binarynet import BinaryNet, binarynet
 from bitfleet.models.networks.birealnet import BiRealNet, birealnet18, birealnet34, birealnet_small
 from bitfleet.models.networks.xnornet import XNORNet, xnornet

@@ -1,4 +1,4 @@
-"""torch.compile of a network, in place: parameter names, checkpoints and hooks stay as they are."""
+"""Compile a network in place: parameter names, checkpoints and hooks stay as they are."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -7,28 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["compile_network", "problem_of_compiling"]
-
 
 def compile_network(model: nn.Module) -> None:
-    """Have `model` compiled when it is first called; where that fails, warn once and run it eagerly.
+    """Compile `model` when it is first called; if that fails, warn once and run it eagerly.
 
-    Shapes are static: another batch size compiles again (`torch.compiler.set_stance("force_eager")` avoids it). The first call
-    takes 20 to 60 s of a CPU core, later ones in the same or another process find most of it in torch's cache.
+    Shapes are static: another batch size compiles again (`torch.compiler.set_stance("force_eager")`
+    avoids that). The first call takes 20 to 60 s of a CPU core; later ones, also in other
+    processes, find most in torch's cache.
 
     Args:
-        model: one of bitfleet's networks, which compile to one graph, or to one for each submodule that its `compiled_apart`
-            names; or any other, which may have breaks in its graph.
+        model: one of bitfleet's networks, which compiles to one graph, or to one per submodule
+            named in its `compiled_apart`; or any other, whose graph may have breaks.
     """
     ours = type(model).__module__.startswith("bitfleet.")
     names: Sequence[str] = getattr(model, "compiled_apart", ())
     for part in [model.get_submodule(name) for name in names] or [model]:
-        # The forward method and not the module: DeepSpeed's hooks count steps, and each number would be compiled by itself.
+        # The forward method, not the module: DeepSpeed's hooks count steps, and each count would be
+        # compiled again.
         part.forward = torch.compile(part.forward, fullgraph=ours, dynamic=False, backend=_inductor_or_eager)
 
 
 def problem_of_compiling(device: torch.device) -> str:
-    """Why torch.compile does not work for `device` here, in a few words (mostly: there is no compiler); "" if it does."""
+    """Return why torch.compile does not work for `device` here (usually: no compiler), or ""."""
     try:
         torch.compile(_probe, fullgraph=True, dynamic=False)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds: missing compilers, headers, Triton
@@ -41,7 +41,7 @@ def _probe(x: Tensor) -> Tensor:
 
 
 def _inductor_or_eager(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """A backend of torch.compile that never fails."""
+    """Backend of torch.compile that never fails."""
     try:
         compiled: Callable[..., Any] = torch._inductor.compile(graph, list(inputs))
     except Exception as error:

@@ -1,12 +1,13 @@
-"""The seam to timm's registry: its decorator with types, and the arguments it passes to every model function."""
+"""Register networks with timm, and look up the options that a network takes."""
 
+import inspect
+import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import timm
 from timm.models import register_model as timm_register_model
 from torch import nn
-
-__all__ = ["model_options", "register_model"]
 
 ModelFunction = TypeVar("ModelFunction", bound=Callable[..., nn.Module])
 
@@ -18,16 +19,14 @@ def register_model(function: ModelFunction) -> ModelFunction:
 
 
 def model_options(name: str, pretrained: bool, options: dict[str, Any], **defaults: Any) -> dict[str, Any]:
-    """Constructor arguments of a registered model.
+    """Return the constructor arguments of a registered network.
 
     Args:
-        name: name in timm's registry, for the error.
+        name: of the network in timm's registry, for the error.
         pretrained: must be False: no weights are published.
-        options: keyword arguments of the model function, with what `timm.create_model` adds for its own models.
+        options: keyword arguments of the model function, with what `timm.create_model` adds for its
+            own models.
         defaults: arguments that `options` may override.
-
-    Returns:
-        `defaults` updated with the options that are the model's own.
     """
     if pretrained:
         raise ValueError(
@@ -36,3 +35,21 @@ def model_options(name: str, pretrained: bool, options: dict[str, Any], **defaul
         )
     timm_only = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
     return defaults | {key: value for key, value in options.items() if key not in timm_only}
+
+
+def network_options(name: str) -> set[str] | None:
+    """Return the keyword arguments of a registered network, or None if its signature does not say.
+
+    A model function with **options passes them to the constructor of the class that it is annotated
+    to return.
+    """
+    function: Callable[..., Any] = timm.model_entrypoint(name)
+    options: set[str] = set()
+    for target in (function, typing.get_type_hints(function).get("return")):
+        if target is None:
+            return None
+        parameters = inspect.signature(target).parameters.values()
+        options |= {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+            return options
+    return None

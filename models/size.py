@@ -1,4 +1,4 @@
-"""How large a network is: parameters and multiply-accumulates, 1-bit and 32-bit apart."""
+"""Count parameters and multiply-accumulates of a network, 1-bit and 32-bit separately."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,12 +8,10 @@ from torch import Tensor, nn
 
 from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
 
-__all__ = ["ModelSize", "count", "layer_macs"]
-
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Sizes of a network for one image.
+    """Size of a network; multiply-accumulates are per image.
 
     Attributes:
         num_parameters: trainable parameters, binary ones included.
@@ -31,21 +29,21 @@ class ModelSize:
 
     def __str__(self) -> str:
         return (
-            f"{self.num_parameters:,} parameters, {self.num_binary_parameters:,} of them 1-bit; MACs an image: "
+            f"{self.num_parameters:,} parameters, {self.num_binary_parameters:,} of them 1-bit; MACs per image: "
             f"{self.num_macs_1bit:,} 1-bit, {self.num_macs_32bit:,} 32-bit"
         )
 
 
 def count(model: nn.Module, input_size: tuple[int, ...]) -> ModelSize:
-    """Count with one forward pass, as larq's summary does: padded positions count, norms and pools do not.
+    """Count in one forward pass like larq's summary: padding counts, norms and pools do not.
 
     Args:
-        model: left as it was; run in evaluation mode.
+        model: run in evaluation mode and left unchanged.
         input_size: shape of one image, e.g. (3, 224, 224).
     """
     macs = {True: 0, False: 0}
-    for layer, number in layer_macs(model, input_size).items():
-        macs[isinstance(layer, QuantConv2d | QuantLinear) and layer.input_quantizer is not None] += number
+    for layer, count_of_layer in layer_macs(model, input_size).items():
+        macs[isinstance(layer, QuantConv2d | QuantLinear) and layer.input_quantizer is not None] += count_of_layer
     parameters = [p for p in model.parameters() if p.requires_grad]
     return ModelSize(
         num_parameters=sum(p.numel() for p in parameters),
@@ -57,10 +55,10 @@ def count(model: nn.Module, input_size: tuple[int, ...]) -> ModelSize:
 
 
 def layer_macs(model: nn.Module, input_size: tuple[int, ...]) -> dict[nn.Module, int]:
-    """Multiply-accumulates for one image of every convolution and linear layer that a forward pass reaches.
+    """Count multiply-accumulates per image of every convolution and linear layer that is reached.
 
     Args:
-        model: left as it was; run in evaluation mode, on any device (on "meta" nothing is computed).
+        model: run in evaluation mode on any device ("meta" computes nothing) and left unchanged.
         input_size: shape of one image, e.g. (3, 224, 224).
     """
     macs: dict[nn.Module, int] = {}

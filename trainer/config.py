@@ -10,24 +10,11 @@ from pydantic import TypeAdapter
 from bitfleet.models import ModelConfig
 from bitfleet.optim import OptimConfig
 from bitfleet.optim.rules.rule import RULES
-from bitfleet.trainer.checkpoint.format import CheckpointConfig
+from bitfleet.trainer.checkpoint.config import CheckpointConfig
 from bitfleet.trainer.data import DataConfig
 from bitfleet.trainer.engine.config import EngineConfig, resolve_precision
-from bitfleet.trainer.journal.format import JournalConfig
+from bitfleet.trainer.journal.config import JournalConfig
 from bitfleet.trainer.metrics.config import MetricsConfig
-
-MACHINE = (
-    "root",
-    "device",
-    "num_threads",
-    "memory_gib",
-    "allow_incomplete",
-    "on_bad_sample",
-    "max_bad_samples",
-    "stall_seconds",
-)
-"""Fields of `data` that may change in a run: where the data is, who decodes it, and what is done about faults. The loader may
-change as well where the pixels do not: see `run_checkpoints.identity`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

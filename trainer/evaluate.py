@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfleet.models import create_model
-from bitfleet.trainer.checkpoint.format import is_checkpoint, latest_checkpoint, read_meta
-from bitfleet.trainer.checkpoint.loader import load_model
+from bitfleet.trainer.checkpoint import is_checkpoint, latest_checkpoint, load_model, read_meta
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import ValidationLoader, normalize, open_dataset
 from bitfleet.trainer.engine.arithmetic import use_arithmetic

@@ -14,12 +14,22 @@ from torch.optim import Optimizer
 from bitfleet.models import check_images, compile_network, create_model
 from bitfleet.optim import ShardedOptimizer, build_optimizer, driven_values, routing_table
 from bitfleet.optim.diagnostics import BitDiagnostics
-from bitfleet.trainer.checkpoint.checkpoints import Parts, RunCheckpoints, find_start, identity, was_compiled
-from bitfleet.trainer.checkpoint.format import model_signature
-from bitfleet.trainer.checkpoint.initial_weights import load_initial_weights, seed_everything
-from bitfleet.trainer.checkpoint.loader import Intact
-from bitfleet.trainer.checkpoint.seeded_state import seed_state
-from bitfleet.trainer.config import TrainConfig, resolve_replicas, with_precision
+from bitfleet.trainer.checkpoint import (
+    Checkpoints,
+    RunFolder,
+    TrainState,
+    ValidCheckpoint,
+    choose_run_folder,
+    find_resume_checkpoint,
+    identity,
+    load_initial_weights,
+    model_signature,
+    seed_everything,
+    seed_state,
+    take_folder,
+    was_compiled,
+)
+from bitfleet.trainer.config import TrainConfig, resolve_replicas, to_dict, with_precision
 from bitfleet.trainer.data import TrainLoader, ValidationLoader, normalize, open_dataset
 from bitfleet.trainer.data.request import Batch
 from bitfleet.trainer.engine.arithmetic import use_arithmetic
@@ -34,7 +44,7 @@ from bitfleet.trainer.metrics import Accuracy, Reports, StepObserver, hyperparam
 from bitfleet.trainer.ranks.check_same import agree
 from bitfleet.trainer.ranks.collectives import Ranks, from_first_rank
 from bitfleet.trainer.ranks.heartbeat import reached
-from bitfleet.trainer.run.folder import RunFolder, choose_run_folder, take_folder, write_config
+from bitfleet.trainer.run.folder import versions, write_config
 from bitfleet.trainer.run.out_of_memory import is_out_of_memory, training_out_of_memory
 from bitfleet.trainer.run.stop import StopWatcher
 
@@ -125,9 +135,9 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
         self.config, self.ranks, self.device = config, ranks, device
-        self.folder: RunFolder = from_first_rank(choose_run_folder(config) if ranks.is_first else None)  # type: ignore[assignment]
+        self.folder = self._choose_folder()
         self._lock = take_folder(self.folder) if self.folder.checkpoint and ranks.is_first else None
-        self.begun = begun = find_start(self.folder, ranks)
+        self.begun = begun = find_resume_checkpoint(self.folder, ranks)
         """The checkpoint that it continues from."""
         self.config = config = with_precision(
             config, device.type, begun.meta.get("engine.precision") if begun else None
@@ -166,14 +176,8 @@ class Trainer:
             diagnostics = BitDiagnostics(self.sharded)
         flips = step_flips(self.engine, self.model, self.sharded, ranks, diagnostics)
         self.observer = StepObserver(ranks, device, flips, counts_replaced=config.data.on_bad_sample == "replace")
-        self.checkpoints = RunCheckpoints(
-            config,
-            self.folder,
-            ranks,
-            Parts(self.engine, self.model, self.sharded, signature, diagnostics),
-            identity(config, self.num_replicas, ranks.world_size, self.dataset.sha, compiled=self.compiled),
-            steps_per_epoch=self.loader.steps_per_epoch,
-        )
+        state = TrainState(self.engine, self.model, self.sharded, signature, diagnostics)
+        self.checkpoints = self._make_checkpoints(state)
         self.step = self._resume(begun) if begun else 0
         reached(self.step)
         # A new run takes its folder last: what is refused leaves none behind.
@@ -187,7 +191,33 @@ class Trainer:
         self.after_validation: Callable[[int, Accuracy], str] = lambda step, accuracy: ""
         """What is to be said after a validation: of the steps done and its accuracy."""
 
-    def _create_model(self, begun: Intact | None) -> nn.Module:
+    def _choose_folder(self) -> RunFolder:
+        config = self.config
+        runs = config.output / config.name
+        chosen = choose_run_folder(runs, config.run_dir, config.resume) if self.ranks.is_first else None
+        folder: RunFolder = from_first_rank(chosen)  # type: ignore[assignment]
+        return folder
+
+    def _make_checkpoints(self, state: TrainState) -> Checkpoints:
+        config, ranks, resolved = self.config, self.ranks, to_dict(self.config)
+        constants = {
+            "config": resolved,
+            "versions": versions(),
+            "classes": list(self.dataset.classes),
+            "num_threads": torch.get_num_threads(),
+        }
+        return Checkpoints(
+            config.checkpoint,
+            self.folder,
+            ranks,
+            state,
+            identity=identity(resolved, self.num_replicas, ranks.world_size, self.dataset.sha, compiled=self.compiled),
+            constants=constants,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            global_batch_size=config.global_batch_size,
+        )
+
+    def _create_model(self, begun: ValidCheckpoint | None) -> nn.Module:
         """Build the network, on the CPU; a checkpoint that is continued brings its weights later."""
         config = self.config
         if begun is not None:
@@ -199,7 +229,7 @@ class Trainer:
             load_initial_weights(model, config.model, config.init, config.init_scales, new_head=new_head)
         return model
 
-    def _like_before(self, begun: Intact | None) -> int:
+    def _like_before(self, begun: ValidCheckpoint | None) -> int:
         """The number of replicas; where it is open, it and the threads of a rank are those of the run that is continued."""
         config = self.config
         if begun is None:
@@ -250,7 +280,7 @@ class Trainer:
         )
         self.validation_loader = ValidationLoader(self.dataset, config.data, device=self.device, **place)
 
-    def _resume(self, begun: Intact) -> int:
+    def _resume(self, begun: ValidCheckpoint) -> int:
         step = self.checkpoints.resume(begun)
         if self.ranks.is_first:
             self.observer.load([math.nan if each is None else each for each in begun.meta["meter"]])
@@ -264,15 +294,7 @@ class Trainer:
     def save(self) -> None:
         """Start to save the current step; every rank calls this."""
         self.reports.flush()
-        self.checkpoints.save(
-            self.step,
-            {
-                "classes": list(self.dataset.classes),
-                "meter": self.observer.meter.peek(),
-                "num_threads": torch.get_num_threads(),
-                "metrics": self.reports.latest,
-            },
-        )
+        self.checkpoints.save(self.step, meter=self.observer.meter.peek(), metrics=self.reports.latest)
 
     def train_step(self) -> None:
         """One optimizer step over this rank's micro-batches.
@@ -361,11 +383,13 @@ class Trainer:
             self.sharded,
             self.statistics,
             self.loader,
-            self.config,
+            data=self.config.data,
+            precision=self.config.engine.precision,
+            inertia=self.config.optim.init_inertia,
             num_micro_batches=self.num_replicas // self.ranks.world_size,
             num_steps=self.num_steps,
         )
-        self.reports.say(sentence)
+        self.reports.say(f"began from {self.config.init}: {sentence}")
 
     def advance(self) -> None:
         """One step; on a logging step also its host syncs and its report."""
@@ -389,7 +413,7 @@ class Trainer:
             try:
                 self._run_steps(last, stop)
             except Exception as error:
-                self.checkpoints.saver.let_finish()
+                self.checkpoints.saver.wait_briefly()
                 if is_out_of_memory(error):
                     raise ValueError(self._out_of_memory(error)) from error
                 raise
@@ -414,7 +438,7 @@ class Trainer:
                 self.advance()
             self.checkpoints.saver.check()
             self.stopped_by, save_now = stop.after_step(self.checkpoints.by_time())
-            if sentence := self.checkpoints.new_grace(time.perf_counter() - start):
+            if sentence := self.checkpoints.shutdown_message(time.perf_counter() - start):
                 self.reports.say(sentence)
             if save_now or self.stopped_by or self.step == last or self.checkpoints.by_step(self.step):
                 self.save()

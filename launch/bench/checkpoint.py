@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from bitfleet.launch.bench.checkpoint_table import Cost, Method, Result
 from bitfleet.models import ModelConfig, create_model
 from bitfleet.optim import OptimConfig, RoutedOptimizer, build_optimizer, is_binary
-from bitfleet.trainer.checkpoint.checkpoints import Parts
-from bitfleet.trainer.checkpoint.format import CheckpointConfig, model_signature, verify
+from bitfleet.trainer.checkpoint import CheckpointConfig, TrainState, model_signature, verify
 from bitfleet.trainer.checkpoint.saver import Saver
 from bitfleet.trainer.checkpoint.tensors import MODEL, OPTIM, tensors_to_save, total_bytes
 from bitfleet.trainer.engine.config import EngineConfig, deepspeed_options
@@ -109,7 +108,7 @@ def _new_folder(folder: Path, ranks: Ranks) -> Path:
 
 def _trained(
     network: str, sharding: Literal["bits", "zero1"], ranks: Ranks, device: torch.device
-) -> tuple[Parts, Callable[[], None]]:
+) -> tuple[TrainState, Callable[[], None]]:
     """`network` after a step, so that all state exists; and its step on random images."""
     torch.manual_seed(0)
     model = create_model(ModelConfig(name=network)).to(device)
@@ -133,7 +132,7 @@ def _trained(
             torch.cuda.synchronize(device)
 
     step()
-    return Parts(engine, model, optimizer, signature), step
+    return TrainState(engine, model, optimizer, signature), step
 
 
 def _plain_state(network: str, device: torch.device) -> dict[str, object]:

@@ -15,8 +15,8 @@ import torch
 from bitfleet.launch.journal.reader import read_parts
 from bitfleet.optim import is_binary
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.journal.format import FRAME_BYTES, SIGNS, JournalConfig, apply_, encode, parse_frame
-from bitfleet.trainer.journal.writer import JournalWriter, open_journal
+from bitfleet.trainer.journal import JournalConfig, JournalWriter, open_journal
+from bitfleet.trainer.journal.format import FRAME_BYTES, SIGNS, apply_, encode, parse_frame
 from bitfleet.trainer.ranks.collectives import Ranks, barrier, from_first_rank, sum_of_numbers
 from bitfleet.trainer.trainer import Trainer
 

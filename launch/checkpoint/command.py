@@ -12,10 +12,10 @@ from bitfleet.launch.parsing.commands import parse
 
 @dataclasses.dataclass(frozen=True)
 class Inspect:
-    """Print step, epoch, files, hashes, tensors, sizes, metrics, versions and configuration of a checkpoint."""
+    """Print position, files, hashes, tensors, metrics, versions and config of a checkpoint."""
 
     path: Positional[Path]
-    """Checkpoint (runs/NAME/DATE/checkpoints/step-00001234) or run folder, whose newest checkpoint is taken."""
+    """Checkpoint (RUN/checkpoints/step-00001234), or run folder: its newest checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Diff:
-    """Print the first tensor and element in which two checkpoints differ; exit code 1 if there is one."""
+    """Print the first element in which two checkpoints differ; exit code 1 if there is one."""
 
     a: Positional[Path]
     """Checkpoint or run folder."""

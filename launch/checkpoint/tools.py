@@ -1,6 +1,5 @@
-"""Looking at checkpoints: contents, differences, and the model alone."""
+"""Inspect checkpoints, compare them, and export the model alone."""
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,16 @@ import torch
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
 from bitfleet.trainer.checkpoint.format import META, is_checkpoint, latest_checkpoint, read_meta, verify
 from bitfleet.trainer.checkpoint.tensors import BITS, MODEL, Tensors
+from bitfleet.trainer.run.files import written_atomically
 
 
 def find(path: Path) -> Path:
-    """The checkpoint at `path`, or the newest of the run there.
+    """Return the checkpoint at `path`, or the newest one of the run there.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no checkpoint.
     """
-    if is_checkpoint(path.resolve()) or (path / META).is_file():  # one that was set aside is still looked at
+    if is_checkpoint(path.resolve()) or (path / META).is_file():  # also a renamed one
         return path.resolve()
     newest = latest_checkpoint(path)
     if newest is None:
@@ -28,10 +28,10 @@ def find(path: Path) -> Path:
 
 
 def inspect(path: Path) -> str:
-    """Position, files, tensors and configuration of a checkpoint as text; tensor files are not read through.
+    """Describe position, files, tensors and configuration of a checkpoint, without verifying it.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ValueError: there is no checkpoint, or it cannot be read.
     """
     checkpoint = find(path)
     meta = read_meta(checkpoint)
@@ -42,15 +42,15 @@ def inspect(path: Path) -> str:
         "",
         f"{'file':60} {'bytes':>14}  sha256",
     ]
-    lines += [f"{name:60} {facts['bytes']:14,}  {facts['sha256']}" for name, facts in meta["files"].items()]
+    lines += [f"{name:60} {file['bytes']:14,}  {file['sha256']}" for name, file in meta["files"].items()]
     tensors = checkpoint_tensors.contents(checkpoint)
     lines += ["", f"{'tensor':60} {'type':>9} {'elements':>14} {'bytes':>14} chunks"]
     total = 0
-    for name, facts in sorted(tensors.items()):
-        size = facts.size.numel() * torch.empty(0, dtype=facts.properties.dtype).element_size()
+    for name, tensor in sorted(tensors.items()):
+        dtype = tensor.properties.dtype
+        numel, size = tensor.size.numel(), tensor.size.numel() * dtype.itemsize
         total += size
-        kind = str(facts.properties.dtype).removeprefix("torch.")
-        lines.append(f"{name:60} {kind:>9} {facts.size.numel():14,} {size:14,} {len(facts.chunks):6}")
+        lines.append(f"{name:60} {_name(dtype):>9} {numel:14,} {size:14,} {len(tensor.chunks):6}")
     lines += [f"{'total':60} {'':9} {'':14} {total:14,}", ""]
     for title in ("metrics", "schedules", "versions", "config"):
         lines += [f"{title}:", json.dumps(meta[title], indent=2), ""]
@@ -58,28 +58,28 @@ def inspect(path: Path) -> str:
 
 
 def verified(path: Path) -> str:
-    """Read every file of a checkpoint again; one line that says so.
+    """Read every file of a checkpoint, compare it with its hash, and return a line about it.
 
     Raises:
-        ValueError: a file is not as it was written.
+        ValueError: a file has changed since it was written.
     """
     checkpoint = find(path)
     meta = verify(checkpoint)
-    size = sum(facts["bytes"] for facts in meta["files"].values())
+    size = sum(file["bytes"] for file in meta["files"].values())
     return f"{checkpoint}: {len(meta['files'])} files, {size:,} bytes, all as they were written (step {meta['step']:,})"
 
 
 def export_weights(path: Path, out: Path, *, packed: bool) -> str:
-    """Write the model alone as safetensors, after verifying the checkpoint; returns one line about it.
+    """Verify a checkpoint, write only its model as safetensors, and return a line about it.
 
     Args:
         path: checkpoint or run folder.
-        out: the file to write; its name ends in .safetensors.
-        packed: binary weights as bits.<name>, uint8, 8 a byte, least significant bit first, instead of +-1 in fp32; those that
-            are not +-1 yet (the rule bnew) as they are.
+        out: the file to write, .safetensors.
+        packed: binary weights as bits.<name>, uint8, 8 per byte, least significant bit first,
+            instead of +-1 in fp32; any that are not +-1 yet (the rule bnew) stay real.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged, or the file is not to be written.
+        ValueError: the checkpoint does not exist or is damaged, or the file cannot be written.
     """
     checkpoint = find(path)
     meta = verify(checkpoint)
@@ -89,42 +89,38 @@ def export_weights(path: Path, out: Path, *, packed: bool) -> str:
         if packed
         else checkpoint_tensors.model_state(tensors, meta["model"])
     )
-    facts = {
-        "model": json.dumps(meta["config"]["model"]),
-        "step": str(meta["step"]),
-        "shapes": json.dumps(meta["model"]),
-    }
-    write_safetensors(state, out, facts)
+    model, shapes = json.dumps(meta["config"]["model"]), json.dumps(meta["model"])
+    write_safetensors(state, out, {"model": model, "step": str(meta["step"]), "shapes": shapes})
     text = f"{out}: {len(state)} tensors, {out.stat().st_size:,} bytes, of step {meta['step']:,}"
     if meta["config"]["optim"]["rule"] == "bnew" and not any(name.startswith(BITS) for name in tensors):
-        text += (
-            "; the weights of bnew are not +-1 before they are frozen (optim.frozen_from): they are written as they are"
-        )
+        text += "; the weights of bnew are real until they are frozen (optim.frozen_from) and were written as they are"
     return text
 
 
-def write_safetensors(state: Tensors, out: Path, facts: dict[str, str]) -> None:
-    """Write `state` with `facts` as metadata to `out`, which is there whole or not at all.
+def write_safetensors(state: Tensors, out: Path, metadata: dict[str, str]) -> None:
+    """Write `state` and `metadata` to `out` atomically.
 
     Raises:
         ValueError: its name does not end in .safetensors, or it cannot be written.
     """
     if out.suffix != ".safetensors":
         raise ValueError(
-            f"the weights are written as safetensors: call the file {out.with_suffix('.safetensors')}, not {out}"
+            f"weights are written as safetensors: name the file {out.with_suffix('.safetensors')}, not {out}"
         )
-    temporary = out.with_name(out.name + ".tmp")
+    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
     try:
-        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, facts)
-        temporary.replace(out)
+        with written_atomically(out) as temporary:
+            try:
+                safetensors.torch.save_file(contiguous, temporary, metadata)
+            except safetensors.SafetensorError:
+                temporary.unlink(missing_ok=True)
+                raise
     except (OSError, safetensors.SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise ValueError(f"cannot write {out}: {error}") from error
 
 
 def first_difference(a: Path, b: Path) -> str | None:
-    """The first tensor and element in which two checkpoints differ, in words; None if all tensors have the same bits.
+    """Describe the first element in which two checkpoints differ; None if all bits are equal.
 
     Raises:
         ValueError: one of them cannot be read.
@@ -143,12 +139,16 @@ def first_difference(a: Path, b: Path) -> str | None:
     return None
 
 
-def _kind(facts: Any) -> str:
-    return f"{list(facts.size)} {str(facts.properties.dtype).removeprefix('torch.')}"
+def _kind(tensor: Any) -> str:
+    return f"{list(tensor.size)} {_name(tensor.properties.dtype)}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def describe_element(name: str, byte: int, values: list[torch.Tensor], num_bytes: int) -> str:
-    """Where two tensors called `name` differ, in words: `values`, flat, in `num_bytes` bytes of which `byte` is the first."""
+    """Describe the first of `num_bytes` differing bytes, at `byte`, of two flat tensors."""
     index = byte // values[0].element_size()
     one, other = (value[index].item() for value in values)
     if name.startswith(BITS):

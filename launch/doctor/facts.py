@@ -19,10 +19,11 @@ import torch
 
 from bitfleet.launch.data.readable import Readable, readable
 from bitfleet.optim.kernels.kernels import bop2ndorder_bits_, kernel_library
+from bitfleet.trainer.checkpoint.run_folder import checkpoint_disk, planned_folder
 from bitfleet.trainer.config import TrainConfig, to_dict
 from bitfleet.trainer.data.cache import cache_folder
 from bitfleet.trainer.ranks.collectives import Ranks, nccl_version
-from bitfleet.trainer.run.folder import checkpoint_disk, git_revision, planned_folder
+from bitfleet.trainer.run.folder import git_revision
 
 PACKAGES = ("bitfleet", "torch", "torchvision", "deepspeed", "timm", "numpy")
 KERNEL_WEIGHTS = 4096
@@ -83,7 +84,9 @@ class Facts:
 
 def collect_facts(config: TrainConfig | None, ranks: Ranks, device: torch.device) -> Facts:
     """The facts of this rank and its device, about its data too if there is a configuration."""
-    run_folder = checkpoint_disk(planned_folder(config) if config else Path("runs"))
+    run_folder = checkpoint_disk(
+        planned_folder(config.output / config.name, config.run_dir, config.resume) if config else Path("runs")
+    )
     cache, free_cache = _cache()
     return Facts(
         rank=ranks.rank,

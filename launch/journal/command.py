@@ -1,19 +1,42 @@
-"""Flip journal: `bitfleet journal weights|info|verify RUN ...`."""
+"""`bitfleet journal`: rebuild weights from a flip journal, summarize it, and verify it."""
 
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
-from bitfleet.launch.parsing.options import take_flag, take_option
-from bitfleet.trainer.run.user_paths import users_path
+from tyro.conf import Positional
 
-USAGE = """usage: bitfleet journal COMMAND RUN ...
+from bitfleet.launch.parsing.commands import parse
 
-  weights RUN --step K [--output FILE.safetensors] [--packed]
-                 the binary weights after K optimizer steps (0: the first ones), as +-1 in fp32 or packed, 8 a byte; into RUN
-                 unless --output says where
-  info RUN       steps covered, bytes and flips a step
-  verify RUN     read everything, rebuild the weights of every checkpoint that there is and compare them bit for bit
 
-RUN is the folder of a run that was trained with --journal.enabled True (docs/journal.md)."""
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Write the binary weights after a step as safetensors, as +-1 in fp32."""
+
+    run: Positional[Path]
+    """Folder of a run that was trained with --journal.enabled True (docs/journal.md)."""
+    step: int
+    """Number of optimizer steps done; 0: the initial weights."""
+    output: Path | None = None
+    """File to write, .safetensors. Default: weights-STEP.safetensors in the run folder."""
+    packed: bool = False
+    """Write the weights as bits, 8 per byte."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """Print the steps that the journal covers, and its bytes and flips per step."""
+
+    run: Positional[Path]
+    """Folder of the run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Read the whole journal and compare it, bit for bit, with the weights of every checkpoint."""
+
+    run: Positional[Path]
+    """Folder of the run."""
 
 
 def journal(arguments: Sequence[str]) -> None:
@@ -22,36 +45,14 @@ def journal(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: bad input, or a journal that is damaged or differs from a checkpoint.
     """
-    if not arguments or "-h" in arguments or "--help" in arguments:
-        print(USAGE)
-        return
-    command, *rest = arguments
-    if command not in ("weights", "info", "verify"):
-        raise ValueError(f"there is no command {command!r} of bitfleet journal; there are: weights, info, verify")
-    step, output, packed = None, None, False
-    if command == "weights":
-        step, rest = take_option(rest, "--step")
-        output, rest = take_option(rest, "--output")
-        packed, rest = take_flag(rest, "--packed")
-        if step is None or not step.isdecimal():
-            given = f", not {step!r}" if step else ""
-            raise ValueError(f"bitfleet journal weights needs --step K, a number of optimizer steps{given}")
-    if unknown := [argument for argument in rest if argument.startswith("--")]:
-        raise ValueError(
-            f"bitfleet journal {command} has no option {unknown[0]!r}; `bitfleet journal --help` lists them"
-        )
-    if len(rest) != 1:
-        raise ValueError(
-            f"bitfleet journal {command} takes one run folder, not {len(rest)}; see bitfleet journal --help"
-        )
-    from bitfleet.launch.journal import tools as journal_tools
+    options = parse(Weights | Info | Verify, arguments, "bitfleet journal")
+    from bitfleet.launch.journal import tools
 
-    path = users_path(rest[0])
-    if command == "info":
-        print(journal_tools.info(path))
-    elif command == "verify":
-        print(journal_tools.verified(path))
-    else:
-        number = int(step or 0)
-        out = users_path(output) if output else path / f"weights-{number:08d}.safetensors"
-        print(journal_tools.export_weights(path, number, out, packed=packed))
+    match options:
+        case Weights():
+            output = options.output or options.run / f"weights-{options.step:08d}.safetensors"
+            print(tools.export_weights(options.run, options.step, output, packed=options.packed))
+        case Info():
+            print(tools.info(options.run))
+        case Verify():
+            print(tools.verified(options.run))

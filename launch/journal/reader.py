@@ -1,4 +1,4 @@
-"""Reading the flip journal: which steps it covers, and the binary weights after any of them."""
+"""Read the flip journal: which steps it covers, and the binary weights after any of them."""
 
 import os
 import re
@@ -28,72 +28,72 @@ NAME = re.compile(r"part-(\d{4,})-step-(\d{8,})-(?:rank-(\d{5,})-of-(\d{5,})|(of
 
 
 class RankFile(NamedTuple):
-    """A rank's file of a part, as far as it is whole."""
+    """A rank's file of a part, up to the first damaged or incomplete frame."""
 
     path: Path
     layout: Layout
     frames: list[Frame]
-    num_bytes: int
-    """Of the whole file."""
     damage: str
-    """What ends it before its time, in words; "" also where only a last frame was cut off, as by a kill."""
+    """What ends it early, in words; "" also if only the last frame was cut off, as by a kill."""
 
     @property
     def last_step(self) -> int:
-        """The last step that is in it."""
+        """The last step in the file."""
         return self.frames[-1].step if self.frames else self.layout.begin_step - 1
 
 
 class Part(NamedTuple):
-    """What one start of the run wrote."""
+    """The files that one start of the run wrote."""
 
     number: int
     begin_step: int
     end_step: int
-    """Its last step that counts: where the next part begins, an earlier one has nothing more to say."""
+    """The last step that counts: where the next part starts, it replaces this one."""
     files: list[RankFile]
-    """Of all ranks, in their order; none where the run was continued without a journal, or where there is a `problem`."""
+    """One per rank, in order; empty after an end mark, or if there is a `problem`."""
     problem: str = ""
-    """Why the part cannot be read, in words."""
+    """Why the part cannot be read, or ""."""
 
     @property
     def last_step(self) -> int:
-        """The last step that all ranks have written and that counts; one before `begin_step` where there is none."""
+        """The last step that counts and all ranks have; `begin_step` - 1 if there is none."""
         written = [file.last_step for file in self.files] or [self.begin_step - 1]
         return min(self.end_step, *written)
 
     @property
     def gap(self) -> str:
-        """What is missing of the steps that it should have, in words."""
+        """What is missing of the steps that the part should have, or ""."""
         damage = [file.damage for file in self.files if file.damage and file.last_step < self.end_step]
         if self.problem or damage:
             return self.problem or damage[0]
         if self.files and self.last_step < self.end_step < NO_END:
-            return f"part {self.number} ends at step {self.last_step:,}, but the run went on to step {self.end_step:,}"
+            return (
+                f"part {self.number} ends at step {self.last_step:,}, but the run continued to step {self.end_step:,}"
+            )
         return ""
 
 
 def read_parts(run: Path) -> list[Part]:
-    """The parts of a run's journal, in the order in which they were begun; payloads are not read.
+    """List the parts of a run's journal in order of their start, without reading payloads.
 
     Raises:
-        ValueError: there is no journal, or none of it can be read.
+        ValueError: there is no journal, or no part can be read.
     """
     folder = run / FOLDER
-    found: dict[tuple[int, int], dict[int, Path]] = {}
+    files_of: dict[tuple[int, int], dict[int, Path]] = {}
     sizes: dict[tuple[int, int], int] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if match := NAME.fullmatch(path.name):
             number, begin_step, rank, world_size, _ = match.groups()
             key = int(number), int(begin_step)
             sizes[key] = int(world_size or 0)
-            files = found.setdefault(key, {})
+            files = files_of.setdefault(key, {})
             if rank is not None:
                 files[int(rank)] = path
     parts: list[Part] = []
     end_step = NO_END
-    for (number, begin_step), files in sorted(found.items(), reverse=True):
-        if begin_step < end_step or not parts:  # else the run went back to its begin, and nothing of it counts
+    for (number, begin_step), files in sorted(files_of.items(), reverse=True):
+        if begin_step < end_step or not parts:  # else a later part replaces all of it
             parts.insert(0, _read_part(number, begin_step, end_step, files, sizes[number, begin_step]))
         end_step = min(end_step, begin_step)
     if not any(part.files for part in parts):
@@ -107,8 +107,8 @@ def read_parts(run: Path) -> list[Part]:
 def _read_part(number: int, begin_step: int, end_step: int, files: dict[int, Path], world_size: int) -> Part:
     if missing := sorted(set(range(world_size)) - files.keys()):
         problem = (
-            f"part {number} of the flip journal lacks the file of rank {', '.join(map(str, missing))} of {world_size}: "
-            f"the files of all ranks are needed"
+            f"part {number} of the flip journal lacks the file of rank {', '.join(map(str, missing))} of "
+            f"{world_size}: the files of all ranks are needed"
         )
         return Part(number, begin_step, end_step, [], problem)
     try:
@@ -118,10 +118,10 @@ def _read_part(number: int, begin_step: int, end_step: int, files: dict[int, Pat
 
 
 def scan(path: Path) -> RankFile:
-    """The frames of a file, without their payloads.
+    """List the frames of a file without reading their payloads.
 
     Raises:
-        ValueError: it has no header.
+        ValueError: it has no valid header.
     """
     layout, offset = read_header(path)
     frames: list[Frame] = []
@@ -131,7 +131,7 @@ def scan(path: Path) -> RankFile:
             file.seek(offset)
             frame = parse_frame(file.read(FRAME_BYTES), offset)
             if frame is None:
-                damage = f"{path} is damaged at byte {offset:,}, behind step {next_step - 1:,}"
+                damage = f"{path} is damaged at byte {offset:,}, after step {next_step - 1:,}"
                 break
             if frame.step != (next_step if not frames or frame.kind != SIGNS else next_step - 1):
                 damage = f"{path} has step {frame.step:,} where step {next_step:,} was expected"
@@ -141,27 +141,27 @@ def scan(path: Path) -> RankFile:
                 break
             frames.append(frame)
             next_step = frame.step + 1
-    return RankFile(path, layout, frames, size, damage)
+    return RankFile(path, layout, frames, damage)
 
 
 def part_of(parts: list[Part], step: int) -> Part:
-    """The part that has the weights after `step`.
+    """Return the part that has the weights after `step`.
 
     Raises:
-        ValueError: none has; says which steps there are.
+        ValueError: there is none; names the steps that the journal covers.
     """
     for part in reversed(parts):
         if part.files and part.begin_step <= step <= part.last_step:
             return part
     gaps = [part.gap for part in parts if part.gap and part.begin_step <= step <= part.end_step]
-    why = f" ({gaps[0]})" if gaps else ""
+    reason = f" ({gaps[0]})" if gaps else ""
     raise ValueError(
-        f"the flip journal does not have step {step:,}: it covers the steps {covered(parts)}{why}; ask for one of those"
+        f"the flip journal does not have step {step:,}: it covers the steps {covered(parts)}{reason}; ask for one of those"
     )
 
 
 def covered(parts: list[Part]) -> str:
-    """The steps that the journal has, in words."""
+    """Describe the steps that the journal has."""
     spans: list[list[int]] = []
     for part in parts:
         if part.files and part.last_step >= part.begin_step:
@@ -173,10 +173,10 @@ def covered(parts: list[Part]) -> str:
 
 
 def signs_after(file: RankFile, step: int) -> Bytes:
-    """The packed signs of a rank's slices after `step`, which the file has; reads from the last signs before it.
+    """Return the packed signs of a rank's slices after `step`.
 
     Raises:
-        ValueError: a frame in between is not as it was written.
+        ValueError: a frame in between is damaged.
     """
     wanted = [frame for frame in file.frames if frame.step <= step]
     start = max(index for index, frame in enumerate(wanted) if frame.kind == SIGNS)
@@ -188,10 +188,11 @@ def signs_after(file: RankFile, step: int) -> Bytes:
 
 
 def replay(file: RankFile, last_step: int) -> Iterator[tuple[int, Bytes]]:
-    """(step, packed signs after it) from the begin of a file to `last_step`; the signs are the same array, changed in place.
+    """Yield (step, packed signs) up to `last_step`; the array is changed in place.
 
     Raises:
-        ValueError: a frame is not as it was written, or signs in the file are not what the flips before them lead to.
+        ValueError: a frame is damaged, or whole signs differ from what the flips before them lead
+            to.
     """
     signs = np.empty(file.layout.num_weights // 8, np.uint8)
     with file.path.open("rb") as opened:
@@ -206,10 +207,10 @@ def replay(file: RankFile, last_step: int) -> Iterator[tuple[int, Bytes]]:
 
 
 def apply_frame_(signs: Bytes, frame: Frame, path: Path, descriptor: int) -> None:
-    """Read the payload of `frame` and do to `signs` what it says.
+    """Read the payload of `frame` and apply it to `signs`.
 
     Raises:
-        ValueError: it is not as it was written.
+        ValueError: it is damaged.
     """
     payload = os.pread(descriptor, frame.length, frame.offset)
     problem = "" if zlib.crc32(payload) == frame.crc else "its crc32 differs"
@@ -219,31 +220,33 @@ def apply_frame_(signs: Bytes, frame: Frame, path: Path, descriptor: int) -> Non
         except (ValueError, zlib.error) as error:
             problem = str(error)
     if problem:
-        raise ValueError(f"{path} is damaged: the frame of step {frame.step:,} is not as it was written ({problem})")
+        raise ValueError(f"{path} is damaged: the frame of step {frame.step:,} has changed ({problem})")
 
 
 def joined(layouts: list[Layout], signs: list[Bytes]) -> dict[str, Tensor]:
-    """Packed signs of every parameter, uint8 [ceil(numel / 8)], from those of all ranks' slices.
+    """Assemble packed signs per parameter, uint8 [ceil(numel / 8)], from all ranks' slices.
 
     Raises:
-        ValueError: the ranks' pieces leave some of a parameter out.
+        ValueError: a part of a parameter is missing.
     """
     shapes = layouts[0].shapes
-    whole = {name: torch.zeros(-(-torch.Size(shape).numel() // 8), dtype=torch.uint8) for name, shape in shapes.items()}
+    joined_signs = {
+        name: torch.zeros(-(-torch.Size(shape).numel() // 8), dtype=torch.uint8) for name, shape in shapes.items()
+    }
     missing = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    for layout, mine in zip(layouts, signs, strict=True):
+    for layout, slices in zip(layouts, signs, strict=True):
         for piece in layout.pieces:
             length = -(-piece.numel // 8)
-            stretch = torch.from_numpy(mine[piece.low // 8 : piece.low // 8 + length].copy())
-            whole[piece.name][piece.first // 8 : piece.first // 8 + length] = stretch
+            packed = torch.from_numpy(slices[piece.low // 8 : piece.low // 8 + length].copy())
+            joined_signs[piece.name][piece.first // 8 : piece.first // 8 + length] = packed
             missing[piece.name] -= piece.numel
     if incomplete := [name for name, numel in missing.items() if numel]:
-        raise ValueError(f"the flip journal does not have all of {incomplete[0]}: its files are of different runs")
-    return whole
+        raise ValueError(f"the flip journal does not have all of {incomplete[0]}: its files belong to different runs")
+    return joined_signs
 
 
 def weights_after(run: Path, step: int) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """(packed signs, shape) of every binary parameter after `step` optimizer steps.
+    """Return packed signs and shape of every binary parameter after `step`, by name.
 
     Raises:
         ValueError: the journal does not have the step, or is damaged.

@@ -1,4 +1,4 @@
-"""Looking at a flip journal: the weights of a step, what it takes, and whether it agrees with the checkpoints."""
+"""Export weights from a flip journal, summarize it, and compare it with the checkpoints."""
 
 import json
 import statistics
@@ -19,20 +19,22 @@ from bitfleet.trainer.run.folder import read_config
 
 
 def export_weights(run: Path, step: int, out: Path, *, packed: bool) -> str:
-    """Write the binary weights after `step` as safetensors; returns one line about it.
+    """Write the binary weights after `step` as safetensors and return a line about it.
 
     Args:
         run: run folder.
-        step: optimizer steps done; 0 is the beginning.
-        out: the file to write; its name ends in .safetensors.
-        packed: as bits.<name>, uint8, 8 a byte, least significant bit first, instead of +-1 in fp32.
+        step: optimizer steps done; 0: the initial weights.
+        out: the file to write, .safetensors.
+        packed: as bits.<name>, uint8, 8 per byte, least significant bit first, instead of +-1 in
+            fp32.
 
     Raises:
-        ValueError: the journal does not have the step or is damaged, or the file is not to be written.
+        ValueError: the journal does not have the step or is damaged, or the file cannot be written.
     """
     bits, shapes = weights_after(run, step)
     state = {
-        BITS + name if packed else name: each if packed else unpacked(each, shapes[name]) for name, each in bits.items()
+        BITS + name if packed else name: signs if packed else unpacked(signs, shapes[name])
+        for name, signs in bits.items()
     }
     model = json.dumps(to_dict(read_config(run))["model"])
     write_safetensors(state, out, {"model": model, "step": str(step), "shapes": json.dumps(shapes)})
@@ -40,16 +42,16 @@ def export_weights(run: Path, step: int, out: Path, *, packed: bool) -> str:
 
 
 def info(run: Path) -> str:
-    """Parts, steps covered, bytes and flips a step of a run's journal as text.
+    """Describe a run's journal: parts, steps covered, bytes and flips per step.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ValueError: there is no journal, or it cannot be read.
     """
     parts = read_parts(run)
     lines = [f"{run / FOLDER}: steps {covered(parts)}", "", f"{'part':>6} {'steps':>23} {'ranks':>6} {'bytes':>16}"]
     for part in parts:
         span = f"{part.begin_step:,} to {part.last_step:,}" if part.files else f"none from {part.begin_step:,} on"
-        num_bytes = sum(file.num_bytes for file in part.files)
+        num_bytes = sum(file.path.stat().st_size for file in part.files)
         lines.append(f"{part.number:6} {span:>23} {len(part.files):6} {num_bytes:16,}")
         lines += [f"       {part.gap}"] if part.gap else []
     flips, sizes, num_skipped, signs_bytes = _by_step(parts)
@@ -57,48 +59,51 @@ def info(run: Path) -> str:
     lines += ["", f"{num_weights:,} binary weights; {num_skipped:,} steps skipped (a gradient was not finite)"]
     if not flips:
         return "\n".join(lines)
-    lines += ["", f"{'steps':>23} {'flips a step':>14} {'flip ratio':>11} {'bytes a step':>14} {'bits a flip':>12}"]
+    lines += [
+        "",
+        f"{'steps':>23} {'flips per step':>14} {'flip ratio':>11} {'bytes per step':>14} {'bits per flip':>13}",
+    ]
     for steps in [*_decades(sorted(flips)), sorted(flips)]:
         mean, size = (statistics.fmean(values[step] for step in steps) for values in (flips, sizes))
         title = f"{steps[0]:,} to {steps[-1]:,}"
         lines.append(
-            f"{title:>23} {mean:14,.1f} {mean / num_weights:11.6f} {size:14,.0f} {8 * size / max(mean, 1e-9):12.2f}"
+            f"{title:>23} {mean:14,.1f} {mean / num_weights:11.6f} {size:14,.0f} {8 * size / max(mean, 1e-9):13.2f}"
         )
-    lines += ["", f"besides, {signs_bytes:,} bytes of whole signs, from which reading begins"]
+    lines += ["", f"besides, {signs_bytes:,} bytes of whole signs, from which reading starts"]
     return "\n".join(lines)
 
 
 def verified(run: Path) -> str:
-    """Replay the whole journal and compare it, bit for bit, with the binary weights of every checkpoint that there is.
+    """Replay the whole journal and compare it, bit for bit, with every checkpoint.
 
     Returns:
-        A line a checkpoint, and one about the journal.
+        One line per checkpoint, and one about the journal.
 
     Raises:
-        ValueError: the journal is damaged, differs from a checkpoint, or has the step of none.
+        ValueError: the journal is damaged, differs from a checkpoint, or covers the step of none.
     """
     parts = read_parts(run)
-    there = {step_of(path): path for path in checkpoints(run)}
+    saved = {step_of(path): path for path in checkpoints(run)}
     lines: dict[int, str] = {}
     num_steps = 0
     for part in parts:
         if part.gap:
             raise ValueError(f"the flip journal is damaged: {part.gap}")
-        wanted = {step for step in there if part.begin_step <= step <= part.last_step}
+        wanted = {step for step in saved if part.begin_step <= step <= part.last_step}
         kept: dict[int, list[Bytes]] = defaultdict(list)
         for rank, file in enumerate(part.files):
             for step, signs in replay(file, part.last_step):
                 if step in wanted:
-                    kept[step][rank:] = [signs.copy()]  # whole signs come after the flips of the same step
+                    kept[step][rank:] = [signs.copy()]  # whole signs follow flips
         for step in sorted(wanted):
-            _compare(joined([file.layout for file in part.files], kept[step]), there[step])
-            lines[step] = f"{there[step]}: the same bits"
+            _compare(joined([file.layout for file in part.files], kept[step]), saved[step])
+            lines[step] = f"{saved[step]}: the same bits"
         num_steps += max(0, part.last_step - part.begin_step)
     if not lines:
         raise ValueError(
-            f"nothing to compare: {run} has checkpoints of the steps {sorted(there)}, the journal covers {covered(parts)}"
+            f"nothing to compare: {run} has checkpoints of the steps {sorted(saved)}, the journal covers {covered(parts)}"
         )
-    for step, path in there.items():
+    for step, path in saved.items():
         lines.setdefault(step, f"{path}: the journal does not have its step")
     return "\n".join(
         [*(lines[step] for step in sorted(lines)), f"every frame of {num_steps:,} steps is as it was written"]
@@ -109,10 +114,10 @@ def _compare(bits: dict[str, Tensor], checkpoint: Path) -> None:
     saved = checkpoint_tensors.read(checkpoint, BITS)
     if differing := sorted({name.removeprefix(BITS) for name in saved} ^ bits.keys()):
         raise ValueError(f"{differing[0]} is not in both {checkpoint} and the flip journal")
-    for name, mine in bits.items():
-        differs = (mine != saved[BITS + name]).nonzero()
+    for name, signs in bits.items():
+        differs = (signs != saved[BITS + name]).nonzero()
         if len(differs):
-            where = describe_element(BITS + name, int(differs[0]), [mine, saved[BITS + name]], len(differs))
+            where = describe_element(BITS + name, int(differs[0]), [signs, saved[BITS + name]], len(differs))
             raise ValueError(f"the flip journal and {checkpoint} differ: {where}")
 
 
@@ -121,7 +126,7 @@ def _num_weights(part: Part) -> int:
 
 
 def _by_step(parts: list[Part]) -> tuple[dict[int, int], dict[int, int], int, int]:
-    """Flips and bytes of every step that counts, over all ranks; steps skipped; bytes of whole signs."""
+    """Sum flips and bytes per step, steps skipped, and bytes of whole signs, over all ranks."""
     flips: dict[int, int] = defaultdict(int)
     sizes: dict[int, int] = defaultdict(int)
     num_skipped = signs_bytes = 0
@@ -140,7 +145,7 @@ def _by_step(parts: list[Part]) -> tuple[dict[int, int], dict[int, int], int, in
 
 
 def _decades(steps: list[int]) -> list[list[int]]:
-    """1, 2 to 10, 11 to 100, ...: flips fall by orders of magnitude."""
+    """Group steps as 1, 2 to 10, 11 to 100, ...: flips fall by orders of magnitude."""
     groups: dict[int, list[int]] = defaultdict(list)
     for step in steps:
         groups[len(str(max(step - 1, 0))) if step > 1 else 0].append(step)

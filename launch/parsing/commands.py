@@ -98,11 +98,13 @@ def one_sentence(prog: str) -> Iterator[None]:
 
 
 def _sentence(box: str, prog: str) -> str:
-    inside = "\n".join(line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│"))
-    first, *others = [" ".join(part.split()) for part in re.split(r"^─+$", inside, flags=re.MULTILINE)]
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith("╰")]
+    # Without UTF-8 tyro draws no frame, and rules under the title and between parts.
+    inside = "\n".join(lines[1:] if box.startswith("╭") else lines[2:])
+    first, *others = [" ".join(part.split()) for part in re.split(r"^[─-]+$", inside, flags=re.MULTILINE)]
     if not first:
         return f"the command line cannot be read; {prog} --help lists the options"
-    if found := re.match(r"Unrecognized options: ([^ ,]+)", first):
+    if found := re.match(r"Unrecognized (?:or misplaced )?options: ([^ ,]+)", first):
         near = next((m[1] for part in others if (m := re.match(r"Perhaps you meant: (\S+)", part))), None)
         commands = next((m[1] for part in others if (m := re.match(r"Available subcommands: (.+)", part))), None)
         name = found[1].split("=")[0]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bitfleet.launch.preflight.tensor_bytes import TensorBytes
 from bitfleet.models import create_model
-from bitfleet.models.layers.binary_kernels import meta_is_cpu
+from bitfleet.models.layers.binary_conv import meta_is_cpu
 from bitfleet.optim import RoutedOptimizer, ShardedOptimizer
 from bitfleet.optim.diagnostics import BITS_PER_WEIGHT
 from bitfleet.optim.rules.rule import RULES

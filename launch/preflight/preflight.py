@@ -61,7 +61,7 @@ class Preflight:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         config, world_size = trainer.config, trainer.ranks.world_size
-        buckets = bucket_shapes(trainer.sharded, trainer.checkpoints.parts.signature)
+        buckets = bucket_shapes(trainer.sharded, trainer.checkpoints.state.signature)
         self.memory: Memory = predict_memory(config, buckets, world_size=world_size, num_replicas=trainer.num_replicas)
         """Bytes of a rank."""
         self.image_bytes: int = trainer.loader.device_bytes + trainer.validation_loader.device_bytes

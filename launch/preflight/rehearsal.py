@@ -1,6 +1,5 @@
 """`--preflight full`: two optimizer steps, a save and reading it back, with objects of their own, before the run exists."""
 
-import dataclasses
 import gc
 import shutil
 import tempfile
@@ -19,16 +18,21 @@ from bitfleet.optim.rules.rule import RULES
 from bitfleet.optim.sharding.buckets import make_buckets
 from bitfleet.optim.sharding.optimizer import BUCKET_NUMEL
 from bitfleet.optim.sharding.state import chunks
+from bitfleet.trainer.checkpoint import (
+    Checkpoints,
+    RunFolder,
+    TrainState,
+    find_resume_checkpoint,
+    identity,
+    model_signature,
+    seed_everything,
+)
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
-from bitfleet.trainer.checkpoint.checkpoints import Parts, RunCheckpoints, find_start, identity
-from bitfleet.trainer.checkpoint.format import model_signature
-from bitfleet.trainer.checkpoint.initial_weights import seed_everything
-from bitfleet.trainer.config import TrainConfig, resolve_replicas, with_precision
+from bitfleet.trainer.config import TrainConfig, resolve_replicas, to_dict, with_precision
 from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
 from bitfleet.trainer.engine.config import deepspeed_options
 from bitfleet.trainer.engine.engine import backward, create_engine, shard, whole_weights
 from bitfleet.trainer.ranks.collectives import Ranks, barrier, from_first_rank, is_lost_peer, objects_from_ranks
-from bitfleet.trainer.run.folder import RunFolder
 
 NUM_STEPS = 2
 MICRO_BATCH = 2
@@ -102,7 +106,7 @@ def _scratch_folder(config: TrainConfig, ranks: Ranks) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _build(config: TrainConfig, ranks: Ranks, device: torch.device, num_replicas: int) -> tuple[nn.Module, Parts]:
+def _build(config: TrainConfig, ranks: Ranks, device: torch.device, num_replicas: int) -> tuple[nn.Module, TrainState]:
     options = deepspeed_options(
         config.engine,
         global_batch_size=MICRO_BATCH * num_replicas,
@@ -115,7 +119,7 @@ def _build(config: TrainConfig, ranks: Ranks, device: torch.device, num_replicas
     signature = model_signature(model)
     optimizer = shard(plain, config.engine, num_replicas)
     engine = create_engine(model, optimizer, schedules, options, device)
-    return model, Parts(engine, model, optimizer, signature)
+    return model, TrainState(engine, model, optimizer, signature)
 
 
 def _step(
@@ -145,7 +149,7 @@ def _step(
 def _try_steps(
     config: TrainConfig,
     model: nn.Module,
-    parts: Parts,
+    parts: TrainState,
     ranks: Ranks,
     device: torch.device,
     num_replicas: int,
@@ -190,14 +194,24 @@ def _agree(problem: str | None) -> None:
 
 
 def _try_checkpoint(
-    config: TrainConfig, model: nn.Module, parts: Parts, ranks: Ranks, num_replicas: int, folder: Path, say: Say
+    config: TrainConfig, model: nn.Module, parts: TrainState, ranks: Ranks, num_replicas: int, folder: Path, say: Say
 ) -> None:
     """Raise ValueError unless what was saved is read back, here and by other numbers of ranks, with equal bits."""
-    config = dataclasses.replace(config, run_dir=folder / "run")
-    facts = identity(config, num_replicas, ranks.world_size, "", compiled=False)
-    place = RunFolder(folder / "run", None)
-    saving = RunCheckpoints(config, place, ranks, parts, facts, steps_per_epoch=NUM_STEPS)
-    saving.save(NUM_STEPS, {})
+
+    def checkpoints() -> Checkpoints:
+        return Checkpoints(
+            config.checkpoint,
+            RunFolder(folder / "run", None),
+            ranks,
+            parts,
+            identity=identity(to_dict(config), num_replicas, ranks.world_size, "", compiled=False),
+            constants={"config": to_dict(config)},
+            steps_per_epoch=NUM_STEPS,
+            global_batch_size=config.global_batch_size,
+        )
+
+    saving = checkpoints()
+    saving.save(NUM_STEPS)
     saving.saver.flush()
     elastic = parts.optimizer if config.engine.stage == 0 else None
     written = _tensors(model, parts, elastic, ranks)
@@ -206,10 +220,9 @@ def _try_checkpoint(
     num_bytes = sum(file.stat().st_size for file in committed.rglob("*") if file.is_file())
 
     _spoil(parts, elastic)
-    begun = find_start(RunFolder(folder / "run", committed), ranks)
+    begun = find_resume_checkpoint(RunFolder(folder / "run", committed), ranks)
     assert begun is not None
-    loading = RunCheckpoints(config, place, ranks, parts, facts, steps_per_epoch=NUM_STEPS)
-    loading.resume(begun)
+    checkpoints().resume(begun)
     _agree(difference(written, _tensors(model, parts, elastic, ranks)))
     say(f"{num_bytes / 1e6:,.1f} MB saved by {_ranks(ranks.world_size)} below {folder.parent}, read back: equal bits")
 
@@ -224,7 +237,7 @@ def _try_checkpoint(
 
 
 def _problem_of_other_ranks(
-    config: TrainConfig, parts: Parts, checkpoint: Path, whole: dict[str, Tensor], others: tuple[int, ...]
+    config: TrainConfig, parts: TrainState, checkpoint: Path, whole: dict[str, Tensor], others: tuple[int, ...]
 ) -> str | None:
     """What differs when `checkpoint` is read by other numbers of ranks, in this process alone."""
     stored = checkpoint_tensors.read(checkpoint, "")
@@ -243,7 +256,7 @@ def _ranks(count: int) -> str:
     return f"{count} rank{'s' * (count > 1)}"
 
 
-def _tensors(model: nn.Module, parts: Parts, elastic: Any, ranks: Ranks) -> dict[str, Tensor]:
+def _tensors(model: nn.Module, parts: TrainState, elastic: Any, ranks: Ranks) -> dict[str, Tensor]:
     """Copies of what this rank saves, and of all weights and buffers."""
     with whole_weights(parts.engine):
         state = {f"state.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -251,7 +264,7 @@ def _tensors(model: nn.Module, parts: Parts, elastic: Any, ranks: Ranks) -> dict
         return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
-def _spoil(parts: Parts, elastic: Any) -> None:
+def _spoil(parts: TrainState, elastic: Any) -> None:
     """Overwrite weights, buffers and moments, so that reading them back shows."""
     with torch.no_grad():
         if elastic is not None:

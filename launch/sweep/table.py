@@ -8,7 +8,8 @@ from typing import Any
 
 from bitfleet.configs.sweeps.sweep import PlannedRun, Sweep
 from bitfleet.launch.sweep.outcomes import Outcome
-from bitfleet.trainer.config import MACHINE, TrainConfig, to_dict
+from bitfleet.trainer.checkpoint.config import MACHINE
+from bitfleet.trainer.config import TrainConfig, to_dict
 from bitfleet.trainer.metrics import read_metrics
 from bitfleet.trainer.run.files import write_atomically
 from bitfleet.trainer.run.folder import git_revision, versions

@@ -1,4 +1,4 @@
-"""Files of weights that Keras wrote, as arrays by name."""
+"""Read weight files written by Keras as arrays by name."""
 
 import io
 import zipfile
@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SUFFIXES", "Array", "read_keras_file"]
-
 Array = NDArray[Any]
 SUFFIXES = (".npz", ".h5", ".hdf5", ".keras")
 _KERAS_MEMBER = "model.weights.h5"
@@ -21,11 +19,11 @@ _NO_LAYERS = ("optimizer", "metrics", "compile_metrics", "seed_generator")
 
 
 def read_keras_file(path: Path) -> dict[str, Array]:
-    """Read all variables of a file, each by a name of its own.
+    """Read all variables of a file by unique names.
 
-    Names are "layer/variable:0" in .h5 of Keras 2, with the models around a nested layer in front ("model/layer/variable:0");
-    "layer/vars/0" in .keras and .weights.h5 of Keras 2.12 and later, which number the layers of each class; and in .npz as
-    `np.savez` got them.
+    Names are "layer/variable:0" in .h5 of Keras 2, prefixed by the models around a nested layer
+    ("model/layer/variable:0"); "layer/vars/0" in .keras and .weights.h5 of Keras 2.12 and later,
+    which number the layers of each class; and in .npz whatever `np.savez` got.
 
     Args:
         path: .npz; .h5 of `model.save_weights` or `model.save`; .keras.
@@ -48,7 +46,7 @@ def read_keras_file(path: Path) -> dict[str, Array]:
 
 def _read_npz(path: Path) -> dict[str, Array]:
     if not zipfile.is_zipfile(path):
-        raise ValueError("it is no archive as np.savez writes it")
+        raise ValueError("it is not an archive written by np.savez")
     with np.load(path) as file:
         if twice := [name for name in file.files if file.files.count(name) > 1]:
             raise ValueError(f"it has {twice[0]} twice")
@@ -56,7 +54,7 @@ def _read_npz(path: Path) -> dict[str, Array]:
 
 
 def _hdf5_in(path: Path) -> Path | io.BytesIO:
-    """Return the HDF5 file: `path` itself, or what a .keras archive holds."""
+    """Return the HDF5 file: `path` itself, or the one in a .keras archive."""
     if path.suffix != ".keras":
         return path
     with zipfile.ZipFile(path) as archive:
@@ -66,7 +64,7 @@ def _hdf5_in(path: Path) -> Path | io.BytesIO:
 
 
 def _read_h5(source: Path | io.BytesIO) -> dict[str, Array]:
-    import h5py  # here: most runs read no such file
+    import h5py  # imported here: most runs read no such file
 
     with h5py.File(source) as file:
         root = file.get("model_weights", file)
@@ -94,7 +92,7 @@ def _datasets(group: Any, kind: type[Any], prefix: str = "") -> Iterator[tuple[s
 
 
 def _read_named(root: Any) -> dict[str, Array]:
-    """The variables that Keras 2 lists by name: those of a nested model all stand in the group of that model."""
+    """Read the variables that Keras 2 lists by name, nested ones in the group of their model."""
     arrays: dict[str, Array] = {}
     for layer in _names(root, "layer_names"):
         for variable in _names(root[layer], "weight_names"):

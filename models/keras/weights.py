@@ -1,7 +1,8 @@
-"""Weights that Keras or larq wrote: names, order and memory layout, and the scales of larq-zoo's kernels.
+"""Load weights written by Keras or larq: names, order, memory layout, scales of larq-zoo's kernels.
 
-Each supported network is described once, as the Keras code that was published for it creates its layers. A layer's name is its
-class and a number, counted in the order of creation; `model.get_weights()` lists the layers by their depth in the graph.
+Each supported network is described once, in the order in which its published Keras code creates the
+layers. A layer's name is its class and a number in order of creation; `model.get_weights()` lists
+the layers by depth in the graph.
 """
 
 import dataclasses
@@ -16,13 +17,10 @@ from torch import Tensor, nn
 
 from bitfleet.models.keras.files import Array, read_keras_file
 from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
-from bitfleet.models.layers.normalization import BatchNorm, ChannelAffine, ChannelLayerNorm
-from bitfleet.models.layers.same_padding import SameConv2d
+from bitfleet.models.layers.real_layers import BatchNorm, ChannelAffine, ChannelLayerNorm, SameConv2d
 from bitfleet.models.networks.binarynet import BinaryNet
 from bitfleet.models.networks.birealnet import BiRealNet
 from bitfleet.models.networks.xnornet import XNORNet
-
-__all__ = ["Scales", "kernel_from_keras", "load_keras_weights"]
 
 Scales = Literal["none", "larq-zoo"]
 
@@ -51,13 +49,13 @@ class _Layer:
 
     module: Any
     kind: str
-    """Its class, as in a name."""
+    """Name of its class in Keras."""
     number: int
-    """Layers of the class that were created before it."""
+    """Number of layers of the class created before it."""
     norm: nn.Module | None
-    """What normalizes its output next; nothing but a max pool may be between."""
+    """The norm of its output; only a max pool may be between."""
     num_pixels: int
-    """Pixels of a channel of the image that was flattened into its input, 1 if none was."""
+    """Pixels per channel of the image that was flattened into its input; 1 if none was."""
 
     @property
     def name(self) -> str:
@@ -65,7 +63,7 @@ class _Layer:
 
     @property
     def variables(self) -> dict[str, Tensor]:
-        """What each Keras variable fills, in Keras' order and with Keras' shape."""
+        """The tensor that each Keras variable fills, in Keras' order."""
         names = _NORM_VARIABLES if self.kind in _NORMS else {"kernel": "weight", "bias": "bias"}
         targets = {name: getattr(self.module, attribute, None) for name, attribute in names.items()}
         return {name: target for name, target in targets.items() if target is not None}
@@ -85,23 +83,25 @@ _Matches = dict[_Layer, dict[str, _Found]]
 
 
 def load_keras_weights(model: nn.Module, path: Path, *, scales: Scales = "none") -> None:
-    """Fill a network in place with weights that Keras or larq wrote; a file that does not fit changes nothing.
+    """Load weights written by Keras or larq in place; a file that does not fit changes nothing.
 
-    A binary kernel becomes its sign (0 -> +1), so latent weights may be given. A file without any gamma (`scale=False`, as
-    larq-zoo's XNOR-Net) leaves the norms with a factor of 1.
+    A binary kernel is replaced by its sign (0 -> +1), so latent weights are accepted. If the file
+    has no gamma (`scale=False`, as in larq-zoo's XNOR-Net), the norms get a factor of 1.
 
     Args:
-        model: `BinaryNet`, `XNORNet` or `BiRealNet`, of either norm.
-        path: .h5 of `model.save_weights` or `model.save`, .keras, or .npz with arrays called as Keras' variables are
-            ("quant_conv2d_1/kernel:0"; numbers may start anywhere, Keras counts over all models of a process) or
-            with those of `np.savez(path, *model.get_weights())`. Layers may be in models that are nested in each other.
-        scales: "larq-zoo" for kernels that stand for their sign times mean|W| of each output filter
-            (`larq.quantizers.MagnitudeAwareSign`): the factor moves into the BatchNorm behind the layer, and the logits
-            stay the same. "none": the sign is all.
+        model: `BinaryNet`, `XNORNet` or `BiRealNet`, with either norm.
+        path: .h5 of `model.save_weights` or `model.save`, .keras, or .npz with arrays named like
+            Keras' variables ("quant_conv2d_1/kernel:0"; numbers may start anywhere, Keras counts
+            over all models of a process) or with those of `np.savez(path, *model.get_weights())`.
+            Layers may be in nested models.
+        scales: "larq-zoo" if a kernel stands for its sign times mean|W| of each output filter
+            (`larq.quantizers.MagnitudeAwareSign`): the factor moves into the BatchNorm after the
+            layer and the logits stay the same. "none": only the sign counts.
 
     Raises:
-        ValueError: no such file, not one of Keras, a variable too many, a missing one or one of another shape, the other
-            norm, a scale of 0, or a network that is not known here.
+        ValueError: the file does not exist or is not from Keras; a variable is missing, superfluous
+            or of another shape; the norm is another one; a scale is 0; or the network is not
+            supported.
     """
     if scales not in get_args(Scales):
         raise ValueError(f'scales is {scales!r}; expected "none" or "larq-zoo"')
@@ -127,12 +127,12 @@ def load_keras_weights(model: nn.Module, path: Path, *, scales: Scales = "none")
 
 
 def kernel_from_keras(array: Array, num_pixels: int = 1) -> Tensor:
-    """Kernel in PyTorch's layout: HWIO -> OIHW, dense (in, out) -> (out, in).
+    """Transpose a kernel to PyTorch's layout: HWIO -> OIHW, dense (in, out) -> (out, in).
 
     Args:
         array: [height, width, in, out] or [in, out].
-        num_pixels: height times width of the image that was flattened into the input of a dense layer: Keras flattens
-            H, W, C and PyTorch C, H, W.
+        num_pixels: height times width of the image flattened into the input of a dense layer: Keras
+            flattens H, W, C and PyTorch C, H, W.
     """
     if array.ndim == 4:
         return torch.from_numpy(np.ascontiguousarray(array.transpose(3, 2, 0, 1)))
@@ -141,7 +141,7 @@ def kernel_from_keras(array: Array, num_pixels: int = 1) -> Tensor:
 
 
 def _layers(model: nn.Module) -> list[_Layer]:
-    """The layers of a network in the order of `get_weights`."""
+    """List the layers of a network in the order of `get_weights`."""
     if isinstance(model, BinaryNet):
         return _chain([*model.features, *model.classifier], num_pixels=3 * 3)
     if isinstance(model, XNORNet):
@@ -149,20 +149,20 @@ def _layers(model: nn.Module) -> list[_Layer]:
     if isinstance(model, BiRealNet):
         return _birealnet(model)
     raise ValueError(
-        f"the network is {type(model).__name__}, whose Keras layers are not known; expected BinaryNet, XNORNet or BiRealNet"
+        f"the network is {type(model).__name__}, whose Keras layers are unknown; expected BinaryNet, XNORNet or BiRealNet"
     )
 
 
 class _Created(list[_Layer]):
     def add(self, module: nn.Module, norm: nn.Module | None = None, num_pixels: int = 1) -> _Layer:
-        """The next layer that Keras creates."""
+        """Append the next layer that Keras creates."""
         kind = _KINDS[type(module)]
         self.append(_Layer(module, kind, sum(layer.kind == kind for layer in self), norm, num_pixels))
         return self[-1]
 
 
 def _chain(modules: Sequence[nn.Module], num_pixels: int) -> list[_Layer]:
-    """A network that is one chain; `num_pixels` holds for the layer behind its Flatten."""
+    """List the layers of a sequential network; `num_pixels` is for the layer after its Flatten."""
     created = _Created()
     for index, module in enumerate(modules):
         if type(module) not in _KINDS:
@@ -174,7 +174,7 @@ def _chain(modules: Sequence[nn.Module], num_pixels: int) -> list[_Layer]:
 
 
 def _birealnet(model: BiRealNet) -> list[_Layer]:
-    """A block creates its shortcut first, but at equal depth Keras lists the first addend, the binary convolution, first."""
+    """List the layers of a Bi-Real Net: Keras creates the shortcut first, but lists it second."""
     if model.residual != "double" or isinstance(model.stem[1], ChannelAffine):
         raise ValueError(
             'the BiRealNet has residual="single" or norm="none", which no Keras code was published for; expected '
@@ -193,7 +193,7 @@ def _birealnet(model: BiRealNet) -> list[_Layer]:
 
 
 def _match_by_order(arrays: dict[str, Array], layers: list[_Layer], network: str, path: Path) -> _Matches:
-    """The arrays of `get_weights`, which have no names."""
+    """Match the arrays of `get_weights`, which have no names."""
     expected = [(layer, variable) for layer in layers for variable in layer.variables]
     without_gamma = [(layer, variable) for layer, variable in expected if variable != "gamma"]
     pairs = without_gamma if len(arrays) == len(without_gamma) else expected
@@ -209,7 +209,7 @@ def _match_by_order(arrays: dict[str, Array], layers: list[_Layer], network: str
 
 
 def _match_by_class(arrays: dict[str, Array], layers: list[_Layer], network: str, path: Path) -> _Matches:
-    """Names as "layers/conv2d_1/vars/0": Keras 2.12 and later number layers and variables in the order of `get_weights`."""
+    """Match names of Keras >= 2.12 ("layers/conv2d_1/vars/0"), numbered as in `get_weights`."""
     in_order = sorted(arrays, key=_numbered)
     groups = _grouped({name.replace("/vars/", "/"): (name, arrays[name]) for name in in_order}, path)
     found: _Matches = {layer: {} for layer in layers}
@@ -232,13 +232,13 @@ def _match_by_class(arrays: dict[str, Array], layers: list[_Layer], network: str
 
 
 def _numbered(name: str) -> list[tuple[str, int]]:
-    """A key by which x_10 comes after x_9, and x before x_1, in each part of a path."""
+    """Return a key that sorts x_10 after x_9, and x before x_1, in each part of a path."""
     parts = [part.rpartition("_") for part in name.split("/")]
     return [(head, int(tail)) if head and tail.isdecimal() else (head + mark + tail, 0) for head, mark, tail in parts]
 
 
 def _check_order(names: Sequence[str], kind: str, path: Path) -> None:
-    """Raise ValueError if layers of one class are in nested models of several classes, whose order such a file does not say."""
+    """Raise ValueError if the file does not say the order of nested models."""
     models = {re.sub(r"_\d+", "", name.split(f"/{kind}")[0]): name for name in names}
     if len(models) > 1:
         first, second = list(models.values())[:2]
@@ -249,12 +249,13 @@ def _check_order(names: Sequence[str], kind: str, path: Path) -> None:
 
 
 def _match_by_name(arrays: dict[str, Array], layers: list[_Layer], network: str, path: Path) -> _Matches:
-    """Layers of a class correspond by their numbers, or by the order of those where Keras had counted on."""
+    """Match layers of a class by number, or by order if Keras had counted other models before."""
     groups = _grouped({name: (name, array) for name, array in arrays.items()}, path)
     found: _Matches = {layer: {} for layer in layers}
     for kind in _worst_first(groups):
         targets = [layer for layer in layers if layer.kind == kind]
-        # Keras counts over all models of a process, so that numbers hold across nested ones, unless somebody named the layers.
+        # Keras counts over all models of a process: numbers are valid across nested ones unless
+        # layers were named.
         by_number = {number: variables for (_, number), variables in groups[kind].items()}
         numbered = by_number if len(by_number) == len(groups[kind]) else {}
         if not numbered or max(numbered) >= len(targets):
@@ -270,12 +271,12 @@ _Place = tuple[int, int]
 
 
 def _places(group: dict[_Place, Any], by_number: bool) -> list[_Place]:
-    """The layers of a class in their order: by their numbers, or, where those of nested models collide, model by model."""
+    """Sort the layers of a class by number or, if nested models share numbers, model by model."""
     return sorted(group, key=lambda place: place[1]) if by_number else sorted(group)
 
 
 def _grouped(arrays: dict[str, tuple[str, Array]], path: Path) -> dict[str, dict[_Place, dict[str, _Found]]]:
-    """Variables ("models/around/layer/variable" -> name in the file and array) by class, layer and variable."""
+    """Group variables, keyed "models/around/layer/variable", by class, layer and variable."""
     groups: dict[str, dict[_Place, dict[str, _Found]]] = {}
     models: dict[str, int] = {}
     for place, (name, array) in arrays.items():
@@ -300,7 +301,7 @@ def _grouped(arrays: dict[str, tuple[str, Array]], path: Path) -> dict[str, dict
 
 
 def _worst_first(groups: dict[str, Any]) -> list[str]:
-    """The classes, norms first: the other norm is the clearest mismatch."""
+    """Sort the classes, norms first: a wrong norm is the clearest mismatch."""
     return sorted(groups, key=_NORMS.__contains__, reverse=True)
 
 
@@ -317,7 +318,7 @@ def _refuse_surplus(
 
 
 def _check(found: _Matches, network: str, path: Path) -> None:
-    """Compare with the shapes of the network; fill in the gamma of a file that has none, and make floats of all arrays."""
+    """Check names and shapes, fill in gamma if the file has none, convert arrays to floats."""
     has_gamma = any("gamma" in variables for variables in found.values())
     for layer, variables in found.items():
         for variable in layer.variables:
@@ -342,7 +343,7 @@ def _check(found: _Matches, network: str, path: Path) -> None:
 
 
 def _fold_scales(found: _Matches, path: Path) -> None:
-    """With alpha = mean|W|: gamma (alpha x - mean) / std = (gamma alpha) (x - mean / alpha) / std, in float64."""
+    """Fold alpha = mean|W| into the norms: gamma (alpha x - m) = (gamma alpha) (x - m / alpha)."""
     norms = {layer.module: variables for layer, variables in found.items()}
     for layer, variables in found.items():
         if not isinstance(layer.module, QuantConv2d | QuantLinear):
@@ -363,7 +364,7 @@ def _fold_scales(found: _Matches, path: Path) -> None:
         norm["moving_mean"] = _Found(norm["moving_mean"].name, norm["moving_mean"].array / alpha)
         if "gamma" in norm:
             norm["gamma"] = _Found(norm["gamma"].name, norm["gamma"].array * alpha)
-        else:  # var' + eps = (var + eps) / alpha^2; larq clips latent weights to [-1, 1], so var' >= var
+        else:  # var' + eps = (var + eps) / alpha^2; larq clips |W| to 1, so var' >= var
             eps = layer.norm.eps
             variance = (norm["moving_variance"].array.astype(np.float64) + eps) / alpha**2 - eps
             norm["moving_variance"] = _Found(norm["moving_variance"].name, variance)

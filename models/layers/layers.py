@@ -1,22 +1,42 @@
-"""Binary layers: the input is quantized, the weight is +-1 itself.
+"""Binary layers: the input is quantized, the weight itself is +-1.
 
-There is no latent weight, no gradient estimator on the weight and no scale. The weight carries the attribute
-`binary = True`; optimizers find it by that mark and by nothing else. `start_real` makes the weights of a network real ones until
-their first update.
+There is no latent weight, no gradient estimator on the weight and no scale. The weight has the
+attribute `binary = True`; optimizers recognize it by that mark alone. `start_real` makes the
+weights of a network real until their first update.
 """
 
 from collections.abc import Callable
 from typing import Any, Literal, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitfleet.models.layers.binary_conv import binary_conv2d, can_pack
-from bitfleet.models.layers.initializers import Initializer, glorot_uniform_, random_signs_, real_sample_
 from bitfleet.models.layers.quantizers import Quantizer
-from bitfleet.models.layers.same_padding import NO_PADDING, conv2d, same_padding
+from bitfleet.models.layers.real_layers import NO_PADDING, Initializer, conv2d, glorot_uniform_, same_padding
 
-__all__ = ["QuantConv2d", "QuantLinear", "start_real"]
+
+def random_signs_(weight: Tensor, initializer: Initializer) -> Tensor:
+    """Fill with the signs (0 -> +1) of a sample of `initializer`.
+
+    The official code starts from the real sample, which its first update turns into signs
+    (`real_sample_`). That matters: the first gradients of a network of signs are up to hundreds of
+    times smaller, and the moments remember them.
+    """
+    with torch.no_grad():
+        initializer(weight)
+        return weight.copy_(torch.where(weight >= 0, 1.0, -1.0))
+
+
+def real_sample_(weight: Tensor, initializer: Initializer) -> Tensor:
+    """Turn weights of +-1 into a sample of `initializer` with the same signs, in place.
+
+    Glorot's distributions are symmetric, so magnitudes of a new sample with independent signs are a
+    sample.
+    """
+    with torch.no_grad():
+        return weight.mul_(initializer(torch.empty_like(weight)).abs_())
 
 
 def _name(quantizer: Quantizer | None) -> str:
@@ -24,9 +44,9 @@ def _name(quantizer: Quantizer | None) -> str:
 
 
 class _BinaryWeight(nn.Module):
-    """Marks `weight`, again whenever PyTorch replaces the Parameter object and drops its attributes.
+    """Mark `weight` as binary, again whenever PyTorch replaces the Parameter object.
 
-    A lost mark would let Adam train the weight as a real number, without any error.
+    If the mark were lost, Adam would train the weight as a real number without any error.
     """
 
     weight: Tensor
@@ -55,7 +75,7 @@ class _BinaryWeight(nn.Module):
         random_signs_(self.weight, self.initializer)
 
     def make_real(self) -> None:
-        """Turn the weights into a sample of the initializer with their signs; the first update of an optimizer ends that."""
+        """Make the weights real, with the same signs, until the first update of an optimizer."""
         real_sample_(self.weight, self.initializer)
 
     def _mark_weight(self) -> None:
@@ -65,18 +85,19 @@ class _BinaryWeight(nn.Module):
 
 
 class QuantConv2d(_BinaryWeight, nn.Conv2d):
-    """Convolution of the quantized input with a +-1 kernel, zeros padded after the quantizer, no bias.
+    """Convolution of the quantized, then zero-padded input with a +-1 kernel, no bias.
 
-    On a CPU with a C compiler it works on packed bits (binary_conv.py), else it is a convolution of torch.
+    On a CPU with a C compiler it works on packed bits (binary_conv.py), otherwise it is torch's
+    convolution.
 
     Args:
         in_channels: channels of the input [N, C, H, W].
         out_channels: channels of the output.
         kernel_size: side of the square kernel.
-        stride: step in both directions.
-        padding: "same" as in TensorFlow, also strided, or "valid" (none).
-        input_quantizer: a quantizer of quantizers.py; None for a first layer, which sees the real input.
-        initializer: draws the sample whose signs (0 -> +1) are the initial weights.
+        stride: in both directions.
+        padding: "same" as in TensorFlow, also if strided, or "valid" (none).
+        input_quantizer: from quantizers.py; None for a first layer, which sees the real input.
+        initializer: the signs (0 -> +1) of its sample are the initial weights.
     """
 
     def __init__(
@@ -102,7 +123,8 @@ class QuantConv2d(_BinaryWeight, nn.Conv2d):
         if self.input_quantizer is None:
             return conv2d(x, self.weight, stride, padding)
         if padding == NO_PADDING and x.shape[2:] == self.weight.shape[2:]:
-            # One window, the whole input: a matrix product, which spares a large weight and its gradient another layout.
+            # The window is the whole input: a matrix product avoids changing the layout of a large
+            # weight.
             product = F.linear(self.input_quantizer(x.flatten(1)), self.weight.flatten(1))
             return product[:, :, None, None]
         if can_pack(x, self.weight, self.input_quantizer):
@@ -110,7 +132,7 @@ class QuantConv2d(_BinaryWeight, nn.Conv2d):
         return conv2d(self.input_quantizer(x), self.weight, stride, padding)
 
     def extra_repr(self) -> str:
-        """Options in `print(model)`."""
+        """Describe the options for `print(model)`."""
         conv: Any = super()
         padding = "same" if self.same else "valid"
         return f"{conv.extra_repr()}, padding={padding}, input_quantizer={_name(self.input_quantizer)}"
@@ -122,8 +144,8 @@ class QuantLinear(_BinaryWeight, nn.Linear):
     Args:
         in_features: size of the last dimension of the input.
         out_features: size of the last dimension of the output.
-        input_quantizer: a quantizer of quantizers.py; None for a first layer, which sees the real input.
-        initializer: draws the sample whose signs (0 -> +1) are the initial weights.
+        input_quantizer: from quantizers.py; None for a first layer, which sees the real input.
+        initializer: the signs (0 -> +1) of its sample are the initial weights.
     """
 
     def __init__(
@@ -143,18 +165,18 @@ class QuantLinear(_BinaryWeight, nn.Linear):
         return F.linear(x if self.input_quantizer is None else self.input_quantizer(x), self.weight)
 
     def extra_repr(self) -> str:
-        """Options in `print(model)`."""
+        """Describe the options for `print(model)`."""
         return f"{super().extra_repr()}, input_quantizer={_name(self.input_quantizer)}"
 
 
 def start_real(model: nn.Module) -> None:
-    """Give the binary weights of `model` real values of the same signs, as the paper's code starts.
+    """Make the binary weights of `model` real, with the same signs, as the paper's code starts.
 
     Raises:
         ValueError: it has no binary layer.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, _BinaryWeight)]
     if not layers:
-        raise ValueError("model.initial_weights is real, but this network has no binary weights: leave it out")
+        raise ValueError("model.initial_weights is real, but this network has no binary weights: leave the option out")
     for layer in layers:
         layer.make_real()

@@ -1,8 +1,8 @@
 """Binary activation quantizers: the sign forward, a pseudo-gradient backward.
 
-`ste_sign` and `approx_sign` agree with larq bit for bit (sign(0) = sign(-0.0) = +1). Backward keeps the input: the gradient of
-`approx_sign` depends on every bit of |x|, and torch.compile recomputes what it can. (Binary convolutions on a CPU keep less, see
-binary_conv.py.)
+`ste_sign` and `approx_sign` agree with larq bit for bit (sign(0) = sign(-0.0) = +1). Backward keeps
+the input: the gradient of `approx_sign` depends on every bit of |x|, and torch.compile recomputes
+what it can. (Binary convolutions on a CPU keep less, see binary_conv.py.)
 """
 
 from collections.abc import Callable
@@ -11,26 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Binarizer",
-    "Quantizer",
-    "approx_sign",
-    "binarizer_of",
-    "hardtanh_tanh_sign",
-    "pseudo_gradient",
-    "quantizer_of",
-    "ste_sign",
-]
-
 Quantizer = Callable[[Tensor], Tensor]
 Binarizer = Literal["ste", "approx", "hardtanh_tanh"]
 
 
 def quantizer_of(binarizer: Binarizer) -> Quantizer:
-    """The quantizer that a network's option `binarizer` names.
+    """Return the quantizer of the network option `binarizer`.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no such quantizer.
     """
     known = _quantizers()
     if binarizer not in known:
@@ -39,7 +28,7 @@ def quantizer_of(binarizer: Binarizer) -> Quantizer:
 
 
 def binarizer_of(quantizer: Quantizer) -> Binarizer | None:
-    """The name of a quantizer of this file; None for any other function."""
+    """Return the name of a quantizer of this file; None for any other function."""
     return next((name for name, known in _quantizers().items() if known is quantizer), None)
 
 
@@ -50,9 +39,11 @@ def _quantizers() -> dict[Binarizer, Quantizer]:
 def ste_sign(x: Tensor) -> Tensor:
     r"""Sign with the clipped straight-through gradient.
 
-    Forward: $q(x) = +1$ if $x \ge 0$, else $-1$. Backward: $\partial q / \partial x = 1$ if $|x| \le 1$, else $0$.
+    Forward: $q(x) = +1$ if $x \ge 0$, else $-1$. Backward: $\partial q / \partial x = 1$ if $|x|
+    \le 1$, else $0$.
 
-    Source: Courbariaux et al., "Binarized Neural Networks", arXiv 1602.02830; `larq.quantizers.SteSign`.
+    Source: Courbariaux et al., "Binarized Neural Networks", arXiv 1602.02830;
+    `larq.quantizers.SteSign`.
 
     Args:
         x: floating point, any shape.
@@ -66,7 +57,8 @@ def ste_sign(x: Tensor) -> Tensor:
 def approx_sign(x: Tensor) -> Tensor:
     r"""Sign with the gradient of a piecewise quadratic approximation.
 
-    Forward: $q(x) = +1$ if $x \ge 0$, else $-1$. Backward: $\partial q / \partial x = 2 - 2|x|$ if $|x| \le 1$, else $0$.
+    Forward: $q(x) = +1$ if $x \ge 0$, else $-1$. Backward: $\partial q / \partial x = 2 - 2|x|$ if
+    $|x| \le 1$, else $0$.
 
     Source: Liu et al., "Bi-Real Net", arXiv 1808.00278; `larq.quantizers.ApproxSign`.
 
@@ -82,10 +74,12 @@ def approx_sign(x: Tensor) -> Tensor:
 def hardtanh_tanh_sign(x: Tensor) -> Tensor:
     r"""Sign with the gradient of tanh inside the region where Hardtanh is not clipped.
 
-    Forward: $q(x) = +1$ if $x \ge 0$, else $-1$. Backward: $\partial q / \partial x = 1 - \tanh^2(x)$ if $|x| \le 1$, else $0$.
+    Forward: $q(x) = +1$ if $x \ge 0$, else $-1$. Backward: $\partial q / \partial x = 1 -
+    \tanh^2(x)$ if $|x| \le 1$, else $0$.
 
-    Source: the feature binarizer that De Putter and Corporaal, "How to train accurate BNNs for embedded systems?", arXiv
-    2206.12322, call Hardtanh-tanh. Their formula was not at hand: this one is read from the name, and may differ from it.
+    Source: the feature binarizer that De Putter and Corporaal, "How to train accurate BNNs for
+    embedded systems?", arXiv 2206.12322, call Hardtanh-tanh. Their formula was not available: this
+    one follows the name and may differ.
 
     Args:
         x: floating point, any shape.
@@ -97,19 +91,15 @@ def hardtanh_tanh_sign(x: Tensor) -> Tensor:
 
 
 def pseudo_gradient(binarizer: Binarizer, x: Tensor, grad: Tensor) -> Tensor:
-    """Gradient with respect to `x` of the quantizer that `binarizer` names.
+    """Compute the gradient of a quantizer's input `x` from `grad`, that of its output.
 
     Masks are arithmetic: boolean ones make the compiled model 15 to 20 % slower.
-
-    Args:
-        binarizer: which one.
-        x: its input.
-        grad: gradient with respect to its output; shape and dtype of `x`.
     """
     if binarizer == "ste":
         return (x.abs() <= 1).to(grad.dtype) * grad
     if binarizer == "approx":
-        # 2 - 2|x| is negative exactly where |x| > 1, so a clamp is the mask. In place: the passes stay in the cache.
+        # 2 - 2|x| is negative exactly if |x| > 1, so a clamp is the mask. In place, to stay in the
+        # cache.
         return x.abs().mul_(-2).add_(2).clamp_min_(0).mul_(grad)
     inside = (x.abs() <= 1).to(grad.dtype)
     return x.tanh().square_().neg_().add_(1).mul_(inside).mul_(grad)
@@ -123,8 +113,9 @@ def _signs(x: Tensor, binarizer: Binarizer) -> Tensor:
 
 
 def _sign(x: Tensor) -> Tensor:
-    # sign(sign(x) + 0.1) is larq's own definition, and in place six times as fast on a CPU as torch.where with scalars. Not in
-    # place for torch.compile, which fuses the passes: torch 2.11 would lose the pseudo-gradient of a forward that works in place.
+    # sign(sign(x) + 0.1) is larq's definition, and in place six times as fast on a CPU as
+    # torch.where with scalars. Not in place for torch.compile, which fuses the passes: torch 2.11
+    # would lose the pseudo-gradient of an in-place forward.
     if torch.compiler.is_compiling():
         return x.sgn().add(0.1).sgn()
     return x.sgn().add_(0.1).sgn_()

@@ -1,9 +1,10 @@
 """BinaryNet: a VGG-like network for CIFAR-10 whose weights are all binary.
 
-Courbariaux et al., "Binarized Neural Networks: Training Deep Neural Networks with Weights and Activations Constrained to
-+1 or -1", arXiv 1602.02830. Layers and constants follow the code published with Bop2ndOrder (arXiv 2104.05124): every
-layer is convolution -> pool -> norm, and the first layer sees the real image. BatchNorms learn an offset only (3,850 values),
-LayerNorms, of the code's master branch, a factor and an offset (7,700).
+Courbariaux et al., "Binarized Neural Networks: Training Deep Neural Networks with Weights and
+Activations Constrained to +1 or -1", arXiv 1602.02830. Layers and constants follow the code
+published with Bop2ndOrder (arXiv 2104.05124): every layer is convolution -> pool -> norm, and the
+first layer sees the real image. BatchNorms learn only an offset (3,850 values); LayerNorms, from
+the code's master branch, a factor and an offset (7,700).
 """
 
 from typing import Any, Literal
@@ -11,11 +12,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
-from bitfleet.models.layers.normalization import Norm, normalization
 from bitfleet.models.layers.quantizers import Binarizer, quantizer_of
+from bitfleet.models.layers.real_layers import Norm, normalization
 from bitfleet.models.registry import model_options, register_model
-
-__all__ = ["BinaryNet", "binarynet"]
 
 
 def _norm(kind: Norm, num_channels: int) -> nn.Module:
@@ -26,14 +25,14 @@ class BinaryNet(nn.Module):
     """BinaryNet for images of 32x32 pixels.
 
     Args:
-        num_classes: outputs.
+        num_classes: number of classes.
         norm: "batch" or "layer".
         in_chans: channels of the images.
         binarizer: quantizer of the features: "ste", "approx" or "hardtanh_tanh".
     """
 
     compiled_apart = ("features", "classifier")
-    """What torch.compile gets one by one: the gradients of the classifier travel while backward goes on in the features."""
+    """Compiled separately: gradients of the classifier travel during backward of the features."""
 
     def __init__(
         self, *, num_classes: int = 10, norm: Norm = "batch", in_chans: int = 3, binarizer: Binarizer = "ste"

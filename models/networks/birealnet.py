@@ -1,22 +1,27 @@
 """Bi-Real Net: a binary ResNet with a real-valued shortcut around every binary convolution.
 
-Liu et al., "Bi-Real Net: Enhancing the Performance of 1-bit CNNs With Improved Representational Capability and Advanced
-Training Algorithm", ECCV 2018, arXiv 1808.00278. Layers and constants follow the code published with Bop2ndOrder (Suarez-
-Ramirez et al., arXiv 2104.05124), whose convolutions have neither weight scales nor biases.
+Liu et al., "Bi-Real Net: Enhancing the Performance of 1-bit CNNs With Improved Representational
+Capability and Advanced Training Algorithm", ECCV 2018, arXiv 1808.00278. Layers and constants
+follow the code published with Bop2ndOrder (Suarez- Ramirez et al., arXiv 2104.05124), whose
+convolutions have neither weight scales nor biases.
 """
 
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from bitfleet.models.layers.initializers import glorot_normal_, glorot_uniform_
 from bitfleet.models.layers.layers import QuantConv2d
-from bitfleet.models.layers.normalization import Norm, normalization
 from bitfleet.models.layers.quantizers import Binarizer, Quantizer, quantizer_of
-from bitfleet.models.layers.same_padding import SameAvgPool2d, SameConv2d, SameMaxPool2d
+from bitfleet.models.layers.real_layers import (
+    Norm,
+    SameAvgPool2d,
+    SameConv2d,
+    SameMaxPool2d,
+    glorot_normal_,
+    glorot_uniform_,
+    normalization,
+)
 from bitfleet.models.registry import model_options, register_model
-
-__all__ = ["BiRealNet", "Residual", "birealnet18", "birealnet34", "birealnet_small"]
 
 Residual = Literal["single", "double"]
 
@@ -44,23 +49,24 @@ class _Block(nn.Module):
         self.conv = QuantConv2d(
             in_channels, out_channels, 3, stride, input_quantizer=quantizer, initializer=glorot_normal_
         )
-        # Sums of so many +-1 have this standard deviation.
+        # The inverse of the standard deviation of a sum of 9 * in_channels signs.
         self.norm = _norm(norm, out_channels, gain=(9 * in_channels) ** -0.5)
 
     def convolved(self, x: Tensor) -> Tensor:
-        """The block without its shortcut."""
+        """Apply the block without its shortcut."""
         normalized: Tensor = self.norm(self.conv(x))
         return normalized
 
     def forward(self, x: Tensor) -> Tensor:
-        # In this order, the shortcut last: DeepSpeed's zero3 hooks every module, and sums gradients in the order of their calls.
+        # The shortcut last: DeepSpeed's zero3 hooks every module and sums gradients in the order of
+        # their calls.
         convolved = self.convolved(x)
         shortcut: Tensor = self.shortcut(x)
         return convolved + shortcut
 
 
 class _Pair(nn.Module):
-    """Two convolutions of blocks within one shortcut, as in ResNet, but for its ReLU: a sign follows."""
+    """Two convolutions within one shortcut, as in ResNet, but with a sign instead of ReLU."""
 
     def __init__(self, first: _Block, second: _Block) -> None:
         super().__init__()
@@ -76,18 +82,21 @@ class BiRealNet(nn.Module):
     """Bi-Real Net of any width and depth.
 
     Args:
-        width: channels of the stem and the first stage; every further stage doubles them.
-        depths: binary convolutions of each stage. All stages but the first halve the resolution.
-        stem: "imagenet" (7x7 convolution and 3x3 max pool, both stride 2) or "small" for images of 28 to 32 pixels
-            (3x3 convolution, 2x2 max pool).
-        num_classes: outputs.
-        norm: "batch", "layer", or "none": a learned factor (from 1 / sqrt(fan in) behind a binary convolution) and offset.
+        width: channels of the stem and the first stage; each later stage doubles them.
+        depths: binary convolutions per stage. All stages but the first halve the resolution.
+        stem: "imagenet" (7x7 convolution and 3x3 max pool, both stride 2) or "small" for images of
+            28 to 32 pixels (3x3 convolution, 2x2 max pool).
+        num_classes: number of classes.
+        norm: "batch", "layer", or "none": a learned factor (initially 1 / sqrt(fan in) after a
+            binary convolution) and offset.
         in_chans: channels of the images.
         binarizer: quantizer of the features: "ste", "approx" or "hardtanh_tanh".
-        residual: "double": a shortcut around every binary convolution. "single": around every two of them, as in ResNet.
+        residual: "double": a shortcut around each binary convolution. "single": around each two of
+            them, as in ResNet.
 
     Raises:
-        ValueError: an unknown option, a width or depth below 1, or `residual="single"` with an odd number in `depths`.
+        ValueError: an unknown option, a width or depth below 1, or `residual="single"` with an odd
+            number in `depths`.
     """
 
     def __init__(
@@ -182,7 +191,7 @@ def birealnet34(pretrained: bool = False, **options: Any) -> BiRealNet:
 
 @register_model
 def birealnet_small(pretrained: bool = False, **options: Any) -> BiRealNet:
-    """Six binary convolutions for images of 28 to 32 pixels, trained in minutes on one core; of no paper.
+    """Six binary convolutions for images of 28 to 32 pixels; not from any paper.
 
     | parameters | of them 1-bit | 1-bit MACs (32x32) | 32-bit MACs |
     |------------|---------------|--------------------|-------------|

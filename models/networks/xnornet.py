@@ -1,36 +1,32 @@
 """XNOR-Net: AlexNet with batch normalization and sign before every binary convolution.
 
-Rastegari et al., "XNOR-Net: ImageNet Classification Using Binary Convolutional Neural Networks", ECCV 2016, arXiv
-1603.05279. Layers and constants follow the code published with Bop2ndOrder (arXiv 2104.05124): neither weight scales nor
-biases nor dropout, and zeros padded after the sign.
+Rastegari et al., "XNOR-Net: ImageNet Classification Using Binary Convolutional Neural Networks",
+ECCV 2016, arXiv 1603.05279. Layers and constants follow the code published with Bop2ndOrder (arXiv
+2104.05124): no weight scales, biases or dropout, and zeros padded after the sign.
 """
 
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from bitfleet.models.layers.initializers import glorot_uniform_
 from bitfleet.models.layers.layers import QuantConv2d
-from bitfleet.models.layers.normalization import Norm, normalization
 from bitfleet.models.layers.quantizers import Binarizer, quantizer_of
-from bitfleet.models.layers.same_padding import SameConv2d
+from bitfleet.models.layers.real_layers import Norm, SameConv2d, glorot_uniform_, normalization
 from bitfleet.models.registry import model_options, register_model
-
-__all__ = ["XNORNet", "xnornet"]
 
 
 class XNORNet(nn.Module):
     """XNOR-Net for images of 224x224 pixels.
 
     Args:
-        num_classes: outputs.
+        num_classes: number of classes.
         norm: "batch" or "layer".
         in_chans: channels of the images.
         binarizer: quantizer of the features: "ste", "approx" or "hardtanh_tanh".
     """
 
     compiled_apart = ("features", "classifier")
-    """What torch.compile gets one by one: the gradients of the classifier travel while backward goes on in the features."""
+    """Compiled separately: gradients of the classifier travel during backward of the features."""
 
     def __init__(
         self, *, num_classes: int = 1000, norm: Norm = "batch", in_chans: int = 3, binarizer: Binarizer = "ste"

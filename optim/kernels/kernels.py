@@ -28,7 +28,9 @@ from bitfleet.c_library import CLibraryError, load_c_library
 SOURCE = Path(__file__).with_suffix(".c")
 ENUM = ("bop", "bop2ndorder", "bop2ndorder_corrected")  # `enum rule` of the source
 CHUNK, GPU_CHUNK = 262_144, 1 << 23
-MIN_SHARE = 32_768  # weights for which a thread is worth waking, as in torch
+MIN_SHARE = 32_768
+"""Weights that justify one more thread, as in torch. models/layers/binary_conv.py repeats this and `num_threads`, because
+models and optimizers do not import each other: change both together."""
 
 Correction = Literal["none", "as_coded", "adam"]
 """Bias correction of bop2ndorder's moments, see optim/rules/bop2ndorder.py."""

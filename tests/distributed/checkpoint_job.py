@@ -9,8 +9,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
-from bitfleet.trainer.checkpoint.planners import logical_chunk
-from bitfleet.trainer.checkpoint.tensors import Tensors
+from bitfleet.trainer.checkpoint.tensors import Tensors, logical_chunk
 
 NUMEL = 1001
 WHOLE = {

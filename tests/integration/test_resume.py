@@ -98,10 +98,7 @@ def test_damaged_checkpoint_is_set_aside(straight: Path, options: list[str], tmp
     command = [BIN / "python", TRAIN, *options, "--run_dir", run, "--stop_after_steps", str(NUM_STEPS)]
     done = run_command(command)
     assert done.returncode == 0, done.stdout
-    assert (
-        f"{newest} is damaged ({file.name} is not as it was written (its sha256 differs)); kept as damaged-"
-        in done.stdout
-    )
+    assert f"{newest} is damaged ({file.name} " in done.stdout
     assert (run / "checkpoints" / f"damaged-{newest.name}").is_dir()
     assert_same_run(straight, run)
 

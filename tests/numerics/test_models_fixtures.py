@@ -19,7 +19,7 @@ from bitfleet.models import (
     kernel_from_keras,
     ste_sign,
 )
-from bitfleet.models.layers.same_padding import NO_PADDING, conv2d
+from bitfleet.models.layers.real_layers import NO_PADDING, conv2d
 from tests.golden.keras_layout import nchw
 
 FIXTURES = dict(np.load(Path(__file__).parents[1] / "golden" / "fixtures.npz"))

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import bitfleet.models.layers.same_padding
 from bitfleet.models import BiRealNet, QuantConv2d, XNORNet, approx_sign, birealnet_small, ste_sign
-from bitfleet.models.layers.same_padding import conv2d
+from bitfleet.models.layers.real_layers import NO_PADDING, conv2d
 
 
 class NaiveSteSign(torch.autograd.Function):
@@ -100,7 +99,7 @@ def test_packed_equals_naive_bit_for_bit(
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward pass keeps for backward, beside parameters and the input; shared storages count once."""
+    """Bytes that a forward pass keeps for backward, besides parameters and the input; shared storages count once."""
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, int] = {}
 
@@ -153,9 +152,7 @@ def test_frozen_weight() -> None:
     x = channels_last(torch.randn(4, 16, 12, 12)).requires_grad_()
     layer(x).sum().backward()
     expected = torch.zeros_like(x).requires_grad_()
-    conv2d(
-        F.pad(expected, (0, 1, 0, 1)), layer.weight, 2, bitfleet.models.layers.same_padding.NO_PADDING
-    ).sum().backward()
+    conv2d(F.pad(expected, (0, 1, 0, 1)), layer.weight, 2, NO_PADDING).sum().backward()
     assert x.grad is not None
     assert expected.grad is not None
     assert torch.equal(x.grad, expected.grad * (x.abs() <= 1))

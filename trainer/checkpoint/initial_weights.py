@@ -1,4 +1,4 @@
-"""Weights to begin a run from: random ones, our own file or run, or a file that Keras wrote."""
+"""Start a run from weights of bitfleet or Keras, and seed the optimizer state for them."""
 
 import dataclasses
 import math
@@ -9,109 +9,173 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitfleet.models import ModelConfig, create_model, load_keras_weights
 from bitfleet.models.keras.weights import Scales
+from bitfleet.optim import Seeding, ShardedOptimizer
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
-from bitfleet.trainer.checkpoint.format import latest_checkpoint, model_signature, verify
+from bitfleet.trainer.checkpoint.format import META, latest_checkpoint, model_signature, verify
 from bitfleet.trainer.checkpoint.tensors import BITS, MODEL, Tensors
+from bitfleet.trainer.data import DataConfig, TrainLoader, normalize
+from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
+from bitfleet.trainer.engine.engine import autocast, scaled_loss
 
 ACCEPTED = (
     "a run folder or checkpoint, a file of `bitfleet checkpoint weights` (.safetensors), or Keras' .npz, .h5 or .keras"
 )
 WRAPPERS = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before the names of a network's tensors."""
+"""Prefixes that DistributedDataParallel and torch.compile add to tensor names."""
+SEEDING_STEPS = 8
+"""Steps that seed an optimizer's state: they estimate the size of a gradient within a third."""
+MAX_SEEDING_STEPS = 40
+"""Limit if gradients are not finite: fp16 finds its loss scale in 16 steps."""
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the generators of Python, NumPy and torch; every rank builds the same weights."""
+    """Seed the generators of Python, NumPy and torch: every rank builds the same weights."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  (libraries use the global generator)
     torch.manual_seed(seed)
 
 
 def load_initial_weights(model: nn.Module, config: ModelConfig, path: Path, scales: Scales, *, new_head: bool) -> None:
-    """Fill `model` from a run, a checkpoint, a .safetensors file (binary weights packed or not) or a file of Keras.
+    """Load weights from a run, a checkpoint, a .safetensors file (packed or not) or a Keras file.
 
     Args:
         model: on the CPU.
-        config: that it was made from.
+        config: of `model`.
         path: the file or folder.
-        scales: how a Keras file has the scales of binary kernels.
-        new_head: leave the layers that depend on the number of classes as they are.
+        scales: how a Keras file stores the scales of binary kernels.
+        new_head: keep the layers whose size depends on the number of classes as they are.
 
     Raises:
-        ValueError: the file is missing, of another kind, or does not fit; the tensor that differs is named.
+        ValueError: the file is missing, of another kind, or does not fit; names the tensor that
+            differs.
     """
     if path.is_dir():
-        tensors = _of_checkpoint(path)
+        tensors = _checkpoint_tensors(path)
     elif not path.is_file():
         raise ValueError(f"there is no file of initial weights at {path}: --init takes {ACCEPTED}")
     elif path.suffix == ".safetensors":
-        tensors = _of_safetensors(path)
+        tensors = _safetensors(path)
     elif path.suffix in (".pth", ".pt", ".ckpt", ".bin"):
         raise ValueError(
-            f"the weights {path} are a pickle of PyTorch, which can run any code as it is read: --init takes {ACCEPTED}; "
-            f"safetensors.torch.save_file(torch.load(...)) writes one of tensors whose names fit"
+            f"the weights {path} are a pickle of PyTorch, which can run any code when loaded: --init takes "
+            f"{ACCEPTED}; convert it with safetensors.torch.save_file(torch.load(...))"
         )
     elif new_head:
         raise ValueError(f"--init_head new is for weights of bitfleet, not for the Keras file {path}")
     else:
         load_keras_weights(model, path, scales=scales)
         return
-    _load(model, tensors, _names_of_head(config) if new_head else set(), path)
+    _load(model, tensors, _head_names(config) if new_head else set(), path)
 
 
-def _of_checkpoint(path: Path) -> Tensors:
-    """Of the checkpoint at `path`, or of the newest one of that run."""
+def _checkpoint_tensors(path: Path) -> Tensors:
+    """Read the weights of the checkpoint at `path`, or of the newest checkpoint of that run."""
     try:
-        checkpoint = path if (path / "meta.json").is_file() else latest_checkpoint(path)
+        checkpoint = path if (path / META).is_file() else latest_checkpoint(path)
         if checkpoint is None:
             raise ValueError("there is no checkpoint in it")
         verify(checkpoint)
-        found = checkpoint_tensors.read(checkpoint, MODEL, BITS)
+        tensors = checkpoint_tensors.read(checkpoint, MODEL, BITS)
     except ValueError as error:
         raise ValueError(f"no weights can be read from {path}: {error}; --init takes {ACCEPTED}") from error
-    return {name.removeprefix(MODEL): tensor for name, tensor in found.items()}
+    return {name.removeprefix(MODEL): tensor for name, tensor in tensors.items()}
 
 
-def _of_safetensors(path: Path) -> Tensors:
+def _safetensors(path: Path) -> Tensors:
     try:
         tensors: Tensors = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(f"the weights {path} are not a safetensors file: {error}") from error
-    for prefix in WRAPPERS * 2:  # of each other, in any order
+    for prefix in WRAPPERS * 2:  # nested in either order
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 
 
-def _names_of_head(config: ModelConfig) -> set[str]:
-    """The tensors of a network whose shapes depend on the number of classes."""
+def _head_names(config: ModelConfig) -> set[str]:
+    """Return the names of the tensors whose shapes depend on the number of classes."""
     with torch.device("meta"):
-        here, there = (
-            model_signature(create_model(dataclasses.replace(config, num_classes=number, initial_weights="signs")))
-            for number in (config.num_classes, config.num_classes + 1)
+        signature, larger = (
+            model_signature(create_model(dataclasses.replace(config, num_classes=count, initial_weights="signs")))
+            for count in (config.num_classes, config.num_classes + 1)
         )
-    return {name for name, shape in here.items() if there[name] != shape}
+    return {name for name, shape in signature.items() if larger[name] != shape}
 
 
 def _load(model: nn.Module, tensors: Tensors, head: set[str], path: Path) -> None:
     state = model.state_dict()
     for name, shape in model_signature(model).items():
-        bits, whole = BITS + name, tensors.get(name)
+        bits, tensor = BITS + name, tensors.get(name)
         if name in head:
             tensors.pop(bits, None)
             tensors[name] = state[name]
-        elif whole is None and bits in tensors and tensors[bits].numel() == -(-math.prod(shape) // 8):
+        elif tensor is None and bits in tensors and tensors[bits].numel() == -(-math.prod(shape) // 8):
             tensors[name] = checkpoint_tensors.unpacked(tensors.pop(bits), shape)
-        elif whole is None or list(whole.shape) != shape:
-            found = "missing" if whole is None else list(whole.shape)
-            hint = (
-                "; to train a new classifier on other classes, pass --init_head new" if name.startswith("head") else ""
+        elif tensor is None or list(tensor.shape) != shape:
+            there = "missing" if tensor is None else list(tensor.shape)
+            hint = "; to train a new classifier for other classes, pass --init_head new"
+            raise ValueError(
+                f"the weights {path} do not fit: {name} is {there} there and {shape} in this model"
+                f"{hint if name.startswith('head') else ''}"
             )
-            raise ValueError(f"the weights {path} do not fit: {name} is {found} there and {shape} in this model{hint}")
     if unknown := sorted(set(tensors) - set(state)):
         raise ValueError(f"the weights {path} do not fit: this model has no {unknown[0]}")
     model.load_state_dict(tensors)
+
+
+def seed_state(
+    model: nn.Module,
+    sharded: ShardedOptimizer,
+    statistics: RunningStatistics,
+    loader: TrainLoader,
+    *,
+    data: DataConfig,
+    precision: str,
+    inertia: float,
+    num_micro_batches: int,
+    num_steps: int,
+) -> str:
+    """Fill a new optimizer's state from gradients of the first steps; every rank calls this.
+
+    Args:
+        model: with the weights; they and the running statistics of its BatchNorms stay as they are.
+        sharded: its optimizer, before the first step.
+        statistics: of the model.
+        loader: its first batches are read; the run reads them again.
+        data: mean and std of the images.
+        precision: of the forward passes.
+        inertia: optim.init_inertia.
+        num_micro_batches: per step on this rank.
+        num_steps: of the run.
+
+    Returns:
+        A sentence about the state. If no gradient is finite it is left empty: the run will skip all
+        its steps and say why.
+    """
+    seeding = Seeding(sharded, inertia=inertia, num_steps=num_steps)
+    batches = loader.batches()
+    device = next(model.parameters()).device
+    model.train()
+    for _ in range(MAX_SEEDING_STEPS):
+        if seeding.num_taken == SEEDING_STEPS:
+            break
+        for _ in range(num_micro_batches):
+            images, labels = next(batches)
+            with statistics.replica():
+                with autocast(device, precision):
+                    logits: Tensor = model(normalize(images, data.mean, data.std))
+                loss = nn.functional.cross_entropy(logits.float(), labels)
+                torch.autograd.backward(scaled_loss(loss, sharded))
+        seeding.take()
+        statistics.end_step(updated=False)
+    if seeding.num_taken == 0:
+        return f"the state of the optimizer was not seeded: no gradient of {MAX_SEEDING_STEPS} steps is finite"
+    seeding.finish()
+    return (
+        f"the state of the optimizer was seeded with the gradients of {seeding.num_taken} steps "
+        f"(optim.init_inertia {inertia:g})"
+    )

@@ -1,4 +1,4 @@
-"""Loading: the newest checkpoint whose every file is as it was written, into a model and optimizer on any number of ranks."""
+"""Find the newest valid checkpoint, and load it on any number of ranks."""
 
 import sys
 from pathlib import Path
@@ -21,83 +21,79 @@ from bitfleet.trainer.checkpoint.format import (
     set_aside,
     verify,
 )
+from bitfleet.trainer.checkpoint.run_folder import RunFolder
 from bitfleet.trainer.ranks.collectives import Ranks, barrier, cpu_group, objects_from_ranks
 
 DIAGNOSTICS_SINCE = "diagnostics_since"
-"""Key of meta.json: steps that were done when the memory of flips began."""
+"""Key of meta.json: number of steps done when the flip memory was started."""
 
 
-class Intact(NamedTuple):
-    """A checkpoint that was read through, and its meta.json."""
+class ValidCheckpoint(NamedTuple):
+    """A checkpoint whose files all have the right hash, and its meta.json."""
 
     path: Path
     meta: dict[str, Any]
 
 
-def check_on_all_ranks(checkpoint: Path, ranks: Ranks) -> tuple[Intact | None, str | None]:
-    """Verify a checkpoint, each rank a part of its files; returns it, or what is wrong. The same on every rank."""
-    problem, meta = None, {}
-    try:
-        meta = read_meta(checkpoint)
-        problem = damage(checkpoint, list(meta["files"].items())[ranks.rank :: ranks.world_size])
-        if problem is None and (name := foreign_file(checkpoint, meta)):
-            problem = f"{name} does not belong to it"
-    except ValueError as error:
-        problem = str(error)
-    problem = next((found for found in objects_from_ranks(problem) if found), None)
-    return (None, problem) if problem else (Intact(checkpoint, meta), None)
+def find_resume_checkpoint(folder: RunFolder, ranks: Ranks) -> ValidCheckpoint | None:
+    """Find the checkpoint to resume from, None for a new run; every rank calls this.
 
-
-def find_intact(run: Path, ranks: Ranks) -> Intact | None:
-    """The newest intact checkpoint of the run at `run`; damaged ones are said, and renamed so that nothing overwrites them.
+    If the newest one of the run is damaged, say so, rename it and take the one before; a checkpoint
+    that the user named is never replaced by another.
 
     Raises:
-        ValueError: there are checkpoints, but none is intact.
+        ValueError: the run, or the checkpoint named, has no valid checkpoint.
     """
-    found = checkpoints(run)
-    # Every rank's own view of a shared folder may lag; rank 0 renames, so all go by its list.
+    if folder.checkpoint is None:
+        return None
+    if not folder.branches:
+        return _newest_valid(folder.path, ranks)
+    valid, problem = _verify_on_all_ranks(folder.checkpoint, ranks)
+    if valid is None:
+        raise ValueError(f"the checkpoint {folder.checkpoint} is damaged: {problem}")
+    return valid
+
+
+def _newest_valid(run: Path, ranks: Ranks) -> ValidCheckpoint | None:
     problems = []
-    for path in objects_from_ranks(found[::-1])[0]:
-        intact, problem = check_on_all_ranks(path, ranks)
-        if intact:
-            return intact
+    # Each rank's view of a shared folder may lag behind. Rank 0 renames, so all use its list.
+    for path in objects_from_ranks(checkpoints(run)[::-1])[0]:
+        valid, problem = _verify_on_all_ranks(path, ranks)
+        if valid:
+            return valid
         problems.append(f"{path.name}: {problem}")
         if ranks.is_first:
-            place = set_aside(path)
-            print(f"bitfleet: {path} is damaged ({problem}); kept as {place.name}", file=sys.stderr, flush=True)
+            renamed = set_aside(path)
+            print(f"bitfleet: {path} is damaged ({problem}); renamed to {renamed.name}", file=sys.stderr, flush=True)
         barrier()
     if problems:
         raise ValueError(f"no checkpoint of {run} is intact: {'; '.join(problems)}")
     return None
 
 
-def load_given(checkpoint: Path, ranks: Ranks) -> Intact:
-    """The checkpoint that a user named.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    intact, problem = check_on_all_ranks(checkpoint, ranks)
-    if intact is None:
-        raise ValueError(f"the checkpoint {checkpoint} is damaged: {problem}")
-    return intact
+def _verify_on_all_ranks(checkpoint: Path, ranks: Ranks) -> tuple[ValidCheckpoint | None, str | None]:
+    """Verify a share of the files per rank; return the checkpoint or the problem to all ranks."""
+    problem, meta = None, {}
+    try:
+        meta = read_meta(checkpoint)
+        share = list(meta["files"].items())[ranks.rank :: ranks.world_size]
+        problem = damage(checkpoint, share) or foreign_file(checkpoint, meta)
+    except ValueError as error:
+        problem = str(error)
+    problem = next((text for text in objects_from_ranks(problem) if text), None)
+    return (None, problem) if problem else (ValidCheckpoint(checkpoint, meta), None)
 
 
 @torch.no_grad()
-def load(model: nn.Module, optimizer: Optimizer, checkpoint: Intact) -> None:
-    """Fill weights, buffers, moments and counts; every rank calls this. Not for DeepSpeed's own shards."""
+def load(model: nn.Module, optimizer: Optimizer, checkpoint: ValidCheckpoint) -> None:
+    """Load weights, buffers, moments and step counts (not ZeRO's); every rank calls this."""
     path, meta = checkpoint
-    names = checkpoint_tensors.contents(path)
-    targets = {
-        name: torch.empty(facts.size, dtype=facts.properties.dtype)
-        for name, facts in names.items()
-        if name.startswith((checkpoint_tensors.MODEL, checkpoint_tensors.BITS))
-    }
+    weights = checkpoint_tensors.empty_tensors(path, checkpoint_tensors.MODEL, checkpoint_tensors.BITS)
     moments = checkpoint_tensors.state_targets(optimizer)
-    if missing := sorted(set(moments) - set(names)):
+    if missing := sorted(moments.keys() - checkpoint_tensors.contents(path)):
         raise ValueError(f"the checkpoint {path} has no {missing[0]}, which this optimizer needs")
-    checkpoint_tensors.read_into(targets | moments, path, cpu_group("control"))
-    model.load_state_dict(checkpoint_tensors.model_state(targets, model_signature(model)))
+    checkpoint_tensors.read_into(weights | moments, path, cpu_group("control"))
+    model.load_state_dict(checkpoint_tensors.model_state(weights, model_signature(model)))
     if isinstance(optimizer, ShardedOptimizer):
         optimizer.load_steps(meta["optimizer_steps"], meta["step"], meta["skipped_steps"])
         optimizer.load_transition_state(meta.get("transitions"))
@@ -108,15 +104,15 @@ def load(model: nn.Module, optimizer: Optimizer, checkpoint: Intact) -> None:
         optimizer.load_steps(meta["optimizer_steps"])
 
 
-def load_diagnostics(diagnostics: BitDiagnostics, checkpoint: Intact, ranks: Ranks) -> None:
-    """Fill the memory of flips, after `load`; every rank calls this. A checkpoint without one begins it, and rank 0 says so."""
+def load_diagnostics(diagnostics: BitDiagnostics, checkpoint: ValidCheckpoint, ranks: Ranks) -> None:
+    """Load the flip memory, after `load`, or start it and say so; every rank calls this."""
     path, meta = checkpoint
     since = meta.get(DIAGNOSTICS_SINCE)
     if since is not None:
         checkpoint_tensors.read_into(checkpoint_tensors.diagnostics_targets(diagnostics), path, cpu_group("control"))
     elif ranks.is_first:
         print(
-            f"bitfleet: {path} was written without metrics.diagnostics: they begin after step {meta['step']:,}",
+            f"bitfleet: {path} was written without metrics.diagnostics: they start after step {meta['step']:,}",
             file=sys.stderr,
             flush=True,
         )
@@ -124,12 +120,12 @@ def load_diagnostics(diagnostics: BitDiagnostics, checkpoint: Intact, ranks: Ran
 
 
 def load_model(model: nn.Module, checkpoint: Path) -> None:
-    """Load weights and buffers alone, in one process.
+    """Load only weights and buffers, in one process.
 
     Raises:
-        ValueError: the checkpoint is damaged, or of another model.
+        ValueError: the checkpoint is damaged, or belongs to another model.
     """
-    meta = verify(checkpoint)
-    check_model(meta["model"], model_signature(model), checkpoint)
+    signature = model_signature(model)
+    check_model(verify(checkpoint)["model"], signature, checkpoint)
     tensors = checkpoint_tensors.read(checkpoint, checkpoint_tensors.MODEL, checkpoint_tensors.BITS)
-    model.load_state_dict(checkpoint_tensors.model_state(tensors, model_signature(model)))
+    model.load_state_dict(checkpoint_tensors.model_state(tensors, signature))

@@ -1,14 +1,19 @@
-"""The tensors of a checkpoint, on torch.distributed.checkpoint (DCP) with safetensors storage: no pickle, any number of ranks.
+"""Write and read tensors with torch.distributed.checkpoint (DCP) and safetensors: no pickle.
 
-    bits.<parameter>            a binary weight as packed signs, uint8 [ceil(numel / 8)], least significant bit first; one that is
-                                not +-1 yet (the rule bnew, model.initial_weights real) is not stored so
-    model.<tensor>              any other parameter or buffer, as it is
-    optim.<key>.<parameter>     a moment, flat fp32 [numel]
-    diagnostics.<key>.<parameter>   memory of flips, packed like the bits; only of a run with metrics.diagnostics
+    bits.<parameter>                a binary weight as packed signs, uint8 [ceil(numel / 8)], least
+                                    significant bit first; only if it is +-1: not before the first
+                                    update with model.initial_weights real, nor before bnew freezes
+    model.<tensor>                  any other parameter or buffer, unchanged
+    optim.<key>.<parameter>         a moment, flat fp32 [numel]
+    diagnostics.<key>.<parameter>   flip memory, packed like the bits; only with metrics.diagnostics
 
-With sharding "bits" each rank writes its slices of bits and moments as chunks of these logical tensors, rank 0 the rest; else
-rank 0 writes everything. A chunk is a plain view with a mark; trainer/checkpoint/planners.py plans for those. Reading on another
-number of ranks is DCP's own resharding.
+With sharding "bits" each rank writes its slices of bits and moments as chunks of these logical
+tensors, and rank 0 the rest; otherwise rank 0 writes everything. Any number of ranks can read them.
+
+A logical tensor is flat and consists of chunks on several ranks. A chunk is a plain tensor with a
+mark that says where it belongs. DCP's own planners would take it for a whole tensor: of the ranks
+that write one name one would win, without an error, and the rest would be lost. torch 2.14 has
+marks (CheckpointableTensor), earlier versions do not; the planners here work with every version.
 """
 
 import json
@@ -31,9 +36,23 @@ from torch.distributed.checkpoint._hf_utils import (
     SAVED_OFFSETS_KEY,
     _gen_file_name,
 )
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.storage import WriteResult
@@ -46,7 +65,6 @@ from bitfleet.optim.kernels.bits import pack_signs, unpack_signs
 from bitfleet.optim.rules.rule import RULES
 from bitfleet.optim.sharding.state import BITS as CHUNK_BITS
 from bitfleet.optim.sharding.state import Chunk, in_bits
-from bitfleet.trainer.checkpoint.planners import ChunkLoadPlanner, ChunkSavePlanner, logical_chunk
 from bitfleet.trainer.ranks.collectives import Ranks
 
 Tensors = dict[str, Tensor]
@@ -54,39 +72,39 @@ MODEL, BITS, OPTIM, DIAGNOSTICS = "model.", "bits.", "optim.", "diagnostics."
 
 
 def shard_files(rank: int) -> str:
-    """Pattern of the files that `rank` writes (DCP's naming)."""
+    """Return the glob pattern of the files that `rank` writes (DCP's naming)."""
     return f"shard-{rank + 1:05d}-*.safetensors"
 
 
 def tensors_to_save(
     model: nn.Module, optimizer: Optimizer | None, ranks: Ranks, diagnostics: BitDiagnostics | None = None
 ) -> Tensors:
-    """This rank's share of a checkpoint: views where possible, nothing is copied but packed signs.
+    """Collect this rank's share of a checkpoint: views, except for signs packed here.
 
     Args:
-        model: its weights are whole on every rank.
-        optimizer: None leaves its state out: it is in DeepSpeed's own files.
-        ranks: this process's place.
-        diagnostics: of the optimizer, if there are any.
+        model: with whole weights on every rank.
+        optimizer: None leaves its state out (it is in DeepSpeed's own files).
+        ranks: rank and world size.
+        diagnostics: of the optimizer, if enabled.
     """
-    found: Tensors = diagnostics_targets(diagnostics) if diagnostics is not None else {}
+    tensors: Tensors = diagnostics_targets(diagnostics) if diagnostics is not None else {}
     in_chunks: set[str] = set()
     if isinstance(optimizer, ShardedOptimizer):
-        found |= _marked(optimizer.chunks()) | _marked(optimizer.bit_chunks())
+        tensors |= _marked(optimizer.chunks()) | _marked(optimizer.bit_chunks())
         in_chunks = in_bits(optimizer.buckets)
     if not ranks.is_first:
-        return found
+        return tensors
     binary = {name for name, param in model.named_parameters() if is_binary(param)}
     for name, tensor in model.state_dict().items():
         if name in in_chunks:
             continue
         if name in binary and bool((tensor.detach().abs() == 1).all()):
-            found[BITS + name] = _packed(tensor)
+            tensors[BITS + name] = _packed(tensor)
         else:
-            found[MODEL + name] = tensor.detach()
+            tensors[MODEL + name] = tensor.detach()
     if isinstance(optimizer, RoutedOptimizer):
-        found |= _plain_state(optimizer)
-    return found
+        tensors |= _plain_state(optimizer)
+    return tensors
 
 
 def _marked(chunks: Iterable[Chunk], prefix: str = OPTIM) -> Tensors:
@@ -99,7 +117,7 @@ def _marked(chunks: Iterable[Chunk], prefix: str = OPTIM) -> Tensors:
 
 
 def _plain_state(optimizer: RoutedOptimizer) -> Tensors:
-    """Flat views of the moments of an optimizer that is not sharded."""
+    """Return flat views of the moments of an optimizer that is not sharded."""
     return {
         f"{OPTIM}{key}.{name}": optimizer.state[param][key].view(-1)
         for group in optimizer.param_groups
@@ -116,26 +134,102 @@ def _packed(tensor: Tensor) -> Tensor:
 
 
 def unpacked(bits: Tensor, shape: Iterable[int]) -> Tensor:
-    """The +-1 weight, fp32 of `shape`, of its packed signs."""
-    whole = torch.zeros(-(-bits.numel() // 8) * 8, dtype=torch.uint8)
-    whole[: bits.numel()] = bits
-    values = torch.empty(whole.numel() * 8)
-    unpack_signs(whole, values)
+    """Unpack signs to a +-1 weight, fp32 of `shape`."""
+    padded = torch.zeros(-(-bits.numel() // 8) * 8, dtype=torch.uint8)
+    padded[: bits.numel()] = bits
+    values = torch.empty(padded.numel() * 8)
+    unpack_signs(padded, values)
     size = torch.Size(shape)
     return values[: size.numel()].view(size)
 
 
-class _Writer(HuggingFaceStorageWriter):
-    """DCP's writer, but for how the file of a rank is written.
+def logical_chunk(tensor: Tensor, offset: int, numel: int) -> Tensor:
+    """Mark a flat tensor as the elements from `offset` on of a logical one of `numel` elements."""
+    tensor.logical_offset, tensor.logical_numel = offset, numel  # type: ignore[attr-defined]
+    return tensor
 
-    DCP serializes the file into memory first, in a call that keeps the interpreter to itself (0.4 s for 260 MB): training would
-    stand still as long. This one streams the tensors from where they are.
+
+def copy_mark(source: Tensor, target: Tensor) -> Tensor:
+    """Give `target` the mark of `source`, if it has one."""
+    if hasattr(source, "logical_numel"):
+        mark: Any = source
+        return logical_chunk(target, mark.logical_offset, mark.logical_numel)
+    return target
+
+
+def chunk_of(tensor: Tensor) -> tuple[ChunkStorageMetadata, torch.Size]:
+    """Return the chunk and the size of its logical tensor; without a mark `tensor` is whole."""
+    if hasattr(tensor, "logical_numel"):
+        mark: Any = tensor
+        chunk = ChunkStorageMetadata(torch.Size([mark.logical_offset]), tensor.size())
+        return chunk, torch.Size([mark.logical_numel])
+    return ChunkStorageMetadata(torch.Size([0] * tensor.dim()), tensor.size()), tensor.size()
+
+
+class ChunkSavePlanner(DefaultSavePlanner):
+    """Plan how to write a flat dictionary of tensors, whole or chunks."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> SavePlan:
+        """Plan one item per tensor of this rank."""
+        self.plan = SavePlan([_write_item(name, tensor) for name, tensor in self.state_dict.items()])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """Return the tensor of that name: a rank has one chunk of each logical tensor."""
+        return self.state_dict[index.fqn]
+
+
+def _write_item(name: str, tensor: Tensor) -> WriteItem:
+    chunk, size = chunk_of(tensor)
+    data = TensorWriteData(chunk=chunk, properties=TensorProperties.create_from_tensor(tensor), size=size)
+    return WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+
+
+class ChunkLoadPlanner(DefaultLoadPlanner):
+    """Plan how to fill a flat dictionary of tensors or chunks from those of any number of ranks."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> LoadPlan:
+        """Plan an item for each part of a written chunk that a tensor of this rank needs.
+
+        Raises:
+            ValueError: the checkpoint lacks a tensor, or has another size. DCP passes it on to all
+                ranks.
+        """
+        assert self.metadata is not None
+        items = []
+        for name, tensor in self.state_dict.items():
+            written = self.metadata.state_dict_metadata.get(name)
+            if not isinstance(written, TensorStorageMetadata):
+                raise ValueError(f"the checkpoint has no tensor {name}")
+            chunk, size = chunk_of(tensor)
+            if written.size != size:
+                raise ValueError(f"{name} has size {list(written.size)} in the checkpoint, here {list(size)}")
+            items += create_read_items_for_chunk_list(name, written, [chunk])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """Return the tensor of that name: a rank has one chunk of each logical tensor."""
+        tensor: Tensor = self.state_dict[index.fqn]
+        return tensor
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """DCP's writer, which streams tensors to the file.
+
+    DCP itself serializes the file into memory first, in a call that holds the interpreter lock (0.4
+    s for 260 MB): training would stop for as long.
     """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write the tensors of `plan` as one safetensors file, and flush it."""
+        """Write the tensors of `plan` as one safetensors file and flush it."""
         done: Future[list[WriteResult]] = Future()
-        done.set_result([])  # what it would say goes into an index file, which shards of several ranks do not have
+        done.set_result([])  # they would go into an index file, which shards do not have
         if not plan.items:
             return done
         tensors: Tensors = {}
@@ -153,7 +247,7 @@ class _Writer(HuggingFaceStorageWriter):
             FORMAT_KEY: FORMAT_VALUE,
         }
         save_file(tensors, path, metadata)
-        path.chmod(0o666 & path.parent.stat().st_mode)  # as the umask says: save_file lets only the owner read
+        path.chmod(0o666 & path.parent.stat().st_mode)  # save_file ignores the umask
         with path.open("rb") as file:
             os.fsync(file.fileno())
         return done
@@ -163,20 +257,20 @@ def write(tensors: Tensors, folder: Path, group: Any) -> None:
     """Write every rank's tensors (in host memory) below `folder`; every rank calls this.
 
     Raises:
-        CheckpointException: on all ranks, when one of them fails.
+        CheckpointException: on all ranks, if one of them fails.
     """
     writer = _Writer(str(folder), save_distributed=True, thread_count=1)
     dcp_save(tensors, storage_writer=writer, planner=ChunkSavePlanner(), process_group=group)
 
 
 def read_into(tensors: Tensors, folder: Path, group: Any) -> None:
-    """Fill `tensors` (chunks or whole) from a checkpoint; every rank calls this."""
+    """Fill `tensors` (chunks or whole tensors) from a checkpoint; every rank calls this."""
     reader = HuggingFaceStorageReader(str(folder))
     dcp_load(tensors, storage_reader=reader, planner=ChunkLoadPlanner(), process_group=group)
 
 
 def contents(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Name -> logical size and type of every tensor in a checkpoint, from the headers of its files.
+    """Read name -> logical size and dtype of every tensor from the headers of a checkpoint's files.
 
     Raises:
         ValueError: a file is not safetensors.
@@ -185,38 +279,43 @@ def contents(folder: Path) -> dict[str, TensorStorageMetadata]:
         metadata = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the tensor files in {folder} cannot be read: {error}") from error
-    return {name: facts for name, facts in metadata.items() if isinstance(facts, TensorStorageMetadata)}
+    return {name: entry for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def read(folder: Path, *prefixes: str) -> Tensors:
-    """The whole tensors whose names begin with one of `prefixes`, in one process."""
-    tensors = {
-        name: torch.empty(facts.size, dtype=facts.properties.dtype)
-        for name, facts in contents(folder).items()
-        if name.startswith(prefixes)
-    }
+    """Read the whole tensors whose names start with one of `prefixes`, in one process."""
+    tensors = empty_tensors(folder, *prefixes)
     _read_alone(tensors, folder)
     return tensors
 
 
+def empty_tensors(folder: Path, *prefixes: str) -> Tensors:
+    """Allocate the whole tensors of a checkpoint whose names start with one of `prefixes`."""
+    return {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in contents(folder).items()
+        if name.startswith(prefixes)
+    }
+
+
 def read_chunks(chunks: Iterable[Chunk], folder: Path) -> None:
-    """Fill chunks, of this rank or of one of any number of ranks, in one process."""
+    """Fill chunks in one process, also those of another rank or of another number of ranks."""
     _read_alone(_marked(chunks), folder)
 
 
 def _read_alone(tensors: Tensors, folder: Path) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # it need not be there
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         reader = HuggingFaceStorageReader(str(folder))
         dcp_load(tensors, storage_reader=reader, planner=ChunkLoadPlanner(), no_dist=True)
 
 
 def model_state(tensors: Mapping[str, Tensor], shapes: Mapping[str, Iterable[int]]) -> Tensors:
-    """The state_dict of a model from the tensors of a checkpoint.
+    """Assemble the state_dict of a model from the tensors of a checkpoint.
 
     Args:
-        tensors: with all of the model's.
-        shapes: of the model's tensors.
+        tensors: all tensors of the model; others are ignored.
+        shapes: name -> shape of the model's tensors.
     """
     return {
         name: tensors[MODEL + name] if MODEL + name in tensors else unpacked(tensors[BITS + name].cpu(), shape)
@@ -225,7 +324,7 @@ def model_state(tensors: Mapping[str, Tensor], shapes: Mapping[str, Iterable[int
 
 
 def state_targets(optimizer: Optimizer) -> Tensors:
-    """Where the moments of a checkpoint belong on this rank: views into the state, made at 0 where it is new."""
+    """Return views into this rank's moments, to be filled; missing state is created as 0."""
     if isinstance(optimizer, ShardedOptimizer):
         return _marked(optimizer.chunks())
     assert isinstance(optimizer, RoutedOptimizer)
@@ -234,12 +333,12 @@ def state_targets(optimizer: Optimizer) -> Tensors:
 
 
 def diagnostics_targets(diagnostics: BitDiagnostics) -> Tensors:
-    """Views of this rank's memory of flips: what is saved, and where it belongs when it is read."""
+    """Return views of this rank's flip memory, to be saved or filled."""
     return _marked(diagnostics.chunks(), DIAGNOSTICS)
 
 
 def total_bytes(tensors: Mapping[str, Any], become_bits: Container[str] = ()) -> int:
-    """Bytes of all `tensors`; of the parameters `become_bits`, which may hold real values yet, those of their bits."""
+    """Sum the bytes of `tensors`, with 1 bit per element of the parameters `become_bits`."""
     return sum(
         -(-tensor.numel() // 8)
         if name.startswith(MODEL) and name.removeprefix(MODEL) in become_bits

@@ -1,4 +1,4 @@
-"""Writing the flip journal while training goes on: the optimizer tells what flipped, a thread encodes and writes it."""
+"""Write the flip journal: the optimizer reports flips, a thread encodes and writes them."""
 
 import contextlib
 import os
@@ -33,14 +33,17 @@ from bitfleet.trainer.ranks.collectives import Ranks, from_first_rank
 from bitfleet.trainer.run.files import flush_folder
 
 MAX_STEPS_BEHIND = 16
-"""Steps that a slow disk may be behind before training waits for it: what they hold must stay small."""
+"""Steps that a slow disk may be behind before training waits, to bound their memory."""
 
 
 def open_journal(enabled: bool, run: Path, ranks: Ranks, optimizer: Optimizer) -> "JournalWriter | None":
-    """The journal of a run from the present step on, a new part; None without one. Every rank calls this.
+    """Start a new part of a run's journal at the current step; every rank calls this.
+
+    If disabled, return None and mark the end of a journal that exists.
 
     Raises:
-        ValueError: no weights of the run travel as bits, or the journal, or the mark of its end, cannot be written.
+        ValueError: the run keeps no weights as bits, or the journal or its end mark cannot be
+            written.
     """
     folder = run / FOLDER
     if not enabled:
@@ -49,7 +52,7 @@ def open_journal(enabled: bool, run: Path, ranks: Ranks, optimizer: Optimizer) -
         return None
     if not isinstance(optimizer, ShardedOptimizer) or not any(bucket.binary for bucket in optimizer.buckets):
         raise ValueError(
-            "journal.enabled is True, but no weights of this run are kept as bits, whose flips could be written: it needs "
+            "journal.enabled is True, but this run keeps no weights as bits: the journal needs "
             "--engine.sharding bits, a network with binary weights and a rule that flips them"
         )
     part, problem = 0, ""
@@ -67,14 +70,14 @@ def open_journal(enabled: bool, run: Path, ranks: Ranks, optimizer: Optimizer) -
 
 
 def _mark_end(folder: Path, optimizer: Optimizer) -> str:
-    """Note in a journal that is there that the run goes on without it; what is wrong, in words."""
+    """Mark an existing journal as ended here; return what went wrong, or ""."""
     if folder.is_dir() and isinstance(optimizer, ShardedOptimizer):
         try:
             (folder / marker_name(_next_part(folder), optimizer.num_steps)).touch()
         except OSError as error:
             return (
-                f"{folder} cannot be told that the flip journal ends here: {error.strerror or error}; make room, or move that "
-                f"folder away"
+                f"cannot mark the end of the flip journal in {folder}: {error.strerror or error}; free some "
+                f"space, or move that folder away"
             )
     return ""
 
@@ -86,20 +89,20 @@ def _next_part(folder: Path) -> int:
 class _Step(NamedTuple):
     step: int
     flips: list[Bytes]
-    """Of each binary bucket; none for a step that was skipped."""
+    """One array per binary bucket; empty for a skipped step."""
     wait: Callable[[], object]
-    """Returns when the flips have arrived from the device."""
+    """Wait until the flips have arrived from the device."""
 
 
 class JournalWriter:
-    """Writes a file of the journal of what `optimizer` flips from now on; one frame a step, in a thread.
+    """Write the flips of `optimizer` from now on to a file, one frame per step, in a thread.
 
     Args:
-        path: the file; it is new, and its folder exists.
-        optimizer: has binary buckets; it tells this writer what flips until `close`.
+        path: a new file in an existing folder.
+        optimizer: with binary buckets; it reports flips to this writer until `close`.
 
     Raises:
-        ValueError: the file cannot be made.
+        ValueError: the file cannot be created.
     """
 
     def __init__(self, path: Path, optimizer: ShardedOptimizer) -> None:
@@ -111,14 +114,14 @@ class JournalWriter:
         self._signs = np.concatenate([bucket.signs().cpu().numpy() for bucket in self._buckets])
         self._bytes_since_signs = 0
         try:
-            # Under its name once it can be read: a kill at the start must not leave a file without signs.
-            begun = path.with_suffix(".tmp")
-            self._file = begun.open("wb")
+            # Renamed when it can be read: a kill at the start must not leave a file without signs.
+            temporary = path.with_suffix(".tmp")
+            self._file = temporary.open("wb")
             self._file.write(header(_layout(optimizer, begin, self._signs.size * 8)))
             self._write_signs(begin)
             self._file.flush()
             os.fsync(self._file.fileno())
-            begun.rename(path)
+            temporary.rename(path)
             flush_folder(path.parent)
         except OSError as error:
             raise _unwritable(path, error) from error
@@ -128,7 +131,7 @@ class JournalWriter:
         optimizer.observers.append(self.observe)
 
     def observe(self, bucket: Bucket, grad: Tensor, flips: Tensor) -> None:
-        """Take over `flips` (uint8 [slice_numel / 8], not to be changed any more) of a bucket in the optimizer's current step.
+        """Receive the `flips`, uint8 [slice_numel / 8], of a bucket in the current step.
 
         Raises:
             ValueError: an earlier step could not be written.
@@ -143,10 +146,10 @@ class JournalWriter:
             self._last_step, self._flips = step, []
 
     def flush(self) -> None:
-        """Bring all steps so far to the disk: a checkpoint must not outlive the flips that led to it.
+        """Write all steps so far to disk: a checkpoint must not outlive the flips before it.
 
         Raises:
-            ValueError: one could not be written.
+            ValueError: a step could not be written.
         """
         self._skip_to(self._optimizer.num_steps)
         done = threading.Event()
@@ -155,7 +158,7 @@ class JournalWriter:
         self._check()
 
     def close(self) -> None:
-        """Flush and end; the optimizer tells no more.
+        """Flush, close the file and detach from the optimizer.
 
         Raises:
             ValueError: a step could not be written.
@@ -170,7 +173,7 @@ class JournalWriter:
                 self._file.close()
 
     def _skip_to(self, step: int) -> None:
-        """Steps that nobody told of updated nothing."""
+        """Record steps without a report as skipped: they updated nothing."""
         for skipped in range(self._last_step + 1, step + 1):
             self._queue.put(_Step(skipped, [], bool))
         self._last_step = max(self._last_step, step)
@@ -186,7 +189,7 @@ class JournalWriter:
             try:
                 if self._error is None:
                     self._write(item)
-            except Exception as error:  # it is raised in the main thread, which must not wait for this one in vain
+            except Exception as error:  # raised in the main thread
                 self._error = error
             if isinstance(item, threading.Event):
                 item.set()
@@ -216,12 +219,12 @@ class JournalWriter:
 def _on_host(step: int, flips: list[Tensor]) -> _Step:
     if not flips[0].is_cuda:
         return _Step(step, [each.numpy() for each in flips], bool)
-    held = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in flips]
-    for target, each in zip(held, flips, strict=True):
-        target.copy_(each, non_blocking=True)
+    pinned = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in flips]
+    for target, source in zip(pinned, flips, strict=True):
+        target.copy_(source, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
-    return _Step(step, [each.numpy() for each in held], copied.synchronize)
+    return _Step(step, [each.numpy() for each in pinned], copied.synchronize)
 
 
 def _layout(optimizer: ShardedOptimizer, begin_step: int, num_weights: int) -> Layout:
@@ -238,6 +241,6 @@ def _layout(optimizer: ShardedOptimizer, begin_step: int, num_weights: int) -> L
 
 def _unwritable(path: Path, error: OSError) -> ValueError:
     return ValueError(
-        f"the flip journal {path} cannot be written: {error.strerror or error}; every checkpoint is intact: make room, then "
-        f"continue with --resume auto, or without a journal with --journal.enabled False"
+        f"the flip journal {path} cannot be written: {error.strerror or error}; every checkpoint is intact: free some "
+        f"space, then continue with --resume auto, or without a journal with --journal.enabled False"
     )

@@ -1,6 +1,8 @@
 """The options of a command, and what a wrong one is told."""
 
 import dataclasses
+import io
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -72,3 +74,18 @@ def test_a_wrong_word_gets_one_sentence(words: str, parts: tuple[str, ...]) -> N
     assert not [part for part in parts if part not in sentence], sentence
     assert "│" not in sentence
     assert "\n" not in sentence
+
+
+def test_a_terminal_without_utf8_gets_the_same_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    sentences = []
+    for encoding in ("utf-8", "ascii"):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        with pytest.raises(ValueError, match="--num_worker;") as caught:
+            parse(Pack | Verify, "pack x --num_worker 3".split(), "t")
+        sentences.append(str(caught.value))
+    assert sentences[0] == sentences[1]
+
+
+def test_an_option_without_its_command_is_named() -> None:
+    with pytest.raises(ValueError, match="no option --images"):
+        parse(Pack | Verify, "verify x --images 3".split(), "t")

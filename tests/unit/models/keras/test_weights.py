@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from bitfleet.models import BiRealNet, kernel_from_keras, load_keras_weights
-from bitfleet.models.layers.normalization import Norm
+from bitfleet.models.layers.real_layers import Norm
 from tests.golden.keras_layout import Variables, flat, write_arrays, write_h5, write_npz
 
-# Two blocks, the second with a shortcut of its own, in the order of Keras' model.layers.
+# Two blocks, the second with its own shortcut, in the order of Keras' model.layers.
 SHAPES = {
     "conv2d": (3, 3, 3, 4),
     "batch_normalization": (4,),
@@ -275,26 +275,24 @@ def test_a_mismatch_in_a_nested_model_is_named_as_the_file_has_it(tmp_path: Path
     layers = random_layers()
     layers["dense"]["kernel:0"] = np.zeros((8, 9))
     write_nested(tmp_path / "weights.h5", {"birealnet": layers}, outer="outer/")
-    with pytest.raises(ValueError, match=r"has birealnet/outer/birealnet/dense/kernel:0 of shape \(8, 9\)"):
+    with pytest.raises(ValueError, match=r"birealnet/outer/birealnet/dense/kernel:0 .*\(8, 9\)"):
         load_keras_weights(network(), tmp_path / "weights.h5")
     write_by_class(tmp_path / "weights.h5", layers)
-    with pytest.raises(ValueError, match=r"has layers/dense/vars/0 of shape \(8, 9\)"):
+    with pytest.raises(ValueError, match=r"layers/dense/vars/0 .*\(8, 9\)"):
         load_keras_weights(network(), tmp_path / "weights.h5")
     layers["conv2d_2"] = {"kernel:0": np.zeros(3)}
     write_by_class(tmp_path / "weights.h5", layers)
-    with pytest.raises(ValueError, match=r"has layers/conv2d_2/vars/0 of shape \(3,\); .* expects 2 conv2d layers"):
+    with pytest.raises(ValueError, match=r"layers/conv2d_2/vars/0 .*\(3,\).* 2 conv2d layers"):
         load_keras_weights(network(), tmp_path / "weights.h5")
     layers.pop("conv2d_2")
     layers["conv2d"]["bias:0"] = np.zeros(4)
     write_by_class(tmp_path / "weights.h5", layers)
-    with pytest.raises(
-        ValueError, match=r"has layers/conv2d/vars/1 of shape \(4,\); .* expects only kernel of that layer"
-    ):
+    with pytest.raises(ValueError, match=r"layers/conv2d/vars/1 .*\(4,\).* kernel "):
         load_keras_weights(network(), tmp_path / "weights.h5")
 
 
 def write_layers_apart(path: Path, layers: Layers, classes: Sequence[str]) -> None:
-    """Each layer in a nested model of its own, whose class is one of `classes` in turn."""
+    """Each layer in its own nested model, whose class is one of `classes` in turn."""
     counts: dict[str, int] = {}
     with h5py.File(path, "w") as file:
         for place, (layer, found) in enumerate(layers.items()):
@@ -313,9 +311,7 @@ def test_nested_models_come_in_the_order_of_their_numbers(tmp_path: Path) -> Non
     load_keras_weights(model, tmp_path / "one.weights.h5")
     assert_holds(model, layers)
     write_layers_apart(tmp_path / "two.weights.h5", ordered, ["sequential", "functional"])
-    with pytest.raises(
-        ValueError, match=r"has layers/\w+/.* and layers/\w+/.*, and does not say which of them comes first"
-    ):
+    with pytest.raises(ValueError, match=r"layers/\w+/.* and layers/\w+/.*np.savez"):
         load_keras_weights(network(), tmp_path / "two.weights.h5")
 
 
@@ -372,16 +368,14 @@ def test_arrays_in_another_order(tmp_path: Path) -> None:
     layers = random_layers()
     layers["dense"] = dict(reversed(layers["dense"].items()))
     write_arrays(tmp_path / "weights.npz", layers)
-    with pytest.raises(
-        ValueError, match=r"arr_20 \(dense/kernel\) of shape \(5,\).* expects numbers of shape \(8, 5\)"
-    ):
+    with pytest.raises(ValueError, match=r"arr_20 \(dense/kernel\) .*\(5,\).*\(8, 5\)"):
         load_keras_weights(network(), tmp_path / "weights.npz")
 
 
 def test_a_gap_in_the_arrays(tmp_path: Path) -> None:
     arrays = {f"arr_{index + (index > 3)}": array for index, array in enumerate(flat(random_layers()).values())}
     np.savez(tmp_path / "weights.npz", **arrays)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="has no arr_4; BiRealNet .* expects arr_0 to arr_21"):
+    with pytest.raises(ValueError, match="no arr_4.* arr_0 to arr_21"):
         load_keras_weights(network(), tmp_path / "weights.npz")
 
 
@@ -430,7 +424,7 @@ def hollow_h5(path: Path) -> None:
         ("weights.keras", lambda path: path.write_bytes(b"text"), "not a weights file of Keras: .*zip"),
         ("weights.keras", keras_without_weights, "not a weights file of Keras: it holds no model.weights.h5"),
         ("weights.h5", doubled_h5, "it lists a/conv2d/kernel:0 twice"),
-        ("weights.npz", lambda path: path.write_bytes(b"text"), "no archive as np.savez writes"),
+        ("weights.npz", lambda path: path.write_bytes(b"text"), "not an archive .*np.savez"),
         ("weights.npz", truncated_npz, "not a weights file of Keras: "),
         ("weights.npz", empty_npz, "it has no variables"),
         ("weights.npz", object_npz, "not a weights file of Keras: .*allow_pickle"),
@@ -447,13 +441,13 @@ def test_no_file_of_keras(file: str, write: Callable[[Path], None], message: str
 
 
 def test_unknown_network(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the network is Linear, .* expected BinaryNet, XNORNet or BiRealNet"):
+    with pytest.raises(ValueError, match="Linear.*BinaryNet, XNORNet or BiRealNet"):
         load_keras_weights(nn.Linear(1, 1), tmp_path / "weights.npz")
 
 
 @pytest.mark.parametrize("options", [{"residual": "single"}, {"norm": "none"}])
 def test_ablations_have_no_keras_code(options: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r'residual="single" or norm="none", which no Keras code was published for'):
+    with pytest.raises(ValueError, match=r'residual="single" or norm="none"'):
         load_keras_weights(BiRealNet(width=4, depths=(2,), stem="small", **options), tmp_path / "weights.npz")
 
 
@@ -461,12 +455,10 @@ def test_scales_that_cannot_be_folded(tmp_path: Path) -> None:
     layers = random_layers()
     layers["quant_conv2d_1"]["kernel:0"][..., 6] = 0
     write_npz(tmp_path / "weights.npz", layers)
-    with pytest.raises(
-        ValueError, match=r"filter 6 of quant_conv2d_1/kernel:0 of shape \(3, 3, 4, 8\).* mean\|W\| = 0"
-    ):
+    with pytest.raises(ValueError, match=r"filter 6 of quant_conv2d_1/kernel:0 .*mean\|W\| = 0"):
         load_keras_weights(network(), tmp_path / "weights.npz", scales="larq-zoo")
     write_npz(tmp_path / "weights.npz", random_layers("layer"))
-    with pytest.raises(ValueError, match="scales of quant_conv2d/kernel:0 .* have no BatchNorm to go into"):
+    with pytest.raises(ValueError, match="quant_conv2d/kernel:0 .* no BatchNorm"):
         load_keras_weights(network("layer"), tmp_path / "weights.npz", scales="larq-zoo")
-    with pytest.raises(ValueError, match='scales is \'all\'; expected "none" or "larq-zoo"'):
+    with pytest.raises(ValueError, match="scales .*'all'.*none.*larq-zoo"):
         load_keras_weights(network(), tmp_path / "weights.npz", scales="all")  # type: ignore[arg-type]

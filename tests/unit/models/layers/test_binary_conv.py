@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from bitfleet import c_library
 from bitfleet.models import QuantConv2d, approx_sign, hardtanh_tanh_sign, ste_sign
-from bitfleet.models.layers import binary_kernels, layers
+from bitfleet.models.layers import binary_conv, layers
 from bitfleet.models.layers.quantizers import Quantizer
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -84,7 +84,7 @@ def test_a_nan_counts_as_plus_one() -> None:
 
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_any_number_of_threads(num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binary_kernels, "MIN_SHARE", 1)
+    monkeypatch.setattr(binary_conv, "MIN_SHARE", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
     layer, x = QuantConv2d(70, 24, 3, 2, input_quantizer=ste_sign), wild(2, 70, 9, 9)
     assert_same_bits(results(layer, x, autocast=False), float_results(layer, x, autocast=False))
@@ -92,9 +92,9 @@ def test_any_number_of_threads(num_threads: int, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def new_library() -> Iterator[None]:
-    binary_kernels._library.cache_clear()
+    binary_conv._library.cache_clear()
     yield
-    binary_kernels._library.cache_clear()
+    binary_conv._library.cache_clear()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
@@ -109,9 +109,9 @@ def test_without_vectors_of_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     layer, x = QuantConv2d(16, 8, 3, input_quantizer=ste_sign), wild(2, 16, 5, 5)
     expected = results(layer, x, autocast=False)
-    binary_kernels._library.cache_clear()
+    binary_conv._library.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.warns(RuntimeWarning, match="binary convolutions run on floats, several times slower: no C compiler"):
+    with pytest.warns(RuntimeWarning, match="binary convolutions .*no C compiler"):
         found = results(layer, x, autocast=False)
     assert_same_bits(found, expected)
     results(layer, x, autocast=False)  # an error if it warned again
@@ -191,13 +191,13 @@ def test_meta_makes_the_tensors_of_a_cpu() -> None:
         kept.append(tensor.nbytes)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), binary_kernels.meta_is_cpu(True):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), binary_conv.meta_is_cpu(True):
         out = layer(x)
         out.sum().backward()
     assert sum(kept) == 2 * 7 * 7 * 8 + layer.weight.numel() // 8 + x.numel() // 8
     assert x.grad is not None
     assert x.grad.shape == x.shape
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), binary_kernels.meta_is_cpu(False):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), binary_conv.meta_is_cpu(False):
         kept.clear()
         layer(x)
     assert sum(kept) > 4 * x.numel()

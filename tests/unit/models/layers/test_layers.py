@@ -18,8 +18,8 @@ from bitfleet.models import (
     hardtanh_tanh_sign,
     ste_sign,
 )
-from bitfleet.models.layers.initializers import glorot_normal_, glorot_uniform_, random_signs_
-from bitfleet.models.layers.same_padding import same_padding
+from bitfleet.models.layers.layers import random_signs_
+from bitfleet.models.layers.real_layers import glorot_normal_, glorot_uniform_, same_padding
 
 
 def layers() -> list[nn.Module]:

@@ -88,7 +88,7 @@ def test_no_normalization() -> None:
     assert model.get_parameter("blocks.2.norm.weight").detach().tolist() == pytest.approx([(9 * 16) ** -0.5] * 32)
     features = model.blocks(model.stem(torch.randn(8, 3, 32, 32)))
     assert 0.1 < float(features.detach().std()) < 10  # without the statistics nothing grows with the fan-in
-    with pytest.raises(ValueError, match='norm is \'none\'; expected "batch" or "layer"$'):
+    with pytest.raises(ValueError, match="'none'.*batch.*layer"):
         timm.create_model("binarynet", norm="none")
 
 
@@ -133,11 +133,11 @@ def test_no_pretrained_weights(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": "group"}, 'norm is \'group\'; expected "batch", "layer" or "none"'),
-        ({"stem": "tiny"}, "stem is 'tiny'"),
-        ({"binarizer": "tanh"}, "binarizer is 'tanh'; expected .*hardtanh_tanh"),
-        ({"residual": "triple"}, "residual is 'triple'"),
-        ({"residual": "single", "depths": (2, 3)}, r"depths are \(2, 3\); .*expected even numbers"),
+        ({"norm": "group"}, "norm .*'group'.*batch.*layer.*none"),
+        ({"stem": "tiny"}, "stem .*'tiny'"),
+        ({"binarizer": "tanh"}, "binarizer .*'tanh'.*hardtanh_tanh"),
+        ({"residual": "triple"}, "residual .*'triple'"),
+        ({"residual": "single", "depths": (2, 3)}, r"depths .*\(2, 3\).*even"),
     ],
 )
 def test_wrong_options(options: dict[str, object], message: str) -> None:
@@ -147,7 +147,7 @@ def test_wrong_options(options: dict[str, object], message: str) -> None:
 
 @pytest.mark.parametrize(("name", "side", "expected"), [("xnornet", 160, "224x224"), ("binarynet", 48, "32x32")])
 def test_wrong_image_size(name: str, side: int, expected: str) -> None:
-    with pytest.raises(ValueError, match=f"{side}x{side} pixels; expected {expected}"):
+    with pytest.raises(ValueError, match=f"{side}x{side}.*{expected}"):
         timm.create_model(name)(torch.randn(1, 3, side, side))
 
 
@@ -174,50 +174,52 @@ def test_model_of_a_config() -> None:
 
 
 def test_unknown_model() -> None:
-    with pytest.raises(ValueError, match="birealnet_smal.*did you mean.*birealnet_small"):
+    with pytest.raises(ValueError, match="'birealnet_smal'.*birealnet_small"):
         create_model(ModelConfig(name="birealnet_smal", num_classes=10))
 
 
 def test_option_of_another_model() -> None:
-    with pytest.raises(ValueError, match="xnornet does not take one of the options .*depths"):
+    with pytest.raises(ValueError, match="xnornet .*depths"):
         create_model(ModelConfig(name="xnornet", depths=(1, 1)))
-    with pytest.raises(ValueError, match="xnornet does not take one of the options .*residual"):
+    with pytest.raises(ValueError, match="xnornet .*residual"):
         create_model(ModelConfig(name="xnornet", residual="single"))
-    with pytest.raises(ValueError, match="resnet18 does not take one of the options .*binarizer"):
+    with pytest.raises(ValueError, match="resnet18 .*binarizer"):
         create_model(ModelConfig(name="resnet18", binarizer="ste"))
+    with pytest.raises(ValueError, match="regnety_002 .*binarizer"):  # whose signature does not say
+        create_model(ModelConfig(name="regnety_002", binarizer="ste"))
 
 
 def test_options_of_another_model_say_how_to_unset_them() -> None:
-    with pytest.raises(ValueError, match=r"leave width, depths to it with --model.width None --model.depths None$"):
+    with pytest.raises(ValueError, match="--model.width None --model.depths None$"):
         create_model(ModelConfig(name="xnornet", norm="layer", width=8, depths=(1, 1)))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 0}, "model.width must be at least 1, not 0"),
-        ({"width": -4}, "model.width must be at least 1, not -4"),
-        ({"depths": ()}, r"model.depths must be one number or more, each at least 1, not \(\)"),
-        ({"depths": (2, 0)}, r"each at least 1, not \(2, 0\)"),
-        ({"depths": (-2, 2)}, r"each at least 1, not \(-2, 2\)"),
+        ({"width": 0}, "model.width .*at least 1.* 0"),
+        ({"width": -4}, "model.width .*at least 1.* -4"),
+        ({"depths": ()}, r"model.depths .*at least 1.* \(\)"),
+        ({"depths": (2, 0)}, r"model.depths .*at least 1.* \(2, 0\)"),
+        ({"depths": (-2, 2)}, r"model.depths .*at least 1.* \(-2, 2\)"),
     ],
 )
 def test_sizes_that_make_no_network(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig(name="birealnet_small", **options)
-    with pytest.raises(ValueError, match="expected numbers of at least 1"):
+    with pytest.raises(ValueError, match="at least 1"):
         BiRealNet(stem="small", **options)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "image_size", "batch_size", "message"),
     [
-        ("binarynet", {}, 32, 1, "a batch normalization of binarynet has a single value per channel where 1 image"),
-        ("xnornet", {}, 224, 1, "a batch normalization of xnornet has a single value per channel"),
-        ("birealnet_small", {"depths": (1, 1, 1, 1, 1)}, 28, 1, "a batch normalization of birealnet_small"),
-        ("xnornet", {}, 32, 8, "xnornet cannot take images of 32x32 pixels: .*too small"),
-        ("binarynet", {}, 48, 8, "binarynet got images of 48x48 pixels; expected 32x32"),
-        ("vit_tiny_patch16_224", {}, 32, 8, "vit_tiny_patch16_224 cannot take images of 32x32 pixels: .*224"),
+        ("binarynet", {}, 32, 1, "batch normalization of binarynet .* 1 image"),
+        ("xnornet", {}, 224, 1, "batch normalization of xnornet"),
+        ("birealnet_small", {"depths": (1, 1, 1, 1, 1)}, 28, 1, "batch normalization of birealnet_small"),
+        ("xnornet", {}, 32, 8, "xnornet .*32x32.*too small"),
+        ("binarynet", {}, 48, 8, "binarynet .*48x48.*32x32"),
+        ("vit_tiny_patch16_224", {}, 32, 8, "vit_tiny_patch16_224 .*32x32.*224"),
     ],
 )
 def test_images_that_a_network_cannot_train_on(
@@ -243,5 +245,5 @@ def test_images_that_it_can_train_on(name: str, norm: Any, image_size: int, batc
 
 
 def test_wrong_number_of_classes() -> None:
-    with pytest.raises(ValueError, match="at least 1, not 0"):
+    with pytest.raises(ValueError, match="model.num_classes .* 0"):
         ModelConfig(name="binarynet", num_classes=0)

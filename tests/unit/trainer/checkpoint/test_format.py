@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bitfleet.launch.checkpoint import tools as checkpoint_tools
 from bitfleet.models import ModelConfig, create_model
 from bitfleet.optim import OptimConfig, ShardedOptimizer, build_optimizer
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
+from bitfleet.trainer.checkpoint.config import CheckpointConfig
 from bitfleet.trainer.checkpoint.format import (
-    CheckpointConfig,
     check_meta,
     checkpoints,
     file_facts,
@@ -27,7 +26,8 @@ from bitfleet.trainer.checkpoint.format import (
     verify,
     write_meta,
 )
-from bitfleet.trainer.checkpoint.loader import Intact, find_intact, load
+from bitfleet.trainer.checkpoint.loader import ValidCheckpoint, find_resume_checkpoint, load
+from bitfleet.trainer.checkpoint.run_folder import RunFolder
 from bitfleet.trainer.checkpoint.saver import Saver
 from bitfleet.trainer.ranks.collectives import Ranks, cpu_group
 
@@ -50,17 +50,17 @@ def test_verify_finds_every_kind_of_damage(tmp_path: Path) -> None:
     file = path / "shard-00001-model-00001-of-00001.safetensors"
     assert verify(path)["step"] == 5
     file.write_bytes(b"weightz")
-    with pytest.raises(ValueError, match=r"step-00000005 is damaged: shard-00001.* is not as it was written"):
+    with pytest.raises(ValueError, match=r"step-00000005 .*shard-00001.*sha256"):
         verify(path)
     file.write_bytes(b"weigh")
-    with pytest.raises(ValueError, match="has 5 bytes instead of 7"):
+    with pytest.raises(ValueError, match="5 bytes .* 7"):
         verify(path)
     file.unlink()
-    with pytest.raises(ValueError, match=r"cannot be read \(No such file or directory\)"):
+    with pytest.raises(ValueError, match="No such file or directory"):
         verify(path)
     file.write_bytes(b"weights")
     (path / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b"weights")
-    with pytest.raises(ValueError, match="shard-00002-model-00001-of-00001.safetensors does not belong to it"):
+    with pytest.raises(ValueError, match="shard-00002-model-00001-of-00001.safetensors"):
         verify(path)
 
 
@@ -68,11 +68,11 @@ def test_changed_meta_is_found(tmp_path: Path) -> None:
     path = make(tmp_path, 5)
     meta = json.loads((path / "meta.json").read_text())
     (path / "meta.json").write_text(json.dumps(meta | {"step": 6}))
-    with pytest.raises(ValueError, match="meta.json is not as it was written"):
+    with pytest.raises(ValueError, match="damaged: meta.json"):
         read_meta(path)
     for text in ("", "[]", '{"step": 5}', "\x00"):
         (path / "meta.json").write_text(text)
-        with pytest.raises(ValueError, match="has no readable meta.json"):
+        with pytest.raises(ValueError, match="no readable meta.json"):
             read_meta(path)
 
 
@@ -103,22 +103,35 @@ def test_newest_intact_one_is_found(tmp_path: Path, capfd: pytest.CaptureFixture
     paths = [make(tmp_path, step) for step in (1, 2, 3)]
     (paths[2] / "meta.json").unlink()
     next(paths[1].glob("*.safetensors")).write_bytes(b"?")
-    found = find_intact(tmp_path, ALONE)
-    assert found is not None
-    assert found.path == paths[0]
+    folder = RunFolder(tmp_path, paths[2])
+    valid = find_resume_checkpoint(folder, ALONE)
+    assert valid is not None
+    assert valid.path == paths[0]
     assert capfd.readouterr().err.count("is damaged") == 2
     next(paths[0].glob("*.safetensors")).write_bytes(b"?")
-    with pytest.raises(ValueError, match="no checkpoint of .* is intact: step-00000001: "):
-        find_intact(tmp_path, ALONE)
-    assert find_intact(tmp_path, ALONE) is None
+    with pytest.raises(ValueError, match="no checkpoint of .*step-00000001: "):
+        find_resume_checkpoint(folder, ALONE)
+    assert find_resume_checkpoint(folder, ALONE) is None
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_checkpoint_that_the_user_named_is_not_replaced_by_another(tmp_path: Path) -> None:
+    older, newer = (make(tmp_path, step) for step in (1, 2))
+    branch = RunFolder(tmp_path / "branch", older, branches=True)
+    valid = find_resume_checkpoint(branch, ALONE)
+    assert valid is not None
+    assert valid.path == older
+    next(older.glob("*.safetensors")).write_bytes(b"?")
+    with pytest.raises(ValueError, match="step-00000001 is damaged"):
+        find_resume_checkpoint(branch, ALONE)
+    assert checkpoints(tmp_path) == [older, newer]
+    assert find_resume_checkpoint(RunFolder(tmp_path / "new", None), ALONE) is None
 
 
 def test_another_run_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"its seed is 0, here it is 1; resume with the data and configuration of the run"
-    ):
+    with pytest.raises(ValueError, match="seed is 0.* 1.*configuration"):
         check_meta({"seed": 0}, {"seed": 1}, Path("x"))
-    with pytest.raises(ValueError, match="resume with the number of ranks of the run"):
+    with pytest.raises(ValueError, match="world_size is 2.* 1.*number of ranks"):
         check_meta({"world_size": 2}, {"world_size": 1}, Path("x"))
 
 
@@ -162,7 +175,7 @@ def test_sharded_and_plain_optimizers_read_each_others_state(written: bool, read
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     path = save(tmp_path, model, optimizer, 3)
     other, second = build(1, sharded=read)
-    load(other, second, Intact(path, verify(path)))
+    load(other, second, ValidCheckpoint(path, verify(path)))
     assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
     train(other, second, 1)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
@@ -176,24 +189,6 @@ def test_binary_weights_cost_one_bit(tmp_path: Path) -> None:
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     tensors = checkpoint_tensors.tensors_to_save(model, optimizer, ALONE)
     assert checkpoint_tensors.total_bytes(tensors) == binary // 8 + 8 * (binary + other) + 4 * other + buffers
-
-
-@pytest.mark.usefixtures("process_group")
-def test_tools_name_the_first_difference(tmp_path: Path) -> None:
-    model, optimizer = build(0, sharded=True)
-    a = save(tmp_path / "a", model, optimizer, 3)
-    model, optimizer = build(0, sharded=True)
-    assert checkpoint_tools.first_difference(a, save(tmp_path / "b", model, optimizer, 3)) is None
-    model, optimizer = build(0, sharded=True)
-    with torch.no_grad():
-        dict(model.named_parameters())["blocks.0.conv.weight"].view(-1)[13] *= -1
-        optimizer.read_weights()
-    c = save(tmp_path / "c", model, optimizer, 3)
-    assert str(checkpoint_tools.first_difference(a, c)).startswith(
-        "bits.blocks.0.conv.weight differs first at element 13: "
-    )
-    with pytest.raises(ValueError, match="neither a checkpoint nor a run folder"):
-        checkpoint_tools.find(tmp_path)
 
 
 @pytest.mark.usefixtures("process_group")
@@ -220,9 +215,7 @@ def test_failed_save_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr("bitfleet.trainer.checkpoint.saver.os.rename", rename)
         saver.save(7, tensors, {"step": 7})
-        with pytest.raises(
-            ValueError, match="checkpoint of step 7 could not be written below .*: No space left on device"
-        ):
+        with pytest.raises(ValueError, match="step 7 .*No space left on device"):
             saver.flush()
     assert list((tmp_path / "checkpoints").iterdir()) == []
     saver.save(8, tensors, {"step": 8})
@@ -251,7 +244,7 @@ def test_metrics_that_change_during_a_save_do_not_damage_it(tmp_path: Path) -> N
 def test_file_that_is_not_safetensors_is_refused(tmp_path: Path) -> None:
     for content in (pickle.dumps(os.getcwd), b"\xff" * 100, (1 << 60).to_bytes(8, "little") + b"{}"):
         (tmp_path / "shard-00001-model-00001-of-00001.safetensors").write_bytes(content)
-        with pytest.raises(ValueError, match="the tensor files in .* cannot be read"):
+        with pytest.raises(ValueError, match=str(tmp_path)):
             checkpoint_tensors.contents(tmp_path)
     save_file({"model.x": torch.zeros(3)}, tmp_path / "shard-00001-model-00001-of-00001.safetensors")
     assert list(checkpoint_tensors.contents(tmp_path)) == ["model.x"]

@@ -29,21 +29,21 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     model, path = create_model(SMALL), tmp_path / "w.safetensors"
     state = model.state_dict()
     for change, sentence in (
-        ({"head.bias": torch.zeros(5)}, r"head.bias is \[5\] there and \[4\] in this model"),
-        ({"head.extra": torch.zeros(5)}, "this model has no head.extra"),
-        ({"blocks.0.conv.weight": None}, r"blocks.0.conv.weight is missing there and \[8, 8, 3, 3\] in this model"),
+        ({"head.bias": torch.zeros(5)}, r"head.bias .*\[5\].*\[4\]"),
+        ({"head.extra": torch.zeros(5)}, "head.extra"),
+        ({"blocks.0.conv.weight": None}, r"blocks.0.conv.weight .*missing.*\[8, 8, 3, 3\]"),
         (
             {"blocks.0.conv.weight": None, "bits.blocks.0.conv.weight": torch.zeros(3, dtype=torch.uint8)},
-            "is missing there",
+            "blocks.0.conv.weight .*missing",
         ),
     ):
         save_file({name: tensor for name, tensor in {**state, **change}.items() if tensor is not None}, path)
-        with pytest.raises(ValueError, match=f"the weights {path} do not fit: .*{sentence}"):
+        with pytest.raises(ValueError, match=f"{path}.*{sentence}"):
             load(model, path)
     path.write_bytes(b"pickle")
-    with pytest.raises(ValueError, match="are not a safetensors file"):
+    with pytest.raises(ValueError, match=f"{path}.*not a safetensors file"):
         load(model, path)
-    with pytest.raises(ValueError, match="there is no file of initial weights at"):
+    with pytest.raises(ValueError, match="none.safetensors"):
         load(model, tmp_path / "none.safetensors")
 
 
@@ -73,7 +73,7 @@ def test_another_number_of_classes_takes_a_new_head(name: str, tmp_path: Path) -
 def test_pickles_are_refused_with_what_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     torch.save(create_model(SMALL).state_dict(), path)
-    with pytest.raises(ValueError, match=r"w\.pth are a pickle of PyTorch.*--init takes a run folder.*\.safetensors"):
+    with pytest.raises(ValueError, match=r"w\.pth .*pickle.*--init .*\.safetensors"):
         load(create_model(SMALL), path)
-    with pytest.raises(ValueError, match="no weights can be read from .*: there is no checkpoint in it; --init takes"):
+    with pytest.raises(ValueError, match=f"{tmp_path}.*no checkpoint.*--init"):
         load(create_model(SMALL), tmp_path)

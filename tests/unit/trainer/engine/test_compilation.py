@@ -49,7 +49,7 @@ def test_what_auto_comes_to(
 
 def test_zero3_takes_the_weights_apart() -> None:
     assert not is_compiled("auto", GPU, "zero3", None)
-    with pytest.raises(ValueError, match='model.compile.*zero3'):
+    with pytest.raises(ValueError, match="model.compile.*zero3"):
         config_of("on", "zero3")
 
 

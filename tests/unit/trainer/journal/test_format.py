@@ -7,12 +7,12 @@ import pytest
 
 from bitfleet.trainer.config import TrainConfig, from_dict, to_dict
 from bitfleet.trainer.engine.config import EngineConfig
+from bitfleet.trainer.journal.config import JournalConfig
 from bitfleet.trainer.journal.format import (
     BITMAP,
     FRAME_BYTES,
     GAPS,
     WIDE_GAPS,
-    JournalConfig,
     Layout,
     Piece,
     apply_,
@@ -77,10 +77,10 @@ def test_every_changed_bit_of_a_frame_s_head_is_noticed() -> None:
 
 def test_payload_that_does_not_fit_is_refused() -> None:
     frame = encode(1, np.array([0, 0, 0, 0, 0, 0, 0, 128], np.uint8))
-    with pytest.raises(ValueError, match="1 flips instead of 1 in 8 weights"):
+    with pytest.raises(ValueError, match="1 flips .* 8 weights"):
         apply_(np.zeros(1, np.uint8), GAPS, 1, frame[FRAME_BYTES:])
     frame = encode(1, np.full(8, 255, np.uint8))
-    with pytest.raises(ValueError, match="8 bytes instead of 16"):
+    with pytest.raises(ValueError, match="8 bytes .* 16"):
         apply_(np.zeros(16, np.uint8), BITMAP, 64, frame[FRAME_BYTES:])
 
 
@@ -92,10 +92,10 @@ def test_header(tmp_path: Path) -> None:
     assert read == layout
     assert path.read_bytes()[offset:] == b"frames"
     path.write_bytes(header(layout).replace(b"conv", b"comv"))
-    with pytest.raises(ValueError, match="part is damaged: its header is not as it was written"):
+    with pytest.raises(ValueError, match="part .*damaged.*header"):
         read_header(path)
     path.write_bytes(b"something else")
-    with pytest.raises(ValueError, match="is no flip journal of this version"):
+    with pytest.raises(ValueError, match="part .*flip journal"):
         read_header(path)
 
 
@@ -109,5 +109,5 @@ def test_config() -> None:
     assert not from_dict(old).journal.enabled
     import dataclasses
 
-    with pytest.raises(ValueError, match='journal.enabled needs engine.sharding "bits", not "zero1"'):
+    with pytest.raises(ValueError, match="journal.enabled .*engine.sharding .*zero1"):
         dataclasses.replace(config, engine=EngineConfig(sharding="zero1"), journal=JournalConfig(enabled=True))

@@ -129,7 +129,7 @@ def test_next_part_takes_over(tmp_path: Path, loop: Loop) -> None:
         loop.steps(end - begin)
         writer.close()
     assert_same(tmp_path, loop, range(13))
-    with pytest.raises(ValueError, match="does not have step 13: it covers the steps 0 to 12; ask for one of those"):
+    with pytest.raises(ValueError, match="step 13.*0 to 12"):
         weights_after(tmp_path, 13)
     assert open_journal(False, tmp_path, ALONE, loop.sharded) is None
     loop.steps(3)
@@ -179,22 +179,20 @@ def test_cut_off_and_damaged_files(tmp_path: Path, loop: Loop) -> None:
         assert (part.last_step, part.gap) == (39, "")
     signs = next(frame for frame in frames if frame.kind == SIGNS and 0 < frame.step < 40)
     path.write_bytes(changed(whole, at[signs.step - 1].offset))
-    with pytest.raises(ValueError, match=f"the frame of step {signs.step - 1} is not as it was written"):
+    with pytest.raises(ValueError, match=f"damaged.* step {signs.step - 1} "):
         weights_after(tmp_path, signs.step - 1)
     assert_same(tmp_path, loop, range(signs.step, 41))
     path.write_bytes(changed(whole, at[20].offset - FRAME_BYTES))
     assert_same(tmp_path, loop, range(20))
-    with pytest.raises(
-        ValueError, match=r"not have step 25: it covers the steps 0 to 19 \(.* is damaged at byte .*, behind"
-    ):
+    with pytest.raises(ValueError, match=r"step 25.* 0 to 19 \(.* damaged at byte .*step 19"):
         weights_after(tmp_path, 25)
     path.write_bytes(whole[: at[20].offset - FRAME_BYTES] + whole[at[20].offset + at[20].length :])
-    with pytest.raises(ValueError, match="has step 21 where step 20 was expected"):
+    with pytest.raises(ValueError, match="step 21 .*step 20"):
         weights_after(tmp_path, 25)
     path.rename(path.with_name(path.name.replace("rank-00000-of-00001", "rank-00001-of-00003")))
-    with pytest.raises(ValueError, match="part 1 of the flip journal lacks the file of rank 0, 2 of 3"):
+    with pytest.raises(ValueError, match="part 1 .*rank 0, 2 of 3"):
         weights_after(tmp_path, 25)
-    with pytest.raises(ValueError, match="other has no flip journal: expected a run .* --journal.enabled True"):
+    with pytest.raises(ValueError, match="other has no flip journal.*--journal.enabled True"):
         read_parts(tmp_path / "other")
 
 
@@ -209,9 +207,9 @@ def test_missing_part_of_a_later_start_does_not_hide_the_others(tmp_path: Path, 
     (tmp_path / FOLDER / "part-0002-step-00000004-rank-00001-of-00002.journal").touch()
     parts = read_parts(tmp_path)
     assert_same(tmp_path, loop, range(5))
-    with pytest.raises(ValueError, match=r"does not have step 5: .* 0 to 4 \(part 2 .* lacks the file of rank 0 of 2"):
+    with pytest.raises(ValueError, match=r"step 5.* 0 to 4 \(part 2 .*rank 0 of 2"):
         part_of(parts, 5)
-    with pytest.raises(ValueError, match="part 2 of the flip journal lacks"):
+    with pytest.raises(ValueError, match="part 2 "):
         journal_tools.verified(tmp_path)
 
 
@@ -228,7 +226,7 @@ def test_full_disk(tmp_path: Path, loop: Loop) -> None:
     writer.flush()
     writer._file.close()
     writer._file = FullDisk()  # type: ignore[assignment]
-    sentence = "rank-00000-of-00001.journal cannot be written: No space left on device; every checkpoint is intact"
+    sentence = "rank-00000-of-00001.journal .*No space left on device"
     with pytest.raises(ValueError, match=sentence):
         loop.steps(200)
     with pytest.raises(ValueError, match=sentence):
@@ -236,7 +234,7 @@ def test_full_disk(tmp_path: Path, loop: Loop) -> None:
     assert_same(tmp_path, loop, range(4))
     shutil.rmtree(tmp_path / FOLDER)
     (tmp_path / FOLDER).touch()
-    with pytest.raises(ValueError, match="journal cannot be written: File exists"):
+    with pytest.raises(ValueError, match="journal .*File exists"):
         start(tmp_path, loop)
 
 
@@ -248,9 +246,7 @@ def test_mark_of_the_end_that_cannot_be_written(tmp_path: Path, loop: Loop, monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "touch", full)
-    with pytest.raises(
-        ValueError, match="journal cannot be told that the flip journal ends here: No space left on device"
-    ):
+    with pytest.raises(ValueError, match="journal: No space left on device"):
         open_journal(False, tmp_path, ALONE, loop.sharded)
 
 
@@ -278,16 +274,16 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path, loop: Loop) -> None:
     loop.sharded.read_weights()
     save(40)
     value = int(loop.weights[40]["b"][1, 5])
-    with pytest.raises(ValueError, match=f"differ: bits.b differs first at element 75: {value} and {-value} "):
+    with pytest.raises(ValueError, match=f"bits.b .*element 75: {value} and {-value} "):
         journal_tools.verified(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
-    with pytest.raises(ValueError, match=r"nothing to compare: .* steps \[\], the journal covers 0 to 40"):
+    with pytest.raises(ValueError, match=r"steps \[\].* 0 to 40"):
         journal_tools.verified(tmp_path)
 
 
 def test_without_bits_there_is_no_journal(tmp_path: Path) -> None:
     param = nn.Parameter(torch.ones(3))
-    with pytest.raises(ValueError, match="journal.enabled is True, but no weights of this run are kept as bits"):
+    with pytest.raises(ValueError, match="journal.enabled is True.*bits"):
         open_journal(True, tmp_path, ALONE, torch.optim.SGD([param], lr=0.1))
     assert not (tmp_path / FOLDER).exists()
 
@@ -312,15 +308,19 @@ def test_commands(tmp_path: Path, loop: Loop, capsys: pytest.CaptureFixture[str]
     journal(["info", str(run)])
     assert "steps 0 to 6" in capsys.readouterr().out
     for arguments, sentence in (
-        (["weigths", "RUN"], "no command 'weigths' of bitfleet journal; there are: weights, info, verify"),
-        (["weights", "RUN"], "needs --step K, a number of optimizer steps"),
-        (["weights", "RUN", "--step", "-1"], "needs --step K, a number of optimizer steps, not '-1'"),
-        (["info", "RUN", "--step"], "has no option '--step'"),
-        (["verify"], "takes one run folder, not 0"),
-        (["weights", str(run), "--step", "1", "--output", str(tmp_path / "x.bin")], "x.safetensors, not"),
-        (["weights", str(run), "--step", "7"], "does not have step 7: it covers the steps 0 to 6"),
+        (["weigths", "RUN"], "'weigths' .*weights, info, verify"),
+        (["weights", "RUN"], "--step"),
+        (["weights", "RUN", "--step", "x"], "--step.*'x'"),
+        (["info", "RUN", "--step"], "no option --step"),
+        (["verify"], "Folder of the run"),
+        (["verify", "RUN", "OTHER"], "'OTHER'"),
+        (["weights", str(run), "--step", "1", "--output", str(tmp_path / "x.bin")], "x.safetensors.*x.bin"),
+        (["weights", str(run), "--step", "7"], "step 7.*0 to 6"),
+        (["weights", str(run), "--step", "-1"], "step -1.*0 to 6"),
     ):
         with pytest.raises(ValueError, match=sentence):
             journal(arguments)
-    journal(["--help"])
+    with pytest.raises(SystemExit) as leaving:
+        journal(["--help"])
+    assert not leaving.value.code
     assert "usage: bitfleet journal" in capsys.readouterr().out

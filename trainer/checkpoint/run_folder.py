@@ -1,0 +1,114 @@
+"""Choose the folder of a run, and the checkpoint that it resumes from."""
+
+import datetime
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from bitfleet.trainer.checkpoint.format import FOLDER, is_checkpoint, latest_checkpoint
+from bitfleet.trainer.run.files import lock_run
+
+CONFIG = "config.json"
+"""File that marks the folder of a run (trainer/run/folder.py writes it)."""
+
+
+class RunFolder(NamedTuple):
+    """Where a run writes, and the checkpoint it resumes from (None: it starts from step 0)."""
+
+    path: Path
+    checkpoint: Path | None
+    branches: bool = False
+    """The checkpoint is another run's, or the user named it: never fall back to an older one."""
+
+
+def choose_run_folder(runs: Path, run_dir: Path | None, resume: str | None) -> RunFolder:
+    """Find the run to resume, or name a new one, without writing anything.
+
+    Args:
+        runs: folder of all runs of this configuration (`output`/`name`).
+        run_dir: the folder that the user chose, if any.
+        resume: None, "auto", or a path of a run or checkpoint.
+
+    Raises:
+        ValueError: a path to resume holds no run, or a new run would write into the folder of
+            another.
+    """
+    if resume and resume != "auto":
+        return _resume_or_branch(Path(resume), run_dir)
+    if resume == "auto":
+        newest_first = sorted(runs.iterdir(), reverse=True) if runs.is_dir() else []
+        for path in [run_dir] if run_dir else newest_first:
+            if (checkpoint := latest_checkpoint(path)) is not None:
+                return RunFolder(path, checkpoint)
+    if run_dir and resume is None and (run_dir / CONFIG).exists():
+        raise ValueError(f"{run_dir} already holds a run: continue it with --resume auto, or choose another --run_dir")
+    return RunFolder(run_dir or _new_folder(runs), None)
+
+
+def _new_folder(runs: Path) -> Path:
+    """Name a folder that sorts after all others, also after the clock was set back."""
+    path = now = runs / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    newest = max(runs.iterdir(), default=now) if runs.is_dir() else now
+    if newest > now or path.exists():
+        base = newest.name.split("__")[0]
+        for index in range(2, 1000):
+            path = runs / f"{base}__{index:03d}"
+            if not path.exists() and path > newest:
+                break
+    return path
+
+
+def _resume_or_branch(path: Path, run_dir: Path | None) -> RunFolder:
+    run = _find_run(path)
+    if run_dir is not None and run_dir.resolve() != run.path.resolve():
+        if (run_dir / CONFIG).exists():
+            raise ValueError(f"{run_dir} already holds a run: choose another --run_dir to branch from {run.checkpoint}")
+        return RunFolder(run_dir, run.checkpoint, branches=True)
+    newest = latest_checkpoint(run.path)
+    assert newest is not None
+    if run.checkpoint is not None and run.checkpoint.name != newest.name:
+        raise ValueError(
+            f"{run.checkpoint} is not the newest checkpoint of its run ({newest.name} is), and a run is never "
+            f"overwritten: branch into another folder with --run_dir"
+        )
+    return run
+
+
+def _find_run(path: Path) -> RunFolder:
+    if is_checkpoint(path):
+        return RunFolder(path.resolve().parents[1], path.resolve())
+    if not (path / CONFIG).exists():
+        raise ValueError(
+            f"there is nothing to resume at {path}: expected a run folder (with {CONFIG}) or one of its checkpoints"
+        )
+    if (checkpoint := latest_checkpoint(path)) is None:
+        raise ValueError(f"the run {path} has no complete checkpoint to resume from")
+    return RunFolder(path, checkpoint)
+
+
+def planned_folder(runs: Path, run_dir: Path | None, resume: str | None) -> Path:
+    """Return where a run will write, as far as known; arguments as in `choose_run_folder`."""
+    if run_dir is None and resume and resume != "auto":
+        path = Path(resume)
+        return path.resolve().parents[1] if is_checkpoint(path) else path
+    return run_dir or runs
+
+
+def take_folder(folder: RunFolder) -> IO[str]:
+    """Create the folder if missing and lock it for this process.
+
+    Raises:
+        ValueError: another run holds it, or has used it since it was chosen.
+    """
+    lock = lock_run(folder.path)
+    if (folder.checkpoint is None or folder.branches) and latest_checkpoint(folder.path):
+        lock.close()
+        raise ValueError(f"another run has used {folder.path} meanwhile: start this one again")
+    return lock
+
+
+def checkpoint_disk(run: Path) -> Path:
+    """Return the nearest existing folder at or above a run's checkpoints: it is on their disk."""
+    path = (run / FOLDER).absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
