@@ -242,7 +242,12 @@ def test_a_step_that_is_taken_back_ends_no_window(make: Make) -> None:
     before = [chunk.tensor.clone() for chunk in first.diagnostics.chunks()]
     first.train(1, scale=float("nan"))
     assert first.sharded.num_steps == WINDOW
-    stopped = SimpleNamespace(config=config, step=WINDOW - 1, _save_and_wait=first.save)
+    stopped = SimpleNamespace(
+        config=config,
+        step=WINDOW - 1,
+        _save_and_wait=first.save,
+        _nonfinite_steps=lambda _, step, again: FloatingPointError(f"step {step}"),
+    )
     with pytest.raises(FloatingPointError, match=f"step {WINDOW}"):
         Trainer._check_skipped(stopped, first.sharded)  # type: ignore[arg-type]
     assert (first.sharded.num_steps, first.sharded.num_skipped_steps) == (WINDOW - 1, 0)
