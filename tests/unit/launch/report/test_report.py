@@ -174,6 +174,7 @@ def test_published_numbers_are_the_same_everywhere() -> None:
         assert {(paper.top1, paper.top5), *((near.top1, near.top5) for near in paper.neighbours)} <= set(rows)
         config = load_config(paper.config)
         assert config.model.name == name
+        assert data_of(name) == ("CIFAR-10" if config.model.num_classes == 10 else "ImageNet")
 
 
 def test_the_papers_numbers_are_there_with_their_source() -> None:
