@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from bitfleet.launch.advise.measured import measured_lines, read_flips, steps_to_compare
-from bitfleet.launch.advise.outlook import Line, Outlook, count_images
+from bitfleet.launch.advise.outlook import Line, Outlook, count_images, measure_gradient
 from bitfleet.launch.advise.rules import rule_lines
 from bitfleet.launch.text import table
 from bitfleet.optim import Schedule
@@ -19,16 +19,12 @@ REASON_WIDTH = 84
 
 
 def advise_config(config: TrainConfig, num_images: int | None = None) -> str:
-    """Return the table about a run before it starts.
-
-    Args:
-        config: configuration of the run.
-        num_images: training images; None: counted, or those of the published data set with as many classes.
+    """Return the table about a run before it starts; its images are counted if `num_images` is None.
 
     Raises:
         ValueError: the number of images is unknown, or less than a batch.
     """
-    outlook = make_outlook(config, num_images)
+    outlook = _outlook(config, num_images)
     return as_table(outlook, advise(outlook))
 
 
@@ -38,28 +34,22 @@ def advise_run(run: Path, num_images: int | None = None) -> str:
     Raises:
         ValueError: `run` is not a run, or has logged nothing yet; or as `advise_config`.
     """
-    config, flips = read_config(run), read_flips(run)
+    config, flips, checkpoint = read_config(run), read_flips(run), latest_checkpoint(run)
     if not flips and RULES[config.optim.rule].flips:
-        raise ValueError(
-            f"{run} has no flip_ratio in metrics.jsonl: it has not logged a step, or has no binary weights"
-        )
-    outlook = make_outlook(config, num_images)
-    steps = set(steps_to_compare(flips, outlook.num_steps))
-    if checkpoint := latest_checkpoint(run):
-        steps.add(step_of(checkpoint))
+        raise ValueError(f"{run} logged no flip_ratio in metrics.jsonl: it had no step yet, or has no binary weights")
+    outlook = _outlook(config, num_images)
+    steps = [*steps_to_compare(flips, outlook.num_steps), *([step_of(checkpoint)] if checkpoint else [])]
     if max(steps, default=0) > outlook.num_steps:
-        raise ValueError(
-            f"{run} is at step {max(steps):,}, but {outlook.num_images:,} images make {outlook.num_steps:,} steps: pass "
-            "--images, the number of its training images"
-        )
-    outlook = dataclasses.replace(outlook, more_steps=tuple(sorted(steps)))
+        steps_of_images = f"{outlook.num_images:,} images make {outlook.num_steps:,} steps"
+        raise ValueError(f"{run} is at step {max(steps):,}, but {steps_of_images}: pass --images, its training images")
+    outlook = dataclasses.replace(outlook, more_steps=tuple(steps))
     return as_table(outlook, advise(outlook) + measured_lines(run, outlook, flips))
 
 
-def make_outlook(config: TrainConfig, num_images: int | None) -> Outlook:
-    """Return the outlook on a run whose images are counted if `num_images` is None."""
+def _outlook(config: TrainConfig, num_images: int | None) -> Outlook:
     count, origin = (num_images, "given") if num_images else count_images(config.data, config.model.num_classes)
-    return Outlook(config=config, num_images=count, images_from=origin)
+    outlook = Outlook(config=config, num_images=count, images_from=origin)
+    return outlook if outlook.rule is None else dataclasses.replace(outlook, gradient=measure_gradient(config))
 
 
 def advise(outlook: Outlook) -> list[Line]:
@@ -69,10 +59,9 @@ def advise(outlook: Outlook) -> list[Line]:
     lines = rule_lines(outlook) + [_schedule_line(outlook, name) for name in schedules]
     if outlook.driven is None:
         return lines
-    target, start = optim.transitions.target.over(outlook.decay_steps), outlook.schedule(outlook.driven)(0)
+    target, start = optim.transitions.target.start, outlook.schedule(outlook.driven)(0)
     reason = (
-        f"optim.transitions moves it so that the flips follow a target, {target(0):.3g} -> "
-        f"{target(outlook.num_steps - 1):.3g} of the weights per step; all other lines are about its start"
+        f"optim.transitions moves it so that flips follow a target, {target:.3g} at first; the rest is about its start"
     )
     # The controller may correct whatever is wrong at the start.
     lines = [line._replace(verdict="look") if line.verdict == "wrong" else line for line in lines]
@@ -89,7 +78,7 @@ def _schedule_line(outlook: Outlook, name: str) -> Line:
     if schedule.kind == "constant":
         if schedule.end != 0.0:
             return Line(title, value, "look", f"constant: {end}, is used by other kinds only")
-        if name == "latent_lr":
+        if name == "latent_lr" and outlook.config.optim.alpha is None:  # which makes it a scale
             return Line(title, value, "look", "constant: weights near 0 flip until the end; let it fall")
         return Line(title, value, "ok", "constant")
     if schedule.kind == "exponential":

@@ -12,19 +12,19 @@ from bitfleet.trainer.run.user_paths import users_path
 
 @dataclasses.dataclass(frozen=True)
 class Advise:
-    """Predict what the hyperparameters of a run do: flips, noise against the threshold, memory, batch size, fp32, schedules.
+    """Predict what the hyperparameters of a run do: flips, noise, memory, batch size, fp32, schedules.
 
-    For a run folder, also print what its metrics and its newest checkpoint measured. Options of the run (--section.field
-    value, as of `bitfleet train`) may follow NAME.
+    For a run folder, also print what its metrics and its newest checkpoint measured. Options of the run
+    (--section.field value, as of `bitfleet train`) may follow NAME.
 
-    Each line has a verdict: ok; look: unusual, is it intended?; wrong: this cannot work. The exit code is 0 whatever the
-    verdicts are, as they are about gradients that nobody has seen yet; it is 2 for bad input.
+    Each line has a verdict: ok; look: unusual, is it intended?; wrong: this cannot work. The exit code
+    is 0 whatever the verdicts are: they are about gradients that nobody has seen yet. Bad input: 2.
     """
 
     run: Positional[str] = ""
     """NAME of a configuration (--config NAME is the same), or the folder of a run."""
     images: MaybeCount = None
-    """Number of training images. Default: that of data.root if it is on this machine, else of the published data set."""
+    """Training images. Default: those of data.root if it is on this machine, else as published."""
 
 
 def advise(arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Compare what metrics.jsonl and the newest checkpoint of a run measured with what was predicted for noise."""
+"""Compare metrics.jsonl and the newest checkpoint of a run with what was predicted for noise."""
 
 import math
 from collections import defaultdict
@@ -35,19 +35,15 @@ def steps_to_compare(flips: Mapping[int, float], num_steps: int) -> list[int]:
 def measured_lines(run: Path, outlook: Outlook, flips: Mapping[int, float]) -> list[Line]:
     """Return the measurements, with the prediction or a controller's target if there is one.
 
-    Args:
-        run: folder of the run.
-        outlook: outlook on the run; `more_steps` are the steps to compare, and that of the newest checkpoint.
-        flips: step -> flip ratio, from `read_flips`.
+    `more_steps` of `outlook` are the steps to compare, and that of the newest checkpoint.
     """
-    lines = [_flip_line(step, outlook, flips) for step in outlook.more_steps if step in flips]
+    lines = [_flip_line(step, outlook, flips) for step in sorted(set(outlook.more_steps)) if step in flips]
     if not flips:
         lines = [Line("measured: flips", "not logged", "ok", "the weights are values, whose signs are not counted")]
     if outlook.rule is None or outlook.driven is not None:
         return lines
-    diagnostics = [line for line in read_metrics(run) if line["kind"] == "diagnostics"]
-    if diagnostics:
-        lines += _diagnostics_lines(diagnostics[-1], outlook)
+    diagnostics = [line for line in read_metrics(run) if line["kind"] == "diagnostics"][-1:]
+    lines += [line for last in diagnostics for line in _diagnostics_lines(last, outlook)]
     return lines + _checkpoint_lines(run, outlook, outlook.rule)
 
 
@@ -105,13 +101,11 @@ def _diagnostics_lines(last: Mapping[str, Any], outlook: Outlook) -> list[Line]:
 def _checkpoint_lines(run: Path, outlook: Outlook, rule: FlipRule) -> list[Line]:
     """Return what the moments of the newest checkpoint say."""
     checkpoint = latest_checkpoint(run)
-    if checkpoint is None:
-        return [Line("measured: moments", "no checkpoint", "look", "the run has none yet: r cannot be measured")]
-    step = step_of(checkpoint)
-    means = _moment_means(checkpoint, rule, step)
+    step = step_of(checkpoint) if checkpoint else 0
+    means = _moment_means(checkpoint, rule, step) if checkpoint else {}
     if not means:
-        reason = "they are in DeepSpeed's own files (sharding zero), which are not read here"
-        return [Line("measured: moments", "not in the checkpoint", "look", reason)]
+        reason = "there is no checkpoint, or the moments are in DeepSpeed's own files (sharding zero)"
+        return [Line("measured: moments", "not measured", "look", reason)]
     snapshot, rms, silent = outlook.snapshots[step], means["square"] ** 0.5, means["silent"]
     value = f"{rms:.1e}, predicted {snapshot.ratio_rms:.1e}"
     less, more = "gradients alternate, or most are 0", "gradients have a mean: m is more than noise"
@@ -130,7 +124,7 @@ def _checkpoint_lines(run: Path, outlook: Outlook, rule: FlipRule) -> list[Line]
 
 
 def _moment_means(checkpoint: Path, rule: FlipRule, step: int) -> dict[str, float]:
-    """Return means over all binary weights, read one parameter at a time; empty if their moments are not there."""
+    """Return means over all binary weights, read one by one; empty if there are no moments."""
     names, sums = checkpoint_tensors.contents(checkpoint), defaultdict[str, float](float)
     for name in names:
         first = f"{OPTIM}exp_avg.{name.removeprefix(BITS)}"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import DataConfig, TrainLoader, normalize, open_dataset
 
 Verdict = Literal["ok", "look", "wrong"]
-PUBLISHED_IMAGES = {1000: (ILSVRC2012.train, "ImageNet"), 100: (50_000, "CIFAR-100"), 10: (CIFAR10.train, "CIFAR-10")}
+PUBLISHED = {1000: (ILSVRC2012.train, "ImageNet"), 100: (50_000, "CIFAR-100"), 10: (CIFAR10.train, "CIFAR-10")}
 """Number of classes -> training images, for runs whose data are on another machine."""
 FLIP_RULES = ("bop2ndorder", "bop")
 """Rules that compare r with a threshold, whose flips on noise are predicted."""
@@ -36,16 +35,15 @@ class Line(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """Root mean square of the gradients of the binary weights, scaled as noise to the run's batch."""
+    """Root mean square of the gradients of the binary weights, of all and by layer."""
 
     rms: float
     layers: dict[str, float]
     origin: str
-    """The images of the backward pass, in words."""
 
 
 def measure_gradient(config: TrainConfig) -> Gradient | None:
-    """Measure the gradients by one backward pass on the CPU; None without binary weights.
+    """Measure the gradients on the CPU, scaled as noise to the batch; None without binary weights.
 
     The images are the run's first ones if its data are on this machine, else random pixels.
     """
@@ -78,18 +76,17 @@ def _batch(config: TrainConfig, num_images: int) -> tuple[Tensor, Tensor, str]:
 
 
 def count_images(data: DataConfig, num_classes: int) -> tuple[int, str]:
-    """Return the number of training images, and in words where it is from.
+    """Return the number of training images, and its origin in words.
 
     Raises:
-        ValueError: the data are not on this machine, and no known data set has this number of classes.
+        ValueError: the data are not on this machine, and no known set has this number of classes.
     """
     try:
         return len(open_dataset(data).train), f"in {data.root}"
     except ValueError as error:
-        if num_classes not in PUBLISHED_IMAGES:
+        if num_classes not in PUBLISHED:
             raise ValueError(f"how many training images are there? Pass --images N, as {error}") from error
-        num_images, name = PUBLISHED_IMAGES[num_classes]
-        return num_images, f"of {name}, as {data.root} is not on this machine"
+        return PUBLISHED[num_classes][0], f"as in {PUBLISHED[num_classes][1]}; {data.root} is not on this machine"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,34 +95,22 @@ class Outlook:
 
     config: TrainConfig
     num_images: int
-    """Training images."""
     images_from: str = "given"
     more_steps: tuple[int, ...] = ()
     """1-based steps to predict besides the usual ones."""
-    measure: Callable[[TrainConfig], Gradient | None] = measure_gradient
-    """Measures the gradient when a check first asks for it."""
+    gradient: Gradient | None = None
 
     def __post_init__(self) -> None:
-        batch_size = self.config.global_batch_size
-        if self.num_images < batch_size:
-            raise ValueError(
-                f"global_batch_size is {batch_size}, more than the {self.num_images:,} training images: lower "
-                "--global_batch_size"
-            )
-
-    @functools.cached_property
-    def gradient(self) -> Gradient | None:
-        """The measured gradient; None without binary weights."""
-        return self.measure(self.config)
+        if self.num_images < self.config.global_batch_size:
+            size = f"--global_batch_size is {self.config.global_batch_size}"
+            raise ValueError(f"{size}, more than the {self.num_images:,} training images: lower it")
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches per epoch."""
         return self.num_images // self.config.global_batch_size
 
     @property
     def num_steps(self) -> int:
-        """Steps of the run."""
         return self.config.epochs * self.steps_per_epoch
 
     @property
@@ -134,19 +119,14 @@ class Outlook:
         return self.config.epochs * self.num_images // self.config.global_batch_size
 
     @property
-    def start(self) -> int:
-        """A step near the start of the run, after the first few."""
-        return min(100, max(1, self.num_steps // 4))
-
-    @property
     def middle(self) -> int:
-        """The step in the middle of the run."""
         return max(1, self.num_steps // 2)
 
     @property
-    def is_seeded(self) -> bool:
-        """True if the run starts from weights, with optimizer state that keeps them."""
-        return self.config.init is not None and self.config.optim.init_inertia > 0
+    def points(self) -> dict[int, str]:
+        """Three steps and their names, in ascending order; a short run has fewer."""
+        start = min(100, max(1, self.num_steps // 4))
+        return dict(sorted({self.num_steps: "end", self.middle: "middle", start: "start"}.items()))
 
     @property
     def driven(self) -> str | None:
@@ -155,7 +135,7 @@ class Outlook:
         return None if drives == "off" else drives
 
     def schedule(self, name: str) -> Schedule:
-        """Return the schedule of the hyperparameter `name` of the rule, its length filled in."""
+        """Return the schedule of a hyperparameter, its length filled in."""
         schedule = getattr(self.config.optim, name)
         assert isinstance(schedule, Schedule), name
         return schedule.over(self.decay_steps)
@@ -175,6 +155,5 @@ class Outlook:
         """Step -> prediction, in ascending order; empty if there is none."""
         if self.rule is None:
             return {}
-        steps = (*self.more_steps, *STEPS, self.start, self.middle, self.num_steps)
-        gradient = self.gradient.rms if self.gradient else 1.0
-        return predict(self.rule, self.num_steps, steps, gradient=gradient)
+        steps = (*self.more_steps, *STEPS, *self.points)
+        return predict(self.rule, self.num_steps, steps, gradient=self.gradient.rms if self.gradient else 1.0)

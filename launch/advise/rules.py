@@ -17,15 +17,14 @@ AVERAGES = ("gamma", "alpha")
 
 def rule_lines(outlook: Outlook) -> list[Line]:
     """Return the lines about the rule of the binary weights."""
-    rule = outlook.rule
-    lines = [Line("flips", "unknown", "ok", "no prediction for this rule")]
-    if rule is not None:
-        lines = [*_gradient_lines(outlook, rule), *_flip_lines(outlook, rule), *_threshold_lines(outlook, rule)]
-    lines += [_memory_line(outlook, name) for name in AVERAGES if getattr(outlook.config.optim, name) is not None]
-    if rule is not None and rule.sigma is not None:
+    rule, names = outlook.rule, [name for name in AVERAGES if getattr(outlook.config.optim, name) is not None]
+    averages = [_memory_line(outlook, name) for name in names]
+    if rule is None:
+        return [Line("flips", "unknown", "ok", "no prediction for this rule"), *averages, *_batch_lines(outlook)]
+    lines = [*_gradient_lines(outlook, rule), *_flip_lines(outlook, rule), *_threshold_lines(outlook, rule), *averages]
+    if rule.sigma is not None:
         lines.append(_second_moment_line(outlook, rule, rule.sigma))
-    lines += _batch_lines(outlook)
-    return lines if rule is None else lines + _float_lines(outlook, rule)
+    return [*lines, *_batch_lines(outlook), *_float_lines(outlook, rule)]
 
 
 def _gradient_lines(outlook: Outlook, rule: FlipRule) -> list[Line]:
@@ -39,30 +38,30 @@ def _gradient_lines(outlook: Outlook, rule: FlipRule) -> list[Line]:
 
 
 def _flip_lines(outlook: Outlook, rule: FlipRule) -> list[Line]:
-    first = _first_flip_line(outlook, rule, outlook.snapshots[1])
-    usual = {outlook.middle, outlook.num_steps}
-    if not outlook.is_seeded and outlook.config.model.initial_weights == "signs":
-        usual |= {2, 10, 100, 1000, 10_000}  # else they depend on the seeded state, or on the first, real weights
-    return [first, *(_flip_line(outlook, snapshot) for step, snapshot in outlook.snapshots.items() if step in usual)]
+    usual, snapshots = {outlook.middle, outlook.num_steps}, outlook.snapshots
+    is_seeded = outlook.config.init is not None and outlook.config.optim.init_inertia > 0
+    first = _first_flip_line(outlook, rule, snapshots[1])
+    if is_seeded:
+        reason = f"the state is seeded so that weights of {outlook.config.init} keep their signs (optim.init_inertia)"
+        first = Line(first.quantity, "under 1 %", "ok", reason)
+    elif outlook.config.model.initial_weights == "signs":  # else the first gradient is that of real weights
+        usual |= {2, 10, 100, 1000, 10_000}
+    return [first, *(_flip_line(outlook, snapshot) for step, snapshot in snapshots.items() if step in usual)]
 
 
 def _first_flip_line(outlook: Outlook, rule: FlipRule, snapshot: Snapshot) -> Line:
-    init, size, threshold = outlook.config.init, snapshot.ratio_rms, snapshot.threshold
-    verdict: Verdict = "ok" if snapshot.flip_ratio > 0.001 else "look"
-    value, reason = rough_percent(snapshot.flip_ratio), f"|r| is {size:.2g} (rms), the threshold {threshold:g}"
-    if outlook.is_seeded:
-        verdict, value = "ok", "under 1 %"
-        reason = f"the state is seeded so that the weights of {init} keep their signs (optim.init_inertia)"
-    elif rule.sigma is None and outlook.gradient is None:
-        verdict, value, reason = "look", "unknown", "r has the scale of the gradient, which was not measured"
-    elif rule.sigma is not None and size > threshold:
-        value, reason = "50 %", f"{reason}: all weights with their gradient's sign flip, as |r| is the same for all"
-        if init is not None:
-            verdict = "wrong"
-            reason += f"; what {init} has learned is lost: leave optim.init_inertia at its default"
-        elif outlook.config.model.initial_weights == "real":
-            reason += "; the next steps flip fewer than in a run that starts from signs"
-    return Line("flips at step 1", value, verdict, reason)
+    title, init, flips = "flips at step 1", outlook.config.init, snapshot.flip_ratio
+    reason = f"|r| is {snapshot.ratio_rms:.2g} (rms), the threshold {snapshot.threshold:g}"
+    if rule.sigma is None and outlook.gradient is None:
+        return Line(title, "unknown", "look", "r has the scale of the gradient, which was not measured")
+    if rule.sigma is None or snapshot.ratio_rms <= snapshot.threshold:
+        return Line(title, rough_percent(flips), "ok" if flips > 0.001 else "look", reason)
+    reason += ": all weights with their gradient's sign flip, as |r| is the same for all"
+    if init is not None:
+        reason += f"; what {init} has learned is lost: leave optim.init_inertia at its default"
+    elif outlook.config.model.initial_weights == "real":
+        reason += "; the next steps flip fewer than in a run that starts from signs"
+    return Line(title, "50 %", "ok" if init is None else "wrong", reason)
 
 
 def _flip_line(outlook: Outlook, snapshot: Snapshot) -> Line:
@@ -85,15 +84,14 @@ def _flip_line(outlook: Outlook, snapshot: Snapshot) -> Line:
 
 def _threshold_lines(outlook: Outlook, rule: FlipRule) -> list[Line]:
     """Say how much of the noise the threshold holds back, near the start, in the middle and at the end."""
-    points = {outlook.num_steps: "end", outlook.middle: "middle", outlook.start: "start"}  # fewer in a short run
     lines = []
-    for step in sorted(points):
+    for step, point in outlook.points.items():
         snapshot = outlook.snapshots[step]
-        verdict, reason = _threshold_verdict(snapshot, is_end=points[step] == "end")
+        verdict, reason = _threshold_verdict(snapshot, is_end=point == "end")
         if rule.sigma is not None and rule.correction == "none":
-            reason += f"; the floor of settled noise is {snapshot.noise_floor:.1e}"
+            reason += f"; the floor of settled noise is {math.sqrt(snapshot.gamma / (2 - snapshot.gamma)):.1e}"
         value = f"{snapshot.threshold:.1e} / {snapshot.ratio_rms:.1e}, {rough_percent(snapshot.dead_band)} in between"
-        lines.append(Line(f"threshold against r, {points[step]}", value, verdict, reason))
+        lines.append(Line(f"threshold against r, {point}", value, verdict, reason))
     return lines
 
 
@@ -144,36 +142,32 @@ def _second_moment_line(outlook: Outlook, rule: FlipRule, sigma: Schedule) -> Li
         "as_coded": "v is divided by sigma, not by its missing part",
         "adam": f"the correction makes up for it{'' if sigma.kind == 'constant' else ' in part, as sigma changes'}",
     }[rule.correction]
-    if settled is None:
-        return Line("memory 1/sigma", _reach(sigma, last), "look", f"v does not settle within the run: {effect}")
-    reason = f"v has settled from step {settled:,} on ({settled / last:.0%} of the run): {effect}"
-    return Line("memory 1/sigma", _reach(sigma, last), "ok" if settled < 0.5 * last else "look", reason)
+    when = f"from step {settled:,} on ({settled / last:.0%} of the run)" if settled else "never within the run"
+    verdict: Verdict = "ok" if settled and settled < 0.5 * last else "look"
+    return Line("memory 1/sigma", _reach(sigma, last), verdict, f"v has settled {when}: {effect}")
 
 
 def _batch_lines(outlook: Outlook) -> list[Line]:
     """Return the settings that keep the effect of a run at twice the batch, in half of the steps."""
     optim = outlook.config.optim
     averages = [name for name in AVERAGES if getattr(optim, name) is not None]
-    values = {name: min(1.0, 2 * outlook.schedule(name)(0)) for name in averages}
-    reason = "averages then span as many images"
-    if not averages and optim.latent_lr is not None:
-        values = {"latent_lr": 2 * outlook.schedule("latent_lr")(0)}
-        reason = "latent weights then get as far; on noise, by Adam's steps, already with 0.7 of it"
+    names = averages or ["latent_lr"] * (optim.latent_lr is not None)
+    doubled = [f"{name} {2 * outlook.schedule(name)(0):.3g}" for name in names]
     if optim.rho is not None:  # acts in each step
-        values["rho"] = 2 * optim.rho
-    value = ", ".join(f"{name} {doubled:.3g}" for name, doubled in values.items())
-    return [Line("at twice the batch", value, "ok", f"at the start: {reason}")] if values else []
+        doubled.append(f"rho {2 * optim.rho:.3g}")
+    reason = "at the start: averages span as many images, latent weights get as far (on noise by Adam with 0.7 of it)"
+    return [Line("at twice the batch", ", ".join(doubled), "ok", reason)] if doubled else []
 
 
 def _float_lines(outlook: Outlook, rule: FlipRule) -> list[Line]:
     """Say whether fp32 keeps what the rule adds up."""
     end, middle = outlook.snapshots[outlook.num_steps], outlook.snapshots[outlook.middle]
-    at_end, in_middle = (snapshot.gamma / (snapshot.exp_avg_rms or 1.0) for snapshot in (end, middle))
-    lines = [_absorbed_line("m", at_end, in_middle)]
+    shares = {"m": [snapshot.gamma / (snapshot.exp_avg_rms or 1.0) for snapshot in (end, middle)]}
+    if rule.sigma is not None:
+        shares["v"] = [snapshot.sigma / (snapshot.second_moment or 1.0) for snapshot in (end, middle)]
+    lines = [_absorbed_line(moment, *share) for moment, share in shares.items()]
     if rule.sigma is None:
         return lines
-    at_end, in_middle = (snapshot.sigma / (snapshot.second_moment or 1.0) for snapshot in (end, middle))
-    lines.append(_absorbed_line("v", at_end, in_middle))
     rounding, sigma = HALF_ULP * end.ratio_rms, rule.sigma(0)
     verdict: Verdict = "look" if 0 < end.threshold < rounding else "ok"
     reason = f"at the end; it acts as 0 below the rounding of r near 0, {rounding:.0e}"

@@ -1,15 +1,17 @@
 """Predict what flip rules do to noise: gradients that are independent normal numbers.
 
-Before a run only the size of its gradients is known, and during most of it they are mostly noise: the gradient of a weight
-changes its sign from step to step. What the rules do to noise needs no network. With s the standard deviation of m / g:
+Before a run only the size of its gradients is known, and during most of it they are mostly noise. What
+the rules do to noise needs no network:
 
-    noise floor   the standard deviation of r once m and v have settled: sqrt(gamma / (2 - gamma))
-    threshold 0   w = -sign(m), and a weight flips when m crosses 0: arctan(gamma / ((1 - gamma) s)) / pi of all weights per
-                  step, s before the step (the angle between two normal numbers of a known correlation)
-    threshold h   r is an Ornstein-Uhlenbeck process and a weight flips each time r crosses the band from -h to h: the share
-                  of the flips at threshold 0 that is left is sqrt(pi / 2) a / (2 R D(h / R) + 1.166 a), R the standard
-                  deviation of r, a that of one step of r, D(x) the integral of exp(t^2 / 2) from 0 to x (the first-passage
-                  time). The last term is the overshoot of a walk of normal steps (Siegmund 1985, 0.583 a on each side).
+    noise floor   standard deviation of r once m and v have settled: sqrt(gamma / (2 - gamma))
+    threshold 0   w = -sign(m), which flips when m crosses 0: arctan(gamma / ((1 - gamma) s)) / pi of
+                  the weights per step, s the standard deviation of m / g before it (the angle between
+                  two normal numbers of a known correlation)
+    threshold h   r is an Ornstein-Uhlenbeck process, and w flips each time r crosses the band from -h
+                  to h. That leaves sqrt(pi / 2) a / (2 R D(h / R) + 1.166 a) of the flips at threshold
+                  0: R and a the standard deviations of r and of its step, D(x) the integral of
+                  exp(t^2 / 2) from 0 to x (first-passage time), the last term the overshoot of a walk
+                  of normal steps (Siegmund 1985, 0.583 a on each side)
 
 The first steps, in which r is neither normal nor slow, are simulated.
 """
@@ -49,7 +51,7 @@ class FlipRule:
         if self.sigma is None:
             return exp_avg
         divisor, divisor_sq = bias_corrections(self.correction, self.gamma(step - 1), self.sigma(step - 1), step)
-        ratio: Array = (exp_avg / divisor) / (np.sqrt(exp_avg_sq / divisor_sq) + EPS)
+        ratio: Array = exp_avg / divisor / (np.sqrt(exp_avg_sq / divisor_sq) + EPS)
         return ratio
 
 
@@ -62,15 +64,10 @@ class Snapshot(NamedTuple):
     threshold: float
     free_flip_ratio: float  # fraction of the weights that would flip at threshold 0
     ratio_rms: float  # root mean square of r
-    exp_avg_rms: float  # root mean square of m, in units of the gradient's standard deviation
-    second_moment: float  # mean of v, in units of the gradient's variance
+    exp_avg_rms: float  # root mean square of m / g
+    second_moment: float  # mean of v / g^2
     flip_ratio: float  # fraction of the weights that flip
     dead_band: float  # fraction of the weights with |r| <= threshold
-
-    @property
-    def noise_floor(self) -> float:
-        """Standard deviation of r once both moments have settled, about sqrt(gamma / 2)."""
-        return math.sqrt(self.gamma / (2.0 - self.gamma))
 
     @property
     def move(self) -> float:
@@ -79,18 +76,13 @@ class Snapshot(NamedTuple):
 
 
 def window(step: int, num_steps: int) -> range:
-    """Return the steps over which a flip ratio at `step` is averaged: a tenth of it to both sides, at most 100."""
+    """Return the steps over which a flip ratio is averaged: a tenth to both sides, at most 100."""
     half = min(100, step // 10)
     return range(step - half, min(step + half, num_steps) + 1)
 
 
-def free_flip_ratio(gamma: float, variance: float) -> float:
-    """Return the fraction of the weights that flip at threshold 0; `variance` is that of m / g before the step."""
-    return math.atan2(gamma, (1.0 - gamma) * math.sqrt(variance)) / math.pi
-
-
 def band_share(move: float, threshold: float, ratio_rms: float) -> float:
-    """Return the share of the flips at threshold 0 that `threshold` leaves; `move` is one step of r (see above)."""
+    """Return the share of the flips at threshold 0 that `threshold` leaves; `move`: of r in a step."""
     if ratio_rms == 0.0:
         return float(threshold == 0.0)
     width = min(threshold / ratio_rms / 2**0.5, 20.0)  # erfi(20) is 1e172
@@ -99,13 +91,9 @@ def band_share(move: float, threshold: float, ratio_rms: float) -> float:
 
 
 def predict(rule: FlipRule, num_steps: int, steps: Iterable[int], *, gradient: float = 1.0) -> dict[int, Snapshot]:
-    """Return step -> prediction, in ascending order.
+    """Return 1-based step -> prediction, in ascending order, for those of `steps` that are in the run.
 
-    Args:
-        rule: the rule and its schedules.
-        num_steps: steps of the run.
-        steps: 1-based; those after the run are left out.
-        gradient: standard deviation of the gradients; matters to Bop, and next to epsilon.
+    `gradient` is the standard deviation of the gradients; it matters to Bop, and next to epsilon.
     """
     wanted, snapshots = {step for step in steps if step <= num_steps}, {}
     simulated = simulate(rule, min(FIRST_STEPS, num_steps), gradient)
@@ -120,7 +108,8 @@ def predict(rule: FlipRule, num_steps: int, steps: Iterable[int], *, gradient: f
             continue
         exp_avg, exp_avg_sq = np.array([math.sqrt(variance) * gradient]), np.array([second_moment * gradient**2])
         rms, threshold = float(rule.ratio(exp_avg, exp_avg_sq, step)[0]), rule.threshold(step - 1)
-        free, band = free_flip_ratio(gamma, variance_before), math.erf(threshold / rms / 2**0.5) if rms else 1.0
+        free = math.atan2(gamma, (1.0 - gamma) * math.sqrt(variance_before)) / math.pi
+        band = math.erf(threshold / rms / 2**0.5) if rms else 1.0
         snapshot = Snapshot(step, gamma, sigma, threshold, free, rms, math.sqrt(variance), second_moment, 0.0, band)
         flips, around = free * band_share(snapshot.move, threshold, rms), window(step, num_steps)
         if around[-1] <= len(simulated):
@@ -130,7 +119,7 @@ def predict(rule: FlipRule, num_steps: int, steps: Iterable[int], *, gradient: f
 
 
 def simulate(rule: FlipRule, num_steps: int, gradient: float = 1.0) -> list[tuple[float, float]]:
-    """Run the rule on NUM_WEIGHTS weights; return per step the flip ratio and the dead band. The seed is fixed."""
+    """Run the rule on NUM_WEIGHTS weights; return flip ratio and dead band per step."""
     random = np.random.default_rng(0)
     weight = np.where(random.random(NUM_WEIGHTS) < 0.5, np.float32(1), np.float32(-1))
     exp_avg, exp_avg_sq = np.zeros(NUM_WEIGHTS, np.float32), np.zeros(NUM_WEIGHTS, np.float32)
@@ -148,11 +137,11 @@ def simulate(rule: FlipRule, num_steps: int, gradient: float = 1.0) -> list[tupl
 
 
 def settled_step(sigma: Schedule, num_steps: int) -> int | None:
-    """Return the 1-based step at which the sum of sigma reaches 1, so that v has forgotten its start at 0; None: never."""
+    """Return the step at which the sum of sigma reaches 1: v has forgotten its start at 0."""
     sums = itertools.accumulate(sigma(step) for step in range(num_steps))
     return next((step for step, total in enumerate(sums, 1) if total >= 1.0), None)
 
 
 def outlived_step(rate: Schedule, num_steps: int) -> int | None:
-    """Return the 1-based step from which 1/rate is more than the steps that are left; None: only at the last one."""
+    """Return the step from which 1/rate is more than the steps that are left; None: the last one."""
     return next((step for step in range(1, num_steps) if rate(step - 1) * (num_steps - step) < 1.0), None)

@@ -11,7 +11,6 @@ from bitfleet.launch.advise import theory
 from bitfleet.launch.advise.theory import (
     FlipRule,
     band_share,
-    free_flip_ratio,
     outlived_step,
     predict,
     settled_step,
@@ -31,8 +30,8 @@ def test_flips_at_threshold_0_by_hand() -> None:
     assert free[11] == pytest.approx(math.atan(10**-0.5) / math.pi, rel=2e-3)
     assert free[101] == pytest.approx(math.atan(0.1) / math.pi, rel=1e-2)
     assert free[200_000] == pytest.approx(math.sqrt(2e-4) / math.pi, rel=1e-3)  # settled
-    assert snapshots[200_000].exp_avg_rms == pytest.approx(snapshots[200_000].noise_floor, rel=1e-6)
-    assert snapshots[200_000].flip_ratio == free[200_000] == free_flip_ratio(1e-4, snapshots[200_000].exp_avg_rms ** 2)
+    assert snapshots[200_000].exp_avg_rms == pytest.approx(math.sqrt(1e-4 / (2 - 1e-4)), rel=1e-6)
+    assert snapshots[200_000].flip_ratio == free[200_000]
 
 
 @pytest.mark.parametrize("correction", ["none", "as_coded", "adam"])
