@@ -1,4 +1,4 @@
-"""Advice on a run, as a table: before it starts from its configuration, afterwards from its folder."""
+"""Tables of advice on a run: from its configuration before it, from its folder afterwards."""
 
 import dataclasses
 import textwrap
@@ -19,7 +19,7 @@ REASON_WIDTH = 84
 
 
 def advise_config(config: TrainConfig, num_images: int | None = None) -> str:
-    """Return the table about a run before it starts; its images are counted if `num_images` is None.
+    """Return the table about a run before it starts; `num_images` None: counted.
 
     Raises:
         ValueError: the number of images is unknown, or less than a batch.
@@ -63,7 +63,6 @@ def advise(outlook: Outlook) -> list[Line]:
     reason = (
         f"optim.transitions moves it so that flips follow a target, {target:.3g} at first; the rest is about its start"
     )
-    # The controller may correct whatever is wrong at the start.
     lines = [line._replace(verdict="look") if line.verdict == "wrong" else line for line in lines]
     return [Line(f"{outlook.driven} is driven", f"from {start:.3g}", "look", reason), *lines]
 

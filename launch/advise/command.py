@@ -12,13 +12,13 @@ from bitfleet.trainer.run.user_paths import users_path
 
 @dataclasses.dataclass(frozen=True)
 class Advise:
-    """Predict what the hyperparameters of a run do: flips, noise, memory, batch size, fp32, schedules.
+    """Predict the effect of a run's hyperparameters: flips, memory, batch size, fp32, schedules.
 
-    For a run folder, also print what its metrics and its newest checkpoint measured. Options of the run
-    (--section.field value, as of `bitfleet train`) may follow NAME.
+    For a run folder, also print what its metrics and its newest checkpoint measured. Options of
+    `bitfleet train` (--section.field value) may follow NAME.
 
-    Each line has a verdict: ok; look: unusual, is it intended?; wrong: this cannot work. The exit code
-    is 0 whatever the verdicts are: they are about gradients that nobody has seen yet. Bad input: 2.
+    Each line has a verdict: ok; look: unusual, is it intended?; wrong: this cannot work. The exit
+    code is 0 whatever the verdicts are: nobody has seen these gradients yet. Bad input: 2.
     """
 
     run: Positional[str] = ""

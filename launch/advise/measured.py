@@ -15,8 +15,7 @@ from bitfleet.trainer.checkpoint.format import latest_checkpoint, step_of
 from bitfleet.trainer.checkpoint.tensors import BITS, OPTIM
 from bitfleet.trainer.metrics.metrics import read_metrics
 
-FACTOR = 2.0
-"""Measured and predicted agree within this factor."""
+FACTOR = 2.0  # within which measured and predicted agree
 
 
 def read_flips(run: Path) -> dict[int, float]:

@@ -17,12 +17,9 @@ from bitfleet.trainer.data import DataConfig, TrainLoader, normalize, open_datas
 Verdict = Literal["ok", "look", "wrong"]
 PUBLISHED = {1000: (ILSVRC2012.train, "ImageNet"), 100: (50_000, "CIFAR-100"), 10: (CIFAR10.train, "CIFAR-10")}
 """Number of classes -> training images, for runs whose data are on another machine."""
-FLIP_RULES = ("bop2ndorder", "bop")
-"""Rules that compare r with a threshold, whose flips on noise are predicted."""
-STEPS = (1, 2, 10, 100, 1000, 10_000)
-"""Steps whose flip ratio is predicted, besides the middle and the end of the run."""
-NUM_PIXELS = 400_000
-"""Pixels of the images that measure the gradient: 8 images of 224 x 224. Seconds on one core."""
+FLIP_RULES = ("bop2ndorder", "bop")  # compare r with a threshold: flips on noise are predicted
+STEPS = (1, 2, 10, 100, 1000, 10_000)  # predicted besides the middle and the end of the run
+NUM_PIXELS = 400_000  # of the images that measure the gradient: 8 of 224 x 224
 
 
 class Line(NamedTuple):
@@ -52,7 +49,7 @@ def measure_gradient(config: TrainConfig) -> Gradient | None:
     params = {name: param for name, param in model.named_parameters() if is_binary(param)}
     if not params:
         return None
-    num_images = max(2, min(config.global_batch_size, NUM_PIXELS // config.data.image_size**2))  # BatchNorm needs two
+    num_images = max(2, min(config.global_batch_size, NUM_PIXELS // config.data.image_size**2))
     images, labels, origin = _batch(config, num_images)
     grads = torch.autograd.grad(nn.functional.cross_entropy(model(images), labels), list(params.values()))
     scale = (num_images / config.global_batch_size) ** 0.5  # noise falls with the root of the batch

@@ -1,18 +1,16 @@
-"""Check the hyperparameters of the binary weights' update rule, by their names; flips where a prediction exists."""
+"""Check the hyperparameters of the update rule by name, and its flips if they are predicted."""
 
 import math
 
-from bitfleet.launch.advise.outlook import Line, Outlook, Verdict
+from bitfleet.launch.advise.outlook import Gradient, Line, Outlook, Verdict
 from bitfleet.launch.advise.theory import FlipRule, Snapshot, outlived_step, settled_step
 from bitfleet.launch.text import rough_percent
 from bitfleet.optim import Schedule
 from bitfleet.optim.rules.bop2ndorder import EPS
 
-HALF_ULP = 2.0**-24
-"""Relative size below which fp32 does not notice an addend."""
+HALF_ULP = 2.0**-24  # relative size below which fp32 does not notice an addend
 SMALLEST_NORMAL = 2.0**-126
-AVERAGES = ("gamma", "alpha")
-"""Rates of moving averages of the gradient."""
+AVERAGES = ("gamma", "alpha")  # rates of moving averages of the gradient
 
 
 def rule_lines(outlook: Outlook) -> list[Line]:
@@ -21,30 +19,27 @@ def rule_lines(outlook: Outlook) -> list[Line]:
     averages = [_memory_line(outlook, name) for name in names]
     if rule is None:
         return [Line("flips", "unknown", "ok", "no prediction for this rule"), *averages, *_batch_lines(outlook)]
-    lines = [*_gradient_lines(outlook, rule), *_flip_lines(outlook, rule), *_threshold_lines(outlook, rule), *averages]
+    lines = [_gradient_line(rule, outlook.gradient)] if outlook.gradient else []
+    lines += [*_flip_lines(outlook, rule), *_threshold_lines(outlook, rule), *averages]
     if rule.sigma is not None:
         lines.append(_second_moment_line(outlook, rule, rule.sigma))
     return [*lines, *_batch_lines(outlook), *_float_lines(outlook, rule)]
 
 
-def _gradient_lines(outlook: Outlook, rule: FlipRule) -> list[Line]:
-    gradient = outlook.gradient
-    if gradient is None:
-        return []
+def _gradient_line(rule: FlipRule, gradient: Gradient) -> Line:
     smallest, largest = min(gradient.layers.values()), max(gradient.layers.values())
     scale = "r has their scale" if rule.sigma is None else "r does not depend on them, but for epsilon"
     reason = f"{gradient.origin}; layers from {smallest:.1e} to {largest:.1e}; {scale}"
-    return [Line("gradient, rms", f"{gradient.rms:.1e}", "ok" if smallest > 0 else "look", reason)]
+    return Line("gradient, rms", f"{gradient.rms:.1e}", "ok" if smallest > 0 else "look", reason)
 
 
 def _flip_lines(outlook: Outlook, rule: FlipRule) -> list[Line]:
     usual, snapshots = {outlook.middle, outlook.num_steps}, outlook.snapshots
-    is_seeded = outlook.config.init is not None and outlook.config.optim.init_inertia > 0
     first = _first_flip_line(outlook, rule, snapshots[1])
-    if is_seeded:
+    if outlook.config.init is not None and outlook.config.optim.init_inertia > 0:
         reason = f"the state is seeded so that weights of {outlook.config.init} keep their signs (optim.init_inertia)"
         first = Line(first.quantity, "under 1 %", "ok", reason)
-    elif outlook.config.model.initial_weights == "signs":  # else the first gradient is that of real weights
+    elif outlook.config.model.initial_weights == "signs":  # else the first steps are not predicted
         usual |= {2, 10, 100, 1000, 10_000}
     return [first, *(_flip_line(outlook, snapshot) for step, snapshot in snapshots.items() if step in usual)]
 
@@ -83,7 +78,7 @@ def _flip_line(outlook: Outlook, snapshot: Snapshot) -> Line:
 
 
 def _threshold_lines(outlook: Outlook, rule: FlipRule) -> list[Line]:
-    """Say how much of the noise the threshold holds back, near the start, in the middle and at the end."""
+    """Say how much of the noise the threshold holds back at three steps."""
     lines = []
     for step, point in outlook.points.items():
         snapshot = outlook.snapshots[step]
@@ -148,7 +143,7 @@ def _second_moment_line(outlook: Outlook, rule: FlipRule, sigma: Schedule) -> Li
 
 
 def _batch_lines(outlook: Outlook) -> list[Line]:
-    """Return the settings that keep the effect of a run at twice the batch, in half of the steps."""
+    """Return the settings that keep the effect of a run at twice the batch, half of the steps."""
     optim = outlook.config.optim
     averages = [name for name in AVERAGES if getattr(optim, name) is not None]
     names = averages or ["latent_lr"] * (optim.latent_lr is not None)

@@ -1,17 +1,16 @@
 """Predict what flip rules do to noise: gradients that are independent normal numbers.
 
-Before a run only the size of its gradients is known, and during most of it they are mostly noise. What
-the rules do to noise needs no network:
+Before a run only the size of its gradients is known, and during most of it they are mostly noise.
+What the rules do to noise needs no network:
 
     noise floor   standard deviation of r once m and v have settled: sqrt(gamma / (2 - gamma))
-    threshold 0   w = -sign(m), which flips when m crosses 0: arctan(gamma / ((1 - gamma) s)) / pi of
-                  the weights per step, s the standard deviation of m / g before it (the angle between
-                  two normal numbers of a known correlation)
-    threshold h   r is an Ornstein-Uhlenbeck process, and w flips each time r crosses the band from -h
-                  to h. That leaves sqrt(pi / 2) a / (2 R D(h / R) + 1.166 a) of the flips at threshold
-                  0: R and a the standard deviations of r and of its step, D(x) the integral of
-                  exp(t^2 / 2) from 0 to x (first-passage time), the last term the overshoot of a walk
-                  of normal steps (Siegmund 1985, 0.583 a on each side)
+    threshold 0   w = -sign(m), which flips when m crosses 0: arctan(gamma / ((1 - gamma) s)) / pi
+                  of the weights per step, s the standard deviation of m / g before it
+    threshold h   r is an Ornstein-Uhlenbeck process, and w flips when r crosses the band from -h to
+                  h. That leaves sqrt(pi / 2) a / (2 R D(h / R) + 1.166 a) of the flips above: R and
+                  a the standard deviations of r and of its step, D(x) the integral of exp(t^2 / 2)
+                  from 0 to x (first-passage time), the last term the overshoot of a walk of normal
+                  steps (Siegmund 1985, 0.583 a on each side)
 
 The first steps, in which r is neither normal nor slow, are simulated.
 """
@@ -72,7 +71,7 @@ class Snapshot(NamedTuple):
     @property
     def move(self) -> float:
         """Standard deviation of the change of r in one step."""
-        return self.gamma * self.ratio_rms / (self.exp_avg_rms or 1.0)  # m is 0 as long as gamma was
+        return self.gamma * self.ratio_rms / (self.exp_avg_rms or 1.0)  # m may still be 0
 
 
 def window(step: int, num_steps: int) -> range:
@@ -82,7 +81,7 @@ def window(step: int, num_steps: int) -> range:
 
 
 def band_share(move: float, threshold: float, ratio_rms: float) -> float:
-    """Return the share of the flips at threshold 0 that `threshold` leaves; `move`: of r in a step."""
+    """Return the share of the flips at threshold 0 that is left; `move` is a step of r."""
     if ratio_rms == 0.0:
         return float(threshold == 0.0)
     width = min(threshold / ratio_rms / 2**0.5, 20.0)  # erfi(20) is 1e172
@@ -91,7 +90,7 @@ def band_share(move: float, threshold: float, ratio_rms: float) -> float:
 
 
 def predict(rule: FlipRule, num_steps: int, steps: Iterable[int], *, gradient: float = 1.0) -> dict[int, Snapshot]:
-    """Return 1-based step -> prediction, in ascending order, for those of `steps` that are in the run.
+    """Return 1-based step -> prediction, in ascending order, for the `steps` within the run.
 
     `gradient` is the standard deviation of the gradients; it matters to Bop, and next to epsilon.
     """
@@ -143,5 +142,5 @@ def settled_step(sigma: Schedule, num_steps: int) -> int | None:
 
 
 def outlived_step(rate: Schedule, num_steps: int) -> int | None:
-    """Return the step from which 1/rate is more than the steps that are left; None: the last one."""
+    """Return the step from which 1/rate is more than the steps that are left; None: the last."""
     return next((step for step in range(1, num_steps) if rate(step - 1) * (num_steps - step) < 1.0), None)

@@ -1,11 +1,11 @@
-"""The card of a run of the paper: verdict, numbers and differences as JSON, and from it as Markdown."""
+"""The card of a run of the paper: verdict, numbers and differences, as JSON and as Markdown."""
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -29,19 +29,15 @@ MAX_ROWS = 25
 """Rows of validations in the Markdown; the JSON has all."""
 
 
-class Record(NamedTuple):
-    """The content of a run's folder; `run` has facts of its last part, if it was continued."""
-
-    config: TrainConfig
-    validations: list[dict[str, Any]]
-    run: dict[str, Any]
+Record = tuple[TrainConfig, list[dict[str, Any]], dict[str, Any]]
+"""Configuration, validations, and facts of a run (of its last part, if it was continued)."""
 
 
 def read_record(run: Path) -> Record:
     """Read the folder of a run; its newest checkpoint is verified.
 
     Raises:
-        ValueError: `run` is not a run, it has logged nothing or saved nothing yet, or its checkpoint is damaged.
+        ValueError: not a run, nothing logged or saved yet, or the checkpoint is damaged.
     """
     config, lines, checkpoint = read_config(run), read_metrics(run), latest_checkpoint(run)
     trained = [line for line in lines if line["kind"] == "train"]
@@ -56,17 +52,17 @@ def read_record(run: Path) -> Record:
         "num_steps": config.epochs * steps_per_epoch,
         "steps_per_epoch": steps_per_epoch,
         "skipped_steps": meta["skipped_steps"],
-        "hours": sum(line["seconds"] for line in trained) / 3600,
+        "hours": round(sum(line["seconds"] for line in trained) / 3600, 4),
         "data_sha256": meta["data_sha"],
         "checkpoint_step": step_of(checkpoint),
         "weights_sha256": weights_sha(state),
     }
     del facts["config"]
-    return Record(config, [line for line in lines if line["kind"] == "validation"], facts)
+    return config, [line for line in lines if line["kind"] == "validation"], facts
 
 
 def weights_sha(state: Tensors) -> str:
-    """Return the sha256 over name, type, shape and bytes of each tensor of a state dict, by name."""
+    """Return the sha256 over name, type, shape and bytes of each tensor, in the order of names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
@@ -75,7 +71,7 @@ def weights_sha(state: Tensors) -> str:
 
 
 def judge(paper: Paper, last: Standing | None, epochs: int, changes: Sequence[Change]) -> tuple[str, str]:
-    """Return the verdict on a run and its reason; `last` counts only if it is after all `epochs`."""
+    """Return the verdict on a run and its reason; `last` counts only after all `epochs`."""
     shown = "; ".join(map(str, changes[:3])) + " ..." * (len(changes) > 3)
     changed = f"; {len(changes)} setting{'s' * (len(changes) > 1)} changed: {shown}" if changes else ""
     if last is None or last.epochs_done < epochs:
@@ -99,7 +95,7 @@ def judge(paper: Paper, last: Standing | None, epochs: int, changes: Sequence[Ch
 def make_card(record: Record, paper: Paper, recipe: TrainConfig) -> dict[str, Any]:
     """Return the card of a run as JSON types, accuracies in percent; `recipe` is the paper's."""
     config, validations, run = record
-    curve = expected_curve(paper.curves)
+    curve = expected_curve(paper.config)
     epochs_done = [line["step"] / run["steps_per_epoch"] for line in validations]
     standings = [stand(curve, n, config, 100 * line["top1"]) for n, line in zip(epochs_done, validations, strict=True)]
     last = validations[-1] if validations else None
@@ -122,7 +118,7 @@ def make_card(record: Record, paper: Paper, recipe: TrainConfig) -> dict[str, An
         "differences": list(paper.differences),
         "neighbours": list(paper.neighbours),
         "expected_curve": None if curve is None else dataclasses.asdict(curve),
-        "standings": [{**standing._asdict(), "difference": standing.difference} for standing in standings],
+        "standings": [standing._asdict() for standing in standings],
         "curve": {  # as expected/*.json has them; whoever ships it fills in the tolerances
             "name": f"bitfleet {config.name}, seed {config.seed}",
             "recipe": f"bitfleet at {run['git']}",
@@ -138,7 +134,7 @@ def make_card(record: Record, paper: Paper, recipe: TrainConfig) -> dict[str, An
 
 
 def write_card(folder: Path, card: dict[str, Any]) -> Path:
-    """Write reproduce.json and reproduce.md into the folder of the run; return the path of the latter."""
+    """Write reproduce.json and reproduce.md into the folder of the run; return the latter."""
     write_atomically(folder / "reproduce.json", to_json(card, indent=2) + "\n")
     write_atomically(folder / "reproduce.md", as_markdown(card))
     return folder / "reproduce.md"
@@ -169,7 +165,7 @@ def _numbers(card: dict[str, Any]) -> str:
     rows = [["", "top-1", "top-5", "this run above it, points of top-1"]]
     rows.append(["**this run**", *("-" if card[key] is None else f"{card[key]:.2f} %" for key in ("top1", "top5")), ""])
     for published in ({**target, "name": "the paper"}, *card["neighbours"]):
-        top5 = "not published" if published["top5"] is None else f"{published['top5']:g} %"  # with the published digits
+        top5 = "not published" if published["top5"] is None else f"{published['top5']:g} %"
         difference = f"{top1 - published['top1']:+.2f}" if can_compare else "-"
         rows.append([published["name"], f"{published['top1']:g} %", top5, difference])
     text = f"{markdown_table(rows)}\n\n"
@@ -199,11 +195,5 @@ def _validations(card: dict[str, Any]) -> str:
 
 def _run(card: dict[str, Any]) -> str:
     facts = flatten({"data": card["config"]["data"]["root"], **card["run"], "network": card["network"]})
-    rows = [[name.replace("_", " "), _text(value)] for name, value in facts]
+    rows = [[name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value}"] for name, value in facts]
     return markdown_table([["", ""], *rows])
-
-
-def _text(value: object) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_text, value))
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else f"{value}"

@@ -23,17 +23,17 @@ PROG = "bitfleet reproduce"
 
 @dataclasses.dataclass(frozen=True)
 class Reproduce:
-    """Start or continue a run of the paper, in runs/reproduce/NAME-seed-SEED unless --run_dir is set.
+    """Start or continue a run of the paper, in runs/reproduce/NAME-seed-SEED if --run_dir is unset.
 
-    Options of the run may follow, such as --data.root, the folder of the images; `bitfleet reproduce
-    NAME --help` lists all. A setting that changes the recipe makes the verdict "not a reproduction".
+    Options of the run may follow, such as --data.root, the folder of the images; `bitfleet
+    reproduce NAME --help` lists all. After each validation one line compares it with the expected
+    curve. At the end reproduce.md and reproduce.json in the run's folder hold the verdict, the
+    numbers and the differences from the paper. A setting that changes the recipe makes the verdict
+    "not a reproduction".
 
-    After each validation one line compares it with the expected curve. At the end reproduce.md and
-    reproduce.json in the run's folder hold the verdict, the numbers and the differences from the paper.
-
-    On all GPUs: `bitfleet launch deepspeed --reproduce NAME ...`. Exit code 0 with any verdict; 75 if
-    the run was stopped (the same command continues it); with --check 1 for "not reproduced" and "not a
-    reproduction".
+    On all GPUs: `bitfleet launch deepspeed --reproduce NAME ...`. Exit code 0 with any verdict; 75
+    if the run was stopped (the same command continues it); with --check 1 for "not reproduced" and
+    "not a reproduction".
     """
 
     name: Positional[str]
@@ -62,7 +62,7 @@ def reproduce(arguments: Sequence[str]) -> None:
         trainer = prepared_trainer(config, ranks, device)
         if is_first_rank():
             print(announcement(paper, recipe, config), end="\n\n", flush=True)
-            trainer.after_validation = watcher(expected_curve(paper.curves), config, trainer.loader.steps_per_epoch)
+            trainer.after_validation = watcher(expected_curve(paper.config), config, trainer.loader.steps_per_epoch)
         trainer.train()
         say_stopped(trainer, "the same command continues")
     if is_first_rank():
@@ -71,8 +71,7 @@ def reproduce(arguments: Sequence[str]) -> None:
         elif not trainer.stopped_by:
             left = "without --stop_after_steps the same command continues"
             print(f"\nStep {trainer.step:,} of {trainer.num_steps:,}: {left}")
-        dry = " --dry_run" if paper.dry_run else ""
-        print(f"\nLater: {PROG} {paper.name}{dry} --check {trainer.folder.path}", flush=True)
+        print(f"\nLater: {PROG} {paper.name}{' --dry_run' * paper.dry_run} --check {trainer.folder.path}", flush=True)
     if trainer.stopped_by:
         sys.exit(REQUEUE)
 
@@ -99,8 +98,8 @@ def parse_reproduce(arguments: Sequence[str]) -> tuple[Reproduce, Paper, TrainCo
 
 
 def announcement(paper: Paper, recipe: TrainConfig, config: TrainConfig) -> str:
-    """Return what is reproduced, how its validations are judged, and the settings that rule it out."""
-    curve, changes = expected_curve(paper.curves), changes_of_config(recipe, config)
+    """Return the goal, the curve that validations are compared with, and the changed settings."""
+    curve, changes = expected_curve(paper.config), changes_of_config(recipe, config)
     lines = [f"{paper.title}, published {paper.top1} % top-1, tolerance {paper.tolerance} points"]
     if paper.dry_run:
         lines = [f"dry run of {paper.title}, with a miniature network on the embedded images"]

@@ -2,12 +2,12 @@
 
 The curves are in expected/*.json, one file per run:
 
-    {"curves": [{"name": "larq-zoo BiRealNet", "recipe": "...", "comparable": "...", "source": "...",
-                 "epochs": 300, "points": [[1, 8.85, 10.0], ...]}]}
+    {"curves": [{"name": "larq-zoo BiRealNet", "recipe": "...", "comparable": "...",
+                 "source": "...", "epochs": 300, "points": [[1, 8.85, 10.0], ...]}]}
 
-A point is: epochs done, top-1 in percent, tolerance in points. Runs are compared with the first curve
-of a file, so one of bitfleet's runs, put in front, replaces a neighbour's. The card of a run has its
-curve in this form, without the tolerances, which one run cannot know.
+A point is: epochs done, top-1 in percent, tolerance in points. Runs are compared with the first
+curve of a file, so one of bitfleet's runs, put in front, replaces a neighbour's. The card of a run
+has its curve in this form, without the tolerances, which one run cannot know.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ def expected_curve(name: str, folder: Path = FOLDER) -> Curve | None:
 def expected_at(curve: Curve, fraction: float) -> Point | None:
     """Return the point of `curve` after `fraction` of its length; None before its first point.
 
-    Between its points it is linear in the logarithm of the epochs: accuracy rises fast only at first.
+    Linear in the logarithm of the epochs between its points: accuracy rises fast only at first.
     """
     done, points = fraction * curve.epochs, curve.points
     if done < points[0].epochs_done * (1 - 1e-9):
@@ -95,15 +95,10 @@ class Standing(NamedTuple):
 
     epochs_done: float
     top1: float
+    difference: float | None  # points above (+) or below (-) the expected
     expected: float | None
     tolerance: float | None
-    word: str
-    """on track, off, too early or no curve."""
-
-    @property
-    def difference(self) -> float | None:
-        """Points above (+) or below (-) the expected."""
-        return None if self.expected is None else self.top1 - self.expected
+    word: str  # on track, off, too early or no curve
 
 
 def stand(curve: Curve | None, epochs_done: float, config: TrainConfig, top1: float) -> Standing:
@@ -113,10 +108,16 @@ def stand(curve: Curve | None, epochs_done: float, config: TrainConfig, top1: fl
     """
     point = None if curve is None else expected_at(curve, epochs_done / config.epochs)
     if point is None:
-        return Standing(epochs_done, top1, None, None, "no curve" if curve is None else "too early")
-    is_off, lowest = abs(top1 - point.top1) > point.tolerance, point.top1 - point.tolerance
-    word = "off" if is_off else "too early" if lowest <= 100 / config.model.num_classes else "on track"
-    return Standing(epochs_done, top1, point.top1, point.tolerance, word)
+        return Standing(epochs_done, top1, None, None, None, "no curve" if curve is None else "too early")
+    difference, lowest = top1 - point.top1, point.top1 - point.tolerance
+    word = (
+        "off"
+        if abs(difference) > point.tolerance
+        else "too early"
+        if lowest <= 100 / config.model.num_classes
+        else "on track"
+    )
+    return Standing(epochs_done, top1, difference, point.top1, point.tolerance, word)
 
 
 def watcher(curve: Curve | None, config: TrainConfig, steps_per_epoch: int) -> Callable[[int, Accuracy], str]:

@@ -1,8 +1,8 @@
 """The paper's runs, from papers.json: published numbers, neighbours, and differences of bitfleet.
 
-Sources: arXiv 2104.05124 and its code, CuauSuarez/Bop2ndOrder, branch conference (README: accuracies;
-models/*_batch.py: recipes; data/imagenet.py); plumerai/rethinking-bnn-optimization and larq-zoo for
-the neighbours.
+Sources: arXiv 2104.05124 and its code, CuauSuarez/Bop2ndOrder, branch conference (README:
+accuracies; models/*_batch.py: recipes; data/imagenet.py); plumerai/rethinking-bnn-optimization and
+larq-zoo for the neighbours.
 """
 
 import dataclasses
@@ -19,17 +19,17 @@ class Paper:
     """A run of the paper."""
 
     name: str
-    """Name in `bitfleet reproduce NAME`, and of its file of expected curves."""
+    """Name in `bitfleet reproduce NAME`."""
     title: str
     config: str
-    """Configuration with the paper's recipe."""
+    """Configuration with the paper's recipe; its expected curves have the same name."""
     top1: float
     """Published top-1, percent."""
     top5: float | None = None
     """Published top-5, percent; None: not published."""
     tolerance: float
-    """Points of top-1 within which a run agrees. The paper states no spread over seeds. Bop, which it
-    improves on, is 0.6 to 1.0 points below it: a run that fell to Bop's number must not pass."""
+    """Points of top-1 within which a run agrees. The paper states no spread over seeds. Bop, which
+    it improves on, is 0.6 to 1.0 points below: a run that fell to Bop's number must not pass."""
     steps_per_epoch: int
     num_validation_images: int
     num_replicas: int | None = None
@@ -39,11 +39,6 @@ class Paper:
     differences: tuple[str, ...]
     """Differences between any run of bitfleet and the paper's."""
     dry_run: bool = False
-
-    @property
-    def curves(self) -> str:
-        """File of the expected curves."""
-        return DRY_RUN if self.dry_run else self.name
 
 
 def _read_papers() -> dict[str, Paper]:

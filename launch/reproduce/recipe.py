@@ -14,7 +14,7 @@ MACHINE = (
     "root device num_threads loader memory_gib val_batch_size allow_incomplete on_bad_sample "
     "max_bad_samples stall_seconds"
 ).split()
-"""Fields of `data` that change no number, or only its last bits; missing images show in the counts."""
+"""Fields of `data` that change at most the last bits; missing images show in the counts."""
 
 
 class Change(NamedTuple):
@@ -29,7 +29,7 @@ class Change(NamedTuple):
 
 
 def changes_of_config(paper: TrainConfig, here: TrainConfig) -> list[Change]:
-    """Return the settings of `here` that change the recipe of `paper`: not seed, ranks or folders."""
+    """Return the settings of `here` that change the recipe: not seed, ranks or folders."""
     there, ours = recipe(paper), recipe(here)
     changes = [Change(name, there.get(name), ours.get(name)) for name in {**there, **ours}]
     return [change for change in changes if change.paper != change.here]

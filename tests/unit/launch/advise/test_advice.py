@@ -45,7 +45,7 @@ def test_an_end_without_a_kind_is_named() -> None:
 def test_nothing_is_wrong_with_the_shipped_ones() -> None:
     for name in available():
         config = load_config(name)
-        is_embedded = config.data.root == "fashion-mnist"  # unpacking its 6,000 images would be most of the time
+        is_embedded = config.data.root == "fashion-mnist"  # unpacking its images takes long
         num_images = 6000 if is_embedded else count_images(config.data, config.model.num_classes)[0]
         lines = lines_of(config, num_images)
         assert {line.verdict for line in lines.values()} <= {"ok", "look"}, name
@@ -129,7 +129,7 @@ def test_threshold_out_of_reach_is_wrong() -> None:
     lines = lines_of(with_optim(threshold=constant(1.0)))
     assert lines["threshold against r, middle"].verdict == "wrong"
     assert lines["flips at step 552 (middle)"].verdict == "wrong"
-    assert lines["threshold against r, end"].verdict == "look"  # the end of a run may be meant to be still
+    assert lines["threshold against r, end"].verdict == "look"  # a still end may be intended
 
 
 def test_threshold_of_the_size_of_noise_matters() -> None:
@@ -155,7 +155,7 @@ def test_small_gradients() -> None:
 
 
 def test_flips_that_end_are_not_ok() -> None:
-    """The quickstart's threshold grows a thousandfold, which r without a second moment never follows."""
+    """The quickstart's threshold grows a thousandfold; r without a second moment does not."""
     lines = lines_of(with_optim(rule="bop"))
     for step, verdict in (("552 (middle)", "wrong"), ("1,000", "look"), ("1,104 (end)", "look")):
         line = lines[f"flips at step {step}"]
@@ -185,7 +185,7 @@ def test_driven_hyperparameter_is_named_first() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_runs_of_a_few_steps(steps: int) -> None:
     lines = lines_of(dataclasses.replace(SMALL, epochs=1), num_images=128 * steps)
-    points = {1: ["start"], 2: ["start", "end"], 3: ["start", "end"]}[steps]  # the middle of 2 and 3 steps is the first
+    points = {1: ["start"], 2: ["start", "end"], 3: ["start", "end"]}[steps]  # the middle is step 1
     assert [quantity for quantity in lines if quantity.startswith("threshold against r")] == [
         f"threshold against r, {point}" for point in points
     ]
@@ -259,7 +259,7 @@ def test_gradient_of_noise_is_taken_to_the_batch(tiny_images: Path) -> None:
     many = measure_gradient(elsewhere)
     assert many is not None
     assert "390 images of random pixels" in many.origin
-    # 390 images make a gradient a tenth as noisy as 4 do; what is left is taken down to 40,000 by the root of the batch.
+    # The gradient of 390 images is a tenth as noisy as that of 4; the batch scales it down.
     assert many.rms < 0.3 * few.rms
 
 

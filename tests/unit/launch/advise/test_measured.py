@@ -1,4 +1,4 @@
-"""Predicted next to measured: a synthetic run whose gradients are noise, and one whose gradients are not."""
+"""Predicted and measured, of a synthetic run with gradients of noise and of one without."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ NUMEL = 40_000
 
 
 def make_run(run: Path, drift: float) -> Path:
-    """A run of fashion_quickstart whose gradients are noise with a mean of `drift` standard deviations."""
+    """Write a run whose gradients are noise with a mean of `drift` standard deviations."""
     config = load_config("fashion_quickstart")
     write_config(run, config, {})
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +78,7 @@ def test_gradients_with_a_mean_flip_less(tmp_path: Path) -> None:
 
 
 def logged_run(run: Path, optim: OptimConfig, flips: dict[int, float]) -> Path:
-    """A run of fashion_quickstart with another rule that logged these flips and nothing else."""
+    """Write a run with another rule that logged these flips and nothing else."""
     run.mkdir()
     write_config(run, dataclasses.replace(load_config("fashion_quickstart"), optim=optim), {})
     lines = [{"kind": "train", "step": step, "flip_ratio": ratio} for step, ratio in flips.items()]

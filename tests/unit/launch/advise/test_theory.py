@@ -1,4 +1,4 @@
-"""What is said about noise: closed forms against hand numbers and simulations, simulations against the rules."""
+"""Predictions for noise: closed forms against simulations, simulations against the rules."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_flips_at_threshold_0_by_hand() -> None:
 
 @pytest.mark.parametrize("correction", ["none", "as_coded", "adam"])
 def test_prediction_is_the_rule(correction: Correction, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flips, ratios and the dead band of 100,000 weights under Bop2ndOrder; the threshold holds a good part of them."""
+    """100,000 weights under Bop2ndOrder; the threshold holds a good part of them."""
     monkeypatch.setattr(theory, "NUM_WEIGHTS", 100_000)
     gamma, sigma, num_steps, steps = 3e-2, 1e-2, 40, (1, 2, 5, 10, 20, 40)
     threshold = {"none": 0.05, "as_coded": 0.3, "adam": 0.1}[correction]
@@ -73,7 +73,7 @@ def test_prediction_of_bop_has_the_scale_of_the_gradient(monkeypatch: pytest.Mon
 def measure(
     weight: nn.Parameter, optimizer: torch.optim.Optimizer, num_steps: int, gradient: float
 ) -> dict[int, float]:
-    """Step -> flip ratio on noise."""
+    """Return step -> flip ratio on noise."""
     flips = {}
     for step in range(1, num_steps + 1):
         before = weight.detach().clone()
@@ -104,7 +104,7 @@ def test_closed_form_is_the_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("width", [0.5, 2.0, 8.0])
 def test_thresholds_near_the_step_of_r(width: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`width`: of the threshold, in moves of r."""
+    """`width` is that of the threshold, in steps of r."""
     monkeypatch.setattr(theory, "NUM_WEIGHTS", 5000)
     gamma = 2e-3
     rule = FlipRule(gamma=constant(gamma), sigma=constant(1e-2), threshold=constant(width * gamma))
@@ -128,7 +128,7 @@ def test_first_step() -> None:
     for correction in ("as_coded", "adam"):
         rule = FlipRule(**rates, threshold=constant(0.5), correction=correction)
         assert predict(rule, 9, [1])[1].ratio_rms == pytest.approx(1.0, rel=1e-5)
-    # Bop: half of those with |gamma g| > threshold; here that is |g| > one standard deviation, 31.7 %.
+    # Bop: half of the weights with |gamma g| > threshold, which is one standard deviation: 31.7 %.
     bop = FlipRule(gamma=rates["gamma"], threshold=constant(1e-7))
     assert predict(bop, 9, [1], gradient=1e-3)[1].flip_ratio == pytest.approx(0.317 / 2, abs=0.01)
 
@@ -146,6 +146,6 @@ def test_settling_and_memory_by_hand() -> None:
     assert outlived_step(constant(1e-2), 1000) == 901  # 99 steps are left
     assert outlived_step(constant(1e-4), 1000) == 1
     assert outlived_step(constant(1.0), 1000) is None
-    # The memory 1 / (1e-4 (1 - t / N)) is as long as the rest, N - t = N (1 - t / N), where (1 - t / N)^2 = 1e4 / N.
+    # The memory 1 / (1e-4 (1 - t / N)) equals the rest N (1 - t / N) at (1 - t / N)^2 = 1e4 / N.
     outlived = outlived_step(linear(1e-4, 0.0, 125_113), 125_113)
     assert outlived == pytest.approx(125_113 * (1 - math.sqrt(1e4 / 125_113)), abs=10)

@@ -65,8 +65,8 @@ def test_file_of_another_form_is_named(tmp_path: Path) -> None:
 
 def test_first_curve_counts_and_none_may_be_known(tmp_path: Path) -> None:
     for name, paper in PAPERS.items():
-        assert (expected_curve(paper.curves) is None) == (name == "binarynet")
-        dry = expected_curve(find_paper(name, dry_run=True).curves)
+        assert (expected_curve(paper.config) is None) == (name == "binarynet")
+        dry = expected_curve(find_paper(name, dry_run=True).config)
         assert dry is not None
         assert dry.epochs == 6
     curves = [dataclasses.asdict(CURVE) | {"name": name} for name in ("ours", "theirs")]
@@ -97,20 +97,20 @@ def test_words(top1: float, word: str, difference: float) -> None:
 
 
 def test_run_of_another_length_is_compared_at_the_same_fraction() -> None:
-    assert stand(CURVE, 5, run_of(10), 41.0)[2:] == (40.0, 4.0, "on track")
-    assert stand(CURVE, 10, run_of(10), 41.0)[2:] == (50.0, 2.0, "off")
+    assert stand(CURVE, 5, run_of(10), 41.0)[3:] == (40.0, 4.0, "on track")
+    assert stand(CURVE, 10, run_of(10), 41.0)[3:] == (50.0, 2.0, "off")
 
 
 def test_too_early_where_guessing_would_be_on_track() -> None:
     assert stand(CURVE, 2, run_of(num_classes=50), 3.0).word == "too early"
     assert stand(CURVE, 2, run_of(num_classes=100), 3.0).word == "on track"
-    assert stand(CURVE, 2, run_of(num_classes=50), 30.0).word == "off"  # far above is off at any time
-    assert stand(CURVE, 1, run_of(num_classes=100), 3.0)[2:] == (None, None, "too early")
+    assert stand(CURVE, 2, run_of(num_classes=50), 30.0).word == "off"  # far above is always off
+    assert stand(CURVE, 1, run_of(num_classes=100), 3.0)[3:] == (None, None, "too early")
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("birealnet18", 150), ("xnornet", 100)])
+@pytest.mark.parametrize(("name", "epochs"), [("birealnet18_imagenet", 150), ("xnornet_imagenet", 100)])
 def test_network_that_only_guesses_is_off_at_epoch_8(name: str, epochs: int) -> None:
-    """1 / gamma is 10,000 steps, 8 epochs; before that a slow start does not count against a run."""
+    """1 / gamma is 8 epochs; before that a slow start does not count against a run."""
     curve = expected_curve(name)
     assert stand(curve, 8, run_of(epochs), 0.1).word == "off"
     assert stand(curve, 1, run_of(epochs), 0.1).word == "too early"
@@ -128,8 +128,8 @@ def test_sentences_count_epochs_in_steps_and_percent() -> None:
 
 
 def test_tolerance_is_twice_what_schedules_alone_make() -> None:
-    """The two curves of larq-zoo, each measured from its own end, at the fractions where both are known."""
-    birealnet, xnornet = expected_curve("birealnet18"), expected_curve("xnornet")
+    """The two curves of larq-zoo from their ends, at the fractions where both are known."""
+    birealnet, xnornet = expected_curve("birealnet18_imagenet"), expected_curve("xnornet_imagenet")
     assert birealnet is not None
     assert xnornet is not None
 

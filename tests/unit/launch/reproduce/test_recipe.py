@@ -59,7 +59,7 @@ def test_other_data_and_replicas_show_in_the_run() -> None:
     assert changes("birealnet18") == []
     assert changes("birealnet18", None, num_replicas=8) == []
     assert changes("birealnet18", steps_per_epoch=100) == ["training steps per epoch"]
-    assert changes("birealnet18", steps_per_epoch=100, same_batch=False) == []  # the batch is named already
+    assert changes("birealnet18", steps_per_epoch=100, same_batch=False) == []  # the batch is named
     assert changes("birealnet18", 49_999) == ["validation images"]
     assert changes("binarynet", 10_000, num_replicas=2) == ["num_replicas (BatchNorm sees a batch's share)"]
 
