@@ -150,8 +150,8 @@ def _batch_lines(outlook: Outlook) -> list[Line]:
     doubled = [f"{name} {2 * outlook.schedule(name)(0):.3g}" for name in names]
     if optim.rho is not None:  # acts in each step
         doubled.append(f"rho {2 * optim.rho:.3g}")
-    reason = "at the start: averages span as many images, latent weights get as far (on noise by Adam with 0.7 of it)"
-    return [Line("at twice the batch", ", ".join(doubled), "ok", reason)] if doubled else []
+    effect = "averages span as many images" if averages else "latent weights get as far (Adam on noise: 0.7 of it)"
+    return [Line("at twice the batch", ", ".join(doubled), "ok", f"at the start: {effect}")] if doubled else []
 
 
 def _float_lines(outlook: Outlook, rule: FlipRule) -> list[Line]:

@@ -171,7 +171,7 @@ def test_published_numbers_are_the_same_everywhere() -> None:
     assert set(PAPERS) == set(networks())
     for name, paper in PAPERS.items():
         rows = [(row.top1, row.top5) for row in published(name) if row.same_network]
-        assert {(paper.top1, paper.top5), *((near.top1, near.top5) for near in paper.neighbours)} <= set(rows)
+        assert {(paper.top1, paper.top5), *((near["top1"], near["top5"]) for near in paper.neighbours)} <= set(rows)
         config = load_config(paper.config)
         assert config.model.name == name
         assert data_of(name) == ("CIFAR-10" if config.model.num_classes == 10 else "ImageNet")
