@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from tyro.conf import Positional
 
-from bitfleet.launch.parsing.arguments import parse_train
 from bitfleet.launch.parsing.commands import MaybeCount, parse_with_run
 from bitfleet.trainer.run.user_paths import users_path
 
@@ -44,8 +43,9 @@ def advise(arguments: Sequence[str]) -> None:
         return
     if "/" in options.run:
         raise ValueError(f"there is no run folder {users_path(options.run)}")
-    config = parse_train(["--config", options.run, *rest] if options.run else rest, "bitfleet advise")
 
     from bitfleet.launch.advise.advice import advise_config
+    from bitfleet.launch.parsing.arguments import parse_train
 
+    config = parse_train(["--config", options.run, *rest] if options.run else rest, "bitfleet advise")
     print(advise_config(config, options.images))
