@@ -4,21 +4,21 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from bitfleet.configs import load_config
 from bitfleet.launch.job import is_first_rank, job
-from bitfleet.launch.parsing.arguments import HELP, override
 from bitfleet.launch.parsing.commands import parse_with_run
 from bitfleet.launch.prepared import prepared_trainer, say_stopped
-from bitfleet.launch.reproduce.curves import expected_curve, watcher
 from bitfleet.launch.reproduce.papers import PAPERS, Paper, find_paper
-from bitfleet.launch.reproduce.recipe import changes_of_config
-from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.ranks.exit_codes import REQUEUE
 
+if TYPE_CHECKING:
+    from bitfleet.trainer.config import TrainConfig
+
 PROG = "bitfleet reproduce"
+HELP = {"-h", "--help"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,8 @@ def reproduce(arguments: Sequence[str]) -> None:
         return
     if config.resume == "auto" and config.run_dir is None:
         config = dataclasses.replace(config, run_dir=config.output / "reproduce" / f"{config.name}-seed-{config.seed}")
+    from bitfleet.launch.reproduce.curves import expected_curve, watcher
+
     with job(config.device, config) as (ranks, device):
         trainer = prepared_trainer(config, ranks, device)
         if is_first_rank():
@@ -76,7 +78,7 @@ def reproduce(arguments: Sequence[str]) -> None:
         sys.exit(REQUEUE)
 
 
-def parse_reproduce(arguments: Sequence[str]) -> tuple[Reproduce, Paper, TrainConfig, TrainConfig]:
+def parse_reproduce(arguments: Sequence[str]) -> tuple[Reproduce, Paper, "TrainConfig", "TrainConfig"]:
     """Return the options, the run of the paper, its recipe, and the configuration of the run.
 
     Raises:
@@ -90,6 +92,9 @@ def parse_reproduce(arguments: Sequence[str]) -> tuple[Reproduce, Paper, TrainCo
     paper = find_paper(options.name, dry_run=options.dry_run)
     if options.check is not None and rest:
         raise ValueError(f"--check judges a run as it is: leave out {' '.join(rest)}")
+    from bitfleet.configs import load_config
+    from bitfleet.launch.parsing.arguments import override
+
     recipe = load_config(paper.config)
     default = dataclasses.replace(recipe, name=name + "-dry-run" * paper.dry_run, resume="auto")
     about = f"Reproduce {paper.title}; the defaults below are those of the configuration {paper.config}."
@@ -97,8 +102,11 @@ def parse_reproduce(arguments: Sequence[str]) -> tuple[Reproduce, Paper, TrainCo
     return options, paper, recipe, override(default, rest, prog=f"{PROG} {name}", description=about)
 
 
-def announcement(paper: Paper, recipe: TrainConfig, config: TrainConfig) -> str:
+def announcement(paper: Paper, recipe: "TrainConfig", config: "TrainConfig") -> str:
     """Return the goal, the curve that validations are compared with, and the changed settings."""
+    from bitfleet.launch.reproduce.curves import expected_curve
+    from bitfleet.launch.reproduce.recipe import changes_of_config
+
     curve, changes = expected_curve(paper.config), changes_of_config(recipe, config)
     lines = [f"{paper.title}, published {paper.top1} % top-1, tolerance {paper.tolerance} points"]
     if paper.dry_run:
@@ -110,7 +118,7 @@ def announcement(paper: Paper, recipe: TrainConfig, config: TrainConfig) -> str:
     return "\n".join(f"reproduce: {line}" for line in lines)
 
 
-def _tell_verdict(run: Path, paper: Paper, recipe: TrainConfig) -> bool:
+def _tell_verdict(run: Path, paper: Paper, recipe: "TrainConfig") -> bool:
     """Judge a run, write its card and print the verdict; return True if it disagrees."""
     from bitfleet.launch.reproduce.card import DISAGREES, make_card, read_record, write_card
 
