@@ -26,14 +26,13 @@ class Reproduce:
     """Start or continue a run of the paper, in runs/reproduce/NAME-seed-SEED if --run_dir is unset.
 
     Options of the run may follow, such as --data.root, the folder of the images; `bitfleet
-    reproduce NAME --help` lists all. After each validation one line compares it with the expected
-    curve. At the end reproduce.md and reproduce.json in the run's folder hold the verdict, the
-    numbers and the differences from the paper. A setting that changes the recipe makes the verdict
-    "not a reproduction".
+    reproduce NAME --help` lists all. One line per validation compares it with the expected curve;
+    at the end reproduce.md and reproduce.json in the run's folder hold the verdict, the numbers and
+    the differences. A setting that changes the recipe makes the verdict "not a reproduction".
 
     On all GPUs: `bitfleet launch deepspeed --reproduce NAME ...`. Exit code 0 with any verdict; 75
-    if the run was stopped (the same command continues it); with --check 1 for "not reproduced" and
-    "not a reproduction".
+    after a stop (the same command continues); 1 if --check finds "not reproduced" or "not a
+    reproduction".
     """
 
     name: Positional[str]
@@ -59,6 +58,7 @@ def reproduce(arguments: Sequence[str]) -> None:
     if config.resume == "auto" and config.run_dir is None:
         config = dataclasses.replace(config, run_dir=config.output / "reproduce" / f"{config.name}-seed-{config.seed}")
     from bitfleet.launch.reproduce.curves import expected_curve, watcher
+    from bitfleet.launch.reproduce.recipe import announcement
 
     with job(config.device, config) as (ranks, device):
         trainer = prepared_trainer(config, ranks, device)
@@ -100,22 +100,6 @@ def parse_reproduce(arguments: Sequence[str]) -> tuple[Reproduce, Paper, "TrainC
     about = f"Reproduce {paper.title}; the defaults below are those of the configuration {paper.config}."
     rest += ["--help"] * bool(HELP & set(words))
     return options, paper, recipe, override(default, rest, prog=f"{PROG} {name}", description=about)
-
-
-def announcement(paper: Paper, recipe: "TrainConfig", config: "TrainConfig") -> str:
-    """Return the goal, the curve that validations are compared with, and the changed settings."""
-    from bitfleet.launch.reproduce.curves import expected_curve
-    from bitfleet.launch.reproduce.recipe import changes_of_config
-
-    curve, changes = expected_curve(paper.config), changes_of_config(recipe, config)
-    lines = [f"{paper.title}, published {paper.top1} % top-1, tolerance {paper.tolerance} points"]
-    if paper.dry_run:
-        lines = [f"dry run of {paper.title}, with a miniature network on the embedded images"]
-    measure = f"{curve.name} ({curve.epochs} epochs; {curve.recipe})" if curve else "nothing: no curve is known"
-    lines += [f"validations are compared with {measure}", *(f"CHANGED {change}" for change in changes)]
-    if changes and not paper.dry_run:
-        lines.append('with a changed recipe the verdict will be "not a reproduction"')
-    return "\n".join(f"reproduce: {line}" for line in lines)
 
 
 def _tell_verdict(run: Path, paper: Paper, recipe: "TrainConfig") -> bool:

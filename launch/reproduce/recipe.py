@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from bitfleet.launch.reproduce.curves import expected_curve
 from bitfleet.launch.reproduce.papers import Paper
 from bitfleet.trainer.config import TrainConfig, to_dict
 
@@ -46,6 +47,19 @@ def changes_of_run(paper: Paper, run: Mapping[str, int], num_images: int | None,
     if num_images is not None:
         facts.append(("validation images", paper.num_validation_images, num_images))
     return [Change(name, there, here) for name, there, here in facts if there not in (None, here)]
+
+
+def announcement(paper: Paper, recipe: TrainConfig, config: TrainConfig) -> str:
+    """Return the goal, the curve that validations are compared with, and the changed settings."""
+    curve, changes = expected_curve(paper.config), changes_of_config(recipe, config)
+    lines = [f"{paper.title}, published {paper.top1} % top-1, tolerance {paper.tolerance} points"]
+    if paper.dry_run:
+        lines = [f"dry run of {paper.title}, with a miniature network on the embedded images"]
+    measure = f"{curve.name} ({curve.epochs} epochs; {curve.recipe})" if curve else "nothing: no curve is known"
+    lines += [f"validations are compared with {measure}", *(f"CHANGED {change}" for change in changes)]
+    if changes and not paper.dry_run:
+        lines.append('with a changed recipe the verdict will be "not a reproduction"')
+    return "\n".join(f"reproduce: {line}" for line in lines)
 
 
 def recipe(config: TrainConfig) -> dict[str, Any]:

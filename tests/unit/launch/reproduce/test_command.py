@@ -4,8 +4,8 @@ import pytest
 
 from bitfleet.configs import load_config
 from bitfleet.launch.cluster.command import read_request
-from bitfleet.launch.reproduce.command import announcement, parse_reproduce, reproduce
-from bitfleet.launch.reproduce.recipe import changes_of_config
+from bitfleet.launch.reproduce.command import parse_reproduce, reproduce
+from bitfleet.launch.reproduce.recipe import announcement, changes_of_config
 
 
 def test_name_and_overrides() -> None:
