@@ -45,3 +45,12 @@ def clock(seconds: float) -> str:
 def percent(fraction: float | None, digits: int = 2) -> str:
     """A fraction in percent: "57.20 %"; "-" for None."""
     return "-" if fraction is None else f"{100 * fraction:.{digits}f} %"
+
+
+def rough_percent(fraction: float) -> str:
+    """A fraction in percent with two digits, as a power of ten if it is tiny: "25 %", "0.26 %", "8e-08 %"."""
+    if fraction == 0.0:
+        return "0 %"
+    if fraction >= 0.1:
+        return f"{100 * fraction:.0f} %"
+    return f"{100 * fraction:.2g} %" if fraction >= 1e-5 else f"{100 * fraction:.0e} %"

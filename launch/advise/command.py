@@ -1,21 +1,29 @@
-"""Advise: `bitfleet advise NAME [--section.field value ...]` before a run, `bitfleet advise RUN` after it."""
+"""`bitfleet advise`: what the hyperparameters of a run do, before and after it."""
 
+import dataclasses
 from collections.abc import Sequence
 
-from bitfleet.launch.parsing.arguments import parse_train
-from bitfleet.launch.parsing.options import take_number, take_option
+from tyro.conf import Positional
+
+from bitfleet.launch.parsing.commands import MaybeCount, parse_with_run
 from bitfleet.trainer.run.user_paths import users_path
 
-USAGE = """usage: bitfleet advise NAME [--section.field value ...]        (or --config NAME)
-       bitfleet advise RUN
 
-Say what the hyperparameters of a run will do, before it is made: flips, noise against the threshold, memory, batch size,
-fp32, schedules. Of a run folder: the same, and beside it what the run's metrics and its newest checkpoint measured.
+@dataclasses.dataclass(frozen=True)
+class Advise:
+    """Predict the effect of a run's hyperparameters: flips, memory, batch size, fp32, schedules.
 
-  --images N       training images (those of data.root where it is here, else those of ImageNet or CIFAR by the classes)
+    For a run folder, also print what its metrics and its newest checkpoint measured. Options of
+    `bitfleet train` (--section.field value) may follow NAME.
 
-Each line has a verdict: ok; look: unusual, is it meant?; wrong: this cannot work as it is. The exit code is 0 whatever the
-verdicts are: they are advice about gradients that nobody has seen yet, and should not stop a script. It is 2 for bad input."""
+    Each line has a verdict: ok; look: unusual, is it intended?; wrong: this cannot work. The exit
+    code is 0 whatever the verdicts are: nobody has seen these gradients yet. Bad input: 2.
+    """
+
+    run: Positional[str] = ""
+    """NAME of a configuration (--config NAME is the same), or the folder of a run."""
+    images: MaybeCount = None
+    """Training images. Default: those of data.root if it is on this machine, else as published."""
 
 
 def advise(arguments: Sequence[str]) -> None:
@@ -23,26 +31,21 @@ def advise(arguments: Sequence[str]) -> None:
 
     Raises:
         ValueError: bad input.
+        SystemExit: after --help.
     """
-    if not arguments or "-h" in arguments or "--help" in arguments:
-        print(USAGE)
+    options, rest = parse_with_run(Advise, arguments or ["--help"], "bitfleet advise")
+    if options.run and (folder := users_path(options.run)).is_dir():
+        if rest:
+            raise ValueError(f"{options.run} is a run, which has its configuration: leave out {rest[0]}")
+        from bitfleet.launch.advise.advice import advise_run
+
+        print(advise_run(folder, options.images))
         return
-    number, rest = take_option(arguments, "--images")
-    num_images = take_number(["--images", number], "--images", 0)[0] if number is not None else None
-    subject = rest[0] if rest and not rest[0].startswith("-") else None
-    if subject is not None and (folder := users_path(subject)).is_dir():
-        if len(rest) > 1:
-            raise ValueError(f"{subject} is a run, which has its configuration: leave out {rest[1]}")
-        from bitfleet.launch.advise.run import advise_run
+    if "/" in options.run:
+        raise ValueError(f"there is no run folder {users_path(options.run)}")
 
-        print(advise_run(folder, num_images))
-        return
-    if subject is not None:
-        if "/" in subject:
-            raise ValueError(f"there is no run folder {folder}")
-        rest = ["--config", *rest]
-    config = parse_train(rest, "bitfleet advise")
+    from bitfleet.launch.advise.advice import advise_config
+    from bitfleet.launch.parsing.arguments import parse_train
 
-    from bitfleet.launch.advise.run import advise_config
-
-    print(advise_config(config, num_images))
+    config = parse_train(["--config", options.run, *rest] if options.run else rest, "bitfleet advise")
+    print(advise_config(config, options.images))

@@ -1,223 +1,143 @@
-"""The same numbers after a run: what metrics.jsonl and the newest checkpoint say, beside what was predicted for noise."""
+"""Compare metrics.jsonl and the newest checkpoint of a run with what was predicted for noise."""
 
-import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from bitfleet.launch.advise.flips import HALF_ULP, percent
-from bitfleet.launch.advise.outlook import LOOKS, Line, Outlook, Verdict
-from bitfleet.launch.advise.theory import Snapshot, window
+from bitfleet.launch.advise.outlook import STEPS, Line, Outlook, Verdict
+from bitfleet.launch.advise.rules import HALF_ULP
+from bitfleet.launch.advise.theory import FlipRule, Snapshot, window
+from bitfleet.launch.text import rough_percent
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
-from bitfleet.trainer.checkpoint.format import latest_checkpoint, read_meta
+from bitfleet.trainer.checkpoint.format import latest_checkpoint, step_of
 from bitfleet.trainer.checkpoint.tensors import BITS, OPTIM
 from bitfleet.trainer.metrics import read_metrics
 
-FACTOR = 2.0
-"""Measured and predicted are called alike within this factor."""
+FACTOR = 2.0  # within which measured and predicted agree
 
 
-def read_flips(run: Path, *, may_be_none: bool = False) -> dict[int, float]:
-    """Step -> flip ratio of every line that a run logged in training.
-
-    Args:
-        run: its folder.
-        may_be_none: its rule keeps its weights as values, whose signs not every way of sharding counts.
-
-    Raises:
-        ValueError: the run has not logged any.
-    """
-    flips = {
-        line["step"]: line["flip_ratio"]
-        for line in read_metrics(run)
-        if "flip_ratio" in line and line["kind"] == "train"
-    }
-    if not flips and not may_be_none:
-        raise ValueError(
-            f"{run} has no flip_ratio in metrics.jsonl: it has not logged a step, or has no binary weights"
-        )
-    return flips
+def read_flips(run: Path) -> dict[int, float]:
+    """Return step -> flip ratio of every training line that has one."""
+    lines = [line for line in read_metrics(run) if line["kind"] == "train" and "flip_ratio" in line]
+    return {line["step"]: line["flip_ratio"] for line in lines}
 
 
 def steps_to_compare(flips: Mapping[int, float], num_steps: int) -> list[int]:
-    """Of the logged steps those nearest to the steps that are looked at, each once."""
-    if not flips:
-        return []
-    wanted = [step for step in (*LOOKS, num_steps // 2, num_steps) if step <= max(flips)] + [max(flips)]
+    """Return the logged steps nearest to those of a prediction, in ascending order."""
+    last = max(flips, default=0)
+    wanted = [step for step in (*STEPS, num_steps // 2, num_steps) if step <= last] + [last] * bool(flips)
     return sorted({min(flips, key=lambda logged: abs(math.log(logged / max(step, 1)))) for step in wanted})
 
 
 def measured_lines(run: Path, outlook: Outlook, flips: Mapping[int, float]) -> list[Line]:
-    """Predicted and measured, line by line.
+    """Return the measurements, with the prediction or a controller's target if there is one.
 
-    Args:
-        run: its folder.
-        outlook: of its configuration; the steps of `steps_to_compare` are among its `more_steps`.
-        flips: from `read_flips`.
+    `more_steps` of `outlook` are the steps to compare, and that of the newest checkpoint.
     """
-    steps = [step for step in outlook.more_steps if step in flips]
-    lines = [_flip_line(outlook.snapshots[step], flips, outlook.num_steps) for step in steps]
-    lines += _diagnostics_lines(read_metrics(run), outlook)
-    return lines + _checkpoint_lines(run, outlook)
-
-
-def checkpoint_step(run: Path) -> int | None:
-    """The step of the run's newest checkpoint."""
-    checkpoint = latest_checkpoint(run)
-    return int(read_meta(checkpoint)["step"]) if checkpoint else None
-
-
-def measured_flip_lines(outlook: Outlook, flips: Mapping[int, float]) -> list[Line]:
-    """What was measured where no flips were predicted, beside the target where a controller drives the run."""
+    lines = [_flip_line(step, outlook, flips) for step in sorted(set(outlook.more_steps)) if step in flips]
     if not flips:
-        return [Line("measured: flips", "not logged", "ok", "the weights are values, of whose signs nothing is logged")]
-    return [_plain_flip_line(step, outlook, flips) for step in outlook.more_steps]
+        lines = [Line("measured: flips", "not logged", "ok", "the weights are values, whose signs are not counted")]
+    if outlook.rule is None or outlook.driven is not None:
+        return lines
+    diagnostics = [line for line in read_metrics(run) if line["kind"] == "diagnostics"][-1:]
+    lines += [line for last in diagnostics for line in _diagnostics_lines(last, outlook)]
+    return lines + _checkpoint_lines(run, outlook, outlook.rule)
 
 
-def _plain_flip_line(step: int, outlook: Outlook, flips: Mapping[int, float]) -> Line:
-    measured, over = _around(step, flips, outlook.num_steps)
-    title, value = f"measured: flips at step {step:,}", percent(measured)
+def _flip_line(step: int, outlook: Outlook, flips: Mapping[int, float]) -> Line:
+    around = [flips[near] for near in window(step, outlook.num_steps) if near in flips]
+    measured = math.fsum(around) / len(around)
+    title, value = f"measured: flips at step {step:,}", rough_percent(measured)
+    verdict: Verdict = "ok"
+    reason = "no prediction for this rule"
     if outlook.driven is not None:
         target = outlook.config.optim.transitions.target.over(outlook.decay_steps)(step - 1)
-        return Line(
-            title, f"{value}, target {percent(target)}", "ok", f"{outlook.driven} is driven towards it ({over})"
-        )
-    if measured == 0.0 and step <= outlook.middle:
-        return Line(title, value, "look", f"no weight flips, and half of the run is still to come ({over})")
-    return Line(title, value, "ok", f"there is no prediction for this rule ({over})")
+        value, reason = f"{value}, target {rough_percent(target)}", f"{outlook.driven} is driven towards it"
+    elif outlook.rule is not None:
+        predicted = outlook.snapshots[step].flip_ratio
+        value += f", predicted {rough_percent(predicted)}"
+        less = "gradients agree from step to step more than noise does, so m is larger and rarely crosses 0"
+        more = "gradients turn against the last flips, so m crosses 0 more often than it would on noise"
+        verdict, reason = _compared(measured, predicted, less, more)
+    elif measured == 0.0 and step <= outlook.middle:
+        verdict, reason = "look", "no weight flips, and half of the run is still to come"
+    return Line(title, value, verdict, f"{reason} (logged steps: {len(around)})")
 
 
-def _around(step: int, flips: Mapping[int, float], num_steps: int) -> tuple[float, str]:
-    """The mean of the flips logged around `step`, and over what it is."""
-    around = [flips[each] for each in window(step, num_steps) if each in flips]
-    over = f"mean of {len(around)} logged steps" if len(around) > 1 else "of this step"
-    return math.fsum(around) / len(around), over
+def _compared(measured: float, predicted: float, less: str, more: str) -> tuple[Verdict, str]:
+    if measured == predicted:
+        return "ok", "as predicted"
+    times = measured / predicted if predicted else math.inf
+    verdict: Verdict = "ok" if 1 / FACTOR <= times <= FACTOR else "look"
+    reason = f"{times:.2g} x the prediction"
+    return verdict, reason if verdict == "ok" else f"{reason}: {less if times < 1 else more}"
 
 
-def _flip_line(found: Snapshot, flips: Mapping[int, float], num_steps: int) -> Line:
-    measured, over = _around(found.step, flips, num_steps)
-    value = f"{percent(measured)}, predicted {percent(found.flip_ratio)}"
-    verdict, why = _compared(
-        measured,
-        found.flip_ratio,
-        fewer="gradients agree from step to step more than noise does, so m is larger and rarely crosses 0",
-        more="gradients turn against the last flips, so m crosses 0 more often than it would on noise",
-    )
-    return Line(f"measured: flips at step {found.step:,}", value, verdict, f"{why} ({over})")
+def _band_line(title: str, band: float, snapshot: Snapshot) -> Line:
+    value = f"{rough_percent(band)}, predicted {rough_percent(snapshot.dead_band)}"
+    if band < 0.01 and snapshot.dead_band < 0.01:
+        return Line(title, value, "ok", "the threshold hardly matters, as predicted")
+    less = "r is larger than that of noise, and the threshold holds fewer weights"
+    more = "r is smaller than that of noise, as if gradients were 0 or alternated, and the threshold holds more weights"
+    return Line(title, value, *_compared(band, snapshot.dead_band, less, more))
 
 
-def _compared(measured: float, predicted: float, *, fewer: str, more: str) -> tuple[Verdict, str]:
-    if measured == 0.0 or predicted == 0.0:
-        return ("ok", "as predicted") if measured == predicted else ("look", fewer if measured == 0.0 else more)
-    times = measured / predicted
-    if 1 / FACTOR <= times <= FACTOR:
-        return "ok", f"{times:.2f} x the prediction"
-    return "look", f"{times:.2g} x the prediction: {fewer if times < 1 else more}"
-
-
-def _diagnostics_lines(metrics: Sequence[Mapping[str, Any]], outlook: Outlook) -> list[Line]:
-    """What the diagnostics of the last logged step add, where the run had them."""
-    last = next((line for line in reversed(metrics) if line["kind"] == "diagnostics"), None)
-    if last is None:
-        return []
-    nearest = min(outlook.snapshots.values(), key=lambda found: abs(found.step - last["step"]))
+def _diagnostics_lines(last: Mapping[str, Any], outlook: Outlook) -> list[Line]:
+    nearest = min(outlook.snapshots.values(), key=lambda snapshot: abs(snapshot.step - last["step"]))
     lines = []
     if (band := last.get("dead_band")) is not None:
         lines.append(_band_line(f"measured: dead band, step {last['step']:,}", band, nearest))
     if (agreement := last.get("sign_agreement")) is not None:
         noise = 0.5 + math.asin(min(1.0, nearest.gamma / (nearest.exp_avg_rms or 1.0))) / math.pi
-        verdict: Verdict = "ok" if abs(agreement - noise) < 0.1 else "look"
-        why = "of gradients that have the sign of their average; the nearer to noise, the less a single batch says"
-        value = f"{agreement:.1%}, of noise {noise:.1%}"
-        lines.append(Line(f"measured: sign agreement, step {last['step']:,}", value, verdict, why))
+        title, value = f"measured: sign agreement, step {last['step']:,}", f"{agreement:.1%}, of noise {noise:.1%}"
+        reason = "gradients with the sign of their average; the nearer to noise, the less a single batch says"
+        lines.append(Line(title, value, "ok" if abs(agreement - noise) < 0.1 else "look", reason))
     return lines
 
 
-def _band_line(title: str, band: float, found: Snapshot) -> Line:
-    value = f"{percent(band)}, predicted {percent(found.dead_band)}"
-    if band < 0.01 and found.dead_band < 0.01:
-        return Line(title, value, "ok", "the threshold hardly matters, as predicted")
-    verdict, why = _compared(
-        band,
-        found.dead_band,
-        fewer="r is larger than that of noise, and less is held by the threshold",
-        more="r is smaller than that of noise, as where gradients are 0 or alternate, and more is held by the threshold",
-    )
-    return Line(title, value, verdict, why)
-
-
-@dataclasses.dataclass(slots=True)
-class _Sums:
-    """Over the binary weights of a checkpoint."""
-
-    numel: int = 0
-    squares: float = 0.0
-    """Of r."""
-    inside: int = 0
-    """|r| <= threshold."""
-    still: int = 0
-    """m and gamma of a usual gradient further apart than fp32 reaches."""
-    silent: int = 0
-    """m is 0: no gradient so far."""
-
-
-def _checkpoint_lines(run: Path, outlook: Outlook) -> list[Line]:
-    """Moments of the newest checkpoint, after its last update."""
+def _checkpoint_lines(run: Path, outlook: Outlook, rule: FlipRule) -> list[Line]:
+    """Return what the moments of the newest checkpoint say."""
     checkpoint = latest_checkpoint(run)
-    if checkpoint is None:
-        return [Line("measured: moments", "no checkpoint", "look", "the run has none yet: r cannot be measured")]
-    step = int(read_meta(checkpoint)["step"])
-    sums = _Sums()
-    for exp_avg, exp_avg_sq in _moments(checkpoint, outlook.rule.sigma is not None):
-        _add(sums, exp_avg, exp_avg_sq, step, outlook)
-    if sums.numel == 0:
-        why = "its moments are in DeepSpeed's own files (sharding zero), which are not read here"
-        return [Line("measured: moments", "not in the checkpoint", "look", why)]
-    found = outlook.snapshots[step]
-    rms = math.sqrt(sums.squares / sums.numel)
-    verdict, why = _compared(
-        rms,
-        found.ratio_rms,
-        fewer="gradients alternate, or most are 0",
-        more="gradients have a mean: m is more than noise",
-    )
+    step = step_of(checkpoint) if checkpoint else 0
+    means = _moment_means(checkpoint, rule, step) if checkpoint else {}
+    if not means:
+        reason = "there is no checkpoint, or the moments are in DeepSpeed's own files (sharding zero)"
+        return [Line("measured: moments", "not measured", "look", reason)]
+    snapshot, rms, silent = outlook.snapshots[step], means["square"] ** 0.5, means["silent"]
+    value = f"{rms:.1e}, predicted {snapshot.ratio_rms:.1e}"
+    less, more = "gradients alternate, or most are 0", "gradients have a mean: m is more than noise"
     lines = [
-        Line(f"measured: r, step {step:,}", f"{rms:.1e}, predicted {found.ratio_rms:.1e}", verdict, f"{why} (rms)")
+        Line(f"measured: r, step {step:,}", value, *_compared(rms, snapshot.ratio_rms, less, more)),
+        _band_line(f"measured: |r| <= threshold, step {step:,}", means["inside"], snapshot),
     ]
-    lines.append(_band_line(f"measured: |r| <= threshold, step {step:,}", sums.inside / sums.numel, found))
-    silent, still = sums.silent / sums.numel, sums.still / sums.numel
-    why = "of the weights have never had a gradient: they cannot learn" if silent else "every weight has had a gradient"
-    lines.append(Line("measured: silent weights", percent(silent), "look" if silent > 0.01 else "ok", why))
-    if outlook.rule.sigma is not None:
-        usual = f"{outlook.rule.gamma(step - 1):.1e} sqrt(v)"
-        why = f"of the weights have an m to which gamma times a usual gradient, {usual}, adds nothing in fp32"
-        verdict = "wrong" if still > 0.5 else "look" if still > 0.01 else "ok"
-        lines.append(Line("measured: m that stands still", percent(still), verdict, why))
+    reason = "weights that have never had a gradient cannot learn"
+    lines.append(Line("measured: silent weights", rough_percent(silent), "look" if silent > 0.01 else "ok", reason))
+    if rule.sigma is not None:
+        still = means["still"]
+        reason = f"weights to whose m a usual gradient, {rule.gamma(step - 1):.1e} sqrt(v), adds nothing in fp32"
+        verdict: Verdict = "wrong" if still > 0.5 else "look" if still > 0.01 else "ok"
+        lines.append(Line("measured: m that stands still", rough_percent(still), verdict, reason))
     return lines
 
 
-def _add(sums: _Sums, exp_avg: Tensor, exp_avg_sq: Tensor | None, step: int, outlook: Outlook) -> None:
-    rule = outlook.rule
-    second = exp_avg if exp_avg_sq is None else exp_avg_sq
-    ratio = rule.ratio(exp_avg.numpy(), second.numpy(), step)
-    sums.numel += exp_avg.numel()
-    sums.squares += float((ratio.astype("float64") ** 2).sum())
-    sums.inside += int((abs(ratio) <= rule.threshold(step - 1)).sum())
-    sums.silent += int((exp_avg == 0).sum())
-    if exp_avg_sq is not None:
-        usual = rule.gamma(step - 1) * exp_avg_sq.sqrt()
-        sums.still += int(((usual < HALF_ULP * exp_avg.abs()) & (exp_avg != 0)).sum())
-
-
-def _moments(checkpoint: Path, has_second: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The moments of each binary weight, flat fp32, one parameter at a time: all together may not fit into memory."""
-    names = checkpoint_tensors.contents(checkpoint)
+def _moment_means(checkpoint: Path, rule: FlipRule, step: int) -> dict[str, float]:
+    """Return means over all binary weights, read one by one; empty if there are no moments."""
+    names, sums = checkpoint_tensors.contents(checkpoint), defaultdict[str, float](float)
     for name in names:
-        key = name.removeprefix(BITS)
-        first, second = f"{OPTIM}exp_avg.{key}", f"{OPTIM}exp_avg_sq.{key}"
-        if name.startswith(BITS) and first in names and (second in names or not has_second):
-            exp_avg = checkpoint_tensors.read(checkpoint, first)[first]
-            yield exp_avg, checkpoint_tensors.read(checkpoint, second)[second] if has_second else None
+        first = f"{OPTIM}exp_avg.{name.removeprefix(BITS)}"
+        second = first if rule.sigma is None else first.replace("exp_avg", "exp_avg_sq", 1)
+        if not name.startswith(BITS) or first not in names or second not in names:
+            continue
+        tensors = checkpoint_tensors.read(checkpoint, *{first, second})
+        exp_avg, exp_avg_sq = tensors[first].numpy(), tensors[second].numpy()
+        ratio = rule.ratio(exp_avg, exp_avg_sq, step)
+        sums["weights"] += exp_avg.size
+        sums["square"] += (ratio.astype("float64") ** 2).sum()
+        sums["inside"] += (abs(ratio) <= rule.threshold(step - 1)).sum()
+        sums["silent"] += (exp_avg == 0).sum()
+        if rule.sigma is not None:
+            usual = rule.gamma(step - 1) * exp_avg_sq**0.5
+            sums["still"] += ((usual < HALF_ULP * abs(exp_avg)) & (exp_avg != 0)).sum()
+    return {name: float(total) / sums["weights"] for name, total in sums.items()}

@@ -1,23 +1,25 @@
-"""What is known of a run before it is made, and a line of what is said about it."""
+"""What is known about a run before it starts, and one line of advice about it."""
 
 import dataclasses
 import functools
-from collections.abc import Collection
 from typing import Literal, NamedTuple
 
-from bitfleet.launch.advise.gradient import Gradient
-from bitfleet.launch.advise.theory import FlipRule, Snapshot, simulate
-from bitfleet.optim import Schedule
+import torch
+from torch import Tensor, nn
+
+from bitfleet.launch.advise.theory import FlipRule, Snapshot, predict
+from bitfleet.launch.data.imagenet import CIFAR10, ILSVRC2012
+from bitfleet.models import create_model
+from bitfleet.optim import Schedule, is_binary
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.data import DataConfig, open_dataset
+from bitfleet.trainer.data import DataConfig, TrainLoader, normalize, open_dataset
 
 Verdict = Literal["ok", "look", "wrong"]
-PUBLISHED_IMAGES = {1000: (1_281_167, "ImageNet"), 100: (50_000, "CIFAR-100"), 10: (50_000, "CIFAR-10")}
-"""Number of classes -> training images, for runs whose data are elsewhere."""
-PREDICTED = ("bop2ndorder", "bop")
-"""Rules whose flips on noise are predicted."""
-LOOKS = (1, 2, 10, 100, 1000, 10_000)
-"""Steps whose flip ratio is predicted, beside the middle of the run and its end."""
+PUBLISHED = {1000: (ILSVRC2012.train, "ImageNet"), 100: (50_000, "CIFAR-100"), 10: (CIFAR10.train, "CIFAR-10")}
+"""Number of classes -> training images, for runs whose data are on another machine."""
+FLIP_RULES = ("bop2ndorder", "bop")  # compare r with a threshold: flips on noise are predicted
+STEPS = (1, 2, 10, 100, 1000, 10_000)  # predicted besides the middle and the end of the run
+NUM_PIXELS = 400_000  # of the images that measure the gradient: 8 of 224 x 224
 
 
 class Line(NamedTuple):
@@ -26,115 +28,129 @@ class Line(NamedTuple):
     quantity: str
     value: str
     verdict: Verdict
-    why: str
+    reason: str
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Outlook:
-    """A run as far as it is known before it is made."""
+class Gradient(NamedTuple):
+    """Root mean square of the gradients of the binary weights, of all and by layer."""
 
-    config: TrainConfig
-    num_images: int
-    """Training images."""
-    gradient: Gradient | None = None
-    """None: not measured."""
-    more_steps: tuple[int, ...] = ()
-    """Steps that are looked at beside the usual ones."""
-
-    @functools.cached_property
-    def steps_per_epoch(self) -> int:
-        """Whole batches."""
-        return self.num_images // self.config.global_batch_size
-
-    @functools.cached_property
-    def num_steps(self) -> int:
-        """Steps of the run."""
-        return self.config.epochs * self.steps_per_epoch
-
-    @functools.cached_property
-    def decay_steps(self) -> int:
-        """Length of the schedules that state none."""
-        return self.config.epochs * self.num_images // self.config.global_batch_size
-
-    @property
-    def predicts_flips(self) -> bool:
-        """Whether the rule is one whose flips on noise are predicted."""
-        return self.config.optim.rule in PREDICTED
-
-    @property
-    def is_seeded(self) -> bool:
-        """Whether the run begins from weights with a state that keeps them."""
-        return self.config.init is not None and self.config.optim.init_inertia > 0
-
-    @property
-    def driven(self) -> str | None:
-        """The hyperparameter that a controller drives; None where none does."""
-        drives = self.config.optim.transitions.drives
-        return None if drives == "off" else drives
-
-    def schedule(self, name: str) -> Schedule:
-        """The schedule of the hyperparameter `name`, which the rule has, its length filled in."""
-        found = getattr(self.config.optim, name)
-        assert isinstance(found, Schedule), name
-        return found.over(self.decay_steps)
-
-    @functools.cached_property
-    def rule(self) -> FlipRule:
-        """The rule, if it is one that compares a ratio with a threshold."""
-        optim = self.config.optim
-        assert self.predicts_flips, optim.rule
-        return FlipRule(
-            gamma=self.schedule("gamma"),
-            threshold=self.schedule("threshold"),
-            sigma=self.schedule("sigma") if optim.sigma is not None else None,
-            correction=optim.correction,
-        )
-
-    @functools.cached_property
-    def snapshots(self) -> dict[int, Snapshot]:
-        """Step -> the simulated weights there."""
-        steps = {*self.more_steps, *LOOKS, self.start, self.middle, self.num_steps}
-        inside = [step for step in steps if 1 <= step <= self.num_steps]
-        gradient = self.gradient.rms if self.gradient else 1.0
-        return {found.step: found for found in simulate(self.rule, self.num_steps, inside, gradient=gradient)}
-
-    @property
-    def start(self) -> int:
-        """A step near the start of the run, after the first few."""
-        return min(100, max(1, self.num_steps // 4))
-
-    @property
-    def middle(self) -> int:
-        """The step in the middle of the run."""
-        return max(1, self.num_steps // 2)
+    rms: float
+    layers: dict[str, float]
+    origin: str
 
 
-def make_outlook(
-    config: TrainConfig, num_images: int, gradient: Gradient | None = None, more_steps: Collection[int] = ()
-) -> Outlook:
-    """What is known of a run of `config` on `num_images` training images.
+def measure_gradient(config: TrainConfig) -> Gradient | None:
+    """Measure the gradients on the CPU, scaled as noise to the batch; None without binary weights.
 
-    Raises:
-        ValueError: a batch is larger than the training set.
+    The images are the run's first ones if its data are on this machine, else random pixels.
     """
-    if num_images < config.global_batch_size:
-        raise ValueError(
-            f"global_batch_size is {config.global_batch_size}, more than the {num_images:,} training images: "
-            "lower --global_batch_size"
-        )
-    return Outlook(config=config, num_images=num_images, gradient=gradient, more_steps=tuple(more_steps))
+    torch.manual_seed(config.seed)
+    model = create_model(config.model)
+    params = {name: param for name, param in model.named_parameters() if is_binary(param)}
+    if not params:
+        return None
+    num_images = max(2, min(config.global_batch_size, NUM_PIXELS // config.data.image_size**2))
+    images, labels, origin = _batch(config, num_images)
+    grads = torch.autograd.grad(nn.functional.cross_entropy(model(images), labels), list(params.values()))
+    scale = (num_images / config.global_batch_size) ** 0.5  # noise falls with the root of the batch
+    layers = {name: scale * grad.square().mean().sqrt().item() for name, grad in zip(params, grads, strict=True)}
+    rms = scale * torch.cat([grad.flatten() for grad in grads]).square().mean().sqrt().item()
+    return Gradient(rms, layers, f"one backward pass on {num_images} {origin}, scaled as noise to the batch")
+
+
+def _batch(config: TrainConfig, num_images: int) -> tuple[Tensor, Tensor, str]:
+    data = dataclasses.replace(config.data, loader="torch", device="cpu")
+    try:
+        dataset = open_dataset(data)
+    except ValueError:
+        labels = torch.randint(config.model.num_classes, (num_images,))
+        return torch.randn(num_images, 3, data.image_size, data.image_size), labels, "images of random pixels"
+    alone = {"num_replicas": 1, "rank": 0, "world_size": 1, "local_world_size": 1}
+    device = torch.device("cpu")
+    loader = TrainLoader(dataset, data, seed=config.seed, global_batch_size=num_images, device=device, **alone)
+    images, labels = next(loader.batches(0))
+    return normalize(images, data.mean, data.std), labels, f"images of {data.root}"
 
 
 def count_images(data: DataConfig, num_classes: int) -> tuple[int, str]:
-    """Training images of a run, and in words where the number is from.
+    """Return the number of training images, and its origin in words.
 
     Raises:
-        ValueError: the data are not on this machine and their number of classes is of no data set that is known.
+        ValueError: the data are not on this machine, and no known set has this number of classes.
     """
     try:
         return len(open_dataset(data).train), f"in {data.root}"
     except ValueError as error:
-        if num_classes not in PUBLISHED_IMAGES:
+        if num_classes not in PUBLISHED:
             raise ValueError(f"how many training images are there? Pass --images N, as {error}") from error
-        number, name = PUBLISHED_IMAGES[num_classes]
-        return number, f"of {name}, as {data.root} is not here"
+        return PUBLISHED[num_classes][0], f"as in {PUBLISHED[num_classes][1]}; {data.root} is not on this machine"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """A run before it starts."""
+
+    config: TrainConfig
+    num_images: int
+    images_from: str = "given"
+    more_steps: tuple[int, ...] = ()
+    """1-based steps to predict besides the usual ones."""
+    gradient: Gradient | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_images < self.config.global_batch_size:
+            size = f"--global_batch_size is {self.config.global_batch_size}"
+            raise ValueError(f"{size}, more than the {self.num_images:,} training images: lower it")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_images // self.config.global_batch_size
+
+    @property
+    def num_steps(self) -> int:
+        return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def decay_steps(self) -> int:
+        """Length of the schedules that do not state theirs."""
+        return self.config.epochs * self.num_images // self.config.global_batch_size
+
+    @property
+    def middle(self) -> int:
+        return max(1, self.num_steps // 2)
+
+    @property
+    def points(self) -> dict[int, str]:
+        """Three steps and their names, in ascending order; a short run has fewer."""
+        start = min(100, max(1, self.num_steps // 4))
+        return dict(sorted({self.num_steps: "end", self.middle: "middle", start: "start"}.items()))
+
+    @property
+    def driven(self) -> str | None:
+        """The hyperparameter that a controller drives, if any."""
+        drives = self.config.optim.transitions.drives
+        return None if drives == "off" else drives
+
+    def schedule(self, name: str) -> Schedule:
+        """Return the schedule of a hyperparameter, its length filled in."""
+        schedule = getattr(self.config.optim, name)
+        assert isinstance(schedule, Schedule), name
+        return schedule.over(self.decay_steps)
+
+    @functools.cached_property
+    def rule(self) -> FlipRule | None:
+        """The rule with its schedules, if flips on noise are predicted for it."""
+        optim = self.config.optim
+        if optim.rule not in FLIP_RULES:
+            return None
+        sigma = self.schedule("sigma") if optim.sigma is not None else None
+        gamma, threshold = self.schedule("gamma"), self.schedule("threshold")
+        return FlipRule(gamma=gamma, threshold=threshold, sigma=sigma, correction=optim.correction)
+
+    @functools.cached_property
+    def snapshots(self) -> dict[int, Snapshot]:
+        """Step -> prediction, in ascending order; empty if there is none."""
+        if self.rule is None:
+            return {}
+        steps = (*self.more_steps, *STEPS, *self.points)
+        return predict(self.rule, self.num_steps, steps, gradient=self.gradient.rms if self.gradient else 1.0)

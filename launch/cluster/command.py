@@ -99,7 +99,7 @@ def _parse_run(arguments: Sequence[str], prog: str) -> TrainConfig:
         return parse_train(arguments, prog)
     from bitfleet.launch.reproduce.command import parse_reproduce
 
-    _, _, config = parse_reproduce([name, *rest], prog)
+    *_, config = parse_reproduce([name, *rest])
     return config
 
 

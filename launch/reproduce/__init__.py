@@ -1,1 +1,1 @@
-"""Runs of the paper against what is published: expected curves, the standing after each validation, and the verdict."""
+"""The paper's runs: expected curves, standing after each validation, verdict and card."""

@@ -1,4 +1,4 @@
-"""Reproduce: `bitfleet reproduce NAME [...]`, on many ranks with `deepspeed --module bitfleet.launch reproduce NAME [...]`."""
+"""`bitfleet reproduce`: train the paper's runs, and judge them against its numbers."""
 
 import dataclasses
 import sys
@@ -6,108 +6,107 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitfleet.configs import load_config
+from tyro.conf import Positional
+
 from bitfleet.launch.job import is_first_rank, job
-from bitfleet.launch.parsing.arguments import override
-from bitfleet.launch.parsing.options import take_flag, take_option
+from bitfleet.launch.parsing.commands import parse_with_run
 from bitfleet.launch.prepared import prepared_trainer, say_stopped
-from bitfleet.launch.reproduce.papers import PAPERS, Paper, dry_run_of, find_paper
-from bitfleet.trainer.config import TrainConfig
+from bitfleet.launch.reproduce.papers import PAPERS, Paper, find_paper
 from bitfleet.trainer.ranks.exit_codes import REQUEUE
-from bitfleet.trainer.run.user_paths import users_path
 
 if TYPE_CHECKING:
-    from bitfleet.launch.reproduce.verdict import Verdict
-    from bitfleet.trainer.trainer import Trainer
+    from bitfleet.trainer.config import TrainConfig
 
-USAGE = """usage: bitfleet reproduce {names} [--dry_run] [--section.field value ...]
-       bitfleet reproduce NAME --check RUN [--dry_run]
-       bitfleet launch deepspeed --reproduce NAME ...             all GPUs here, or --hostfile: `bitfleet launch --help`
-
-  Starts or continues the paper's run, in runs/reproduce/NAME-seed-SEED unless --run_dir says where. After each validation one
-  line compares it with the expected curve; at the end reproduce.md and reproduce.json in the run's folder hold the verdict, the
-  numbers and what differs from the paper. A setting that changes the recipe makes the verdict "not a reproduction".
-  --dry_run trains a miniature network on the embedded images instead (a minute). --check judges a folder without training.
-  --data.root says where the images are. `bitfleet reproduce NAME --help` lists all options.
-
-  Exit code 0 with any verdict, 75 if the run was stopped (the same command continues it). With --check, 1 if the verdict is "not
-  reproduced" or "not a reproduction"."""
+PROG = "bitfleet reproduce"
+HELP = {"-h", "--help"}
 
 
-def reproduce(arguments: Sequence[str], prog: str = "bitfleet reproduce") -> None:
+@dataclasses.dataclass(frozen=True)
+class Reproduce:
+    """Start or continue a run of the paper, in runs/reproduce/NAME-seed-SEED if --run_dir is unset.
+
+    Options of the run may follow, such as --data.root, the folder of the images; `bitfleet
+    reproduce NAME --help` lists all. One line per validation compares it with the expected curve;
+    at the end reproduce.md and reproduce.json in the run's folder hold the verdict, the numbers and
+    the differences. A setting that changes the recipe makes the verdict "not a reproduction".
+
+    On all GPUs: `bitfleet launch deepspeed --reproduce NAME ...`. Exit code 0 with any verdict; 75
+    after a stop (the same command continues); 1 if --check finds "not reproduced" or "not a
+    reproduction".
+    """
+
+    name: Positional[str]
+    """birealnet18, xnornet or binarynet."""
+    check: Path | None = None
+    """Judge this run folder without training."""
+    dry_run: bool = False
+    """Train a miniature network on the embedded images instead (a minute)."""
+
+
+def reproduce(arguments: Sequence[str]) -> None:
     """Train or check a run of the paper, and judge it.
 
     Raises:
         ValueError: bad input.
         SystemExit: 75 after a stop; 1 if --check finds that a run does not reproduce the paper.
     """
-    own = [a for a in arguments if not a.startswith("--local_rank=")]
-    if not own or own[0] in ("-h", "--help"):
-        print(USAGE.format(names="|".join(PAPERS)))
-        return
-    checked, rest = take_option(own, "--check")
-    paper, recipe, config = parse_reproduce(rest, prog)
-    if checked is not None:
-        if unknown := take_flag(rest[1:], "--dry_run")[1]:
-            raise ValueError(f"--check judges a run as it is: leave out {' '.join(unknown)}")
-        if is_first_rank() and tell_verdict(users_path(checked), paper, recipe).disagrees:
+    options, paper, recipe, config = parse_reproduce(arguments)
+    if options.check is not None:
+        if is_first_rank() and _tell_verdict(options.check, paper, recipe):
             sys.exit(1)
         return
     if config.resume == "auto" and config.run_dir is None:
         config = dataclasses.replace(config, run_dir=config.output / "reproduce" / f"{config.name}-seed-{config.seed}")
-    trainer = _train(paper, recipe, config)
+    from bitfleet.launch.reproduce.curves import expected_curve, watcher
+    from bitfleet.launch.reproduce.recipe import announcement
+
+    with job(config.device, config) as (ranks, device):
+        trainer = prepared_trainer(config, ranks, device)
+        if is_first_rank():
+            print(announcement(paper, recipe, config), end="\n\n", flush=True)
+            trainer.after_validation = watcher(expected_curve(paper.config), config, trainer.loader.steps_per_epoch)
+        trainer.train()
+        say_stopped(trainer, "the same command continues")
     if is_first_rank():
         if trainer.step == trainer.num_steps:
-            tell_verdict(trainer.folder.path, paper, recipe)
+            _tell_verdict(trainer.folder.path, paper, recipe)
         elif not trainer.stopped_by:
-            print(
-                f"\nStep {trainer.step:,} of {trainer.num_steps:,}: without --stop_after_steps the same command continues"
-            )
-        dry = " --dry_run" if paper.is_dry else ""
-        print(f"\nLater: bitfleet reproduce {paper.name}{dry} --check {trainer.folder.path}", flush=True)
+            left = "without --stop_after_steps the same command continues"
+            print(f"\nStep {trainer.step:,} of {trainer.num_steps:,}: {left}")
+        print(f"\nLater: {PROG} {paper.name}{' --dry_run' * paper.dry_run} --check {trainer.folder.path}", flush=True)
     if trainer.stopped_by:
         sys.exit(REQUEUE)
 
 
-def parse_reproduce(arguments: Sequence[str], prog: str) -> tuple[Paper, TrainConfig, TrainConfig]:
-    """NAME and options: what is to be reproduced, its recipe, and the run.
+def parse_reproduce(arguments: Sequence[str]) -> tuple[Reproduce, Paper, "TrainConfig", "TrainConfig"]:
+    """Return the options, the run of the paper, its recipe, and the configuration of the run.
 
     Raises:
         ValueError: no name, an unknown name or option, or a value that does not fit.
         SystemExit: after --help.
     """
-    if not arguments or arguments[0].startswith("-"):
+    if arguments and arguments[0].startswith("-") and arguments[0] not in HELP:
         raise ValueError(f"which run of the paper? Its name comes first, one of: {', '.join(PAPERS)}")
-    name, *rest = arguments
-    paper = find_paper(name)
-    is_dry, rest = take_flag(rest, "--dry_run")
-    paper = dry_run_of(paper) if is_dry else paper
+    name, *words = arguments or ["--help"]
+    options, rest = parse_with_run(Reproduce, [name, *(word for word in words if word not in HELP)], PROG)
+    paper = find_paper(options.name, dry_run=options.dry_run)
+    if options.check is not None and rest:
+        raise ValueError(f"--check judges a run as it is: leave out {' '.join(rest)}")
+    from bitfleet.configs import load_config
+    from bitfleet.launch.parsing.arguments import override
+
     recipe = load_config(paper.config)
-    default = dataclasses.replace(recipe, name=f"{name}-dry-run" if is_dry else name, resume="auto")
+    default = dataclasses.replace(recipe, name=name + "-dry-run" * paper.dry_run, resume="auto")
     about = f"Reproduce {paper.title}; the defaults below are those of the configuration {paper.config}."
-    return paper, recipe, override(default, rest, prog=f"{prog} {name}", description=about)
+    rest += ["--help"] * bool(HELP & set(words))
+    return options, paper, recipe, override(default, rest, prog=f"{PROG} {name}", description=about)
 
 
-def _train(paper: Paper, recipe: TrainConfig, config: TrainConfig) -> "Trainer":
-    """Run it to its end or to a stop."""
-    with job(config.device, config) as (ranks, device):
-        from bitfleet.launch.reproduce.watch import announcement, watch
+def _tell_verdict(run: Path, paper: Paper, recipe: "TrainConfig") -> bool:
+    """Judge a run, write its card and print the verdict; return True if it disagrees."""
+    from bitfleet.launch.reproduce.card import DISAGREES, make_card, read_record, write_card
 
-        trainer = prepared_trainer(config, ranks, device)
-        if is_first_rank():
-            print(announcement(paper, recipe, config), end="\n\n", flush=True)
-            watch(trainer, paper)
-        trainer.train()
-        say_stopped(trainer, "the same command continues")
-        return trainer
-
-
-def tell_verdict(run_folder: Path, paper: Paper, recipe: TrainConfig) -> "Verdict":
-    """Judge the run in `run_folder`, write its card and print the verdict."""
-    from bitfleet.launch.reproduce.card import make_card, write_card
-    from bitfleet.launch.reproduce.markdown import as_markdown
-
-    card = make_card(run_folder, paper, recipe)
-    _, markdown = write_card(card, as_markdown(card))
-    print(f"\n{paper.title}: {card.verdict.kind}\n{card.verdict.sentence}\nThe card of the run: {markdown}", flush=True)
-    return card.verdict
+    card = make_card(read_record(run), paper, recipe)
+    path = write_card(run, card)
+    print(f"\n{paper.title}: {card['verdict']}\n{card['sentence']}\nThe card of the run: {path}", flush=True)
+    return card["verdict"] in DISAGREES

@@ -1,19 +1,21 @@
-"""What of a run is not as in the paper's recipe."""
+"""Differences between a run and the paper's recipe."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from bitfleet.launch.reproduce.curves import expected_curve
 from bitfleet.launch.reproduce.papers import Paper
 from bitfleet.trainer.config import TrainConfig, to_dict
 
 TOP = ("epochs", "global_batch_size", "init", "init_scales")
 ENGINE = ("precision", "grad_comm_dtype", "max_grad_norm", "deepspeed")
 EXACT = ("auto", "fp32", "tf32")
-"""Precisions that leave the recipe as it is: TensorFlow computes fp32 products in TF32 on GPUs that have it."""
+"""Precisions of the recipe: TensorFlow computes fp32 products in TF32 on GPUs that have it."""
 MACHINE = (
-    "root device num_threads loader memory_gib val_batch_size allow_incomplete on_bad_sample max_bad_samples stall_seconds"
+    "root device num_threads loader memory_gib val_batch_size allow_incomplete on_bad_sample "
+    "max_bad_samples stall_seconds"
 ).split()
-"""Fields of `data` that change no number, or only its last bits; what is left out of the data is counted."""
+"""Fields of `data` that change at most the last bits; missing images show in the counts."""
 
 
 class Change(NamedTuple):
@@ -28,55 +30,55 @@ class Change(NamedTuple):
 
 
 def changes_of_config(paper: TrainConfig, here: TrainConfig) -> list[Change]:
-    """Settings of `here` that change the recipe of `paper`. Seed, ranks, folders and what is logged do not."""
+    """Return the settings of `here` that change the recipe: not seed, ranks or folders."""
     there, ours = recipe(paper), recipe(here)
-    return [
-        Change(name, there.get(name), ours.get(name)) for name in {**there, **ours} if there.get(name) != ours.get(name)
-    ]
+    changes = [Change(name, there.get(name), ours.get(name)) for name in {**there, **ours}]
+    return [change for change in changes if change.paper != change.here]
 
 
-def changes_of_run(
-    paper: Paper,
-    *,
-    steps_per_epoch: int,
-    global_batch_size: int,
-    batch_size: int,
-    num_replicas: int,
-    num_validation_images: int | None,
-) -> list[Change]:
-    """What shows, beyond the settings, that data or replicas were not the paper's.
+def changes_of_run(paper: Paper, run: Mapping[str, int], num_images: int | None, same_batch: bool) -> list[Change]:
+    """Return what shows, beyond the settings, that data or replicas were not the paper's.
 
-    Args:
-        paper: the run of the paper.
-        steps_per_epoch: of this run.
-        global_batch_size: of this run.
-        batch_size: of the paper's; with another one steps are not compared.
-        num_replicas: of this run.
-        num_validation_images: that its last validation counted; None: there was none.
+    `num_images` are those of the last validation; steps are compared only with the `same_batch`.
     """
-    found = []
-    if global_batch_size == batch_size and steps_per_epoch != paper.steps_per_epoch:
-        found.append(Change("training steps an epoch", f"{paper.steps_per_epoch:,}", f"{steps_per_epoch:,}"))
-    if num_validation_images not in (None, paper.num_validation_images):
-        found.append(Change("validation images", f"{paper.num_validation_images:,}", f"{num_validation_images:,}"))
-    if paper.num_replicas not in (None, num_replicas):
-        found.append(Change("num_replicas (BatchNorm sees a batch's share)", paper.num_replicas, num_replicas))
-    return found
+    facts = [("num_replicas (BatchNorm sees a batch's share)", paper.num_replicas, run["num_replicas"])]
+    if same_batch:
+        facts.append(("training steps per epoch", paper.steps_per_epoch, run["steps_per_epoch"]))
+    if num_images is not None:
+        facts.append(("validation images", paper.num_validation_images, num_images))
+    return [Change(name, there, here) for name, there, here in facts if there not in (None, here)]
+
+
+def announcement(paper: Paper, recipe: TrainConfig, config: TrainConfig) -> str:
+    """Return the goal, the curve that validations are compared with, and the changed settings."""
+    curve, changes = expected_curve(paper.config), changes_of_config(recipe, config)
+    lines = [f"{paper.title}, published {paper.top1} % top-1, tolerance {paper.tolerance} points"]
+    if paper.dry_run:
+        lines = [f"dry run of {paper.title}, with a miniature network on the embedded images"]
+    measure = f"{curve.name} ({curve.epochs} epochs; {curve.recipe})" if curve else "nothing: no curve is known"
+    lines += [f"validations are compared with {measure}", *(f"CHANGED {change}" for change in changes)]
+    if changes and not paper.dry_run:
+        lines.append('with a changed recipe the verdict will be "not a reproduction"')
+    return "\n".join(f"reproduce: {line}" for line in lines)
 
 
 def recipe(config: TrainConfig) -> dict[str, Any]:
-    """The fields of `config` that make the recipe: dotted name -> value."""
+    """Return the fields of `config` that make the recipe: dotted name -> value."""
     resolved = to_dict(config)
     data = {key: value for key, value in resolved["data"].items() if key not in MACHINE}
     engine = {key: resolved["engine"][key] for key in ENGINE}
     if engine["precision"] in EXACT:
         engine["precision"] = "fp32 or tf32"
     top = {key: resolved[key] for key in TOP}
-    return dict(_flat({**top, "model": resolved["model"], "data": data, "optim": resolved["optim"], "engine": engine}))
+    return dict(
+        flatten({**top, "model": resolved["model"], "data": data, "optim": resolved["optim"], "engine": engine})
+    )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of nested mappings."""
     for key, value in values.items():
-        found += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, value)]
-    return found
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

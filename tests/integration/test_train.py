@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-from bitfleet.launch.advise.run import advise_run
+from bitfleet.launch.advise.advice import advise_run
 from bitfleet.models import ModelConfig, create_model
 from bitfleet.trainer.checkpoint.format import checkpoints
 from bitfleet.trainer.metrics import read_metrics

@@ -1,4 +1,4 @@
-"""The command `bitfleet advise`: what its words mean, and that a verdict is no failure."""
+"""The command `bitfleet advise`: its words, and that a verdict is not a failure."""
 
 import pytest
 
@@ -8,14 +8,14 @@ from bitfleet.trainer.config import TrainConfig
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainConfig, int | None]]:
-    """What the command would compute."""
+    """Collect the calls of the command."""
     calls: list[tuple[TrainConfig, int | None]] = []
 
     def advise_config(config: TrainConfig, num_images: int | None) -> str:
         calls.append((config, num_images))
         return "the table"
 
-    monkeypatch.setattr("bitfleet.launch.advise.run.advise_config", advise_config)
+    monkeypatch.setattr("bitfleet.launch.advise.advice.advise_config", advise_config)
     return calls
 
 
@@ -35,12 +35,12 @@ def test_configuration_by_name_or_option(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("fashion_quickstar", "did you mean 'fashion_quickstart'"),
-        ("runs/gone", "there is no run folder runs/gone"),
-        ("fashion_quickstart --optim.gama.start 1", "did you mean --optim.gamma.start"),
-        ("fashion_quickstart --images many", "--images must be a positive number, not 'many'"),
-        ("/ --epochs 3", "/ is a run, which has its configuration: leave out --epochs"),
-        ("/", "is not a run folder"),
+        ("fashion_quickstar", "'fashion_quickstart'"),
+        ("runs/gone", "runs/gone"),
+        ("fashion_quickstart --optim.gama.start 1", "--optim.gamma.start"),
+        ("fashion_quickstart --images many", "--images.* 'many'"),
+        ("/ --epochs 3", "/ is a run.* --epochs"),
+        ("/", "/ is not a run"),
     ],
 )
 def test_bad_words_are_one_sentence(words: str, message: str) -> None:
@@ -48,6 +48,8 @@ def test_bad_words_are_one_sentence(words: str, message: str) -> None:
         advise(words.split())
 
 
-def test_help_explains_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
-    advise(["--help"])
-    assert "The exit code is 0 whatever the\nverdicts are" in capsys.readouterr().out
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_explains_the_exit_code(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        advise(arguments)
+    assert "exit code is 0" in " ".join(capsys.readouterr().out.split())

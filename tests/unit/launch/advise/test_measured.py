@@ -1,4 +1,4 @@
-"""Predicted beside measured: a made-up run whose gradients are noise, and one whose gradients are not."""
+"""Predicted and measured, of a synthetic run with gradients of noise and of one without."""
 
 import dataclasses
 import json
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bitfleet.configs import load_config
-from bitfleet.launch.advise.measured import read_flips, steps_to_compare
-from bitfleet.launch.advise.run import advise_run
+from bitfleet.launch.advise.advice import advise_run
+from bitfleet.launch.advise.measured import steps_to_compare
 from bitfleet.optim import OptimConfig, bop2ndorder_step_
 from bitfleet.optim.transitions import TransitionConfig
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
@@ -22,7 +22,7 @@ NUMEL = 40_000
 
 
 def make_run(run: Path, drift: float) -> Path:
-    """A run of fashion_quickstart whose gradients are noise with a mean of `drift` standard deviations."""
+    """Write a run whose gradients are noise with a mean of `drift` standard deviations."""
     config = load_config("fashion_quickstart")
     write_config(run, config, {})
     generator = torch.Generator().manual_seed(0)
@@ -73,12 +73,12 @@ def test_gradients_with_a_mean_flip_less(tmp_path: Path) -> None:
     text = advise_run(make_run(tmp_path, 3.0))
     line = line_of(text, "measured: flips at step 60")
     assert " look " in line
-    assert "x the prediction: gradients agree from step to step" in line
+    assert "x the prediction" in line
     assert "gradients have a mean" in line_of(text, "measured: r, step 60")
 
 
 def logged_run(run: Path, optim: OptimConfig, flips: dict[int, float]) -> Path:
-    """A run of fashion_quickstart with another rule that logged these flips and nothing else."""
+    """Write a run with another rule that logged these flips and nothing else."""
     run.mkdir()
     write_config(run, dataclasses.replace(load_config("fashion_quickstart"), optim=optim), {})
     lines = [{"kind": "train", "step": step, "flip_ratio": ratio} for step, ratio in flips.items()]
@@ -93,12 +93,11 @@ def test_flips_of_every_rule_are_shown(tmp_path: Path) -> None:
     assert " 0 % look " in line_of(text, "measured: flips at step 10 ")
     text = advise_run(logged_run(tmp_path / "b", OptimConfig(rule="bnew"), {}), 6000)
     assert " not logged ok " in line_of(text, "measured: flips")
-    with pytest.raises(ValueError, match="no flip_ratio in metrics.jsonl"):
+    with pytest.raises(ValueError, match="flip_ratio"):
         advise_run(logged_run(tmp_path / "c", OptimConfig(rule="diode"), {}), 6000)
 
 
-def test_driven_run_is_not_compared_with_a_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitfleet.launch.advise.run.measure_gradient", lambda config: None)
+def test_driven_run_is_not_compared_with_a_prediction(tmp_path: Path) -> None:
     optim = OptimConfig(transitions=TransitionConfig(drives="gamma"))
     text = advise_run(logged_run(tmp_path / "run", optim, {1: 0.5, 100: 0.004}), 6000)
     assert "50 %, target 0.5 % ok gamma is driven" in line_of(text, "measured: flips at step 1 ")
@@ -114,11 +113,11 @@ def test_steps_that_are_compared() -> None:
 
 
 def test_run_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is not a run folder"):
+    with pytest.raises(ValueError, match=str(tmp_path)):
         advise_run(tmp_path)
     write_config(tmp_path, load_config("fashion_quickstart"), {})
-    with pytest.raises(ValueError, match="no flip_ratio in metrics.jsonl"):
-        read_flips(tmp_path)
+    with pytest.raises(ValueError, match="flip_ratio"):
+        advise_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 25, "flip_ratio": 0.1}\n')
-    with pytest.raises(ValueError, match="is at step 25, but 128 images make 24 steps: pass --images"):
+    with pytest.raises(ValueError, match="step 25, but 128 images .* 24 steps.*--images"):
         advise_run(tmp_path, num_images=128)

@@ -1,4 +1,4 @@
-"""What is said about noise: closed forms against hand numbers, the simulation against the rules themselves."""
+"""Predictions for noise: closed forms against simulations, simulations against the rules."""
 
 import math
 
@@ -7,40 +7,37 @@ import pytest
 import torch
 from torch import nn
 
-from bitfleet.launch.advise import theory as advice
+from bitfleet.launch.advise import theory
 from bitfleet.launch.advise.theory import (
     FlipRule,
-    first_flip_ratio,
-    first_ratio,
-    free_flip_ratio,
-    narrow_band_share,
-    noise_floor,
+    band_share,
     outlived_step,
+    predict,
     settled_step,
     simulate,
     window,
 )
 from bitfleet.optim import Bop, Bop2ndOrder, constant, linear
-from bitfleet.optim.rules.bop2ndorder import Correction
+from bitfleet.optim.kernels.kernels import Correction
 
 
 def test_flips_at_threshold_0_by_hand() -> None:
-    gamma, variance, found = 1e-4, 0.0, {}
-    for step in range(1, 200_001):
-        found[step] = free_flip_ratio(gamma, variance)
-        variance = (1 - gamma) ** 2 * variance + gamma**2
-    assert found[1] == 0.5
-    assert found[2] == pytest.approx(0.25, rel=1e-3)  # two gradients of three: m = g1 + g2 against g1
-    assert found[11] == pytest.approx(math.atan(10**-0.5) / math.pi, rel=2e-3)
-    assert found[101] == pytest.approx(math.atan(0.1) / math.pi, rel=1e-2)
-    assert found[200_000] == pytest.approx(math.sqrt(2 * gamma) / math.pi, rel=1e-3)  # settled
-    assert math.sqrt(variance) == pytest.approx(noise_floor(gamma), rel=1e-6)
+    rule = FlipRule(gamma=constant(1e-4), threshold=constant(0.0))
+    snapshots = predict(rule, 200_000, (1, 2, 11, 101, 200_000))
+    free = {step: snapshot.free_flip_ratio for step, snapshot in snapshots.items()}
+    assert free[1] == 0.5
+    assert free[2] == pytest.approx(0.25, rel=1e-3)  # two gradients of three: m = g1 + g2 against g1
+    assert free[11] == pytest.approx(math.atan(10**-0.5) / math.pi, rel=2e-3)
+    assert free[101] == pytest.approx(math.atan(0.1) / math.pi, rel=1e-2)
+    assert free[200_000] == pytest.approx(math.sqrt(2e-4) / math.pi, rel=1e-3)  # settled
+    assert snapshots[200_000].exp_avg_rms == pytest.approx(math.sqrt(1e-4 / (2 - 1e-4)), rel=1e-6)
+    assert snapshots[200_000].flip_ratio == free[200_000]
 
 
 @pytest.mark.parametrize("correction", ["none", "as_coded", "adam"])
-def test_simulation_is_the_rule(correction: Correction, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flips, ratios and the dead band of 200,000 weights under Bop2ndOrder; the threshold holds a good part of them."""
-    monkeypatch.setattr(advice, "NUM_WEIGHTS", 50_000)
+def test_prediction_is_the_rule(correction: Correction, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100,000 weights under Bop2ndOrder; the threshold holds a good part of them."""
+    monkeypatch.setattr(theory, "NUM_WEIGHTS", 100_000)
     gamma, sigma, num_steps, steps = 3e-2, 1e-2, 40, (1, 2, 5, 10, 20, 40)
     threshold = {"none": 0.05, "as_coded": 0.3, "adam": 0.1}[correction]
     torch.manual_seed(1)
@@ -48,34 +45,35 @@ def test_simulation_is_the_rule(correction: Correction, monkeypatch: pytest.Monk
     optimizer = Bop2ndOrder([weight], gamma=gamma, sigma=sigma, threshold=threshold, correction=correction)
     measured = measure(weight, optimizer, num_steps, 1.0)
     rule = FlipRule(gamma=constant(gamma), sigma=constant(sigma), threshold=constant(threshold), correction=correction)
-    for found in simulate(rule, num_steps, steps):
-        around = np.mean([measured[step] for step in window(found.step, num_steps)])
-        assert found.flip_ratio == pytest.approx(around, rel=0.05, abs=0.001), found.step
-    state = optimizer.state[weight]
+    snapshots = predict(rule, num_steps, steps)
+    for step, snapshot in snapshots.items():
+        around = np.mean([measured[near] for near in window(step, num_steps)])
+        assert snapshot.flip_ratio == pytest.approx(around, rel=0.05, abs=0.001), step
+    state, last = optimizer.state[weight], snapshots[num_steps]
     ratio = rule.ratio(state["exp_avg"].numpy(), state["exp_avg_sq"].numpy(), num_steps)
-    assert found.ratio_rms == pytest.approx(math.sqrt((ratio**2).mean()), rel=0.05)
-    assert found.dead_band == pytest.approx((np.abs(ratio) <= threshold).mean(), abs=0.03)
-    assert found.dead_band > 0.1
-    assert found.second_moment == pytest.approx(float(state["exp_avg_sq"].mean()), rel=0.05)
-    assert found.exp_avg_rms == pytest.approx(float(state["exp_avg"].square().mean().sqrt()), rel=0.02)
+    assert last.ratio_rms == pytest.approx(math.sqrt((ratio**2).mean()), rel=0.05)
+    assert last.dead_band == pytest.approx((np.abs(ratio) <= threshold).mean(), abs=0.03)
+    assert last.dead_band > 0.1
+    assert last.second_moment == pytest.approx(float(state["exp_avg_sq"].mean()), rel=0.05)
+    assert last.exp_avg_rms == pytest.approx(float(state["exp_avg"].square().mean().sqrt()), rel=0.02)
 
 
-def test_simulation_of_bop_has_the_scale_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(advice, "NUM_WEIGHTS", 50_000)
+def test_prediction_of_bop_has_the_scale_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(theory, "NUM_WEIGHTS", 100_000)
     gamma, threshold, gradient, num_steps = 3e-2, 1e-4, 1e-3, 20
     torch.manual_seed(2)
     weight = nn.Parameter(torch.where(torch.randn(100_000) > 0, 1.0, -1.0))
     measured = measure(weight, Bop([weight], gamma=gamma, threshold=threshold), num_steps, gradient)
     rule = FlipRule(gamma=constant(gamma), threshold=constant(threshold))
-    for found in simulate(rule, num_steps, (2, 10, 20), gradient=gradient):
-        around = np.mean([measured[step] for step in window(found.step, num_steps)])
-        assert found.flip_ratio == pytest.approx(around, rel=0.05, abs=0.001), found.step
+    for step, snapshot in predict(rule, num_steps, (2, 10, 20), gradient=gradient).items():
+        around = np.mean([measured[near] for near in window(step, num_steps)])
+        assert snapshot.flip_ratio == pytest.approx(around, rel=0.05, abs=0.001), step
 
 
 def measure(
     weight: nn.Parameter, optimizer: torch.optim.Optimizer, num_steps: int, gradient: float
 ) -> dict[int, float]:
-    """Step -> flip ratio on noise."""
+    """Return step -> flip ratio on noise."""
     flips = {}
     for step in range(1, num_steps + 1):
         before = weight.detach().clone()
@@ -85,52 +83,60 @@ def measure(
     return flips
 
 
-def test_strides_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A threshold as wide as the noise, moments that settle and schedules: strides of 20 steps against single ones."""
-    num_steps, steps = 6000, (3000, 6000)
+def test_closed_form_is_the_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A threshold as wide as the noise, moments that settle, and schedules."""
+    num_steps, steps = 6000, (300, 1000, 3000, 6000)
     rule = FlipRule(
         gamma=linear(1e-2, 1e-3, num_steps),
         sigma=linear(1e-3, 1e-2, num_steps),
         threshold=linear(0.02, 0.01, num_steps),
     )
-    monkeypatch.setattr(advice, "NUM_STRIDES", 300)
-    monkeypatch.setattr(advice, "NUM_WEIGHTS", 10_000)
-    strided = simulate(rule, num_steps, steps)
-    monkeypatch.setattr(advice, "FINE_STEPS", num_steps)
-    for a, b in zip(strided, simulate(rule, num_steps, steps), strict=True):
-        assert b.dead_band > 0.05
-        assert a.flip_ratio == pytest.approx(b.flip_ratio, rel=0.12), a.step
-        assert a.dead_band == pytest.approx(b.dead_band, abs=0.04), a.step
-        assert a.ratio_rms == pytest.approx(b.ratio_rms, rel=0.05), a.step
-        assert a.second_moment == pytest.approx(b.second_moment, rel=0.02), a.step
-        assert a.exp_avg_rms == pytest.approx(b.exp_avg_rms, rel=0.01), a.step
+    monkeypatch.setattr(theory, "NUM_WEIGHTS", 5000)
+    simulated = simulate(rule, num_steps)
+    for step in steps:
+        around = window(step, num_steps)  # at the end of the run to one side only
+        snapshots = list(predict(rule, num_steps, around).values())
+        flips, bands = np.mean([simulated[at - 1] for at in around], axis=0)
+        assert snapshots[0].dead_band > 0.05
+        assert np.mean([snapshot.flip_ratio for snapshot in snapshots]) == pytest.approx(flips, rel=0.12), step
+        assert np.mean([snapshot.dead_band for snapshot in snapshots]) == pytest.approx(bands, abs=0.04), step
 
 
-@pytest.mark.parametrize("width", [0.5, 2.0])
-def test_narrow_band(width: float) -> None:
-    """`width`: of the threshold, in moves of r."""
+@pytest.mark.parametrize("width", [0.5, 2.0, 8.0])
+def test_thresholds_near_the_step_of_r(width: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`width` is that of the threshold, in steps of r."""
+    monkeypatch.setattr(theory, "NUM_WEIGHTS", 5000)
     gamma = 2e-3
     rule = FlipRule(gamma=constant(gamma), sigma=constant(1e-2), threshold=constant(width * gamma))
-    found = simulate(rule, 3000, [2000, 2300, 2600, 2900])
-    share = np.mean([each.flip_ratio / each.free_flip_ratio for each in found])
-    assert found[0].move == pytest.approx(gamma, rel=0.1)
-    assert narrow_band_share(gamma, width * gamma) == pytest.approx(share, rel=0.15)
+    simulated = simulate(rule, 2000)
+    (snapshot,) = predict(rule, 2000, [1900]).values()
+    assert snapshot.move == pytest.approx(gamma, rel=0.1)
+    assert snapshot.flip_ratio == pytest.approx(np.mean([flips for flips, _ in simulated[1500:]]), rel=0.15)
+    share = band_share(snapshot.move, width * gamma, snapshot.ratio_rms)
+    assert snapshot.flip_ratio == pytest.approx(share * snapshot.free_flip_ratio)
 
 
 def test_first_step() -> None:
-    gamma, sigma = constant(1e-4), constant(1e-5)
-    none = FlipRule(gamma=gamma, sigma=sigma, threshold=constant(1e-8))
-    assert first_ratio(none, 1.0) == pytest.approx(1e-4 / math.sqrt(1e-5), rel=1e-5)
-    assert first_ratio(none, 1e-10 / math.sqrt(1e-5)) == pytest.approx(
-        0.5 * 1e-4 / math.sqrt(1e-5), rel=1e-3
-    )  # epsilon
-    assert first_flip_ratio(none, 1.0) == 0.5
-    assert first_flip_ratio(FlipRule(gamma=gamma, sigma=sigma, threshold=constant(0.04)), 1.0) == 0.0
+    rates = {"gamma": constant(1e-4), "sigma": constant(1e-5)}
+    (none,) = predict(FlipRule(**rates, threshold=constant(1e-8)), 9, [1]).values()
+    assert none.ratio_rms == pytest.approx(1e-4 / math.sqrt(1e-5), rel=1e-5)
+    assert none.flip_ratio == pytest.approx(0.5, abs=0.01)
+    epsilon = predict(FlipRule(**rates, threshold=constant(1e-8)), 9, [1], gradient=1e-10 / math.sqrt(1e-5))[1]
+    assert epsilon.ratio_rms == pytest.approx(0.5 * none.ratio_rms, rel=1e-3)
+    held = predict(FlipRule(**rates, threshold=constant(0.04)), 9, [1])[1]
+    assert (held.flip_ratio, held.dead_band) == (0.0, 1.0)
     for correction in ("as_coded", "adam"):
-        rule = FlipRule(gamma=gamma, sigma=sigma, threshold=constant(0.5), correction=correction)
-        assert first_ratio(rule, 1.0) == pytest.approx(1.0, rel=1e-5)
-    # Bop: half of those with |gamma g| > threshold; here that is |g| > one standard deviation, 31.7 %.
-    assert first_flip_ratio(FlipRule(gamma=gamma, threshold=constant(1e-7)), 1e-3) == pytest.approx(0.317 / 2, rel=1e-2)
+        rule = FlipRule(**rates, threshold=constant(0.5), correction=correction)
+        assert predict(rule, 9, [1])[1].ratio_rms == pytest.approx(1.0, rel=1e-5)
+    # Bop: half of the weights with |gamma g| > threshold, which is one standard deviation: 31.7 %.
+    bop = FlipRule(gamma=rates["gamma"], threshold=constant(1e-7))
+    assert predict(bop, 9, [1], gradient=1e-3)[1].flip_ratio == pytest.approx(0.317 / 2, abs=0.01)
+
+
+def test_gamma_of_0_flips_nothing() -> None:
+    rule = FlipRule(gamma=constant(0.0), sigma=constant(1e-2), threshold=constant(0.0))
+    for snapshot in predict(rule, 500, (1, 500)).values():
+        assert (snapshot.flip_ratio, snapshot.free_flip_ratio, snapshot.move) == (0.0, 0.0, 0.0)
 
 
 def test_settling_and_memory_by_hand() -> None:
@@ -140,6 +146,6 @@ def test_settling_and_memory_by_hand() -> None:
     assert outlived_step(constant(1e-2), 1000) == 901  # 99 steps are left
     assert outlived_step(constant(1e-4), 1000) == 1
     assert outlived_step(constant(1.0), 1000) is None
-    # The memory 1 / (1e-4 (1 - t / N)) is as long as the rest, N - t = N (1 - t / N), where (1 - t / N)^2 = 1e4 / N.
-    found = outlived_step(linear(1e-4, 0.0, 125_113), 125_113)
-    assert found == pytest.approx(125_113 * (1 - math.sqrt(1e4 / 125_113)), abs=10)
+    # The memory 1 / (1e-4 (1 - t / N)) equals the rest N (1 - t / N) at (1 - t / N)^2 = 1e4 / N.
+    outlived = outlived_step(linear(1e-4, 0.0, 125_113), 125_113)
+    assert outlived == pytest.approx(125_113 * (1 - math.sqrt(1e4 / 125_113)), abs=10)

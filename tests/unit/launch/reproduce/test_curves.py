@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from bitfleet.launch.reproduce.curves import Curve, Point, expected_at, expected_curve, read_curves
-from bitfleet.launch.reproduce.papers import PAPERS, dry_run_of
+from bitfleet.configs import load_config
+from bitfleet.launch.reproduce.curves import Curve, Point, expected_at, expected_curve, stand, watcher
+from bitfleet.launch.reproduce.papers import PAPERS, find_paper
+from bitfleet.trainer.config import TrainConfig
+from bitfleet.trainer.metrics import Accuracy
 
 CURVE = Curve(
     name="c",
@@ -33,47 +36,100 @@ def test_nothing_is_expected_before_the_first_point() -> None:
 
 
 @pytest.mark.parametrize(
-    ("points", "message"),
+    "points",
     [
-        ([], r"points of the curve 'c' are after \[\] epochs"),
-        ([(1, 5, 1), (1, 6, 1), (100, 7, 1)], "expected rising numbers"),
-        ([(0, 5, 1), (100, 7, 1)], "above 0"),
-        ([(1, 5, 1), (90, 7, 1)], "end with its length, 100"),
-        ([(1, 101, 1), (100, 7, 1)], "expected epochs, top-1 in percent"),
-        ([(1, 5, 0), (100, 7, 1)], "tolerance above 0"),
+        [],
+        [(1, 5, 1), (1, 6, 1), (100, 7, 1)],
+        [(0, 5, 1), (100, 7, 1)],
+        [(1, 5, 1), (90, 7, 1)],
+        [(1, 101, 1), (100, 7, 1)],
+        [(1, 5, 0), (100, 7, 1)],
     ],
 )
-def test_points_that_are_no_curve(points: list[tuple[float, float, float]], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_points_that_are_not_a_curve(points: list[tuple[float, float, float]]) -> None:
+    with pytest.raises(ValueError, match=r"'c' .* 100") as raised:
         dataclasses.replace(CURVE, points=tuple(Point(*point) for point in points))
+    assert str(points) in str(raised.value)
 
 
 def test_file_of_another_form_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"curves": [{"name": "a"}]}')
-    with pytest.raises(ValueError, match="x.json is not a file of curves.*points"):
-        read_curves("x", tmp_path)
+    with pytest.raises(ValueError, match=r"x\.json.*points"):
+        expected_curve("x", tmp_path)
     # a card has a curve without tolerances
     curve = {**dataclasses.asdict(CURVE), "points": [[1, 5.0, None], [100, 9.0, None]]}
     (tmp_path / "x.json").write_text(json.dumps({"curves": [curve]}))
-    with pytest.raises(ValueError, match="x.json is not a file of curves"):
-        read_curves("x", tmp_path)
+    with pytest.raises(ValueError, match=r"x\.json"):
+        expected_curve("x", tmp_path)
 
 
 def test_first_curve_counts_and_none_may_be_known(tmp_path: Path) -> None:
-    for paper in PAPERS.values():
-        found = expected_curve(paper.curves)
-        assert (found is None) == (paper.name == "binarynet")
-        dry = expected_curve(dry_run_of(paper).curves)
+    for name, paper in PAPERS.items():
+        assert (expected_curve(paper.config) is None) == (name == "binarynet")
+        dry = expected_curve(find_paper(name, dry_run=True).config)
         assert dry is not None
         assert dry.epochs == 6
     curves = [dataclasses.asdict(CURVE) | {"name": name} for name in ("ours", "theirs")]
     (tmp_path / "x.json").write_text(json.dumps({"curves": curves}))
-    assert [curve.name for curve in read_curves("x", tmp_path)] == ["ours", "theirs"]
+    assert expected_curve("x", tmp_path) == dataclasses.replace(CURVE, name="ours")
+
+
+def run_of(epochs: int = 100, num_classes: int = 1000) -> TrainConfig:
+    config = load_config("birealnet18_imagenet")
+    model = dataclasses.replace(config.model, num_classes=num_classes)
+    return dataclasses.replace(config, epochs=epochs, model=model)
+
+
+@pytest.mark.parametrize(
+    ("top1", "word", "difference"),
+    [
+        (40.0, "on track", 0.0),
+        (36.0, "on track", -4.0),
+        (35.9, "off", -4.1),
+        (44.0, "on track", 4.0),
+        (44.1, "off", 4.1),
+    ],
+)
+def test_words(top1: float, word: str, difference: float) -> None:
+    standing = stand(CURVE, 50, run_of(), top1)
+    assert standing.word == word
+    assert standing.difference == pytest.approx(difference)
+
+
+def test_run_of_another_length_is_compared_at_the_same_fraction() -> None:
+    assert stand(CURVE, 5, run_of(10), 41.0)[3:] == (40.0, 4.0, "on track")
+    assert stand(CURVE, 10, run_of(10), 41.0)[3:] == (50.0, 2.0, "off")
+
+
+def test_too_early_where_guessing_would_be_on_track() -> None:
+    assert stand(CURVE, 2, run_of(num_classes=50), 3.0).word == "too early"
+    assert stand(CURVE, 2, run_of(num_classes=100), 3.0).word == "on track"
+    assert stand(CURVE, 2, run_of(num_classes=50), 30.0).word == "off"  # far above is always off
+    assert stand(CURVE, 1, run_of(num_classes=100), 3.0)[3:] == (None, None, "too early")
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("birealnet18_imagenet", 150), ("xnornet_imagenet", 100)])
+def test_network_that_only_guesses_is_off_at_epoch_8(name: str, epochs: int) -> None:
+    """1 / gamma is 8 epochs; before that a slow start does not count against a run."""
+    curve = expected_curve(name)
+    assert stand(curve, 8, run_of(epochs), 0.1).word == "off"
+    assert stand(curve, 1, run_of(epochs), 0.1).word == "too early"
+
+
+def test_sentences_count_epochs_in_steps_and_percent() -> None:
+    def said(epochs_done: float, top1: float, curve: Curve | None = CURVE) -> str:
+        compare = watcher(curve, run_of(10), steps_per_epoch=70)
+        return compare(round(70 * epochs_done), Accuracy(1.0, top1 / 100, 0.9, 100))
+
+    assert "on track at epoch 5/10: top-1 41.00 %, expected 40.00 +- 4.0 (c at 50 % of its run)" in said(5, 41.0)
+    assert "off by -27.5 points at epoch 5/10: top-1 12.50 %, expected 40.00" in said(5, 12.5)
+    assert "too early to tell at epoch 0.1/10" in said(0.1, 1.0)
+    assert "top-1 60.00 % at epoch 3/10" in said(3, 60.0, None)
 
 
 def test_tolerance_is_twice_what_schedules_alone_make() -> None:
-    """The two curves of larq-zoo, each measured from its own end, at the fractions where both are known."""
-    birealnet, xnornet = expected_curve("birealnet18"), expected_curve("xnornet")
+    """The two curves of larq-zoo from their ends, at the fractions where both are known."""
+    birealnet, xnornet = expected_curve("birealnet18_imagenet"), expected_curve("xnornet_imagenet")
     assert birealnet is not None
     assert xnornet is not None
 

@@ -20,8 +20,7 @@ from bitfleet import c_library
 from bitfleet.optim import bop2ndorder_step_, bop_step_
 from bitfleet.optim.kernels import kernels, triton_kernels
 from bitfleet.optim.kernels.bits import pack_signs, unpack_signs
-from bitfleet.optim.kernels.kernels import bop2ndorder_bits_, bop_bits_
-from bitfleet.optim.rules.bop2ndorder import EPS, Correction
+from bitfleet.optim.kernels.kernels import EPS, Correction, bop2ndorder_bits_, bop_bits_
 from tests.conftest import run_command
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
