@@ -1,6 +1,7 @@
 """What a sweep writes: sweep.csv, one row a run, and sweep.json, what was asked. Both are replaced as a whole."""
 
 import csv
+import dataclasses
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -91,7 +92,8 @@ def write_question(folder: Path, sweep: Sweep, words: Sequence[str], runs: Seque
         "title": sweep.title,
         "question": sweep.question,
         "base": sweep.base,
-        "axes": sweep.axes,
+        "axes": {axis: list(values) for axis, values in sweep.axes.items()},
+        "figure": dataclasses.asdict(sweep.figure),
         "seeds": list(dict.fromkeys(run.config.seed for run in runs)),
         "options": list(words),
         "config": {field: value for field, value in to_dict(runs[0].config).items() if field not in PLACES},

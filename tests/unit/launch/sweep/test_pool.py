@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bitfleet.launch.sweep import pool as sweep_pool
+from bitfleet.launch import processes
 from bitfleet.launch.sweep.pool import Ended, Job, run_jobs
 
 
@@ -28,7 +28,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_pool, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(processes, "POLL_SECONDS", 0.01)
 
 
 def test_two_places_and_one_more_attempt(tmp_path: Path) -> None:

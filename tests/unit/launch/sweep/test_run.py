@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from bitfleet.configs.sweeps.sweep import PlannedRun, Point, Sweep, plan_runs
+from bitfleet.launch import processes
 from bitfleet.launch.parsing.arguments import parse_train
-from bitfleet.launch.sweep import pool as sweep_pool
 from bitfleet.launch.sweep.outcomes import read_outcomes, sentence_of
 from bitfleet.launch.sweep.pool import Ended, Job
 from bitfleet.launch.sweep.run import check_folders, run_sweep
@@ -28,7 +28,7 @@ SAYS_WHY = "echo noise; echo 'bitfleet: error (rank 1): the loss is nan: lower i
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_pool, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(processes, "POLL_SECONDS", 0.01)
 
 
 def planned(folder: Path, *options: str) -> list[PlannedRun]:
