@@ -1,11 +1,14 @@
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from bitfleet.configs import load_config
 from bitfleet.launch.parsing.arguments import parse_train
 from bitfleet.launch.sweep import slots as sweep_slots
 from bitfleet.launch.sweep.slots import PROCESS_BYTES, bytes_of_largest, bytes_of_rank, find_slots
+from bitfleet.models import create_model
 from bitfleet.trainer.config import TrainConfig
 
 GB = 10**9
@@ -46,17 +49,32 @@ def test_each_run_has_its_own_gpus() -> None:
 
 @pytest.mark.parametrize("change", [{"ranks": 3}, {"at_once": 3}])
 def test_too_few_gpus(change: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="need 3 GPUs, and there are 2"):
+    with pytest.raises(ValueError, match="3 GPUs.* 2"):
         find_slots(**MACHINE | {"gpus": ("0", "1")} | change)
 
 
 def test_memory_of_a_run_follows_its_batch() -> None:
     config = load_config("fashion_small")
     whole, half = (bytes_of_rank(config, ranks) - PROCESS_BYTES for ranks in (1, 2))
-    assert 5e6 < half < 0.6 * whole < 30e6
+    assert 5e6 < half < 0.6 * whole < 60e6
 
 
-def test_memory_is_that_of_the_largest_run_and_a_network_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_an_upper_bound_of_a_step() -> None:
+    """A forward and a backward keep less than the estimate; counted over every tensor that autograd saves."""
+    config = load_config("fashion_small")
+    model, saved = create_model(config.model), dict[int, int]()
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    images = torch.zeros(config.global_batch_size, 3, config.data.image_size, config.data.image_size)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(images).sum()
+    assert 1e6 < sum(saved.values()) < bytes_of_rank(config, 1) - PROCESS_BYTES
+
+
+def test_memory_is_that_of_the_largest_run_and_equal_ones_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
     options = (
         "",
         "--optim.rule bop",
@@ -65,14 +83,14 @@ def test_memory_is_that_of_the_largest_run_and_a_network_is_built_once(monkeypat
         "--seed 3",
         "--model.norm none",
     )
-    configs = [parse_train(["--config", "fashion_small", *each.split()], "t") for each in options]
-    built: list[TrainConfig] = []
+    configs = [parse_train(["--config", "fashion_small", *words.split()], "t") for words in options]
+    estimated: list[TrainConfig] = []
 
     def noted(config: TrainConfig, ranks: int) -> int:
-        built.append(config)
+        estimated.append(config)
         return bytes_of_rank(config, ranks)
 
     monkeypatch.setattr(sweep_slots, "bytes_of_rank", noted)
     largest = bytes_of_largest(configs, 1)
-    assert [(each.optim.rule, each.model.norm) for each in built] == [("latent_adam", "batch"), ("bop2ndorder", "none")]
-    assert largest == max(bytes_of_rank(config, 1) for config in configs) > bytes_of_rank(configs[1], 1)
+    assert len(estimated) == 4
+    assert largest == bytes_of_rank(configs[2], 1) > bytes_of_rank(configs[0], 1)
