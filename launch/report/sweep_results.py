@@ -208,20 +208,18 @@ def results_of(rows: Sequence[Mapping[str, str]], file: Path, facts: Mapping[str
     """
     facts = dict(facts)
     name = str(facts.pop("name", file.parent.name if file.name == CSV else file.stem))
-    axes: dict[str, Sequence[Label]] = {}
-    for column in (column for column in rows[0] if column and column.startswith("axis.")):
-        axis = column.removeprefix("axis.")
-        declared = facts.get("axes")
-        values = declared.get(axis) if isinstance(declared, dict) else None
-        axes[axis] = values or list(dict.fromkeys(row[column] for row in rows if row[column]))
-    if "figure" in facts:
-        try:
-            figure = TypeAdapter(Figure).validate_python(facts.pop("figure"))
-        except ValidationError as error:
-            raise ValueError(
-                f"the figure in {file.with_suffix('.json')} is damaged: {error.errors()[0]['msg']}"
-            ) from error
-    else:  # a sweep.json of version 0.1
+    columns = [column for column in rows[0] if column and column.startswith("axis.")]
+    seen = {
+        column.removeprefix("axis."): list(dict.fromkeys(row[column] for row in rows if row[column]))
+        for column in columns
+    }
+    try:
+        declared = TypeAdapter(dict[str, list[Label]]).validate_python(facts.get("axes") or {})
+        figure = TypeAdapter(Figure).validate_python(facts.pop("figure")) if "figure" in facts else None
+    except ValidationError as error:
+        raise ValueError(f"{file.with_suffix('.json')} is damaged: {error.errors()[0]['msg']}") from error
+    axes: Mapping[str, Sequence[Label]] = {axis: declared.get(axis) or values for axis, values in seen.items()}
+    if figure is None:  # version 0.1
         sweep = load_sweep(name) if name in available_sweeps() else None
         axes, figure = (sweep.axes, sweep.figure) if sweep and sweep.axes.keys() == axes.keys() else (axes, TABLE)
     return SweepResults(
@@ -303,7 +301,7 @@ def join(one: SweepResults, other: SweepResults) -> SweepResults:
 
 
 def _values(results: SweepResults) -> dict[str, set[Label]]:
-    return {axis: set(values) for axis, values in (results.facts.get("axes") or results.axes).items()}
+    return {axis: set(results.facts.get("axes", {}).get(axis, values)) for axis, values in results.axes.items()}
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -16,7 +16,7 @@ def test_the_command_says_the_answer_and_where_the_page_is(tmp_path: Path, capsy
 
 
 def test_options_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(ValueError, match="no option --format"):
+    with pytest.raises(ValueError, match="--format"):
         report(["runs", "--format", "pdf"])
-    with pytest.raises(ValueError, match="report on what"):
+    with pytest.raises(ValueError, match="sweep folders"):
         report([])

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from bitfleet.configs import load_config
+from bitfleet.configs.sweeps.sweep import TABLE
 from bitfleet.launch.advise.flips import RECIPES
 from bitfleet.launch.report import write_report
 from bitfleet.launch.report.drawing import spread_out
@@ -124,7 +125,7 @@ def test_validation_is_told_at_its_own_step(tmp_path: Path) -> None:
     ],
 )
 def test_a_sweep_is_compared_only_on_the_published_data(facts: dict[str, object], is_other: bool) -> None:
-    results = SweepResults(Path(), "s", "s", "", "binarynet_cifar10", (), (), None, facts)
+    results = SweepResults(Path(), "s", "s", "", "binarynet_cifar10", {}, TABLE, (), facts)
     root, num_classes = data_of_sweep(results)
     assert is_comparable("binarynet", num_classes, root) is not is_other
 
@@ -135,28 +136,28 @@ def test_two_steps_are_enough_and_paths_can_be_mixed(tmp_path: Path) -> None:
     assert page == tmp_path / "both" / "report.html"
     assert "No validation yet" in lines[0]
     assert len(Page(page).pictures) == 4 + 4
-    with pytest.raises(ValueError, match="needs --output FOLDER"):
+    with pytest.raises(ValueError, match="2 paths .*--output"):
         write_report([run, sweep])
 
 
 def test_what_is_no_sweep_and_no_run_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is nothing at"):
+    with pytest.raises(ValueError, match="gone"):
         write_report([tmp_path / "gone"])
-    with pytest.raises(ValueError, match="neither a sweep"):
+    with pytest.raises(ValueError, match="sweep.csv.*config.json"):
         write_report([tmp_path])
     other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="is not a sweep: it has no column 'run'"):
+    with pytest.raises(ValueError, match="other.csv .*'run'"):
         write_report([other])
     other.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="cannot read the sweep"):
+    with pytest.raises(ValueError, match="other.csv"):
         write_report([other])
-    with pytest.raises(ValueError, match="is empty"):
+    with pytest.raises(ValueError, match="empty/sweep.csv"):
         write_report([made_up.write(tmp_path / "empty", ["rule"], [])])
     failed = made_up.write(tmp_path / "failed", ["rule"], [made_up.failed({"rule": "a"}, 0, "no memory")])
-    with pytest.raises(ValueError, match=r"no run .* has finished \(1 of 1 failed\).*no memory"):
+    with pytest.raises(ValueError, match=r"1 of 1.*no memory"):
         write_report([failed])
-    with pytest.raises(ValueError, match="has logged nothing yet"):
+    with pytest.raises(ValueError, match="silent"):
         write_report([made_up.run_folder(tmp_path / "silent", 0)])
 
 

@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 
 from bitfleet.launch.report import write_report
-from bitfleet.launch.report.sweep_parts import FURTHER, belong_together, join
-from bitfleet.launch.report.sweep_reader import read_sweep
-from bitfleet.launch.report.sweep_results import SweepResults
+from bitfleet.launch.report.sweep_results import FURTHER, SweepResults, belong_together, join, read_sweep
 from tests.unit.launch.report import made_up
 
 FACTS: dict[str, Any] = {
