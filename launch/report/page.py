@@ -19,7 +19,7 @@ class Table:
     """Rows of text; columns of numbers are right-aligned."""
 
     header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: Sequence[tuple[str, ...]]
     num_words: int = 1
     """Number of columns, from the first, that hold words."""
     strong: frozenset[int] = frozenset()
@@ -51,8 +51,8 @@ class Section:
     """Anchor in the page, unique; the names of its pictures begin with it."""
     title: str
     question: str = ""
-    answer: tuple[str, ...] = ()
-    blocks: tuple[Block, ...] = ()
+    answer: Sequence[str] = ()
+    blocks: Sequence[Block] = ()
 
 
 def picture(heading: str, name: str, png: bytes | None, text: str = "", table: Table | None = None) -> list[Block]:

@@ -65,7 +65,7 @@ def published_blocks(network: str, num_classes: int, root: str, row: tuple[str, 
             f" The first row is on other data ({root}, {num_classes} classes) and must not be compared with the others."
         )
     header = ("method", "source", "top-1, %", "top-5, %")
-    table = Table(header=header, rows=tuple(rows), num_words=2, strong=frozenset({0}))
+    table = Table(header=header, rows=rows, num_words=2, strong=frozenset({0}))
     return [Block(heading=f"Among the published accuracies of {network}", text=text, table=table)]
 
 

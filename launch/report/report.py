@@ -6,9 +6,8 @@ from pathlib import Path
 
 from bitfleet.launch.report.page import Section, write_page
 from bitfleet.launch.report.run_comparison import NAME, compare
-from bitfleet.launch.report.run_results import RunResults, answer, read_run
+from bitfleet.launch.report.run_results import RunResults, read_run
 from bitfleet.launch.report.run_section import run_section
-from bitfleet.launch.report.sweep_findings import answer as answer_of_sweep
 from bitfleet.launch.report.sweep_results import SweepResults, belong_together, join, read_sweep
 from bitfleet.launch.report.sweep_section import sweep_section
 from bitfleet.launch.sweep.table import CSV
@@ -45,10 +44,9 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> tuple[Pat
     keys = [NAME]
     for sources, results in parts:
         keys.append(_key(results, sources[0], keys))
-        is_sweep = isinstance(results, SweepResults)
-        sections.append(sweep_section(results, keys[-1]) if is_sweep else run_section(results, keys[-1]))
-        sentences = answer_of_sweep(results) if is_sweep else answer(results)
-        lines.append(f"{', '.join(map(str, sources))}: {' '.join(sentences)}")
+        key = keys[-1]
+        sections.append(sweep_section(results, key) if isinstance(results, SweepResults) else run_section(results, key))
+        lines.append(f"{', '.join(map(str, sources))}: {' '.join(sections[-1].answer)}")
     title = sections[0].title if len(parts) == 1 else f"{len(parts)} sweeps and runs"
     return write_page(title, sections, output), lines
 

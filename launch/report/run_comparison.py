@@ -1,6 +1,6 @@
 """Compare several runs: one table of their accuracy and of the settings in which they differ."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def compare(runs: Sequence[RunResults]) -> Section | None:
         points.append(SweepRun(str(runs[number].path), "finished", seed, labels, end, "", {}))
     results = SweepResults(Path(), NAME, NAME, "", "", {}, TABLE, tuple(points), {})
     best = max(judged, key=lambda number: validations[number]["top1"], default=-1)
-    rows = tuple(
+    rows = [
         (
             str(run.path),
             str(run.config.get("seed")),
@@ -47,13 +47,13 @@ def compare(runs: Sequence[RunResults]) -> Section | None:
             *(settings.get(field, "-") for field in fields),
         )
         for run, validation, settings in zip(runs, validations, differing, strict=True)
-    )
+    ]
     table = Table(header=("run", "seed", "top-1", "top-5", *fields), rows=rows, strong=frozenset({best}))
     heading = "Accuracy, and what differs between the runs"
     return Section(
         key=NAME,
         title=f"{len(runs)} runs compared",
-        answer=tuple(answer(results)) if len(judged) > 1 else (),
+        answer=answer(results) if len(judged) > 1 else (),
         blocks=(Block(heading=heading, text="" if fields else "Nothing but the seed differs.", table=table),),
     )
 
@@ -70,15 +70,12 @@ def _differing(runs: Sequence[RunResults]) -> list[dict[str, str]]:
 
 def _settings(run: RunResults) -> dict[str, Any]:
     """Return dotted name -> value of the fields that decide the training of `run`, without its seed."""
-    fields = {
-        field: value
-        for field, value in flatten(run.config).items()
-        if field not in (*HOW, *HABITS, "seed") and not field.startswith(PARTS_OF_HABITS)
-    }
-    return fields | _progress(run)
+    others = (*HOW, *HABITS, "seed")
+    settings = {name: value for name, value in flatten(run.config).items() if not name.startswith(PARTS_OF_HABITS)}
+    return {name: value for name, value in settings.items() if name not in others} | _progress(run)
 
 
-def _progress(run: RunResults) -> Mapping[str, str]:
+def _progress(run: RunResults) -> dict[str, Any]:
     """Return the epoch of the last validation of a run that has not ended."""
     train, epochs = run.last("train"), run.config.get("epochs")
     if not train.get("epoch") or not epochs:

@@ -1,19 +1,15 @@
 """Read a run folder (config.json and metrics.jsonl) and summarize it."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bitfleet.launch.report.sweep_results import Curve
+from bitfleet.launch.report.sweep_results import Curve, read_object
 from bitfleet.trainer.metrics.loss_watch import LossWatch
 from bitfleet.trainer.metrics.metrics import JSONL, read_metrics
 from bitfleet.trainer.run.folder import CONFIG
-
-DIAGNOSTICS = ("dead_band", "never_flipped", "oscillators", "sign_agreement")
-"""Fractions of the binary weights in lines of the kind "diagnostics"."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,13 +63,11 @@ def read_run(path: Path) -> RunResults:
     Raises:
         ValueError: it is not a run folder, or the run has not logged anything yet.
     """
-    file = path / CONFIG
-    try:
-        facts = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {file} of the run {path}: {error}") from error
-    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
-        raise ValueError(f"{file} is not the {CONFIG} of a run: it has no resolved configuration under 'config'")
+    facts = read_object(path / CONFIG)
+    if not isinstance(facts.get("config"), dict):
+        raise ValueError(
+            f"{path / CONFIG} is not the {CONFIG} of a run: it has no resolved configuration under 'config'"
+        )
     lines = tuple(read_metrics(path))
     if not any(line["kind"] in ("train", "validation") for line in lines):
         raise ValueError(f"the run {path} has logged nothing yet: {JSONL} has no line of training or validation")

@@ -46,11 +46,6 @@ class SweepRun:
     error: str
     curves: Mapping[str, Curve]
 
-    @property
-    def has_result(self) -> bool:
-        """Return True if it finished with an accuracy."""
-        return self.status == "finished" and math.isfinite(self.end.get("top1", math.nan))
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SweepPoint:
@@ -59,9 +54,9 @@ class SweepPoint:
     labels: Labels
     name: str
     """Words that tell it from the other points."""
-    finished: tuple[SweepRun, ...]
-    others: tuple[SweepRun, ...]
-    """Failed and pending runs."""
+    finished: Sequence[SweepRun]
+    others: Sequence[SweepRun]
+    """Runs without a result: failed and pending ones."""
 
     def get(self, axis: str) -> Label | None:
         """Return the value on `axis`; None if the point does not set it."""
@@ -73,8 +68,8 @@ class SweepPoint:
 
     def values(self, key: str, seed: str | None = None) -> list[float]:
         """Return the finite last values of `key`, of every seed or of one."""
-        values = [run.end.get(key, math.nan) for run in self.finished if seed in (None, run.seed)]
-        return [value for value in values if math.isfinite(value)]
+        runs = [run for run in self.finished if seed in (None, run.seed)]
+        return [run.end[key] for run in runs if math.isfinite(run.end.get(key, math.nan))]
 
     def end(self, key: str) -> Spread | None:
         """Return the spread of the last values of `key` over the seeds."""
@@ -104,28 +99,18 @@ class SweepResults:
     @functools.cached_property
     def points(self) -> tuple[SweepPoint, ...]:
         """The points, in the order of the values on the axes; around a centre it comes first, then axis by axis."""
-        groups: dict[Labels, list[SweepRun]] = {}
+        groups: dict[Labels, tuple[list[SweepRun], list[SweepRun]]] = {}
         for run in self.runs:
-            groups.setdefault(run.labels, []).append(run)
+            has_result = run.status == "finished" and math.isfinite(run.end.get("top1", math.nan))
+            groups.setdefault(run.labels, ([], []))[not has_result].append(run)
         return tuple(
-            SweepPoint(
-                labels=labels,
-                name=self._name(labels),
-                finished=tuple(run for run in groups[labels] if run.has_result),
-                others=tuple(run for run in groups[labels] if not run.has_result),
-            )
-            for labels in sorted(groups, key=self._order)
+            SweepPoint(labels, self._name(labels), *groups[labels]) for labels in sorted(groups, key=self._order)
         )
 
     @property
     def ranked(self) -> list[SweepPoint]:
         """Points with a result, the best first."""
         return sorted((point for point in self.points if point.top1), key=mean_top1, reverse=True)
-
-    @property
-    def unfinished(self) -> list[SweepRun]:
-        """Failed and pending runs."""
-        return [run for point in self.points for run in point.others]
 
     def word(self, value: Label | None) -> str:
         """Return the name of a value of an axis."""
@@ -144,13 +129,10 @@ class SweepResults:
     def _name(self, labels: Labels) -> str:
         centre = self.figure.centre
         away = [f"{axis} {self.word(value)}" for axis, value in labels if axis in centre and value != centre[axis]]
-        # A word stands alone if no other axis has it.
-        parts = [
-            self.word(value)
-            if isinstance(value, str) and sum(value in values for values in self.axes.values()) < 2
-            else f"{axis} {self.word(value)}"
-            for axis, value in labels
-        ]
+        parts = []
+        for axis, value in labels:  # a word stands alone if no other axis has it
+            is_clear = isinstance(value, str) and sum(value in values for values in self.axes.values()) < 2
+            parts.append(self.word(value) if is_clear else f"{axis} {self.word(value)}")
         return ", ".join(away or parts) or "as configured"
 
 
@@ -190,7 +172,7 @@ def read_sweep(path: Path) -> SweepResults:
             )
     if not rows:
         raise ValueError(f"the sweep {file} is empty: expected a row for each run")
-    results = results_of(rows, file, _read_facts(file.with_suffix(".json")))
+    results = results_of(rows, file, read_object(facts) if (facts := file.with_suffix(".json")).is_file() else {})
     if not results.ranked:
         failed = [run for run in results.runs if run.status == "failed"]
         reason = f"; the first failure: {failed[0].name}: {failed[0].error}" if failed else ""
@@ -198,6 +180,21 @@ def read_sweep(path: Path) -> SweepResults:
             f"no run of the sweep {file} has finished ({len(failed)} of {len(results.runs)} failed): nothing to report{reason}"
         )
     return results
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the content of a JSON file.
+
+    Raises:
+        ValueError: it cannot be read, or does not hold an object.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {file}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold an object, not a {type(content).__name__}")
+    return content
 
 
 def results_of(rows: Sequence[Mapping[str, str]], file: Path, facts: Mapping[str, Any]) -> SweepResults:
@@ -266,18 +263,6 @@ def _read_run(row: Mapping[str, str], axes: Mapping[str, Sequence[Label]], where
 
 def _read_list(text: str) -> list[float]:
     return [math.nan if value is None else float(value) for value in json.loads(text or "[]")]
-
-
-def _read_facts(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        facts = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(facts, dict):
-        raise ValueError(f"{file} must hold an object with title, question and base, not a {type(facts).__name__}")
-    return facts
 
 
 def belong_together(one: SweepResults, other: SweepResults) -> bool:

@@ -1,14 +1,21 @@
 """Write the part of the page about a sweep."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from bitfleet.launch.report.intervals import WITHIN, Spread, plus_minus, spread
 from bitfleet.launch.report.page import Block, Section, Table, picture
 from bitfleet.launch.report.published import networks, published_blocks
-from bitfleet.launch.report.sweep_curves import draw_curves, facets
 from bitfleet.launch.report.sweep_findings import Slope, answer, fastest, grids, levels, slopes, speeds
-from bitfleet.launch.report.sweep_plots import MAX_ROWS, draw_bars, draw_grids, draw_slopes, draw_speeds
+from bitfleet.launch.report.sweep_plots import (
+    MAX_ROWS,
+    draw_bars,
+    draw_curves,
+    draw_grids,
+    draw_slopes,
+    draw_speeds,
+    facets,
+)
 from bitfleet.launch.report.sweep_results import SweepPoint, SweepResults, show
 
 METRICS = {
@@ -32,9 +39,7 @@ def sweep_section(results: SweepResults, key: str) -> Section:
     if figure.curves:
         blocks += [*_curves(results), *_convergence(results)]
     blocks += [*_robustness(results), *_published(results), _points(results), *_unfinished(results), _facts(results)]
-    return Section(
-        key=key, title=results.title, question=results.question, answer=tuple(answer(results)), blocks=tuple(blocks)
-    )
+    return Section(key=key, title=results.title, question=results.question, answer=answer(results), blocks=blocks)
 
 
 def _curves(results: SweepResults) -> Iterable[Block]:
@@ -61,7 +66,7 @@ def _convergence(results: SweepResults) -> list[Block]:
         f"{fastest(results)} The accuracies are near 80, 90 and 95 % of the best point's at the end; steps are counted to the "
         "first validation that reaches them. (1 of 3): number of seeds that reach it, over which the mean is taken."
     )
-    table = Table(header=("point", *(f"steps to {100 * level:.0f} %" for level in accuracies)), rows=tuple(rows))
+    table = Table(header=("point", *(f"steps to {100 * level:.0f} %" for level in accuracies)), rows=rows)
     return picture("Convergence: steps to an accuracy", "convergence", draw_speeds(results, accuracies), text, table)
 
 
@@ -76,7 +81,7 @@ def _robustness(results: SweepResults) -> list[Block]:
         "of the values that were tried."
     )
     header = ("hyperparameter", "of", "decades", "each seed alone", "from", "to", "settings", "at 0: top-1, %")
-    table = Table(header=header, rows=tuple(map(_robustness_row, lines)), num_words=2)
+    table = Table(header=header, rows=[_robustness_row(line) for line in lines], num_words=2)
     return picture("Robustness to the hyperparameters", "robustness", draw_slopes(lines), text, table)
 
 
@@ -117,7 +122,7 @@ def _points(results: SweepResults) -> Block:
     header = ("point", "seeds", "top-1, %", "best top-1, %", "top-5, %", "validation loss", "training top-1, %",
               "last flip ratio", "images/s", "minutes per run")  # fmt: skip
     best = {number for number, point in enumerate(results.points) if point is results.ranked[0]}
-    table = Table(header=header, rows=tuple(map(_point_row, results.points)), strong=frozenset(best))
+    table = Table(header=header, rows=[_point_row(point) for point in results.points], strong=frozenset(best))
     return Block(heading="All points", table=table)
 
 
@@ -141,18 +146,18 @@ def _mean(value: Spread | None, form: str) -> str:
 
 
 def _unfinished(results: SweepResults) -> list[Block]:
-    rows: Sequence[tuple[str, ...]] = [
-        (run.name, run.seed, run.status, run.error or ("" if run.status == "pending" else "no accuracy in its row"))
-        for run in results.unfinished
-    ]
-    table = Table(header=("run", "seed", "status", "reason"), rows=tuple(rows), num_words=4)
+    rows = []
+    for run in (run for point in results.points for run in point.others):
+        reason = run.error or ("" if run.status == "pending" else "no accuracy in its row")
+        rows.append((run.name, run.seed, run.status, reason))
+    table = Table(header=("run", "seed", "status", "reason"), rows=rows, num_words=4)
     return [Block(heading="Runs without a result", table=table)] if rows else []
 
 
 def _facts(results: SweepResults) -> Block:
     rows = [("sweep", results.name), ("base configuration", results.base), ("read from", str(results.path))]
     rows += [(name, _text(value)) for name, value in results.facts.items() if name != "config"]  # which is long
-    table = Table(header=("", ""), rows=tuple((name, value) for name, value in rows if value), num_words=2)
+    table = Table(header=("", ""), rows=[(name, value) for name, value in rows if value], num_words=2)
     return Block(heading="Where this comes from", table=table)
 
 

@@ -1,9 +1,9 @@
 """`bitfleet sweep`: run every point of a sweep with every seed."""
 
 import dataclasses
-import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import Positional
 
-from bitfleet.launch.job import num_cores
 from bitfleet.launch.parsing.commands import Count, MaybeCount, parse_with_run
 
 if TYPE_CHECKING:
     from bitfleet.configs.sweeps.sweep import PlannedRun, Sweep
-    from bitfleet.launch.sweep.slots import Slots
-    from bitfleet.trainer.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +62,19 @@ def sweep(arguments: Sequence[str]) -> None:
     from bitfleet.configs.sweeps.sweep import plan_runs, with_threads
     from bitfleet.launch.parsing.arguments import parse_train
     from bitfleet.launch.sweep.run import run_sweep
+    from bitfleet.launch.sweep.slots import find_slots
 
     chosen = load_sweep(options.name)
     seeds = chosen.seeds if options.seeds is None else read_seeds(options.seeds)
     chosen = dataclasses.replace(chosen, base=options.config or chosen.base, seeds=seeds)
     folder = options.output / options.name
     planned = plan_runs(chosen, folder, rest, lambda words: parse_train(words, "bitfleet sweep"))
-    slots = slots_here([run.config for run in planned], options.ranks, options.at_once)
+    slots = find_slots([run.config for run in planned], options.ranks, options.at_once)
     runs = [with_threads(run, slots.threads) for run in planned]
-    print(describe(chosen, len(runs), slots), flush=True)
+    print(
+        f"{chosen.title}\n{entry(chosen)}: {len(runs)} runs, {len(slots.environments)} at once ({slots.reason})",
+        flush=True,
+    )
     commands = {run.name: words_of(run, options.ranks) for run in runs}
     if options.print_only:
         for name, words in commands.items():
@@ -83,54 +84,21 @@ def sweep(arguments: Sequence[str]) -> None:
     sys.exit(run_sweep(chosen, runs, folder, lambda run: (*program, *commands[run.name]), slots.environments, rest))
 
 
+def entry(known: "Sweep") -> str:
+    """Return the question of a sweep, and its number of points and seeds."""
+    return f"{known.question}\n{len(known.points)} points x {len(known.seeds)} seed(s) on {known.base}"
+
+
 def listing() -> str:
-    """Return every sweep with its question and its number of runs."""
+    """Return every sweep with its question and its number of points and seeds."""
     from bitfleet.configs.sweeps import available_sweeps, load_sweep
 
-    sweeps = map(load_sweep, available_sweeps())
-    return "\n".join(
-        f"{known.name}\n    {known.question}\n    {len(known.points)} points x {len(known.seeds)} seed(s) on {known.base}"
-        for known in sweeps
-    )
-
-
-def describe(chosen: "Sweep", num_runs: int, slots: "Slots") -> str:
-    """Return lines about what will run."""
-    return (
-        f"{chosen.title}\n{chosen.question}\n{len(chosen.points)} points x {len(chosen.seeds)} seed(s) on {chosen.base}: "
-        f"{num_runs} runs, {len(slots.environments)} at once ({slots.reason})"
-    )
+    return "\n".join(f"{name}\n{textwrap.indent(entry(load_sweep(name)), '    ')}" for name in available_sweeps())
 
 
 def words_of(run: "PlannedRun", ranks: int) -> tuple[str, ...]:
     """Return the words after `bitfleet` that start a run on `ranks` ranks."""
     return ("train", *run.arguments) if ranks == 1 else ("launch", "deepspeed", "--gpus", str(ranks), *run.arguments)
-
-
-def slots_here(configs: Sequence["TrainConfig"], ranks: int, at_once: int | None) -> "Slots":
-    """Return the places on this machine for runs of `configs`; each fits the largest of them.
-
-    Raises:
-        ValueError: there are not enough GPUs, or the run cannot be built.
-    """
-    import torch
-
-    from bitfleet.launch.doctor.facts import free_memory
-    from bitfleet.launch.sweep.slots import bytes_of_largest, find_slots
-
-    gpus: list[str] = []
-    if any(config.device != "cpu" for config in configs) and torch.cuda.is_available():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
-    return find_slots(
-        ranks=ranks,
-        threads=max((config.num_threads for config in configs if config.num_threads), default=None),
-        at_once=at_once,
-        cores=num_cores(),
-        free_bytes=free_memory(),
-        rank_bytes=bytes_of_largest(configs, ranks),
-        gpus=gpus,
-    )
 
 
 def read_seeds(text: str) -> tuple[int, ...]:

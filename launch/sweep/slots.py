@@ -1,11 +1,15 @@
 """Find how many runs of a sweep fit on this machine at once: by cores, memory and GPUs."""
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bitfleet.launch.doctor.facts import free_memory
+from bitfleet.launch.job import num_cores
+from bitfleet.launch.text import gigabytes
 from bitfleet.models import create_model
 from bitfleet.optim.rules.rule import RULES
 from bitfleet.trainer.config import TrainConfig, resolve_replicas
@@ -66,31 +70,17 @@ def bytes_of_largest(configs: Sequence[TrainConfig], ranks: int) -> int:
     return max(bytes_of_rank(config, ranks) for config in distinct.values())
 
 
-def find_slots(
-    *,
-    ranks: int,
-    threads: int | None,
-    at_once: int | None,
-    cores: int,
-    free_bytes: int,
-    rank_bytes: int,
-    gpus: Sequence[str],
-) -> Slots:
-    """Return the places for runs of `ranks` ranks.
+def find_slots(configs: Sequence[TrainConfig], ranks: int, at_once: int | None = None) -> Slots:
+    """Return the places on this machine for runs of `configs` on `ranks` ranks; each fits the largest of them.
 
-    Args:
-        ranks: ranks per run.
-        threads: threads per rank. None: 1 on a CPU; with GPUs the cores divided by them.
-        at_once: number of runs at once. None: as many as fit.
-        cores: cores of this machine.
-        free_bytes: its free memory.
-        rank_bytes: memory that one rank takes.
-        gpus: names as in CUDA_VISIBLE_DEVICES, one per rank. Empty: the runs are on the CPU.
+    Without `at_once`, they are as many as fit. A rank has 1 thread on a CPU, and its share of the cores with a GPU, unless the
+    configurations set it; each rank gets one GPU of CUDA_VISIBLE_DEVICES.
 
     Raises:
-        ValueError: there are not enough GPUs.
+        ValueError: there are not enough GPUs, or a run cannot be built.
     """
-    if gpus:
+    threads = max((config.num_threads for config in configs if config.num_threads), default=None)
+    if gpus := visible_gpus() if any(config.device != "cpu" for config in configs) else []:
         number = at_once or max(1, len(gpus) // ranks)
         if number * ranks > len(gpus):
             raise ValueError(
@@ -100,11 +90,22 @@ def find_slots(
         names = [",".join(gpus[index * ranks : (index + 1) * ranks]) for index in range(number)]
         reason = f"{len(gpus)} GPU(s), one for each of the {ranks} rank(s) of a run"
         environments = tuple({"CUDA_VISIBLE_DEVICES": name} for name in names)
-        return Slots(environments, threads or max(1, cores // len(gpus)), reason)
+        return Slots(environments, threads or max(1, num_cores() // len(gpus)), reason)
     threads = threads or 1
-    by_cores, by_memory = cores // (ranks * threads), int(FREE_SHARE * free_bytes) // (ranks * rank_bytes)
+    if at_once:
+        return Slots(({},) * at_once, threads, "--at_once")
+    cores, free_bytes, run_bytes = num_cores(), free_memory(), ranks * bytes_of_largest(configs, ranks)
     reason = (
-        f"{cores} cores for {ranks} rank(s) of {threads} thread(s), {free_bytes / 1e9:.1f} GB free for "
-        f"{ranks * rank_bytes / 1e9:.1f} GB per run"
+        f"{cores} cores for {ranks} rank(s) of {threads} thread(s), {gigabytes(free_bytes)} free for "
+        f"{gigabytes(run_bytes)} per run"
     )
-    return Slots(({},) * (at_once or max(1, min(by_cores, by_memory))), threads, reason)
+    number = max(1, min(cores // (ranks * threads), int(FREE_SHARE * free_bytes) // run_bytes))
+    return Slots(({},) * number, threads, reason)
+
+
+def visible_gpus() -> list[str]:
+    """Return the names of the GPUs as in CUDA_VISIBLE_DEVICES; none without CUDA."""
+    if not torch.cuda.is_available():
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]

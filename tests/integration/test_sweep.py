@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bitfleet.launch.parsing.options import take_option
 from bitfleet.trainer.checkpoint.format import checkpoints
 from bitfleet.trainer.metrics.metrics import read_metrics
 from tests.conftest import REPOSITORY
@@ -25,8 +24,8 @@ NUM_STEPS = 60 * 12
 def start(output: Path, tiny: list[str], log: Path) -> subprocess.Popen[bytes]:
     """The sweep `regime`, two runs at once, as in a terminal of its own."""
     options = f"--seeds 0 --at_once 2 --output {output} --epochs 60".split()
-    _, base = take_option(tiny, "--epochs")
-    command = [sys.executable, "-m", "bitfleet.launch.cli", "sweep", "regime", *options, *base]
+    at = tiny.index("--epochs")  # the options set another number
+    command = [sys.executable, "-m", "bitfleet.launch", "sweep", "regime", *options, *tiny[:at], *tiny[at + 2 :]]
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}/src:{REPOSITORY}"}
     with log.open("ab") as file:
         return subprocess.Popen(

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from bitfleet.launch.report import write_report
-from bitfleet.launch.report.run_journal import journal_blocks, read_journal
+from bitfleet.launch.report.run_journal import read_journal
 from bitfleet.launch.report.run_results import read_run
+from bitfleet.launch.report.run_section import journal_blocks
 from bitfleet.trainer.journal import format as journal_format
 from bitfleet.trainer.journal.format import FOLDER, SIGNS, Bytes, Layout, Piece
 from tests.unit.launch.report import made_up

@@ -10,8 +10,8 @@ from bitfleet.configs.sweeps import available_sweeps, load_sweep
 from bitfleet.configs.sweeps.sweep import EACH_POINT, TABLE, Figure
 from bitfleet.launch.report import write_report
 from bitfleet.launch.report.intervals import Spread, plus_minus
-from bitfleet.launch.report.sweep_curves import facets, mean_curve
 from bitfleet.launch.report.sweep_findings import answer, fastest, grids, levels, slopes, speeds
+from bitfleet.launch.report.sweep_plots import facets, mean_curve
 from bitfleet.launch.report.sweep_results import read_sweep, show
 from tests.conftest import REPOSITORY
 from tests.unit.launch.report import made_up
@@ -46,8 +46,9 @@ def test_one_seed_is_not_called_sure(tmp_path: Path) -> None:
 def test_what_is_missing_is_counted(tmp_path: Path) -> None:
     results = read_sweep(made_up.grid(tmp_path))
     assert answer(results)[-1] == "Incomplete: of 75 runs 3 failed and 1 not run yet."
-    assert [run.status for run in results.unfinished] == ["pending", "failed", "failed", "failed"]
-    assert "nan" in results.unfinished[-1].error
+    unfinished = [run for point in results.points for run in point.others]
+    assert [run.status for run in unfinished] == ["pending", "failed", "failed", "failed"]
+    assert "nan" in unfinished[-1].error
 
 
 def test_convergence_counts_the_seeds_that_arrive(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,20 +9,24 @@ from torch import Tensor
 from bitfleet.configs import load_config
 from bitfleet.launch.parsing.arguments import parse_train
 from bitfleet.launch.sweep import slots as sweep_slots
-from bitfleet.launch.sweep.slots import PROCESS_BYTES, bytes_of_largest, bytes_of_rank, find_slots
+from bitfleet.launch.sweep.slots import PROCESS_BYTES, Slots, bytes_of_largest, bytes_of_rank, find_slots
 from bitfleet.models import create_model
 from bitfleet.trainer.config import TrainConfig
 
 GB = 10**9
-MACHINE: dict[str, Any] = {
-    "ranks": 1,
-    "threads": None,
-    "at_once": None,
-    "cores": 8,
-    "free_bytes": 100 * GB,
-    "rank_bytes": GB,
-    "gpus": (),
-}
+MACHINE: dict[str, Any] = {"num_cores": 8, "free_memory": 100 * GB, "bytes_of_largest": GB, "visible_gpus": []}
+
+
+@pytest.fixture
+def slots_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Slots]:
+    """Return the slots on a machine of 8 cores and 100 GB for runs that take 1 GB per rank, with some changes."""
+
+    def find(*, ranks: int = 1, threads: int | None = None, at_once: int | None = None, **change: object) -> Slots:
+        for name, value in (MACHINE | change).items():
+            monkeypatch.setattr(sweep_slots, name, lambda *_, value=value: value)
+        return find_slots([dataclasses.replace(load_config("fashion_small"), num_threads=threads)], ranks, at_once)
+
+    return find
 
 
 @pytest.mark.parametrize(
@@ -29,28 +35,28 @@ MACHINE: dict[str, Any] = {
         ({}, 8, 1),
         ({"ranks": 2}, 4, 1),
         ({"ranks": 2, "threads": 2}, 2, 2),
-        ({"free_bytes": 4 * GB}, 3, 1),  # a tenth stays free
-        ({"free_bytes": 4 * GB, "ranks": 2}, 1, 1),
-        ({"cores": 1, "ranks": 2}, 1, 1),  # it must go on somehow
-        ({"at_once": 3}, 3, 1),
-        ({"gpus": ("0", "1", "2", "3")}, 4, 2),
-        ({"gpus": ("4", "5", "6"), "ranks": 2}, 1, 2),
+        ({"free_memory": 4 * GB}, 3, 1),  # a tenth stays free
+        ({"free_memory": 4 * GB, "ranks": 2}, 1, 1),
+        ({"num_cores": 1, "ranks": 2}, 1, 1),  # one run always fits
+        ({"at_once": 3, "bytes_of_largest": 100 * GB}, 3, 1),
+        ({"visible_gpus": ["0", "1", "2", "3"]}, 4, 2),
+        ({"visible_gpus": ["4", "5", "6"], "ranks": 2}, 1, 2),
     ],
 )
-def test_as_many_as_fit(change: dict[str, Any], number: int, threads: int) -> None:
-    slots = find_slots(**MACHINE | change)
+def test_as_many_as_fit(slots_on: Callable[..., Slots], change: dict[str, Any], number: int, threads: int) -> None:
+    slots = slots_on(**change)
     assert (len(slots.environments), slots.threads) == (number, threads)
 
 
-def test_each_run_has_its_own_gpus() -> None:
-    slots = find_slots(**MACHINE | {"gpus": ("4", "5", "6", "7"), "ranks": 2})
-    assert [each["CUDA_VISIBLE_DEVICES"] for each in slots.environments] == ["4,5", "6,7"]
+def test_each_run_has_its_own_gpus(slots_on: Callable[..., Slots]) -> None:
+    slots = slots_on(visible_gpus=["4", "5", "6", "7"], ranks=2)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in slots.environments] == ["4,5", "6,7"]
 
 
 @pytest.mark.parametrize("change", [{"ranks": 3}, {"at_once": 3}])
-def test_too_few_gpus(change: dict[str, Any]) -> None:
+def test_too_few_gpus(slots_on: Callable[..., Slots], change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="3 GPUs.* 2"):
-        find_slots(**MACHINE | {"gpus": ("0", "1")} | change)
+        slots_on(visible_gpus=["0", "1"], **change)
 
 
 def test_memory_of_a_run_follows_its_batch() -> None:
