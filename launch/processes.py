@@ -88,7 +88,7 @@ def reap() -> None:
 
 
 def descendants(pid: int | None = None) -> list[psutil.Process]:
-    """Return the processes below `pid` (None: this one), without a connection that ssh shares and keeps (ControlPersist)."""
+    """Return the processes below `pid` (None: this one), without shared ssh connections (ControlPersist)."""
     found = []
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process(pid).children(recursive=True):

@@ -1,4 +1,4 @@
-"""Sweeps, one per file: a header (section of the paper, question, settings of the paper, number of runs) and `sweep()`."""
+"""Sweeps, one per file: a header (section of the paper, question, its settings) and `sweep()`."""
 
 import difflib
 import importlib

@@ -41,7 +41,8 @@ def sweep() -> Sweep:
     return Sweep(
         name="regime",
         title="Threshold and second moment under the published schedules",
-        question="Do threshold and second moment matter under the published schedules, or is the sign of the average all?",
+        question="Do threshold and second moment matter under the published schedules, "
+        "or is the sign of the average all?",
         base="fashion_small",
         axes={"variant": tuple(variants)},
         points=tuple(Point({"variant": name}, overrides) for name, overrides in variants.items()),

@@ -21,7 +21,8 @@ def _rule(name: str, **held_values: float) -> str:
 
 
 def _falling(hyperparameter: str, start: float) -> str:
-    return f" --optim.{hyperparameter}.kind polynomial --optim.{hyperparameter}.start {start:g} --optim.{hyperparameter}.end 0"
+    option = f"--optim.{hyperparameter}"
+    return f" {option}.kind polynomial {option}.start {start:g} {option}.end 0"
 
 
 OPTIMIZERS: dict[str, str] = {

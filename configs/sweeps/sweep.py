@@ -74,8 +74,8 @@ class Sweep:
     """Points and seeds; every point is run with every seed.
 
     Raises:
-        ValueError: no points or seeds, two points of the same labels, a label or a figure that is not on the axes, or an
-            option that a run of a sweep cannot have.
+        ValueError: no points or seeds, two points of the same labels, a label or a figure that is
+            not on the axes, or an option that a run of a sweep cannot have.
     """
 
     name: str

@@ -22,8 +22,9 @@ Ask = Callable[[signal.Signals], None]
 def supervise(command: Sequence[str], environ: Mapping[str, str], ask: Ask) -> int:
     """Run `command` to its end and return the exit code of the job.
 
-    DeepSpeed's command returns 0 when its own child is killed by a signal, and leaves the ranks behind when it is killed itself.
-    So this process adopts the processes that its children leave behind, waits for them, and takes their exit codes.
+    DeepSpeed's command returns 0 when its own child is killed by a signal, and leaves the ranks
+    behind when it is killed itself. So this process adopts the processes that its children leave
+    behind, waits for them, and takes their exit codes.
 
     Args:
         command: the launcher.

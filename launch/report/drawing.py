@@ -131,7 +131,7 @@ def label_ends(axis: Any, ends: Sequence[End], *, font: float = FONT - 1) -> Non
 
 
 def spread_out(places: Sequence[float], gap: float) -> list[float]:
-    """Move ascending `places` as little as possible (least squares) until they are `gap` apart and, if they fit, in 0 to 1."""
+    """Move ascending `places` to be `gap` apart (least squares), and in 0 to 1 if they fit."""
     offsets = gap * np.arange(len(places))
     moved = isotonic_regression(np.asarray(places) - offsets).x
     return [float(place) for place in np.clip(moved, 0.0, max(1.0 - offsets[-1], 0.0)) + offsets]

@@ -66,9 +66,9 @@ def plus_minus(value: Spread | None, scale: float = 100.0, digits: int = 1) -> s
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> Difference | None:
-    """Return mean(first) - mean(second) with the 95 % interval of Welch's t-test; None if either has fewer than two values.
+    """Return mean(first) - mean(second) with the 95 % interval of Welch's t-test.
 
-    The interval has no width if neither has a spread.
+    None if either has fewer than two values; no width if neither has a spread.
     """
     if min(len(first), len(second)) < 2:
         return None
@@ -89,8 +89,9 @@ def steps_to(steps: Sequence[float], values: Sequence[float], level: float) -> f
 def plateau(settings: Sequence[float], accuracies: Sequence[float | None], within: float = WITHIN) -> Plateau | None:
     """Return the region around the best setting in which accuracy stays within `within` of the best.
 
-    Between the last good setting and the first bad one, accuracy is interpolated linearly in the logarithm of the setting. A
-    setting that failed (None) ends the region at its last good neighbour.
+    Between the last good setting and the first bad one, accuracy is interpolated linearly in the
+    logarithm of the setting. A setting that failed (None) ends the region at its last good
+    neighbour.
 
     Args:
         settings: positive, ascending.

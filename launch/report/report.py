@@ -22,8 +22,8 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> tuple[Pat
     """Write one page about sweeps and runs; return its path, and one line with the answer of each section.
 
     Args:
-        paths: sweep folders, sweep.csv files and run folders, in any mixture. Parts of one sweep with different seeds are
-            joined; several runs are compared first.
+        paths: sweep folders, sweep.csv files and run folders, in any mixture. Parts of one sweep
+            with different seeds are joined; several runs are compared first.
         output: folder of report.html and report/*.png. None: the folder of the only path.
 
     Raises:

@@ -29,8 +29,8 @@ def run_section(run: RunResults, key: str) -> Section:
     """Return everything about a run."""
     bits = "Fractions of the binary weights: all in black, layers from the first (dark) to the last (light)."
     ratios = (
-        "Distribution of |r| over the binary weights. Those right of the threshold flip if the sign agrees; those left of it "
-        "are in the dead band."
+        "Distribution of |r| over the binary weights. Those right of the threshold flip if the sign agrees; "
+        "those left of it are in the dead band."
     )
     blocks = [
         *picture("Learning", "learning", draw_learning(run)),
@@ -72,7 +72,7 @@ def _published(run: RunResults) -> list[Block]:
 
 
 def journal_blocks(run: RunResults) -> list[Block]:
-    """Return flips over time and age of the weights by the journal of a run, if it has one; the reason if it is damaged."""
+    """Return flips over time and age of the weights from the journal of a run, if it has one."""
     if not (run.path / FOLDER).is_dir():
         return []
     try:
@@ -87,8 +87,8 @@ def journal_blocks(run: RunResults) -> list[Block]:
     rows = [_row("all", everything, sum(int(flips.sum()) for flips in journal.flips.values()), span)]
     rows += [_row(name, ages[name], int(journal.flips[name].sum()), span) for name in names]
     text = (
-        f"Steps {journal.first_step + 1:,} to {journal.last_step:,}. The age of a weight is the number of steps since its last "
-        f"flip; without a flip in the journal it is {span:,}."
+        f"Steps {journal.first_step + 1:,} to {journal.last_step:,}. The age of a weight is the number of steps "
+        f"since its last flip; without a flip in the journal it is {span:,}."
     )
     header = (
         "layer",
@@ -169,7 +169,7 @@ def _above_zero(curve: Curve) -> Curve:
 
 
 def _draw_layers(axis: Any, whole: Curve, layers: dict[str, Curve], style: str = "default") -> list[End]:
-    """Draw the curves of all layers and the whole; label all of them if they are few, else the first and the last layer."""
+    """Draw all layers and the whole; of many layers, label the first and the last."""
     ends = []
     for number, ((name, curve), color) in enumerate(
         zip(layers.items(), drawing.ordered_colors(len(layers)), strict=True)

@@ -82,7 +82,8 @@ def _against_next(best: SweepPoint, second: SweepPoint) -> str:
         return f"{text}, {points:.1f} points behind; a spread needs at least two seeds of each."
     interval = f"95 % interval {100 * difference.low:+.2f} to {100 * difference.high:+.2f}, Welch"
     verdict = "more" if difference.is_clear else "no more"
-    return f"{text}; the difference of {points:.1f} points ({interval}) is {verdict} than the spread over the seeds explains."
+    text += f"; the difference of {points:.1f} points ({interval})"
+    return f"{text} is {verdict} than the spread over the seeds explains."
 
 
 def _num_indistinguishable(best: SweepPoint, rest: Sequence[SweepPoint]) -> str:
@@ -144,7 +145,7 @@ def slopes(results: SweepResults) -> list[Slope]:
 
 
 def _best_line(group: Sequence[SweepPoint], axis: str) -> list[SweepPoint]:
-    """Return the points that differ on `axis` alone, ascending: of lines with three positive values, that of the best point.
+    """Return the best line of points that differ on `axis` alone, ascending, with three positive values.
 
     Around a centre, the best point is on one axis, and the lines along the others go through the centre.
     """
@@ -161,7 +162,7 @@ def _region(points: Sequence[SweepPoint], axis: str, seed: str | None = None) ->
 
 
 def grids(results: SweepResults) -> list[Grid]:
-    """Return the tables of the figure's `grids`: for each pair of axes, the settings of the others that fill most cells."""
+    """Return the tables of the figure's `grids`, for the other settings that fill most cells."""
     tables = []
     for x_axis, y_axis in results.figure.grids:
         both = [point for point in results.points if None not in (point.get(x_axis), point.get(y_axis))]

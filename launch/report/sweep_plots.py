@@ -60,7 +60,7 @@ def _along(results: SweepResults, axis: str, points: Sequence[SweepPoint]) -> Fa
 
 
 def draw_curves(results: SweepResults, key: str, name: str) -> bytes | None:
-    """Draw the curve `key` of all points as a PNG: top-1 in percent, anything else on a logarithmic axis; None without one."""
+    """Draw the curve `key` of all points: top-1 in percent, others logarithmically; None without one."""
     panels, is_fraction = facets(results), key == "top1"
     curves = {point.labels: mean_curve(point, key) for facet in panels for point in facet.points}
     values = [value for curve, _ in curves.values() for value in curve.values if is_fraction or value > 0]
@@ -164,7 +164,7 @@ def draw_bars(results: SweepResults) -> bytes:
 
 
 def draw_grids(results: SweepResults, grids: Sequence[Grid], key: str, name: str) -> bytes | None:
-    """Draw a table of two axes per grid: "top1" in percent, anything else on a logarithmic scale; None without values."""
+    """Draw a table per grid: "top1" in percent, others logarithmically; None without values."""
     values = [mean for grid in grids for point in grid.cells.values() if (mean := _mean(point, key)) > 0]
     if not values:
         return None

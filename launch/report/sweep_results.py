@@ -177,7 +177,8 @@ def read_sweep(path: Path) -> SweepResults:
         failed = [run for run in results.runs if run.status == "failed"]
         reason = f"; the first failure: {failed[0].name}: {failed[0].error}" if failed else ""
         raise ValueError(
-            f"no run of the sweep {file} has finished ({len(failed)} of {len(results.runs)} failed): nothing to report{reason}"
+            f"no run of the sweep {file} has finished ({len(failed)} of {len(results.runs)} failed): "
+            f"nothing to report{reason}"
         )
     return results
 

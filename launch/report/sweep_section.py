@@ -22,7 +22,7 @@ METRICS = {
     "top1": ("Validation accuracy", "top-1", "curves", "heatmap"),
     "flip_ratio": ("Flip ratio", "flip ratio", "flips", "heatmap-flips"),
 }
-"""Metric -> its title, its name on an axis, the pictures of its curves and grids; any other one is called by its name."""
+"""Metric -> title, name on an axis, pictures of its curves and grids."""
 
 
 def sweep_section(results: SweepResults, key: str) -> Section:
@@ -63,8 +63,9 @@ def _convergence(results: SweepResults) -> list[Block]:
         ]
         rows += [(point.name, *cells)] if point.finished else []
     text = (
-        f"{fastest(results)} The accuracies are near 80, 90 and 95 % of the best point's at the end; steps are counted to the "
-        "first validation that reaches them. (1 of 3): number of seeds that reach it, over which the mean is taken."
+        f"{fastest(results)} The accuracies are near 80, 90 and 95 % of the best point's at the end; "
+        "steps are counted to the first validation that reaches them. (1 of 3): "
+        "number of seeds that reach it, over which the mean is taken."
     )
     table = Table(header=("point", *(f"steps to {100 * level:.0f} %" for level in accuracies)), rows=rows)
     return picture("Convergence: steps to an accuracy", "convergence", draw_speeds(results, accuracies), text, table)
@@ -75,10 +76,10 @@ def _robustness(results: SweepResults) -> list[Block]:
     if not lines:
         return []
     text = (
-        f"Width of the region in which top-1 (mean over the seeds) stays within {100 * WITHIN:.0f} point of the best along "
-        "that axis, with the other settings of the best point that has at least three values on it (around a centre: the "
-        "centre); between two values, accuracy is interpolated linearly in the logarithm. ≥: the region reaches the end "
-        "of the values that were tried."
+        f"Width of the region in which top-1 (mean over the seeds) stays within {100 * WITHIN:.0f} point of the "
+        "best along that axis, with the other settings of the best point that has at least three values on it "
+        "(around a centre: the centre); between two values, accuracy is interpolated linearly in the logarithm. "
+        "≥: the region reaches the end of the values that were tried."
     )
     header = ("hyperparameter", "of", "decades", "each seed alone", "from", "to", "settings", "at 0: top-1, %")
     table = Table(header=header, rows=[_robustness_row(line) for line in lines], num_words=2)
@@ -109,7 +110,7 @@ def _published(results: SweepResults) -> list[Block]:
 
 
 def data_of_sweep(results: SweepResults) -> tuple[str, int]:
-    """Return root and number of classes of the runs' data by sweep.json; if it does not say, by the name of the base."""
+    """Return root and number of classes of the data, by sweep.json or else the name of the base."""
     config = results.facts.get("config") or {}
     words = [str(word) for word in results.facts.get("options") or ()]
     options = dict(itertools.pairwise(words)) | dict(word.split("=", 1) for word in words if "=" in word)

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 class SweepCommand:
     """Run every point of a sweep with every seed, as many runs at once as fit; without NAME, list the sweeps.
 
-    Started again, it keeps finished runs, continues stopped ones and retries failed ones once. After Ctrl-C or SIGTERM all
-    runs save and end, exit code 75. A run that fails twice is recorded with its reason and the others continue, exit code 1.
-    Further options, as --epochs 3 or --data.root FOLDER, are those of a run, and apply to all of them.
+    Started again, it keeps finished runs, continues stopped ones and retries failed ones once.
+    After Ctrl-C or SIGTERM all runs save and end, exit code 75. A run that fails twice is recorded
+    with its reason and the others continue, exit code 1. Further options, as --epochs 3 or
+    --data.root FOLDER, are those of a run, and apply to all of them.
     """
 
     name: Positional[str] = ""

@@ -45,8 +45,9 @@ class _Child(NamedTuple):
 def run_jobs(jobs: Sequence[Job], places: Sequence[Mapping[str, str]], ended: Callable[[Ended], bool]) -> bool:
     """Run `jobs`, one in each of `places` at a time; return True if this process was asked to stop.
 
-    After SIGTERM, SIGINT, SIGUSR1 or SIGHUP no further job starts, and each running one gets SIGTERM and is waited for. A
-    second SIGINT kills them. When this process dies, even by SIGKILL, the kernel sends them SIGTERM.
+    After SIGTERM, SIGINT, SIGUSR1 or SIGHUP no further job starts, and each running one gets
+    SIGTERM and is waited for. A second SIGINT kills them. When this process dies, even by SIGKILL,
+    the kernel sends them SIGTERM.
 
     Args:
         jobs: in the order of their start.

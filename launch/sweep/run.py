@@ -100,8 +100,8 @@ def check_folders(runs: Sequence[PlannedRun]) -> None:
         for field in sorted({*before, *now} - set(HOW), key=lambda name: (name != "optim.rule", name)):
             if before.get(field) != now.get(field):
                 raise ValueError(
-                    f"{run.path} holds a run whose {field} is {before.get(field)}, and this sweep wants {now.get(field)}: pass "
-                    f"another --output, or move that folder away"
+                    f"{run.path} holds a run whose {field} is {before.get(field)}, "
+                    f"and this sweep wants {now.get(field)}: pass another --output, or move that folder away"
                 )
 
 

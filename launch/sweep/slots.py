@@ -73,8 +73,9 @@ def bytes_of_largest(configs: Sequence[TrainConfig], ranks: int) -> int:
 def find_slots(configs: Sequence[TrainConfig], ranks: int, at_once: int | None = None) -> Slots:
     """Return the places on this machine for runs of `configs` on `ranks` ranks; each fits the largest of them.
 
-    Without `at_once`, they are as many as fit. A rank has 1 thread on a CPU, and its share of the cores with a GPU, unless the
-    configurations set it; each rank gets one GPU of CUDA_VISIBLE_DEVICES.
+    Without `at_once`, they are as many as fit. A rank has 1 thread on a CPU, and its share of the
+    cores with a GPU, unless the configurations set it; each rank gets one GPU of
+    CUDA_VISIBLE_DEVICES.
 
     Raises:
         ValueError: there are not enough GPUs, or a run cannot be built.

@@ -70,8 +70,8 @@ def read_outcomes(folder: Path) -> dict[str, Outcome]:
         return TypeAdapter(dict[str, Outcome]).validate_json(file.read_bytes())
     except ValidationError as error:
         raise ValueError(
-            f"{file} is damaged: delete it; the same command then continues each run from its last checkpoint, which takes "
-            f"seconds for a finished one"
+            f"{file} is damaged: delete it; the same command then continues each run from its last checkpoint, "
+            f"which takes seconds for a finished one"
         ) from error
 
 
@@ -84,8 +84,9 @@ def write_outcomes(folder: Path, outcomes: Mapping[str, Outcome]) -> None:
 def write_table(folder: Path, sweep: Sweep, runs: Sequence[PlannedRun], outcomes: Mapping[str, Outcome]) -> None:
     """Write sweep.csv into `folder`: a row for each of `runs`, finished or not.
 
-    Columns: run, status (finished, failed, pending), seed; axis.<axis>; config.<field> for each field that differs between the
-    runs; end.*, best.top1, curve.* (JSON lists) from metrics.jsonl, accuracies as fractions; seconds over all attempts; error.
+    Columns: run, status (finished, failed, pending), seed; axis.<axis>; config.<field> for each
+    field that differs between the runs; end.*, best.top1, curve.* (JSON lists) from metrics.jsonl,
+    accuracies as fractions; seconds over all attempts; error.
     """
     differing = differing_fields([run.config for run in runs])
     axes = list(sweep.axes)
@@ -127,8 +128,8 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Cell]:
 def write_question(folder: Path, sweep: Sweep, words: Sequence[str], runs: Sequence[PlannedRun]) -> None:
     """Write sweep.json into `folder`: the question, the axes and the figure, with git revision and versions.
 
-    `config` is the resolved configuration of the first of `runs`, without places; with the config.* of a row of sweep.csv, it
-    is that of any other run.
+    `config` is the resolved configuration of the first of `runs`, without places; with the config.*
+    of a row of sweep.csv, it is that of any other run.
     """
     content = {
         "name": sweep.name,

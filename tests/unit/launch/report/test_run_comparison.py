@@ -6,7 +6,7 @@ from bitfleet.launch.report import write_report
 from bitfleet.launch.report.page import Section, Table
 from bitfleet.launch.report.run_comparison import compare
 from bitfleet.launch.report.run_results import RunResults, read_run
-from tests.unit.launch.report import made_up
+from tests.unit.launch.report import synthetic
 
 
 def compared(runs: list[RunResults]) -> tuple[Section, Table]:
@@ -19,7 +19,7 @@ def compared(runs: list[RunResults]) -> tuple[Section, Table]:
 
 def test_seeds_are_one_point_and_settings_are_named(tmp_path: Path) -> None:
     runs = [
-        made_up.run_folder(tmp_path / f"{rule}{seed}", seed=seed, rule=rule, more=more + 0.01 * seed)
+        synthetic.run_folder(tmp_path / f"{rule}{seed}", seed=seed, rule=rule, more=more + 0.01 * seed)
         for rule, more in (("bop", 0.0), ("bop2ndorder", 0.1))
         for seed in range(2)
     ]
@@ -28,11 +28,11 @@ def test_seeds_are_one_point_and_settings_are_named(tmp_path: Path) -> None:
     assert "Next: rule bop with 70.5 ± 0.7 %" in line
     assert len(others) == 4
     assert not list((tmp_path / "report" / "report").glob("runs-compared*"))  # a table, no pictures
-    assert page.read_text().index("4 runs compared") < page.read_text().index("made_up</h2>")
+    assert page.read_text().index("4 runs compared") < page.read_text().index("synthetic</h2>")
 
 
 def test_table_has_every_setting_that_differs_and_the_answer_those_of_every_run(tmp_path: Path) -> None:
-    runs = [read_run(made_up.run_folder(tmp_path / rule, rule=rule)) for rule in ("bop", "bnew")]
+    runs = [read_run(synthetic.run_folder(tmp_path / rule, rule=rule)) for rule in ("bop", "bnew")]
     for run, size in zip(runs, (64, 128), strict=True):
         run.facts["config"]["data"]["image_size"] = size
     runs[1].facts["config"]["optim"]["rho"] = 1e-3  # which Bop does not have
@@ -46,7 +46,7 @@ def test_table_has_every_setting_that_differs_and_the_answer_those_of_every_run(
 
 
 def test_a_run_that_has_not_ended_says_its_progress(tmp_path: Path) -> None:
-    runs = [read_run(made_up.run_folder(tmp_path / str(lines), lines)) for lines in (12, 8)]
+    runs = [read_run(synthetic.run_folder(tmp_path / str(lines), lines)) for lines in (12, 8)]
     section, table = compared(runs)
     assert [row[-1] for row in table.rows] == ["-", "after 2.0 of 3 epochs"]
     assert table.strong == {0}
@@ -54,14 +54,14 @@ def test_a_run_that_has_not_ended_says_its_progress(tmp_path: Path) -> None:
 
 
 def test_runs_that_differ_in_the_seed_alone(tmp_path: Path) -> None:
-    runs = [read_run(made_up.run_folder(tmp_path / str(seed), seed=seed)) for seed in (0, 1)]
+    runs = [read_run(synthetic.run_folder(tmp_path / str(seed), seed=seed)) for seed in (0, 1)]
     section, table = compared(runs)
     assert section.blocks[0].text
     assert table.header == ("run", "seed", "top-1", "top-5")
 
 
 def test_runs_without_a_validation_have_no_answer(tmp_path: Path) -> None:
-    runs = [read_run(made_up.run_folder(tmp_path / str(lines), lines)) for lines in (12, 3)]
+    runs = [read_run(synthetic.run_folder(tmp_path / str(lines), lines)) for lines in (12, 3)]
     section, table = compared(runs)
     assert section.answer == ()
     assert table.rows[1][2:4] == ("-", "-")

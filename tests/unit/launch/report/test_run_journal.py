@@ -12,7 +12,7 @@ from bitfleet.launch.report.run_results import read_run
 from bitfleet.launch.report.run_section import journal_blocks
 from bitfleet.trainer.journal import format as journal_format
 from bitfleet.trainer.journal.format import FOLDER, SIGNS, Bytes, Layout, Piece
-from tests.unit.launch.report import made_up
+from tests.unit.launch.report import synthetic
 
 LAYOUT = Layout(0, 0, 2, 64, {"a": [4, 4], "b": [6, 8]}, [])
 PIECES = (
@@ -66,7 +66,7 @@ def test_long_journals_are_averaged_over_intervals(tmp_path: Path, monkeypatch: 
 
 
 def test_report_of_a_run_with_a_journal(tmp_path: Path) -> None:
-    run = made_up.run_folder(tmp_path / "run")
+    run = synthetic.run_folder(tmp_path / "run")
     assert journal_blocks(read_run(run)) == []
     write_journal(run)
     flips, ages = journal_blocks(read_run(run))
@@ -80,7 +80,7 @@ def test_report_of_a_run_with_a_journal(tmp_path: Path) -> None:
 
 
 def test_damaged_journal_is_told_and_the_rest_is_reported(tmp_path: Path) -> None:
-    run = made_up.run_folder(tmp_path / "run")
+    run = synthetic.run_folder(tmp_path / "run")
     write_journal(run)
     (run / FOLDER / journal_format.file_name(1, 0, 1, 2)).unlink()
     (block,) = journal_blocks(dataclasses.replace(read_run(run)))

@@ -19,7 +19,7 @@ def shell(tmp_path: Path, name: str, script: str) -> Job:
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process is there and no zombie; it may go between two looks at it."""
+    """Return True if the process exists and is not a zombie; it may end between the two looks."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

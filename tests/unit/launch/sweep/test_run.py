@@ -36,7 +36,7 @@ def planned(folder: Path, *options: str) -> list[PlannedRun]:
 
 
 def made(run: PlannedRun, top1: float = 0.5) -> Path:
-    """A folder beside `run` that looks as it will when it has finished."""
+    """Return a folder next to `run` with the files of a finished run."""
     place = run.path.parents[1] / "made" / run.name
     place.mkdir(parents=True, exist_ok=True)
     (place / CONFIG).write_text(json.dumps({"config": to_dict(run.config)}))
@@ -114,7 +114,7 @@ def test_rows_of_other_seeds_are_kept(tmp_path: Path, capsys: pytest.CaptureFixt
     assert column(tmp_path, "end.top1") == ["0.5"] * 6
     assert json.loads((tmp_path / JSON).read_text())["seeds"] == [0, 7]
     assert capsys.readouterr().out.count("3 finished, 0 failed, 0 to be done") == 2  # of those that were asked for
-    # A seed of which nothing has begun leaves no row; nor does a point that the sweep has no more.
+    # A seed without a started run leaves no row; nor does a point that the sweep no longer has.
     shutil.rmtree(tmp_path / "runs")
     assert with_seeds(tmp_path, 8, points=SWEEP.points[:2]) == 0
     assert column(tmp_path, "seed") == ["8"] * 2

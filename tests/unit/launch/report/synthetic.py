@@ -83,7 +83,7 @@ def write(
         writer.writeheader()
         writer.writerows(rows)
     content = {
-        "title": "A made-up sweep",
+        "title": "A synthetic sweep",
         "question": "Does it work?",
         "base": "fashion_quickstart",
         "axes": {axis: values_of(rows, axis) for axis in axes},
@@ -226,7 +226,7 @@ def _config(folder: Path, seed: int, rule: str) -> dict[str, object]:
         optim[key] = {"start": start, "end": start / 10, "kind": "polynomial", "power": 1.0}
     model = {"name": "birealnet18", "num_classes": 10, "norm": "batch"}
     data = {"root": "fashion-mnist", "image_size": 32, "augmentation": "pad_crop"}
-    config = {"name": "made_up", "epochs": 3, "global_batch_size": 128, "seed": seed, "run_dir": str(folder)}
+    config = {"name": "synthetic", "epochs": 3, "global_batch_size": 128, "seed": seed, "run_dir": str(folder)}
     content = {"config": {**config, "model": model, "data": data, "optim": optim}, "world_size": 1, "num_replicas": 1}
     return content | {"device": "cpu", "git": "abc", "versions": {"torch": "2"}}
 
