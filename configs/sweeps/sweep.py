@@ -108,6 +108,8 @@ class Sweep:
                 raise ValueError(
                     f"the point {point.slug} has a value of {unknown[0]} that `axes` does not list: add it"
                 )
+        if self.figure.facets == EACH_AXIS and not self.figure.centre:
+            raise ValueError(f'the figure of the sweep {self.name} has facets="{EACH_AXIS}" and needs a `centre`')
         if missing := sorted(self.figure.axes - set(self.axes)):
             raise ValueError(
                 f"the figure of the sweep {self.name} names the axis {missing[0]}; there are: {', '.join(self.axes)}"
