@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from bitfleet.configs.sweeps.sweep import (
+    EACH_AXIS,
     EACH_POINT,
     Figure,
     PlannedRun,
@@ -69,6 +70,8 @@ def test_another_seed_has_a_folder_of_its_own() -> None:
 def test_figure_names_only_axes_of_the_sweep() -> None:
     with pytest.raises(ValueError, match="sweep s .*sigma"):
         dataclasses.replace(make(A, B), figure=Figure(grids=(("gamma", "sigma"),)))
+    with pytest.raises(ValueError, match="each axis.*`centre`"):
+        dataclasses.replace(make(A, B), figure=Figure(facets=EACH_AXIS))
     assert dataclasses.replace(make(A, B), figure=Figure(facets=EACH_POINT)).figure.axes == set()
 
 
