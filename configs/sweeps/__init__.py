@@ -1,4 +1,4 @@
-"""Sweeps, one a file: a header (section of the paper, question, what the paper did, number of runs) and `sweep() -> Sweep`."""
+"""Sweeps, one per file: a header (section of the paper, question, its settings) and `sweep()`."""
 
 import difflib
 import importlib
@@ -8,15 +8,15 @@ from bitfleet.configs.sweeps.sweep import Sweep
 
 
 def available_sweeps() -> list[str]:
-    """Names of all sweeps."""
+    """Return the names of all sweeps."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "sweep"))
 
 
 def load_sweep(name: str) -> Sweep:
-    """The sweep called `name`.
+    """Return the sweep called `name`.
 
     Raises:
-        ValueError: there is none; the message names the nearest.
+        ValueError: there is no such sweep; the message names the nearest.
     """
     names = available_sweeps()
     if name not in names:

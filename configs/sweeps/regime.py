@@ -1,22 +1,24 @@
 """Do threshold and second moment matter under the published schedules?
 
 section    none: a claim about the schedules of the published runs (ImageNet and 91.9 % on CIFAR-10) of arXiv 2104.05124
-question   with |m| / sqrt(v) of 1e-3 to 1e-1 far above every published threshold, a weight is minus the sign of its average
-           gradient: then threshold 0, a frozen second moment and none at all learn as well as the published run
-paper      says that the second moment gives the gain over Bop; has no such runs
+question   |m| / sqrt(v) of 1e-3 to 1e-1 is far above every published threshold, so a weight is minus the sign of its
+           average gradient: do threshold 0, a frozen second moment and no second moment learn as well as the
+           published run?
+paper      attributes the gain over Bop to the second moment, without such runs
 runs       5 points x 3 seeds = 15
 command    bitfleet sweep regime
-           on published schedules themselves: --config binarynet_cifar10, --config birealnet18_imagenet
+           on the published schedules themselves: --config binarynet_cifar10, --config birealnet18_imagenet
 
 The points change the base's schedules and nothing else:
 
-  published        the base as it is (correction none)
-  threshold 0      the same with threshold 0. A weight whose average gradient is 0 exactly becomes +1 (the official tie).
-  frozen v         sigma is 1e-2, the end of the published schedule, for the first tenth of the run and exactly 0 afterwards: v
-                   stays, weight by weight, what it was then, an average over 100 steps. The threshold keeps its meaning.
-  bop threshold 0  no second moment at all: the sign of the average alone, with the base's gamma
-  threshold high   a control that the others need: threshold 0.1 is above most ratios. If this one learned as well too, the sweep
-                   could not tell.
+  published        the base, with correction none
+  threshold 0      the same with threshold 0; a weight whose average gradient is exactly 0 becomes +1, as in the
+                   official code
+  frozen v         sigma is 1e-2, the end of the published schedule, for the first tenth of the run and 0 afterwards:
+                   v keeps its values of that time, an average over 100 steps, and the threshold its meaning
+  bop threshold 0  no second moment: the sign of the average alone, with the gamma of the base
+  threshold high   the control: threshold 0.1 is above most ratios; if this point learned as well, the sweep could not
+                   tell the others apart
 """
 
 from bitfleet.configs.sweeps.sweep import Point, Sweep, held
@@ -28,7 +30,7 @@ FROZEN = tuple(
 
 
 def sweep() -> Sweep:
-    """The learning rate is the base's."""
+    """Return the sweep; the learning rate is that of the base."""
     variants = {
         "published": BIASED,
         "threshold 0": (*BIASED, *held("threshold", 0.0)),
@@ -39,7 +41,9 @@ def sweep() -> Sweep:
     return Sweep(
         name="regime",
         title="Threshold and second moment under the published schedules",
-        question="Do threshold and second moment matter under the published schedules, or is the sign of the average all?",
+        question="Do threshold and second moment matter under the published schedules, "
+        "or is the sign of the average all?",
         base="fashion_small",
+        axes={"variant": tuple(variants)},
         points=tuple(Point({"variant": name}, overrides) for name, overrides in variants.items()),
     )

@@ -2,15 +2,15 @@
 
 section    5.1.2 and 5.1.3 of arXiv 2104.05124
 question   how far can each hyperparameter be from its best value?
-paper      BinaryNet with BatchNorm on CIFAR-10, unbiased (as_coded), 100 epochs in batches of 100, one of them varied around
-           gamma 1e-7, sigma 1e-3, threshold 1e-6. We do not know its ranges: here steps of 100, four powers of ten to
-           either side (sigma ends at 1, which is no average).
+paper      BinaryNet with BatchNorm on CIFAR-10, unbiased (as_coded), 100 epochs in batches of 100, one hyperparameter
+           varied around gamma 1e-7, sigma 1e-3, threshold 1e-6. Its ranges are not published: here steps of 100, four
+           powers of ten to either side (sigma ends at 1, which does not average).
 runs       (5 + 4 + 4) points x 3 seeds = 39
 command    bitfleet sweep s512_ablation
            as in the paper: --config binarynet_cifar10 --epochs 100 --global_batch_size 100 --optim.lr.kind constant
 """
 
-from bitfleet.configs.sweeps.sweep import Point, Sweep, held
+from bitfleet.configs.sweeps.sweep import EACH_AXIS, Figure, Point, Sweep, held
 
 CENTRE = {"gamma": 1e-7, "sigma": 1e-3, "threshold": 1e-6}
 VALUES = {
@@ -22,12 +22,12 @@ RULE = ("--optim.rule", "bop2ndorder", "--optim.correction", "as_coded")
 
 
 def point(values: dict[str, float]) -> Point:
-    """All three held at `values`."""
+    """Return the point with all three constant at `values`."""
     return Point(dict(values), (*RULE, *(word for name, value in values.items() for word in held(name, value))))
 
 
 def sweep() -> Sweep:
-    """The centre comes first, and once. The learning rate is the base's."""
+    """Return the sweep; the learning rate is that of the base."""
     lines = [
         point(CENTRE | {name: value}) for name, values in VALUES.items() for value in values if value != CENTRE[name]
     ]
@@ -36,5 +36,7 @@ def sweep() -> Sweep:
         title="5.1.2 One hyperparameter at a time",
         question="How does accuracy depend on gamma, on sigma and on the threshold, each varied alone?",
         base="fashion_small",
+        axes=VALUES,
         points=(point(CENTRE), *lines),
+        figure=Figure(facets=EACH_AXIS, centre=CENTRE, robustness=tuple(CENTRE)),
     )

@@ -1,26 +1,29 @@
-"""A sweep: one question, asked of many runs that differ in a few options."""
+"""Describe a sweep: one question, many runs that differ in a few options, and the figure that answers it."""
 
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from bitfleet.trainer.config import TrainConfig
 
 Label = str | float
+Metric = Literal["top1", "loss", "train_loss", "flip_ratio"]
+EACH_AXIS, EACH_POINT = "each axis", "each point"
 SWEPT = {
     **dict.fromkeys(("--config", "--seed", "--run_dir", "--output", "--resume", "--name"), "the sweep itself sets it"),
-    "--stop_after_steps": "a run that ends before its end would count as finished; --epochs makes all runs shorter",
+    "--stop_after_steps": "a run that ends early would count as finished; --epochs makes all runs shorter",
 }
-"""Options that no run of a sweep is given -> why."""
+"""Options that a run of a sweep cannot have -> the reason."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Point:
-    """One place on the axes of a sweep."""
+    """A combination of settings, run with every seed."""
 
     labels: Mapping[str, Label]
-    """Axis -> the value of this point; axes that do not concern it are left out."""
+    """Axis -> value of this point. An axis that does not apply to it is left out."""
     overrides: tuple[str, ...]
     """Words of a command line: ("--optim.gamma.start", "1e-7", ...)."""
 
@@ -34,22 +37,59 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Figure:
+    """The pictures that `bitfleet report` draws of a sweep; sweep.json holds them."""
+
+    bars: bool = True
+    """Draw the accuracy of every point at the end, with its seeds."""
+    curves: bool = True
+    """Draw the curves of `metrics`, and the steps to an accuracy."""
+    metrics: tuple[Metric, ...] = ("top1", "flip_ratio")
+    """Metrics of the curves and grids."""
+    facets: str = ""
+    """Panels of the curves: "" for one, the name of an axis for one per value, "each axis" for one per axis with the
+    points that differ from `centre` on it, "each point" for one per point (the best twelve)."""
+    grids: tuple[tuple[str, str], ...] = ()
+    """Pairs of axes (horizontal, vertical) to draw as a table of colours."""
+    robustness: tuple[str, ...] = ()
+    """Axes, with numbers as values, along which the width of the good region is measured."""
+    centre: Mapping[str, Label] = dataclasses.field(default_factory=dict)
+    """Labels of the point from which every other one differs on one axis; it names them and comes first."""
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Value of an axis -> its name on the page. Default: the value."""
+
+    @property
+    def axes(self) -> set[str]:
+        """The axes that it names."""
+        facet = {self.facets} - {"", EACH_AXIS, EACH_POINT}
+        return facet | set(self.robustness) | set(self.centre) | {axis for pair in self.grids for axis in pair}
+
+
+TABLE = Figure(bars=False, curves=False)
+"""No pictures: the table alone."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Sweep:
     """Points and seeds; every point is run with every seed.
 
     Raises:
-        ValueError: no points or seeds, two points of the same labels, or an option that a run of a sweep must not have.
+        ValueError: no points or seeds, two points of the same labels, a label or a figure that is
+            not on the axes, or an option that a run of a sweep cannot have.
     """
 
     name: str
-    """Of its file and its folder."""
+    """Name of its file and its folder."""
     title: str
     question: str
-    """What the runs shall answer, in one sentence."""
+    """The question that the runs answer, in one sentence."""
     base: str
     """The configuration that the points change."""
+    axes: Mapping[str, tuple[Label, ...]]
+    """Axis -> its values, both in the order of tables and legends."""
     points: tuple[Point, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
+    figure: Figure = Figure()
 
     def __post_init__(self) -> None:
         if not self.points or not self.seeds:
@@ -62,54 +102,54 @@ class Sweep:
         if twice := sorted({slug for slug in slugs if slugs.count(slug) > 1}):
             raise ValueError(f"two points of the sweep {self.name} are called {twice[0]}: give them different labels")
         for point in self.points:
-            if own := options_of(point.overrides) & set(SWEPT):
-                raise ValueError(f"the point {point.slug} sets {min(own)}: leave it out: {SWEPT[min(own)]}")
-
-    @property
-    def axes(self) -> dict[str, list[Label]]:
-        """Axis -> its values, both in the order of the points."""
-        found: dict[str, list[Label]] = {}
-        for point in self.points:
-            for axis, value in point.labels.items():
-                if value not in found.setdefault(axis, []):
-                    found[axis].append(value)
-        return found
+            if forbidden := options_of(point.overrides) & set(SWEPT):
+                raise ValueError(f"the point {point.slug} sets {min(forbidden)}: leave it out: {SWEPT[min(forbidden)]}")
+            if unknown := [axis for axis, value in point.labels.items() if value not in self.axes.get(axis, ())]:
+                raise ValueError(
+                    f"the point {point.slug} has a value of {unknown[0]} that `axes` does not list: add it"
+                )
+        if self.figure.facets == EACH_AXIS and not self.figure.centre:
+            raise ValueError(f'the figure of the sweep {self.name} has facets="{EACH_AXIS}" and needs a `centre`')
+        if missing := sorted(self.figure.axes - set(self.axes)):
+            raise ValueError(
+                f"the figure of the sweep {self.name} names the axis {missing[0]}; there are: {', '.join(self.axes)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PlannedRun:
-    """One point with one seed."""
+    """Hold the run of one point with one seed."""
 
     point: Point
     config: TrainConfig
-    """Resolved, with seed and run folder."""
+    """Resolved configuration, with seed and run folder."""
     words: tuple[str, ...]
-    """Of its command line, without seed and run folder."""
+    """Words of its command line, without seed and run folder."""
 
     @property
     def path(self) -> Path:
-        """Its folder."""
+        """Run folder."""
         assert self.config.run_dir is not None
         return self.config.run_dir
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of the run folder."""
         return self.path.name
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """Of `bitfleet train`."""
+        """Arguments of `bitfleet train`."""
         return (*self.words, "--seed", str(self.config.seed), "--run_dir", str(self.path), "--resume", "auto")
 
 
 def held(hyperparameter: str, value: float) -> tuple[str, ...]:
-    """The overrides that hold gamma, sigma, threshold or lr of the optimizer at `value`."""
+    """Return the overrides that keep a scheduled hyperparameter of the optimizer at `value`."""
     return (f"--optim.{hyperparameter}.kind", "constant", f"--optim.{hyperparameter}.start", f"{value:g}")
 
 
 def options_of(words: Sequence[str]) -> set[str]:
-    """The names of the options in the words of a command line, underscores for hyphens."""
+    """Return the names of the options in a command line, with underscores for hyphens."""
     names = (word.split("=")[0] for word in words if word.startswith("--"))
     return {"--" + name[2:].replace("-", "_") for name in names}
 
@@ -120,19 +160,19 @@ def plan_runs(
     common: Sequence[str],
     parse: Callable[[Sequence[str]], TrainConfig],
 ) -> list[PlannedRun]:
-    """Every run of `sweep`, parsed: what is misspelt is found before the first one starts. All points of a seed come together.
+    """Parse every run of `sweep`, seed by seed, so that a misspelt option is found before the first one starts.
 
     Args:
         sweep: the sweep.
-        folder: its own; the runs are below it.
+        folder: folder of the sweep; the runs are below it.
         common: options of all runs.
-        parse: from words to a configuration.
+        parse: turns the words of a command line into a configuration.
 
     Raises:
-        ValueError: an option or value that does not fit, or one that is swept as well.
+        ValueError: an option or value does not fit, or an option is swept as well.
     """
-    if own := options_of(common) & set(SWEPT):
-        raise ValueError(f"{min(own)} cannot be passed on to the runs of a sweep: {SWEPT[min(own)]}")
+    if forbidden := options_of(common) & set(SWEPT):
+        raise ValueError(f"{min(forbidden)} cannot be passed on to the runs of a sweep: {SWEPT[min(forbidden)]}")
     parsed = []
     for point in sweep.points:
         if both := options_of(common) & options_of(point.overrides):
@@ -150,13 +190,13 @@ def plan_runs(
 
 
 def with_seed(run: PlannedRun, seed: int) -> PlannedRun:
-    """`run` with another seed, in a folder beside its own."""
+    """Return `run` with another seed, in a folder next to it."""
     run_dir = run.path.with_name(f"{run.point.slug}-seed{seed}")
     return dataclasses.replace(run, config=dataclasses.replace(run.config, seed=seed, run_dir=run_dir))
 
 
 def with_threads(run: PlannedRun, threads: int) -> PlannedRun:
-    """`run` with `threads` of a rank, where its options do not say how many."""
+    """Return `run` with `threads` per rank, unless its options set them."""
     config, words = run.config, list(run.words)
     for option, given in (("--num_threads", config.num_threads), ("--data.num_threads", config.data.num_threads)):
         if given is None:

@@ -13,8 +13,8 @@ from bitfleet.launch.parsing.commands import parse
 class Report:
     """Turn sweeps and runs into FOLDER/report.html, one page that needs no other file, and FOLDER/report/*.png.
 
-    A path is a sweep's folder or sweep.csv, or a run's folder. Parts of one sweep that ran elsewhere with other seeds become one;
-    several runs are compared.
+    A path is a sweep's folder or sweep.csv, or a run's folder. Parts of one sweep that ran
+    elsewhere with other seeds become one; several runs are compared.
     """
 
     paths: Positional[tuple[Path, ...]]
@@ -24,7 +24,7 @@ class Report:
 
 
 def report(arguments: Sequence[str]) -> None:
-    """Write the report that `arguments` ask for, and print where it is and what it says.
+    """Write the report; print the answer of each section and the path of the page.
 
     Raises:
         ValueError: an option is unknown, or a path has nothing to report.

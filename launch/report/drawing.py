@@ -1,4 +1,4 @@
-"""What all pictures of a report share: colours, axes, labels at the ends of lines, PNG."""
+"""Draw what the pictures of a report share: panels, colours, axes, labels at the ends of lines."""
 
 import io
 import math
@@ -15,14 +15,15 @@ from scipy.optimize import isotonic_regression
 from bitfleet.launch.report.sweep_results import show
 
 WORDS = ("#332288", "#CC6677", "#117733", "#DDAA33", "#88CCEE", "#882255", "#44AA99", "#AA4499", "#999933", "#555555")
-"""For colour-blind readers: Paul Tol's "muted", the yellow darker."""
+"""Paul Tol's "muted" colours, safe for colour-blind readers, with a darker yellow."""
 MAX_LINES = len(WORDS)
 FONT = 9
 GREY = "#888888"
+ARROW = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 1, "shrinkB": 2, "relpos": (0, 0.5)}
 
 
 class End(NamedTuple):
-    """A line's last point, and what is written there."""
+    """The last point of a line, and its label."""
 
     x: float
     y: float
@@ -30,15 +31,8 @@ class End(NamedTuple):
     color: str
 
 
-class Panels(NamedTuple):
-    """A picture with a grid of axes; those that are not needed are gone."""
-
-    figure: Any
-    axes: list[Any]
-
-
-def panels(number: int, *, width: float = 4.6, height: float = 3.2, columns: int = 2) -> Panels:
-    """`number` axes of `width` x `height` inches in rows of `columns`."""
+def panels(number: int, *, width: float = 4.6, height: float = 3.2, columns: int = 2) -> list[Any]:
+    """Return `number` axes of `width` x `height` inches in rows of `columns`, in one figure."""
     columns = min(columns, number)
     rows = math.ceil(number / columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
@@ -49,34 +43,34 @@ def panels(number: int, *, width: float = 4.6, height: float = 3.2, columns: int
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
         axis.tick_params(labelsize=FONT - 1)
-    return Panels(figure, grid[:number])
+    return grid[:number]
 
 
 def title(axis: Any, text: str) -> None:
-    """Name the panel `axis`, at its left."""
+    """Write the title of the panel `axis` at its left."""
     axis.set_title(text, fontsize=FONT + 1, loc="left")
 
 
-def png(figure: Any) -> bytes:
-    """`figure` as a PNG file."""
+def png(axes: Sequence[Any]) -> bytes:
+    """Return the figure of `axes` as a PNG file."""
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110, facecolor="white")
+    axes[0].get_figure().savefig(stream, format="png", dpi=110, facecolor="white")
     return stream.getvalue()
 
 
 def word_colors(number: int) -> list[str]:
-    """`number` colours without an order."""
+    """Return `number` colours without an order."""
     return [WORDS[index % len(WORDS)] for index in range(number)]
 
 
 def ordered_colors(number: int) -> list[str]:
-    """`number` colours from dark to light; the lightest can still be read on white."""
+    """Return `number` colours from dark to light; the lightest is still readable on white."""
     shades = np.linspace(0.0, 0.85, number) if number > 1 else [0.0]
     return [to_hex(colormaps["viridis"](float(shade))) for shade in shades]
 
 
 def readable(color: str) -> str:
-    """`color` dark enough for text on white."""
+    """Return `color`, dark enough for text on white."""
     red, green, blue = to_rgb(color)
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
     factor = min(1.0, 0.42 / luminance) if luminance else 1.0
@@ -84,7 +78,7 @@ def readable(color: str) -> str:
 
 
 def percent(axis: Any, lowest: float, highest: float) -> None:
-    """Make y a fraction written in percent, from below `lowest` to above `highest`."""
+    """Set y to fractions written in percent, from below `lowest` to above `highest`."""
     room = max(0.06 * (highest - lowest), 0.002)
     axis.set_ylim(max(lowest - room, 0.0), min(highest + room, 1.0))
     axis.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
@@ -92,7 +86,7 @@ def percent(axis: Any, lowest: float, highest: float) -> None:
 
 
 def logarithmic(axis: Any) -> None:
-    """Make y logarithmic, with a tick a decade."""
+    """Set y to a logarithmic scale with one tick per decade."""
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(numticks=7))
     low, high = axis.get_ylim()
@@ -103,7 +97,7 @@ def logarithmic(axis: Any) -> None:
 
 
 def steps(axis: Any) -> None:
-    """Make x optimizer steps, whole numbers from 0."""
+    """Set x to optimizer steps, whole numbers from 0."""
     axis.set_xlabel("step", fontsize=FONT)
     axis.set_xlim(left=0)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -111,15 +105,12 @@ def steps(axis: Any) -> None:
 
 
 def label_ends(axis: Any, ends: Sequence[End], *, font: float = FONT - 1) -> None:
-    """Write at the right of `axis` what each line is, in its colour, without overlaps; the limits of `axis` are set before.
-
-    The labels stand as near to their lines as a line's height between them lets them.
-    """
+    """Label each line at the right of `axis`, in its colour and without overlaps; set the limits of `axis` before."""
     if not ends:
         return
     height = axis.get_window_extent().height / axis.get_figure().dpi * 72  # in points, nearly: before the layout
     low, high = axis.get_ylim()
-    # A line may end outside, as at 0 on a logarithmic axis: its label points to the border.
+    # A line that ends outside, as at 0 on a logarithmic axis, is labelled at the border.
     ends = [end._replace(y=min(max(end.y, low), high)) for end in ends]
     places = [_fraction(axis, end.y) for end in ends]
     order = np.argsort(places, kind="stable")
@@ -135,25 +126,18 @@ def label_ends(axis: Any, ends: Sequence[End], *, font: float = FONT - 1) -> Non
             color=readable(end.color),
             va="center",
             annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": end.color,
-                "linewidth": 0.6,
-                "shrinkA": 1,
-                "shrinkB": 2,
-                "relpos": (0, 0.5),
-            },
+            arrowprops=ARROW | {"color": end.color},
         )
 
 
 def spread_out(places: Sequence[float], gap: float) -> list[float]:
-    """Ascending `places`, moved as little as possible (least squares) until they are `gap` apart and, if they fit, in 0 to 1."""
+    """Move ascending `places` to be `gap` apart (least squares), and in 0 to 1 if they fit."""
     offsets = gap * np.arange(len(places))
     moved = isotonic_regression(np.asarray(places) - offsets).x
     return [float(place) for place in np.clip(moved, 0.0, max(1.0 - offsets[-1], 0.0)) + offsets]
 
 
 def _fraction(axis: Any, y: float) -> float:
-    """Where `y` lies between the bottom (0) and the top (1) of `axis`."""
-    corner = axis.get_xlim()[0], axis.get_ylim()[0]  # reading them brings the limits up to date
+    """Return the position of `y` between the bottom (0) and the top (1) of `axis`."""
+    corner = axis.get_xlim()[0], axis.get_ylim()[0]  # reading the limits updates them
     return float(axis.transAxes.inverted().transform(axis.transData.transform((corner[0], y)))[1])

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else, and its pictures as PNG files beside it."""
+"""Write a report as one HTML page without other files, and its pictures as PNG files next to it."""
 
 import base64
 import dataclasses
@@ -16,30 +16,30 @@ PICTURES = "report"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Rows of text; columns of numbers stand at the right."""
+    """Rows of text; columns of numbers are right-aligned."""
 
     header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: Sequence[tuple[str, ...]]
     num_words: int = 1
-    """The first so many columns are words."""
+    """Number of columns, from the first, that hold words."""
     strong: frozenset[int] = frozenset()
-    """Rows to stand out."""
+    """Indices of the rows in bold."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """A part of a section: a heading, what it says, a picture, a table."""
+    """A part of a section: a heading, a text, a picture, a table."""
 
     heading: str
     text: str = ""
     picture: str = ""
-    """Name of the PNG file, without ending; "" for none."""
+    """Name of the PNG file without its ending; "" without a picture."""
     png: bytes = b""
     table: Table | None = None
 
     @property
     def data(self) -> str:
-        """The picture as base64."""
+        """Return the picture as base64."""
         return base64.b64encode(self.png).decode()
 
 
@@ -48,25 +48,27 @@ class Section:
     """A sweep or a run."""
 
     key: str
-    """Unique in the page; names its pictures."""
+    """Anchor in the page, unique; the names of its pictures begin with it."""
     title: str
     question: str = ""
-    answer: tuple[str, ...] = ()
-    blocks: tuple[Block, ...] = ()
+    answer: Sequence[str] = ()
+    blocks: Sequence[Block] = ()
+
+
+def picture(heading: str, name: str, png: bytes | None, text: str = "", table: Table | None = None) -> list[Block]:
+    """Return the block of a picture; nothing without one."""
+    return [] if png is None else [Block(heading=heading, text=text, picture=name, png=png, table=table)]
 
 
 def write_page(title: str, sections: Sequence[Section], output: Path) -> Path:
-    """Write <output>/report.html and its pictures <output>/report/<section>-<picture>.png; returns the page.
+    """Write <output>/report.html and <output>/report/<section>-<picture>.png; return the path of the page.
 
     Raises:
         ValueError: the folder cannot be written.
     """
+    loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     html = environment.get_template(TEMPLATE).render(title=title, sections=sections)
     page = output / PAGE

@@ -1,33 +1,30 @@
-"""From paths of sweeps and runs to the report."""
+"""Make a report of the sweeps and runs at some paths."""
 
-import dataclasses
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from bitfleet.launch.report.page import Section, write_page
-from bitfleet.launch.report.run_comparison import NAME, compare, differences
-from bitfleet.launch.report.run_results import RunResults, answer, read_run
+from bitfleet.launch.report.run_comparison import NAME, compare
+from bitfleet.launch.report.run_results import RunResults, read_run
 from bitfleet.launch.report.run_section import run_section
-from bitfleet.launch.report.sweep_findings import answer as answer_of_sweep
-from bitfleet.launch.report.sweep_parts import belong_together, join
-from bitfleet.launch.report.sweep_reader import CSV, read_sweep
-from bitfleet.launch.report.sweep_results import SweepResults
+from bitfleet.launch.report.sweep_results import SweepResults, belong_together, join, read_sweep
 from bitfleet.launch.report.sweep_section import sweep_section
+from bitfleet.launch.sweep.table import CSV
 from bitfleet.trainer.metrics import JSONL
 from bitfleet.trainer.run.folder import CONFIG
 
+Part = tuple[list[Path], SweepResults | RunResults]
+"""Paths, and what they hold together."""
+
 
 def write_report(paths: Sequence[Path], output: Path | None = None) -> tuple[Path, list[str]]:
-    """Turn sweeps and runs into one page.
+    """Write one page about sweeps and runs; return its path, and one line with the answer of each section.
 
     Args:
-        paths: sweep folders, sweep.csv files, run folders, mixed at will; parts of one sweep, with other seeds, become one.
+        paths: sweep folders, sweep.csv files and run folders, in any mixture. Parts of one sweep
+            with different seeds are joined; several runs are compared first.
         output: folder of report.html and report/*.png. None: the folder of the only path.
-
-    Returns:
-        The page, and the answer of each section in a line. Several runs are compared first.
 
     Raises:
         ValueError: a path is neither a sweep nor a run, has nothing to report, or the folder cannot be written.
@@ -38,37 +35,32 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> tuple[Pat
         if len(paths) > 1:
             raise ValueError(f"where to? A report on {len(paths)} paths needs --output FOLDER")
         output = paths[0] if paths[0].is_dir() else paths[0].parent
-    found = _joined([([path], _read(path)) for path in paths])
-    keys = [NAME]
+    parts = _joined([([path], _read(path)) for path in paths])
     sections: list[Section] = []
     lines: list[str] = []
-    for parts, each in found:
-        key = _key(each, parts[0], keys)
-        keys.append(key)
-        sections.append(sweep_section(each, key) if isinstance(each, SweepResults) else run_section(each, key))
-        sentences = answer_of_sweep(each) if isinstance(each, SweepResults) else answer(each)
-        lines.append(f"{', '.join(map(str, parts))}: {' '.join(sentences)}")
-    runs = [each for _, each in found if isinstance(each, RunResults)]
-    if (together := compare(runs)) is not None:
-        section = sweep_section(together, NAME)
-        sections.insert(0, dataclasses.replace(section, blocks=(*section.blocks, differences(runs))))
-        lines.insert(0, f"{together.title}: {' '.join(answer_of_sweep(together))}")
-    title = sections[0].title if len(found) == 1 else f"{len(found)} sweeps and runs"
+    if comparison := compare([results for _, results in parts if isinstance(results, RunResults)]):
+        sections.append(comparison)
+        lines.append(f"{comparison.title}: {' '.join(comparison.answer)}")
+    keys = [NAME]
+    for sources, results in parts:
+        keys.append(_key(results, sources[0], keys))
+        key = keys[-1]
+        sections.append(sweep_section(results, key) if isinstance(results, SweepResults) else run_section(results, key))
+        lines.append(f"{', '.join(map(str, sources))}: {' '.join(sections[-1].answer)}")
+    title = sections[0].title if len(parts) == 1 else f"{len(parts)} sweeps and runs"
     return write_page(title, sections, output), lines
 
 
-def _joined(
-    found: Sequence[tuple[list[Path], SweepResults | RunResults]],
-) -> list[tuple[list[Path], SweepResults | RunResults]]:
-    """`found`, paths and what is there, with the parts of a sweep at the place of the first of them."""
-    kept: list[tuple[list[Path], SweepResults | RunResults]] = []
-    for paths, each in found:
-        for number, (others, other) in enumerate(kept):
-            if isinstance(each, SweepResults) and isinstance(other, SweepResults) and belong_together(other, each):
-                kept[number] = [*others, *paths], join(other, each)
+def _joined(parts: Sequence[Part]) -> list[Part]:
+    """Return `parts` with those of one sweep joined, in the place of the first of them."""
+    kept: list[Part] = []
+    for paths, new in parts:
+        for number, (earlier_paths, earlier) in enumerate(kept):
+            if isinstance(new, SweepResults) and isinstance(earlier, SweepResults) and belong_together(earlier, new):
+                kept[number] = [*earlier_paths, *paths], join(earlier, new)
                 break
         else:
-            kept.append((paths, each))
+            kept.append((paths, new))
     return kept
 
 
@@ -84,7 +76,7 @@ def _read(path: Path) -> SweepResults | RunResults:
     )
 
 
-def _key(each: SweepResults | RunResults, path: Path, taken: Sequence[str]) -> str:
-    name = each.name if isinstance(each, SweepResults) else os.path.basename(path.resolve())
+def _key(results: SweepResults | RunResults, path: Path, taken: Sequence[str]) -> str:
+    name = results.name if isinstance(results, SweepResults) else path.resolve().name
     slug = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-") or "part"
     return slug if slug not in taken else f"{slug}-{len(taken) + 1}"

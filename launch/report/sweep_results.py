@@ -1,18 +1,29 @@
-"""A sweep: its runs, grouped into points."""
+"""Read a sweep: sweep.csv, one row per run, and sweep.json with its axes and its figure."""
 
+import csv
 import dataclasses
+import functools
+import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from bitfleet.launch.report.statistics import Spread, spread
+from pydantic import TypeAdapter, ValidationError
 
+from bitfleet.configs.sweeps import available_sweeps, load_sweep
+from bitfleet.configs.sweeps.sweep import TABLE, Figure, Label
+from bitfleet.launch.report.intervals import Spread, spread
+from bitfleet.launch.sweep.table import CSV, HOW, flatten
+
+STATUSES = ("finished", "failed", "pending")
 CURVES = {"top1": "step", "loss": "step", "train_loss": "train_step", "flip_ratio": "train_step"}
-"""Curve -> the curve that holds its steps."""
-Label = str | float
+"""Curve -> curve that holds its steps."""
+FURTHER = "and from"
+"""Name of the fact that lists the other files of a sweep."""
 Labels = tuple[tuple[str, Label], ...]
-"""(axis, value) of the axes that a point sets."""
+"""(axis, value) for each axis that a point sets."""
+Value = TypeVar("Value")
 
 
 class Curve(NamedTuple):
@@ -24,23 +35,16 @@ class Curve(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SweepRun:
-    """One row: a point with a seed."""
+    """One row of sweep.csv: a point with a seed."""
 
     name: str
     status: str
     seed: str
     labels: Labels
     end: Mapping[str, float]
-    """Last values; accuracies are fractions."""
-    best_top1: float
-    seconds: float
+    """Last values by the columns end.*, "best.top1" and "seconds"; accuracies are fractions."""
     error: str
     curves: Mapping[str, Curve]
-
-    @property
-    def counts(self) -> bool:
-        """Whether it has a result."""
-        return self.status == "finished" and math.isfinite(self.end.get("top1", math.nan))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,30 +53,35 @@ class SweepPoint:
 
     labels: Labels
     name: str
-    """What tells it from the other points."""
-    finished: tuple[SweepRun, ...]
-    others: tuple[SweepRun, ...]
-    """Failed and pending."""
+    """Words that tell it from the other points."""
+    finished: Sequence[SweepRun]
+    others: Sequence[SweepRun]
+    """Runs without a result: failed and pending ones."""
 
     def get(self, axis: str) -> Label | None:
-        """The value on `axis`; None where it does not set it."""
+        """Return the value on `axis`; None if the point does not set it."""
         return dict(self.labels).get(axis)
 
     def without(self, *axes: str) -> Labels:
-        """The labels on all other axes."""
+        """Return the labels on all other axes."""
         return tuple((axis, value) for axis, value in self.labels if axis not in axes)
 
+    def values(self, key: str, seed: str | None = None) -> list[float]:
+        """Return the finite last values of `key`, of every seed or of one."""
+        runs = [run for run in self.finished if seed in (None, run.seed)]
+        return [run.end[key] for run in runs if math.isfinite(run.end.get(key, math.nan))]
+
     def end(self, key: str) -> Spread | None:
-        """Last values of `key` over the seeds."""
-        return spread([run.end.get(key, math.nan) for run in self.finished])
+        """Return the spread of the last values of `key` over the seeds."""
+        return spread(self.values(key))
 
     @property
     def top1(self) -> Spread | None:
-        """Last top-1 of validation over the seeds; None if no run finished."""
+        """Last top-1 of the validation over the seeds; None if no run finished."""
         return self.end("top1")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class SweepResults:
     """A sweep and its runs."""
 
@@ -81,31 +90,59 @@ class SweepResults:
     title: str
     question: str
     base: str
-    axes: tuple[str, ...]
-    points: tuple[SweepPoint, ...]
-    centre: Labels | None
-    """Labels from which every point differs on one axis at most; None where there are none, or only one axis varies."""
+    axes: Mapping[str, Sequence[Label]]
+    figure: Figure
+    runs: tuple[SweepRun, ...]
     facts: Mapping[str, Any]
-    """Further content of sweep.json."""
+    """The rest of sweep.json."""
+
+    @functools.cached_property
+    def points(self) -> tuple[SweepPoint, ...]:
+        """The points, in the order of the values on the axes; around a centre it comes first, then axis by axis."""
+        groups: dict[Labels, tuple[list[SweepRun], list[SweepRun]]] = {}
+        for run in self.runs:
+            has_result = run.status == "finished" and math.isfinite(run.end.get("top1", math.nan))
+            groups.setdefault(run.labels, ([], []))[not has_result].append(run)
+        return tuple(
+            SweepPoint(labels, self._name(labels), *groups[labels]) for labels in sorted(groups, key=self._order)
+        )
 
     @property
     def ranked(self) -> list[SweepPoint]:
         """Points with a result, the best first."""
-        found = [(point.top1.mean, -number, point) for number, point in enumerate(self.points) if point.top1]
-        return [point for _, _, point in sorted(found, key=lambda each: each[:2], reverse=True)]
+        return sorted((point for point in self.points if point.top1), key=mean_top1, reverse=True)
 
-    @property
-    def unfinished(self) -> list[SweepRun]:
-        """Failed and pending runs."""
-        return [run for point in self.points for run in point.others]
+    def word(self, value: Label | None) -> str:
+        """Return the name of a value of an axis."""
+        return "as configured" if value is None else self.figure.labels.get(str(value)) or show(value)
 
-    def is_numeric(self, axis: str) -> bool:
-        """Whether all values on `axis` are numbers."""
-        return all(not isinstance(point.get(axis), str) for point in self.points)
+    def _order(self, labels: Labels) -> list[Any]:
+        values, centre = dict(labels), self.figure.centre
+        order: list[Any] = [bool(centre) and values != dict(centre)]
+        for axis, known in self.axes.items():
+            value = values.get(axis)
+            order.append(
+                (axis in centre and value == centre[axis], known.index(value) if value in known else len(known))
+            )
+        return order
+
+    def _name(self, labels: Labels) -> str:
+        centre = self.figure.centre
+        away = [f"{axis} {self.word(value)}" for axis, value in labels if axis in centre and value != centre[axis]]
+        parts = []
+        for axis, value in labels:  # a word stands alone if no other axis has it
+            is_clear = isinstance(value, str) and sum(value in values for values in self.axes.values()) < 2
+            parts.append(self.word(value) if is_clear else f"{axis} {self.word(value)}")
+        return ", ".join(away or parts) or "as configured"
+
+
+def mean_top1(point: SweepPoint) -> float:
+    """Return the mean top-1 of a point; minus infinity if no run finished."""
+    return point.top1.mean if point.top1 else -math.inf
 
 
 def show(value: Label) -> str:
-    """`value` as a reader wants it: 1e-4 rather than 0.0001 or 1e-04."""
+    """Write a value as readers expect it: 1e-4 rather than 0.0001 or 1e-04."""
     if isinstance(value, str):
         return value
     if 0.0 < abs(value) < 0.01 or abs(value) >= 1e5:
@@ -114,53 +151,151 @@ def show(value: Label) -> str:
     return f"{value:g}"
 
 
-def group(runs: Sequence[SweepRun], axes: Sequence[str]) -> tuple[SweepPoint, ...]:
-    """The points of `runs`: the centre first, then by axis; words in the order in which they come, numbers ascending."""
-    groups: dict[Labels, list[SweepRun]] = {}
-    for run in runs:
-        groups.setdefault(run.labels, []).append(run)
-    first = {value: number for number, value in reversed(list(enumerate(v for key in groups for v in key)))}
-    centre = centre_of(groups)
+def read_sweep(path: Path) -> SweepResults:
+    """Read the sweep of a folder with sweep.csv, or of a CSV file.
 
-    def place(labels: Labels) -> list[tuple[bool, float]]:
-        values = [(axis, dict(labels).get(axis)) for axis in axes]
-        numbers = [first[axis, value] if isinstance(value, str) else value or 0.0 for axis, value in values]
-        # With a centre, a point stands with those that differ from it on the same axis.
-        away = [(value is None if centre is None else (axis, value) in centre) for axis, value in values]
-        return [(labels != centre and bool(labels), 0.0), *zip(away, numbers, strict=True)]
-
-    varied = {axis for axis in axes if len({dict(labels).get(axis) for labels in groups}) > 1}
-    return tuple(
-        SweepPoint(
-            labels=labels,
-            name=_name(labels, centre, varied, groups),
-            finished=tuple(run for run in groups[labels] if run.counts),
-            others=tuple(run for run in groups[labels] if not run.counts),
+    Raises:
+        ValueError: the file is not a sweep, is empty or damaged, or none of its runs has finished.
+    """
+    file = path / CSV if path.is_dir() else path
+    csv.field_size_limit(2**31 - 1)  # a curve of a long run is one cell
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream)
+            rows, columns = list(reader), list(reader.fieldnames or [])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"cannot read the sweep {file}: {error}") from error
+    for column in ("run", "status", "seed"):
+        if column not in columns:
+            raise ValueError(
+                f"{file} is not a sweep: it has no column {column!r}; expected the {CSV} that `bitfleet sweep` writes"
+            )
+    if not rows:
+        raise ValueError(f"the sweep {file} is empty: expected a row for each run")
+    results = results_of(rows, file, read_object(facts) if (facts := file.with_suffix(".json")).is_file() else {})
+    if not results.ranked:
+        failed = [run for run in results.runs if run.status == "failed"]
+        reason = f"; the first failure: {failed[0].name}: {failed[0].error}" if failed else ""
+        raise ValueError(
+            f"no run of the sweep {file} has finished ({len(failed)} of {len(results.runs)} failed): "
+            f"nothing to report{reason}"
         )
-        for labels in sorted(groups, key=place)
+    return results
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the content of a JSON file.
+
+    Raises:
+        ValueError: it cannot be read, or does not hold an object.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {file}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold an object, not a {type(content).__name__}")
+    return content
+
+
+def results_of(rows: Sequence[Mapping[str, str]], file: Path, facts: Mapping[str, Any]) -> SweepResults:
+    """Return the sweep of rows with the columns of sweep.csv and the content of sweep.json.
+
+    Raises:
+        ValueError: a cell is damaged (its line in `file` is named), or the figure is.
+    """
+    facts = dict(facts)
+    name = str(facts.pop("name", file.parent.name if file.name == CSV else file.stem))
+    columns = [column for column in rows[0] if column and column.startswith("axis.")]
+    seen = {
+        column.removeprefix("axis."): list(dict.fromkeys(row[column] for row in rows if row[column]))
+        for column in columns
+    }
+    try:
+        declared = TypeAdapter(dict[str, list[Label]]).validate_python(facts.get("axes") or {})
+        figure = TypeAdapter(Figure).validate_python(facts.pop("figure")) if "figure" in facts else None
+    except ValidationError as error:
+        raise ValueError(f"{file.with_suffix('.json')} is damaged: {error.errors()[0]['msg']}") from error
+    axes: Mapping[str, Sequence[Label]] = {axis: declared.get(axis) or values for axis, values in seen.items()}
+    if figure is None:  # version 0.1
+        sweep = load_sweep(name) if name in available_sweeps() else None
+        axes, figure = (sweep.axes, sweep.figure) if sweep and sweep.axes.keys() == axes.keys() else (axes, TABLE)
+    return SweepResults(
+        path=file,
+        name=name,
+        title=str(facts.pop("title", name)),
+        question=str(facts.pop("question", "")),
+        base=str(facts.pop("base", "")),
+        axes=axes,
+        figure=figure,
+        runs=tuple(_read_run(row, axes, f"{file}:{line}") for line, row in enumerate(rows, start=2)),
+        facts=facts,
     )
 
 
-def centre_of(points: Collection[Labels]) -> Labels | None:
-    """The labels from which all `points` differ on one axis at most, where at least two axes vary so; else None."""
-    for centre in points:
-        away = [set(labels) - set(centre) for labels in points if {axis for axis, _ in labels} == dict(centre).keys()]
-        if len(away) == len(points) and all(len(each) <= 1 for each in away):
-            axes = {axis for each in away for axis, _ in each}
-            return centre if len(axes) > 1 else None
-    return None
+def _read_run(row: Mapping[str, str], axes: Mapping[str, Sequence[Label]], where: str) -> SweepRun:
+    def cell(column: str, read: Callable[[str], Value], expected: str) -> Value:
+        text = row.get(column) or ""
+        try:
+            return read(text)
+        except (ValueError, TypeError):
+            raise ValueError(f"{where}: {column} is {text[:40]!r}, expected {expected}") from None
+
+    cell("status", STATUSES.index, f"one of: {', '.join(STATUSES)}")
+    labels: list[tuple[str, Label]] = []
+    for axis, values in axes.items():
+        if text := row[f"axis.{axis}"]:
+            is_word = any(isinstance(value, str) for value in values)
+            labels.append((axis, text if is_word else cell(f"axis.{axis}", float, "a number")))
+    numbers = [key for key in row if key and (key.startswith("end.") or key in ("best.top1", "seconds")) and row[key]]
+    lists = {key: cell(f"curve.{key}", _read_list, "a JSON list of numbers") for key in {*CURVES, *CURVES.values()}}
+    curves = {}
+    for key, steps in CURVES.items():
+        if lists[key] and len(lists[key]) != len(lists[steps]):
+            raise ValueError(
+                f"{where}: curve.{key} has {len(lists[key])} values, but curve.{steps} has {len(lists[steps])}: "
+                f"expected one per step"
+            )
+        finite = [pair for pair in zip(lists[steps], lists[key], strict=False) if math.isfinite(pair[1])]
+        curves[key] = Curve(tuple(step for step, _ in finite), tuple(value for _, value in finite))
+    end = {key.removeprefix("end."): cell(key, float, "a number") for key in numbers}
+    return SweepRun(row["run"], row["status"], row["seed"], tuple(labels), end, row.get("error") or "", curves)
 
 
-def _name(labels: Labels, centre: Labels | None, varied: Collection[str], among: Collection[Labels]) -> str:
-    """What `labels` differ in; words stand alone where no two axes share one."""
-    if centre is not None and labels != centre:
-        return ", ".join(f"{axis} {show(value)}" for axis, value in labels if (axis, value) not in centre)
-    owners: dict[Label, set[str]] = {}
-    for axis, value in (label for each in among for label in each):
-        owners.setdefault(value, set()).add(axis)
-    parts = [
-        value if isinstance(value, str) and len(owners[value]) == 1 else f"{axis} {show(value)}"
-        for axis, value in labels
-        if axis in varied
-    ]
-    return ", ".join(parts) or "as configured"
+def _read_list(text: str) -> list[float]:
+    return [math.nan if value is None else float(value) for value in json.loads(text or "[]")]
+
+
+def belong_together(one: SweepResults, other: SweepResults) -> bool:
+    """Return True if two sweeps are parts of one: the same question and configuration, and no run in both."""
+    same = all(getattr(one, name) == getattr(other, name) for name in ("name", "base", "figure")) and _values(
+        one
+    ) == _values(other)
+    names = {run.name for run in one.runs}
+    return same and _setting(one, other) == _setting(other, one) and names.isdisjoint(run.name for run in other.runs)
+
+
+def join(one: SweepResults, other: SweepResults) -> SweepResults:
+    """Return one sweep of the runs of two that belong together."""
+    facts = {**other.facts, **one.facts}
+    for name in ("seeds", "git", "versions"):
+        known, more = (_as_list(results.facts.get(name)) for results in (one, other))
+        if more != known:
+            facts[name] = [*known, *(value for value in more if value not in known)]
+    facts[FURTHER] = [*one.facts.get(FURTHER, []), str(other.path)]
+    return dataclasses.replace(one, runs=(*one.runs, *other.runs), facts=facts)
+
+
+def _values(results: SweepResults) -> dict[str, set[Label]]:
+    return {axis: set(results.facts.get("axes", {}).get(axis, values)) for axis, values in results.axes.items()}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _setting(results: SweepResults, other: SweepResults) -> Any:
+    """Return the common configuration of the runs; their options if either of two sweeps does not hold it."""
+    if "config" not in results.facts or "config" not in other.facts:
+        return results.facts.get("options")
+    return {name: value for name, value in flatten(results.facts["config"]).items() if name not in (*HOW, "seed")}

@@ -1,139 +1,109 @@
-"""Sweep: `bitfleet sweep NAME [--config BASE] [--seeds 0,1,2] [--ranks 1] [--at_once N] [--section.field value ...]`."""
+"""`bitfleet sweep`: run every point of a sweep with every seed."""
 
 import dataclasses
-import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from bitfleet.launch.job import num_cores
-from bitfleet.launch.parsing.options import take_flag, take_number, take_option
-from bitfleet.trainer.run.user_paths import users_path
+import tyro
+from tyro.conf import Positional
+
+from bitfleet.launch.parsing.commands import Count, MaybeCount, parse_with_run
 
 if TYPE_CHECKING:
     from bitfleet.configs.sweeps.sweep import PlannedRun, Sweep
-    from bitfleet.launch.sweep.slots import Slots
-    from bitfleet.trainer.config import TrainConfig
 
-USAGE = """usage: bitfleet sweep NAME [options] [--section.field value ...]
 
-Run every point of a sweep with every seed, as many at once as fit. Started again, finished runs are kept, stopped ones continued
-and failed ones tried once more. Ctrl-C or SIGTERM: all runs save and end, exit code 75. A run that fails twice is noted with its
-reason, the others go on, exit code 1. Options with a dot are for all runs.
+@dataclasses.dataclass(frozen=True)
+class SweepCommand:
+    """Run every point of a sweep with every seed, as many runs at once as fit; without NAME, list the sweeps.
 
-  --config BASE    the configuration that the points change (the sweep's own)
-  --seeds 0,1,2    seeds (the sweep's own); those that were run before stay in sweep.csv
-  --ranks N        ranks of a run; with GPUs one for each (1)
-  --at_once N      runs at once (as many as cores, memory and GPUs allow)
-  --output FOLDER  the runs and sweep.csv are below FOLDER/NAME (runs/sweeps)
-  --print          only show the points and their commands"""
+    Started again, it keeps finished runs, continues stopped ones and retries failed ones once.
+    After Ctrl-C or SIGTERM all runs save and end, exit code 75. A run that fails twice is recorded
+    with its reason and the others continue, exit code 1. Further options, as --epochs 3 or
+    --data.root FOLDER, are those of a run, and apply to all of them.
+    """
+
+    name: Positional[str] = ""
+    """Name of the sweep."""
+    print_only: Annotated[bool, tyro.conf.arg(name="print")] = False
+    """Only show the points and their commands."""
+    config: str | None = None
+    """Configuration that the points change. Default: that of the sweep."""
+    seeds: str | None = None
+    """Seeds, as 0,1,2. Default: those of the sweep. Seeds of earlier starts stay in sweep.csv."""
+    output: Path = Path("runs/sweeps")
+    """The runs and sweep.csv are below OUTPUT/NAME."""
+    ranks: Count = 1
+    """Ranks per run; with GPUs one for each."""
+    at_once: MaybeCount = None
+    """Runs at once. Default: as many as cores, memory and GPUs allow."""
 
 
 def sweep(arguments: Sequence[str]) -> None:
-    """List the sweeps, or run the one that `arguments` ask for.
+    """List the sweeps, or run one.
 
     Raises:
         ValueError: bad input.
         SystemExit: with the exit code of the sweep.
     """
-    if "-h" in arguments or "--help" in arguments:
-        print(USAGE)
-        return
+    options: SweepCommand
+    options, rest = parse_with_run(SweepCommand, arguments, "bitfleet sweep")
     if not arguments:
-        print(f"{USAGE}\n\n{listing()}")
+        print(listing())
         return
-    name, *rest = arguments
-    if name.startswith("-"):
-        raise ValueError(f"which sweep? Its name comes first, before {name}; `bitfleet sweep` lists them")
+    if arguments[0].startswith("-"):
+        raise ValueError(f"which sweep? Its name comes first, before {arguments[0]}; `bitfleet sweep` lists them")
     if rest and not rest[0].startswith("-"):
-        raise ValueError(f"one sweep at a time: {name!r} or {rest[0]!r}?")
-    only_print, rest = take_flag(rest, "--print")
-    base, rest = take_option(rest, "--config")
-    seeds, rest = take_option(rest, "--seeds")
-    output, rest = take_option(rest, "--output")
-    ranks, rest = take_number(rest, "--ranks", 1)
-    at_once, rest = take_number(rest, "--at_once", 0)
-
+        raise ValueError(f"one sweep at a time: {options.name!r} or {rest[0]!r}?")
     from bitfleet.configs.sweeps import load_sweep
     from bitfleet.configs.sweeps.sweep import plan_runs, with_threads
     from bitfleet.launch.parsing.arguments import parse_train
     from bitfleet.launch.sweep.run import run_sweep
+    from bitfleet.launch.sweep.slots import find_slots
 
-    asked = load_sweep(name)
-    asked = dataclasses.replace(
-        asked, base=base or asked.base, seeds=asked.seeds if seeds is None else read_seeds(seeds)
-    )
-    folder = users_path(output or "runs/sweeps") / name
-    planned = plan_runs(asked, folder, rest, lambda words: parse_train(words, "bitfleet sweep"))
-    slots = slots_here([run.config for run in planned], ranks, at_once or None)
+    chosen = load_sweep(options.name)
+    seeds = chosen.seeds if options.seeds is None else read_seeds(options.seeds)
+    chosen = dataclasses.replace(chosen, base=options.config or chosen.base, seeds=seeds)
+    folder = options.output / options.name
+    planned = plan_runs(chosen, folder, rest, lambda words: parse_train(words, "bitfleet sweep"))
+    slots = find_slots([run.config for run in planned], options.ranks, options.at_once)
     runs = [with_threads(run, slots.threads) for run in planned]
-    print(describe(asked, len(runs), len(slots.environments), slots.reason), flush=True)
-    if only_print:
-        for run in runs:
-            print(f"\n{run.name}\n  {shlex.join(['bitfleet', *words_of(run, ranks)])}")
+    print(
+        f"{chosen.title}\n{entry(chosen)}: {len(runs)} runs, {len(slots.environments)} at once ({slots.reason})",
+        flush=True,
+    )
+    commands = {run.name: words_of(run, options.ranks) for run in runs}
+    if options.print_only:
+        for name, words in commands.items():
+            print(f"\n{name}\n  {shlex.join(['bitfleet', *words])}")
         return
+    program = (sys.executable, "-m", "bitfleet.launch")
+    sys.exit(run_sweep(chosen, runs, folder, lambda run: (*program, *commands[run.name]), slots.environments, rest))
 
-    def command(run: "PlannedRun") -> tuple[str, ...]:
-        return (sys.executable, "-m", "bitfleet.launch.cli", *words_of(run, ranks))
 
-    sys.exit(run_sweep(asked, runs, folder, command, slots.environments, rest))
+def entry(known: "Sweep") -> str:
+    """Return the question of a sweep, and its number of points and seeds."""
+    return f"{known.question}\n{len(known.points)} points x {len(known.seeds)} seed(s) on {known.base}"
 
 
 def listing() -> str:
-    """Every sweep with its question and its number of runs."""
+    """Return every sweep with its question and its number of points and seeds."""
     from bitfleet.configs.sweeps import available_sweeps, load_sweep
 
-    lines = []
-    for name in available_sweeps():
-        each = load_sweep(name)
-        lines.append(
-            f"{name}\n    {each.question}\n    {len(each.points)} points x {len(each.seeds)} seed(s) on {each.base}"
-        )
-    return "\n".join(lines)
-
-
-def describe(asked: "Sweep", num_runs: int, at_once: int, reason: str) -> str:
-    """What is going to be run, in lines."""
-    return (
-        f"{asked.title}\n{asked.question}\n{len(asked.points)} points x {len(asked.seeds)} seed(s) on {asked.base}: "
-        f"{num_runs} runs, {at_once} at once ({reason})"
-    )
+    return "\n".join(f"{name}\n{textwrap.indent(entry(load_sweep(name)), '    ')}" for name in available_sweeps())
 
 
 def words_of(run: "PlannedRun", ranks: int) -> tuple[str, ...]:
-    """The words after `bitfleet` that start a run on `ranks` ranks."""
+    """Return the words after `bitfleet` that start a run on `ranks` ranks."""
     return ("train", *run.arguments) if ranks == 1 else ("launch", "deepspeed", "--gpus", str(ranks), *run.arguments)
 
 
-def slots_here(configs: Sequence["TrainConfig"], ranks: int, at_once: int | None) -> "Slots":
-    """The places on this machine for runs of `configs`; each fits the largest of them.
-
-    Raises:
-        ValueError: there are not enough GPUs, or the run cannot be built.
-    """
-    import torch
-
-    from bitfleet.launch.doctor.facts import free_memory
-    from bitfleet.launch.sweep.slots import bytes_of_largest, find_slots
-
-    gpus: list[str] = []
-    if any(config.device != "cpu" for config in configs) and torch.cuda.is_available():
-        named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
-    return find_slots(
-        ranks=ranks,
-        threads=max((config.num_threads for config in configs if config.num_threads), default=None),
-        at_once=at_once,
-        cores=num_cores(),
-        free_bytes=free_memory(),
-        rank_bytes=bytes_of_largest(configs, ranks),
-        gpus=gpus,
-    )
-
-
 def read_seeds(text: str) -> tuple[int, ...]:
-    """ "0,1,2" as numbers.
+    """Return "0,1,2" as numbers.
 
     Raises:
         ValueError: it is something else.

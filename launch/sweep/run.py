@@ -1,25 +1,34 @@
-"""A sweep from its start, or from where it was left, to its end."""
+"""Run a sweep: keep finished runs, continue stopped ones, retry failed ones, and write the table after each."""
 
 import dataclasses
 import json
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from bitfleet.configs.sweeps.sweep import PlannedRun, Sweep, with_seed
-from bitfleet.launch.sweep.outcomes import Outcome, read_outcomes, sentence_of, write_outcomes
 from bitfleet.launch.sweep.pool import Ended, Job, run_jobs
-from bitfleet.launch.sweep.table import HOW, JSON, flatten, write_question, write_table
+from bitfleet.launch.sweep.table import (
+    HOW,
+    JSON,
+    Outcome,
+    flatten,
+    read_outcomes,
+    write_outcomes,
+    write_question,
+    write_table,
+)
 from bitfleet.launch.text import clock
 from bitfleet.trainer.config import to_dict
 from bitfleet.trainer.metrics import read_metrics
-from bitfleet.trainer.ranks.exit_codes import REQUEUE
+from bitfleet.trainer.ranks.exit_codes import REQUEUE, error_sentences
 from bitfleet.trainer.run.files import lock_run
 from bitfleet.trainer.run.folder import CONFIG, read_config
 
 MAX_FAILURES = 2
-"""A run that fails so often is given up; one that was given up gets one more attempt when the sweep is started again."""
+"""Failures after which a run is given up; when the sweep is started again, it gets one more attempt."""
 
 
 def run_sweep(
@@ -30,21 +39,21 @@ def run_sweep(
     places: Sequence[Mapping[str, str]],
     options: Sequence[str] = (),
 ) -> int:
-    """Run what is not finished of `runs`; the table in `folder` is renewed after each, and keeps the rows of earlier seeds.
+    """Run the unfinished `runs` and return the exit code of the sweep; rows of earlier seeds stay in the table.
 
     Args:
         sweep: the sweep.
         runs: its runs.
         folder: its folder.
-        command: of a run.
-        places: how many at once, and what each place adds to the environment.
-        options: of all runs, for sweep.json.
+        command: returns the command line of a run.
+        places: environment variables that each place adds; one run at a time per place.
+        options: options of all runs, for sweep.json.
 
     Returns:
-        Exit code: 0 when all are finished, 1 when any has failed, 75 when it or a run was asked to stop.
+        0 if all are finished, 1 if any has failed, 75 if the sweep or a run was asked to stop.
 
     Raises:
-        ValueError: another sweep is at work in `folder`, or a run in it has another configuration.
+        ValueError: another sweep uses `folder`, or a run in it has another configuration.
     """
     with lock_run(folder, "--output"):
         shown = with_earlier_seeds(runs, folder)
@@ -58,7 +67,7 @@ def run_sweep(
 
 
 def with_earlier_seeds(runs: Sequence[PlannedRun], folder: Path) -> list[PlannedRun]:
-    """`runs`, after the same points with the seeds that the sweep in `folder` has begun before.
+    """Return the same points with the seeds that the sweep in `folder` started earlier, then `runs`.
 
     Raises:
         ValueError: its sweep.json is damaged.
@@ -80,109 +89,115 @@ def with_earlier_seeds(runs: Sequence[PlannedRun], folder: Path) -> list[Planned
 
 
 def check_folders(runs: Sequence[PlannedRun]) -> None:
-    """Raise ValueError where the folder of a run holds one of another configuration."""
+    """Raise ValueError if the folder of a run holds a run of another configuration."""
     for run in runs:
         if not (run.path / CONFIG).is_file():
             continue
         before, now = flatten(to_dict(read_config(run.path))), flatten(to_dict(run.config))
-        if now["engine.precision"] == "auto":  # a run that is continued keeps what its device chose
+        if now["engine.precision"] == "auto":  # a continued run keeps the choice of its device
             now["engine.precision"] = before["engine.precision"]
-        # The rule first: with another one, other fields are there.
+        # The rule first: another one has other fields.
         for field in sorted({*before, *now} - set(HOW), key=lambda name: (name != "optim.rule", name)):
             if before.get(field) != now.get(field):
                 raise ValueError(
-                    f"{run.path} holds a run whose {field} is {before.get(field)}, and this sweep wants {now.get(field)}: pass "
-                    f"another --output, or move that folder away"
+                    f"{run.path} holds a run whose {field} is {before.get(field)}, "
+                    f"and this sweep wants {now.get(field)}: pass another --output, or move that folder away"
                 )
 
 
-def _is_there(run: Path) -> bool:
-    """Whether the folder of a run holds a result."""
-    return (run / CONFIG).is_file() and bool(_validations(run))
+def sentence_of(ended: Ended) -> str:
+    """Return the reason of a failure: the error line of the run, else its exit code and last line."""
+    if sentences := error_sentences(ended.output):
+        return sentences[-1].strip()
+    reason = f"it left with exit code {ended.code}"
+    if ended.code < 0:
+        reason = f"it was killed by {signal.Signals(-ended.code).name}"
+    elif ended.code == 0:
+        reason += ", but there is no validation in its folder"
+    lines = [line.strip() for line in ended.output.splitlines() if line.strip()]
+    return f"{reason}; the last line of {ended.job.log} is {lines[-1] if lines else 'missing'!r}"
 
 
-def _validations(run: Path) -> list[dict[str, Any]]:
-    return [line for line in read_metrics(run) if line["kind"] == "validation"]
+def _top1(run: Path) -> float | None:
+    """Return the last top-1 in the folder of a run; None if it holds no result."""
+    validations = [line for line in read_metrics(run) if line["kind"] == "validation"]
+    return validations[-1]["top1"] if validations and (run / CONFIG).is_file() else None
 
 
 class _Progress:
-    """What has become of the runs so far; remembered, written into the table and said after each."""
+    """Outcomes of the runs so far: stored, written into the table and printed after each run."""
 
     def __init__(self, sweep: Sweep, runs: Sequence[PlannedRun], shown: Sequence[PlannedRun], folder: Path) -> None:
-        self._sweep, self._runs, self._folder = sweep, runs, folder
+        self._sweep, self._folder = sweep, folder
         self._shown = shown
-        """In the table: also runs that are not asked for now, of other seeds."""
-        self._paths = {run.name: run.path for run in runs}
-        self._before = read_outcomes(folder)
-        for run in shown:  # what was removed since is done again
-            if self._before.get(run.name, Outcome()).status == "finished" and not _is_there(run.path):
-                self._before[run.name] = Outcome()
-        self.outcomes = {run.name: self._before.get(run.name, Outcome()) for run in runs}
-        self._attempts: dict[str, int] = {
-            name: MAX_FAILURES - 1 if outcome.status == "failed" else 0 for name, outcome in self.outcomes.items()
+        """Runs in the table, with those of earlier seeds."""
+        self._runs = {run.name: run for run in runs}
+        self._outcomes = dict.fromkeys(self._runs, Outcome()) | read_outcomes(folder)
+        for run in shown:  # a result that was removed since is computed again
+            if self._outcomes.get(run.name, Outcome()).status == "finished" and _top1(run.path) is None:
+                self._outcomes[run.name] = Outcome()
+        self._attempts = {
+            name: MAX_FAILURES - 1 if self._outcomes[name].status == "failed" else 0 for name in self._runs
         }
-        self._begun, self._num_before = time.monotonic(), self._count("finished")
+        self._start_time, self._num_before = time.monotonic(), len(self._having("finished"))
         if self._num_before:
             print(f"{self._num_before} of {len(runs)} runs are finished already", flush=True)
 
     def unfinished(self) -> list[PlannedRun]:
-        """The runs to be started."""
-        return [run for run in self._runs if self.outcomes[run.name].status != "finished"]
+        """Return the runs to be started."""
+        return [run for name, run in self._runs.items() if self._outcomes[name].status != "finished"]
 
     def write(self) -> None:
-        """Renew the table."""
-        write_table(self._folder, self._sweep, self._shown, self._before | self.outcomes)
+        """Write the table again."""
+        write_table(self._folder, self._sweep, self._shown, self._outcomes)
 
     def ended(self, ended: Ended) -> bool:
-        """Note how a run has ended; whether it shall be tried again."""
-        name, before = ended.job.name, self.outcomes[ended.job.name]
+        """Store the outcome of a run; return True if it should be tried again."""
+        name, before = ended.job.name, self._outcomes[ended.job.name]
         outcome = dataclasses.replace(before, seconds=before.seconds + ended.seconds)
         again = False
-        if ended.code == 0 and _is_there(self._paths[name]):
+        if ended.code == 0 and _top1(self._runs[name].path) is not None:
             outcome = dataclasses.replace(outcome, status="finished", error="")
         elif ended.stopped or ended.code == REQUEUE:
             outcome = dataclasses.replace(outcome, status="pending")
         else:
             self._attempts[name] += 1
             again = self._attempts[name] < MAX_FAILURES
-            outcome = dataclasses.replace(
-                outcome, status="pending" if again else "failed", failures=before.failures + 1, error=sentence_of(ended)
-            )
-        self.outcomes[name] = outcome
-        write_outcomes(self._folder, self._before | self.outcomes)
+            status: Literal["pending", "failed"] = "pending" if again else "failed"
+            error = sentence_of(ended)
+            outcome = dataclasses.replace(outcome, status=status, failures=before.failures + 1, error=error)
+        self._outcomes[name] = outcome
+        write_outcomes(self._folder, self._outcomes)
         self.write()
         print(self._line(name, ended, again), flush=True)
         return again
 
     def _line(self, name: str, ended: Ended, again: bool) -> str:
-        outcome = self.outcomes[name]
-        finished, failed = self._count("finished"), self._count("failed")
-        head = f"[{finished + failed} of {len(self._runs)}] {name}"
+        outcome, num_finished = self._outcomes[name], len(self._having("finished"))
+        num_ended = num_finished + len(self._having("failed"))
+        head = f"[{num_ended} of {len(self._runs)}] {name}"
         if again:
             return f"{head}: failed, will be tried again: {outcome.error}"
         if outcome.status == "failed":
             return f"{head}: FAILED: {outcome.error}"
         if outcome.status == "pending":
             return f"{head}: stopped; the same command continues it"
-        done = finished - self._num_before
-        left = len(self._runs) - finished - failed
-        seconds = (time.monotonic() - self._begun) / done * left
-        top1 = _validations(self._paths[name])[-1]["top1"]
-        return f"{head}: top-1 {top1:.2%} in {ended.seconds:.0f} s; ETA {clock(seconds)}"
+        seconds_per_run = (time.monotonic() - self._start_time) / (num_finished - self._num_before)
+        eta = clock(seconds_per_run * (len(self._runs) - num_ended))
+        return f"{head}: top-1 {_top1(self._runs[name].path):.2%} in {ended.seconds:.0f} s; ETA {eta}"
 
-    def _count(self, status: str) -> int:
-        return sum(outcome.status == status for outcome in self.outcomes.values())
+    def _having(self, status: str) -> list[str]:
+        return [name for name in self._runs if self._outcomes[name].status == status]
 
     def close(self, was_asked: bool) -> int:
-        """Say what there is; the exit code of the sweep."""
-        failed = [name for name, outcome in self.outcomes.items() if outcome.status == "failed"]
-        pending = self._count("pending")
+        """Print a summary and return the exit code of the sweep."""
+        finished, failed, pending = map(self._having, ("finished", "failed", "pending"))
         print(
-            f"{self._count('finished')} finished, {len(failed)} failed, {pending} to be done, in "
-            f"{clock(time.monotonic() - self._begun)}; {self._folder / 'sweep.csv'}"
+            f"{len(finished)} finished, {len(failed)} failed, {len(pending)} to be done, in "
+            f"{clock(time.monotonic() - self._start_time)}; {self._folder / 'sweep.csv'}"
         )
         for name in failed:
-            print(f"  {name}: {self.outcomes[name].error} (log: {self._folder / 'logs' / name}.log)")
+            print(f"  {name}: {self._outcomes[name].error} (log: {self._folder / 'logs' / name}.log)")
         if was_asked or pending:
             print(f"exit code {REQUEUE}: the same command continues the sweep", flush=True)
             return REQUEUE

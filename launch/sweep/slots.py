@@ -1,110 +1,112 @@
-"""How many runs of a sweep go on at once: by cores, memory and GPUs."""
+"""Find how many runs of a sweep fit on this machine at once: by cores, memory and GPUs."""
 
-import json
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bitfleet.launch.preflight.memory import bucket_shapes, predict_memory
+import torch
+from torch import Tensor, nn
+
+from bitfleet.launch.doctor.facts import free_memory
+from bitfleet.launch.job import num_cores
+from bitfleet.launch.text import gigabytes
 from bitfleet.models import create_model
-from bitfleet.optim import build_optimizer
 from bitfleet.optim.rules.rule import RULES
-from bitfleet.trainer.checkpoint.format import model_signature
-from bitfleet.trainer.config import TrainConfig, resolve_replicas, to_dict
+from bitfleet.trainer.config import TrainConfig, resolve_replicas
 
 PROCESS_BYTES = 1_000_000_000
-"""What a rank holds beside its tensors: libraries, loader, allocator; measured with fashion_small."""
+"""Memory of a rank besides its tensors: libraries, loader, allocator; measured with fashion_small."""
 FREE_SHARE = 0.9
-"""Of the free memory, what the runs may take."""
+"""Fraction of the free memory that the runs may take."""
 
 
 class Slots(NamedTuple):
     """Places for runs."""
 
     environments: tuple[dict[str, str], ...]
-    """What each place adds to the environment of its run."""
+    """Environment variables that each place adds to its run."""
     threads: int
-    """Of a rank."""
+    """Threads per rank."""
     reason: str
-    """Why so many, in words."""
+    """Explanation of the number of places."""
 
 
 def bytes_of_rank(config: TrainConfig, ranks: int) -> int:
-    """What one rank of a run will take of a machine's memory, with the prediction that a run makes at its start.
+    """Estimate the memory that one rank of a run takes, as an upper bound.
+
+    It is PROCESS_BYTES, fp32 parameters, gradients and whole optimizer state, and twice the fp32 outputs of all layers
+    for a micro-batch: activations that backward needs, their gradients, and operations between layers.
 
     Raises:
         ValueError: the network cannot be built, or batch and ranks do not divide.
     """
-    model = create_model(config.model)
-    optimizer, _ = build_optimizer(model, config.optim, num_steps=1)
-    shapes = bucket_shapes(optimizer, model_signature(model))
-    replicas = resolve_replicas(config, ranks)
-    return PROCESS_BYTES + predict_memory(config, shapes, world_size=ranks, num_replicas=replicas).peak
+    outputs: list[int] = []
+
+    def note(_: nn.Module, __: object, output: Tensor) -> None:
+        outputs.append(output.numel())
+
+    model, size = create_model(config.model).eval(), config.data.image_size
+    for layer in model.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(note)
+    with torch.no_grad():
+        model(torch.zeros(1, 3, size, size))
+    batch = config.global_batch_size // resolve_replicas(config, ranks)
+    num_copies = 2 + max(len(RULES[rule].state_keys) for rule in (config.optim.rule, "keras_adam"))
+    return PROCESS_BYTES + 4 * (num_copies * sum(map(Tensor.numel, model.parameters())) + 2 * batch * sum(outputs))
 
 
 def bytes_of_largest(configs: Sequence[TrainConfig], ranks: int) -> int:
-    """The most that one rank of any of these runs will take.
+    """Return the most that one rank of any of these runs takes.
 
     Raises:
         ValueError: as `bytes_of_rank`.
     """
-    largest: dict[str, TrainConfig] = {}
-    for config in configs:
-        # Of the optimizer, memory depends on the tensors of state of its rule, the more the larger; a network is built once.
-        alike = to_dict(config) | {"seed": 0, "run_dir": None, "optim": config.optim.decayed}
-        key = json.dumps(alike, sort_keys=True)
-        largest[key] = max(largest.get(key, config), config, key=_num_moments)
-    return max(bytes_of_rank(config, ranks) for config in largest.values())
+    # Runs that differ in nothing else take the same memory.
+    distinct = {
+        (str(c.model), c.data.image_size, c.global_batch_size, c.num_replicas, len(RULES[c.optim.rule].state_keys)): c
+        for c in configs
+    }
+    return max(bytes_of_rank(config, ranks) for config in distinct.values())
 
 
-def _num_moments(config: TrainConfig) -> int:
-    return len(RULES[config.optim.rule].state_keys)
+def find_slots(configs: Sequence[TrainConfig], ranks: int, at_once: int | None = None) -> Slots:
+    """Return the places on this machine for runs of `configs` on `ranks` ranks; each fits the largest of them.
 
-
-def find_slots(
-    *,
-    ranks: int,
-    threads: int | None,
-    at_once: int | None,
-    cores: int,
-    free_bytes: int,
-    rank_bytes: int,
-    gpus: Sequence[str],
-) -> Slots:
-    """The places for runs of `ranks` ranks.
-
-    Args:
-        ranks: of a run.
-        threads: of a rank. None: 1 on a CPU; with GPUs the cores divided by them.
-        at_once: runs at once. None: as many as fit.
-        cores: of this machine.
-        free_bytes: of its memory.
-        rank_bytes: what a rank takes of it.
-        gpus: names as in CUDA_VISIBLE_DEVICES; each rank gets one. None of them: the runs are on the CPU.
+    Without `at_once`, they are as many as fit. A rank has 1 thread on a CPU, and its share of the
+    cores with a GPU, unless the configurations set it; each rank gets one GPU of
+    CUDA_VISIBLE_DEVICES.
 
     Raises:
-        ValueError: there are not enough GPUs.
+        ValueError: there are not enough GPUs, or a run cannot be built.
     """
-    if gpus:
-        return _on_gpus(ranks, threads, at_once, cores, gpus)
+    threads = max((config.num_threads for config in configs if config.num_threads), default=None)
+    if gpus := visible_gpus() if any(config.device != "cpu" for config in configs) else []:
+        number = at_once or max(1, len(gpus) // ranks)
+        if number * ranks > len(gpus):
+            raise ValueError(
+                f"{number} run(s) at once of {ranks} ranks need {number * ranks} GPUs, and there are {len(gpus)}: "
+                f"pass a smaller --ranks or --at_once, or --device cpu"
+            )
+        names = [",".join(gpus[index * ranks : (index + 1) * ranks]) for index in range(number)]
+        reason = f"{len(gpus)} GPU(s), one for each of the {ranks} rank(s) of a run"
+        environments = tuple({"CUDA_VISIBLE_DEVICES": name} for name in names)
+        return Slots(environments, threads or max(1, num_cores() // len(gpus)), reason)
     threads = threads or 1
-    by_cores, by_memory = cores // (ranks * threads), int(FREE_SHARE * free_bytes) // (ranks * rank_bytes)
-    number = at_once or max(1, min(by_cores, by_memory))
+    if at_once:
+        return Slots(({},) * at_once, threads, "--at_once")
+    cores, free_bytes, run_bytes = num_cores(), free_memory(), ranks * bytes_of_largest(configs, ranks)
     reason = (
-        f"{cores} cores for {ranks} rank(s) of {threads} thread(s), {free_bytes / 1e9:.1f} GB free for "
-        f"{ranks * rank_bytes / 1e9:.1f} GB a run"
+        f"{cores} cores for {ranks} rank(s) of {threads} thread(s), {gigabytes(free_bytes)} free for "
+        f"{gigabytes(run_bytes)} per run"
     )
+    number = max(1, min(cores // (ranks * threads), int(FREE_SHARE * free_bytes) // run_bytes))
     return Slots(({},) * number, threads, reason)
 
 
-def _on_gpus(ranks: int, threads: int | None, at_once: int | None, cores: int, gpus: Sequence[str]) -> Slots:
-    fit = len(gpus) // ranks
-    if (at_once or 1) > fit:
-        raise ValueError(
-            f"{at_once or 1} run(s) at once of {ranks} ranks need {(at_once or 1) * ranks} GPUs, and there are {len(gpus)}: "
-            f"pass a smaller --ranks or --at_once, or --device cpu"
-        )
-    number = at_once or fit
-    names = [",".join(gpus[index * ranks : (index + 1) * ranks]) for index in range(number)]
-    each = threads or max(1, cores // len(gpus))
-    reason = f"{len(gpus)} GPU(s), one for each of the {ranks} rank(s) of a run"
-    return Slots(tuple({"CUDA_VISIBLE_DEVICES": name} for name in names), each, reason)
+def visible_gpus() -> list[str]:
+    """Return the names of the GPUs as in CUDA_VISIBLE_DEVICES; none without CUDA."""
+    if not torch.cuda.is_available():
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]

@@ -1,13 +1,20 @@
-"""What a sweep writes: sweep.csv, one row a run, and sweep.json, what was asked. Both are replaced as a whole."""
+"""Write the files of a sweep, each atomically.
+
+sweep.csv       one row per run, finished or not
+sweep.json      the question: axes, figure, seeds, options, configuration
+outcomes.json   status of each run
+"""
 
 import csv
+import dataclasses
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from bitfleet.configs.sweeps.sweep import PlannedRun, Sweep
-from bitfleet.launch.sweep.outcomes import Outcome
 from bitfleet.trainer.checkpoint.config import MACHINE
 from bitfleet.trainer.config import TrainConfig, to_dict
 from bitfleet.trainer.metrics import read_metrics
@@ -15,13 +22,13 @@ from bitfleet.trainer.run.files import write_atomically
 from bitfleet.trainer.run.folder import git_revision, versions
 from bitfleet.trainer.run.strict_json import to_json
 
-CSV, JSON = "sweep.csv", "sweep.json"
+CSV, JSON, OUTCOMES = "sweep.csv", "sweep.json", "outcomes.json"
 MAX_POINTS = 200
-"""Of a training curve; a longer one is thinned evenly, its last point kept. Validation curves are whole."""
+"""Points of a training curve; a longer one is thinned evenly up to its last point. Validation curves are complete."""
 PLACES = ("run_dir", "output", "resume")
-"""Fields that say where a run is, not what it is."""
+"""Fields of a configuration that name places; they do not change the training."""
 HOW = (*PLACES, "device", "num_threads", "preflight", *(f"data.{name}" for name in MACHINE))
-"""Fields in which a run may differ from its earlier part, and from the same run elsewhere."""
+"""Fields in which a run may differ from its earlier part, and from the same run on another machine."""
 END = {
     "loss": "train_loss",
     "top1": "train_top1",
@@ -38,11 +45,49 @@ COLUMNS = (
 Cell = str | float | int
 
 
-def write_table(folder: Path, sweep: Sweep, runs: Sequence[PlannedRun], outcomes: Mapping[str, Outcome]) -> None:
-    """Write sweep.csv into `folder`: a row for each of `runs`, also for those that are still to come.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """Status of a run of a sweep."""
 
-    Columns: run, status (finished, failed, pending), seed; axis.<axis>; config.<field> for what differs between the runs; end.*,
-    best.top1, curve.* (JSON lists) from metrics.jsonl, accuracies as fractions; seconds over all attempts; error.
+    status: Literal["pending", "finished", "failed"] = "pending"
+    seconds: float = 0.0
+    """Seconds of all its attempts."""
+    failures: int = 0
+    """Number of failed attempts."""
+    error: str = ""
+    """Reason of the last failure; "" after success."""
+
+
+def read_outcomes(folder: Path) -> dict[str, Outcome]:
+    """Return name of a run -> outcome; empty for a folder without a sweep.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = folder / OUTCOMES
+    if not file.is_file():
+        return {}
+    try:
+        return TypeAdapter(dict[str, Outcome]).validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise ValueError(
+            f"{file} is damaged: delete it; the same command then continues each run from its last checkpoint, "
+            f"which takes seconds for a finished one"
+        ) from error
+
+
+def write_outcomes(folder: Path, outcomes: Mapping[str, Outcome]) -> None:
+    """Write `outcomes` into `folder`."""
+    content = {name: dataclasses.asdict(outcome) for name, outcome in outcomes.items()}
+    write_atomically(folder / OUTCOMES, to_json(content, indent=1) + "\n")
+
+
+def write_table(folder: Path, sweep: Sweep, runs: Sequence[PlannedRun], outcomes: Mapping[str, Outcome]) -> None:
+    """Write sweep.csv into `folder`: a row for each of `runs`, finished or not.
+
+    Columns: run, status (finished, failed, pending), seed; axis.<axis>; config.<field> for each
+    field that differs between the runs; end.*, best.top1, curve.* (JSON lists) from metrics.jsonl,
+    accuracies as fractions; seconds over all attempts; error.
     """
     differing = differing_fields([run.config for run in runs])
     axes = list(sweep.axes)
@@ -61,7 +106,7 @@ def write_table(folder: Path, sweep: Sweep, runs: Sequence[PlannedRun], outcomes
 
 
 def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Cell]:
-    """The columns that come from the lines of a run's metrics.jsonl; empty for what has not come yet."""
+    """Return the columns from the lines of metrics.jsonl; empty for values that are not there yet."""
     lines = list(lines)
     train = [line for line in lines if line["kind"] == "train"]
     validation = [line for line in lines if line["kind"] == "validation"]
@@ -82,17 +127,18 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Cell]:
 
 
 def write_question(folder: Path, sweep: Sweep, words: Sequence[str], runs: Sequence[PlannedRun]) -> None:
-    """Write sweep.json into `folder`: what was asked, with git revision and versions.
+    """Write sweep.json into `folder`: the question, the axes and the figure, with git revision and versions.
 
-    `config` is the resolved configuration of the first of `runs` without its place: with what differs, in sweep.csv, it is that
-    of every run.
+    `config` is the resolved configuration of the first of `runs`, without places; with the config.*
+    of a row of sweep.csv, it is that of any other run.
     """
     content = {
         "name": sweep.name,
         "title": sweep.title,
         "question": sweep.question,
         "base": sweep.base,
-        "axes": sweep.axes,
+        "axes": {axis: list(values) for axis, values in sweep.axes.items()},
+        "figure": dataclasses.asdict(sweep.figure),
         "seeds": list(dict.fromkeys(run.config.seed for run in runs)),
         "options": list(words),
         "config": {field: value for field, value in to_dict(runs[0].config).items() if field not in PLACES},
@@ -103,20 +149,16 @@ def write_question(folder: Path, sweep: Sweep, words: Sequence[str], runs: Seque
 
 
 def differing_fields(configs: Sequence[TrainConfig]) -> list[dict[str, Any]]:
-    """For each configuration the fields, dotted, in which it differs from any other; where the runs are is left out."""
+    """Return, for each configuration, the fields (dotted) in which it differs from any other, without places."""
     flat = [flatten(to_dict(config)) for config in configs]
-    # A schedule that a rule does not have is None, and its fields are nowhere.
-    fields = dict.fromkeys(field for each in flat for field, value in each.items() if value is not None)
-    kept = [
-        field
-        for field in fields
-        if field not in PLACES and any(other.get(field) != flat[0].get(field) for other in flat)
-    ]
-    return [{field: each.get(field) for field in kept} for each in flat]
+    # A schedule that a rule does not have is None and has no fields.
+    fields = dict.fromkeys(field for values in flat for field, value in values.items() if value is not None)
+    kept = [name for name in fields if name not in PLACES and any(v.get(name) != flat[0].get(name) for v in flat)]
+    return [{field: values.get(field) for field in kept} for values in flat]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of dictionaries as dotted names -> leaves."""
+    """Return a tree of dictionaries as dotted name -> leaf."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bitfleet.launch.parsing.options import take_option
 from bitfleet.trainer.checkpoint.format import checkpoints
 from bitfleet.trainer.metrics import read_metrics
 from tests.conftest import REPOSITORY
@@ -25,8 +24,8 @@ NUM_STEPS = 60 * 12
 def start(output: Path, tiny: list[str], log: Path) -> subprocess.Popen[bytes]:
     """The sweep `regime`, two runs at once, as in a terminal of its own."""
     options = f"--seeds 0 --at_once 2 --output {output} --epochs 60".split()
-    _, base = take_option(tiny, "--epochs")
-    command = [sys.executable, "-m", "bitfleet.launch.cli", "sweep", "regime", *options, *base]
+    at = tiny.index("--epochs")  # the options set another number
+    command = [sys.executable, "-m", "bitfleet.launch", "sweep", "regime", *options, *tiny[:at], *tiny[at + 2 :]]
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}/src:{REPOSITORY}"}
     with log.open("ab") as file:
         return subprocess.Popen(
@@ -47,7 +46,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
 
 
 def is_running(process: psutil.Process) -> bool:
-    """Whether the process is there and no zombie; it may go between two looks at it."""
+    """Return True if the process exists and is not a zombie; it may end between the two looks."""
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -68,12 +67,12 @@ def test_interrupted_killed_and_failing_runs(tiny: list[str], tmp_path: Path) ->
     wait_for(lambda: under_way(2))
     sweep.send_signal(signal.SIGINT)
     assert sweep.wait(120) == 75, log.read_text()
-    begun = [run for run in runs.values() if checkpoints(run)]
-    assert len(begun) == 2
+    started = [run for run in runs.values() if checkpoints(run)]
+    assert len(started) == 2
     assert {row["status"] for row in rows(folder).values()} == {"pending"}
 
     # Killed: the runs are asked to save by the kernel, and nobody is left.
-    before = {run: len(read_metrics(run)) for run in begun}
+    before = {run: len(read_metrics(run)) for run in started}
     sweep = start(tmp_path, tiny, log)
     wait_for(lambda: all(len(read_metrics(run)) > count for run, count in before.items()))
     children = psutil.Process(sweep.pid).children()

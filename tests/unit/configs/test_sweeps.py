@@ -1,9 +1,10 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from bitfleet.configs.sweeps import available_sweeps, load_sweep
-from bitfleet.configs.sweeps.sweep import Sweep, plan_runs
+from bitfleet.configs.sweeps.sweep import plan_runs
 from bitfleet.launch.parsing.arguments import parse_train
 from bitfleet.optim import binary_rules
 
@@ -31,7 +32,7 @@ def test_every_point_of_every_sweep_is_a_run(name: str) -> None:
 def test_same_sweeps_on_the_papers_networks(base: str) -> None:
     for name in ("regime", "s511_bias_and_norm", "s514_schedulers", "s52_optimizers"):
         sweep = load_sweep(name)
-        moved = Sweep(name, sweep.title, sweep.question, base, sweep.points, (0,))
+        moved = dataclasses.replace(sweep, base=base, seeds=(0,))
         assert len(plan_runs(moved, Path("f"), (), lambda words: parse_train(words, "t"))) == len(sweep.points)
 
 
@@ -56,5 +57,5 @@ def test_staircase_has_the_papers_three_drops() -> None:
 
 
 def test_misspelt_sweep_gets_the_nearest() -> None:
-    with pytest.raises(ValueError, match="there is no sweep 's512'; did you mean 's512_ablation'"):
+    with pytest.raises(ValueError, match="'s512'.*'s512_ablation'"):
         load_sweep("s512")

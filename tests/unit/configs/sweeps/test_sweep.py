@@ -3,7 +3,18 @@ from pathlib import Path
 
 import pytest
 
-from bitfleet.configs.sweeps.sweep import PlannedRun, Point, Sweep, held, plan_runs, with_seed, with_threads
+from bitfleet.configs.sweeps.sweep import (
+    EACH_AXIS,
+    EACH_POINT,
+    Figure,
+    PlannedRun,
+    Point,
+    Sweep,
+    held,
+    plan_runs,
+    with_seed,
+    with_threads,
+)
 from bitfleet.launch.parsing.arguments import parse_train
 from bitfleet.trainer.config import TrainConfig
 
@@ -13,7 +24,8 @@ def parse(words: list[str] | tuple[str, ...]) -> TrainConfig:
 
 
 def make(*points: Point, seeds: tuple[int, ...] = (0, 1)) -> Sweep:
-    return Sweep("s", "Title", "Question?", "fashion_small", points, seeds)
+    values = {axis: tuple(p.labels[axis] for p in points if axis in p.labels) for axis in ("gamma", "norm", "a")}
+    return Sweep("s", "Title", "Question?", "fashion_small", values, points, seeds)
 
 
 A = Point({"gamma": 1e-7, "norm": "batch norm/x"}, held("gamma", 1e-7))
@@ -55,17 +67,22 @@ def test_another_seed_has_a_folder_of_its_own() -> None:
     assert first.path == Path("f/runs/gamma-1e-07_norm-batch-norm-x-seed0")
 
 
-def test_axes_keep_the_order_of_the_points() -> None:
-    assert make(B, A).axes == {"gamma": [1e-3, 1e-7], "norm": ["batch norm/x"]}
+def test_figure_names_only_axes_of_the_sweep() -> None:
+    with pytest.raises(ValueError, match="sweep s .*sigma"):
+        dataclasses.replace(make(A, B), figure=Figure(grids=(("gamma", "sigma"),)))
+    with pytest.raises(ValueError, match="each axis.*`centre`"):
+        dataclasses.replace(make(A, B), figure=Figure(facets=EACH_AXIS))
+    assert dataclasses.replace(make(A, B), figure=Figure(facets=EACH_POINT)).figure.axes == set()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"points": (A, A)}, "two points of the sweep s are called gamma-1e-07_norm-batch-norm-x"),
-        ({"points": ()}, "needs points and seeds, and has 0 and 2"),
-        ({"seeds": (1, 1)}, r"must differ and not be negative, not \(1, 1\)"),
-        ({"points": (Point({"a": 1}, ("--run-dir", "x")),)}, "the point a-1 sets --run_dir"),
+        ({"points": (A, A)}, "sweep s .*gamma-1e-07_norm-batch-norm-x"),
+        ({"points": ()}, "0 and 2"),
+        ({"seeds": (1, 1)}, r"seeds .*\(1, 1\)"),
+        ({"points": (Point({"a": 1}, ("--run-dir", "x")),)}, "a-1 .*--run_dir"),
+        ({"points": (Point({"gamma": 2.0}, ()),)}, "gamma-2 .*`axes`"),
     ],
 )
 def test_sweep_that_cannot_be(change: dict[str, tuple[Point, ...]], message: str) -> None:
@@ -75,21 +92,19 @@ def test_sweep_that_cannot_be(change: dict[str, tuple[Point, ...]], message: str
 
 def test_misspelt_point_is_found_before_anything_starts() -> None:
     bad = Point({"gamma": 1.0}, ("--optim.gama.start", "1"))
-    with pytest.raises(
-        ValueError, match=r"point gamma-1 of the sweep s: there is no option --optim.gama.start; did you mean"
-    ):
+    with pytest.raises(ValueError, match=r"gamma-1 .*--optim.gama.start.*--optim.gamma.start"):
         plan(make(A, bad))
 
 
 def test_option_that_is_swept_cannot_be_common() -> None:
-    with pytest.raises(ValueError, match=r"--optim.gamma.start cannot be the same for all runs: the point gamma-1e-07"):
+    with pytest.raises(ValueError, match=r"--optim.gamma.start .*gamma-1e-07"):
         plan(make(A), "--optim.gamma.start=1e-5")
-    with pytest.raises(ValueError, match="--seed cannot be passed on to the runs of a sweep: the sweep itself sets it"):
+    with pytest.raises(ValueError, match="--seed "):
         plan(make(A), "--seed", "3")
 
 
 def test_runs_of_a_sweep_go_to_their_end() -> None:
-    with pytest.raises(ValueError, match="--stop_after_steps cannot be passed on .*would count as finished"):
+    with pytest.raises(ValueError, match="--stop_after_steps "):
         plan(make(A), "--stop-after-steps=3")
-    with pytest.raises(ValueError, match="the point a-1 sets --stop_after_steps"):
+    with pytest.raises(ValueError, match="a-1 .*--stop_after_steps"):
         make(Point({"a": 1}, ("--stop_after_steps", "3")))

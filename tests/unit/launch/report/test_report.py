@@ -1,4 +1,4 @@
-"""Whole reports of made-up sweeps and runs, and what is refused."""
+"""Complete reports of synthetic sweeps and runs, and refused inputs."""
 
 import base64
 import itertools
@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from bitfleet.configs import load_config
+from bitfleet.configs.sweeps.sweep import TABLE
 from bitfleet.launch.report import write_report
 from bitfleet.launch.report.drawing import spread_out
 from bitfleet.launch.report.published import data_of, is_comparable, networks, published
@@ -19,7 +20,7 @@ from bitfleet.launch.report.run_results import answer, read_run
 from bitfleet.launch.report.sweep_results import SweepResults
 from bitfleet.launch.report.sweep_section import data_of_sweep
 from bitfleet.launch.reproduce.papers import PAPERS
-from tests.unit.launch.report import made_up
+from tests.unit.launch.report import synthetic
 
 VOID = {"meta", "img", "br", "link", "hr"}
 
@@ -57,7 +58,7 @@ class Page(HTMLParser):
 
 
 def test_a_sweep_becomes_one_page_and_pictures_beside_it(tmp_path: Path) -> None:
-    sweep = made_up.grid(tmp_path / "grid")
+    sweep = synthetic.grid(tmp_path / "grid")
     page, (line,) = write_report([sweep])
     assert page == sweep / "report.html"
     assert "Best: gamma 1e-7, threshold 1e-6 with 88.0 ± 0.2 % top-1" in line
@@ -65,9 +66,9 @@ def test_a_sweep_becomes_one_page_and_pictures_beside_it(tmp_path: Path) -> None
     names = sorted(path.name for path in (sweep / "report").iterdir())
     kinds = "convergence curves flips heatmap-flips heatmap robustness top1".split()
     assert names == [f"grid-{kind}.png" for kind in kinds]
-    beside = {(sweep / "report" / name).read_bytes() for name in names}
+    files = {(sweep / "report" / name).read_bytes() for name in names}
     embedded = {base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in read.pictures}
-    assert embedded == beside
+    assert embedded == files
     for data in embedded:
         assert min(Image.open(BytesIO(data)).size) > 150
     assert "Does it work?" in read.text
@@ -76,7 +77,7 @@ def test_a_sweep_becomes_one_page_and_pictures_beside_it(tmp_path: Path) -> None
 
 
 def test_skipped_steps_and_a_grown_loss_are_told(tmp_path: Path) -> None:
-    run = made_up.run_folder(tmp_path / "run", 10)
+    run = synthetic.run_folder(tmp_path / "run", 10)
     with (run / "metrics.jsonl").open("a") as file:
         for step, loss in ((9000, 1e5), (9010, None), (9020, math.nan)):  # NaN: of an earlier version
             line = {"kind": "train", "step": step, "epoch": step / 10, "loss": loss, "skipped_steps": step - 9000}
@@ -89,12 +90,12 @@ def test_skipped_steps_and_a_grown_loss_are_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_rules_are_drawn_with_any_number_of_seeds(tmp_path: Path, seeds: int) -> None:
-    page, _ = write_report([made_up.rules(tmp_path / "rules", 3, seeds)])
+    page, _ = write_report([synthetic.rules(tmp_path / "rules", 3, seeds)])
     assert len(Page(page).pictures) == 4
 
 
 def test_a_run_shows_its_bits_and_its_neighbours(tmp_path: Path) -> None:
-    page, (line,) = write_report([made_up.run_folder(tmp_path / "run", diagnostics=True)])
+    page, (line,) = write_report([synthetic.run_folder(tmp_path / "run", diagnostics=True)])
     read = Page(page)
     assert len(read.pictures) == 6
     assert "Validation after step 120 (epoch 3.0 of 3): top-1 70.0 %, top-5 85.0 %." in line
@@ -105,7 +106,7 @@ def test_a_run_shows_its_bits_and_its_neighbours(tmp_path: Path) -> None:
 
 
 def test_validation_is_told_at_its_own_step(tmp_path: Path) -> None:
-    sentences = answer(read_run(made_up.run_folder(tmp_path / "run", 10)))
+    sentences = answer(read_run(synthetic.run_folder(tmp_path / "run", 10)))
     assert sentences[0].startswith("Validation after step 80 (epoch 2.0 of 3): top-1 58.0 %")
     assert sentences[1] == "Training is at step 100 (epoch 2.5 of 3)."
 
@@ -123,40 +124,40 @@ def test_validation_is_told_at_its_own_step(tmp_path: Path) -> None:
     ],
 )
 def test_a_sweep_is_compared_only_on_the_published_data(facts: dict[str, object], is_other: bool) -> None:
-    results = SweepResults(Path(), "s", "s", "", "binarynet_cifar10", (), (), None, facts)
+    results = SweepResults(Path(), "s", "s", "", "binarynet_cifar10", {}, TABLE, (), facts)
     root, num_classes = data_of_sweep(results)
     assert is_comparable("binarynet", num_classes, root) is not is_other
 
 
 def test_two_steps_are_enough_and_paths_can_be_mixed(tmp_path: Path) -> None:
-    run, sweep = made_up.run_folder(tmp_path / "run", 2), made_up.rules(tmp_path / "rules", 2, 2)
+    run, sweep = synthetic.run_folder(tmp_path / "run", 2), synthetic.rules(tmp_path / "rules", 2, 2)
     page, lines = write_report([run, sweep / "sweep.csv"], tmp_path / "both")
     assert page == tmp_path / "both" / "report.html"
     assert "No validation yet" in lines[0]
     assert len(Page(page).pictures) == 4 + 4
-    with pytest.raises(ValueError, match="needs --output FOLDER"):
+    with pytest.raises(ValueError, match="2 paths .*--output"):
         write_report([run, sweep])
 
 
 def test_what_is_no_sweep_and_no_run_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is nothing at"):
+    with pytest.raises(ValueError, match="gone"):
         write_report([tmp_path / "gone"])
-    with pytest.raises(ValueError, match="neither a sweep"):
+    with pytest.raises(ValueError, match="sweep.csv.*config.json"):
         write_report([tmp_path])
     other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="is not a sweep: it has no column 'run'"):
+    with pytest.raises(ValueError, match="other.csv .*'run'"):
         write_report([other])
     other.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="cannot read the sweep"):
+    with pytest.raises(ValueError, match="other.csv"):
         write_report([other])
-    with pytest.raises(ValueError, match="is empty"):
-        write_report([made_up.write(tmp_path / "empty", ["rule"], [])])
-    failed = made_up.write(tmp_path / "failed", ["rule"], [made_up.failed({"rule": "a"}, 0, "no memory")])
-    with pytest.raises(ValueError, match=r"no run .* has finished \(1 of 1 failed\).*no memory"):
+    with pytest.raises(ValueError, match="empty/sweep.csv"):
+        write_report([synthetic.write(tmp_path / "empty", ["rule"], [])])
+    failed = synthetic.write(tmp_path / "failed", ["rule"], [synthetic.failed({"rule": "a"}, 0, "no memory")])
+    with pytest.raises(ValueError, match=r"1 of 1.*no memory"):
         write_report([failed])
-    with pytest.raises(ValueError, match="has logged nothing yet"):
-        write_report([made_up.run_folder(tmp_path / "silent", 0)])
+    with pytest.raises(ValueError, match="silent"):
+        write_report([synthetic.run_folder(tmp_path / "silent", 0)])
 
 
 def test_labels_are_moved_apart_and_no_further() -> None:

@@ -1,59 +1,68 @@
-"""Several runs on one page: seeds of one setting together, settings against each other."""
+"""Several runs on one page: one table, and an answer in which seeds of one setting count together."""
 
 from pathlib import Path
 
 from bitfleet.launch.report import write_report
-from bitfleet.launch.report.run_comparison import compare, differences
-from bitfleet.launch.report.run_results import read_run
-from tests.unit.launch.report import made_up
+from bitfleet.launch.report.page import Section, Table
+from bitfleet.launch.report.run_comparison import compare
+from bitfleet.launch.report.run_results import RunResults, read_run
+from tests.unit.launch.report import synthetic
+
+
+def compared(runs: list[RunResults]) -> tuple[Section, Table]:
+    section = compare(runs)
+    assert section is not None
+    (block,) = section.blocks
+    assert block.table is not None
+    return section, block.table
 
 
 def test_seeds_are_one_point_and_settings_are_named(tmp_path: Path) -> None:
     runs = [
-        made_up.run_folder(tmp_path / f"{rule}{seed}", seed=seed, rule=rule, more=more + 0.01 * seed)
+        synthetic.run_folder(tmp_path / f"{rule}{seed}", seed=seed, rule=rule, more=more + 0.01 * seed)
         for rule, more in (("bop", 0.0), ("bop2ndorder", 0.1))
         for seed in range(2)
     ]
     page, (line, *others) = write_report(runs, tmp_path / "report")
-    assert line.startswith("4 runs compared: Best: bop2ndorder with 80.5 ± 0.7 % top-1")
-    assert "Next: bop with 70.5 ± 0.7 %" in line
+    assert line.startswith("4 runs compared: Best: rule bop2ndorder with 80.5 ± 0.7 % top-1")
+    assert "Next: rule bop with 70.5 ± 0.7 %" in line
     assert len(others) == 4
-    pictures = {path.name for path in (tmp_path / "report" / "report").iterdir()}
-    assert {"runs-compared-top1.png", "runs-compared-curves.png", "runs-compared-flips.png"} <= pictures
-    assert page.read_text().index("4 runs compared") < page.read_text().index("made_up</h2>")
+    assert not list((tmp_path / "report" / "report").glob("runs-compared*"))  # a table, no pictures
+    assert page.read_text().index("4 runs compared") < page.read_text().index("synthetic</h2>")
 
 
-def test_only_what_tells_runs_apart_names_them_and_the_table_has_all(tmp_path: Path) -> None:
-    runs = [read_run(made_up.run_folder(tmp_path / rule, rule=rule)) for rule in ("bop", "bnew")]
+def test_table_has_every_setting_that_differs_and_the_answer_those_of_every_run(tmp_path: Path) -> None:
+    runs = [read_run(synthetic.run_folder(tmp_path / rule, rule=rule)) for rule in ("bop", "bnew")]
     for run, size in zip(runs, (64, 128), strict=True):
-        run.facts["config"]["data"]["image_size"] = size  # known once the rule is
-    results = compare(runs)
-    assert results is not None
-    assert [point.labels for point in results.points] == [(("rule", "bop"),), (("rule", "bnew"),)]
-    table = differences(runs).table
-    assert table is not None
-    assert table.header == ("run", "seed", "data.image_size", "rule")
-    assert [row[1:] for row in table.rows] == [("0", "64", "bop"), ("0", "128", "bnew")]
+        run.facts["config"]["data"]["image_size"] = size
+    runs[1].facts["config"]["optim"]["rho"] = 1e-3  # which Bop does not have
+    section, table = compared(runs)
+    assert table.header == ("run", "seed", "top-1", "top-5", "data.image_size", "rule", "rho")
+    assert [row[1:] for row in table.rows] == [
+        ("0", "70.00 %", "85.00 %", "64", "bop", "-"),
+        ("0", "70.00 %", "85.00 %", "128", "bnew", "0.001"),
+    ]
+    assert "Next: data.image_size 128, rule bnew with" in section.answer[1]
 
 
-def test_runs_of_several_configurations_are_not_held_against_the_published_accuracy_of_one(tmp_path: Path) -> None:
-    runs = [read_run(made_up.run_folder(tmp_path / rule, rule=rule)) for rule in ("bop", "bnew")]
-    for name in ("birealnet18_imagenet", "xnornet_imagenet"):
-        runs[0].facts["config"]["name"] = "birealnet18_imagenet"
-        runs[1].facts["config"]["name"] = name
-        results = compare(runs)
-        assert results is not None
-        assert results.base == (name if name == "birealnet18_imagenet" else "several")
+def test_a_run_that_has_not_ended_says_its_progress(tmp_path: Path) -> None:
+    runs = [read_run(synthetic.run_folder(tmp_path / str(lines), lines)) for lines in (12, 8)]
+    section, table = compared(runs)
+    assert [row[-1] for row in table.rows] == ["-", "after 2.0 of 3 epochs"]
+    assert table.strong == {0}
+    assert "progress after 2.0 of 3 epochs" in " ".join(section.answer)
 
 
-def test_a_run_that_goes_on_says_how_far_it_is(tmp_path: Path) -> None:
-    runs = [read_run(made_up.run_folder(tmp_path / str(lines), lines)) for lines in (12, 8)]
-    results = compare(runs)
-    assert results is not None
-    assert [point.name for point in results.points] == ["as configured", "after 2.0 of 3 epochs"]
-    block = differences(runs)
-    assert block.text == "Nothing but the seed."
+def test_runs_that_differ_in_the_seed_alone(tmp_path: Path) -> None:
+    runs = [read_run(synthetic.run_folder(tmp_path / str(seed), seed=seed)) for seed in (0, 1)]
+    section, table = compared(runs)
+    assert section.blocks[0].text
+    assert table.header == ("run", "seed", "top-1", "top-5")
 
 
-def test_runs_without_a_validation_are_not_compared(tmp_path: Path) -> None:
-    assert compare([read_run(made_up.run_folder(tmp_path / str(lines), lines)) for lines in (12, 3)]) is None
+def test_runs_without_a_validation_have_no_answer(tmp_path: Path) -> None:
+    runs = [read_run(synthetic.run_folder(tmp_path / str(lines), lines)) for lines in (12, 3)]
+    section, table = compared(runs)
+    assert section.answer == ()
+    assert table.rows[1][2:4] == ("-", "-")
+    assert compare(runs[:1]) is None

@@ -6,10 +6,8 @@ from typing import Any
 import pytest
 
 from bitfleet.launch.report import write_report
-from bitfleet.launch.report.sweep_parts import FURTHER, belong_together, join
-from bitfleet.launch.report.sweep_reader import read_sweep
-from bitfleet.launch.report.sweep_results import SweepResults
-from tests.unit.launch.report import made_up
+from bitfleet.launch.report.sweep_results import FURTHER, SweepResults, belong_together, join, read_sweep
+from tests.unit.launch.report import synthetic
 
 FACTS: dict[str, Any] = {
     "name": "rules",
@@ -21,8 +19,8 @@ FACTS: dict[str, Any] = {
 
 
 def part(folder: Path, *seeds: int, top1: float = 0.5, axis: str = "rule", **facts: object) -> SweepResults:
-    rows = [made_up.row({axis: name}, seed, top1 + 0.1 * (name == "b")) for name in "ab" for seed in seeds]
-    return read_sweep(made_up.write(folder, [axis], rows, **FACTS | {"seeds": seeds} | facts))
+    rows = [synthetic.row({axis: name}, seed, top1 + 0.1 * (name == "b")) for name in "ab" for seed in seeds]
+    return read_sweep(synthetic.write(folder, [axis], rows, **FACTS | {"seeds": seeds} | facts))
 
 
 def test_seeds_of_several_places_become_one_sweep(tmp_path: Path) -> None:

@@ -38,11 +38,12 @@ def test_print_shows_every_command_and_writes_nothing(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--seeds 0", "Its name comes first, before --seeds"),
-        ("regime --seeds 1,x", "--seeds must be numbers with commas between them"),
-        ("regime --at_once 0", "--at_once must be a positive number"),
-        ("regime --epoch 3", "no option --epoch; did you mean --epochs"),
-        ("regime --optim.rule bop --device cpu", "--optim.rule cannot be the same for all runs"),
+        ("--seeds 0 regime", "before --seeds"),
+        ("regime s52_optimizers", "'regime' or 's52_optimizers'"),
+        ("regime --seeds 1,x", "--seeds .*'1,x'"),
+        ("regime --at_once 0", "--at_once.*'0'"),
+        ("regime --epoch 3", "--epoch; .*--epochs"),
+        ("regime --optim.rule bop --device cpu", "--optim.rule"),
     ],
 )
 def test_bad_input_is_one_sentence(words: str, message: str) -> None:

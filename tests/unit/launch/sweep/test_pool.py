@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bitfleet.launch.sweep import pool as sweep_pool
+from bitfleet.launch import processes
 from bitfleet.launch.sweep.pool import Ended, Job, run_jobs
 
 
@@ -19,7 +19,7 @@ def shell(tmp_path: Path, name: str, script: str) -> Job:
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process is there and no zombie; it may go between two looks at it."""
+    """Return True if the process exists and is not a zombie; it may end between the two looks."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -28,7 +28,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_pool, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(processes, "POLL_SECONDS", 0.01)
 
 
 def test_two_places_and_one_more_attempt(tmp_path: Path) -> None:

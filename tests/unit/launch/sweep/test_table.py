@@ -4,10 +4,11 @@ import itertools
 import json
 from pathlib import Path
 
-from bitfleet.configs.sweeps.sweep import Point, Sweep, plan_runs
+from pydantic import TypeAdapter
+
+from bitfleet.configs.sweeps.sweep import Figure, Point, Sweep, plan_runs
 from bitfleet.launch.parsing.arguments import parse_train
-from bitfleet.launch.sweep.outcomes import Outcome
-from bitfleet.launch.sweep.table import CSV, JSON, MAX_POINTS, curves, write_question, write_table
+from bitfleet.launch.sweep.table import CSV, JSON, MAX_POINTS, Outcome, curves, write_question, write_table
 from bitfleet.trainer.config import from_dict
 
 
@@ -53,7 +54,10 @@ def test_long_training_curve_is_thinned_and_keeps_its_end() -> None:
 
 def test_table_has_a_row_for_every_run_and_the_fields_that_differ(tmp_path: Path) -> None:
     points = (Point({"norm": "batch"}, ("--model.norm", "batch")), Point({"other": 2.0}, ("--model.depths", "1", "2")))
-    sweep = Sweep("s", "Title", "Question?", "fashion_small", points, (0,))
+    figure = Figure(facets="norm", grids=(("norm", "other"),), centre={"other": 2.0}, labels={"batch": "BatchNorm"})
+    sweep = Sweep(
+        "s", "Title", "Question?", "fashion_small", {"norm": ("batch",), "other": (2.0,)}, points, (0,), figure
+    )
     runs = plan_runs(sweep, tmp_path, ["--epochs", "2"], lambda words: parse_train(words, "t"))
     run_dir = runs[0].config.run_dir
     assert run_dir
@@ -85,6 +89,7 @@ def test_table_has_a_row_for_every_run_and_the_fields_that_differ(tmp_path: Path
         "fashion_small",
         ["--epochs", "2"],
     )
+    assert TypeAdapter(Figure).validate_python(asked["figure"]) == sweep.figure
     # The configuration of the first run, and what differs, is that of every run.
     assert asked["config"].keys().isdisjoint({"run_dir", "output", "resume"})
     assert from_dict(asked["config"]) == dataclasses.replace(runs[0].config, run_dir=None, resume=None)
@@ -93,7 +98,7 @@ def test_table_has_a_row_for_every_run_and_the_fields_that_differ(tmp_path: Path
 
 
 def test_field_that_only_tells_where_a_run_is_does_not_differ(tmp_path: Path) -> None:
-    sweep = Sweep("s", "T", "Q?", "fashion_small", (Point({"a": 1.0}, ()),), (0, 1))
+    sweep = Sweep("s", "T", "Q?", "fashion_small", {"a": (1.0,)}, (Point({"a": 1.0}, ()),), (0, 1))
     runs = plan_runs(sweep, tmp_path, [], lambda words: parse_train(words, "t"))
     assert runs[0].config.run_dir != runs[1].config.run_dir
     write_table(tmp_path, sweep, [dataclasses.replace(run) for run in runs], {})

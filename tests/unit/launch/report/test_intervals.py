@@ -3,9 +3,8 @@
 import math
 
 import pytest
-from scipy.stats import ttest_ind
 
-from bitfleet.launch.report.statistics import Spread, plateau, spread, steps_to, welch
+from bitfleet.launch.report.intervals import plateau, spread, steps_to, welch
 
 
 def test_the_spread_is_that_of_a_sample() -> None:
@@ -19,23 +18,27 @@ def test_the_spread_is_that_of_a_sample() -> None:
 
 def test_the_interval_is_welchs() -> None:
     first, second = [0.88, 0.90, 0.92], [0.80, 0.86, 0.83, 0.81]
-    a, b = spread(first), spread(second)
-    assert a is not None
-    assert b is not None
-    found = welch(a, b)
-    assert found is not None
-    low, high = ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
-    assert found == pytest.approx((0.9 - 0.825, low, high))
-    assert found.is_clear
+    difference = welch(first, second)
+    assert difference is not None
+    # By hand: the variances of the means are 4e-4/3 and 7e-4/4 and 4.9782 degrees of freedom give t = 2.573974.
+    assert difference == pytest.approx((0.075, 0.0298025, 0.1201975), abs=1e-6)
+    assert difference.is_clear
     # By hand: s = 1 and n = 2 twice: the error is 1, 2 degrees of freedom, t = 4.3027.
-    assert welch(Spread(3.0, 1.0, 2), Spread(1.0, 1.0, 2)) == pytest.approx((2.0, 2 - 4.302653, 2 + 4.302653))
-    assert not welch(Spread(3.0, 1.0, 2), Spread(1.0, 1.0, 2)).is_clear  # type: ignore[union-attr]
+    half = 0.5**0.5
+    wide = welch([3 - half, 3 + half], [1 - half, 1 + half])
+    assert wide == pytest.approx((2.0, 2 - 4.302653, 2 + 4.302653))
+    assert wide is not None
+    assert not wide.is_clear
 
 
 def test_one_seed_has_no_interval_and_equal_seeds_have_one_of_no_width() -> None:
-    assert welch(Spread(0.9, math.nan, 1), Spread(0.8, 0.1, 3)) is None
-    assert welch(Spread(0.9, 0.0, 2), Spread(0.9, 0.0, 2)) == (0.0, 0.0, 0.0)
-    assert not welch(Spread(0.9, 0.0, 2), Spread(0.9, 0.0, 2)).is_clear  # type: ignore[union-attr]
+    assert welch([0.9], [0.7, 0.8, 0.9]) is None
+    equal = welch([0.9, 0.9], [0.9, 0.9])
+    assert equal == (0.0, 0.0, 0.0)
+    assert not equal.is_clear
+    one_sided = welch([0.9, 0.9, 0.9], [0.7, 0.8, 0.9])
+    assert one_sided is not None
+    assert one_sided.low < 0.1 < one_sided.high
 
 
 def test_steps_are_those_of_the_first_validation_that_reaches_the_level() -> None:

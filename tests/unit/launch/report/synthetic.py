@@ -1,10 +1,13 @@
-"""Made-up sweeps and runs, the same at every call: curves that rise to an end known beforehand."""
+"""Synthetic sweeps and runs, the same at every call: curves that rise to a known end."""
 
 import csv
+import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from bitfleet.configs.sweeps.sweep import EACH_AXIS, Figure
 
 CURVES = ("step", "top1", "loss", "train_step", "train_loss", "flip_ratio")
 COLUMNS = (
@@ -64,8 +67,15 @@ def failed(labels: Mapping[str, object], seed: int, error: str) -> dict[str, str
     }
 
 
-def write(folder: Path, axes: Sequence[str], rows: Iterable[Mapping[str, str]], /, **facts: object) -> Path:
-    """A sweep folder of `rows`; `facts` go into its sweep.json."""
+def write(
+    folder: Path,
+    axes: Sequence[str],
+    rows: Sequence[Mapping[str, str]],
+    /,
+    figure: Figure | None = None,
+    **facts: object,
+) -> Path:
+    """Write a sweep folder of `rows`; the values on its axes are declared, and `facts` go into sweep.json."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = [*COLUMNS[:3], *(f"axis.{axis}" for axis in axes), *COLUMNS[3:]]
     with (folder / "sweep.csv").open("w", newline="") as stream:
@@ -73,13 +83,23 @@ def write(folder: Path, axes: Sequence[str], rows: Iterable[Mapping[str, str]], 
         writer.writeheader()
         writer.writerows(rows)
     content = {
-        "title": "A made-up sweep",
+        "title": "A synthetic sweep",
         "question": "Does it work?",
         "base": "fashion_quickstart",
-        "axes": list(axes),
+        "axes": {axis: values_of(rows, axis) for axis in axes},
+        "figure": dataclasses.asdict(figure or Figure()),
     }
     (folder / "sweep.json").write_text(json.dumps(content | facts))
     return folder
+
+
+def values_of(rows: Sequence[Mapping[str, str]], axis: str) -> list[str] | list[float]:
+    """Return the values of the rows on an axis: numbers ascending, words in their order."""
+    words = list(dict.fromkeys(row[f"axis.{axis}"] for row in rows if row.get(f"axis.{axis}")))
+    try:
+        return sorted(map(float, words))
+    except ValueError:
+        return words
 
 
 def rules(folder: Path, number: int, seeds: int) -> Path:
@@ -111,7 +131,8 @@ def grid(folder: Path, top1: Callable[[int, int], float] | None = None) -> Path:
                 else:
                     end = top1(i, j) if top1 else 0.88 - 0.012 * abs(i - 2) ** 2 - 0.005 * abs(j - 2)
                     rows.append(row(labels, seed, end + 0.002 * (seed - 1), speed=0.01 * (1 + i)))
-    return write(folder, ["gamma", "threshold"], rows)
+    figure = Figure(facets="gamma", grids=(("gamma", "threshold"),), robustness=("gamma", "threshold"))
+    return write(folder, ["gamma", "threshold"], rows, figure)
 
 
 def one_at_a_time(folder: Path) -> Path:
@@ -123,7 +144,7 @@ def one_at_a_time(folder: Path) -> Path:
                 value = f"1e{center + offset}"
                 rows.append(row({axis: value}, seed, 0.86 - 0.01 * offset**2 + 0.003 * (seed - 1)))
     rows += [row({"threshold": "0"}, seed, 0.855 + 0.001 * seed) for seed in range(3)]
-    return write(folder, ["gamma", "sigma", "threshold"], rows)
+    return write(folder, ["gamma", "sigma", "threshold"], rows, Figure(robustness=("gamma", "sigma", "threshold")))
 
 
 def star(folder: Path) -> Path:
@@ -135,7 +156,8 @@ def star(folder: Path) -> Path:
         away = sum((point[axis] - centre[axis]) ** 2 for axis in centre)
         labels = {axis: f"1e{power:03d}" for axis, power in point.items()}
         rows += [row(labels, seed, 0.86 - 0.01 * away + 0.003 * (seed - 1)) for seed in range(3)]
-    return write(folder, list(centre), rows)
+    middle = {axis: float(f"1e{power}") for axis, power in centre.items()}
+    return write(folder, list(centre), rows, Figure(facets=EACH_AXIS, centre=middle, robustness=tuple(centre)))
 
 
 def run_folder(
@@ -204,7 +226,7 @@ def _config(folder: Path, seed: int, rule: str) -> dict[str, object]:
         optim[key] = {"start": start, "end": start / 10, "kind": "polynomial", "power": 1.0}
     model = {"name": "birealnet18", "num_classes": 10, "norm": "batch"}
     data = {"root": "fashion-mnist", "image_size": 32, "augmentation": "pad_crop"}
-    config = {"name": "made_up", "epochs": 3, "global_batch_size": 128, "seed": seed, "run_dir": str(folder)}
+    config = {"name": "synthetic", "epochs": 3, "global_batch_size": 128, "seed": seed, "run_dir": str(folder)}
     content = {"config": {**config, "model": model, "data": data, "optim": optim}, "world_size": 1, "num_replicas": 1}
     return content | {"device": "cpu", "git": "abc", "versions": {"torch": "2"}}
 
