@@ -4,11 +4,13 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bitfleet.launch.preflight.memory import bucket_shapes, predict_memory
+import torch
+from torch import nn
+
+from bitfleet.launch.preflight.tensor_bytes import TensorBytes
 from bitfleet.models import create_model
-from bitfleet.optim import build_optimizer
+from bitfleet.models.layers.binary_kernels import meta_is_cpu
 from bitfleet.optim.rules.rule import RULES
-from bitfleet.trainer.checkpoint.format import model_signature
 from bitfleet.trainer.config import TrainConfig, resolve_replicas, to_dict
 
 PROCESS_BYTES = 1_000_000_000
@@ -29,16 +31,19 @@ class Slots(NamedTuple):
 
 
 def bytes_of_rank(config: TrainConfig, ranks: int) -> int:
-    """What one rank of a run will take of a machine's memory, with the prediction that a run makes at its start.
+    """Estimate the memory of one rank of a run: a pass over a micro-batch of tensors without memory, and optimizer state.
 
     Raises:
         ValueError: the network cannot be built, or batch and ranks do not divide.
     """
-    model = create_model(config.model)
-    optimizer, _ = build_optimizer(model, config.optim, num_steps=1)
-    shapes = bucket_shapes(optimizer, model_signature(model))
-    replicas = resolve_replicas(config, ranks)
-    return PROCESS_BYTES + predict_memory(config, shapes, world_size=ranks, num_replicas=replicas).peak
+    num_images, size = config.global_batch_size // resolve_replicas(config, ranks), config.data.image_size
+    model = create_model(config.model).to("meta")
+    with TensorBytes(meta=True) as count, meta_is_cpu(True):
+        logits = model(torch.empty((num_images, 3, size, size), device="meta"))
+        labels = torch.empty(num_images, dtype=torch.int64, device="meta")
+        torch.autograd.backward(nn.functional.cross_entropy(logits, labels))
+    state = 4 * sum(param.numel() for param in model.parameters()) * _num_moments(config) // ranks
+    return PROCESS_BYTES + state + count.peak
 
 
 def bytes_of_largest(configs: Sequence[TrainConfig], ranks: int) -> int:

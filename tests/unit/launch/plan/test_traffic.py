@@ -11,11 +11,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bitfleet.configs import load_config
 from bitfleet.launch.bench.comm import CollectiveCounter
-from bitfleet.launch.plan.traffic import IMAGENET_IMAGES, Message, count_images, describe, traffic
+from bitfleet.launch.plan.traffic import Message, describe, traffic
 from bitfleet.models import create_model
 from bitfleet.optim import build_optimizer
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.data import DataConfig
 from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
 from bitfleet.trainer.engine.config import EngineConfig
 from bitfleet.trainer.engine.engine import shard
@@ -109,12 +108,5 @@ def test_between_nodes_a_flat_all_to_all_is_dearer_than_a_ring_and_halving_is_no
 
 def test_zero3_is_refused() -> None:
     config = config_of(EngineConfig(sharding="zero3"))
-    with pytest.raises(
-        ValueError, match='the plan knows engine.sharding "bits", "none", "zero1" and "zero2", not "zero3"'
-    ):
+    with pytest.raises(ValueError, match='engine.sharding .*"zero3"'):
         traffic(describe(config), config, 2)
-
-
-def test_images_are_counted_where_they_are() -> None:
-    assert count_images(DataConfig(root="fashion-mnist")) == 6000
-    assert count_images(DataConfig(root="/nowhere/imagenet")) == IMAGENET_IMAGES
