@@ -11,8 +11,8 @@ from bitfleet.launch.sweep.outcomes import Outcome
 from bitfleet.trainer.config import MACHINE, TrainConfig, to_dict
 from bitfleet.trainer.metrics.metrics import read_metrics
 from bitfleet.trainer.run.files import write_atomically
-from bitfleet.trainer.run.folder import git_revision, versions
 from bitfleet.trainer.run.strict_json import to_json
+from bitfleet.trainer.run.versions import git_revision, versions
 
 CSV, JSON = "sweep.csv", "sweep.json"
 MAX_POINTS = 200

@@ -23,8 +23,9 @@ from bitfleet.trainer.data import decoder_of
 from bitfleet.trainer.engine.engine import load_engine, whole_weights
 from bitfleet.trainer.metrics.metrics import read_metrics
 from bitfleet.trainer.ranks.collectives import Ranks, sum_of_numbers
-from bitfleet.trainer.run.folder import RunFolder, checkpoint_disk, versions
+from bitfleet.trainer.run.folder import RunFolder, checkpoint_disk
 from bitfleet.trainer.run.stop import AGREE_SECONDS
+from bitfleet.trainer.run.versions import versions
 
 ASSUMED_BYTES_PER_SECOND = 50e6
 """Of writing, hashing and flushing a checkpoint, before one has been measured: a slow disk."""

@@ -12,7 +12,7 @@ import torch
 import bitfleet
 from bitfleet.trainer.config import TrainConfig, to_dict
 from bitfleet.trainer.ranks.collectives import Ranks, cpu_group, from_first_rank, objects_from_ranks
-from bitfleet.trainer.run.folder import versions
+from bitfleet.trainer.run.versions import versions
 
 MAY_DIFFER = {"data.root"}
 """Fields that belong to a machine: the data may lie elsewhere on it, its contents are compared."""

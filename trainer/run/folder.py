@@ -6,24 +6,18 @@ tensorboard/    event files
 metrics.jsonl   one line a logging step or validation
 """
 
-import contextlib
 import datetime
-import functools
-import importlib.metadata
 import json
-import platform
-import subprocess
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from bitfleet.trainer.checkpoint.format import FOLDER, is_checkpoint, latest_checkpoint
 from bitfleet.trainer.config import TrainConfig, from_dict, to_dict
 from bitfleet.trainer.run.files import lock_run, write_atomically
-from bitfleet.trainer.run.hardware import hardware
 from bitfleet.trainer.run.strict_json import to_json
+from bitfleet.trainer.run.versions import git_revision, hardware, versions
 
 CONFIG = "config.json"
-PACKAGES = "bitfleet torch torchvision deepspeed timm tensorboard numpy nvidia-dali-cuda130 nvidia-dali-cuda120".split()
 
 
 class RunFolder(NamedTuple):
@@ -137,16 +131,6 @@ def write_config(path: Path, config: TrainConfig, facts: dict[str, Any]) -> None
     write_atomically(path / CONFIG, to_json(content, indent=2) + "\n")
 
 
-@functools.cache
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a run's numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
 def read_config(path: Path) -> TrainConfig:
     """The configuration of the run at `path`.
 
@@ -161,19 +145,3 @@ def read_config(path: Path) -> TrainConfig:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: expected the JSON that a run writes at its start ({error})") from error
     return from_dict(read)
-
-
-def git_revision() -> str | None:
-    """Revision of this checkout, "-dirty" appended when files differ; None outside of one."""
-    here = Path(__file__).resolve().parent
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return described.stdout.strip() or None
