@@ -141,8 +141,8 @@ def _for_deepspeed(request: Request, options: Launch) -> Request:
         last = len(request.hosts) - 1
         if not 0 <= options.node_rank <= last:
             raise ValueError(f"--node_rank must be a number from 0 to {last}, not {options.node_rank}")
-        address = request.master_addr or host_zero(request)
-        return dataclasses.replace(request, node_rank=options.node_rank, master_addr=address)
+        meeting_point = request.master_addr or host_zero(request)
+        return dataclasses.replace(request, node_rank=options.node_rank, master_addr=meeting_point)
     if several or (first and not is_here(first)):
         address = request.master_addr or reachable_address(first)
         return dataclasses.replace(request, remote=not several, master_addr=address)

@@ -68,7 +68,8 @@ def check_reachable(names: Sequence[str], ssh_options: str) -> None:
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
-            f"ssh does not reach {', '.join(missing[:3])}{more}: `ssh HOST true` must work here without a password for every host"
+            f"ssh does not reach {', '.join(missing[:3])}{more}: `ssh HOST true` must work here without a password, "
+            "for every host"
         )
 
 

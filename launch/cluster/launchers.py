@@ -136,7 +136,7 @@ def print_deepspeed(request: Request) -> Printed:
     address = (
         f"--master_addr {request.master_addr} reaches {request.hosts[0].name} from every node"
         if request.master_addr
-        else f"the first address that `hostname -I` says on {request.hosts[0].name} is the right one (else --master_addr)"
+        else f"the first address of `hostname -I` on {request.hosts[0].name} is the right one (else --master_addr)"
     )
     ssh = "pdsh here; ssh without a password from here to every host of the file, this machine too if it is in it"
     return Printed(tuple(lines), (ssh, SAME, SHARED, address, port))
@@ -213,7 +213,7 @@ def print_kubernetes(request: Request) -> Printed:
             f"kubectl apply -f {shlex.quote(str(FILES / 'kubernetes.yaml'))}",
         ),
         (
-            "an image made by `docker build -f launch/cluster/container/Dockerfile -t NAME .`, pushed where the nodes find it",
+            "an image of `docker build -f launch/cluster/container/Dockerfile -t NAME .`, pushed to a registry",
             "a volume claim `bitfleet` for the data and --run_dir that all pods may write (ReadWriteMany)",
             "Kubernetes 1.31 or newer (podFailurePolicy)",
         ),
@@ -246,7 +246,7 @@ def _even_slots(request: Request, launcher: str) -> int:
     slots = sorted({host.slots for host in request.hosts})
     if len(slots) > 1:
         raise ValueError(
-            f"{launcher} starts the same number of ranks on every node, but the hostfile has {slots[0]} and {slots[-1]} slots"
+            f"{launcher} starts the same number of ranks on every node, but the hostfile has {slots[0]} and {slots[-1]}"
         )
     return slots[0]
 

@@ -84,8 +84,8 @@ def place_from(environ: Mapping[str, str]) -> Place:
     address = environ.get("MASTER_ADDR") or (LOOPBACK if local_size == world_size else started.master_addr)
     if not address:
         raise ValueError(
-            f"{rank_name} is {rank} of {world_size} ranks on more than one machine, but MASTER_ADDR is not set: set it to the "
-            f"name or address of the machine of rank 0, the same on every rank"
+            f"{rank_name} is {rank} of {world_size} ranks on more than one machine, but MASTER_ADDR is not set: set "
+            f"it to the name or address of the machine of rank 0, the same on every rank"
             + (" (mpirun -x MASTER_ADDR=node1)" if started.launcher == "mpirun" else "")
         )
     port = None if alone else _port(environ, started.master_port)
@@ -183,7 +183,7 @@ def _local_place(environ: Mapping[str, str], started: _Started) -> tuple[int, in
     if size is None and started.launcher != "by hand":
         if environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES")) not in (None, "1"):
             raise ValueError(
-                "srun does not say how many tasks a node has (SLURM_STEP_TASKS_PER_NODE): pass --ntasks-per-node to srun"
+                "srun does not set SLURM_STEP_TASKS_PER_NODE, the tasks per node: pass --ntasks-per-node to srun"
             )
         size = world_size
     here = environ.get("MASTER_ADDR") in ("localhost", LOOPBACK, "::1")
@@ -198,16 +198,17 @@ def _reject_idle_gpus(environ: Mapping[str, str], local_size: int) -> None:
     gpus = environ.get("SLURM_GPUS_ON_NODE", "")
     if "LOCAL_WORLD_SIZE" not in environ and gpus.isdecimal() and int(gpus) > local_size:
         raise ValueError(
-            f"srun started {local_size} task(s) on a node with {gpus} GPUs (SLURM_GPUS_ON_NODE), but a GPU needs a rank: pass "
-            f"--ntasks-per-node={gpus} to srun, or fewer GPUs (LOCAL_WORLD_SIZE={local_size} says that it is intended)"
+            f"srun started {local_size} task(s) on a node with {gpus} GPUs (SLURM_GPUS_ON_NODE), but a GPU needs a "
+            f"rank: pass --ntasks-per-node={gpus} to srun, or fewer GPUs (or set LOCAL_WORLD_SIZE={local_size} to say that "
+            "it is intended)"
         )
 
 
 def _same(environ: Mapping[str, str], name: str, source: str, value: int, launcher: str) -> None:
     if name in environ and name != source and _number(environ, name) != value:
         raise ValueError(
-            f"{name} is {environ[name]}, but {launcher} says {value} ({source}): unset {name}; only MASTER_ADDR, MASTER_PORT, "
-            f"LOCAL_RANK and LOCAL_WORLD_SIZE may be set under {launcher}"
+            f"{name} is {environ[name]}, but {launcher} says {value} ({source}): unset {name}; only MASTER_ADDR, "
+            f"MASTER_PORT, LOCAL_RANK and LOCAL_WORLD_SIZE may be set under {launcher}"
         )
 
 

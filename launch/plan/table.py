@@ -81,19 +81,20 @@ def format_plan(
     )
     return "\n".join(
         [
-            f"{config.name}: batch {config.global_batch_size} over all nodes, sharding {config.engine.sharding}, gradients "
-            f"{config.engine.grad_comm_dtype}, {rates.name}, {8e-9 * cluster.link_bytes_per_second:g} Gbit/s and "
-            f"{cluster.cores:g} cores per node",
+            f"{config.name}: batch {config.global_batch_size} over all nodes, sharding {config.engine.sharding}, "
+            f"gradients {config.engine.grad_comm_dtype}, {rates.name}, {8e-9 * cluster.link_bytes_per_second:g} Gbit/s "
+            f"and {cluster.cores:g} cores per node",
             "",
             *answer(config, num_images, estimates, asked, unit),
             f"Other options instead, images/s: {others}.",
             "",
             _format_scan(config, num_images, estimates, asked, unit),
             "",
-            f"data to step: ms per step. sent and off node: MB per step of a {unit} and of a node. {step}; network is what "
-            "backward does not hide of gradients, then agreement, weights and running statistics.",
-            f"More nodes do not help if doubling them adds less than {LEAST_GAIN:.0%} images/s, or leaves each with less "
-            f"than {LEAST_EFFICIENCY:.0%} of the images/s of the first line. Validation, checkpoints, logging are left out.",
+            f"data to step: ms per step. sent and off node: MB per step of a {unit} and of a node. {step}; network is "
+            "what backward does not hide of gradients, then agreement, weights and running statistics.",
+            f"More nodes do not help if doubling them adds less than {LEAST_GAIN:.0%} images/s, or leaves each with "
+            f"less than {LEAST_EFFICIENCY:.0%} of those of the first line. Validation, checkpoints and logging are not "
+            "counted.",
             "",
             *([*format_launches(modes, mode_of(config, rates)), ""] if on_gpu else []),
             "rates",
@@ -145,7 +146,7 @@ def format_launches(modes: dict[Mode, Estimate], configured: Mode) -> list[str]:
     return [
         *table(rows, "<").splitlines(),
         f"forward, backward and rest: per micro-batch ({host.kernels.num_micro_batches} per step).",
-        f"A CUDA graph launches the step in {1e3 * graph.launches:.2f} ms instead of {1e3 * host.launches:.2f}, and saves "
-        f"{1e3 * saved:.2f} of {1e3 * host.step:.2f} ms per step ({saved / host.step:.0%}): {_binds(host)} without it, "
-        f"{_binds(graph)} with it.",
+        f"A CUDA graph launches the step in {1e3 * graph.launches:.2f} ms instead of {1e3 * host.launches:.2f}, and "
+        f"saves {1e3 * saved:.2f} of {1e3 * host.step:.2f} ms per step ({saved / host.step:.0%}): {_binds(host)} without "
+        f"it, {_binds(graph)} with it.",
     ]

@@ -88,16 +88,17 @@ class Preflight:
         image_bytes = trainer.loader.device_bytes + trainer.validation_loader.device_bytes
         images = f", decoded images {megabytes(image_bytes)} of it" if image_bytes else ""
         trainer.reports.say(
-            f"memory of rank {trainer.ranks.rank}, measured in step {self._measured_step}: {megabytes(peak)} {kind} at the "
-            f"peak{images}; the process has {megabytes(psutil.Process().memory_info().rss)}"
+            f"memory of rank {trainer.ranks.rank}, measured in step {self._measured_step}: {megabytes(peak)} {kind} at "
+            f"the peak{images}; the process has {megabytes(psutil.Process().memory_info().rss)}"
         )
 
     def _expected_time(self) -> str:
         trainer = self._trainer
         step_seconds = self._seconds / TIMED_STEPS
+        rate = trainer.config.global_batch_size / step_seconds
         last = min(trainer.num_steps, trainer.config.stop_after_steps or trainer.num_steps)
         return (
             f"expected time: {clock((last - trainer.step) * step_seconds)} until step {last:,} "
-            f"({1000 * step_seconds:,.0f} ms per step, {trainer.config.global_batch_size / step_seconds:,.0f} images/s), "
+            f"({1000 * step_seconds:,.0f} ms per step, {rate:,.0f} images/s), "
             f"validation and checkpoints not included"
         )

@@ -94,9 +94,7 @@ def _make_folder(config: TrainConfig, ranks: Ranks) -> Path:
 
 def _check_all_see(folder: Path, ranks: Ranks) -> None:
     if blind := [rank for rank, sees in enumerate(objects_from_ranks(folder.is_dir())) if not sees]:
-        raise ValueError(
-            f"rank {blind[0]} of {ranks.world_size} does not see {folder}, which rank 0 made: the run needs a shared folder"
-        )
+        raise ValueError(f"rank {blind[0]} does not see {folder}, which rank 0 made: the run needs a shared folder")
 
 
 def _close(trainer: Trainer) -> None:

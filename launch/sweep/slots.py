@@ -43,7 +43,7 @@ def bytes_of_rank(config: TrainConfig, ranks: int) -> int:
         labels = torch.empty(num_images, dtype=torch.int64, device="meta")
         torch.autograd.backward(nn.functional.cross_entropy(logits, labels))
     state = 4 * sum(param.numel() for param in model.parameters()) * _num_moments(config) // ranks
-    return PROCESS_BYTES + state + count.peak
+    return PROCESS_BYTES + state + int(count.peak)
 
 
 def bytes_of_largest(configs: Sequence[TrainConfig], ranks: int) -> int:

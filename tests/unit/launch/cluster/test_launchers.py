@@ -1,4 +1,5 @@
-"""What `bitfleet launch --print` shows, read back by the launchers' own parsers where they are here."""
+"""What `bitfleet launch --print` shows, read back by the launchers' own parsers where they are
+here."""
 
 import shlex
 import subprocess
@@ -50,7 +51,7 @@ def test_one_remote_host_is_not_started_here(tmp_path: Path) -> None:
     request, _ = read_request(["--hostfile", str(tmp_path / "hosts"), *RUN], "deepspeed")
     assert request.by_ssh
     assert "--force_multi" in deepspeed_words(request)
-    assert "`hostname -I` says on elsewhere.invalid" in str(PRINTERS["deepspeed"](request))
+    assert "`hostname -I` on elsewhere.invalid" in str(PRINTERS["deepspeed"](request))
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     request, _ = read_request(["--hostfile", str(tmp_path / "hosts"), *RUN], "deepspeed")
     assert deepspeed_words(request)[1:3] == ["--num_accelerators", "2"]
