@@ -51,11 +51,8 @@ REDUCTIONS = {
 """Operators that compiled code computes in separate kernels -> their number; what follows is
 computed elementwise."""
 WINDOWS = (
-    "constant_pad_nd",
-    "avg_pool2d",
-    "avg_pool2d_backward",
-    *(f"max_pool2d_with_indices{end}" for end in ("", "_backward")),
-)
+    "constant_pad_nd avg_pool2d avg_pool2d_backward max_pool2d_with_indices max_pool2d_with_indices_backward"
+).split()
 """Operators that compiled code fuses with what follows, but not with what comes before: they read
 neighbours."""
 

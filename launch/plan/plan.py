@@ -243,17 +243,9 @@ def other_shardings(config: TrainConfig, network: Network, rates: Rates, cluster
     }
 
 
-class Limit(NamedTuple):
-    """The number of nodes beyond which more do not help."""
-
-    num_nodes: int
-    reason: str
-    """What the next number of nodes would do; "" if nothing that divides the batch goes past it."""
-
-
-def find_limit(estimates: Sequence[Estimate]) -> Limit:
-    """Return the last node count before one that adds less than LEAST_GAIN, or takes efficiency
-    below LEAST_EFFICIENCY."""
+def find_limit(estimates: Sequence[Estimate]) -> tuple[int, str]:
+    """Return the number of nodes beyond which more do not help, and why; "" if the batch divides no
+    further."""
     first = estimates[0]
     for current, following in itertools.pairwise(estimates):
         doublings = math.log2(following.num_nodes / current.num_nodes)
@@ -261,11 +253,11 @@ def find_limit(estimates: Sequence[Estimate]) -> Limit:
         efficiency = efficiency_of(following, first)
         if gain < LEAST_GAIN:
             change = f"{gain:.0%} more" if gain > 0 else f"{-gain:.0%} less"
-            return Limit(current.num_nodes, f"{following.num_nodes} give {change} images/s")
+            return current.num_nodes, f"{following.num_nodes} give {change} images/s"
         if efficiency < LEAST_EFFICIENCY:
             reason = f"with {following.num_nodes} a node does {efficiency:.0%} of what {first.num_nodes} alone does"
-            return Limit(current.num_nodes, reason)
-    return Limit(estimates[-1].num_nodes, "")
+            return current.num_nodes, reason
+    return estimates[-1].num_nodes, ""
 
 
 def efficiency_of(estimate: Estimate, first: Estimate) -> float:

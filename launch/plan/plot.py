@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from bitfleet.launch.plan.plan import Estimate, Resource, find_limit
 from bitfleet.launch.plan.table import WORDS
@@ -43,7 +44,9 @@ def plot_plan(title: str, answer: Sequence[str], estimates: Sequence[Estimate], 
         axis.grid(alpha=0.25)
         axis.axvline(num_nodes, color="#bbbbbb", linewidth=6, alpha=0.35, zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.yaxis.set_major_formatter("{x:,g}")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:,.6g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
     _draw_throughput(left, nodes, estimates)
     _draw_resources(right, nodes, estimates)
     try:
@@ -54,20 +57,20 @@ def plot_plan(title: str, answer: Sequence[str], estimates: Sequence[Estimate], 
 
 
 def _draw_throughput(axis: Any, nodes: list[int], estimates: Sequence[Estimate]) -> None:
-    rates, limit = [e.images_per_second for e in estimates], find_limit(estimates)
+    rates, (limit, reason) = [e.images_per_second for e in estimates], find_limit(estimates)
     axis.plot(
         nodes, [rates[0] * n / nodes[0] for n in nodes], color="#bbbbbb", ls="--", label="every node as fast as one"
     )
     axis.plot(nodes, rates, color="black", marker="o")
     axis.set_ylim(min(rates) / 2.2, max(rates) * 2)
-    if limit.reason:
-        help_ends = f"more than {limit.num_nodes} do not help"
-        axis.axvspan(limit.num_nodes * 1.05, nodes[-1] * 1.4, color="#d94801", alpha=0.06, zorder=0, label=help_ends)
-    for e in estimates:
-        text = f"{e.images_per_second:,.0f}\n{e.binding}"
-        axis.annotate(text, (e.num_nodes, e.images_per_second), (4, -9), textcoords="offset points", va="top",
-                      fontsize=7.5, color=COLORS[e.binding])  # fmt: skip
-    axis.legend(loc="upper left", frameon=False)
+    if reason:
+        label = f"more than {limit} do not help"
+        axis.axvspan(limit * 1.05, nodes[-1] * 1.4, color="#d94801", alpha=0.06, zorder=0, label=label)
+    for e, following in zip(estimates, [*rates[1:], rates[-1]], strict=True):
+        text, falls = f"{e.images_per_second:,.0f}\n{e.binding}", following < e.images_per_second
+        axis.annotate(text, (e.num_nodes, e.images_per_second), (4, 3 if falls else -9), textcoords="offset points",
+                      va="bottom" if falls else "top", fontsize=7.5, color=COLORS[e.binding])  # fmt: skip
+    axis.legend(loc="lower right", frameon=False, fontsize=8)
     axis.set_title("images/s, and what binds", fontsize=10)
 
 
@@ -77,5 +80,5 @@ def _draw_resources(axis: Any, nodes: list[int], estimates: Sequence[Estimate]) 
     steps = [1e3 * e.step for e in estimates]
     axis.plot(nodes, steps, color="black", linewidth=2.5, label="the whole step")
     axis.set_ylim(min(steps) / 300, max(steps) * 1.5)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     axis.set_title("ms per step", fontsize=10)

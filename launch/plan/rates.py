@@ -86,7 +86,6 @@ def read_rates(path: Path) -> Rates:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field = "".join(f"{name}: " for name in first["loc"])
-        # Files of before kernel launches were counted have module_seconds.
         raise ValueError(
             f"{path} does not hold rates of this version of bitfleet ({field}{first['msg']}): measure them with "
             f"deepspeed --num_accelerators N --module bitfleet.launch bench plan --config NAME --output {path}"
@@ -99,20 +98,14 @@ def write_rates(rates: Rates, path: Path) -> None:
 
 
 def published(gpu: str, precision: Literal["fp32", "tf32", "bf16", "fp16"], image_size: int) -> Rates:
-    """Return the rates of a GPU of the table `GPUS`.
-
-    Args:
-        gpu: its name there.
-        precision: what convolutions and products compute in; fp32 is without TF32.
-        image_size: side in pixels.
+    """Return the rates of a GPU of the table `GPUS`, for images of `image_size` pixels a side; fp32
+    is without TF32.
 
     Raises:
         ValueError: there is no such GPU.
     """
     if gpu not in GPUS:
-        raise ValueError(
-            f"--gpu is {gpu!r}, but rates are published for {', '.join(GPUS)}: measure with bitfleet bench plan"
-        )
+        raise ValueError(f"--gpu is {gpu!r}, not one of {', '.join(GPUS)}: measure with bitfleet bench plan")
     row = GPUS[gpu]
     memory, memory_source = row["memory"]
     images_per_second, decode_source = row["decode"]
@@ -126,20 +119,14 @@ def published(gpu: str, precision: Literal["fp32", "tf32", "bf16", "fp16"], imag
     table: dict[str, tuple[float, str]] = {
         "cores": row["cores"],
         "flops_per_second": row["bf16" if precision == "fp16" else precision],
-        "launch_seconds": (
-            10e-6,
-            "assumed; on two cores of an EPYC 16 us with the CPU's own kernels on 2 images of 16 px",
-        ),
+        "launch_seconds": (10e-6, "assumed; on two cores of an EPYC 16 us with the CPU's kernels, 2 images of 16 px"),
         "graph_seconds": (10e-6, "assumed: one call of the driver, and what torch does around it"),
         "node_seconds": (1e-6, "assumed: from the end of a kernel to the start of the next"),
         "whole_ns": passes(16, "16 bytes per weight"),
         "update_ns": passes(20.25, "20.25 bytes per weight (docs/sharding.md)"),
         "plain_update_ns": passes(100, "100 bytes per weight, the eager rule's temporaries,"),
         "decode_seconds": (photo / images_per_second, decode_source + smaller),
-        "core_decode_seconds": (
-            photo * 2.7e-3,
-            f"bitfleet bench loader on 500x375 photos, AVX-512 cores: 2.7 ms{smaller}",
-        ),
+        "core_decode_seconds": (photo * 2.7e-3, f"bench loader on 500x375 photos, AVX-512 cores: 2.7 ms{smaller}"),
         "copy_bytes_per_second": (row["copy"], "assumed: 80 % of a PCIe x16 slot, of generation 4 (A100) or 5 (H100)"),
         "local_bytes_per_second": row["local"],
         "latency_seconds": (10e-6, "assumed"),
@@ -172,10 +159,7 @@ GPUS: dict[str, dict[str, Any]] = {
         "tf32": (_H100_TO_A100 * _A100_TF32, f"{_RATIO}, TF32"),
         "fp32": (0.55 * _H100_TO_A100 * _A100_TF32, _FP32.format("0.55", "67 of 495")),
         "memory": (3.35e12, "NVIDIA's data sheet, H100 SXM"),
-        "decode": (
-            57_383 / 8,
-            "MLPerf training 4.0, ResNet-50, 8 H100: 57,383 images/s, DALI with JPEG hardware, at least",
-        ),
+        "decode": (57_383 / 8, "MLPerf training 4.0, ResNet-50, 8 H100: 57,383 images/s, DALI and JPEG hardware"),
         "local": (350e9, "assumed: NCCL over NVLink 4, of 450 GB/s each way in the data sheet"),
         "copy": 50e9,
         "cores": (112.0, "DGX H100: two processors of 56 cores"),

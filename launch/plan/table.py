@@ -37,12 +37,10 @@ def answer(
 ) -> list[str]:
     """Return two sentences: the speed of the cluster that was asked about, and how many nodes are
     worth having."""
-    limit = find_limit(estimates)
-    if limit.reason:
-        verb = "does" if limit.num_nodes == 1 else "do"
-        more = f"More than {_nodes(limit.num_nodes)} {verb} not help: {limit.reason}."
-    else:
-        more = f"Every doubling helps up to {_nodes(limit.num_nodes)}, as far as this batch divides."
+    limit, reason = find_limit(estimates)
+    more = f"Every doubling helps up to {_nodes(limit)}, as far as this batch divides."
+    if reason:
+        more = f"More than {_nodes(limit)} {'does' if limit == 1 else 'do'} not help: {reason}."
     return [
         f"{_nodes(asked.num_nodes)} with {asked.world_size // asked.num_nodes} {unit}s each: "
         f"{asked.images_per_second:,.0f} images/s, {1e3 * asked.step:,.1f} ms per step, "

@@ -32,16 +32,11 @@ NUM_STEPS = 2
 
 
 def rehearse(config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
-    """Try what the run will do, in a folder that is removed again; every rank calls this before the
-    run's trainer is built.
+    """Try what the run will do, in a folder that is removed again; every rank calls this before its
+    trainer is built.
 
-    Rank 0 prints one line per check. The trainer of the run seeds its generators itself, so the
-    rehearsal does not change it.
-
-    Args:
-        config: the run.
-        ranks: this process's place; the process group exists.
-        device: where the model runs.
+    Rank 0 prints one line per check. The run seeds its generators itself: the rehearsal does not
+    change it.
 
     Raises:
         ValueError: a check failed.
@@ -50,7 +45,6 @@ def rehearse(config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
         folder = _make_folder(config, ranks)
     try:
         with _named("building the run"):
-            _check_all_see(folder, ranks)
             trial = dataclasses.replace(config, run_dir=folder / "run", resume=None, init=None)
             trainer = Trainer(trial, ranks, device)
             trainer.start()
@@ -60,9 +54,13 @@ def rehearse(config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
             with _named("saving and reading back"):
                 lines += _try_checkpoint(trainer)
         finally:
-            _close(trainer)
+            trainer.stop()
+            if isinstance(trainer.sharded, ShardedOptimizer):
+                trainer.sharded.close()
+            trainer.engine.destroy()
             del trainer
             gc.collect()
+            reached(0)
         barrier()
     finally:
         if ranks.is_first:
@@ -89,20 +87,13 @@ def _make_folder(config: TrainConfig, ranks: Ranks) -> Path:
     parent = planned_folder(config).absolute().parent
     while not parent.exists():
         parent = parent.parent
-    return Path(from_first_rank(tempfile.mkdtemp(prefix=".bitfleet-preflight-", dir=parent) if ranks.is_first else ""))
-
-
-def _check_all_see(folder: Path, ranks: Ranks) -> None:
+    made = tempfile.mkdtemp(prefix=".bitfleet-preflight-", dir=parent) if ranks.is_first else ""
+    folder = Path(from_first_rank(made))
     if blind := [rank for rank, sees in enumerate(objects_from_ranks(folder.is_dir())) if not sees]:
+        if ranks.is_first:
+            folder.rmdir()
         raise ValueError(f"rank {blind[0]} does not see {folder}, which rank 0 made: the run needs a shared folder")
-
-
-def _close(trainer: Trainer) -> None:
-    trainer.stop()
-    if isinstance(trainer.sharded, ShardedOptimizer):
-        trainer.sharded.close()
-    trainer.engine.destroy()
-    reached(0)
+    return folder
 
 
 def _raise_on_all_ranks(problem: str | None) -> None:
@@ -114,13 +105,7 @@ def _raise_on_all_ranks(problem: str | None) -> None:
 
 
 def _try_steps(trainer: Trainer) -> str:
-    """Make optimizer steps on the first batches; return a line about them.
-
-    Raises:
-        ValueError: a loss or gradient is not finite, or binary weights are not +-1 or differ
-            between ranks.
-        FloatingPointError: a gradient is not finite, and `engine.on_nonfinite` is "stop".
-    """
+    """Make optimizer steps on the first batches, check them, and return a line about them."""
     steps, checked, sharded = [], "", trainer.sharded
     for _ in range(NUM_STEPS):
         trainer.train_step()
@@ -150,11 +135,8 @@ def _problem_of_steps(trainer: Trainer, losses: list[float]) -> str | None:
 
 
 def _try_checkpoint(trainer: Trainer) -> list[str]:
-    """Save, and read it back as this and as other numbers of ranks would; return a line about each.
-
-    Raises:
-        ValueError: a tensor that is read has other bits than the one that was saved.
-    """
+    """Save, and read it back as this and as other numbers of ranks would; return a line about
+    each."""
     ranks, checkpoints = trainer.ranks, trainer.checkpoints
     trainer.save()
     checkpoints.saver.flush()
@@ -218,34 +200,28 @@ def _whole_tensors(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def _problem_of_other_ranks(trainer: Trainer, path: Path, whole: dict[str, Tensor], others: list[int]) -> str | None:
-    """Read the checkpoint `path` as other numbers of ranks, in this process alone; return what
-    differs, if anything."""
+    """Read the checkpoint `path` as other numbers of ranks, in this process alone; return a
+    difference, if any."""
     stored = checkpoint_tensors.read(path, "")
     weights = checkpoint_tensors.model_state(stored, trainer.checkpoints.parts.signature)
     moments = {name: tensor for name, tensor in stored.items() if name.startswith(checkpoint_tensors.OPTIM)}
-    flat = {name: tensor.reshape(-1) for name, tensor in (weights | moments).items()}
-    if problem := difference(whole, flat):
+    if problem := difference(whole, {name: tensor.reshape(-1) for name, tensor in (weights | moments).items()}):
         return f"{problem} when one rank reads it"
+    config = trainer.config
     for world_size in others[1:]:
-        if problem := difference(moments, _moments_as_read(trainer.config, path, world_size)):
+        expected, slices = {}, {}
+        for rank in range(world_size):
+            optimizer, _ = build_optimizer(create_model(config.model), config.optim, num_steps=NUM_STEPS + 1)
+            own_chunks = chunks(make_buckets(optimizer.param_groups, BUCKET_NUMEL, rank, world_size))
+            checkpoint_tensors.read_chunks(own_chunks, path)
+            for chunk in own_chunks:
+                moment, end = f"{checkpoint_tensors.OPTIM}{chunk.key}.{chunk.name}", chunk.offset + chunk.tensor.numel()
+                slices[f"{moment}[{chunk.offset}:{end}]"] = chunk.tensor
+                expected[f"{moment}[{chunk.offset}:{end}]"] = moments[moment][chunk.offset : end]
+        is_complete = sum(tensor.numel() for tensor in slices.values()) == sum(map(Tensor.numel, moments.values()))
+        if problem := difference(expected, slices) if is_complete else "a moment is incomplete":
             return f"{problem} when {world_size} ranks read it"
     return None
-
-
-def _moments_as_read(config: TrainConfig, path: Path, world_size: int) -> dict[str, Tensor]:
-    """Read the moments in the checkpoint `path` as `world_size` ranks do, one after the other."""
-    parts: dict[str, list[tuple[int, Tensor]]] = {}
-    for rank in range(world_size):
-        optimizer, _ = build_optimizer(create_model(config.model), config.optim, num_steps=NUM_STEPS + 1)
-        own_chunks = chunks(make_buckets(optimizer.param_groups, BUCKET_NUMEL, rank, world_size))
-        checkpoint_tensors.read_chunks(own_chunks, path)
-        for chunk in own_chunks:
-            name = f"{checkpoint_tensors.OPTIM}{chunk.key}.{chunk.name}"
-            parts.setdefault(name, []).append((chunk.offset, chunk.tensor))
-    return {
-        name: torch.cat([tensor for _, tensor in sorted(pieces, key=lambda piece: piece[0])])
-        for name, pieces in parts.items()
-    }
 
 
 def difference(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> str | None:

@@ -209,7 +209,7 @@ def test_the_limit_is_where_a_doubling_adds_little_or_efficiency_halves() -> Non
     )
     assert find_limit([synthetic(1, 100), synthetic(2, 200), synthetic(4, 390)]) == (4, "")
     # From 4 to 5 nodes is a third of a doubling.
-    assert find_limit([synthetic(1, 100), synthetic(4, 390), synthetic(5, 410)]).num_nodes == 5
+    assert find_limit([synthetic(1, 100), synthetic(4, 390), synthetic(5, 410)])[0] == 5
     assert efficiency_of(synthetic(4, 300), synthetic(1, 100)) == 0.75
 
 
