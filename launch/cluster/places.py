@@ -46,7 +46,7 @@ class Place:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Started:
-    """What a launcher says; None for what it does not say."""
+    """Variables of a launcher; None if unset."""
 
     launcher: str
     rank: tuple[str, int]

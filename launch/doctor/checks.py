@@ -25,6 +25,11 @@ class Check(NamedTuple):
     advice: str = ""
 
 
+def judge(name: str, value: str, advice: str, verdict: Verdict = "WARN") -> Check:
+    """Return a check that is OK without advice, and `verdict` with it."""
+    return Check(name, value, verdict if advice else "OK", advice)
+
+
 def who(facts: Sequence[Facts]) -> str:
     """Name hosts and their ranks: "node1 (ranks 0, 1), node2 (rank 2)"."""
     hosts: dict[str, list[int]] = {}
@@ -50,9 +55,8 @@ def same(
     name: str, facts: Sequence[Facts], value: Callable[[Facts], str], advice: str, verdict: Verdict = "FAIL"
 ) -> Check:
     """Check that `value` is the same on all ranks; else give `verdict` and `advice`."""
-    if len(set(map(value, facts))) > 1:
-        return Check(name, by_value(facts, value), verdict, advice)
-    return Check(name, value(facts[0]))
+    differ = len(set(map(value, facts))) > 1
+    return judge(name, by_value(facts, value), advice if differ else "", verdict)
 
 
 def enough(
@@ -71,9 +75,8 @@ def enough(
     number = min(map(value, facts))
     low, high = form(number), form(max(map(value, facts)))
     values = low if low == high else f"{low} to {high}, least on {who([min(facts, key=value)])}"
-    if number >= little:
-        return Check(name, before + values + after)
-    return Check(name, before + values + after, "FAIL" if number < least else "WARN", advice)
+    verdict: Verdict = "FAIL" if number < least else "WARN"
+    return judge(name, before + values + after, advice if number < little else "", verdict)
 
 
 def check_installation(facts: Sequence[Facts], wants_dali: bool) -> Iterator[Check]:
@@ -207,34 +210,28 @@ def check_run_folder(facts: Sequence[Facts], sees: Sequence[bool]) -> Check:
 
 def check_compilers(facts: Sequence[Facts]) -> Iterator[Check]:
     """Check the compilers, and the updates of binary weights that they build for CPU and GPU."""
-    value = by_value(facts, lambda rank: rank.compiler or "none")
+    advice = ""
     if missing := [rank for rank in facts if rank.compiler is None]:
         advice = f"install g++ on {who(missing)}: without it the update of binary weights is slow on GPUs"
-        yield Check("C++ compiler", value, "WARN", advice)
-    else:
-        yield Check("C++ compiler", value)
+    yield judge("C++ compiler", by_value(facts, lambda rank: rank.compiler or "none"), advice)
 
-    value = by_value(facts, lambda rank: f"{rank.c_compiler or 'none'}, {'' if rank.python_header else 'no '}Python.h")
+    advice = ""
     if missing := [rank for rank in facts if rank.c_compiler is None]:
-        yield Check("C compiler", value, "WARN", f"install gcc on {who(missing)}: without it steps are slow")
+        advice = f"install gcc on {who(missing)}: without it steps are slow"
     elif missing := [rank for rank in facts if rank.devices and not rank.python_header]:
-        advice = f"install Python's headers (python3-dev) on {who(missing)}: without them Triton cannot launch a kernel"
-        yield Check("C compiler", value, "WARN", advice)
-    else:
-        yield Check("C compiler", value)
+        advice = f"install python3-dev on {who(missing)}: without Python.h Triton cannot launch a kernel"
+    header = {True: "Python.h", False: "no Python.h"}
+    value = by_value(facts, lambda rank: f"{rank.c_compiler or 'none'}, {header[rank.python_header]}")
+    yield judge("C compiler", value, advice)
 
+    failed = [rank for rank in facts if rank.kernels is not None]
     value = by_value(facts, lambda rank: "built" if rank.kernels is None else "eager torch")
-    if failed := [rank for rank in facts if rank.kernels is not None]:
-        yield Check("CPU kernels", value, "WARN", f"{failed[0].kernels} on {who(failed)}")
-    else:
-        yield Check("CPU kernels", value)
+    yield judge("CPU kernels", value, f"{failed[0].kernels} on {who(failed)}" if failed else "")
 
+    failed = [rank for rank in facts if rank.gpu_kernel]
     results = {None: "no GPU", "": "built, run, equal bits"}
     value = by_value(facts, lambda rank: results.get(rank.gpu_kernel, "not as they should be"))
-    if failed := [rank for rank in facts if rank.gpu_kernel]:
-        yield Check("GPU kernels", value, "FAIL", f"{failed[0].gpu_kernel} on {who(failed)}")
-    else:
-        yield Check("GPU kernels", value)
+    yield judge("GPU kernels", value, f"{failed[0].gpu_kernel} on {who(failed)}" if failed else "", "FAIL")
 
 
 def check_data(facts: Sequence[Facts]) -> Check:
@@ -249,6 +246,4 @@ def check_data(facts: Sequence[Facts]) -> Check:
         value = by_value(facts, lambda rank: rank.data.sha[:12] if rank.data else "")
         return Check("data", f"sha256 {value}", "FAIL", "the hosts have other images below data.root: copy them again")
     value = f"{data[0].summary}, sha256 {data[0].sha[:12]}, read from every rank"
-    if data[0].num_quarantined:
-        return Check("data", value, "WARN", "see quarantine.tsv next to the manifest")
-    return Check("data", value)
+    return judge("data", value, "see quarantine.tsv next to the manifest" if data[0].num_quarantined else "")

@@ -33,7 +33,6 @@ class Facts:
     out."""
 
     rank: int
-    local_rank: int
     local_world_size: int
     host: str
     versions: dict[str, str]
@@ -43,7 +42,6 @@ class Facts:
     """Installed wheels of DALI and their versions."""
     torch_cuda: str | None
     """CUDA that torch was built for."""
-    cuda_available: bool
     nvidia_driver: bool
     """The machine has NVIDIA's kernel driver."""
     cxx11_abi: bool
@@ -87,14 +85,12 @@ def collect_facts(config: TrainConfig | None, ranks: Ranks, device: torch.device
     cache, free_cache = _cache()
     return Facts(
         rank=ranks.rank,
-        local_rank=ranks.local_rank,
         local_world_size=ranks.local_world_size,
         host=socket.gethostname(),
         versions=_versions(),
         git=git_revision(),
         dali={wheel: installed for wheel in DALI_WHEELS if (installed := version(wheel))},
         torch_cuda=torch.version.cuda,
-        cuda_available=torch.cuda.is_available(),
         nvidia_driver=Path("/proc/driver/nvidia/version").exists(),
         cxx11_abi=torch.compiled_with_cxx11_abi(),
         nccl=nccl_version(),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from bitfleet.launch.doctor.checks import Check, who
+from bitfleet.launch.doctor.checks import Check, judge, who
 from bitfleet.launch.doctor.facts import Facts
 from bitfleet.trainer.ranks.collectives import Ranks, barrier, from_first_rank, gather_from_ranks, receive, send
 
@@ -143,20 +143,14 @@ def check_network(facts: Sequence[Facts], network: Network) -> Iterator[Check]:
     first, last = min(offsets, key=offsets.__getitem__), max(offsets, key=offsets.__getitem__)
     missing, apart = len(facts) - len(offsets), offsets[last] - offsets[first]
     left_out = f" ({missing} ranks were left out, the time was over)" if missing else ""
-    value = f"{milliseconds(apart)} apart at most{left_out}"
-    if apart > CLOCK_SECONDS:
-        advice = f"{who([facts[last]])} is ahead of {who([facts[first]])}: run chrony or ntpd on every host"
-        yield Check("clocks", value, "WARN", advice)
-    else:
-        yield Check("clocks", value)
+    advice = f"{who([facts[last]])} is ahead of {who([facts[first]])}: run chrony or ntpd on every host"
+    yield judge("clocks", f"{milliseconds(apart)} apart at most{left_out}", advice if apart > CLOCK_SECONDS else "")
 
     median = statistics.median(pair.latency_seconds for pair in network.pairs)
     slowest = max(network.pairs, key=lambda pair: pair.latency_seconds)
     value = f"median {milliseconds(median)}, most {milliseconds(slowest.latency_seconds)}: {ends(slowest)}"
-    if slowest.latency_seconds > LATENCY_SECONDS:
-        yield Check("latency", value, "WARN", "a slow network or a busy host: compare with ping")
-    else:
-        yield Check("latency", value)
+    is_slow = slowest.latency_seconds > LATENCY_SECONDS
+    yield judge("latency", value, "a slow network or a busy host: compare with ping" if is_slow else "")
 
     median = statistics.median(pair.bytes_per_second for pair in network.pairs)
     slowest = min(network.pairs, key=lambda pair: pair.bytes_per_second)
@@ -164,13 +158,12 @@ def check_network(facts: Sequence[Facts], network: Network) -> Iterator[Check]:
         f"median {rate(median)}, least {rate(slowest.bytes_per_second)}: {ends(slowest)}; "
         f"each rank in an all-gather {rate(network.ring_bytes_per_second)}"
     )
+    advice = ""
     if slowest.bytes_per_second < SLOW_BYTES_PER_SECOND:
         advice = "less than 1 Gbit/s: is it the right interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)?"
-        yield Check("bandwidth", value, "WARN", advice)
     elif slowest.bytes_per_second < SLOWER_THAN_MEDIAN * median and facts[0].host != facts[slowest.rank].host:
-        yield Check("bandwidth", value, "WARN", "this link is slower than the others, and sets the pace of all")
-    else:
-        yield Check("bandwidth", value)
+        advice = "this link is slower than the others, and sets the pace of all"
+    yield judge("bandwidth", value, advice)
 
 
 def milliseconds(seconds: float) -> str:

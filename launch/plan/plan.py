@@ -50,7 +50,7 @@ class Cluster:
 
 
 class Mode(NamedTuple):
-    """How a rank runs its kernels."""
+    """Way in which a rank runs its kernels."""
 
     compiled: bool
     """The network runs through torch.compile."""
@@ -95,7 +95,7 @@ class Estimate(NamedTuple):
 
     @property
     def network(self) -> float:
-        """What the network adds to the step."""
+        """Seconds that the network adds to the step."""
         return self.exposed + self.after
 
 

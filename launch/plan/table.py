@@ -38,7 +38,7 @@ def answer(
     """Return two sentences: the speed of the cluster that was asked about, and how many nodes are
     worth having."""
     limit, reason = find_limit(estimates)
-    more = f"Every doubling helps up to {_nodes(limit)}, as far as this batch divides."
+    more = f"Every doubling helps up to {_nodes(limit)}; the batch divides over no more."
     if reason:
         more = f"More than {_nodes(limit)} {'does' if limit == 1 else 'do'} not help: {reason}."
     return [
@@ -145,6 +145,6 @@ def format_launches(modes: dict[Mode, Estimate], configured: Mode) -> list[str]:
         *table(rows, "<").splitlines(),
         f"forward, backward and rest: per micro-batch ({host.kernels.num_micro_batches} per step).",
         f"A CUDA graph launches the step in {1e3 * graph.launches:.2f} ms instead of {1e3 * host.launches:.2f}, and "
-        f"saves {1e3 * saved:.2f} of {1e3 * host.step:.2f} ms per step ({saved / host.step:.0%}): {_binds(host)} without "
-        f"it, {_binds(graph)} with it.",
+        f"saves {1e3 * saved:.2f} of {1e3 * host.step:.2f} ms per step ({saved / host.step:.0%}): {_binds(host)} "
+        f"without it, {_binds(graph)} with it.",
     ]

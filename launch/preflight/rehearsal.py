@@ -60,6 +60,8 @@ def rehearse(config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
             trainer.engine.destroy()
             del trainer
             gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
             reached(0)
         barrier()
     finally:

@@ -25,14 +25,12 @@ GOOD_DATA = Readable("10 training and 2 validation images", "ab" * 32, 0, "")
 def healthy(rank: int) -> Facts:
     return Facts(
         rank=rank,
-        local_rank=rank % 2,
         local_world_size=2,
         host=f"node{rank // 2}",
         versions={"python": "3.11.7", "C library": "glibc 2.36", "bitfleet": "0.1.0", "torch": "2.14.1"},
         git="abc",
         dali={"nvidia-dali-cuda130": "2.4.0"},
         torch_cuda="13.0",
-        cuda_available=True,
         nvidia_driver=True,
         cxx11_abi=True,
         nccl="2.30.7",
@@ -88,7 +86,7 @@ def test_healthy_ranks_pass() -> None:
 
 
 Case = tuple[str, Callable[[], dict[str, Check]], str, str]
-CPU = {"devices": [], "nvidia_driver": False, "cuda_available": False}
+CPU = {"devices": [], "nvidia_driver": False}
 CASES: list[Case] = [
     (
         "torch",
