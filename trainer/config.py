@@ -67,8 +67,9 @@ class TrainConfig:
     stop_after_steps: int | None = None
     """Stop, with a checkpoint, once so many optimizer steps are done. The schedules keep their length."""
     preflight: Literal["basic", "full"] = "basic"
-    """What is tried before the run. basic: memory, traffic and time are predicted, then compared with the first steps. full: two
-    optimizer steps on random images, a save, and reading it back on this and on other numbers of ranks, come before it."""
+    """Checks of the run. basic: the bytes sent per step are counted; memory and time are measured in the first
+    steps. full: before that, two optimizer steps on its data, a save, and reading it back on this and on other
+    numbers of ranks."""
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
