@@ -106,7 +106,7 @@ def job(device_name: str, config: "TrainConfig | None" = None) -> Iterator[tuple
     from bitfleet.trainer.engine.config import EngineConfig
     from bitfleet.trainer.ranks.collectives import COLLECTIVE_TIMEOUT, choose_device, use_device
     from bitfleet.trainer.ranks.membership import membership
-    from bitfleet.trainer.run.folder import versions
+    from bitfleet.trainer.run.versions import versions
 
     device = choose_device(device_name, ranks)
     use_arithmetic(device, config.engine if config else EngineConfig())

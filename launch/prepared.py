@@ -1,4 +1,4 @@
-"""A trainer whose run has been announced: what `bitfleet train` and `bitfleet reproduce` share."""
+"""Build a trainer and announce its run: what `bitfleet train` and `bitfleet reproduce` share."""
 
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def prepared_trainer(config: "TrainConfig", ranks: "Ranks", device: "torch.device") -> "Trainer":
-    """The trainer of the run, after rank 0 has said what it will do and take.
+    """Return the trainer of the run, after rank 0 has said what the run will do and need.
 
     Raises:
         ValueError: bad input.
@@ -32,16 +32,16 @@ def prepared_trainer(config: "TrainConfig", ranks: "Ranks", device: "torch.devic
         state = f"continues {trainer.begun.path}" if trainer.begun else "starts"
         if trainer.step >= trainer.num_steps:
             state = (
-                f"is finished (to train on from its weights, pass another --run_dir and --init {trainer.folder.path})"
+                f"is finished (to continue from its weights, pass another --run_dir and --init {trainer.folder.path})"
             )
         elif config.stop_after_steps and trainer.step >= config.stop_after_steps:
-            state = f"is at step {trainer.step:,}, past --stop_after_steps {config.stop_after_steps:,}: nothing is to be done"
+            state = f"is at step {trainer.step:,}, past --stop_after_steps {config.stop_after_steps:,}: nothing to do"
         print(
             f"run {trainer.folder.path} {state}: {trainer.num_steps:,} steps on {ranks.world_size} "
             f"rank{'s' * (ranks.world_size > 1)} ({device.type}, {trainer.config.engine.precision})"
         )
         if device.type == "cuda" and not config.engine.deterministic:
-            print("engine.deterministic is off: the same run again, or continued, may end with other bits")
+            print("engine.deterministic is off: repeating or continuing the run may give other bits")
     cost = trainer.checkpoints.cost()
     if is_first_rank():
         preflight = Preflight(trainer)

@@ -15,6 +15,7 @@ from bitfleet.trainer.data import DataConfig
 from bitfleet.trainer.engine.config import EngineConfig, resolve_precision
 from bitfleet.trainer.journal.config import JournalConfig
 from bitfleet.trainer.metrics.config import MetricsConfig
+from bitfleet.trainer.run.folder import read_resolved
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +55,9 @@ class TrainConfig:
     stop_after_steps: int | None = None
     """Stop with a checkpoint after N optimizer steps. The schedules keep their length."""
     preflight: Literal["basic", "full"] = "basic"
-    """Checks before the run. basic: none; memory, traffic and time are measured in the first steps. full: first two optimizer steps in
-    a scratch folder, a save, and reading it back on this and on other numbers of ranks."""
+    """Checks of the run. basic: the bytes sent per step are counted; memory and time are measured in the first
+    steps. full: before that, two optimizer steps on its data, a save, and reading it back on this and on other
+    numbers of ranks."""
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -174,6 +176,15 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Return `config` as JSON types."""
     resolved: dict[str, Any] = json.loads(TypeAdapter(TrainConfig).dump_json(config))
     return resolved
+
+
+def read_config(run: Path) -> TrainConfig:
+    """Return the configuration of the run at `run`.
+
+    Raises:
+        ValueError: there is no run, or its file is damaged.
+    """
+    return from_dict(read_resolved(run))
 
 
 def from_dict(resolved: dict[str, Any]) -> TrainConfig:

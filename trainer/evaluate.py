@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitfleet.models import create_model
 from bitfleet.trainer.checkpoint import is_checkpoint, latest_checkpoint, load_model, read_meta
-from bitfleet.trainer.config import TrainConfig
+from bitfleet.trainer.config import TrainConfig, read_config
 from bitfleet.trainer.data import ValidationLoader, normalize, open_dataset
 from bitfleet.trainer.engine.arithmetic import use_arithmetic
 from bitfleet.trainer.engine.config import Precision, resolve_precision
@@ -20,7 +20,6 @@ from bitfleet.trainer.engine.nonfinite import broken
 from bitfleet.trainer.metrics import Accuracy, AccuracyMeter
 from bitfleet.trainer.ranks.check_same import agree
 from bitfleet.trainer.ranks.collectives import Ranks, sum_of_numbers
-from bitfleet.trainer.run.folder import read_config
 
 
 @torch.no_grad()

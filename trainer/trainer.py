@@ -44,9 +44,10 @@ from bitfleet.trainer.metrics import Accuracy, Reports, StepObserver, hyperparam
 from bitfleet.trainer.ranks.check_same import agree
 from bitfleet.trainer.ranks.collectives import Ranks, from_first_rank
 from bitfleet.trainer.ranks.heartbeat import reached
-from bitfleet.trainer.run.folder import versions, write_config
+from bitfleet.trainer.run.folder import write_config
 from bitfleet.trainer.run.out_of_memory import is_out_of_memory, training_out_of_memory
 from bitfleet.trainer.run.stop import StopWatcher
+from bitfleet.trainer.run.versions import versions
 
 
 class TrainStep:
@@ -357,7 +358,7 @@ class Trainer:
         config, ranks = self.config, self.ranks
         if ranks.is_first:
             facts = {"world_size": ranks.world_size, "num_replicas": self.num_replicas, "device": str(self.device)}
-            write_config(self.folder.path, config, facts)
+            write_config(self.folder.path, to_dict(config), facts)
         self.reports = Reports(
             self.folder.path,
             ranks,

@@ -12,8 +12,7 @@ from bitfleet.launch.text import table
 from bitfleet.optim import Schedule
 from bitfleet.optim.rules.rule import RULES
 from bitfleet.trainer.checkpoint.format import latest_checkpoint, step_of
-from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.run.folder import read_config
+from bitfleet.trainer.config import TrainConfig, read_config
 
 REASON_WIDTH = 84
 

@@ -1,4 +1,4 @@
-"""Launch: `bitfleet launch deepspeed ...` starts a run on one machine or many, `--print` shows each launcher's command."""
+"""`bitfleet launch`: start a run on one machine or many, or print each launcher's command."""
 
 import dataclasses
 import os
@@ -8,32 +8,63 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from bitfleet.launch.cluster.exports import deepspeed_line, traveling, users_lines
+from tyro.conf import Positional
+
 from bitfleet.launch.cluster.hosts import Host, check_reachable, is_here, reachable_address, read_hostfile
-from bitfleet.launch.cluster.launchers import PRINTERS, SSH_OPTIONS, Request, deepspeed_words, host_zero
+from bitfleet.launch.cluster.launchers import (
+    PRINTERS,
+    SSH_OPTIONS,
+    Request,
+    deepspeed_line,
+    deepspeed_words,
+    host_zero,
+    traveling,
+    users_lines,
+)
 from bitfleet.launch.cluster.supervise import ask_by_file, ask_ranks, supervise
 from bitfleet.launch.job import free_port
 from bitfleet.launch.parsing.arguments import parse_train
-from bitfleet.launch.parsing.options import take_flag, take_number, take_option
+from bitfleet.launch.parsing.commands import MaybeCount, parse_with_run
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.run.stop import STOP_FILE
-from bitfleet.trainer.run.user_paths import users_path
 
-USAGE = """usage: bitfleet launch deepspeed --config NAME [where] [--section.field value ...]
-       bitfleet launch --print deepspeed|slurm|torchrun|mpirun|kubernetes --config NAME [where] [--section.field value ...]
 
-With --reproduce NAME instead of --config it is `bitfleet reproduce NAME` on all ranks.
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Start a run on all ranks under DeepSpeed, and stay above it; or print how another launcher
+    starts it.
 
-Starts the run under DeepSpeed and stays above it: SIGTERM, SIGUSR1, SIGINT and SIGHUP make all ranks save and end (exit code
-75), nobody is left behind, and the exit code is not 0 when the launcher was killed. With --print only shows the command, and
-what it assumes.
+    The options of the run follow: --config NAME [--section.field value ...], or --reproduce NAME
+    for `bitfleet reproduce NAME` on all ranks. SIGTERM, SIGUSR1, SIGINT and SIGHUP make all ranks
+    save and end (exit code 75), no process is left behind, and the exit code is not 0 if the
+    launcher was killed.
+    """
 
-  --gpus 8                  ranks on a node, one a GPU (CPU ranks without GPUs); default: the GPUs here, or 1
-  --nodes 4                 number of nodes (slurm, kubernetes; torchrun and mpirun with --master_addr)
-  --hostfile hosts          instead of both: `node1 slots=8`, a line a node
-  --no_ssh --node_rank 1    deepspeed: start the ranks of this node only; the same command runs on every node
-  --master_addr, --master_port     where the ranks meet; default: the first node, 29500 (alone: any free port)"""
+    launcher: Positional[Literal["deepspeed", "slurm", "torchrun", "mpirun", "kubernetes"]]
+    """Only deepspeed is started; the others are printed."""
+    print: bool = False
+    """Only show the command, and what it assumes."""
+    gpus: MaybeCount = None
+    """Ranks per node, one per GPU (CPU ranks without GPUs). Default: the GPUs here, or 1."""
+    nodes: MaybeCount = None
+    """Nodes (slurm, kubernetes; torchrun and mpirun with --master_addr)."""
+    hostfile: Path | None = None
+    """File with a line `node1 slots=8` per node, instead of --gpus and --nodes."""
+    no_ssh: bool = False
+    """deepspeed: start the ranks of this node only; the same command runs on every node."""
+    node_rank: int | None = None
+    """Number of this node, from 0, with --no_ssh."""
+    master_addr: str | None = None
+    """Machine where the ranks meet. Default: the first node."""
+    master_port: MaybeCount = None
+    """Port where the ranks meet. Default: 29500; on one machine any free port."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reproduce:
+    reproduce: str | None = None
 
 
 def launch(arguments: Sequence[str]) -> None:
@@ -43,103 +74,104 @@ def launch(arguments: Sequence[str]) -> None:
         ValueError: bad input.
         SystemExit: with the exit code of the run.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    only_print, rest = take_flag(arguments, "--print")
-    launcher, *rest = rest or [""]
-    if launcher not in PRINTERS:
-        raise ValueError(f"bitfleet launch starts or prints one of {', '.join(PRINTERS)}, not {launcher!r}")
-    request, config = read_request(rest, launcher)
-    if only_print:
-        print(PRINTERS[launcher](request))
-    elif launcher != "deepspeed":
+    options: Launch
+    options, rest = parse_with_run(Launch, arguments or ["--help"], "bitfleet launch")
+    request, config = _make_request(options, rest)
+    if options.print:
+        print(PRINTERS[options.launcher](request))
+    elif options.launcher != "deepspeed":
         raise ValueError(
-            f"bitfleet launch starts deepspeed only: bitfleet launch --print {launcher} shows what you start"
+            f"bitfleet launch starts deepspeed only: bitfleet launch --print {options.launcher} shows what you start"
         )
     else:
         sys.exit(start(request, config))
 
 
 def read_request(arguments: Sequence[str], launcher: str) -> tuple[Request, TrainConfig]:
-    """What `arguments` ask for; the options of the run itself are checked here already, before any node is asked.
+    """Return the run that `arguments` ask `launcher` for; the options of the run are checked before
+    any node is asked.
 
     Raises:
         ValueError: bad input.
     """
-    hostfile, rest = take_option(arguments, "--hostfile")
-    address, rest = take_option(rest, "--master_addr")
-    port, rest = take_number(rest, "--master_port", 0)
-    node_rank, rest = take_option(rest, "--node_rank")
-    no_ssh, rest = take_flag(rest, "--no_ssh")
-    nodes, rest = take_number(rest, "--nodes", 0)
-    gpus, rest = take_number(rest, "--gpus", 0)
-    config = _parse_run(rest, f"bitfleet launch {launcher}")
-    if port > 65535:
-        raise ValueError(f"--master_port must be at most 65535, not {port}")
-    if hostfile and (nodes or gpus):
+    return _make_request(*parse_with_run(Launch, [launcher, *arguments], "bitfleet launch"))
+
+
+def _make_request(options: Launch, rest: Sequence[str]) -> tuple[Request, TrainConfig]:
+    config = _parse_run(rest, f"bitfleet launch {options.launcher}")
+    if (options.master_port or 0) > 65535:
+        raise ValueError(f"--master_port must be at most 65535, not {options.master_port}")
+    if options.hostfile and (options.nodes or options.gpus):
         raise ValueError("--hostfile says how many nodes and ranks there are: leave out --nodes and --gpus")
-    hosts = read_hostfile(users_path(hostfile)) if hostfile else [Host("", gpus or gpus_here())] * (nodes or 1)
+    if options.hostfile:
+        hosts = read_hostfile(options.hostfile)
+    else:
+        hosts = [Host("", options.gpus or gpus_here())] * (options.nodes or 1)
+    if len(hosts) > 1 and config.run_dir is None:
+        raise ValueError("pass --run_dir: a folder that all nodes share, where the run and its checkpoints are")
     request = Request(
         tuple(hosts),
         tuple(rest),
-        users_path(hostfile) if hostfile else None,
-        address,
-        port or None,
+        options.hostfile,
+        options.master_addr,
+        options.master_port,
         exports=traveling(os.environ, config.device),
     )
-    if len(hosts) > 1 and config.run_dir is None:
-        raise ValueError("pass --run_dir: a folder that all nodes share, where the run and its checkpoints are")
-    return (_for_deepspeed(request, no_ssh, node_rank) if launcher == "deepspeed" else request), config
+    return (_for_deepspeed(request, options) if options.launcher == "deepspeed" else request), config
 
 
 def _parse_run(arguments: Sequence[str], prog: str) -> TrainConfig:
-    name, rest = take_option(arguments, "--reproduce")
-    if name is None:
+    asked, rest = parse_with_run(_Reproduce, arguments, prog)
+    if asked.reproduce is None:
         return parse_train(arguments, prog)
     from bitfleet.launch.reproduce.command import parse_reproduce
 
-    *_, config = parse_reproduce([name, *rest])
+    *_, config = parse_reproduce([asked.reproduce, *rest])
     return config
 
 
-def _for_deepspeed(request: Request, no_ssh: bool, node_rank: str | None) -> Request:
-    """With the traps of DeepSpeed's command avoided."""
-    several = len(request.hosts) > 1
+def _for_deepspeed(request: Request, options: Launch) -> Request:
+    """Return `request` with the traps of DeepSpeed's command avoided."""
+    several, first = len(request.hosts) > 1, request.hosts[0].name
     if several and request.hostfile is None:
         raise ValueError("deepspeed on several nodes needs --hostfile (a line `node1 slots=8` for each)")
-    if no_ssh or node_rank is not None:
-        if not no_ssh or node_rank is None or request.hostfile is None:
+    if options.no_ssh or options.node_rank is not None:
+        if not options.no_ssh or options.node_rank is None or request.hostfile is None:
             raise ValueError("--no_ssh, --node_rank and --hostfile go together: each node is started with its number")
-        if not node_rank.isdecimal() or int(node_rank) >= len(request.hosts):
-            raise ValueError(f"--node_rank must be a number from 0 to {len(request.hosts) - 1}, not {node_rank!r}")
-        return dataclasses.replace(
-            request, node_rank=int(node_rank), master_addr=request.master_addr or host_zero(request)
-        )
-    if several or not (request.hosts[0].name == "" or is_here(request.hosts[0].name)):
-        address = request.master_addr or reachable_address(request.hosts[0].name)
+        last = len(request.hosts) - 1
+        if not 0 <= options.node_rank <= last:
+            raise ValueError(f"--node_rank must be a number from 0 to {last}, not {options.node_rank}")
+        meeting_point = request.master_addr or host_zero(request)
+        return dataclasses.replace(request, node_rank=options.node_rank, master_addr=meeting_point)
+    if several or (first and not is_here(first)):
+        address = request.master_addr or reachable_address(first)
         return dataclasses.replace(request, remote=not several, master_addr=address)
-    # One machine, this one: no ssh to itself.
-    return dataclasses.replace(request, hostfile=None)
+    return dataclasses.replace(request, hostfile=None)  # this machine alone: no ssh to itself
 
 
 def start(request: Request, config: TrainConfig) -> int:
-    """Run DeepSpeed's command below this process; the exit code of the run.
+    """Run DeepSpeed's command below this process; return the exit code of the run.
 
     Raises:
-        ValueError: pdsh is missing, ssh does not reach a host, or a line of a .deepspeed_env of the user's cannot be read.
+        ValueError: pdsh is missing, ssh does not reach a host, or a line of the user's
+            .deepspeed_env cannot be read.
     """
+    if request.by_ssh:
+        return _start_over_ssh(request, config)
     environ = dict(os.environ)
+    if request.node_rank is None:
+        visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        on_gpus = config.device != "cpu" and gpus_here(0) > 0
+        request = dataclasses.replace(
+            request,
+            master_port=request.master_port or free_port(),
+            visible_devices=on_gpus and len(visible) == request.world_size,
+        )
     told: set[int] = set()
-    if not request.by_ssh:
-        if request.node_rank is None:
-            port = request.master_port or free_port()
-            visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-            on_gpus = config.device != "cpu" and gpus_here(0) > 0
-            request = dataclasses.replace(
-                request, master_port=port, visible_devices=on_gpus and len(visible) == request.world_size
-            )
-        return supervise(deepspeed_words(request), environ, lambda number: ask_ranks(number, told))
+    return supervise(deepspeed_words(request), environ, lambda number: ask_ranks(number, told))
+
+
+def _start_over_ssh(request: Request, config: TrainConfig) -> int:
     if shutil.which("pdsh") is None:
         raise ValueError(
             "DeepSpeed reaches other machines through pdsh, which is not installed here (apt-get install pdsh)"
@@ -149,24 +181,23 @@ def start(request: Request, config: TrainConfig) -> int:
             "pass --run_dir: a folder that this machine and the other share, where the run and its checkpoints are"
         )
     stop_file, written = config.run_dir / STOP_FILE, list[float]()
+    environ = dict(os.environ)
     environ["PDSH_SSH_ARGS_APPEND"] = f"{environ.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS}".strip()
-    if "PDSH_SSH_ARGS" not in environ:  # the user's own way to call ssh
+    if "PDSH_SSH_ARGS" not in environ:  # the user's way to call ssh
         check_reachable([host.name for host in request.hosts], environ["PDSH_SSH_ARGS_APPEND"])
     lines = users_lines((Path.home(), Path.cwd()))
     lines += [deepspeed_line(name, value) for name, value in request.exports.items()]
+    names = " ".join(line.partition("=")[0].strip() for line in lines) or "none"
+
+    def ask(_: signal.Signals) -> None:
+        ask_by_file(stop_file, written)
+
     with tempfile.TemporaryDirectory(prefix="bitfleet-") as folder:
         file = Path(folder, "deepspeed_env")
         file.write_text("".join(f"{line}\n" for line in lines))
-        environ["DS_ENV_FILE"] = str(file)  # in the place of the user's, whose lines it holds
-        names = " ".join(line.partition("=")[0].strip() for line in lines)
-        print(
-            f"bitfleet: {request.world_size} ranks on {len(request.hosts)} host(s); environment that travels: {names or 'none'}"
-        )
-        sys.stdout.flush()
-
-        def ask(_: signal.Signals) -> None:
-            ask_by_file(stop_file, written)
-
+        environ["DS_ENV_FILE"] = str(file)  # replaces the user's files, whose lines it holds
+        ranks = f"{request.world_size} ranks on {len(request.hosts)} host(s)"
+        print(f"bitfleet: {ranks}; environment that travels: {names}", flush=True)
         code = supervise(deepspeed_words(request), environ, ask)
     if written:
         stop_file.unlink(missing_ok=True)
@@ -174,7 +205,7 @@ def start(request: Request, config: TrainConfig) -> int:
 
 
 def gpus_here(otherwise: int = 1) -> int:
-    """GPUs that this process may use; `otherwise` without any."""
+    """Return the number of GPUs that this process may use; `otherwise` without any."""
     import torch
 
     return torch.cuda.device_count() or otherwise

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Run a job on private "hosts" of this machine: network namespaces on one switch, each with processes, host name and /dev/shm of
-# its own. What a host sends is in the counters of its only cable (eth0), with no other traffic.
+# Run a job on private "hosts" of this machine: network namespaces on one switch, each with separate processes, host
+# name and /dev/shm. The counters of a host's only cable (eth0) show what it sends, without other traffic.
 #
 #   launch/cluster/hosts.sh NUM_HOSTS RANKS_PER_HOST [--rate RATE] SCRIPT [ARGUMENT ...]      as root, with iproute2
 #   launch/cluster/hosts.sh 2 2 -m bitfleet.launch bench comm
 #   launch/cluster/hosts.sh 4 1 --rate 100mbit -m bitfleet.launch bench sharding --network xnornet
 #
-# RATE (as tc writes it: 100mbit, 1gbit) is what every cable carries at most, in each direction; without it they are as fast as
-# the machine copies. torchrun starts the ranks (no sshd is needed) and they meet at 10.77.0.1, which exists inside the namespaces
-# only.
+# RATE (in the notation of tc: 100mbit, 1gbit) limits every cable, in each direction; without it they are as fast as the
+# machine copies. torchrun starts the ranks (no sshd is needed); they meet at 10.77.0.1, which exists only inside the
+# namespaces.
 set -euo pipefail
 
 rate=
@@ -30,7 +30,7 @@ shift 2
 switch=bitfleet-switch-$$
 declare -A pid
 
-cleanup() { # unshare ignores SIGTERM; its end takes the whole host down (--kill-child)
+cleanup() { # unshare ignores SIGTERM; its end ends the whole host (--kill-child)
     trap '' INT TERM # timeout(1) sends its signal twice
     for host in $(seq "$num_hosts"); do
         if [ -n "${pid[$host]:-}" ]; then kill -KILL "${pid[$host]}" 2>/dev/null || true; fi
@@ -41,7 +41,7 @@ cleanup() { # unshare ignores SIGTERM; its end takes the whole host down (--kill
 trap cleanup EXIT
 trap 'exit 130' INT TERM
 
-# A bucket of 64 KB: a burst is 5 ms at 100 Mbit/s. Packets queue for up to 100 ms, then TCP is told by a loss.
+# A bucket of 64 KB: a burst is 5 ms at 100 Mbit/s. Packets queue for up to 100 ms, then they are dropped.
 shape() { # namespace, interface
     if [ -n "$rate" ]; then tc -n "$1" qdisc add dev "$2" root tbf rate "$rate" burst 64kb latency 100ms; fi
 }
@@ -61,7 +61,7 @@ for host in $(seq "$num_hosts"); do
     shape "$switch" "port$host"
 done
 
-# What runs inside a host: $1 is its name, the rest the command.
+# Script that runs inside a host: $1 is its name, the rest the command.
 read -r -d '' inside <<'EOF' || true
 hostname "bitfleet-$1"
 mount --make-rprivate /
@@ -80,7 +80,7 @@ for host in $(seq "$num_hosts"); do
     pid[$host]=$!
 done
 
-# The first host that fails ends the job; the others get some seconds to say what they saw.
+# The first host that fails ends the job; the others get 15 seconds to print their errors.
 code=0
 for _ in $(seq "$num_hosts"); do
     wait -n || code=$?

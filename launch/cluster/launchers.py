@@ -1,57 +1,68 @@
-"""The command of each launcher for one run, and what it takes for granted."""
+"""Write the command of each launcher for one run, and what it assumes.
+
+DeepSpeed takes along environment variables that start with PYTHON, UCX, MV2 or MLFLOW (and NCCL if
+the launching machine has a GPU), and the lines of ~/.deepspeed_env and ./.deepspeed_env, or of the
+file that DS_ENV_FILE names; nothing else. So bitfleet writes such a file.
+"""
 
 import dataclasses
 import os
+import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from bitfleet.launch.cluster.exports import deepspeed_line
 from bitfleet.launch.cluster.hosts import Host
 from bitfleet.launch.cluster.places import DEFAULT_PORT
 
 MODULE = "bitfleet.launch.train"
 FILES = Path(__file__).parent
 SSH_OPTIONS = "-o BatchMode=yes -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
-"""ssh never asks, and gives up a machine that has not answered for 30 s."""
+"""ssh never asks for a password, and gives up a machine that has not answered for 30 s."""
+EXPORTED_PREFIXES = tuple(
+    "BITFLEET_ NCCL_ GLOO_ TORCH_ OMP_ MKL_ KMP_ GOMP_ MALLOC_ DALI_ CUDA_DEVICE_ CUBLAS_".split()
+)
+EXPORTED = tuple("DS_ACCELERATOR DEEPSPEED_TIMEOUT LD_LIBRARY_PATH LD_PRELOAD CUDA_HOME".split())
+NOT_EXPORTED = ("BITFLEET_ALONE",)
 SAME = "the same bitfleet, Python environment, data and working folder under the same paths on every node"
 SHARED = "--run_dir on a file system that all nodes share"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
-    """What is to be started."""
+    """A run to start."""
 
     hosts: tuple[Host, ...]
-    """The machines; names are "" where they are not known."""
+    """The machines; names are "" if unknown."""
     arguments: tuple[str, ...]
-    """Of launch/train.py."""
+    """Arguments of launch/train.py."""
     hostfile: Path | None = None
     master_addr: str | None = None
     master_port: int | None = None
     node_rank: int | None = None
-    """With --no_ssh: the number of this machine."""
+    """Number of this machine, with --no_ssh."""
     remote: bool = False
-    """Whether the only host is another machine."""
+    """The only host is another machine."""
     visible_devices: bool = False
-    """CUDA_VISIBLE_DEVICES names a device for each rank: DeepSpeed heeds it only where it is given no number."""
+    """CUDA_VISIBLE_DEVICES names a device per rank, which DeepSpeed heeds only without a number of
+    ranks."""
     exports: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Environment that must travel."""
+    """Environment variables that ranks on other machines need."""
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """Number of ranks."""
         return sum(host.slots for host in self.hosts)
 
     @property
     def by_ssh(self) -> bool:
-        """Whether DeepSpeed starts ranks on other machines."""
+        """DeepSpeed starts ranks on other machines."""
         return self.node_rank is None and (len(self.hosts) > 1 or self.remote)
 
     @property
     def port(self) -> int:
-        """Where rank 0 listens."""
+        """Port on which rank 0 listens."""
         return self.master_port or DEFAULT_PORT
 
 
@@ -63,17 +74,18 @@ class Printed:
     assumptions: tuple[str, ...]
 
     def __str__(self) -> str:
-        return "\n".join([*self.lines, "", "It assumes:", *(f"  - {each}" for each in self.assumptions)])
+        return "\n".join([*self.lines, "", "It assumes:", *(f"  - {assumption}" for assumption in self.assumptions)])
 
 
 def tool(name: str) -> str:
-    """A command of this Python environment; relative where the environment is below the working folder, as .venv is."""
+    """Return the path of a command of this Python environment, relative if it is below the working
+    folder, as .venv is."""
     path = Path(sys.executable).with_name(name)
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def deepspeed_words(request: Request) -> list[str]:
-    """DeepSpeed's command."""
+    """Return DeepSpeed's command."""
     words = [tool("deepspeed")]
     if request.hostfile is not None and (request.by_ssh or request.node_rank is not None):
         words += ["--hostfile", str(request.hostfile)]
@@ -87,12 +99,13 @@ def deepspeed_words(request: Request) -> list[str]:
         words += ["--master_addr", request.master_addr]
     if request.master_port:
         words += ["--master_port", str(request.master_port)]
-    arguments = [pdsh_argument(each) for each in request.arguments] if request.by_ssh else request.arguments
+    arguments = [pdsh_argument(argument) for argument in request.arguments] if request.by_ssh else request.arguments
     return [*words, "--module", MODULE, *arguments]
 
 
 def pdsh_argument(argument: str) -> str:
-    """`argument` so that it survives DeepSpeed (which puts quotes around what has a space), pdsh (%) and the remote shell."""
+    """Quote `argument` for DeepSpeed (which puts quotes around words with a space), pdsh (%) and
+    the remote shell."""
     argument = argument.replace("%", "%%")
     if " " in argument:
         for character in ("\\", "$", "`"):
@@ -102,14 +115,12 @@ def pdsh_argument(argument: str) -> str:
 
 
 def print_deepspeed(request: Request) -> Printed:
-    """`deepspeed`: here, over ssh, or on each node by --no_ssh."""
+    """Print `deepspeed`: here, over ssh, or on each node by --no_ssh."""
     command = shlex.join(deepspeed_words(request))
     if not request.by_ssh and request.node_rank is None:
         ranks = f"{request.world_size} rank{'s' * (request.world_size > 1)}"
-        where = (
-            "" if sum(1 for _ in request.hosts) == 1 and not request.hosts[0].name else f" ({request.hosts[0].name})"
-        )
-        return Printed((command,), (f"{ranks} on this machine{where}, one a GPU where there are GPUs",))
+        host = f" ({request.hosts[0].name})" if request.hosts[0].name else ""
+        return Printed((command,), (f"{ranks} on this machine{host}, one per GPU if there are GPUs",))
     port = f"port {request.port} and the ports that Linux gives to clients open between the nodes"
     if request.node_rank is not None:
         return Printed(
@@ -125,14 +136,14 @@ def print_deepspeed(request: Request) -> Printed:
     address = (
         f"--master_addr {request.master_addr} reaches {request.hosts[0].name} from every node"
         if request.master_addr
-        else f"the first address that `hostname -I` says on {request.hosts[0].name} is the right one (else --master_addr)"
+        else f"the first address of `hostname -I` on {request.hosts[0].name} is the right one (else --master_addr)"
     )
     ssh = "pdsh here; ssh without a password from here to every host of the file, this machine too if it is in it"
     return Printed(tuple(lines), (ssh, SAME, SHARED, address, port))
 
 
 def print_torchrun(request: Request) -> Printed:
-    """`torchrun` on every node."""
+    """Print `torchrun` for every node."""
     words = ["-m", MODULE, *request.arguments]
     if len(request.hosts) == 1:
         head = [tool("torchrun"), "--standalone", "--nproc-per-node", str(request.world_size)]
@@ -156,7 +167,7 @@ def print_torchrun(request: Request) -> Printed:
 
 
 def print_mpirun(request: Request) -> Printed:
-    """`mpirun` of Open MPI."""
+    """Print `mpirun` of Open MPI."""
     words = ["mpirun", "-np", str(request.world_size), "--bind-to", "none"]
     if request.hostfile is not None:
         words += ["--hostfile", str(request.hostfile), "--map-by", "slot"]
@@ -173,7 +184,7 @@ def print_mpirun(request: Request) -> Printed:
 
 
 def print_slurm(request: Request) -> Printed:
-    """`sbatch launch/cluster/slurm.sh`."""
+    """Print `sbatch launch/cluster/slurm.sh`."""
     gpus = _even_slots(request, "slurm")
     words = ["sbatch", "--nodes", str(len(request.hosts)), "--ntasks-per-node", str(gpus), "--gpus-per-node", str(gpus)]
     return Printed(
@@ -191,7 +202,7 @@ def print_slurm(request: Request) -> Printed:
 
 
 def print_kubernetes(request: Request) -> Printed:
-    """`kubectl apply -f launch/cluster/kubernetes.yaml`."""
+    """Print `kubectl apply -f launch/cluster/kubernetes.yaml` and what to change in the file."""
     gpus = _even_slots(request, "kubernetes")
     return Printed(
         (
@@ -202,7 +213,7 @@ def print_kubernetes(request: Request) -> Printed:
             f"kubectl apply -f {shlex.quote(str(FILES / 'kubernetes.yaml'))}",
         ),
         (
-            "an image made by `docker build -f launch/cluster/container/Dockerfile -t NAME .`, pushed where the nodes find it",
+            "an image of `docker build -f launch/cluster/container/Dockerfile -t NAME .`, pushed to a registry",
             "a volume claim `bitfleet` for the data and --run_dir that all pods may write (ReadWriteMany)",
             "Kubernetes 1.31 or newer (podFailurePolicy)",
         ),
@@ -219,10 +230,10 @@ PRINTERS = {
 
 
 def host_zero(request: Request) -> str:
-    """The name of the machine of rank 0.
+    """Return the name of the machine of rank 0.
 
     Raises:
-        ValueError: nobody said it.
+        ValueError: it is unknown.
     """
     if not request.hosts[0].name:
         raise ValueError(
@@ -232,9 +243,61 @@ def host_zero(request: Request) -> str:
 
 
 def _even_slots(request: Request, launcher: str) -> int:
-    slots: Sequence[int] = sorted({host.slots for host in request.hosts})
+    slots = sorted({host.slots for host in request.hosts})
     if len(slots) > 1:
         raise ValueError(
-            f"{launcher} starts equally many ranks on every node, but the hostfile has {slots[0]} and {slots[-1]} slots"
+            f"{launcher} starts the same number of ranks on every node, but the hostfile has {slots[0]} and {slots[-1]}"
         )
     return slots[0]
+
+
+def traveling(environ: Mapping[str, str], device: str) -> dict[str, str]:
+    """Return the variables of `environ` that ranks on other machines need too.
+
+    Args:
+        environ: the launching shell's.
+        device: "auto", "cpu" or "gpu"; DeepSpeed is told of "cpu", or it warns on every rank.
+
+    Raises:
+        ValueError: a value has several lines, which a file of lines cannot hold.
+    """
+    exports = {
+        name: value
+        for name, value in sorted(environ.items())
+        if (name.startswith(EXPORTED_PREFIXES) or name in EXPORTED) and name not in NOT_EXPORTED
+    }
+    if device == "cpu":
+        exports.setdefault("DS_ACCELERATOR", "cpu")
+    for name, value in exports.items():
+        if "\n" in value:
+            raise ValueError(
+                f"the environment variable {name} has several lines, which cannot travel to other machines: unset it"
+            )
+    return exports
+
+
+def deepspeed_line(name: str, value: str) -> str:
+    """Return `NAME=VALUE` for DeepSpeed's file; DeepSpeed puts double quotes around values with
+    special characters."""
+    if re.search(r"[^\w@%+=:,./-]", value):
+        value = re.sub(r'([\\"$`])', r"\\\1", value)
+    return f"{name}={value}"
+
+
+def users_lines(folders: tuple[Path, ...]) -> list[str]:
+    """Return the lines of the user's .deepspeed_env in `folders`; later ones win.
+
+    Raises:
+        ValueError: a line without "=", over which DeepSpeed fails.
+    """
+    lines = []
+    for path in (folder / ".deepspeed_env" for folder in folders):
+        if not path.is_file():
+            continue
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if not re.match(r"\s*\w+\s*=", line):
+                raise ValueError(
+                    f"{path}, line {number}: DeepSpeed reads only lines NAME=VALUE, not {line!r}: remove it"
+                )
+            lines.append(line)
+    return lines

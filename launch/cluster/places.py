@@ -1,4 +1,4 @@
-"""Which rank this process is: from the environment of the launcher that started it.
+"""Find the rank of this process in the environment of the launcher that started it.
 
     launcher    known by                            its documentation
     torchrun    TORCHELASTIC_RUN_ID                 docs.pytorch.org: torchrun, "Environment Variables"
@@ -7,24 +7,24 @@
                 PMI_RANK and MPI_LOCALRANKID        MPICH's and Intel MPI's Hydra
                 PMI_RANK and PMI_LOCAL_RANK         Cray's PALS
     srun        SLURM_STEP_ID and SLURM_PROCID      srun(1), "OUTPUT ENVIRONMENT VARIABLES"
-    kubernetes  JOB_COMPLETION_INDEX                "Indexed Job"; with WORLD_SIZE, one process a pod
+    kubernetes  JOB_COMPLETION_INDEX                "Indexed Job"; with WORLD_SIZE, one process per pod
     by hand     RANK                                torch.distributed, "Environment variable initialization"
     alone       none of these
 
-The first that is there counts: torchrun in an srun step is torchrun, mpirun in an allocation is mpirun. What the user sets
-(MASTER_ADDR, MASTER_PORT, LOCAL_RANK, LOCAL_WORLD_SIZE) wins; RANK and WORLD_SIZE beside a launcher's own must equal them.
+The first one found counts: torchrun in an srun step is torchrun, mpirun in an allocation is mpirun.
+What the user sets (MASTER_ADDR, MASTER_PORT, LOCAL_RANK, LOCAL_WORLD_SIZE) wins; RANK and
+WORLD_SIZE next to a launcher's variables must equal them.
 """
 
 import dataclasses
+import re
 import zlib
 from collections.abc import Mapping
 
-from bitfleet.launch.cluster.slurm_lists import first_host, tasks_of_node
-
 DEFAULT_PORT = 29500
-"""torch's and DeepSpeed's own."""
+"""Default of torch and DeepSpeed."""
 FIRST_PORT, NUM_PORTS = 10_000, 20_000
-"""Ports that are computed lie below those which Linux gives to clients (32768 to 60999)."""
+"""Range of computed ports, below those that Linux gives to clients (32768 to 60999)."""
 LOOPBACK = "127.0.0.1"
 
 
@@ -39,14 +39,14 @@ class Place:
     local_rank: int
     local_world_size: int
     master_addr: str
-    """Where rank 0 listens."""
+    """Machine on which rank 0 listens."""
     master_port: int | None
-    """None: any free one, for a rank alone."""
+    """None for a rank alone: any free port."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Started:
-    """What a launcher says; None where it says nothing."""
+    """Variables of a launcher; None if unset."""
 
     launcher: str
     rank: tuple[str, int]
@@ -59,10 +59,10 @@ class _Started:
 
 
 def place_from(environ: Mapping[str, str]) -> Place:
-    """The place of the process with the environment `environ`.
+    """Return the place of the process with the environment `environ`.
 
     Raises:
-        ValueError: something is missing, is no number, or contradicts another variable.
+        ValueError: a variable is missing, is not a number, or contradicts another one.
     """
     started = _started(environ)
     if started is None:
@@ -75,7 +75,7 @@ def place_from(environ: Mapping[str, str]) -> Place:
     _within("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_size)
     if local_size > world_size:
         raise ValueError(
-            f"LOCAL_WORLD_SIZE is {local_size}, but there are {world_size} ranks in all ({size_name}): "
+            f"LOCAL_WORLD_SIZE is {local_size}, but there are {world_size} ranks ({size_name}): "
             f"it counts the ranks of one machine"
         )
     if started.launcher == "srun":
@@ -84,8 +84,8 @@ def place_from(environ: Mapping[str, str]) -> Place:
     address = environ.get("MASTER_ADDR") or (LOOPBACK if local_size == world_size else started.master_addr)
     if not address:
         raise ValueError(
-            f"{rank_name} is {rank} of {world_size} ranks on more than one machine, but MASTER_ADDR is not set: set it to the "
-            f"name or address of the machine of rank 0, the same on every rank"
+            f"{rank_name} is {rank} of {world_size} ranks on more than one machine, but MASTER_ADDR is not set: set "
+            f"it to the name or address of the machine of rank 0, the same on every rank"
             + (" (mpirun -x MASTER_ADDR=node1)" if started.launcher == "mpirun" else "")
         )
     port = None if alone else _port(environ, started.master_port)
@@ -93,7 +93,8 @@ def place_from(environ: Mapping[str, str]) -> Place:
 
 
 def rank_of(environ: Mapping[str, str]) -> int:
-    """The rank as well as it can be told, for who speaks; never an error."""
+    """Return the rank if it can be told, else a guess or 0, to decide which process prints; never
+    raise."""
     try:
         return place_from(environ).rank
     except ValueError:
@@ -129,7 +130,7 @@ def _started(environ: Mapping[str, str]) -> _Started | None:
 
 
 def _by_variables(environ: Mapping[str, str], launcher: str, local_size: str) -> _Started:
-    """RANK and WORLD_SIZE themselves."""
+    """Read RANK and WORLD_SIZE."""
     return _Started(
         launcher,
         ("RANK", _number(environ, "RANK")),
@@ -140,7 +141,7 @@ def _by_variables(environ: Mapping[str, str], launcher: str, local_size: str) ->
 
 
 def _by_mpi(environ: Mapping[str, str], rank: str, size: str, local_rank: str, local_size: str) -> _Started:
-    job = environ.get("PMIX_NAMESPACE") or environ.get("PMI_JOBID")  # one for each mpirun, the same on all its ranks
+    job = environ.get("PMIX_NAMESPACE") or environ.get("PMI_JOBID")  # the same on all ranks of an mpirun
     return _Started(
         "mpirun",
         (rank, _number(environ, rank)),
@@ -173,7 +174,8 @@ def _by_srun(environ: Mapping[str, str]) -> _Started:
 
 
 def _local_place(environ: Mapping[str, str], started: _Started) -> tuple[int, int]:
-    """Rank and number of ranks on this machine; one for each machine where nobody says, and all for a loopback address."""
+    """Return rank and number of ranks on this machine; if unset one per machine, and all for a
+    loopback address."""
     rank, size = _optional(environ, "LOCAL_RANK"), _optional(environ, "LOCAL_WORLD_SIZE")
     rank = started.local_rank if rank is None else rank
     size = started.local_world_size if size is None else size
@@ -181,7 +183,7 @@ def _local_place(environ: Mapping[str, str], started: _Started) -> tuple[int, in
     if size is None and started.launcher != "by hand":
         if environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES")) not in (None, "1"):
             raise ValueError(
-                "srun does not say how many tasks a node has (SLURM_STEP_TASKS_PER_NODE): pass --ntasks-per-node to srun"
+                "srun does not set SLURM_STEP_TASKS_PER_NODE, the tasks per node: pass --ntasks-per-node to srun"
             )
         size = world_size
     here = environ.get("MASTER_ADDR") in ("localhost", LOOPBACK, "::1")
@@ -196,16 +198,17 @@ def _reject_idle_gpus(environ: Mapping[str, str], local_size: int) -> None:
     gpus = environ.get("SLURM_GPUS_ON_NODE", "")
     if "LOCAL_WORLD_SIZE" not in environ and gpus.isdecimal() and int(gpus) > local_size:
         raise ValueError(
-            f"srun started {local_size} task(s) on a node with {gpus} GPUs (SLURM_GPUS_ON_NODE), but a GPU needs a rank: pass "
-            f"--ntasks-per-node={gpus} to srun, or fewer GPUs (LOCAL_WORLD_SIZE={local_size} says that it is meant)"
+            f"srun started {local_size} task(s) on a node with {gpus} GPUs (SLURM_GPUS_ON_NODE), but a GPU needs a "
+            f"rank: pass --ntasks-per-node={gpus} to srun, or fewer GPUs (or set LOCAL_WORLD_SIZE={local_size} to say that "
+            "it is intended)"
         )
 
 
 def _same(environ: Mapping[str, str], name: str, source: str, value: int, launcher: str) -> None:
     if name in environ and name != source and _number(environ, name) != value:
         raise ValueError(
-            f"{name} is {environ[name]}, but {launcher} says {value} ({source}): unset {name}; only MASTER_ADDR, MASTER_PORT, "
-            f"LOCAL_RANK and LOCAL_WORLD_SIZE may be set beside {launcher}"
+            f"{name} is {environ[name]}, but {launcher} says {value} ({source}): unset {name}; only MASTER_ADDR, "
+            f"MASTER_PORT, LOCAL_RANK and LOCAL_WORLD_SIZE may be set under {launcher}"
         )
 
 
@@ -224,7 +227,7 @@ def _number(environ: Mapping[str, str], name: str) -> int:
             f"{because}{name} is not set: start the ranks with a launcher, or set RANK, WORLD_SIZE, LOCAL_RANK"
         )
     if not environ[name].isdecimal():
-        raise ValueError(f"{name} must be a number that is not negative, not {environ[name]!r}")
+        raise ValueError(f"{name} must be a number, 0 or more, not {environ[name]!r}")
     return int(environ[name])
 
 
@@ -242,5 +245,39 @@ def _port(environ: Mapping[str, str], default: int) -> int:
 
 
 def _port_of(job: str) -> int:
-    """A port that all ranks of a job compute alike, and two jobs on one machine seldom share."""
+    """Return a port that is the same on all ranks of a job, and seldom that of another job on the
+    machine."""
     return FIRST_PORT + zlib.crc32(job.encode()) % NUM_PORTS
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of SLURM's list: "gpu003" of "gpu[003-007,9],login1".
+
+    Raises:
+        ValueError: the list does not start with a host.
+    """
+    match = re.match(r"(?P<head>[^\s\[\],]*)(?:\[(?P<first>[0-9]+)[^\]]*\])?(?P<tail>[^\s\[\],]*)", nodes)
+    host = match["head"] + (match["first"] or "") + match["tail"] if match else ""
+    if not host or (match and "[" in nodes[match.end() :].split(",")[0]):
+        raise ValueError(
+            f"cannot read the first host of SLURM's list {nodes!r}: set MASTER_ADDR to the machine of rank 0"
+        )
+    return host
+
+
+def tasks_of_node(per_node: str, node: int) -> int:
+    """Return the tasks of node number `node` in SLURM's list: "8(x3),4" has 8 on the nodes 0 to 2,
+    4 on node 3.
+
+    Raises:
+        ValueError: another notation, or no such node.
+    """
+    counts: list[int] = []
+    for part in per_node.split(","):
+        match = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", part)
+        if not match:
+            raise ValueError(f"SLURM_STEP_TASKS_PER_NODE must look like 8(x3),4, not {per_node!r}")
+        counts += [int(match[1])] * int(match[2] or 1)
+    if node >= len(counts):
+        raise ValueError(f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE {per_node!r} has {len(counts)} nodes")
+    return counts[node]

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A run on all GPUs of this machine, which continues where it was stopped:
+# Run on all GPUs of this machine; the same command continues a stopped run:
 #
 #   launch/cluster/single_node.sh runs/birealnet18 --config birealnet18_imagenet --data.root /data/imagenet
-#   RANKS=2 launch/cluster/single_node.sh runs/quick --config fashion_quickstart        (CPU ranks, where there is no GPU)
+#   RANKS=2 launch/cluster/single_node.sh runs/quick --config fashion_quickstart        (CPU ranks without GPUs)
 #
-# The first word is the run folder; the rest are options of the run. The same command again continues it. Ctrl-C, SIGTERM or
-# closing the terminal saves and ends with exit code 75.
+# The first word is the run folder; the rest are options of the run. Ctrl-C, SIGTERM or closing the terminal saves, and
+# ends with exit code 75.
 set -euo pipefail
 
 if [ $# -lt 3 ] || [[ $1 == -* ]]; then

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A run on a SLURM cluster, a task for each GPU. It is requeued when it is preempted or its time is over, and continues.
+# Run on a SLURM cluster, one task per GPU. The job is requeued when it is preempted or out of time, and continues.
 #
 #   sbatch --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 --exclusive --time 8:00:00 launch/cluster/slurm.sh \
 #       --config birealnet18_imagenet --data.root /data/imagenet --run_dir /shared/runs/birealnet18
-#   sbatch --array 0-2 ... launch/cluster/slurm.sh ...       a run for each index: --run_dir gets "-0", "-1", ... and the index is its --seed
+#   sbatch --array 0-2 ... launch/cluster/slurm.sh ...    one run per index: its --seed; --run_dir gets "-0", "-1", ...
 #
-# Everything after the file goes to the run. Activate the Python environment before sbatch: the job inherits PATH. The nodes share
-# --run_dir. Without --exclusive say --cpus-per-task: SLURM gives a task one core. `bitfleet launch --print slurm ...` prints the
-# whole command.
+# Everything after the file goes to the run. Activate the Python environment before sbatch: the job inherits PATH.
+# All nodes must share --run_dir. Without --exclusive pass --cpus-per-task: SLURM gives each task one core.
+# `bitfleet launch --print slurm ...` prints the whole command.
 #SBATCH --job-name=bitfleet
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
@@ -38,7 +38,7 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
 fi
 arguments+=(--run_dir "$run_dir" --resume auto)
 
-# srun answers SIGTERM by killing its tasks, so the ranks get SIGUSR1 for either: they agree on a step, save and end with 75.
+# srun kills its tasks on SIGTERM, so the ranks get SIGUSR1 for both: they agree on a step, save and exit with 75.
 signalled=
 srun=
 stop() {
@@ -47,12 +47,12 @@ stop() {
 }
 trap stop USR1 TERM
 
-# The ranks end within seconds of each other, but not at once: --kill-on-bad-exit would turn their 75 into the 137 of the last.
-# --wait ends the rest a minute after the first, so a rank that fails does not leave the others waiting.
-# The ranks of a node share its cores (--cpu-bind=none): bitfleet divides them.
+# The ranks end within seconds of each other: --kill-on-bad-exit would turn their exit code 75 into the 137 of the last.
+# --wait ends the rest a minute after the first, so the others do not wait for a rank that failed.
+# --cpu-bind=none: bitfleet divides the cores of a node among its ranks.
 srun --kill-on-bad-exit=0 --wait=60 --cpu-bind=none python -m bitfleet.launch.train "${arguments[@]}" &
 srun=$!
-if [ -n "$signalled" ]; then stop; fi # it came before the number of srun was known
+if [ -n "$signalled" ]; then stop; fi # it came before the PID of srun was known
 while :; do # a signal interrupts wait
     signalled=
     code=0

@@ -1,18 +1,27 @@
-"""Doctor: `bitfleet doctor [--config NAME ...]`, on all ranks with `deepspeed --module bitfleet.launch doctor ...`."""
+"""`bitfleet doctor`, on all ranks with `deepspeed --module bitfleet.launch doctor ...`."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
 from bitfleet.launch.job import is_first_rank, job
 from bitfleet.launch.parsing.arguments import parse_train
+from bitfleet.launch.parsing.commands import parse_with_run
 
-USAGE = """usage: bitfleet doctor [--config NAME --section.field value ...]
-       deepspeed --hostfile hosts --module bitfleet.launch doctor [--config NAME --section.field value ...]
 
-  Says in seconds whether a run would work: versions and builds, devices, cores, memory, disks, /dev/shm, limits, compilers,
-  kernels (that of each GPU is built, run and compared with the CPU's bits); with --config the data, read from every rank; on
-  several ranks clocks, latency and bandwidth between them. A difference between ranks is named with host and rank. Exit code 1 if
-  a line says FAIL. Nothing is left behind."""
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Say in seconds whether a run would work.
+
+    Examines versions and builds, devices, cores, memory, disks, /dev/shm, limits, compilers and
+    kernels (that of each GPU is built, run and compared with the CPU's bits); on several ranks
+    (deepspeed --hostfile hosts --module bitfleet.launch doctor ...) also clocks, latency and
+    bandwidth between them. A difference between ranks is named with host and rank. Exit code 1 if a
+    line says FAIL. Nothing is left behind.
+    """
+
+    config: str | None = None
+    """Run whose data to read from every rank; --section.field value ... may follow."""
 
 
 def doctor(arguments: Sequence[str]) -> None:
@@ -22,11 +31,8 @@ def doctor(arguments: Sequence[str]) -> None:
         ValueError: bad input.
         SystemExit: 1, when a check fails.
     """
-    own = [a for a in arguments if not a.startswith("--local_rank=")]
-    if "-h" in own or "--help" in own:
-        print(USAGE)
-        return
-    config = parse_train(own, "bitfleet doctor") if own else None
+    parse_with_run(Doctor, arguments, "bitfleet doctor")  # --help
+    config = parse_train(arguments, "bitfleet doctor") if arguments else None
     with job("cpu" if config and config.device == "cpu" else "auto") as (ranks, device):
         from bitfleet.launch.doctor.doctor import examine, format_checks
 

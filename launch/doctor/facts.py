@@ -1,7 +1,6 @@
-"""What a rank knows about its machine and its installation: facts for the doctor, no verdicts."""
+"""Collect what a rank knows about its machine and its installation, without judging it."""
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -23,44 +22,41 @@ from bitfleet.trainer.checkpoint.run_folder import checkpoint_disk, planned_fold
 from bitfleet.trainer.config import TrainConfig, to_dict
 from bitfleet.trainer.data.cache import cache_folder
 from bitfleet.trainer.ranks.collectives import Ranks, nccl_version
-from bitfleet.trainer.run.folder import git_revision
+from bitfleet.trainer.run.versions import DALI_WHEELS, PACKAGES, git_revision, version
 
-PACKAGES = ("bitfleet", "torch", "torchvision", "deepspeed", "timm", "numpy")
 KERNEL_WEIGHTS = 4096
-DALI_WHEELS = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """One rank's. Sizes are bytes; None is what does not exist or cannot be found out."""
+    """Facts of one rank. Sizes are bytes; None stands for what does not exist or cannot be found
+    out."""
 
     rank: int
-    local_rank: int
     local_world_size: int
     host: str
     versions: dict[str, str]
-    """python, glibc and packages."""
+    """Versions of Python, the C library and packages."""
     git: str | None
     dali: dict[str, str]
     """Installed wheels of DALI and their versions."""
     torch_cuda: str | None
     """CUDA that torch was built for."""
-    cuda_available: bool
     nvidia_driver: bool
-    """Whether the machine has NVIDIA's kernel driver."""
+    """The machine has NVIDIA's kernel driver."""
     cxx11_abi: bool
     nccl: str | None
     devices: list[str]
     num_machine_cores: int
     cores: list[int]
-    """Those that this rank may use."""
+    """Cores that this rank may use."""
     num_threads: int
     free_memory: int
     free_run: int | None
-    """Free where runs are written; None: not writable."""
+    """Free space where runs are written; None: not writable."""
     run_folder: str
     free_cache: int | None
-    """Free in the cache folder; None: not writable."""
+    """Free space in the cache folder; None: not writable."""
     cache_folder: str
     shm: int | None
     """Size of /dev/shm."""
@@ -69,35 +65,34 @@ class Facts:
     compiler: str | None
     """C++ compiler that torch.compile finds."""
     kernels: str | None
-    """Why the kernels of optim/kernels/kernels.py are not built; None: they are."""
+    """Reason why the kernels of optim/kernels are not built; None: they are."""
     c_compiler: str | None
-    """That Triton finds."""
+    """C compiler that Triton finds."""
     python_header: bool
-    """Whether Python.h is where Triton looks for it."""
+    """Python.h is where Triton looks for it."""
     gpu_kernel: str | None
-    """What is wrong with the update of binary weights on this rank's GPU; "" for nothing, None without a GPU."""
+    """Defect of the update of binary weights on this rank's GPU; "" for none, None without a
+    GPU."""
     config: str | None = None
-    """sha256 of the configuration."""
+    """sha256 of the configuration; None without one."""
     data: Readable | None = None
-    """Only with a configuration, as the one above."""
+    """Set with a configuration."""
 
 
 def collect_facts(config: TrainConfig | None, ranks: Ranks, device: torch.device) -> Facts:
-    """The facts of this rank and its device, about its data too if there is a configuration."""
+    """Return the facts about this rank and its device, and with a configuration about its data."""
     run_folder = checkpoint_disk(
         planned_folder(config.output / config.name, config.run_dir, config.resume) if config else Path("runs")
     )
     cache, free_cache = _cache()
     return Facts(
         rank=ranks.rank,
-        local_rank=ranks.local_rank,
         local_world_size=ranks.local_world_size,
         host=socket.gethostname(),
         versions=_versions(),
         git=git_revision(),
-        dali={name: version for name in DALI_WHEELS if (version := _version(name))},
+        dali={wheel: installed for wheel in DALI_WHEELS if (installed := version(wheel))},
         torch_cuda=torch.version.cuda,
-        cuda_available=torch.cuda.is_available(),
         nvidia_driver=Path("/proc/driver/nvidia/version").exists(),
         cxx11_abi=torch.compiled_with_cxx11_abi(),
         nccl=nccl_version(),
@@ -122,20 +117,13 @@ def collect_facts(config: TrainConfig | None, ranks: Ranks, device: torch.device
     )
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "C library": " ".join(platform.libc_ver())}
-    return found | {package: _version(package) or "not installed" for package in PACKAGES}
+    python = {"python": platform.python_version(), "C library": " ".join(platform.libc_ver())}
+    return python | {package: version(package) or "not installed" for package in PACKAGES}
 
 
 def free_memory() -> int:
-    """What the machine has free, or the container's limit leaves (cgroup v2)."""
+    """Return the free memory of the machine, or what the container's limit leaves (cgroup v2)."""
     free: int = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     try:
@@ -146,7 +134,8 @@ def free_memory() -> int:
 
 
 def free_where_writable(folder: Path) -> int | None:
-    """Bytes free for files in `folder`; None where none can be made: rights alone do not say it, least of all to root."""
+    """Return the bytes free for files in `folder`; None if none can be made, which permissions do
+    not tell root."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return shutil.disk_usage(folder).free
@@ -171,24 +160,21 @@ def _kernels() -> str | None:
 
 
 def compare_kernel(device: torch.device) -> str:
-    """Build the update of binary weights for `device`, run it on a few of them, and compare its bits with the CPU's.
-
-    Returns:
-        What is wrong, in a clause; "" for nothing.
-    """
+    """Build the update of binary weights for `device`, and compare its bits with the CPU's; return
+    a defect, "" for none."""
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(256, (KERNEL_WEIGHTS // 8,), generator=generator, dtype=torch.uint8)
     grad, exp_avg = torch.randn(2, KERNEL_WEIGHTS, generator=generator).unbind()
     expected = [bits, grad, exp_avg, grad.square()]
-    found = [tensor.to(device, copy=True) for tensor in expected]
+    computed = [tensor.to(device, copy=True) for tensor in expected]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            for tensors in (expected, found):
+            for tensors in (expected, computed):
                 bop2ndorder_bits_(*tensors, gamma=1e-1, sigma=1e-2, threshold=1e-1, correction="none", step=1)
-            equal = all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+            equal = all(torch.equal(a.cpu(), b) for a, b in zip(computed, expected, strict=True))
         except Exception as error:  # of a compiler, a driver or a library: whatever is wrong with the installation
             return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
-    if slow := [str(each.message) for each in caught if each.category is RuntimeWarning]:
+    if slow := [str(warning.message) for warning in caught if warning.category is RuntimeWarning]:
         return slow[0]
     return "" if equal else "its bits are not those of the CPU"

@@ -1,24 +1,31 @@
-"""How fast the ranks reach each other, and how far their clocks are apart; measured within bounds of bytes and of time."""
+"""Measure and judge clocks, latency and bandwidth between ranks, with few bytes and in little
+time."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
+from bitfleet.launch.doctor.checks import Check, judge, who
+from bitfleet.launch.doctor.facts import Facts
 from bitfleet.trainer.ranks.collectives import Ranks, barrier, from_first_rank, gather_from_ranks, receive, send
 
 PING_COUNT, TRANSFER_COUNT = 7, 3
 TRANSFER_BYTES, LEAST_BYTES = 4 << 20, 1 << 16
 TRANSFER_SECONDS = 0.3
-"""A transfer that would take longer is made with fewer bytes."""
+"""Limit of a transfer, which is made with fewer bytes if it would take longer."""
 BUDGET_SECONDS = 10.0
 """Ranks whose turn comes later than this are left out."""
+CLOCK_SECONDS, LATENCY_SECONDS = 1.0, 0.005
+SLOW_BYTES_PER_SECOND = 100e6
+"""Below 1 Gbit/s."""
+SLOWER_THAN_MEDIAN = 0.5
 
 
 class Pair(NamedTuple):
-    """Rank 0 and another one."""
+    """Measurements between rank 0 and another one."""
 
     rank: int
     latency_seconds: float
@@ -26,24 +33,25 @@ class Pair(NamedTuple):
     clock_seconds: float
     """Clock of the rank minus clock of rank 0."""
     bytes_per_second: float
-    """There and back, the median."""
+    """Median of transfers there and back."""
 
 
 class Network(NamedTuple):
-    """What was measured; the same on every rank."""
+    """Measurements, the same on every rank."""
 
     pairs: list[Pair]
     ring_bytes_per_second: float
-    """What a rank sends in an all-gather over all ranks."""
+    """Bytes per second that each rank sends in an all-gather over all ranks."""
 
 
 def measure_network(ranks: Ranks, device: torch.device, clock: Callable[[], float] = time.time) -> Network | None:
-    """Measure rank 0 against each other rank in turn, then all together; every rank calls this. None for a single rank.
+    """Measure rank 0 against each other rank in turn, then all together; every rank calls this.
+    None for a single rank.
 
     Args:
         ranks: this process's place.
-        device: whose links carry the data.
-        clock: of this rank, in seconds.
+        device: where the tensors are that are sent.
+        clock: the clock of this rank, in seconds.
     """
     if ranks.world_size == 1:
         return None
@@ -66,7 +74,7 @@ def measure_network(ranks: Ranks, device: torch.device, clock: Callable[[], floa
 
 
 def _lead(peer: int, device: torch.device, clock: Callable[[], float], *, leave_out: bool) -> Pair | None:
-    """Rank 0's part: it says how many bytes are sent next, 0 ends the turn."""
+    """Measure as rank 0, which announces the number of bytes that follow; 0 ends the turn."""
     if leave_out:
         _announce(0, peer, device)
         return None
@@ -74,12 +82,12 @@ def _lead(peer: int, device: torch.device, clock: Callable[[], float], *, leave_
     trips, offsets = [], []
     for _ in range(PING_COUNT + 1):
         _announce(1, peer, device)
-        sent = clock()
+        sent_at = clock()
         start = time.perf_counter()
         send(ping, peer)
-        there = float(receive(ping, peer))
+        answered_at = float(receive(ping, peer))
         trips.append(time.perf_counter() - start)
-        offsets.append(there - (sent + trips[-1] / 2))
+        offsets.append(answered_at - (sent_at + trips[-1] / 2))
     trips, offsets = trips[1:], offsets[1:]  # the first one opens the connection
     num_bytes, rates = LEAST_BYTES, list[float]()
     while len(rates) < TRANSFER_COUNT:
@@ -103,10 +111,10 @@ def _announce(num_bytes: int, peer: int, device: torch.device) -> None:
 
 
 def _answer(device: torch.device, clock: Callable[[], float]) -> None:
-    """The other rank's part: 1 asks for its clock, more for as many bytes back."""
+    """Answer rank 0: 1 byte asks for the clock, more for as many bytes back."""
     ping = torch.zeros(1, dtype=torch.float64, device=device)
-    order = torch.zeros(1, dtype=torch.int64, device=device)
-    while num_bytes := int(receive(order, 0)):
+    announced = torch.zeros(1, dtype=torch.int64, device=device)
+    while num_bytes := int(receive(announced, 0)):
         if num_bytes == 1:
             receive(ping, 0)
             ping.fill_(clock())
@@ -116,8 +124,53 @@ def _answer(device: torch.device, clock: Callable[[], float]) -> None:
 
 
 def _ring(num_bytes: int, ranks: Ranks, device: torch.device) -> float:
-    mine = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    """Return the bytes per second that each rank sends in an all-gather of `num_bytes` of each."""
+    own = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     barrier()
     start = time.perf_counter()
-    int(gather_from_ranks(mine)[0][0])
+    int(gather_from_ranks(own)[0][0])  # waits for the device
     return (ranks.world_size - 1) * num_bytes / (time.perf_counter() - start)
+
+
+def check_network(facts: Sequence[Facts], network: Network) -> Iterator[Check]:
+    """Check the clocks of the hosts, and latency and bandwidth between rank 0 and the others and
+    among all."""
+
+    def ends(pair: Pair) -> str:
+        return f"{who([facts[0]])} and {who([facts[pair.rank]])}"
+
+    offsets = {0: 0.0} | {pair.rank: pair.clock_seconds for pair in network.pairs}
+    first, last = min(offsets, key=offsets.__getitem__), max(offsets, key=offsets.__getitem__)
+    missing, apart = len(facts) - len(offsets), offsets[last] - offsets[first]
+    left_out = f" ({missing} ranks were left out, the time was over)" if missing else ""
+    advice = f"{who([facts[last]])} is ahead of {who([facts[first]])}: run chrony or ntpd on every host"
+    yield judge("clocks", f"{milliseconds(apart)} apart at most{left_out}", advice if apart > CLOCK_SECONDS else "")
+
+    median = statistics.median(pair.latency_seconds for pair in network.pairs)
+    slowest = max(network.pairs, key=lambda pair: pair.latency_seconds)
+    value = f"median {milliseconds(median)}, most {milliseconds(slowest.latency_seconds)}: {ends(slowest)}"
+    is_slow = slowest.latency_seconds > LATENCY_SECONDS
+    yield judge("latency", value, "a slow network or a busy host: compare with ping" if is_slow else "")
+
+    median = statistics.median(pair.bytes_per_second for pair in network.pairs)
+    slowest = min(network.pairs, key=lambda pair: pair.bytes_per_second)
+    value = (
+        f"median {rate(median)}, least {rate(slowest.bytes_per_second)}: {ends(slowest)}; "
+        f"each rank in an all-gather {rate(network.ring_bytes_per_second)}"
+    )
+    advice = ""
+    if slowest.bytes_per_second < SLOW_BYTES_PER_SECOND:
+        advice = "less than 1 Gbit/s: is it the right interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)?"
+    elif slowest.bytes_per_second < SLOWER_THAN_MEDIAN * median and facts[0].host != facts[slowest.rank].host:
+        advice = "this link is slower than the others, and sets the pace of all"
+    yield judge("bandwidth", value, advice)
+
+
+def milliseconds(seconds: float) -> str:
+    """Return "2 ms", from 1 s on "1.0 s"."""
+    return f"{seconds:,.1f} s" if seconds >= 1 else f"{1000 * seconds:.2g} ms"
+
+
+def rate(bytes_per_second: float) -> str:
+    """Return "100 MB/s"."""
+    return f"{bytes_per_second / 1e6:,.0f} MB/s"

@@ -13,9 +13,8 @@ from bitfleet.launch.journal.reader import Part, covered, joined, read_parts, re
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
 from bitfleet.trainer.checkpoint.format import checkpoints, step_of
 from bitfleet.trainer.checkpoint.tensors import BITS, unpacked
-from bitfleet.trainer.config import to_dict
+from bitfleet.trainer.config import read_config, to_dict
 from bitfleet.trainer.journal.format import FOLDER, FRAME_BYTES, SIGNS, SKIPPED, Bytes
-from bitfleet.trainer.run.folder import read_config
 
 
 def export_weights(run: Path, step: int, out: Path, *, packed: bool) -> str:

@@ -113,4 +113,4 @@ def _sentence(box: str, prog: str) -> str:
         if commands and not near:
             return f"there is no command {name!r} of {prog}; there are: {commands}"
         return f"{prog} does not take {name!r}; see {prog} --help"
-    return f"{first}; see {prog} --help"
+    return f"{first.rstrip('.')}; see {prog} --help"

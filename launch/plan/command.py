@@ -1,24 +1,43 @@
-"""Plan: `bitfleet plan --nodes 8 --gpus 8 --network 400 --gpu h100 --config NAME [--section.field value ...]`."""
+"""`bitfleet plan`: predict what a training step costs on a cluster."""
 
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from bitfleet.launch.parsing.arguments import parse_train
-from bitfleet.launch.parsing.options import take_decimal, take_number, take_option
-from bitfleet.trainer.run.user_paths import users_path
+from bitfleet.launch.parsing.commands import Count, MaybeCount, MaybeDecimal, parse_with_run
 
-USAGE = """usage: bitfleet plan --config NAME [options] [--section.field value ...]
+IMAGENET_IMAGES = 1_281_167
 
-Predict what a step costs on a cluster, what binds it, how many nodes are worth having, and what a CUDA graph of the step saves.
-Nothing is run: the kernels of a step are counted on tensors without memory.
 
-  --nodes N        nodes (1)
-  --gpus N         GPUs of a node; with rates of a CPU, the ranks on a node (8)
-  --network GBIT   what the connection of a node carries each way, in Gbit/s, all its cards together; needed for several nodes
-  --gpu NAME       whose published rates: a100, h100
-  --rates FILE     instead: what `bench plan --config NAME --output FILE` measured on N ranks
-  --cores N        CPU cores of a node, for decoding on the CPU (the GPU's usual host; with --rates, of the machine measured)
-  --images N       training images of an epoch (those of data.root where it is here, else ImageNet's 1,281,167)
-  --output FILE    draw it as well, a PNG"""
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Predict the time of a step on a cluster, what binds it, how many nodes are worth having, and
+    what a CUDA graph saves.
+
+    Nothing is run: the kernels of a step are counted on tensors without memory. The options of the
+    run follow: --config NAME [--section.field value ...].
+    """
+
+    nodes: Count = 1
+    """Nodes."""
+    gpus: Count = 8
+    """GPUs per node; with rates of a CPU, ranks per node."""
+    network: MaybeDecimal = None
+    """Bandwidth of a node in each direction, Gbit/s, all its cards together; needed for several
+    nodes."""
+    gpu: str | None = None
+    """GPU whose published rates to use: a100, h100."""
+    rates: Path | None = None
+    """Rates to use instead: the file of `bench plan --config NAME --output FILE` on N ranks."""
+    cores: MaybeDecimal = None
+    """CPU cores per node, for decoding on the CPU. Default: those of the GPU's usual host, or of
+    the machine measured."""
+    images: MaybeCount = None
+    """Training images per epoch. Default: those of data.root if it is here, else ImageNet's
+    1,281,167."""
+    output: Path | None = None
+    """PNG to draw."""
 
 
 def plan(arguments: Sequence[str]) -> None:
@@ -27,47 +46,47 @@ def plan(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: bad input.
     """
-    if not arguments or "-h" in arguments or "--help" in arguments:
-        print(USAGE)
-        return
-    num_nodes, rest = take_number(arguments, "--nodes", 1)
-    ranks_per_node, rest = take_number(rest, "--gpus", 8)
-    link_gbit, rest = take_decimal(rest, "--network")
-    cores, rest = take_decimal(rest, "--cores")
-    num_images, rest = take_decimal(rest, "--images")
-    gpu, rest = take_option(rest, "--gpu")
-    file, rest = take_option(rest, "--rates")
-    output, rest = take_option(rest, "--output")
-    if (gpu is None) == (file is None):
+    options: Plan
+    options, rest = parse_with_run(Plan, arguments or ["--help"], "bitfleet plan")
+    if (options.gpu is None) == (options.rates is None):
         raise ValueError("whose rates? Pass either --gpu NAME or --rates FILE")
-    if link_gbit is None and num_nodes > 1:
+    if options.network is None and options.nodes > 1:
         raise ValueError("how fast is the network? Pass --network, the Gbit/s of a node")
     config = parse_train(rest, "bitfleet plan")
 
     from bitfleet.launch.plan.plan import Cluster, all_modes, other_shardings, scan
     from bitfleet.launch.plan.rates import published, read_rates
-    from bitfleet.launch.plan.table import format_plan
-    from bitfleet.launch.plan.traffic import count_images, describe
+    from bitfleet.launch.plan.table import answer, format_plan
+    from bitfleet.launch.plan.traffic import describe
+    from bitfleet.trainer.data import open_dataset
     from bitfleet.trainer.engine.config import resolve_precision
 
-    precision = resolve_precision(config.engine.precision, "cuda")
-    rates = read_rates(users_path(file)) if file else published(gpu or "", precision, config.data.image_size)
+    if options.rates:
+        rates = read_rates(options.rates)
+    else:
+        rates = published(options.gpu or "", resolve_precision(config.engine.precision, "cuda"), config.data.image_size)
     cluster = Cluster(
-        num_nodes=num_nodes,
-        ranks_per_node=ranks_per_node,
-        link_bytes_per_second=1e9 / 8 * (link_gbit or 1.0),
-        cores=cores or rates.cores,
+        num_nodes=options.nodes,
+        ranks_per_node=options.gpus,
+        link_bytes_per_second=1e9 / 8 * (options.network or 1.0),
+        cores=options.cores or rates.cores,
     )
     network = describe(config)
     estimates, shardings = scan(config, network, rates, cluster), other_shardings(config, network, rates, cluster)
-    if link_gbit is None:
-        estimates = estimates[:1]  # there is no network to say anything about
-    number = int(num_images) if num_images else count_images(config.data)
+    if options.network is None:
+        estimates = estimates[:1]  # nothing is known about several nodes
+    num_images = options.images
+    if num_images is None:
+        try:
+            num_images = len(open_dataset(config.data).train)
+        except ValueError:
+            num_images = IMAGENET_IMAGES
     modes = all_modes(config, network, rates, cluster)
-    print(format_plan(config, number, rates, cluster, estimates, shardings, modes))
-    if output:
+    print(format_plan(config, num_images, rates, cluster, estimates, shardings, modes))
+    if options.output:
         from bitfleet.launch.plan.plot import plot_plan
 
-        (asked,) = [e for e in estimates if e.num_nodes == num_nodes]
-        plot_plan(config, number, estimates, asked, "GPU" if rates.device == "gpu" else "rank", users_path(output))
-        print(f"\ndrawn in {output}")
+        (asked,) = [e for e in estimates if e.num_nodes == options.nodes]
+        sentences = answer(config, num_images, estimates, asked, "GPU" if rates.device == "gpu" else "rank")
+        plot_plan(config.name, sentences, estimates, options.nodes, options.output)
+        print(f"\ndrawn in {options.output}")

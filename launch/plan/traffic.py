@@ -1,9 +1,11 @@
-"""What the plan knows of a network, and what a step of it sends: the messages of each sharding, and the bytes of each.
+"""Messages that a training step sends, and the facts about a network that a plan needs.
 
-The layout is the optimizer's own (`make_buckets` on parameters without storage), so padding and order are those of the run.
+The layout is the optimizer's (`make_buckets` on parameters without storage), so padding and order
+are those of the run.
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,36 +19,32 @@ from bitfleet.optim.sharding.buckets import make_buckets
 from bitfleet.optim.sharding.optimizer import BUCKET_NUMEL
 from bitfleet.optim.sharding.reduction import can_halve
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.data import DataConfig, open_dataset
 
-IMAGENET_IMAGES = 1_281_167
 Kind = Literal["halving", "all_to_all", "all_gather", "all_reduce"]
-PASSES: dict[Kind, int] = {"halving": 1, "all_to_all": 1, "all_gather": 1, "all_reduce": 2}
-"""Times (N - 1) / N of the whole tensor that a rank sends; an all-reduce is a reduce-scatter and an all-gather."""
 
 
 class Message(NamedTuple):
-    """One collective of a step."""
+    """A collective of a step."""
 
     kind: Kind
     whole_bytes: float
-    """Of an all-gather the output."""
+    """Bytes of the tensor; of an all-gather those of its output."""
     ready: float = 1.0
     """Part of the backward pass after which it can leave."""
 
     def sent_bytes(self, world_size: int) -> float:
-        """What each of `world_size` ranks sends."""
-        return PASSES[self.kind] * (world_size - 1) / world_size * self.whole_bytes
+        """Return the bytes that each rank sends; an all-reduce is a reduce-scatter and an
+        all-gather."""
+        passes = 2 if self.kind == "all_reduce" else 1
+        return passes * (world_size - 1) / world_size * self.whole_bytes
 
     def between_bytes(self, num_nodes: int, ranks_per_node: int) -> float:
-        """What leaves a node for others: of a ring one pass, of a flat all-to-all what each of its ranks sends elsewhere.
-
-        Halving leaves a node when each of its ranks has 1 / ranks_per_node left to swap.
-        """
+        """Return the bytes that leave each node; a ring leaves it once, a flat all-to-all once per
+        rank."""
         world_size = num_nodes * ranks_per_node
         if num_nodes == 1:
             return 0.0
-        if self.kind == "halving":
+        if self.kind == "halving":  # the ranks of a node have halved the tensor among themselves before
             return (num_nodes - 1) / num_nodes * self.whole_bytes
         if self.kind == "all_to_all":
             return ranks_per_node * (world_size - ranks_per_node) / world_size * self.whole_bytes
@@ -57,43 +55,49 @@ class Traffic(NamedTuple):
     """The messages of a step, in the order in which they leave."""
 
     gradients: list[Message]
-    """They may travel while backward goes on, as far as they are ready."""
+    """Messages that travel during backward, as soon as they are ready."""
     after: list[Message]
-    """What all ranks wait for after backward: agreement, weights, BatchNorm's statistics."""
+    """Messages after backward that all ranks wait for: agreement, weights, BatchNorm's
+    statistics."""
 
     def sent_bytes(self, world_size: int) -> float:
-        """What a rank sends in a step."""
+        """Return the bytes that each rank sends per step."""
         return sum(message.sent_bytes(world_size) for message in (*self.gradients, *self.after))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
-    """What the plan needs to know of a network."""
+    """Facts about the network of a run."""
 
+    config: TrainConfig
+    model: nn.Module
+    """On the meta device."""
     groups: list[dict[str, Any]]
-    """Parameter groups of its optimizer, on the device "meta"."""
+    """Parameter groups of its optimizer, on the meta device."""
     macs: int
-    """Multiply-accumulates of one image, forward."""
-    passes: Passes
-    """Kernels that a micro-batch launches."""
-    num_statistics: int
-    """Elements of BatchNorm's running statistics."""
+    """Multiply-accumulates per image, forward."""
     ready: dict[nn.Parameter, float]
-    """Parameter -> part of the backward pass (of its multiply-accumulates) after which its gradient is there."""
+    """Parameter -> part of the backward pass (of its multiply-accumulates) after which its gradient
+    is there."""
+
+    @functools.cached_property
+    def passes(self) -> Passes:
+        """Kernels that a micro-batch launches."""
+        return count_passes(self.model, self.config)
+
+    @property
+    def num_statistics(self) -> int:
+        """Elements of BatchNorm's running statistics."""
+        return sum(buffer.numel() for buffer in self.model.buffers() if buffer.is_floating_point())
 
     @property
     def num_parameters(self) -> int:
-        """Weights of all groups."""
+        """Elements of all trained parameters."""
         return sum(param.numel() for group in self.groups for param in group["params"])
-
-    @property
-    def num_tensors(self) -> int:
-        """Parameters of all groups."""
-        return sum(len(group["params"]) for group in self.groups)
 
 
 def describe(config: TrainConfig) -> Network:
-    """The network of `config`, without memory for its weights.
+    """Return the facts about the network of `config`; its weights take no memory.
 
     Raises:
         ValueError: there is no such network.
@@ -108,19 +112,12 @@ def describe(config: TrainConfig) -> Network:
     for module in reversed(list(model.modules())):
         done += by_layer.get(module, 0)
         ready |= {param: done / max(total, 1) for param in module.parameters(recurse=False)}
-    return Network(
-        groups=optimizer.param_groups,
-        macs=total,
-        passes=count_passes(model, config),
-        num_statistics=sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point()),
-        ready=ready,
-    )
+    return Network(config=config, model=model, groups=optimizer.param_groups, macs=total, ready=ready)
 
 
 def traffic(network: Network, config: TrainConfig, world_size: int) -> Traffic:
-    """The messages of a step on `world_size` ranks; none on a single rank.
-
-    Logging steps and the check of the weights (`check_every_steps`) add a few more, which are left out.
+    """Return the messages of an ordinary step: no logging, no saving, no `check_every_steps`. One
+    rank sends none.
 
     Raises:
         ValueError: sharding zero3, whose traffic is not known here.
@@ -132,29 +129,22 @@ def traffic(network: Network, config: TrainConfig, world_size: int) -> Traffic:
     if network.num_statistics:
         control.append(Message("all_gather", 4 * network.num_statistics * world_size))
     if sharding == "bits":
-        dtype = torch.bfloat16 if config.engine.grad_comm_dtype == "bf16" else torch.float32
+        value_bytes = 2 if config.engine.grad_comm_dtype == "bf16" else 4
         kind: Kind = "halving" if can_halve(world_size) else "all_to_all"
-        buckets = make_buckets(network.groups, BUCKET_NUMEL, 0, world_size)
-        gradients, gathers, reached = [], [], 0.0
-        for bucket in buckets:
+        gradients, gathers, ready = [], [], 0.0
+        for bucket in make_buckets(network.groups, BUCKET_NUMEL, 0, world_size):
             # Sent in one order: a bucket waits for those before it.
-            reached = max([reached, *(network.ready[segment.param] for segment in bucket.segments)])
+            ready = max([ready, *(network.ready[segment.param] for segment in bucket.segments)])
             numel = world_size * bucket.slice_numel
-            gradients.append(Message(kind, dtype.itemsize * numel, reached))
+            gradients.append(Message(kind, value_bytes * numel, ready))
             gathers.append(Message("all_gather", numel / 8 if bucket.binary else 4 * numel))
-        num_facts = 2 + network.num_tensors + (2 if config.optim.transitions.drives != "off" else 0)
-        return Traffic(gradients, [Message("all_reduce", 4 * num_facts), *gathers, *control])
+        num_tensors = sum(len(group["params"]) for group in network.groups)
+        num_flags = 2 + num_tensors + (2 if config.optim.transitions.drives != "off" else 0)
+        return Traffic(gradients, [Message("all_reduce", 4 * num_flags), *gathers, *control])
     if sharding == "zero3":
         raise ValueError('the plan knows engine.sharding "bits", "none", "zero1" and "zero2", not "zero3"')
-    # DeepSpeed's buckets are as large as the network (engine.py), so they leave at the end of backward.
-    whole = 4 * network.num_parameters
-    gathers = [Message("all_gather", whole)] if sharding in ("zero1", "zero2") else []
-    return Traffic([Message("all_reduce", whole)], [*gathers, *control])
-
-
-def count_images(config: DataConfig) -> int:
-    """Training images of `config.root` where it is on this machine, else those of ImageNet, which most plans are about."""
-    try:
-        return len(open_dataset(config).train)
-    except ValueError:
-        return IMAGENET_IMAGES
+    # DeepSpeed's buckets are as large as the network (engine.py), so they leave at the end of
+    # backward.
+    whole = Message("all_reduce", 4 * network.num_parameters)
+    gathers = [] if sharding == "none" else [Message("all_gather", whole.whole_bytes)]
+    return Traffic([whole], [*gathers, *control])

@@ -1,4 +1,4 @@
-"""Bytes of all tensors that are alive, counted after every operator of torch."""
+"""Count the bytes of all live tensors after every operator of torch."""
 
 import weakref
 from typing import Any
@@ -10,14 +10,14 @@ from torch.utils._pytree import tree_leaves
 
 
 class TensorBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operators have seen since it was entered and that are still alive.
+    """Counts the bytes of all storages that operators have seen since it was entered and that are
+    still alive.
 
-    Every storage counts once, however many tensors are views of it, from the operator that makes it (or first takes it) until
-    its memory is given back, whichever thread does that. Scratch memory within an operator and gloo's own buffers are no
-    tensors and do not count.
+    A storage counts once, however many tensors are views of it, until its memory is freed by any
+    thread. Scratch memory within an operator and gloo's buffers are not tensors and do not count.
 
     Args:
-        meta: count the storages on the meta device as well, which have a size but no memory: a rehearsal without any.
+        meta: also count storages on the meta device, which have a size but no memory.
     """
 
     def __init__(self, *, meta: bool = False) -> None:
@@ -27,7 +27,7 @@ class TensorBytes(TorchDispatchMode):
         self._seen: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator `func` and look at the tensors that go in and come out."""
+        """Run the operator `func` and count its inputs and outputs."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs, result)):
             if isinstance(leaf, Tensor):
@@ -36,7 +36,7 @@ class TensorBytes(TorchDispatchMode):
         return result
 
     def take_peak(self) -> int:
-        """The most bytes alive at any time since the last call."""
+        """Return the most bytes that were alive at a time since the last call."""
         peak, self.peak = self.peak, self.live
         return peak
 

@@ -17,10 +17,10 @@ from bitfleet.models import count, create_model
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
 from bitfleet.trainer.checkpoint.format import latest_checkpoint, step_of, verify
 from bitfleet.trainer.checkpoint.tensors import BITS, MODEL, Tensors
-from bitfleet.trainer.config import TrainConfig, to_dict
+from bitfleet.trainer.config import TrainConfig, read_config, to_dict
 from bitfleet.trainer.metrics import JSONL, read_metrics
 from bitfleet.trainer.run.files import write_atomically
-from bitfleet.trainer.run.folder import CONFIG, read_config
+from bitfleet.trainer.run.folder import CONFIG
 from bitfleet.trainer.run.strict_json import to_json
 
 DISAGREES = ("not reproduced", "not a reproduction")

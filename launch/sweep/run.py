@@ -21,11 +21,11 @@ from bitfleet.launch.sweep.table import (
     write_table,
 )
 from bitfleet.launch.text import clock
-from bitfleet.trainer.config import to_dict
+from bitfleet.trainer.config import read_config, to_dict
 from bitfleet.trainer.metrics import read_metrics
 from bitfleet.trainer.ranks.exit_codes import REQUEUE, error_sentences
 from bitfleet.trainer.run.files import lock_run
-from bitfleet.trainer.run.folder import CONFIG, read_config
+from bitfleet.trainer.run.folder import CONFIG
 
 MAX_FAILURES = 2
 """Failures after which a run is given up; when the sweep is started again, it gets one more attempt."""

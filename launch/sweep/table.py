@@ -19,8 +19,8 @@ from bitfleet.trainer.checkpoint.config import MACHINE
 from bitfleet.trainer.config import TrainConfig, to_dict
 from bitfleet.trainer.metrics import read_metrics
 from bitfleet.trainer.run.files import write_atomically
-from bitfleet.trainer.run.folder import git_revision, versions
 from bitfleet.trainer.run.strict_json import to_json
+from bitfleet.trainer.run.versions import git_revision, versions
 
 CSV, JSON, OUTCOMES = "sweep.csv", "sweep.json", "outcomes.json"
 MAX_POINTS = 200

@@ -1,9 +1,7 @@
-"""A run whose collectives are counted for one step, beside what preflight says of it."""
-
-import sys
+"""A run whose collectives are counted for one step, next to what preflight says of it."""
 
 from bitfleet.launch.bench.comm import CollectiveCounter
-from bitfleet.launch.job import job, run
+from bitfleet.launch.job import command_line, job, run
 from bitfleet.launch.parsing.arguments import parse_train
 from bitfleet.launch.preflight.preflight import Preflight
 from bitfleet.trainer.run.stop import StopWatcher
@@ -11,8 +9,8 @@ from bitfleet.trainer.trainer import Trainer
 
 
 def main() -> None:
-    config = parse_train(sys.argv[1:], "preflight_job.py")
-    with job(config.device, config.num_threads) as (ranks, device):
+    config = parse_train(command_line(), "preflight_job.py")
+    with job(config.device, config) as (ranks, device):
         trainer = Trainer(config, ranks, device)
         preflight = Preflight(trainer)
         trainer.start()

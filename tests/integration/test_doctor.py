@@ -10,14 +10,14 @@ def test_two_ranks_are_examined(deepspeed: Launch, tiny: list[str], tmp_path: Pa
     done = deepspeed(2, "--module", "bitfleet.launch", "doctor", *tiny, "--output", tmp_path)
     assert done.returncode == 0, done.stdout
     (summary,) = re.findall(r"^(\d+) OK, (\d+) WARN, 0 FAIL$", done.stdout, re.MULTILINE)
-    assert sum(map(int, summary)) == 27
+    assert sum(map(int, summary)) == 28
     assert "OK    data           200 training and 28 validation images of 4 classes" in done.stdout
     assert re.search(r"^\w+ +clocks +[\d.e+]+ ms apart at most$", done.stdout, re.MULTILINE)  # one machine, one clock
     assert re.search(
         r"latency +median [\d.e+]+ ms, most .*: .* \(rank 0\) and .* \(rank 1\)$", done.stdout, re.MULTILINE
     )
     assert re.search(
-        r"bandwidth +median [\d,]+ MB/s, .*; a rank in an all-gather [\d,]+ MB/s$", done.stdout, re.MULTILINE
+        r"bandwidth +median [\d,]+ MB/s, .*; each rank in an all-gather [\d,]+ MB/s$", done.stdout, re.MULTILINE
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,5 @@
-"""The files of launch/: they parse, what they call exists; slurm.sh saves and requeues (srun and scontrol are fakes)."""
+"""The files of launch/: they parse, what they call exists; slurm.sh saves and requeues (srun and
+scontrol are fakes)."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Preflight through the launcher: what it predicts against what is measured and counted, and the rehearsal of `full`."""
+"""Preflight through the launcher: counted traffic, measured memory, and the rehearsal of `full`."""
 
 import re
 import sys
@@ -46,8 +46,8 @@ def test_full_changes_no_bit_of_the_run(num_ranks: int, deepspeed: Launch, tiny:
     for output in outputs:
         assert "expected time: unknown until 20 steps are done" in output
         assert re.search(r"^expected time: 0:\d\d:\d\d until step 21 \(", output, re.MULTILINE)
-        (ratio,) = re.findall(r"measured / predicted ([\d.]+)\)", output)
-        assert float(ratio) == pytest.approx(1, abs=0.03)
+        (peak,) = re.findall(r"^memory of rank 0, measured in step 1: ([\d.]+) MB of tensors", output, re.MULTILINE)
+        assert 1 < float(peak) < 100
 
 
 def test_failure_is_a_sentence_and_leaves_nothing(tiny: list[str], tmp_path: Path) -> None:
@@ -55,8 +55,8 @@ def test_failure_is_a_sentence_and_leaves_nothing(tiny: list[str], tmp_path: Pat
     (tmp_path / "file").touch()
     command = [sys.executable, "-m", "bitfleet.launch.train", *tiny, "--preflight", "full"]
     done = run_command([*command, "--run_dir", tmp_path / "file" / "run"], timeout=60)
-    failed(done, "--preflight full: saving and reading back failed: ")
+    failed(done, "--preflight full: making a folder for it failed: ")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     done = run_command([*command, "--run_dir", tmp_path / "run", "--optim.lr.start", "1e39"], timeout=60)
-    failed(done, "--preflight full: 2 optimizer steps on random images failed: ")
+    failed(done, "--preflight full: 2 optimizer steps failed: ")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

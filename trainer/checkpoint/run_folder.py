@@ -6,8 +6,8 @@ from typing import IO, NamedTuple
 
 from bitfleet.trainer.checkpoint.format import FOLDER, is_checkpoint, latest_checkpoint
 from bitfleet.trainer.run.files import lock_run
+from bitfleet.trainer.run.folder import CONFIG
 
-CONFIG = "config.json"
 """File that marks the folder of a run (trainer/run/folder.py writes it)."""
 
 

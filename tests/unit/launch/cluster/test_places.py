@@ -2,8 +2,16 @@
 
 import pytest
 
-from bitfleet.launch.cluster.places import FIRST_PORT, LOOPBACK, NUM_PORTS, Place, place_from, rank_of
-from bitfleet.launch.cluster.slurm_lists import first_host, tasks_of_node
+from bitfleet.launch.cluster.places import (
+    FIRST_PORT,
+    LOOPBACK,
+    NUM_PORTS,
+    Place,
+    first_host,
+    place_from,
+    rank_of,
+    tasks_of_node,
+)
 
 
 def variables(text: str) -> dict[str, str]:
@@ -18,7 +26,8 @@ TORCHRUN = variables(
 DEEPSPEED = variables(
     "MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 WORLD_SIZE=4 CROSS_RANK=1 CROSS_SIZE=2 LOCAL_SIZE=2 RANK=2 LOCAL_RANK=0"
 )
-# srun --nodes=2 --ntasks-per-node=4 --gpus-per-node=4, task 6 (srun(1), OUTPUT ENVIRONMENT VARIABLES)
+# srun --nodes=2 --ntasks-per-node=4 --gpus-per-node=4, task 6 (srun(1), OUTPUT ENVIRONMENT
+# VARIABLES)
 SRUN = variables(
     "SLURM_JOB_ID=4711 SLURM_STEP_ID=0 SLURM_PROCID=6 SLURM_LOCALID=2 SLURM_NODEID=1 SLURM_NTASKS=8 SLURM_NNODES=2 "
     "SLURM_STEP_NUM_TASKS=8 SLURM_STEP_NUM_NODES=2 SLURM_STEP_TASKS_PER_NODE=4(x2) SLURM_NTASKS_PER_NODE=4 "
@@ -110,13 +119,13 @@ def test_address_and_port_of_the_user_win(environ: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        (variables("RANK=3 WORLD_SIZE=2 MASTER_ADDR=a"), "RANK is 3, but WORLD_SIZE is 2: ranks are numbered 0 to 1"),
+        (variables("RANK=3 WORLD_SIZE=2 MASTER_ADDR=a"), "RANK is 3, but WORLD_SIZE is 2"),
         (variables("RANK=3"), "RANK is 3, but WORLD_SIZE is not set"),
         (variables("WORLD_SIZE=2"), "WORLD_SIZE is 2, but RANK is not set"),
-        (variables("RANK=0 WORLD_SIZE=0"), "WORLD_SIZE is 0, but a job has at least one rank"),
-        (variables("RANK=first WORLD_SIZE=2"), "RANK must be a number that is not negative, not 'first'"),
-        (variables("RANK=-1 WORLD_SIZE=2"), "RANK must be a number that is not negative, not '-1'"),
-        (variables("RANK=1 WORLD_SIZE=2"), "RANK is 1 of 2 ranks on more than one machine, but MASTER_ADDR is not set"),
+        (variables("RANK=0 WORLD_SIZE=0"), "WORLD_SIZE is 0"),
+        (variables("RANK=first WORLD_SIZE=2"), "RANK .*'first'"),
+        (variables("RANK=-1 WORLD_SIZE=2"), "RANK .*'-1'"),
+        (variables("RANK=1 WORLD_SIZE=2"), "RANK is 1 of 2 ranks .*MASTER_ADDR is not set"),
         (
             variables("RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 MASTER_ADDR=a LOCAL_WORLD_SIZE=1"),
             "LOCAL_RANK is 1, but LOCAL_WORLD",
@@ -125,23 +134,23 @@ def test_address_and_port_of_the_user_win(environ: dict[str, str]) -> None:
             variables("RANK=1 WORLD_SIZE=2 MASTER_ADDR=a LOCAL_WORLD_SIZE=4"),
             "LOCAL_WORLD_SIZE is 4, but there are 2 ranks",
         ),
-        (DEEPSPEED | {"MASTER_PORT": "http"}, "MASTER_PORT must be a number from 1 to 65535, not 'http'"),
-        (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT must be a number from 1 to 65535, not '70000'"),
+        (DEEPSPEED | {"MASTER_PORT": "http"}, "MASTER_PORT .*'http'"),
+        (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT .*'70000'"),
         (SRUN | {"WORLD_SIZE": "4"}, r"WORLD_SIZE is 4, but srun says 8 \(SLURM_STEP_NUM_TASKS\): unset WORLD_SIZE"),
         (SRUN | {"RANK": "0"}, r"RANK is 0, but srun says 6 \(SLURM_PROCID\): unset RANK"),
         (
             SRUN | {"SLURM_STEP_TASKS_PER_NODE": "1(x8)", "SLURM_LOCALID": "0"},
             "with 4 GPUs .* --ntasks-per-node=4 to srun",
         ),
-        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "many"}, r"must look like 8\(x3\),4, not 'many'"),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "many"}, r"8\(x3\),4, not 'many'"),
         (
             OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
             "mpirun -x MASTER_ADDR=node1",
         ),
         (OPEN_MPI | {"WORLD_SIZE": "4"}, r"WORLD_SIZE is 4, but mpirun says 2 \(OMPI_COMM_WORLD_SIZE\)"),
-        (variables("PMI_RANK=1 PMI_SIZE=2"), "PMI_LOCAL_RANK is not set: start the ranks with a launcher, or set RANK"),
-        (HYDRA, "PMI_RANK is 3 of 4 ranks on more than one machine, but MASTER_ADDR is not set"),
-        (POD | variables("WORLD_SIZE=4"), "JOB_COMPLETION_INDEX is 1 of 4 ranks on more than one machine"),
+        (variables("PMI_RANK=1 PMI_SIZE=2"), "PMI_LOCAL_RANK is not set"),
+        (HYDRA, "PMI_RANK is 3 of 4 ranks .*MASTER_ADDR is not set"),
+        (POD | variables("WORLD_SIZE=4"), "JOB_COMPLETION_INDEX is 1 of 4 ranks"),
         (POD | variables("WORLD_SIZE=1 MASTER_ADDR=a"), "JOB_COMPLETION_INDEX is 1, but WORLD_SIZE is 1"),
     ],
 )
@@ -152,7 +161,7 @@ def test_contradictions_are_one_sentence(environ: dict[str, str], message: str) 
 
 def test_one_task_on_several_gpus_can_be_meant() -> None:
     environ = SRUN | variables("SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=1 SLURM_STEP_TASKS_PER_NODE=1(x2) SLURM_LOCALID=0")
-    with pytest.raises(ValueError, match=r"LOCAL_WORLD_SIZE=1 says that it is meant"):
+    with pytest.raises(ValueError, match=r"LOCAL_WORLD_SIZE=1"):
         place_from(environ)
     assert place_from(environ | {"LOCAL_WORLD_SIZE": "1"}).local_world_size == 1
 
@@ -181,7 +190,7 @@ def test_first_host(nodes: str, first: str) -> None:
 
 @pytest.mark.parametrize("nodes", ["", "[]", "r[1-2]n[3-4]"])
 def test_host_lists_that_cannot_be_read(nodes: str) -> None:
-    with pytest.raises(ValueError, match="set MASTER_ADDR to the machine of rank 0"):
+    with pytest.raises(ValueError, match="MASTER_ADDR"):
         first_host(nodes)
 
 

@@ -1,4 +1,5 @@
-"""Kernels of a step: by hand for small networks, for any batch, on real tensors, and against the scheduler of torch.compile."""
+"""Kernels of a step: by hand for small networks, for any batch, on real tensors, and against the
+scheduler of torch.compile."""
 
 import dataclasses
 from collections.abc import Callable
@@ -56,11 +57,13 @@ def count(
 def test_a_small_network_by_hand() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1, bias=False), nn.MaxPool2d(2), nn.ReLU())
     forward, backward = count(model.to("meta"), images(2, 8))
-    # The 3x3 weight into channels_last, convolution, bias; ReLU; convolution (a 1x1 weight is in both layouts); pool; ReLU.
+    # The 3x3 weight into channels_last, convolution, bias; ReLU; convolution (a 1x1 weight is in
+    # both layouts); pool; ReLU.
     assert forward.eager == 3 + 1 + 1 + 1 + 1
     # Compiled: the same calls of cuDNN, a ReLU between them, and pool and ReLU as one kernel.
     assert forward.compiled == 3 + 1 + 1 + 1
-    # ReLU, zeros and pool, two gradients, ReLU; then the gradients of the first weight, into its layout, and of the bias.
+    # ReLU, zeros and pool, two gradients, ReLU; then the gradients of the first weight, into its
+    # layout, and of the bias.
     assert backward.eager == 1 + 2 + 2 + 1 + 3
     # A ReLU, a pool, two gradients, a ReLU, and the first convolution as before.
     assert backward.compiled == 1 + 1 + 2 + 1 + 3
@@ -123,8 +126,8 @@ def passes_of(config: TrainConfig) -> Passes:
 def test_the_passes_of_a_configuration() -> None:
     fp32 = passes_of(SMALL)
     network = count(create_model(SMALL.model).to("meta"), images(2, 32))
-    # Three for the normalisation of uint8 images, two for the loss, neither of them compiled; backward two and one for the
-    # loss, and its seed.
+    # Three for the normalisation of uint8 images, two for the loss, neither of them compiled;
+    # backward two and one for the loss, and its seed.
     assert fp32.forward == Count(network[0].eager + 5, network[0].compiled + 5)
     assert fp32.backward.eager == network[1].eager + 4
     assert fp32.forward.compiled < fp32.forward.eager
@@ -157,10 +160,11 @@ ADAM = 9
     ("num_replicas", "world_size", "own", "means", "exchange"),
     [
         (1, 1, 0, 0, 0),
-        # Two buckets: a sum and a division each. Means of the statistics: a sum, a division, a copy, three counters.
+        # Two buckets: a sum and a division each. Means of the statistics: a sum, a division, a
+        # copy, three counters.
         (2, 1, 4, 6, 0),
-        # Divisions; the others' statistics and their sum. A round of three kernels for each bucket, then signs, and values
-        # behind a copy; and what is agreed on.
+        # Divisions; the others' statistics and their sum. A round of three kernels for each bucket,
+        # then signs, and values behind a copy; and what is agreed on.
         (2, 2, 2, 4, 2 * 3 + 1 + 2 + 1),
         (4, 2, 4, 8, 2 * 3 + 1 + 2 + 1),
         (8, 8, 2, 10, 2 * 9 + 1 + 2 + 1),
@@ -214,7 +218,8 @@ def test_every_rule_is_counted(rule: str) -> None:
 
 
 def scheduled_kernels(model: nn.Module, batch: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Kernels that torch.compile plans for a GPU: its code for Triton is generated, but neither compiled nor run."""
+    """Kernels that torch.compile plans for a GPU: its code for Triton is generated, but neither
+    compiled nor run."""
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._inductor import compile_fx, config, graph, metrics
 

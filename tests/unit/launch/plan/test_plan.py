@@ -1,4 +1,5 @@
-"""The arithmetic of a plan: what hides behind what, what binds, and where more nodes stop to help."""
+"""The arithmetic of a plan: what hides behind what, what binds, and where more nodes stop to
+help."""
 
 import dataclasses
 import json
@@ -34,7 +35,7 @@ SMALL = load_config("fashion_quickstart")
 def rates(**changes: float | str) -> Rates:
     """A machine on which everything but what `changes` says takes next to no time."""
     values: dict[str, float | str] = {
-        "name": "made up",
+        "name": "synthetic",
         "device": "gpu",
         "cores": 8.0,
         "flops_per_second": 1e30,
@@ -52,7 +53,7 @@ def rates(**changes: float | str) -> Rates:
         "link_efficiency": 1.0,
     }
     values |= changes
-    return Rates(sources=dict.fromkeys(values, "made up"), **values)  # type: ignore[arg-type]
+    return Rates(sources=dict.fromkeys(values, "synthetic"), **values)  # type: ignore[arg-type]
 
 
 def cluster(num_nodes: int = 1, ranks_per_node: int = 8, link: float = 1e30, cores: float = 8.0) -> Cluster:
@@ -122,7 +123,8 @@ def test_what_a_cuda_graph_saves() -> None:
     graph = all_modes(XNOR, network, slow, cluster(ranks_per_node=1))[Mode(False, True)]
     assert graph.step == pytest.approx(1e-3)
     text = format_launches(modes, Mode(False, False))
-    assert f"{eager.kernels.step:9}{1e3 * eager.launches:10.2f}{1e3 * eager.step:12.2f}" in text[2]
+    numbers_of_eager = [str(eager.kernels.step), f"{1e3 * eager.launches:.2f}", f"{1e3 * eager.step:.2f}"]
+    assert text[1].split()[7:10] == numbers_of_eager  # after "> eager" and five parts
     assert re.search(
         r"A CUDA graph launches the step in .* ms instead of .* \(\d\d%\): Python and kernel launches bind", text[-1]
     )
@@ -146,7 +148,8 @@ def test_cores_that_decode_for_gpus_are_shared_and_copies_are_paid() -> None:
 
 def test_gradients_hide_behind_backward_but_the_last_bucket_and_the_gather_do_not() -> None:
     network = describe(XNOR)
-    # A link on which the gradients of a step between 2 ranks take (58.2 + 4.2) M * 4 bytes / 2 / 125 MB/s = 1 s.
+    # A link on which the gradients of a step between 2 ranks take (58.2 + 4.2) M * 4 bytes / 2 /
+    # 125 MB/s = 1 s.
     link, nodes = 125e6, cluster(num_nodes=2, ranks_per_node=1, link=125e6)
     slow = rates(flops_per_second=6 * network.macs * 512 / 60)  # backward takes 40 s
     e = estimate(XNOR, network, slow, nodes)
@@ -192,22 +195,22 @@ def test_a_message_takes_rounds_and_the_slower_of_two_ways() -> None:
     assert message_seconds(message, machine, cluster(ranks_per_node=4)) == pytest.approx(0.002 + 0.006)
 
 
-def made_up(num_nodes: int, images_per_second: float) -> Estimate:
+def synthetic(num_nodes: int, images_per_second: float) -> Estimate:
     values = {name: 0.0 for name in Estimate._fields} | {"images_per_second": images_per_second, "binding": "network"}
     return Estimate(**values | {"num_nodes": num_nodes})  # type: ignore[arg-type]
 
 
 def test_the_limit_is_where_a_doubling_adds_little_or_efficiency_halves() -> None:
-    assert find_limit([made_up(1, 100), made_up(2, 190), made_up(4, 195)]) == (2, "4 give 3% more images/s")
-    assert find_limit([made_up(1, 100), made_up(2, 90)]) == (1, "2 give 10% less images/s")
-    assert find_limit([made_up(1, 100), made_up(2, 130), made_up(4, 180)]) == (
+    assert find_limit([synthetic(1, 100), synthetic(2, 190), synthetic(4, 195)]) == (2, "4 give 3% more images/s")
+    assert find_limit([synthetic(1, 100), synthetic(2, 90)]) == (1, "2 give 10% less images/s")
+    assert find_limit([synthetic(1, 100), synthetic(2, 130), synthetic(4, 180)]) == (
         2,
         "with 4 a node does 45% of what 1 alone does",
     )
-    assert find_limit([made_up(1, 100), made_up(2, 200), made_up(4, 390)]) == (4, "")
+    assert find_limit([synthetic(1, 100), synthetic(2, 200), synthetic(4, 390)]) == (4, "")
     # From 4 to 5 nodes is a third of a doubling.
-    assert find_limit([made_up(1, 100), made_up(4, 390), made_up(5, 410)]).num_nodes == 5
-    assert efficiency_of(made_up(4, 300), made_up(1, 100)) == 0.75
+    assert find_limit([synthetic(1, 100), synthetic(4, 390), synthetic(5, 410)])[0] == 5
+    assert efficiency_of(synthetic(4, 300), synthetic(1, 100)) == 0.75
 
 
 def test_a_scan_goes_as_far_as_the_batch_divides() -> None:
@@ -215,7 +218,7 @@ def test_a_scan_goes_as_far_as_the_batch_divides() -> None:
     assert [e.num_nodes for e in found] == [1, 2, 4, 8, 16, 32, 64, 128]
     fixed = dataclasses.replace(XNOR, num_replicas=24, global_batch_size=1200)
     assert [e.num_nodes for e in scan(fixed, describe(XNOR), rates(), cluster(num_nodes=3))] == [1, 3]
-    with pytest.raises(ValueError, match="global_batch_size is 128, which 3 replicas on 3 ranks cannot share equally"):
+    with pytest.raises(ValueError, match="global_batch_size is 128.* 3 ranks"):
         estimate(SMALL, describe(SMALL), rates(), cluster(ranks_per_node=3))
 
 
@@ -230,7 +233,7 @@ def test_published_rates_name_their_sources() -> None:
         assert flops == sorted(flops)
         assert published(gpu, "fp16", 224) == published(gpu, "bf16", 224)
     assert published("h100", "bf16", 224).flops_per_second > published("a100", "bf16", 224).flops_per_second
-    with pytest.raises(ValueError, match="there are published rates for a100, h100, not for 'v100'"):
+    with pytest.raises(ValueError, match="--gpu .*'v100'.* a100, h100"):
         published("v100", "fp32", 224)
 
 
@@ -246,7 +249,7 @@ def test_rates_survive_their_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "rates.json"
     write_rates(rates(cores=3.0), path)
     assert read_rates(path) == rates(cores=3.0)
-    with pytest.raises(ValueError, match="cannot read the rates .*missing.json: No such file"):
+    with pytest.raises(ValueError, match="missing.json"):
         read_rates(tmp_path / "missing.json")
     values = json.loads(path.read_text())
     for broken, word in (
@@ -255,13 +258,11 @@ def test_rates_survive_their_file(tmp_path: Path) -> None:
         ({"sources": {}}, "sources says"),
     ):
         path.write_text(json.dumps(values | broken))
-        with pytest.raises(ValueError, match=f"is no file of rates .*{word}"):
+        with pytest.raises(ValueError, match=f"rates.json .*{word}"):
             read_rates(path)
     old = {name: value for name, value in values.items() if name != "launch_seconds"} | {"module_seconds": 5e-5}
     path.write_text(json.dumps(old))
-    with pytest.raises(
-        ValueError, match="rates.json has module_seconds, of a bitfleet .*: measure again with deepspeed"
-    ):
+    with pytest.raises(ValueError, match="rates.json .*launch_seconds.* bench plan"):
         read_rates(path)
 
 
@@ -272,7 +273,9 @@ def test_command_prints_the_answer_the_table_and_the_sources(
     plan(f"--nodes 8 --gpus 8 --network 400 --gpu h100 --config xnornet_imagenet --output {picture}".split())
     output = capsys.readouterr().out
     assert re.search(
-        r"^8 nodes with 8 GPUs each: [\d,]+ images/s, .* hours for 100 epochs of .*; the network binds\.$", output, re.M
+        r"^8 nodes with 8 GPUs each: [\d,]+ images/s, .* 100 epochs of 1,281,167 images; the network binds\.$",
+        output,
+        re.M,
     )
     assert re.search(r"^More than \d nodes do not help: \d+ give \d+% more images/s\.$", output, re.M)
     assert len(re.findall(r"^ +(> )?\d+ +\d+ +\d+ .* (data|compute|network|launches)$", output, re.M)) == 8
@@ -290,19 +293,21 @@ def test_command_takes_measured_rates(capsys: pytest.CaptureFixture[str], tmp_pa
         r"^1 node with 2 ranks each: .* for 3 epochs of 1,280 images; forward and backward bind\.$", output, re.M
     )
     assert "CUDA graph" not in output
+    plan(f"--gpus 2 --rates {tmp_path}/rates.json --config fashion_quickstart".split())
+    assert "epochs of 6,000 images" in capsys.readouterr().out  # those of data.root
 
 
 def test_bad_input() -> None:
     for arguments, sentence in (
-        ("--config xnornet_imagenet", "whose rates\\? Pass either --gpu NAME or --rates FILE"),
-        ("--gpu h100 --rates x --config xnornet_imagenet", "whose rates"),
-        ("--gpu h100 --nodes 2 --config xnornet_imagenet", "how fast is the network\\? Pass --network"),
+        ("--config xnornet_imagenet", "--gpu .*--rates"),
+        ("--gpu h100 --rates x --config xnornet_imagenet", "--gpu .*--rates"),
+        ("--gpu h100 --nodes 2 --config xnornet_imagenet", "--network"),
         (
             "--gpu h100 --nodes 2 --network fast --config xnornet_imagenet",
-            "--network must be a positive number, not 'fast'",
+            "--network.* 'fast'",
         ),
-        ("--gpu h100 --nodes 3 --network 1 --config xnornet_imagenet", "global_batch_size is 1024, which 24 replicas"),
-        ("--gpu h100 --config xnornet_imagenet --speed 3", "there is no option --speed"),
+        ("--gpu h100 --nodes 3 --network 1 --config xnornet_imagenet", "global_batch_size is 1024.* 24"),
+        ("--gpu h100 --config xnornet_imagenet --speed 3", "--speed"),
     ):
         with pytest.raises(ValueError, match=sentence):
             plan(arguments.split())

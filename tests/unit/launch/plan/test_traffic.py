@@ -1,4 +1,5 @@
-"""Bytes on paper against the bytes that the collectives of a step are called with, for 1, 2 and 4 ranks in one process."""
+"""Bytes on paper against the bytes that the collectives of a step are called with, for 1, 2 and 4
+ranks in one process."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -11,11 +12,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bitfleet.configs import load_config
 from bitfleet.launch.bench.comm import CollectiveCounter
-from bitfleet.launch.plan.traffic import IMAGENET_IMAGES, Message, count_images, describe, traffic
+from bitfleet.launch.plan.traffic import Message, describe, traffic
 from bitfleet.models import create_model
 from bitfleet.optim import build_optimizer
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.data import DataConfig
 from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
 from bitfleet.trainer.engine.config import EngineConfig
 from bitfleet.trainer.engine.engine import shard
@@ -25,8 +25,10 @@ STOP_MESSAGE = Message("all_reduce", 24)  # of stop.py, which talks in a group o
 
 @pytest.fixture
 def pretended_ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """A process group whose other ranks do not exist: collectives return at once, and nothing arrives."""
-    # What should have been received is whatever was in the memory otherwise: with a NaN there the step is skipped.
+    """A process group whose other ranks do not exist: collectives return at once, and nothing
+    arrives."""
+    # What should have been received is whatever was in the memory otherwise: with a NaN there the
+    # step is skipped.
     monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
     yield request.param
@@ -66,7 +68,8 @@ def test_traffic_is_what_the_collectives_are_called_with(
 
 
 def test_traffic_of_the_other_shardings() -> None:
-    # Per weight on 4 ranks, as docs/sharding.md counted; the rest is BatchNorm's statistics, and what the ranks agree on.
+    # Per weight on 4 ranks, as docs/sharding.md counted; the rest is BatchNorm's statistics, and
+    # what the ranks agree on.
     for sharding, per_weight in (("none", 6), ("zero1", 9), ("zero2", 9)):
         config = config_of(EngineConfig(sharding=sharding))  # type: ignore[arg-type]
         network = describe(config)
@@ -85,7 +88,8 @@ def test_bytes_for_a_binary_and_another_weight() -> None:
         statistics = (world_size - 1) * 4 * network.num_statistics
         formula = (world_size - 1) / world_size * (binary * (4 + 1 / 8) + others * 8) + statistics  # docs/sharding.md
         assert formula <= sent < 1.001 * formula
-    # The layers of the classifier come last and are reached first; the first convolution's bucket goes at the end.
+    # The layers of the classifier come last and are reached first; the first convolution's bucket
+    # goes at the end.
     ready = [message.ready for message in traffic(network, config, 2).gradients]
     assert ready == sorted(ready)
     assert ready[0] < 0.1
@@ -93,7 +97,8 @@ def test_bytes_for_a_binary_and_another_weight() -> None:
 
 
 def test_between_nodes_a_flat_all_to_all_is_dearer_than_a_ring_and_halving_is_not() -> None:
-    # As docs/sharding.md counted between two hosts of two ranks, for a rank: 2.08 and 3.03 bytes per binary weight.
+    # As docs/sharding.md counted between two hosts of two ranks, for a rank: 2.08 and 3.03 bytes
+    # per binary weight.
     assert Message("all_to_all", 4).between_bytes(2, 2) == 4
     assert Message("all_gather", 1 / 8).between_bytes(2, 2) == 3 / 32
     assert Message("all_reduce", 4).between_bytes(2, 2) == 6
@@ -108,12 +113,5 @@ def test_between_nodes_a_flat_all_to_all_is_dearer_than_a_ring_and_halving_is_no
 
 def test_zero3_is_refused() -> None:
     config = config_of(EngineConfig(sharding="zero3"))
-    with pytest.raises(
-        ValueError, match='the plan knows engine.sharding "bits", "none", "zero1" and "zero2", not "zero3"'
-    ):
+    with pytest.raises(ValueError, match='engine.sharding .*"zero3"'):
         traffic(describe(config), config, 2)
-
-
-def test_images_are_counted_where_they_are() -> None:
-    assert count_images(DataConfig(root="fashion-mnist")) == 6000
-    assert count_images(DataConfig(root="/nowhere/imagenet")) == IMAGENET_IMAGES

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from bitfleet.configs import load_config
-from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.run.folder import read_config, write_config
+from bitfleet.trainer.config import TrainConfig, read_config
+from bitfleet.trainer.run.folder import write_config
 
 
 def make(output: Path, **fields: object) -> TrainConfig:

@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 
-from bitfleet.trainer.run.hardware import hardware
+from bitfleet.trainer.run.versions import hardware
 
 
 def test_machine_is_described_in_json_types() -> None:
