@@ -27,6 +27,7 @@ OWNERS = {
         "trainer/checkpoint/planners.py",
         "trainer/checkpoint/tensors.py",
         "trainer/ranks/rendezvous.py",
+        "launch/bench/training.py",
     ),
 }
 FILES = [path for room in ROOMS for path in sorted((REPOSITORY / room).rglob("*.py"))]

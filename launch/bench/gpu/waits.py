@@ -1,10 +1,10 @@
-"""Where the host waits for the GPU: every synchronisation inside, by the line of bitfleet or DeepSpeed that causes it."""
+"""Count where the host waits for the GPU, by the line of bitfleet or DeepSpeed that causes it."""
 
 import collections
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,17 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_SYNCHRONIZING = "synchronizing CUDA operation"
-"""In the warning of torch.cuda.set_sync_debug_mode("warn")."""
-_LIBRARIES = ("bitfleet", "deepspeed")
-_SHOWN_CODE = 60  # characters
-
 Places = collections.Counter[str]
-"""Place -> how often."""
+"""Place -> number of waits."""
 
 
 class Waits(NamedTuple):
-    """What made the host wait for the GPU."""
+    """The waits of the host."""
 
     syncs: Places
     """It waited for everything that was queued: the GPU ran dry."""
@@ -35,31 +30,22 @@ class Waits(NamedTuple):
 
 @contextmanager
 def host_waits(device: torch.device) -> Iterator[Waits]:
-    """Count what makes the host wait for the GPU inside: synchronising operations and waits for the device, a stream or an event.
+    """Count synchronizing operations and waits for the device, a stream or an event inside.
 
-    Only waits of the threads that train count, the main one and autograd's: a loader's thread may wait. On a CPU nothing waits,
-    and only the calls of torch.cuda.synchronize and its like are counted.
-
-    Args:
-        device: where the model runs.
-
-    Yields:
-        The counts by place, which grow.
+    Only the threads that train count, the main one and autograd's: a loader's thread may wait. On a CPU nothing waits, and only
+    calls such as torch.cuda.synchronize are counted.
     """
     waits = Waits(collections.Counter(), collections.Counter())
 
-    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
-        if _SYNCHRONIZING in str(message) and _is_training_thread():
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        # The warning of torch.cuda.set_sync_debug_mode("warn").
+        if "synchronizing CUDA operation" in str(message) and _is_training_thread():
             waits.syncs[place_of(traceback.extract_stack()[:-1])] += 1
 
     with ExitStack() as stack:
-        for owner, places in (
-            (torch.cuda, waits.syncs),
-            (torch.cuda.Stream, waits.syncs),
-            (torch.cuda.Event, waits.events),
-        ):
-            counted = _counted(owner.synchronize, places)
-            stack.enter_context(mock.patch.object(owner, "synchronize", counted))
+        for owner in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):
+            places = waits.events if owner is torch.cuda.Event else waits.syncs
+            stack.enter_context(mock.patch.object(owner, "synchronize", _counted(owner.synchronize, places)))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("always")
         stack.enter_context(mock.patch.object(warnings, "showwarning", show))
@@ -79,26 +65,26 @@ def _counted(function: Callable[..., Any], places: Places) -> Callable[..., Any]
 
 
 def _is_training_thread() -> bool:
-    """Whether this is the main thread, or one that torch has made, for backward: Python calls those Dummy-1, Dummy-2, ..."""
+    """Return True in the main thread, and in one that torch has made for backward: Python calls those Dummy-1, Dummy-2, ..."""
     current = threading.current_thread()
     return current is threading.main_thread() or current.name.startswith("Dummy-")
 
 
-def place_of(stack: traceback.StackSummary | list[traceback.FrameSummary]) -> str:
-    """The innermost line of a stack that belongs to bitfleet or DeepSpeed, as "trainer/trainer.py:123 <code>"."""
+def place_of(stack: Sequence[traceback.FrameSummary]) -> str:
+    """Return the innermost line of a stack that belongs to bitfleet or DeepSpeed, as "trainer/trainer.py:123 <code>"."""
     for frame in reversed(stack):
         parts = Path(frame.filename).parts
-        for library in _LIBRARIES:
+        for library in ("bitfleet", "deepspeed"):
             if library in parts and frame.filename != __file__:
                 file = "/".join(parts[parts.index(library) + (library == "bitfleet") :])
-                return f"{file}:{frame.lineno} {(frame.line or '')[:_SHOWN_CODE]}"
+                return f"{file}:{frame.lineno} {(frame.line or '')[:60]}"
     return "elsewhere"
 
 
 class PageableCopies(TorchDispatchMode):
-    """Counts copies between the GPU and memory of the host that is not pinned: those wait for the stream above 64 KiB.
+    """Count copies between the GPU and host memory that is not pinned: those wait for the stream above 64 KiB.
 
-    torch.cuda.set_sync_debug_mode does not see them where they were asked for as non_blocking.
+    torch.cuda.set_sync_debug_mode does not see the ones that were asked for as non_blocking.
     """
 
     def __init__(self) -> None:
@@ -106,11 +92,11 @@ class PageableCopies(TorchDispatchMode):
         self.places: Places = collections.Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator `func`, and count it if it is such a copy."""
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
-            tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, Tensor)]
-            if any(each.is_cuda for each in tensors) and any(
-                each.device.type == "cpu" and each.dim() > 0 and not each.is_pinned() for each in tensors
-            ):
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+            on_host = [t for t in tensors if t.device.type == "cpu" and t.dim() > 0 and not t.is_pinned()]
+            if on_host and any(tensor.is_cuda for tensor in tensors):
                 self.places[place_of(traceback.extract_stack()[:-1])] += 1
         return result
