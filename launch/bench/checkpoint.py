@@ -137,7 +137,7 @@ def _plain_state(network: str, device: torch.device) -> dict[str, object]:
 
 
 def _cost(save: Callable[[], object], saver: Saver, other: Path, ranks: Ranks) -> Cost:
-    """Time one save between barriers. Files that the Saver did not write (they are in `other`) are flushed and deleted here."""
+    """Time one save between barriers; flush and delete the files in `other`, which the Saver did not write."""
     barrier()
     start = time.perf_counter()
     save()
@@ -159,7 +159,7 @@ def _cost(save: Callable[[], object], saver: Saver, other: Path, ranks: Ranks) -
 
 
 def _while_saving(train: Callable[[], None], start: Callable[[], None], saver: Saver) -> tuple[float, float]:
-    """Return the time of a training step during a save over one without, and an idle thread's longest pause during a save."""
+    """Return the slow-down of a training step during a save, and the longest pause of an idle thread."""
 
     def seconds(run: Callable[[], Any]) -> float:
         return seconds_per_call(run, 1, CPU)
@@ -195,14 +195,7 @@ def _format(
         megabytes = num_bytes / 1e6
         rate = megabytes / ranks.world_size / seconds
         rows.append(
-            [
-                title,
-                f"{stall:.3f}",
-                f"{seconds:.3f}",
-                f"{megabytes:,.3f}",
-                f"{rate:,.0f}",
-                f"{first.stall_seconds:.3f}",
-            ]
+            [title, f"{stall:.3f}", f"{seconds:.3f}", f"{megabytes:,.3f}", f"{rate:,.0f}", f"{first.stall_seconds:.3f}"]
         )
     background, blocking = ([cost.stall_seconds for cost in costs[title][1:]] for title in (BACKGROUND, BLOCKING))
     slow_down, pause = (statistics.median(values) for values in zip(*during, strict=True))

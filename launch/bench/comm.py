@@ -1,7 +1,8 @@
-"""Count what a rank sends and holds, and time its steps: bitfleet's sharding, DeepSpeed's ZeRO, DistributedDataParallel.
+"""Count what a rank sends and holds under bitfleet's sharding, ZeRO and DistributedDataParallel.
 
-Two counts of the same steps. From the calls: each collective as the bytes that the best algorithm for it has to send. On the
-wire: what the network interfaces of the machines say they sent, headers and acknowledgements included.
+Two counts of the same steps. From the calls: each collective as the bytes that the best algorithm
+for it has to send. On the wire: what the network interfaces of the machines say they sent, headers
+and acknowledgements included.
 """
 
 import functools
@@ -45,7 +46,7 @@ COMPILED = "bop2ndorder_compiled"
 
 
 def binary_stack() -> nn.Sequential:
-    """Create DEPTH binary layers of WIDTH^2 weights: no buffers, which DistributedDataParallel would send, few activations."""
+    """Create DEPTH binary layers of WIDTH^2 weights, without buffers, which DDP would send."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for _ in range(DEPTH):
@@ -71,9 +72,9 @@ SHARES = {
 class CollectiveCounter(TorchDispatchMode):
     """Count, while entered, the bytes that this rank's collectives have to send, whatever calls them.
 
-    It sits below Python, where all of them end as operators of the library c10d, also those that DistributedDataParallel calls
-    from C++. Only the swaps of bitfleet's reduction, which happen in their own thread, are counted where they are called. Every
-    group is taken to hold all ranks.
+    It sits below Python, where all of them end as operators of the library c10d, also those that
+    DistributedDataParallel calls from C++. Only the swaps of bitfleet's reduction, which happen in
+    their own thread, are counted where they are called. Every group is taken to hold all ranks.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -122,7 +123,8 @@ def _tensors(argument: Any) -> Iterable[Tensor]:
 def interface_bytes() -> dict[str, int]:
     """Return the bytes that each interface of this network namespace has sent.
 
-    From /proc/net/dev: /sys/class/net has the same counters, but of the namespace in which /sys was mounted.
+    From /proc/net/dev: /sys/class/net has the same counters, but of the namespace in which /sys was
+    mounted.
     """
     lines = Path("/proc/net/dev").read_text().splitlines()[2:]  # without the titles
     fields = {name.strip(): values.split() for name, _, values in (line.partition(":") for line in lines)}
@@ -156,7 +158,7 @@ def bench_comm(options: Comm, ranks: Ranks, device: torch.device) -> Iterator[st
     """
     if ranks.world_size < 2:
         raise ValueError(
-            "one rank sends nothing: start it on several, as deepspeed --num_accelerators 2 --module bitfleet.launch bench comm"
+            "one rank sends nothing: start several, deepspeed --num_accelerators 2 --module bitfleet.launch bench comm"
         )
 
     def measure(method: Method, grad_dtype: GradDtype) -> list[float]:
@@ -172,8 +174,8 @@ def bench_comm(options: Comm, ranks: Ranks, device: torch.device) -> Iterator[st
         return [sum(numbers_from_ranks(number)) / (options.steps * ranks.world_size * NUM_BINARY) for number in sent]
 
     yield titled(
-        f"bytes that a rank sends per step and binary weight, {ranks.world_size} ranks on {_hosts(ranks)}, {NUM_BINARY:,} binary "
-        "weights",
+        f"bytes that a rank sends per step and binary weight, {ranks.world_size} ranks on {_hosts(ranks)}, "
+        f"{NUM_BINARY:,} binary weights",
         [["", "gradients", "calls", "on the wire", "between hosts"], *_rows(measure)],
         "<<",
     )
@@ -204,7 +206,8 @@ def bench_memory(options: Memory, ranks: Ranks, device: torch.device) -> Iterato
         return torch.stack(gather_from_ranks(largest)).amax(0).tolist()
 
     yield titled(
-        f"bytes of tensors per parameter on a rank, {ranks.world_size} ranks; a bucket of fp32 gradients is {4 / NUM_BUCKETS:g}",
+        f"bytes of tensors per parameter on a rank, {ranks.world_size} ranks; a bucket of fp32 gradients is "
+        f"{4 / NUM_BUCKETS:g}",
         [["", "gradients", "after the step", "peak in backward", "peak in step"], *_rows(measure)],
         "<<",
     )
@@ -281,7 +284,7 @@ def _sharding_table(network: str, ranks: Ranks, options: Sharding, turns: dict[s
             row += [f"{ratio(own_seconds, seconds):.3f}", f"{ratio(own_sent, [max(each, 1.0) for each in sent]):.3f}"]
         rows.append(row)
     return titled(
-        f"{network}, {NETWORKS[network]} px, {ranks.world_size} ranks x {options.micro_batch_size} images on {_hosts(ranks)}, "
-        f"per step, median of {options.rounds} rounds",
+        f"{network}, {NETWORKS[network]} px, {ranks.world_size} ranks x {options.micro_batch_size} images on "
+        f"{_hosts(ranks)}, per step, median of {options.rounds} rounds",
         rows,
     )

@@ -1,4 +1,4 @@
-"""`bitfleet bench NAME`; on several ranks `deepspeed --num_accelerators 2 --module bitfleet.launch bench NAME`."""
+"""`bitfleet bench NAME`; on ranks: `deepspeed --num_accelerators 2 --module bitfleet.launch bench NAME`."""
 
 import dataclasses
 import importlib
@@ -30,16 +30,17 @@ class Steps:
 
 @dataclasses.dataclass(frozen=True)
 class Train(Steps, Rounds):
-    """Compare the step loop with a bare torch loop on data in memory: images/s. Needs --config, takes options of a run."""
+    """Compare the step loop with a bare torch loop on data in memory: images/s. Needs --config."""
 
     steps: Count = 40
 
 
 @dataclasses.dataclass(frozen=True)
 class Comm(Steps):
-    """Count the bytes that a rank sends per step: bitfleet's sharding, ZeRO-0, 1, 2 and DistributedDataParallel.
+    """Count the bytes that a rank sends per step: bitfleet, ZeRO-0, 1, 2, DistributedDataParallel.
 
-    What the network interfaces sent is this job's alone only in a network namespace (launch/cluster/hosts.sh).
+    What the network interfaces sent is this job's alone only in a network namespace
+    (launch/cluster/hosts.sh).
     """
 
 
@@ -52,7 +53,7 @@ class Step(Rounds):
 
 @dataclasses.dataclass(frozen=True)
 class Networks(Steps, Rounds):
-    """Compare training steps of a network with timm's resnet18 on the same images: images/s, memory of a GPU. One process."""
+    """Compare training steps of a network with timm's resnet18 in one process: images/s, memory."""
 
     network: str = "birealnet18"
     """birealnet18, xnornet, binarynet or any network of timm."""
@@ -67,7 +68,7 @@ class Networks(Steps, Rounds):
 
 @dataclasses.dataclass(frozen=True)
 class Sharding(Steps, Rounds):
-    """Time steps under bitfleet's sharding, DistributedDataParallel and ZeRO-1, and count the bytes that a rank sends."""
+    """Time steps and count bytes that a rank sends: bitfleet, DistributedDataParallel, ZeRO-1."""
 
     network: Literal["birealnet18", "xnornet"] | None = None
     """The only network to measure. Default: both."""
@@ -80,10 +81,7 @@ class Sharding(Steps, Rounds):
 
 @dataclasses.dataclass(frozen=True)
 class Plan(Steps, Rounds):
-    """Measure this machine's rates for `bitfleet plan --rates FILE`, and check what the plan predicts against training steps.
-
-    Needs --config, takes options of a run.
-    """
+    """Measure rates for `bitfleet plan --rates FILE`, and check its prediction. Needs --config."""
 
     steps: Count = 10
     rates: Path | None = None
@@ -94,19 +92,19 @@ class Plan(Steps, Rounds):
 
 @dataclasses.dataclass(frozen=True)
 class Diagnostics(Steps, Rounds):
-    """Compare the training loop with and without metrics.diagnostics: ms per step. Needs --config, takes options of a run."""
+    """Compare the training loop with and without metrics.diagnostics. Needs --config."""
 
     steps: Count = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory(Steps):
-    """Count the bytes of tensors per parameter that a rank holds after a step and at its peak, for the contenders of comm."""
+    """Count the bytes per parameter that a rank holds after a step and at its peak, as in comm."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint(Rounds):
-    """Compare saves: bitfleet's in the background and blocking, ZeRO-1's, torch.save: stall, seconds until on disk, MB."""
+    """Compare saves: bitfleet's in the background and blocking, ZeRO-1's, torch.save."""
 
     network: Literal["xnornet", "birealnet18", "birealnet_small"] = "xnornet"
     """What is saved; xnornet takes 4 GB of disk."""
@@ -117,14 +115,14 @@ class Checkpoint(Rounds):
 
 @dataclasses.dataclass(frozen=True)
 class Journal(Steps, Rounds):
-    """Compare steps with and without the flip journal, and encode random flips. Needs --config, takes options of a run."""
+    """Compare steps with and without the flip journal, and encode random flips. Needs --config."""
 
     steps: Count = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Loader(Rounds):
-    """Compare ImageNet's training transform on the CPU with torchvision, timm, and, if installed, WebDataset and FFCV."""
+    """Compare loaders of photos with torchvision, timm and, if installed, WebDataset and FFCV."""
 
     memory: bool = False
     """Instead: images of 32 pixels with data.loader dali, torch and memory."""

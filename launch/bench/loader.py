@@ -1,7 +1,7 @@
 """Time bitfleet's loaders: against torchvision, timm, WebDataset and FFCV; on small images; with a long manifest.
 
-Measured is the work on the CPU until a batch is ready to go to the device, with the same number of decoding threads or worker
-processes, the files in the page cache.
+Measured is the work on the CPU until a batch is ready to go to the device, with the same number of
+decoding threads or worker processes, the files in the page cache.
 """
 
 import functools
@@ -15,19 +15,25 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler
 from torchvision import datasets, io, transforms
 from torchvision.transforms import v2
 
 from bitfleet.launch.bench.command import Loader
-from bitfleet.launch.bench.photos import find_photos, image_list, make_photo, write_class_folders, write_jpeg
-from bitfleet.launch.bench.photos import write_small_copies as shrink
+from bitfleet.launch.bench.photos import (
+    find_photos,
+    image_list,
+    make_photo,
+    write_class_folders,
+    write_jpeg,
+    write_small_copies,
+)
 from bitfleet.launch.bench.step import in_new_process
 from bitfleet.launch.bench.timing import Turn, interleave, ratio, spread, titled
 from bitfleet.launch.job import num_cores
@@ -54,7 +60,8 @@ def bench_loader(options: Loader) -> Iterator[str]:
     """Measure the loaders that `options` ask for.
 
     Raises:
-        ValueError: options that exclude each other, a root that is not a data set, or fewer images than a batch.
+        ValueError: options that exclude each other, a root that is not a data set, or fewer images
+            than a batch.
     """
     mode = "--manifest" if options.manifest else "--memory"
     given: dict[str, object] = {"--memory": options.memory, "--root": options.root}
@@ -113,8 +120,9 @@ class CpuClock:
 def take_loader_turn(start: Start, num_batches: int, batch_size: int) -> Turn:
     """Start a loader, take `num_batches` from it, and end its workers; the times are per image.
 
-    It is measured between two moments at which the loader rests, because it has prefetched as much as it may: in between it has
-    made exactly the batches that were taken. Its start and its first batches come before.
+    It is measured between two moments at which the loader rests, because it has prefetched as much
+    as it may: in between it has made exactly the batches that were taken. Its start and its first
+    batches come before.
     """
     gc.collect()  # a worker forked while a DALI pipeline waits for the collector would collect it as well, and hang
     before = set(psutil.Process().children(recursive=True))
@@ -164,7 +172,8 @@ def _cpu_ratio(turns: Mapping[str, list[Turn]], title: str, other: str) -> float
 def measure_photos(options: Loader, num_workers: int) -> str:
     """Compare loaders that give ImageNet's training transform.
 
-    That is a random window of 8-100 % of the area, resized to 224 x 224 with antialiasing, half of them mirrored.
+    That is a random window of 8-100 % of the area, resized to 224 x 224 with antialiasing, half of
+    them mirrored.
     """
     batch_size = options.batch_size or 64
     with tempfile.TemporaryDirectory(prefix="bitfleet-bench-loader-") as name:
@@ -176,7 +185,7 @@ def measure_photos(options: Loader, num_workers: int) -> str:
             raise ValueError(
                 f"--batch_size {batch_size} must not exceed the {num_images} photos; lower it, or raise --images"
             )
-        shrink(photos, small, num_workers)
+        write_small_copies(photos, small, num_workers)
         num_batches = max(num_images // batch_size, 4 * num_workers)
         num_batches += -num_batches % num_workers  # as many for each worker, so that they end together
         loaders = contenders(originals, small, batch_size, num_workers)
@@ -189,12 +198,12 @@ def measure_photos(options: Loader, num_workers: int) -> str:
     speed_up = ratio(*([turn.seconds for turn in turns[title]] for title in (BITFLEET, BITFLEET_SMALL)))
     lines = [
         titled(
-            f"{num_images} {'synthetic ' * photos.synthetic}photos of {kilobytes:.0f} kB, batches of {batch_size}, {num_workers} "
-            f"threads or workers, median of {options.rounds} rounds (least - most)",
+            f"{num_images} {'synthetic ' * photos.synthetic}photos of {kilobytes:.0f} kB, batches of {batch_size}, "
+            f"{num_workers} threads or workers, median of {options.rounds} rounds (least - most)",
             _rate_rows(turns, "ms", BITFLEET),
         ),
         f"  CPU ms, bitfleet / timm: {_cpu_ratio(turns, BITFLEET, TIMM):.2f} (at most 0.70)",
-        f"  CPU ms, bitfleet / {TORCHVISION_UINT8}: {_cpu_ratio(turns, BITFLEET, TORCHVISION_UINT8):.2f} (at most 1.05)",
+        f"  CPU ms, bitfleet / torchvision: {_cpu_ratio(turns, BITFLEET, TORCHVISION_UINT8):.2f} (at most 1.05)",
         f"  CPU time of bitfleet's sampler: {share:.2%} (at most 1 %)",
         f"  images/s, files of 256 pixels / originals: {speed_up:.2f} (at least 1.8)",
         "  Where other processes use the cores, images/s say little; CPU ms hold.",
@@ -216,8 +225,9 @@ def train_loader(root: Path, batch_size: int, num_workers: int, **options: Any) 
 def contenders(originals: Path, small: Path, batch_size: int, num_workers: int) -> dict[str, Start]:
     """Return the loaders that are installed, each an endless stream of shuffled training batches.
 
-    timm's is the one inside its PrefetchLoader: images as uint8, normalized later. FFCV's is written by its documentation, but
-    has not been run; it reads copies encoded again at quality 90, which are easier than the originals.
+    timm's is the one inside its PrefetchLoader: images as uint8, normalized later. FFCV's is
+    written by its documentation, but has not been run; it reads copies encoded again at quality 90,
+    which are easier than the originals.
     """
     decoder, decode = _decoder()
     sizes = batch_size, num_workers
@@ -229,8 +239,8 @@ def contenders(originals: Path, small: Path, batch_size: int, num_workers: int) 
         BITFLEET: bitfleet(),
         "bitfleet, loader=torch": bitfleet(loader="torch"),
         "bitfleet, preprocessing=official": bitfleet(preprocessing="official"),
-        TORCHVISION_UINT8: lambda: _torchvision_uint8(originals, *sizes),
-        "torchvision, PIL, float32": lambda: _torchvision_pil(originals, *sizes),
+        TORCHVISION_UINT8: lambda: _torchvision(originals, *sizes, pil=False),
+        "torchvision, PIL, float32": lambda: _torchvision(originals, *sizes, pil=True),
         TIMM: lambda: _timm(originals, *sizes),
         "WebDataset, PIL, uint8": lambda: _webdataset(originals, *sizes),
         "FFCV, JPEG of quality 90, uint8": lambda: _ffcv(originals, *sizes),
@@ -251,16 +261,19 @@ def sampler_alone(root: Path, batch_size: int, num_workers: int) -> float:
     return (time.process_time() - start) / (count * batch_size)
 
 
-def _torchvision_uint8(root: Path, batch_size: int, num_workers: int) -> Iterator[object]:
-    _accept_torchvision_io()
-    crop = v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()])
-    return _shuffled(datasets.ImageFolder(str(root / "train"), crop, loader=_decode_rgb), batch_size, num_workers)
-
-
-def _torchvision_pil(root: Path, batch_size: int, num_workers: int) -> Iterator[object]:
-    to_float = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
-    crop = transforms.Compose([transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), *to_float])
-    return _shuffled(datasets.ImageFolder(str(root / "train"), crop), batch_size, num_workers)
+def _torchvision(root: Path, batch_size: int, num_workers: int, *, pil: bool) -> Iterator[object]:
+    options: dict[str, Any] = {}
+    if pil:
+        to_float = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+        crop = transforms.Compose([transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), *to_float])
+    else:
+        _accept_torchvision_io()
+        options["loader"] = _decode_rgb
+        crop = v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()])
+    dataset = datasets.ImageFolder(str(root / "train"), crop, **options)
+    # One endless iteration, so that prefetching does not pause between two epochs, which are short here.
+    order = RandomSampler(dataset, num_samples=1 << 40)
+    return iter(DataLoader(dataset, batch_size, sampler=order, num_workers=num_workers))
 
 
 def _decode_rgb(path: str) -> torch.Tensor:
@@ -271,12 +284,6 @@ def _decode_rgb(path: str) -> torch.Tensor:
 def _accept_torchvision_io() -> None:
     # Deprecated since torchvision 0.29, in favour of a library that is not installed with it; still what people use.
     warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
-
-
-def _shuffled(dataset: Dataset[Any], batch_size: int, num_workers: int) -> Iterator[object]:
-    # One endless iteration, so that prefetching does not pause between two epochs, which are short here.
-    order = RandomSampler(dataset, num_samples=1 << 40)  # type: ignore[arg-type]
-    return iter(DataLoader(dataset, batch_size, sampler=order, num_workers=num_workers))
 
 
 def _timm(root: Path, batch_size: int, num_workers: int) -> Iterator[object]:
@@ -418,17 +425,6 @@ def _batches_per_turn(start: Start) -> int:
     return count
 
 
-class FirstBatch(NamedTuple):
-    """A process that opens a data set and takes a batch."""
-
-    seconds: float
-    """Seconds from `open_dataset` to the first batch, with the import of the decoder."""
-    opened_bytes: int
-    """Resident memory once the loader is there."""
-    batch_bytes: int
-    """Resident memory after the first batch."""
-
-
 def measure_manifest(options: Loader, num_workers: int) -> str:
     """Write a manifest of ImageNet's length and read it in new processes, one after another."""
     with tempfile.TemporaryDirectory(prefix="bitfleet-bench-loader-") as scratch:
@@ -436,16 +432,15 @@ def measure_manifest(options: Loader, num_workers: int) -> str:
         write_long_manifest(long, NUM_TRAIN, NUM_VAL)
         write_long_manifest(tiny, 64, 64)
 
-        def read(root: Path) -> FirstBatch:
-            code = f"from bitfleet.launch.bench.loader import first_batch; print(*first_batch({str(root)!r}, {num_workers}))"
-            seconds, *sizes = in_new_process(code).split()[-3:]
-            return FirstBatch(float(seconds), *map(int, sizes))
+        def read(root: Path) -> list[float]:
+            code = f"from bitfleet.launch.bench import loader; print(*loader.first_batch({str(root)!r}, {num_workers}))"
+            return [float(word) for word in in_new_process(code).split()[-3:]]
 
         starts = interleave({"long": lambda: read(long), "tiny": lambda: read(tiny)}, options.rounds)
     seconds, opened, batch = (statistics.median(values) for values in zip(*starts["long"], strict=True))
     tiny_seconds, tiny_opened, tiny_batch = (statistics.median(each) for each in zip(*starts["tiny"], strict=True))
     return titled(
-        f"a manifest of {NUM_TRAIN + NUM_VAL:,} lines, median of {options.rounds} new processes; memory: more than with 64 lines",
+        f"a manifest of {NUM_TRAIN + NUM_VAL:,} lines, median of {options.rounds} new processes; memory: above that of 64",
         [
             ["open_dataset to the first batch", f"{seconds:.2f} s", f"(at most 3; with 64 lines {tiny_seconds:.2f})"],
             ["memory of data set and loader", f"{(opened - tiny_opened) / 1e6:.0f} MB", "(at most 300)"],
@@ -481,10 +476,15 @@ def write_long_manifest(folder: Path, num_train: int, num_val: int) -> None:
     write_manifest(Manifest(train=lists[0], val=lists[1], classes=classes, layout="bench loader"), folder)
 
 
-def first_batch(root: str, num_workers: int) -> FirstBatch:
-    """Open the data set and take a batch of its training loader; meant for a new process."""
+def first_batch(root: str, num_workers: int) -> tuple[float, int, int]:
+    """Open the data set and take a batch of its training loader, in a new process.
+
+    Returns:
+        Seconds for both, the import of the decoder included, and the bytes of resident memory
+        before and after the batch.
+    """
     start = time.perf_counter()
     loader = train_loader(Path(root), 64, num_workers)
     opened = psutil.Process().memory_info().rss
     next(loader.batches())
-    return FirstBatch(time.perf_counter() - start, opened, psutil.Process().memory_info().rss)
+    return time.perf_counter() - start, opened, psutil.Process().memory_info().rss

@@ -1,4 +1,4 @@
-"""Compare training loops in the same processes: bitfleet's with a bare torch loop, with and without diagnostics or journal."""
+"""Compare training loops: with a bare torch loop, with and without diagnostics or flip journal."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ NUM_WEIGHTS = 10_985_472
 def started(
     config: TrainConfig, ranks: Ranks, device: torch.device, num_steps: int = 0, **fields: Any
 ) -> Iterator[Trainer]:
-    """Start the run `config` with other `fields`, in a folder that is deleted in the end; every rank calls this.
+    """Start the run `config` with other `fields`, in a temporary folder; every rank calls this.
 
     Raises:
         ValueError: the run has fewer than `num_steps` steps.
@@ -51,7 +51,8 @@ def started(
         trainer = Trainer(dataclasses.replace(config, run_dir=run_dir, resume=None, **fields), ranks, device)
         if num_steps > trainer.num_steps:
             raise ValueError(
-                f"{config.name} has {trainer.num_steps:,} steps, the benchmark makes {num_steps:,}: use fewer --steps or --rounds"
+                f"{config.name} has {trainer.num_steps:,} steps, the benchmark makes {num_steps:,}: use fewer --steps "
+                "or --rounds"
             )
         trainer.start()
         yield trainer
@@ -62,8 +63,8 @@ def started(
 def bare_steps(trainer: Trainer, config: TrainConfig) -> Iterator[None]:
     """Make one step per `next` of the loop that one would write without bitfleet.
 
-    The same network and plain optimizer, DistributedDataParallel on more than one rank; images decoded and normalized before
-    the first step, no augmentation, no metrics.
+    The same network and plain optimizer, DistributedDataParallel on more than one rank; images
+    decoded and normalized before the first step, no augmentation, no metrics.
     """
     loaded = [next(trainer.batches) for _ in range(min(trainer.loader.steps_per_epoch, 64))]
     batches = [
@@ -89,7 +90,7 @@ def bare_steps(trainer: Trainer, config: TrainConfig) -> Iterator[None]:
 
 
 def bench_train(options: Train, config: TrainConfig, ranks: Ranks, device: torch.device) -> Iterator[str]:
-    """Compare the whole loop (DALI, augmentation, DeepSpeed, logging steps and their files) with `bare_steps`."""
+    """Compare the whole loop, with augmentation, DeepSpeed and logging, with `bare_steps`."""
     with started(config, ranks, device, num_replicas=None) as trainer:
         bare = bare_steps(trainer, config)
         steps: dict[str, Callable[[], object]] = {"bitfleet": trainer.advance, "bare torch loop": lambda: next(bare)}
@@ -116,11 +117,11 @@ def compare_turns(without: Sequence[Turn], with_it: Sequence[Turn]) -> list[list
 
 
 def bench_diagnostics(options: Diagnostics, config: TrainConfig, ranks: Ranks, device: torch.device) -> Iterator[str]:
-    """Compare the loop with and without metrics.diagnostics; reports, their files and TensorBoard are in both.
+    """Compare the loop with and without metrics.diagnostics; reports and their files are in both.
 
     Raises:
-        ValueError: --steps is not a multiple of metrics.every_steps, so that turns would not report equally often; or the run
-            is too short.
+        ValueError: --steps is not a multiple of metrics.every_steps, so that turns would not report
+            equally often; or the run is too short.
     """
     every = config.metrics.every_steps
     if options.steps % every:
@@ -153,8 +154,8 @@ def bench_diagnostics(options: Diagnostics, config: TrainConfig, ranks: Ranks, d
 def bench_journal(options: Journal, config: TrainConfig, ranks: Ranks, device: torch.device) -> Iterator[str]:
     """Compare steps with and without a flip journal, and encode random flips.
 
-    Steps with a journal end when it is flushed to the disk. They are `Trainer.train_step`, without logging steps, which might
-    fall on one side more often.
+    Steps with a journal end when it is flushed to the disk. They are `Trainer.train_step`, without
+    logging steps, which might fall on one side more often.
     """
     num_steps = 2 * (options.rounds + 1) * options.steps
     with started(config, ranks, device, num_steps, journal=JournalConfig()) as trainer:
@@ -179,8 +180,8 @@ def bench_journal(options: Journal, config: TrainConfig, ranks: Ranks, device: t
         num_bytes = sum_of_numbers(sum(FRAME_BYTES + frame.length for frame in frames)) / measured_steps
         num_weights = sum(param.numel() for param in trainer.model.parameters() if is_binary(param))
     yield titled(
-        f"{config.name} on {ranks.world_size} ranks, {num_weights:,} binary weights, median of {options.rounds} rounds of "
-        f"{options.steps} steps",
+        f"{config.name} on {ranks.world_size} ranks, {num_weights:,} binary weights, median of {options.rounds} "
+        f"rounds of {options.steps} steps",
         compare_turns(turns["without"], turns["with"]),
     )
     yield f"  flips per step {flips:,.0f} ({flips / num_weights:.4%}), bytes per step {num_bytes:,.0f}"
@@ -188,23 +189,17 @@ def bench_journal(options: Journal, config: TrainConfig, ranks: Ranks, device: t
         heads = ["flip ratio", "bytes", "over entropy", "encode ms", "decode ms"]
         yield titled(
             f"random flips of {NUM_WEIGHTS:,} weights in one process, best of 3",
-            [heads, *([f"{row[0]:.4%}", f"{row[1]:,}", *(f"{x:.3f}" for x in row[2:])] for row in encode_flips())],
+            [heads, *([f"{row[0]:.4%}", f"{row[1]:,.0f}", *(f"{x:.3f}" for x in row[2:])] for row in encode_flips())],
             ">",
         )
 
 
-class Encoding(NamedTuple):
-    """One step of independent flips."""
+def encode_flips(num_weights: int = NUM_WEIGHTS, flip_ratios: Sequence[float] = FLIP_RATIOS) -> list[list[float]]:
+    """Encode a step of independent flips of `num_weights` weights, a multiple of 8; best of three.
 
-    flip_ratio: float
-    num_bytes: int
-    over_entropy: float
-    encode_ms: float
-    decode_ms: float
-
-
-def encode_flips(num_weights: int = NUM_WEIGHTS, flip_ratios: Sequence[float] = FLIP_RATIOS) -> list[Encoding]:
-    """Encode a step at each of `flip_ratios` as one rank that owns all `num_weights` (a multiple of 8), best of three."""
+    Returns:
+        For each of `flip_ratios`: it, bytes, bytes over the entropy, ms to encode, ms to decode.
+    """
     generator = np.random.default_rng(0)
     rows = []
     for flip_ratio in flip_ratios:
@@ -223,7 +218,6 @@ def encode_flips(num_weights: int = NUM_WEIGHTS, flip_ratios: Sequence[float] = 
             assert np.array_equal(signs, flips), flip_ratio
         bits = -(flip_ratio * math.log2(flip_ratio) + (1 - flip_ratio) * math.log2(1 - flip_ratio))
         over_entropy = len(frame) / (bits * num_weights / 8)
-        rows.append(
-            Encoding(flip_ratio, len(frame), over_entropy, 1e3 * min(encode_seconds), 1e3 * min(decode_seconds))
-        )
+        milliseconds = (1e3 * min(seconds) for seconds in (encode_seconds, decode_seconds))
+        rows.append([flip_ratio, len(frame), over_entropy, *milliseconds])
     return rows

@@ -79,8 +79,8 @@ def bench_networks(options: Networks, ranks: Ranks, device: torch.device) -> Ite
         counts = {"num_rounds": options.rounds, "num_steps": options.steps, "warm_up": 1}
         speeds = measure_settings(settings, IMAGE_SIZES.get(options.network, 224), device, **counts)
         yield titled(
-            f"training steps of {batch_size} images, {precision}, {device.type} ({torch.get_num_threads()} threads), median "
-            f"of {options.rounds} rounds",
+            f"training steps of {batch_size} images, {precision}, {device.type} ({torch.get_num_threads()} threads), "
+            f"median of {options.rounds} rounds",
             network_rows(speeds),
             "<<",
         )

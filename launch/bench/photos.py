@@ -1,4 +1,4 @@
-"""Photos to measure loaders on: those of a data set or synthetic ones, in class folders, and at 256 pixels."""
+"""Photos to measure loaders on: from a data set or synthetic, in class folders, and shrunk."""
 
 import io
 import os
@@ -34,12 +34,13 @@ class Photos(NamedTuple):
 
 
 def make_photo(index: int) -> bytes:
-    """Return the synthetic photo number `index`, a JPEG of about 500 x 375 pixels and 110 kB; the same on every machine.
+    """Return synthetic photo `index`, a JPEG of 500 x 375 pixels and 110 kB, equal everywhere.
 
-    Noise at every scale, weak in colour, whose amplitude falls so slowly with its frequency that sizes are those of ImageNet's
-    photos: 110 kB, 62 kB at quality 90 and 4:2:0, 30 kB at 256 pixels. As in ImageNet, 76 % are 4:4:4, the rest 4:2:0. So
-    decoding costs about what it does for real photos: torchvision-v2-uint8 takes 1.65 times the CPU time of the decoder alone,
-    PIL to float32 2.8 times; with real photos, on another CPU, it was 1.6 and 2.6 times.
+    Noise at every scale, weak in colour, whose amplitude falls so slowly with its frequency that
+    sizes are those of ImageNet's photos: 110 kB, 62 kB at quality 90 and 4:2:0, 30 kB at 256
+    pixels. As in ImageNet, 76 % are 4:4:4, the rest 4:2:0. So decoding costs about what it does for
+    real photos: torchvision-v2-uint8 takes 1.65 times the CPU time of the decoder alone, PIL to
+    float32 2.8 times; with real photos, on another CPU, it was 1.6 and 2.6 times.
     """
     rng = np.random.default_rng(index)
     size = _SIZES[index % len(_SIZES)]
@@ -54,7 +55,7 @@ def make_photo(index: int) -> bytes:
 
 
 def find_photos(root: str | None, num_images: int, num_workers: int) -> Photos:
-    """Choose `num_images` JPEGs, evenly spread over the training images of `root`; synthetic ones, kept in the cache, if None.
+    """Choose JPEGs evenly among the training images of `root`; None: synthetic ones in the cache.
 
     Raises:
         ValueError: `root` is not a data set, or has no JPEG in grey or RGB among the chosen images.
@@ -72,7 +73,7 @@ def find_photos(root: str | None, num_images: int, num_workers: int) -> Photos:
 
 
 def write_class_folders(photos: Photos, folder: Path) -> Photos:
-    """Copy the photos to `folder`/train/CLASS/ with a manifest, so that every loader finds the same files, in the page cache.
+    """Copy the photos to `folder`/train/CLASS/ with a manifest, and so into the page cache.
 
     Classes without a photo are left out, since other loaders refuse empty folders.
     """
@@ -89,7 +90,7 @@ def write_class_folders(photos: Photos, folder: Path) -> Photos:
 
 
 def write_small_copies(photos: Photos, folder: Path, num_workers: int) -> Photos:
-    """Write what `write_class_folders` wrote, with a short side of SHORT_SIDE pixels, as JPEGs of quality 90."""
+    """Write copies with a short side of SHORT_SIDE pixels as JPEGs of quality 90."""
     images = photos.train
     for class_name in photos.classes:
         (folder / "train" / class_name).mkdir(parents=True)

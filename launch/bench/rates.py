@@ -1,4 +1,4 @@
-"""Measure this machine's rates for `bitfleet plan`, and compare a plan made with them with training steps, in turns."""
+"""Measure this machine's rates for `bitfleet plan`, and compare a plan with training steps."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ WIRE_NUMEL = 1 << 20
 
 
 class _Probe:
-    """The parts of a training step, each alone; all ranks measure at the same time, as they work at the same time."""
+    """The parts of a training step, each alone, measured by all ranks at the same time."""
 
     def __init__(self, config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
         self.config, self.ranks, self.device = config, ranks, device
@@ -63,7 +63,7 @@ class _Probe:
         self.cores = float(len(os.sched_getaffinity(0)))
 
     def seconds(self, work: Callable[[], object], times: int) -> float:
-        """Time one `work` on a GPU, or on a core: CPU time, which other jobs on the machine do not lengthen."""
+        """Return the seconds of `work` on a GPU, or its CPU time, which other jobs do not lengthen."""
         turn = take_turn(work, times, self.device)
         return turn.seconds if self.device.type == "cuda" else turn.cpu_seconds
 

@@ -1,4 +1,4 @@
-"""Time an optimizer step: the flip rule on bits, compiled and eager, against AdamW and the memory, in turns."""
+"""Time an optimizer step: the rule on bits, compiled and eager, against AdamW and the memory."""
 
 import functools
 import os
@@ -57,15 +57,7 @@ def bench_step(options: Step) -> Iterator[str]:
     for size in SIZES:
         rows = measure_step(size, options.rounds)
         heads = ["", "ns/weight", "bytes", "ratio to AdamW", "of the limit", "of a copy"]
-        cells = [
-            [
-                row.name,
-                f"{row.ns_per_weight:.3f}",
-                f"{row.bytes_per_weight:.2f}",
-                *(f"{value:.3f}" for value in row[4:]),
-            ]
-            for row in rows
-        ]
+        cells = [[row.name, *(f"{value:.3f}" for value in row[2:])] for row in rows]
         pack, unpack = (row.ns_per_weight for row in rows if row.name in ("pack fp32", "unpack to fp32"))
         both = ["pack fp32 + unpack to fp32", f"{pack + unpack:.3f}"]
         yield titled(f"{size:,} weights, {torch.get_num_threads()} threads", [heads, *cells, both])
@@ -83,7 +75,7 @@ def measure_step(
         numel: number of weights, a multiple of 64.
         num_rounds: turns of each contender.
         device: where the weights are.
-        weights_per_turn: about the calls per turn times the weights per call.
+        weights_per_turn: about the calls per turn times the weights per call; 0 in a dry run.
 
     Raises:
         ValueError: there is no C compiler, which a CPU needs.
@@ -91,7 +83,8 @@ def measure_step(
     if device.type == "cpu" and kernel_library() is None:
         raise ValueError("the benchmark of the step needs a C and a C++ compiler (gcc and g++) on the PATH")
     num_calls = max(2 if device.type == "cpu" else 5, weights_per_turn // numel)
-    entries = contenders(numel, device)
+    # DeepSpeedCPUAdam compiles for half a minute.
+    entries = contenders(numel, device, with_deepspeed=device.type == "cpu" and weights_per_turn > 0)
 
     def turn(run: Callable[[], object]) -> float:
         run()
@@ -118,22 +111,22 @@ def measure_step(
     ]
 
 
-def contenders(numel: int, device: torch.device = CPU) -> dict[str, Contender]:
+def contenders(numel: int, device: torch.device = CPU, *, with_deepspeed: bool = False) -> dict[str, Contender]:
     """Return the lines of the table, over shared buffers of `numel` weights on `device`."""
     generator = torch.Generator(device).manual_seed(0)
     grad = torch.randn(numel, generator=generator, device=device) * 1e-3
     exp_avg, exp_avg_sq = grad.clone(), grad.square()
     weight = torch.where(torch.randn(numel, generator=generator, device=device) < 0, -1.0, 1.0)
     bits = pack_signs(weight)
-    grad_bf16, scratch, scratch_bf16 = grad.bfloat16(), torch.empty_like(grad), torch.empty_like(grad).bfloat16()
+    grad_bf16, scratch = grad.bfloat16(), torch.empty_like(grad)
     compiled, rates = _compiled_rule(device)
     touch_ = torch.compile(_read_modify_write_, fullgraph=True, dynamic=True)
     zero = torch.zeros((), device=device)
     parameter = nn.Parameter(weight)
     parameter.grad = grad
 
-    def on_bits(g: Tensor, correction: Literal["none", "adam"] = "none") -> Callable[[], object]:
-        return lambda: bop2ndorder_bits_(bits, g, exp_avg, exp_avg_sq, **RATES, correction=correction, step=9)
+    def on_bits(g: Tensor) -> Callable[[], object]:
+        return lambda: bop2ndorder_bits_(bits, g, exp_avg, exp_avg_sq, **RATES, correction="none", step=9)
 
     def adamw(kind: Literal["fused", "foreach"]) -> Callable[[], object]:
         # At a rate of 0 the weights stay +-1, for the same time.
@@ -142,7 +135,7 @@ def contenders(numel: int, device: torch.device = CPU) -> dict[str, Contender]:
         optimizer.state[parameter] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         return optimizer.step
 
-    deepspeed = deepspeed_cpu_adam(parameter) if device.type == "cpu" else None
+    deepspeed = deepspeed_cpu_adam(parameter) if with_deepspeed else None
     eager = kernels.Slice(bits, grad, exp_avg, exp_avg_sq), kernels.Rates(**RATES)
     return {
         REFERENCE: Contender(28, adamw("fused")),
@@ -150,7 +143,6 @@ def contenders(numel: int, device: torch.device = CPU) -> dict[str, Contender]:
         **({"DeepSpeedCPUAdam": Contender(28, deepspeed.step)} if deepspeed else {}),
         ON_BITS: Contender(20.25, on_bits(grad)),
         "kernel on bits, bf16 gradients": Contender(18.25, on_bits(grad_bf16)),
-        "kernel on bits, fp32, correction adam": Contender(20.25, on_bits(grad, "adam")),
         "eager torch on bits, the fallback": Contender(20.25, lambda: kernels._update_chunked_(*eager, None)),
         "compiled rule on fp32 weights": Contender(28, lambda: compiled(weight, grad, exp_avg, exp_avg_sq, **rates)),
         "eager rule on fp32 weights": Contender(
@@ -158,7 +150,6 @@ def contenders(numel: int, device: torch.device = CPU) -> dict[str, Contender]:
         ),
         "pack fp32": Contender(4.125, lambda: pack_signs(weight, bits)),
         "unpack to fp32": Contender(4.125, lambda: unpack_signs(bits, scratch)),
-        "unpack to bf16": Contender(2.125, lambda: unpack_signs(bits, scratch_bf16)),
         COPY: Contender(8, lambda: scratch.copy_(grad)),
         LIMIT: Contender(28, lambda: touch_(weight, exp_avg, exp_avg_sq, grad, zero)),
     }
@@ -180,13 +171,13 @@ def deepspeed_cpu_adam(parameter: nn.Parameter) -> torch.optim.Optimizer | None:
 
 
 def _compiled_rule(device: torch.device = CPU) -> tuple[Callable[..., None], dict[str, Tensor]]:
-    """The rule in one graph, and its rates as tensors, so that none becomes a constant of the graph."""
+    """The rule in one graph, and its rates as tensors, so that none becomes a constant."""
     compiled = torch.compile(bop2ndorder_step_, fullgraph=True, dynamic=True)
     return compiled, {key: torch.tensor(value, device=device) for key, value in RATES.items()}
 
 
 def _read_modify_write_(a: Tensor, b: Tensor, c: Tensor, d: Tensor, zero: Tensor) -> None:
-    """The traffic of a rule on fp32 weights without its arithmetic; with `zero` = 0 no value changes."""
+    """Move the bytes of a rule on fp32 weights without its arithmetic; `zero` is 0."""
     change = d * zero
     a.add_(change)
     b.add_(change)
@@ -194,7 +185,7 @@ def _read_modify_write_(a: Tensor, b: Tensor, c: Tensor, d: Tensor, zero: Tensor
 
 
 def first_steps(kind: str) -> list[float]:
-    """Time the first step of a process after the imports, in two new processes: with empty caches, and again."""
+    """Time the first step in two new processes: with empty caches, and again."""
     code = f"from bitfleet.launch.bench.step import first_step; print(first_step({kind!r}))"
     with tempfile.TemporaryDirectory() as folder:
         caches = {"BITFLEET_CACHE": folder, "TORCHINDUCTOR_CACHE_DIR": folder}

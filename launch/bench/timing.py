@@ -61,8 +61,8 @@ def take_turn(
 def seconds_per_call(run: Callable[[], object], num_calls: int, device: torch.device) -> float:
     """Call `run` `num_calls` times in a row and return the mean seconds per call.
 
-    On a GPU this is the time between two events of the current stream: gaps in which the GPU waits for the host to launch
-    count, the launch of the first call does not.
+    On a GPU this is the time between two events of the current stream: gaps in which the GPU waits
+    for the host to launch count, the launch of the first call does not.
     """
     if device.type != "cuda":
         start = time.perf_counter()

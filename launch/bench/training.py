@@ -42,7 +42,7 @@ class Setting(NamedTuple):
 
 
 def use_precision(precision: Precision, device: torch.device, *, deterministic: bool = True) -> torch.autocast:
-    """Set torch up as a run does, and return the context of forward passes; on a CPU "tf32" is fp32.
+    """Set torch up as a run does, and return the context of forward passes; tf32 on a CPU is fp32.
 
     The settings are those of the whole process, and stay.
     """
@@ -53,9 +53,10 @@ def use_precision(precision: Precision, device: torch.device, *, deterministic: 
 
 
 class TrainingStep:
-    """A training step of one process without DeepSpeed; uint8 images are normalized on the device, as in the trainer.
+    """A training step of one process without DeepSpeed, on random uint8 images.
 
-    bitfleet's networks have the sharded flip optimizer on one rank and its schedules, resnet18 has fused AdamW.
+    bitfleet's networks have the sharded flip optimizer on one rank and its schedules, resnet18 has
+    fused AdamW.
     """
 
     def __init__(self, setting: Setting, image_size: int, device: torch.device) -> None:
@@ -100,17 +101,18 @@ class TrainingStep:
 
 
 class RankStep:
-    """A training step of several ranks, each with its own micro-batch, under one way of reducing gradients.
+    """A training step of several ranks, each with its micro-batch, with one way to reduce gradients.
 
     Args:
         method: sharding of bitfleet ("bits") or DeepSpeed, or DistributedDataParallel.
-        model: on the device of the images.
+        model: network to train on the device of the images.
         images: inputs of the model on this rank.
         ranks: this process's place.
         grad_dtype: what gradients are sent as.
         bucket_numel: parameters per bucket; None: the method's default.
-        rule: update rule in place of Bop2ndOrder where weights are fp32 (all methods but "bits").
-        precision: of the engine.
+        rule: update rule in place of Bop2ndOrder for all methods but "bits", which hold fp32
+            weights.
+        precision: engine.precision.
         options: further DeepSpeed options.
     """
 

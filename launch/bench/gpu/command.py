@@ -1,6 +1,7 @@
-"""`bitfleet bench gpu`: everything that a first hour on a GPU should show, in under 11 minutes and without a network.
+"""`bitfleet bench gpu`: all that a GPU should show, in under 11 minutes and without a network.
 
-Each part runs in its own process, so that one that crashes, hangs or breaks the GPU's context does not end the others.
+Each part runs in its own process, so that one that crashes, hangs or breaks the GPU's context does
+not end the others.
 """
 
 import contextlib
@@ -82,7 +83,7 @@ def bench_gpu(options: Gpu) -> Iterator[str]:
 
 
 def run_part(session: Session, *, seconds_for_later_parts: float = 0.0) -> str:
-    """Run a part in its own process until its deadline and return its table; its failure is one of its results."""
+    """Run a part in its own process and return its table; its failure is a result."""
     name, output = session.part, Path(session.output)
     part, start = PARTS[name], time.monotonic()
     left = session.seconds_left() - seconds_for_later_parts
@@ -103,16 +104,11 @@ def run_part(session: Session, *, seconds_for_later_parts: float = 0.0) -> str:
 
 
 def _run_process(command: Sequence[str], log: int, seconds: float) -> int | None:
-    """Run a command in its own process group; return its exit code, or None if it had to be ended after `seconds`."""
+    """Run a command in its own process group; return its exit code, or None if it took too long."""
     alone = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # a machine without a network has no other
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        env=alone | os.environ | path,
-        start_new_session=True,
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=alone | os.environ | path, start_new_session=True
     )
     try:
         return process.wait(max(seconds, 1.0))

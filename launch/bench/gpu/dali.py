@@ -1,4 +1,4 @@
-"""Part "dali" of `bitfleet bench gpu`: DALI's decoding on the GPU against its CPU path: pixels, races, images/s, memory."""
+"""Part "dali" of `bitfleet bench gpu`: DALI's decoding on the GPU against its CPU path."""
 
 import dataclasses
 import importlib.util
@@ -53,10 +53,11 @@ def _batches(
 def compare_pixels(
     root: Path, transform: Transform, decoders: tuple[Decoder, Decoder], device: torch.device, *, batch_size: int
 ) -> dict[str, float]:
-    """Read two training and two validation batches of the class folders `root` with each decoder.
+    """Read two training and two validation batches of the folder `root` with each decoder.
 
     Returns:
-        num_images; labels_equal; and of the differences of pixels (0 to 255) the mean, share_far above FAR, and the largest.
+        num_images; labels_equal; and of the differences of pixels (0 to 255) the mean, share_far
+        above FAR, and the largest.
     """
     batches = []
     for decoder in decoders:
@@ -81,7 +82,7 @@ def compare_pixels(
 def batches_under_load(
     root: Path, transform: Transform, decoder: Decoder, device: torch.device, *, batch_size: int, num_batches: int
 ) -> int:
-    """Count the batches that have other pixels when the GPU is busy and its memory is reused at once.
+    """Count batches with other pixels when the GPU is busy and its memory is reused at once.
 
     A buffer of DALI that is freed or overwritten before its copy has been read would show here.
     """

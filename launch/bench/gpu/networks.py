@@ -1,4 +1,4 @@
-"""Parts "gradients", "update", "networks" and "repeat" of `bitfleet bench gpu`: the networks and the update on the device."""
+"""Parts "gradients", "update", "networks" and "repeat" of `bitfleet bench gpu`."""
 
 import statistics
 from typing import Any
@@ -39,14 +39,15 @@ NUM_REPEATS = 3
 
 
 def compare_gradients(network: str, dtype: str, device: torch.device, *, batch_size: int) -> dict[str, Any]:
-    """Run one of NETWORKS in training mode on the device and on the CPU, channels last, without TF32.
+    """Run one of NETWORKS in training mode on the device and on the CPU, without TF32.
 
-    In fp64 a sign flips with probability 1e-9 or so, and errors are rounding: 1e-10. In fp32 one activation that is rounded to
-    the other side of 0 changes the sums of the next layer by 2, and the errors of single parameters may be large.
+    In fp64 a sign flips with probability 1e-9 or so, and errors are rounding: 1e-10. In fp32 one
+    activation that is rounded to the other side of 0 changes the sums of the next layer by 2, and
+    the errors of single parameters may be large.
 
     Returns:
-        Both losses, and of the parameters' gradients the largest_error (norm of the difference over the norm) with its
-        parameter, and the median_error.
+        Both losses, and of the parameters' gradients the largest_error (norm of the difference over
+        the norm) with its parameter, and the median_error.
     """
     size, num_classes = NETWORKS[network]
     torch.manual_seed(0)
@@ -82,9 +83,10 @@ def _relative_error(there: Tensor | None, here: Tensor | None) -> float:
 
 
 def compare_binary_sums(precision: Precision, channels: int, device: torch.device) -> dict[str, float]:
-    """Compare the sums of a binary 3x3 convolution of `channels` channels on `device` with exact ones in fp64.
+    """Compare the sums of a binary 3x3 convolution on `device` with exact ones in fp64.
 
-    Every sum has 9 * `channels` terms of +-1. fp32 and TF32 hold it exactly; bf16 holds integers up to 256, fp16 up to 2,048.
+    Every sum has 9 * `channels` terms of +-1. fp32 and TF32 hold it exactly; bf16 holds integers up
+    to 256, fp16 up to 2,048.
     """
     torch.manual_seed(0)
     layer = QuantConv2d(channels, channels, 3, padding="valid", input_quantizer=ste_sign)

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,22 @@ PACKAGES = (
 
 def measure_probe(session: Session) -> None:
     """Write down what the machine is; a fact that cannot be found out is one error, the others are still there."""
-    session.attempt("card", lambda: session.add("card", **card(session.device)))
-    for what, read in (("libraries", libraries), ("flags", flags), ("tools", tools)):
-        session.attempt(what, lambda what=what, read=read: session.add(what, **read()))
+
+    def write(what: str, read: Callable[[], dict[str, Any]]) -> None:
+        session.add(what, **read())
+
+    for what, read in (
+        ("card", lambda: _card(session.device)),
+        ("libraries", _libraries),
+        ("flags", _flags),
+        ("tools", _tools),
+    ):
+        session.attempt(what, write, what, read)
     installed = {each.name: each.version for each in importlib.metadata.distributions()}
     session.add("packages", versions={name: installed.get(name, "not installed") for name in PACKAGES})
 
 
-def card(device: torch.device) -> dict[str, Any]:
-    """Return name, driver and size of the GPU; memory in GB."""
+def _card(device: torch.device) -> dict[str, Any]:
     machine = {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}
     if device.type != "cuda":
         return {"name": "no CUDA device", **machine}
@@ -44,31 +52,26 @@ def card(device: torch.device) -> dict[str, Any]:
     }
 
 
-def libraries() -> dict[str, Any]:
-    """Return the versions of the libraries that torch was built with."""
+def _libraries() -> dict[str, Any]:
     nccl: Any = torch.cuda.nccl.version() if torch.cuda.is_available() else ()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
-        "nccl": ".".join(map(str, nccl)) or None,
-    }
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    return {**versions, "cudnn": cudnn, "nccl": ".".join(map(str, nccl)) or None}
 
 
-def flags() -> dict[str, Any]:
-    """Return torch's defaults of the switches on which the bits depend."""
+def _flags() -> dict[str, Any]:
+    cudnn = torch.backends.cudnn
     return {
         "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
-        "tf32_convolution": torch.backends.cudnn.allow_tf32,
-        "cudnn_deterministic": torch.backends.cudnn.deterministic,
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "tf32_convolution": cudnn.allow_tf32,
+        "cudnn_deterministic": cudnn.deterministic,
+        "cudnn_benchmark": cudnn.benchmark,
         "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
     }
 
 
-def tools() -> dict[str, Any]:
-    """Return what torch.compile needs on a machine: compilers, and the headers of Python (Triton builds a module)."""
+def _tools() -> dict[str, Any]:
+    """What torch.compile needs: compilers, and the headers of Python (Triton builds a module)."""
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     compilers = {name: _output(name, "-dumpfullversion") for name in ("gcc", "g++")}
     return {**compilers, "nvcc": shutil.which("nvcc"), "Python.h": str(header) if header.exists() else None}

@@ -1,8 +1,8 @@
-"""Part "rule" of `bitfleet bench gpu`: compare the bits of the optimizer's arithmetic on the device with the CPU's.
+"""Part "rule" of `bitfleet bench gpu`: compare the bits of the update rules with the CPU's.
 
-Both forms of the rule are compared, on fp32 weights and on packed bits, with fp32 and bf16 gradients: over the trajectories
-that were recorded from the paper's own code, and over gradients with denormals, infinities and NaN. tests/gpu asserts what is
-only written down here.
+Both forms of the rule are compared, on fp32 weights and on packed bits, with fp32 and bf16
+gradients: over the trajectories that were recorded from the paper's own code, and over gradients
+with denormals, infinities and NaN. tests/gpu asserts what is only written down here.
 """
 
 import importlib.util
@@ -50,7 +50,7 @@ CPU = torch.device("cpu")
 
 
 class RuleState:
-    """Weights and moments in one form on one device, from +-1 weights (fp32 [n], n a multiple of 8) on the CPU."""
+    """Weights and moments on one device, from +-1 weights (fp32 [n], n a multiple of 8) on the CPU."""
 
     def __init__(self, weights: Tensor, variant: Variant, form: Form, device: torch.device) -> None:
         self.variant, self.form = variant, form
@@ -94,7 +94,7 @@ def num_different(a: Tensor, b: Tensor) -> int:
 
 
 def load_recipe(golden: Path) -> ModuleType:
-    """Import the module that makes the inputs of the recorded trajectories from the folder `golden`."""
+    """Import the module that makes the inputs of the recorded trajectories."""
     spec = importlib.util.spec_from_file_location("bitfleet_golden_recipe", golden / "recipe.py")
     assert spec is not None
     assert spec.loader is not None
@@ -104,18 +104,18 @@ def load_recipe(golden: Path) -> ModuleType:
 
 
 def suits(trajectory: dict[str, Any], form: Form) -> bool:
-    """Return whether a recorded trajectory can run on weights of this form: initial weights that are real are not bits."""
+    """Return whether a trajectory can start in this form: real initial weights are not bits."""
     return form == "weights" or trajectory["w0"] != "real"
 
 
 def compare_trajectory(
     trajectory: dict[str, Any], golden: Path, form: Form, grad_dtype: str, device: torch.device, max_steps: int = 200
 ) -> dict[str, Any]:
-    """Run an entry of the recipe's TRAJ on `device` and on the CPU, for at most the 200 recorded steps.
+    """Run an entry of the recipe's TRAJ on `device` and on the CPU, for at most 200 steps.
 
     Returns:
-        num_steps; steps_with_other_flips than recorded, None with bf16, which rounds the gradients; first_difference: tensor ->
-        first step after which its bits differ from the CPU's.
+        num_steps; steps_with_other_flips than recorded, None with bf16, which rounds the gradients;
+        first_difference: tensor -> first step after which its bits differ from the CPU's.
     """
     recipe = load_recipe(golden)
     recorded = np.load(golden / f"opt_{trajectory['name']}.npz")
@@ -142,7 +142,7 @@ def compare_trajectory(
 def compare_wild(
     variant: Variant, form: Form, grad_dtype: str, device: torch.device, *, numel: int, num_steps: int
 ) -> dict[str, int]:
-    """Run gradients of every size, some of them denormals, infinities and NaN, on `device` and on the CPU.
+    """Run gradients of every size, with denormals, infinities and NaN, on `device` and the CPU.
 
     Returns:
         Tensor -> first step after which its bits differ.
@@ -165,7 +165,7 @@ def compare_wild(
 
 
 def compare_packing(dtype: torch.dtype, device: torch.device, *, numel: int) -> dict[str, int]:
-    """Pack, unpack and count bits on `device` and on the CPU, some of zeros; return the numbers of elements that differ."""
+    """Pack, unpack and count bits on `device` and the CPU; return how many elements differ."""
     weights = torch.randn(numel, generator=torch.Generator().manual_seed(1)).to(dtype)
     weights[::17], weights[1::17] = 0.0, -0.0
     here, there = pack_signs(weights), pack_signs(weights.to(device))
@@ -178,11 +178,11 @@ def compare_packing(dtype: torch.dtype, device: torch.device, *, numel: int) -> 
 
 
 def compare_sharded(device: torch.device, num_steps: int) -> dict[str, Any]:
-    """Give the same gradients to a plain optimizer on the CPU and a ShardedOptimizer of one rank on `device`.
+    """Give the same gradients to a plain optimizer on the CPU and a sharded one on `device`.
 
     Returns:
-        num_steps; flips on the CPU; different_weights: binary weights that differ after a step, summed over the steps;
-        largest_difference of a full-precision weight after the last step.
+        num_steps; flips on the CPU; different_weights: binary weights that differ after a step,
+        summed over the steps; largest_difference of a full-precision weight after the last step.
     """
     here, there = _Trained(CPU, num_steps, is_sharded=False), _Trained(device, num_steps, is_sharded=True)
     generator = torch.Generator().manual_seed(5)

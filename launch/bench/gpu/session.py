@@ -1,7 +1,8 @@
-"""Results of `bitfleet bench gpu`: one JSON line each, written at once, so that a run that is cut off loses nothing.
+"""Results of `bitfleet bench gpu`: JSON lines, written at once, so that nothing is lost.
 
-A line has `part` and `what`, then its figures; instead of figures `error` (with `where`) or `skipped` (a reason). torch is
-imported late: the process that starts the parts never touches the GPU.
+A line has `part` and `what`, then its figures; instead of figures `error` (with `where`) or
+`skipped` (a reason). torch is imported late: the process that starts the parts never touches the
+GPU.
 """
 
 import contextlib
@@ -63,7 +64,7 @@ class Session:
         append_row(Path(self.output), self.part, what, **figures)
 
     def attempt(self, what: str, run: Callable[..., T], *arguments: Any, needs_seconds: float = 0.0) -> T | None:
-        """Call `run(*arguments)`; if it fails or too little time is left, write that as a result and return None.
+        """Call `run(*arguments)`; write a failure or too little time as a result and return None.
 
         Raises:
             Exception: the GPU's context is broken, so that nothing more can run in this process.

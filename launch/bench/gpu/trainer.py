@@ -1,4 +1,4 @@
-"""Parts "trainer" and "cifar" of `bitfleet bench gpu`: the real Trainer on one rank, its step time, waits and accuracy."""
+"""Parts "trainer" and "cifar" of `bitfleet bench gpu`: the real Trainer on one rank."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ def variants_of(device: torch.device) -> Sequence[Variant]:
 
 
 def varied(config: TrainConfig, variant: Variant, run_dir: Path, root: Path, **fields: Any) -> TrainConfig:
-    """Return the run `config` as `variant`, in the folder `run_dir`, with other `fields`; without its own images it reads `root`.
+    """Return `config` as `variant` with other `fields`; it reads `root` unless its images are embedded.
 
     Raises:
         ValueError: the fields contradict each other.
@@ -85,12 +85,6 @@ def _cifar_or_random(session: Session, folder: Path) -> Path:
 
 
 @contextmanager
-def _scratch() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="bitfleet-bench-gpu-") as name:
-        yield Path(name)
-
-
-@contextmanager
 def started(make: Callable[[], TrainConfig], ranks: Ranks, device: torch.device) -> Iterator[Trainer]:
     """Start a trainer, and release its hooks in the end."""
     trainer = Trainer(make(), ranks, device)
@@ -104,8 +98,9 @@ def started(make: Callable[[], TrainConfig], ranks: Ranks, device: torch.device)
 
 
 def measure_trainer(session: Session) -> None:
-    """Write down step time and host synchronizations of two configurations, then the cost of DeepSpeed's timer."""
-    with job("auto") as (ranks, _), _scratch() as folder:
+    """Write down step time and waits of two configurations, then the cost of DeepSpeed's timer."""
+    with job("auto") as (ranks, _), tempfile.TemporaryDirectory(prefix="bitfleet-bench-gpu-") as name:
+        folder = Path(name)
         root = _cifar_or_random(session, folder / "images")
         for config in (load_config("binarynet_cifar10"), load_config("fashion_quickstart")):
             fields = _tiny_fields(session, config)
@@ -171,7 +166,7 @@ def _counts(places: Places, num_steps: int, events: Places | None = None) -> dic
 
 
 def _measure_timer(session: Session, batch_size: int, ranks: Ranks) -> None:
-    """Time Bi-Real Net 18 on random images through the DeepSpeed engine, with its throughput timer and without."""
+    """Time Bi-Real Net 18 in the DeepSpeed engine, with its throughput timer and without."""
     network, size, num_steps = ("birealnet_small", 32, 2) if session.tiny else ("birealnet18", 224, 20)
     images = torch.randint(0, 256, (batch_size, size, size, 3), dtype=torch.uint8, device=session.device)
     for is_timed in (True, False):
@@ -188,14 +183,16 @@ def _measure_timer(session: Session, batch_size: int, ranks: Ranks) -> None:
 
 
 def measure_cifar(session: Session) -> None:
-    """Train BinaryNet on CIFAR-10 for as many epochs as fit, write down the accuracy after each, and draw them.
+    """Train BinaryNet on CIFAR-10 for as many epochs as fit, and draw the accuracy.
 
-    The schedules have the length of these epochs, so a short run ends with the hyperparameters of a long one.
+    The schedules have the length of these epochs, so a short run ends with the hyperparameters of a
+    long one.
     """
     if session.cifar is None and not session.tiny:
         session.add("BinaryNet", skipped="--cifar names no class folders of CIFAR-10")
         return
-    with job("auto") as (ranks, _), _scratch() as folder:
+    with job("auto") as (ranks, _), tempfile.TemporaryDirectory(prefix="bitfleet-bench-gpu-") as name:
+        folder = Path(name)
         config = load_config("binarynet_cifar10")
         root = _cifar_or_random(session, folder / "images")
         is_jpeg = next(root.glob("train/*/*.jp*g"), None) is not None

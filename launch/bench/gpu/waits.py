@@ -32,8 +32,8 @@ class Waits(NamedTuple):
 def host_waits(device: torch.device) -> Iterator[Waits]:
     """Count synchronizing operations and waits for the device, a stream or an event inside.
 
-    Only the threads that train count, the main one and autograd's: a loader's thread may wait. On a CPU nothing waits, and only
-    calls such as torch.cuda.synchronize are counted.
+    Only the threads that train count, the main one and autograd's: a loader's thread may wait. On a
+    CPU nothing waits, and only calls such as torch.cuda.synchronize are counted.
     """
     waits = Waits(collections.Counter(), collections.Counter())
 
@@ -65,13 +65,13 @@ def _counted(function: Callable[..., Any], places: Places) -> Callable[..., Any]
 
 
 def _is_training_thread() -> bool:
-    """Return True in the main thread, and in one that torch has made for backward: Python calls those Dummy-1, Dummy-2, ..."""
+    """Return True in the main thread and in torch's threads for backward, which Python calls Dummy-N."""
     current = threading.current_thread()
     return current is threading.main_thread() or current.name.startswith("Dummy-")
 
 
 def place_of(stack: Sequence[traceback.FrameSummary]) -> str:
-    """Return the innermost line of a stack that belongs to bitfleet or DeepSpeed, as "trainer/trainer.py:123 <code>"."""
+    """Return the innermost line of bitfleet or DeepSpeed, as "trainer/trainer.py:123 <code>"."""
     for frame in reversed(stack):
         parts = Path(frame.filename).parts
         for library in ("bitfleet", "deepspeed"):
@@ -82,7 +82,7 @@ def place_of(stack: Sequence[traceback.FrameSummary]) -> str:
 
 
 class PageableCopies(TorchDispatchMode):
-    """Count copies between the GPU and host memory that is not pinned: those wait for the stream above 64 KiB.
+    """Count copies between the GPU and memory that is not pinned, which wait for the stream above 64 KiB.
 
     torch.cuda.set_sync_debug_mode does not see the ones that were asked for as non_blocking.
     """

@@ -30,7 +30,7 @@ def without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("without_deepspeed")
 def test_bench_step() -> None:
     rows = bench_step.measure_step(64_000, num_rounds=2)
-    assert len({row.name for row in rows}) == len(rows) == 13
+    assert len({row.name for row in rows}) == len(rows) == 11
     assert all(row.ns_per_weight > 0 for row in rows)
     by_name = {row.name: row for row in rows}
     assert by_name[bench_step.REFERENCE].ratio == by_name[bench_step.LIMIT].limit_fraction == 1.0
