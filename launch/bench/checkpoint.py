@@ -1,4 +1,4 @@
-"""Time saves: the Saver in the background and blocking, DeepSpeed's ZeRO-1 files, torch.save; in turns."""
+"""Time saves in turns: the Saver, in the background and blocking, DeepSpeed's, torch.save."""
 
 import functools
 import os
@@ -14,9 +14,9 @@ import torch
 
 from bitfleet.launch.bench.command import Checkpoint
 from bitfleet.launch.bench.timing import interleave, ratio, seconds_per_call, synchronize, titled
-from bitfleet.launch.bench.training import RankStep
+from bitfleet.launch.bench.training import Method, RankStep
 from bitfleet.models import ModelConfig, create_model
-from bitfleet.optim import OptimConfig, RoutedOptimizer, build_optimizer, is_binary
+from bitfleet.optim import is_binary
 from bitfleet.trainer.checkpoint.format import CheckpointConfig, model_signature, verify
 from bitfleet.trainer.checkpoint.saver import Saver
 from bitfleet.trainer.checkpoint.tensors import MODEL, OPTIM, tensors_to_save, total_bytes
@@ -74,7 +74,8 @@ def _measure(options: Checkpoint, ranks: Ranks, device: torch.device, folder: Pa
     model = functools.partial(create_model, ModelConfig(name=options.network))
     images = torch.randn(2, 3, size, size, device=device)
     torch.manual_seed(0)
-    bits, zero = RankStep("bits", model(), images, ranks), RankStep("zero1", model(), images, ranks)
+    methods: tuple[Method, ...] = ("bits", "zero1", "ddp")
+    bits, zero, plain = (RankStep(method, model(), images, ranks) for method in methods)
     signature = model_signature(bits.model)
 
     def train() -> None:
@@ -83,7 +84,7 @@ def _measure(options: Checkpoint, ranks: Ranks, device: torch.device, folder: Pa
 
     train()  # all state exists from here on
     zero()
-    plain = _plain_state(options.network, device) if ranks.is_first else {}
+    plain()
     saver = Saver(folder, CheckpointConfig(keep_last=1, keep_best=False), ranks, dict)
     num_saves = 0
 
@@ -100,7 +101,8 @@ def _measure(options: Checkpoint, ranks: Ranks, device: torch.device, folder: Pa
     def torch_save() -> None:
         if ranks.is_first:
             other.mkdir()
-            torch.save(plain, other / "state.pt")
+            state = {"model": plain.model.state_dict(), "optimizer": plain.optimizer.state_dict()}
+            torch.save(state, other / "state.pt")
         barrier()
 
     other = folder / "other"
@@ -124,20 +126,8 @@ def _measure(options: Checkpoint, ranks: Ranks, device: torch.device, folder: Pa
     return _format(options, ranks, costs, during, sum_of_numbers(total_bytes(required)))
 
 
-def _plain_state(network: str, device: torch.device) -> dict[str, object]:
-    """Model and whole optimizer state, random, as a plain torch loop saves them."""
-    model = create_model(ModelConfig(name=network)).to(device)
-    optimizer, _ = build_optimizer(model, OptimConfig(), num_steps=1000)
-    assert isinstance(optimizer, RoutedOptimizer)
-    optimizer.create_state()
-    for state in optimizer.state.values():
-        for key in state.keys() - {"step"}:
-            state[key].normal_()
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-
-
 def _cost(save: Callable[[], object], saver: Saver, other: Path, ranks: Ranks) -> Cost:
-    """Time one save between barriers; flush and delete the files in `other`, which the Saver did not write."""
+    """Time one save between barriers; flush and delete `other`, which the Saver did not write."""
     barrier()
     start = time.perf_counter()
     save()
@@ -159,7 +149,7 @@ def _cost(save: Callable[[], object], saver: Saver, other: Path, ranks: Ranks) -
 
 
 def _while_saving(train: Callable[[], None], start: Callable[[], None], saver: Saver) -> tuple[float, float]:
-    """Return the slow-down of a training step during a save, and the longest pause of an idle thread."""
+    """Return a training step's slow-down during a save, and an idle thread's longest pause."""
 
     def seconds(run: Callable[[], Any]) -> float:
         return seconds_per_call(run, 1, CPU)
@@ -203,14 +193,14 @@ def _format(
     return "\n".join(
         [
             titled(
-                f"{options.network}, {ranks.world_size} ranks, median of {options.rounds} rounds; moments and full-precision "
-                f"parameters: {required_bytes / 1e6:,.3f} MB",
+                f"{options.network}, {ranks.world_size} ranks, median of {options.rounds} rounds; moments and "
+                f"full-precision parameters: {required_bytes / 1e6:,.3f} MB",
                 rows,
             ),
             f"  stall, background / blocking: {ratio(background, blocking):.3f} (at 500 MB and 2 ranks at most 0.10)",
             f"  Saver's bytes / moments and full-precision parameters: {written:.4f} (at most 1.02)",
             f"  training step during a save / without: {slow_down:.3f}",
             f"  longest pause of an idle thread during a save: {pause:.3f} s",
-            "  The Saver flushes, hashes and commits its files. The benchmark flushes those of the other two, on disk s only.",
+            "  The Saver flushes, hashes and commits. The others' files are flushed by the benchmark, in on disk s.",
         ]
     )

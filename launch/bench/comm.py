@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self, get_args
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ DEPTH, WIDTH, NUM_CLASSES = 16, 256, 10
 NUM_BINARY = DEPTH * WIDTH**2
 NUM_BUCKETS = 8
 SETTLE_SECONDS = 0.05
-"""Time for gloo's threads to release the tensors of the last collectives, for which they need the interpreter."""
+"""Time for gloo's threads, which need the interpreter, to release the last tensors."""
 NETWORKS = {"birealnet18": 64, "xnornet": 224}
 """Network -> pixels of a side."""
 COMPILED = "bop2ndorder_compiled"
@@ -66,11 +66,11 @@ SHARES = {
     "broadcast_": 1,
     "barrier": 0,
 }
-"""Collective of torch.distributed -> bytes that a rank must send, as a multiple of (N - 1) / N of the whole tensor."""
+"""Collective -> bytes that a rank must send, as a multiple of (N - 1) / N of the tensor."""
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Count, while entered, the bytes that this rank's collectives have to send, whatever calls them.
+    """Count the bytes that this rank's collectives have to send, whatever calls them.
 
     It sits below Python, where all of them end as operators of the library c10d, also those that
     DistributedDataParallel calls from C++. Only the swaps of bitfleet's reduction, which happen in
@@ -132,7 +132,7 @@ def interface_bytes() -> dict[str, int]:
 
 
 def wire_bytes(ranks: Ranks) -> Tensor:
-    """Read the bytes sent by this machine, (all, without the loopback), on its first rank between two barriers."""
+    """Return the bytes sent by this machine, all and without the loopback, on its first rank."""
     barrier()
     sent = interface_bytes() if ranks.local_rank == 0 else {}
     barrier()
@@ -182,7 +182,7 @@ def bench_comm(options: Comm, ranks: Ranks, device: torch.device) -> Iterator[st
 
 
 def bench_memory(options: Memory, ranks: Ranks, device: torch.device) -> Iterator[str]:
-    """Count the bytes per parameter on the rank that has most, after two steps that do not count."""
+    """Count bytes per parameter on the rank that has most, after two steps of warm-up."""
 
     def measure(method: Method, grad_dtype: GradDtype) -> list[float]:
         samples = []
@@ -226,14 +226,6 @@ def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     _compiled_rule()(weight.view(-1), grad.reshape(-1), *moments, **rates)
 
 
-class Sent(NamedTuple):
-    """One contender in one round, per step."""
-
-    seconds: float
-    sent_bytes: float
-    """Bytes that the interfaces of all machines sent, divided by the ranks."""
-
-
 CONTENDERS: dict[str, tuple[Method, str]] = {
     "bits": ("bits", "bitfleet"),
     "DDP": ("ddp", "DDP, compiled rule"),
@@ -242,7 +234,7 @@ CONTENDERS: dict[str, tuple[Method, str]] = {
 
 
 def bench_sharding(options: Sharding, ranks: Ranks, device: torch.device) -> Iterator[str]:
-    """Time steps and count bytes of `CONTENDERS` in turns; those with fp32 weights get the rule through torch.compile.
+    """Time steps and count bytes in turns; for fp32 weights the rule is compiled.
 
     Raises:
         ValueError: there is no such contender.
@@ -260,11 +252,12 @@ def bench_sharding(options: Sharding, ranks: Ranks, device: torch.device) -> Ite
             model = create_model(ModelConfig(name=network))
             steps[name] = RankStep(CONTENDERS[name][0], model, images, ranks, rule=COMPILED)
 
-        def measure(step: RankStep) -> Sent:
+        def measure(step: RankStep) -> tuple[float, float]:
+            """Return seconds and bytes per step, bytes of the interfaces of all machines divided by the ranks."""
             before = wire_bytes(ranks)
             turn = take_turn(step, options.steps, device)
             sent = float((wire_bytes(ranks) - before)[0])
-            return Sent(turn.seconds, sum(numbers_from_ranks(sent)) / ranks.world_size / options.steps)
+            return turn.seconds, sum(numbers_from_ranks(sent)) / ranks.world_size / options.steps
 
         turns = interleave({name: functools.partial(measure, step) for name, step in steps.items()}, options.rounds)
         for step in steps.values():
@@ -274,7 +267,7 @@ def bench_sharding(options: Sharding, ranks: Ranks, device: torch.device) -> Ite
         yield _sharding_table(network, ranks, options, turns)
 
 
-def _sharding_table(network: str, ranks: Ranks, options: Sharding, turns: dict[str, list[Sent]]) -> str:
+def _sharding_table(network: str, ranks: Ranks, options: Sharding, turns: dict[str, list[tuple[float, float]]]) -> str:
     rows = [["", "ms", "MB sent", "bitfleet / it: time", "bytes"]]
     for name, values in turns.items():
         seconds, sent = zip(*values, strict=True)

@@ -1,4 +1,4 @@
-"""`bitfleet bench NAME`; on ranks: `deepspeed --num_accelerators 2 --module bitfleet.launch bench NAME`."""
+"""`bitfleet bench NAME`: a dataclass of options per benchmark."""
 
 import dataclasses
 import importlib
@@ -46,7 +46,7 @@ class Comm(Steps):
 
 @dataclasses.dataclass(frozen=True)
 class Step(Rounds):
-    """Time the update of 12 and 62 million weights against AdamW and the limits of memory, in one process."""
+    """Time the update of 12 and 62 million weights against AdamW and the memory; one process."""
 
     rounds: Count = 7
 
@@ -127,7 +127,7 @@ class Loader(Rounds):
     memory: bool = False
     """Instead: images of 32 pixels with data.loader dali, torch and memory."""
     manifest: bool = False
-    """Instead: seconds to the first batch and memory with a manifest of ImageNet's length, in new processes."""
+    """Instead: seconds to the first batch and memory with a manifest of ImageNet's length."""
     root: Path | None = None
     """Data set to take photos from. Default: synthetic photos, which stay in the cache folder."""
     images: MaybeCount = None
@@ -165,7 +165,7 @@ MODULES |= {"plan": "rates", "gpu": "gpu.command"}
 
 
 def bench(arguments: Sequence[str]) -> None:
-    """Run the benchmark that `arguments` name: `bench_NAME` of its module yields the tables to print.
+    """Run the benchmark that `arguments` name; `bench_NAME` of its module yields tables.
 
     Raises:
         ValueError: bad input.

@@ -1,4 +1,4 @@
-"""Time bitfleet's loaders: against torchvision, timm, WebDataset and FFCV; on small images; with a long manifest.
+"""Time bitfleet's loaders: against others, on small images, and with a long manifest.
 
 Measured is the work on the CPU until a batch is ready to go to the device, with the same number of
 decoding threads or worker processes, the files in the page cache.
@@ -20,19 +20,20 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision import datasets, io, transforms
 from torchvision.transforms import v2
 
 from bitfleet.launch.bench.command import Loader
 from bitfleet.launch.bench.photos import (
+    SMALL_SIZE,
     find_photos,
     image_list,
     make_photo,
     write_class_folders,
     write_jpeg,
     write_small_copies,
+    write_small_images,
 )
 from bitfleet.launch.bench.step import in_new_process
 from bitfleet.launch.bench.timing import Turn, interleave, ratio, spread, titled
@@ -42,7 +43,7 @@ from bitfleet.trainer.data.manifest import Manifest, write_manifest
 
 BITFLEET, BITFLEET_SMALL = "bitfleet", "bitfleet, files of 256 pixels"
 TORCHVISION_UINT8, TIMM = "torchvision-v2-uint8", "timm create_loader, uint8"
-SIZE, SMALL_SIZE = 224, 32
+SIZE = 224
 LEAST_RATE = 60_000
 """Images/s that data.loader memory should give on two threads."""
 NUM_TRAIN, NUM_VAL = 1_281_167, 50_000
@@ -53,7 +54,7 @@ _END_SECONDS = 10.0
 _SAMPLER_SECONDS = 0.2
 _TURN_SECONDS = 0.5  # of small images
 Start = Callable[[], Iterator[object]]
-"""Start a loader. Deleting the iterator, and gc.collect() before another starts, end its threads and processes."""
+"""Start a loader; deleting the iterator and gc.collect() end its threads and processes."""
 
 
 def bench_loader(options: Loader) -> Iterator[str]:
@@ -101,7 +102,7 @@ class CpuClock:
         return own - self._reading + float(sum(times.user + times.system for times in workers))
 
     def wait_for_rest(self) -> float:
-        """Wait until next to no CPU time is used any more; return the time.perf_counter() at which that began.
+        """Wait until next to no CPU time is used; return the perf_counter() at which that began.
 
         Raises:
             RuntimeError: it takes longer than two minutes.
@@ -251,7 +252,7 @@ def contenders(originals: Path, small: Path, batch_size: int, num_workers: int) 
 
 
 def sampler_alone(root: Path, batch_size: int, num_workers: int) -> float:
-    """Return the CPU seconds per image of bitfleet's loader before anything is read: order, windows, flips, paths."""
+    """Return the CPU seconds per image for order, windows, flips and paths, before any file is read."""
     requests = train_loader(root, batch_size, num_workers).requests()
     next(requests)
     start, count = time.process_time(), 0
@@ -374,7 +375,7 @@ def _installed(title: str) -> bool:
 
 
 def measure_small(options: Loader, num_workers: int) -> str:
-    """Compare data.loader dali, torch and memory on PNGs with binarynet_cifar10's training windows."""
+    """Compare data.loader dali, torch and memory on PNGs with the windows of binarynet_cifar10."""
     num_images, batch_size = options.images or 5000, options.batch_size or 50
     if batch_size > num_images:
         raise ValueError(
@@ -398,20 +399,6 @@ def measure_small(options: Loader, num_workers: int) -> str:
         _rate_rows(turns, "us", "dali"),
     )
     return f"{table}\n  memory: {rate:,.0f} images/s (at least {LEAST_RATE:,} on two threads that are free)"
-
-
-def write_small_images(root: Path, num_images: int) -> Path:
-    """Write images of SMALL_SIZE pixels in ten class folders, and one validation image per class."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", num_images), ("val", 10)):
-        for index in range(count):
-            folder = root / split / str(index % 10)
-            folder.mkdir(parents=True, exist_ok=True)
-            coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-            smooth = np.asarray(coarse.resize((SMALL_SIZE, SMALL_SIZE), Image.Resampling.BICUBIC), np.int16)
-            pixels = np.clip(smooth + rng.integers(-8, 9, smooth.shape), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"{index:06d}.png")
-    return root
 
 
 def _batches_per_turn(start: Start) -> int:
@@ -440,7 +427,7 @@ def measure_manifest(options: Loader, num_workers: int) -> str:
     seconds, opened, batch = (statistics.median(values) for values in zip(*starts["long"], strict=True))
     tiny_seconds, tiny_opened, tiny_batch = (statistics.median(each) for each in zip(*starts["tiny"], strict=True))
     return titled(
-        f"a manifest of {NUM_TRAIN + NUM_VAL:,} lines, median of {options.rounds} new processes; memory: above that of 64",
+        f"a manifest of {NUM_TRAIN + NUM_VAL:,} lines, {options.rounds} new processes; memory: more than with 64 lines",
         [
             ["open_dataset to the first batch", f"{seconds:.2f} s", f"(at most 3; with 64 lines {tiny_seconds:.2f})"],
             ["memory of data set and loader", f"{(opened - tiny_opened) / 1e6:.0f} MB", "(at most 300)"],
@@ -451,7 +438,7 @@ def measure_manifest(options: Loader, num_workers: int) -> str:
 
 
 def write_long_manifest(folder: Path, num_train: int, num_val: int) -> None:
-    """Write a manifest whose images have names like ImageNet's, all different, and are sixteen photos.
+    """Write a manifest with names like ImageNet's, all different, of sixteen photos.
 
     Every class folder is a link to one folder, in which hard links give every photo many names.
     """

@@ -32,7 +32,7 @@ from bitfleet.trainer.ranks.collectives import Ranks, barrier, from_first_rank, 
 from bitfleet.trainer.trainer import Trainer
 
 FLIP_RATIOS = (0.5, 0.25, 0.1, 0.03, 0.01, 0.004, 0.0003)
-"""From the first step of a run to its last; arXiv 2104.05124's schedules with Gaussian gradients."""
+"""From the first step to the last; arXiv 2104.05124's schedules with Gaussian gradients."""
 NUM_WEIGHTS = 10_985_472
 """Binary weights of Bi-Real Net 18."""
 
@@ -105,7 +105,7 @@ def bench_train(options: Train, config: TrainConfig, ranks: Ranks, device: torch
 
 
 def compare_turns(without: Sequence[Turn], with_it: Sequence[Turn]) -> list[list[str]]:
-    """Return rows of the ms per step and the CPU ms, without and with something, and of their ratio."""
+    """Return rows of ms per step and CPU ms, without and with something, and their ratio."""
     rows = [["per step", "without", "with", "ratio", "middle half of the rounds"]]
     for title, name in (("ms", "seconds"), ("CPU ms of rank 0", "cpu_seconds")):
         first, second = ([1e3 * getattr(turn, name) for turn in turns] for turns in (without, with_it))

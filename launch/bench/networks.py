@@ -1,4 +1,4 @@
-"""Time training steps of a network against timm's resnet18 on the same images, in turns: images/s and memory."""
+"""Time training steps of a network against timm's resnet18 on the same images, in turns."""
 
 import functools
 import statistics

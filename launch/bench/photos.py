@@ -16,7 +16,7 @@ from bitfleet.trainer.data.images import ImageList
 from bitfleet.trainer.data.manifest import FILE, Manifest, write_manifest
 from bitfleet.trainer.data.workers import run_jobs
 
-SHORT_SIDE = 256
+SHORT_SIDE, SMALL_SIZE = 256, 32
 _SIZES = [(500, 375), (500, 375), (375, 500), (500, 333), (480, 360), (500, 375), (333, 500), (400, 300)]
 """Width and height."""
 _JOB = 16  # images
@@ -167,3 +167,17 @@ def _with_manifest(images: ImageList, classes: tuple[str, ...], synthetic: bool)
     val = images.select(np.arange(1))  # a data set must have one; nothing is validated
     write_manifest(Manifest(train=images, val=val, classes=classes, layout="bench loader"), images.folder)
     return Photos(images, classes, synthetic)
+
+
+def write_small_images(root: Path, num_images: int) -> Path:
+    """Write small images in ten class folders, and one validation image per class."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", num_images), ("val", 10)):
+        for index in range(count):
+            folder = root / split / str(index % 10)
+            folder.mkdir(parents=True, exist_ok=True)
+            coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            smooth = np.asarray(coarse.resize((SMALL_SIZE, SMALL_SIZE), Image.Resampling.BICUBIC), np.int16)
+            pixels = np.clip(smooth + rng.integers(-8, 9, smooth.shape), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index:06d}.png")
+    return root

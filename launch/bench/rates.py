@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from bitfleet.launch.bench.command import Plan
 from bitfleet.launch.bench.loops import started
 from bitfleet.launch.bench.timing import interleave, spread, take_turn, titled
+from bitfleet.launch.job import num_cores
 from bitfleet.launch.plan.plan import Cluster, Estimate, estimate
 from bitfleet.launch.plan.rates import FLOP_PER_MAC, Rates, numbers, read_rates, write_rates
 from bitfleet.launch.plan.traffic import describe
@@ -22,9 +22,9 @@ from bitfleet.optim import build_optimizer
 from bitfleet.optim.rules.rule import numbers_of
 from bitfleet.optim.sharding.buckets import make_buckets
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.data import TrainLoader, normalize, open_dataset
-from bitfleet.trainer.engine.compilation import is_compiled
+from bitfleet.trainer.data import normalize
 from bitfleet.trainer.ranks.collectives import Ranks, gather_from_ranks, objects_from_ranks, sum_over_ranks_
+from bitfleet.trainer.trainer import Trainer
 
 WIRE_NUMEL = 1 << 20
 """Elements that each rank contributes to a measurement of bytes/s."""
@@ -33,37 +33,24 @@ WIRE_NUMEL = 1 << 20
 class _Probe:
     """The parts of a training step, each alone, measured by all ranks at the same time."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
-        self.config, self.ranks, self.device = config, ranks, device
+    def __init__(self, config: TrainConfig, trainer: Trainer) -> None:
+        self.config, self.ranks, self.device = config, trainer.ranks, trainer.device
         self.network = describe(config)
         torch.manual_seed(0)
-        self.model = create_model(config.model).to(device)
-        if is_compiled(config, device, None):
+        self.model, twin = (create_model(config.model).to(self.device) for _ in "12")
+        if trainer.compiled:
             compile_network(self.model)
-        num_replicas = config.num_replicas or ranks.world_size
-        self.micro_batch_size = max(2, config.global_batch_size // num_replicas)
-        size = config.data.image_size
-        images = torch.zeros(self.micro_batch_size, size, size, 3, dtype=torch.uint8, device=device).random_()
+        self.micro_batch_size = max(2, config.global_batch_size // trainer.num_replicas)
+        shape = (self.micro_batch_size, config.data.image_size, config.data.image_size, 3)
+        images = torch.zeros(shape, dtype=torch.uint8, device=self.device).random_()
         self.images = normalize(images, config.data.mean, config.data.std)
-        self.labels = torch.zeros(self.micro_batch_size, dtype=torch.int64, device=device)
-        self.loader = TrainLoader(
-            open_dataset(config.data),
-            config.data,
-            seed=config.seed,
-            global_batch_size=config.global_batch_size,
-            num_replicas=num_replicas,
-            device=device,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            local_world_size=ranks.local_world_size,
-        )
-        self.batches = self.loader.batches()
-        twin = create_model(config.model).to(device)
+        self.labels = torch.zeros(self.micro_batch_size, dtype=torch.int64, device=self.device)
+        self.batches = trainer.loader.batches()
         self.buckets = make_buckets(build_optimizer(twin, config.optim, num_steps=1)[0].param_groups, 1 << 23, 0, 1)
-        self.cores = float(len(os.sched_getaffinity(0)))
+        self.cores = float(num_cores())
 
     def seconds(self, work: Callable[[], object], times: int) -> float:
-        """Return the seconds of `work` on a GPU, or its CPU time, which other jobs do not lengthen."""
+        """Return the seconds of `work` on a GPU, or its CPU time, which other jobs hardly change."""
         turn = take_turn(work, times, self.device)
         return turn.seconds if self.device.type == "cuda" else turn.cpu_seconds
 
@@ -177,14 +164,13 @@ def bench_plan(options: Plan, config: TrainConfig, ranks: Ranks, device: torch.d
         ValueError: --rates is not a file of rates.
     """
     given = read_rates(options.rates) if options.rates else None
-    probe = _Probe(config, ranks, device)
-    cores = given.cores if given else probe.cores
-    cluster = Cluster(num_nodes=1, ranks_per_node=ranks.world_size, link_bytes_per_second=1.0, cores=cores)
-
-    def predict(rates: Rates) -> Estimate:
-        return estimate(config, probe.network, given or rates, cluster)
-
     with started(config, ranks, device) as trainer:
+        probe = _Probe(config, trainer)
+        cores = given.cores if given else probe.cores
+        cluster = Cluster(num_nodes=1, ranks_per_node=ranks.world_size, link_bytes_per_second=1.0, cores=cores)
+
+        def predict(rates: Rates) -> Estimate:
+            return estimate(config, probe.network, given or rates, cluster)
 
         def measure() -> _Round:
             rates = probe.rates()

@@ -44,11 +44,11 @@ class Row(NamedTuple):
     name: str
     ns_per_weight: float
     bytes_per_weight: float
-    ratio: float
+    time_to_adamw: float
     """Time over that of fused AdamW."""
-    limit_fraction: float
+    of_limit: float
     """Bytes per second over those of the read-modify-write."""
-    copy_fraction: float
+    of_copy_bandwidth: float
     """Bytes per second over those of a copy."""
 
 
@@ -156,7 +156,7 @@ def contenders(numel: int, device: torch.device = CPU, *, with_deepspeed: bool =
 
 
 def deepspeed_cpu_adam(parameter: nn.Parameter) -> torch.optim.Optimizer | None:
-    """Create DeepSpeed's AdamW for the CPU at a learning rate of 0; None where its C++ does not build.
+    """Create DeepSpeed's AdamW for the CPU at a rate of 0; None if its C++ does not build.
 
     The first call on a machine compiles for about half a minute.
     """

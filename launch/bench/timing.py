@@ -20,7 +20,7 @@ class Turn(NamedTuple):
     seconds: float
     """Seconds per step."""
     cpu_seconds: float
-    """CPU time per step of all threads of this process; other jobs on the machine hardly change it."""
+    """CPU time per step of all threads of this process, which other jobs hardly change."""
 
 
 def interleave(contenders: Mapping[str, Callable[[], T]], num_rounds: int, warm_up: int = 1) -> dict[str, list[T]]:

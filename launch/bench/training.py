@@ -1,4 +1,4 @@
-"""Training steps in memory for benchmarks: a network, its optimizer, and random images and labels."""
+"""Training steps for benchmarks: a network, its optimizer, random images and labels."""
 
 import gc
 from collections.abc import Callable
@@ -101,7 +101,7 @@ class TrainingStep:
 
 
 class RankStep:
-    """A training step of several ranks, each with its micro-batch, with one way to reduce gradients.
+    """A training step of several ranks, under one way to reduce gradients.
 
     Args:
         method: sharding of bitfleet ("bits") or DeepSpeed, or DistributedDataParallel.

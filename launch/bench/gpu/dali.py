@@ -46,8 +46,8 @@ def _config(root: Path, transform: Transform, decoder: Decoder, batch_size: int)
 def _batches(
     dataset: Dataset, config: DataConfig, batch_size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    sizes = {"global_batch_size": batch_size, "num_replicas": 1}
-    return TrainLoader(dataset, config, seed=0, device=device, **sizes, **_ONE_RANK).batches()
+    options = {"global_batch_size": batch_size, "num_replicas": 1, **_ONE_RANK}
+    return TrainLoader(dataset, config, seed=0, device=device, **options).batches()
 
 
 def compare_pixels(

@@ -132,15 +132,8 @@ def measure_update(session: Session) -> None:
 
     def measure(numel: int, num_rounds: int, weights_per_turn: int) -> None:
         for row in measure_step(numel, num_rounds, session.device, weights_per_turn=weights_per_turn):
-            session.add(
-                row.name,
-                numel=numel,
-                ns_per_weight=row.ns_per_weight,
-                bytes_per_weight=row.bytes_per_weight,
-                GB_per_second=row.bytes_per_weight / row.ns_per_weight,
-                time_to_adamw=row.ratio,
-                of_copy_bandwidth=row.copy_fraction,
-            )
+            figures = row._asdict()
+            session.add(figures.pop("name"), **figures, GB_per_second=row.bytes_per_weight / row.ns_per_weight)
         if session.is_cuda:
             runs_in = "Triton" if on_gpu(lambda triton: None) else "eager torch, the fallback"
             session.add("kernel on bits", runs_in=runs_in)
@@ -164,9 +157,10 @@ def _measure_network(session: Session, setting: Setting) -> None:
     counts = {"num_rounds": num_rounds, "num_steps": 1, "warm_up": warm_up}
     (speed,) = measure_settings([setting], size, session.device, **counts)
     milliseconds = [1e3 * setting.batch_size / rate for rate in speed.rates]
+    figures = setting._asdict()
     session.add(
-        setting.network,
-        **dict(zip(Setting._fields[1:], setting[1:], strict=True)),
+        figures.pop("network"),
+        **figures,
         images_per_second=statistics.median(speed.rates),
         ms=statistics.median(milliseconds),
         ms_least=min(milliseconds),
@@ -199,15 +193,12 @@ def measure_repeat(session: Session) -> None:
 
     def measure(setting: Setting) -> None:
         names = different_gradients(setting, 32 if session.tiny else 224, session.device)
-        session.add(
-            setting.network,
-            batch_size=setting.batch_size,
-            precision=setting.precision,
-            deterministic=setting.deterministic,
-            repeats=NUM_REPEATS,
-            different_gradients=len(names),
-            first_names=names[:3],
-        )
+        figures = setting._asdict() | {
+            "repeats": NUM_REPEATS,
+            "different_gradients": len(names),
+            "first_names": names[:3],
+        }
+        session.add(figures.pop("network"), **figures)
 
     networks, batch_size = (["birealnet_small"], 2) if session.tiny else (["birealnet18", "xnornet"], 128)
     precisions: tuple[Precision, ...] = ("bf16", "tf32")

@@ -1,4 +1,4 @@
-"""Part "probe" of `bitfleet bench gpu`: the card, the versions and the tools that the other parts depend on."""
+"""Part "probe" of `bitfleet bench gpu`: the card, and the versions and tools of the other parts."""
 
 import importlib.metadata
 import os
@@ -15,13 +15,13 @@ import torch
 from bitfleet.launch.bench.gpu.session import Session
 
 PACKAGES = (
-    "torch torchvision triton timm numpy deepspeed nvidia-dali-cuda130 nvidia-dali-cuda120 pydantic tyro safetensors psutil "
-    "tensorboard h5py scipy matplotlib jinja2 pytest"
+    "torch torchvision triton timm numpy deepspeed nvidia-dali-cuda130 nvidia-dali-cuda120 pydantic tyro "
+    "safetensors psutil tensorboard h5py scipy matplotlib jinja2 pytest"
 ).split()
 
 
 def measure_probe(session: Session) -> None:
-    """Write down what the machine is; a fact that cannot be found out is one error, the others are still there."""
+    """Write down what the machine is; a fact that cannot be found out is one error."""
 
     def write(what: str, read: Callable[[], dict[str, Any]]) -> None:
         session.add(what, **read())

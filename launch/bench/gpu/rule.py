@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from bitfleet.launch.bench.gpu.session import Session
+from bitfleet.launch.bench.training import RATES
 from bitfleet.models import ModelConfig, create_model
 from bitfleet.optim import (
     HyperparameterScheduler,
-    OptimConfig,
     ShardedOptimizer,
     bop2ndorder_step_,
     bop_step_,
     build_optimizer,
     is_binary,
-    linear,
 )
 from bitfleet.optim.kernels.bits import pack_signs, popcount, unpack_signs
 from bitfleet.optim.kernels.kernels import bop2ndorder_bits_, bop_bits_
@@ -50,7 +49,7 @@ CPU = torch.device("cpu")
 
 
 class RuleState:
-    """Weights and moments on one device, from +-1 weights (fp32 [n], n a multiple of 8) on the CPU."""
+    """Weights and moments on one device, from +-1 weights fp32 [n], n a multiple of 8."""
 
     def __init__(self, weights: Tensor, variant: Variant, form: Form, device: torch.device) -> None:
         self.variant, self.form = variant, form
@@ -203,15 +202,12 @@ def compare_sharded(device: torch.device, num_steps: int) -> dict[str, Any]:
 
 
 class _Trained:
-    """A small Bi-Real Net and its optimizer with schedules, which get their gradients from outside."""
+    """A small Bi-Real Net and its optimizer, which get their gradients from outside."""
 
     def __init__(self, device: torch.device, num_steps: int, *, is_sharded: bool) -> None:
         torch.manual_seed(0)
         self.model = create_model(ModelConfig(name="birealnet_small", width=32, num_classes=10)).to(device)
-        config = OptimConfig(
-            gamma=linear(3e-4, 1e-5), sigma=linear(1e-4, 1e-2), threshold=linear(1e-8, 1e-5), lr=linear(2.5e-3, 5e-6)
-        )
-        plain, schedules = build_optimizer(self.model, config, num_steps=num_steps)
+        plain, schedules = build_optimizer(self.model, RATES, num_steps=num_steps)
         self.optimizer = ShardedOptimizer(plain, bucket_numel=1 << 17) if is_sharded else plain
         self.scheduler = HyperparameterScheduler(self.optimizer, schedules)
 

@@ -35,7 +35,7 @@ class Session:
     output: str
     """File of the results."""
     deadline: float
-    """time.monotonic() by which the part must be done; all processes of a Linux machine share that clock."""
+    """time.monotonic(), which processes share, by which the part must be done."""
     tiny: bool = False
     """Sizes of a dry run: every line of code runs, no figure means anything."""
     cifar: str | None = None

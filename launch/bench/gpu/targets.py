@@ -19,7 +19,7 @@ RUNS = [
 
 
 def figures(rows: Sequence[Row], part: str, what: str, name: str, **where: Any) -> list[Any]:
-    """Return the figure `name` of all results called `what` of a part whose other figures are `where`."""
+    """Return the figure `name` of all results `what` of a part whose other figures are `where`."""
     wanted = {"part": part, "what": what, **where}
     return [row[name] for row in rows if name in row and all(row.get(key) == wanted[key] for key in wanted)]
 
@@ -78,8 +78,8 @@ def _of_resnet(network: str) -> Measure:
 
 _update = functools.partial(_most, "update", ON_BITS, numel=62_000_000)
 _pixels = functools.partial(_most, "dali", "pixels, GPU against CPU", "mean")
-# DALI's bounds are predictions. For "official" the CPU decodes with libjpeg's fast transform, which no GPU has; with Pillow's
-# the difference is 1.2.
+# DALI's bounds are predictions. For "official" the CPU decodes with libjpeg's fast transform, which
+# no GPU has; with Pillow's the difference is 1.2.
 TARGETS = (
     Target("0", "recorded trajectories: steps with other flips, tensors with other bits than the CPU's", _trajectories),
     Target("0", "wild gradients: rules with other bits than the CPU's", _wild),

@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 
 from bitfleet.configs import load_config
 from bitfleet.launch.bench.gpu.session import Row, Session, read_rows
 from bitfleet.launch.bench.gpu.waits import PageableCopies, Places, host_waits
+from bitfleet.launch.bench.photos import write_small_images
 from bitfleet.launch.bench.timing import seconds_per_call, synchronize
 from bitfleet.launch.bench.training import MEAN, STD, RankStep
 from bitfleet.launch.job import job
@@ -54,7 +53,7 @@ def variants_of(device: torch.device) -> Sequence[Variant]:
 
 
 def varied(config: TrainConfig, variant: Variant, run_dir: Path, root: Path, **fields: Any) -> TrainConfig:
-    """Return `config` as `variant` with other `fields`; it reads `root` unless its images are embedded.
+    """Return `config` as `variant`; it reads `root` unless its images are embedded.
 
     Raises:
         ValueError: the fields contradict each other.
@@ -72,16 +71,7 @@ def _tiny_fields(session: Session, config: TrainConfig) -> dict[str, Any]:
 
 def _cifar_or_random(session: Session, folder: Path) -> Path:
     """The folder of --cifar; without it class folders of random images."""
-    if session.cifar is not None:
-        return Path(session.cifar)
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 2 if session.tiny else 200), ("val", 2)):
-        for label in range(10):
-            (folder / split / f"class{label}").mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / split / f"class{label}" / f"{index:04d}.png", compress_level=1)
-    return folder
+    return Path(session.cifar) if session.cifar else write_small_images(folder, 20 if session.tiny else 2000)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class Waits(NamedTuple):
     syncs: Places
     """It waited for everything that was queued: the GPU ran dry."""
     events: Places
-    """It waited for one event, such as the end of a copy of the step before, while the GPU had more to do."""
+    """It waited for one event, such as the end of a copy, while the GPU had more to do."""
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def _counted(function: Callable[..., Any], places: Places) -> Callable[..., Any]
 
 
 def _is_training_thread() -> bool:
-    """Return True in the main thread and in torch's threads for backward, which Python calls Dummy-N."""
+    """Return True in the main thread and in torch's own, which Python calls Dummy-1, ..."""
     current = threading.current_thread()
     return current is threading.main_thread() or current.name.startswith("Dummy-")
 
@@ -82,7 +82,7 @@ def place_of(stack: Sequence[traceback.FrameSummary]) -> str:
 
 
 class PageableCopies(TorchDispatchMode):
-    """Count copies between the GPU and memory that is not pinned, which wait for the stream above 64 KiB.
+    """Count copies between the GPU and pageable memory, which wait for the stream above 64 KiB.
 
     torch.cuda.set_sync_debug_mode does not see the ones that were asked for as non_blocking.
     """

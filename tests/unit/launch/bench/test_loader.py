@@ -1,4 +1,4 @@
-"""The arithmetic of `bitfleet bench loader`: whose CPU time counts, and the files of its manifest. No rate is asserted."""
+"""`bitfleet bench loader` counts the right CPU time, and its manifest has files."""
 
 import queue
 import subprocess

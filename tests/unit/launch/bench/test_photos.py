@@ -1,4 +1,4 @@
-"""Photos for the benchmark of loaders: synthetic ones are like ImageNet's, those of a data set are copied and shrunk."""
+"""Synthetic photos are like ImageNet's; photos of a data set are copied and shrunk."""
 
 import io
 from pathlib import Path
