@@ -106,7 +106,7 @@ class CollectiveCounter(TorchDispatchMode):
         if func.namespace == "c10d":
             name = func._schema.name.removeprefix("c10d::")
             assert name in SHARES, f"no rule for the collective {name}"
-            # The whole tensor is the output of an all-gather, and the input of a reduce-scatter.
+            # The full tensor is the output of an all-gather, and the input of a reduce-scatter.
             largest = max(sum(tensor.nbytes for tensor in _tensors(argument)) for argument in args)
             self._called_bytes += SHARES[name] * (self.world_size - 1) / self.world_size * largest
         return func(*args, **(kwargs or {}))
@@ -237,7 +237,7 @@ def bench_sharding(options: Sharding, ranks: Ranks, device: torch.device) -> Ite
     """Time steps and count bytes in turns; for fp32 weights the rule is compiled.
 
     Raises:
-        ValueError: there is no such contender.
+        ValueError: an unknown contender.
     """
     contenders = options.contender.split(",")
     if unknown := [name for name in contenders if name not in CONTENDERS]:
@@ -274,7 +274,10 @@ def _sharding_table(network: str, ranks: Ranks, options: Sharding, turns: dict[s
         row = [CONTENDERS[name][1], f"{1e3 * statistics.median(seconds):,.1f}", f"{statistics.median(sent) / 1e6:,.1f}"]
         if "bits" in turns:
             own_seconds, own_sent = zip(*turns["bits"], strict=True)
-            row += [f"{ratio(own_seconds, seconds):.3f}", f"{ratio(own_sent, [max(each, 1.0) for each in sent]):.3f}"]
+            row += [
+                f"{ratio(own_seconds, seconds):.3f}",
+                f"{ratio(own_sent, [max(num_bytes, 1.0) for num_bytes in sent]):.3f}",
+            ]
         rows.append(row)
     return titled(
         f"{network}, {NETWORKS[network]} px, {ranks.world_size} ranks x {options.micro_batch_size} images on "

@@ -107,7 +107,7 @@ class Checkpoint(Rounds):
     """Compare saves: bitfleet's in the background and blocking, ZeRO-1's, torch.save."""
 
     network: Literal["xnornet", "birealnet18", "birealnet_small"] = "xnornet"
-    """What is saved; xnornet takes 4 GB of disk."""
+    """Network to save; xnornet takes 4 GB of disk."""
     rounds: Count = 3
     folder: Path = Path("runs")
     """Where a new folder is made, and removed again."""
@@ -172,7 +172,7 @@ def bench(arguments: Sequence[str]) -> None:
     """
     name, *words = arguments or ["--help"]
     prog = f"bitfleet bench {name}"
-    config, benchmark = None, next((each for each in get_args(Benchmark) if each.__name__.lower() == name), None)
+    config, benchmark = None, {command.__name__.lower(): command for command in get_args(Benchmark)}.get(name)
     if benchmark is None:
         parse(Benchmark, [name], "bitfleet bench")  # the help, or an error that lists the names
     elif name in OF_A_RUN:

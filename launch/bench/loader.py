@@ -1,6 +1,6 @@
 """Time bitfleet's loaders: against others, on small images, and with a long manifest.
 
-Measured is the work on the CPU until a batch is ready to go to the device, with the same number of
+The time is that of the work on the CPU until a batch is ready to go to the device, with the same number of
 decoding threads or worker processes, the files in the page cache.
 """
 
@@ -236,19 +236,21 @@ def contenders(originals: Path, small: Path, batch_size: int, num_workers: int) 
     def bitfleet(root: Path = originals, **options: Any) -> Start:
         return lambda: train_loader(root, *sizes, **options).batches()
 
-    found = {
+    loaders = {
         BITFLEET: bitfleet(),
         "bitfleet, loader=torch": bitfleet(loader="torch"),
         "bitfleet, preprocessing=official": bitfleet(preprocessing="official"),
         TORCHVISION_UINT8: lambda: _torchvision(originals, *sizes, pil=False),
         "torchvision, PIL, float32": lambda: _torchvision(originals, *sizes, pil=True),
         TIMM: lambda: _timm(originals, *sizes),
-        "WebDataset, PIL, uint8": lambda: _webdataset(originals, *sizes),
-        "FFCV, JPEG of quality 90, uint8": lambda: _ffcv(originals, *sizes),
         f"decoding alone, {decoder}": lambda: _decoding(originals, *sizes, decode),
         BITFLEET_SMALL: bitfleet(small),
     }
-    return {title: start for title, start in found.items() if title[:4] not in ("WebD", "FFCV") or _installed(title)}
+    if _installed("webdataset"):
+        loaders["WebDataset, PIL, uint8"] = lambda: _webdataset(originals, *sizes)
+    if _installed("ffcv"):
+        loaders["FFCV, JPEG of quality 90, uint8"] = lambda: _ffcv(originals, *sizes)
+    return loaders
 
 
 def sampler_alone(root: Path, batch_size: int, num_workers: int) -> float:
@@ -370,8 +372,8 @@ def _decoder() -> tuple[str, Callable[[bytes], object]]:
     return "torchvision.io", lambda jpeg: io.decode_jpeg(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), rgb)
 
 
-def _installed(title: str) -> bool:
-    return importlib.util.find_spec(title.split(",")[0].lower()) is not None
+def _installed(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
 
 
 def measure_small(options: Loader, num_workers: int) -> str:
@@ -450,15 +452,15 @@ def write_long_manifest(folder: Path, num_train: int, num_val: int) -> None:
     forms = ("train", num_train, "n00000000_{:05d}.JPEG"), ("val", num_val, "ILSVRC2012_val_{:08d}.JPEG")
     for split, count, form in forms:
         labels = np.arange(count) * len(classes) // count
-        in_class = np.arange(count) - np.searchsorted(labels, labels)  # place within its class
-        files = [form.format(number) for number in range(int(in_class.max()) + 1)]
-        for number, file in enumerate(files):
-            (photos / file).hardlink_to(photos / f"{number % 16}.jpg")
+        in_class = np.arange(count) - np.searchsorted(labels, labels)  # position within its class
+        files = [form.format(index) for index in range(int(in_class.max()) + 1)]
+        for index, file in enumerate(files):
+            (photos / file).hardlink_to(photos / f"{index % 16}.jpg")
         (folder / split).mkdir()
         for class_name in classes:
             (folder / split / class_name).symlink_to(photos)
         pairs = zip(labels.tolist(), in_class.tolist(), strict=True)
-        names = [f"{split}/{classes[label]}/{files[number]}" for label, number in pairs]
+        names = [f"{split}/{classes[label]}/{files[index]}" for label, index in pairs]
         lists.append(image_list(folder, names, labels, sizes[in_class % 16]))
     write_manifest(Manifest(train=lists[0], val=lists[1], classes=classes, layout="bench loader"), folder)
 

@@ -197,7 +197,7 @@ def bench_plan(options: Plan, config: TrainConfig, ranks: Ranks, device: torch.d
         yield f"rates written to {options.output}"
 
 
-def medians(found: list[Rates]) -> Rates:
+def medians(measured: list[Rates]) -> Rates:
     """Return the median of every rate, with the words of the last measurement."""
-    values = {name: statistics.median(numbers(rates)[name] for rates in found) for name in numbers(found[0])}
-    return dataclasses.replace(found[-1], **values)  # type: ignore[arg-type]
+    values = {name: statistics.median(numbers(rates)[name] for rates in measured) for name in numbers(measured[0])}
+    return dataclasses.replace(measured[-1], **values)  # type: ignore[arg-type]

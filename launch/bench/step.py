@@ -78,7 +78,7 @@ def measure_step(
         weights_per_turn: about the calls per turn times the weights per call; 0 in a dry run.
 
     Raises:
-        ValueError: there is no C compiler, which a CPU needs.
+        ValueError: a CPU without a C compiler.
     """
     if device.type == "cpu" and kernel_library() is None:
         raise ValueError("the benchmark of the step needs a C and a C++ compiler (gcc and g++) on the PATH")

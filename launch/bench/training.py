@@ -30,7 +30,7 @@ GradDtype = Literal["fp32", "bf16"]
 
 
 class Setting(NamedTuple):
-    """What a `TrainingStep` is made of."""
+    """Options of a `TrainingStep`."""
 
     network: str
     """Name in timm's registry."""
@@ -44,7 +44,7 @@ class Setting(NamedTuple):
 def use_precision(precision: Precision, device: torch.device, *, deterministic: bool = True) -> torch.autocast:
     """Set torch up as a run does, and return the context of forward passes; tf32 on a CPU is fp32.
 
-    The settings are those of the whole process, and stay.
+    The settings hold for the process until they are changed.
     """
     if precision == "tf32" and device.type == "cpu":
         precision = "fp32"
@@ -88,7 +88,7 @@ class TrainingStep:
         return loss.detach()
 
     def __call__(self) -> Tensor:
-        """Run the whole step; returns the loss, a tensor []."""
+        """Run the step; returns the loss, a tensor []."""
         loss = self.backward()
         self.optimizer.step()
         self._after()
@@ -107,7 +107,7 @@ class RankStep:
         method: sharding of bitfleet ("bits") or DeepSpeed, or DistributedDataParallel.
         model: network to train on the device of the images.
         images: inputs of the model on this rank.
-        ranks: this process's place.
+        ranks: rank and number of ranks.
         grad_dtype: what gradients are sent as.
         bucket_numel: parameters per bucket; None: the method's default.
         rule: update rule in place of Bop2ndOrder for all methods but "bits", which hold fp32
@@ -177,7 +177,7 @@ class RankStep:
             self.engine.step()
 
     def __call__(self) -> None:
-        """Run the whole step."""
+        """Run the step."""
         self.backward()
         self.update()
 

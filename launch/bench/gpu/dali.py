@@ -24,7 +24,7 @@ _ONE_RANK: dict[str, Any] = {"rank": 0, "world_size": 1, "local_world_size": 1}
 
 
 class Transform(NamedTuple):
-    """What becomes of a photo."""
+    """Options that turn a photo into pixels."""
 
     preprocessing: str
     augmentation: str

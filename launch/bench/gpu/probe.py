@@ -33,7 +33,7 @@ def measure_probe(session: Session) -> None:
         ("tools", _tools),
     ):
         session.attempt(what, write, what, read)
-    installed = {each.name: each.version for each in importlib.metadata.distributions()}
+    installed = {package.name: package.version for package in importlib.metadata.distributions()}
     session.add("packages", versions={name: installed.get(name, "not installed") for name in PACKAGES})
 
 
@@ -71,7 +71,7 @@ def _flags() -> dict[str, Any]:
 
 
 def _tools() -> dict[str, Any]:
-    """What torch.compile needs: compilers, and the headers of Python (Triton builds a module)."""
+    """Find what torch.compile needs: compilers, and the headers of Python (Triton builds a module)."""
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     compilers = {name: _output(name, "-dumpfullversion") for name in ("gcc", "g++")}
     return {**compilers, "nvcc": shutil.which("nvcc"), "Python.h": str(header) if header.exists() else None}

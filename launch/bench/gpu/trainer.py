@@ -37,7 +37,7 @@ _VALIDATION_COST = 0.5
 
 
 class Variant(NamedTuple):
-    """How the trainer gets its images and launches its step."""
+    """A way to get images and to launch a step."""
 
     loader: Loader
     cuda_graph: bool = False
