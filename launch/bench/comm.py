@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfleet.launch.bench.command import Comm, Memory, Sharding
+from bitfleet.launch.bench.step import compiled_rule
 from bitfleet.launch.bench.timing import interleave, ratio, take_turn, titled
 from bitfleet.launch.bench.training import GradDtype, Method, RankStep
 from bitfleet.launch.preflight.tensor_bytes import TensorBytes
 from bitfleet.models import ModelConfig, QuantLinear, create_model, ste_sign
-from bitfleet.optim import bop2ndorder_step_
 from bitfleet.optim.rules.rule import Group, State, rule
 from bitfleet.optim.sharding import exchange as sharding_exchange
 from bitfleet.trainer.ranks.collectives import Ranks, barrier, gather_from_ranks, numbers_from_ranks
@@ -213,17 +213,11 @@ def bench_memory(options: Memory, ranks: Ranks, device: torch.device) -> Iterato
     )
 
 
-@functools.cache
-def _compiled_rule() -> Callable[..., None]:
-    compiled: Callable[..., None] = torch.compile(bop2ndorder_step_, fullgraph=True, dynamic=True)
-    return compiled
-
-
 @rule(COMPILED, "exp_avg", "exp_avg_sq")
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     rates = {key: torch.tensor(float(group[key])) for key in ("gamma", "sigma", "threshold")}
     moments = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-    _compiled_rule()(weight.view(-1), grad.reshape(-1), *moments, **rates)
+    compiled_rule()(weight.view(-1), grad.reshape(-1), *moments, **rates)
 
 
 CONTENDERS: dict[str, tuple[Method, str]] = {

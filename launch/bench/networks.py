@@ -35,11 +35,11 @@ def measure_settings(
     settings: Sequence[Setting], image_size: int, device: torch.device, *, num_rounds: int, num_steps: int, warm_up: int
 ) -> list[Speed]:
     """Time the settings in turns; all their networks are in memory at the same time."""
-    steps, before, first_seconds, losses = [], [_allocated(device)], [], []
+    steps, allocated, first_seconds, losses = [], [_allocated(device)], [], []
     for setting in settings:
         steps.append(TrainingStep(setting, image_size, device))
         first_seconds.append(seconds_per_call(lambda: losses.append(float(steps[-1]())), 1, device))
-        before.append(_allocated(device))
+        allocated.append(_allocated(device))
     turns = {f"{i}": functools.partial(seconds_per_call, step, num_steps, device) for i, step in enumerate(steps)}
     seconds = list(interleave(turns, num_rounds, warm_up).values())
     speeds = []
@@ -47,7 +47,7 @@ def measure_settings(
         peak = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            held = before[i + 1] - before[i] - _allocated(device)
+            held = allocated[i + 1] - allocated[i] - _allocated(device)
             seconds_per_call(step, 1, device)
             peak = (held + torch.cuda.max_memory_allocated(device)) / 1e6
         rates = [setting.batch_size / each for each in seconds[i]]

@@ -2,9 +2,10 @@
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +15,10 @@ from bitfleet.trainer.data import DataConfig, open_dataset
 from bitfleet.trainer.data.cache import cache_folder, exclusive
 from bitfleet.trainer.data.images import ImageList
 from bitfleet.trainer.data.manifest import FILE, Manifest, write_manifest
-from bitfleet.trainer.data.workers import run_jobs
 
 SHORT_SIDE, SMALL_SIZE = 256, 32
 _SIZES = [(500, 375), (500, 375), (375, 500), (500, 333), (480, 360), (500, 375), (333, 500), (400, 300)]
 """Width and height."""
-_JOB = 16  # images
-T = TypeVar("T")
 Size = tuple[int, int, int]
 """Height and width in pixels, and bytes, of a file."""
 
@@ -95,8 +93,9 @@ def write_small_copies(photos: Photos, folder: Path, num_workers: int) -> Photos
     for class_name in photos.classes:
         (folder / "train" / class_name).mkdir(parents=True)
     names = [images.name(index) for index in range(len(images))]
-    paths = [(images.path(index), f"{folder}/{name}") for index, name in enumerate(names)]
-    sizes = _run(_shrink, paths, num_workers, f"photos at {SHORT_SIDE} pixels")
+    targets = [f"{folder}/{name}" for name in names]
+    with ThreadPoolExecutor(num_workers) as pool:
+        sizes = list(pool.map(_shrink, map(images.path, range(len(images))), targets))
     return _with_manifest(image_list(folder, names, images.labels, sizes), photos.classes, photos.synthetic)
 
 
@@ -125,31 +124,20 @@ def _synthetic_photos(num_images: int, num_workers: int) -> Path:
     with exclusive(folder):
         if not (folder / FILE).exists() or len(open_dataset(DataConfig(root=str(folder))).train) < num_images:
             (folder / "train" / "a").mkdir(parents=True, exist_ok=True)
+            print("making synthetic photos, once ...", flush=True)
             names = [f"train/a/{index:07d}.jpg" for index in range(num_images)]
-            paths = [(index, f"{folder}/{name}") for index, name in enumerate(names)]
-            sizes = _run(_make, paths, num_workers, "synthetic photos, once")
+            targets = [f"{folder}/{name}" for name in names]
+            with ThreadPoolExecutor(num_workers) as pool:
+                sizes = list(pool.map(write_jpeg, targets, pool.map(make_photo, range(num_images))))
             _with_manifest(image_list(folder, names, np.zeros(num_images, np.int64), sizes), ("a",), True)
     return folder
 
 
-def _run(work: Callable[[Sequence[T]], list[Size]], items: Sequence[T], num_workers: int, title: str) -> list[Size]:
-    jobs = [items[start : start + _JOB] for start in range(0, len(items), _JOB)]
-    done = run_jobs(work, jobs, [len(job) for job in jobs], num_workers=num_workers, title=title)
-    return [size for sizes in done for size in sizes]
-
-
-def _make(job: Sequence[tuple[int, str]]) -> list[Size]:
-    return [write_jpeg(path, make_photo(index)) for index, path in job]
-
-
-def _shrink(job: Sequence[tuple[str, str]]) -> list[Size]:
-    sizes = []
-    for source, target in job:
-        with Image.open(source) as image:
-            size = (image.width * SHORT_SIDE // min(image.size), image.height * SHORT_SIDE // min(image.size))
-            small = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-        sizes.append(write_jpeg(target, _jpeg(small, 90, "4:2:0")))
-    return sizes
+def _shrink(source: str, target: str) -> Size:
+    with Image.open(source) as image:
+        size = (image.width * SHORT_SIDE // min(image.size), image.height * SHORT_SIDE // min(image.size))
+        small = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    return write_jpeg(target, _jpeg(small, 90, "4:2:0"))
 
 
 def _jpeg(image: Image.Image, quality: int, subsampling: str) -> bytes:

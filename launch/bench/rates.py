@@ -4,15 +4,14 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from bitfleet.launch.bench.command import Plan
 from bitfleet.launch.bench.loops import started
-from bitfleet.launch.bench.timing import interleave, spread, take_turn, titled
+from bitfleet.launch.bench.timing import interleave, ratios, spread, take_turn, titled
 from bitfleet.launch.job import num_cores
 from bitfleet.launch.plan.plan import Cluster, Estimate, estimate
 from bitfleet.launch.plan.rates import FLOP_PER_MAC, Rates, numbers, read_rates, write_rates
@@ -45,7 +44,7 @@ class _Probe:
         images = torch.zeros(shape, dtype=torch.uint8, device=self.device).random_()
         self.images = normalize(images, config.data.mean, config.data.std)
         self.labels = torch.zeros(self.micro_batch_size, dtype=torch.int64, device=self.device)
-        self.batches = trainer.loader.batches()
+        self.batches = trainer.batches
         self.buckets = make_buckets(build_optimizer(twin, config.optim, num_steps=1)[0].param_groups, 1 << 23, 0, 1)
         self.cores = float(num_cores())
 
@@ -147,16 +146,6 @@ class _Probe:
         return Rates(name=f"this machine ({kind})", device=kind, sources=sources, **values)  # type: ignore[arg-type]
 
 
-class _Round(NamedTuple):
-    """One round of `bench_plan`; seconds per step."""
-
-    rates: Rates
-    predicted: float
-    measured: float
-    cpu_over_cores: float
-    """CPU time of all ranks divided by the cores: the step of a CPU that does nothing else."""
-
-
 def bench_plan(options: Plan, config: TrainConfig, ranks: Ranks, device: torch.device) -> Iterator[str]:
     """Measure in turns the rates and training steps; every rank calls this.
 
@@ -172,22 +161,24 @@ def bench_plan(options: Plan, config: TrainConfig, ranks: Ranks, device: torch.d
         def predict(rates: Rates) -> Estimate:
             return estimate(config, probe.network, given or rates, cluster)
 
-        def measure() -> _Round:
+        def measure() -> tuple[Rates, float, float, float]:
+            """Return rates and seconds per step: predicted, measured, and CPU time of all ranks over the cores."""
             rates = probe.rates()
             turn = take_turn(trainer.advance, options.steps, device)
             cpu_over_cores = sum(objects_from_ranks(turn.cpu_seconds)) / probe.cores
-            return _Round(rates, predict(rates).step, turn.seconds, cpu_over_cores)
+            return rates, predict(rates).step, turn.seconds, cpu_over_cores
 
         rounds = interleave({"": measure}, options.rounds)[""]
-    rates = medians([each.rates for each in rounds])
+    all_rates, predicted, measured, cpu_over_cores = zip(*rounds, strict=True)
+    rates = medians(all_rates)
     parts = predict(rates)
     shares = ("data", "compute", "launches", "network", "update")
     rows = [
         ["predicted", f"{1e3 * parts.step:,.1f}", ", ".join(f"{x} {1e3 * getattr(parts, x):,.1f}" for x in shares)],
-        ["measured", f"{1e3 * statistics.median(each.measured for each in rounds):,.1f}", ""],
-        ["ratio", spread([each.predicted / each.measured for each in rounds], ".3f"), ""],
-        ["CPU time / cores", f"{1e3 * statistics.median(each.cpu_over_cores for each in rounds):,.1f}", ""],
-        ["ratio to that", spread([each.predicted / each.cpu_over_cores for each in rounds], ".3f"), ""],
+        ["measured", f"{1e3 * statistics.median(measured):,.1f}"],
+        ["ratio", spread(ratios(predicted, measured), ".3f")],
+        ["CPU time / cores", f"{1e3 * statistics.median(cpu_over_cores):,.1f}"],
+        ["ratio to that", spread(ratios(predicted, cpu_over_cores), ".3f")],
     ]
     yield titled(
         f"{config.name} on {ranks.world_size} ranks, ms per step, median of {options.rounds} rounds", rows, "<<<"
@@ -197,7 +188,7 @@ def bench_plan(options: Plan, config: TrainConfig, ranks: Ranks, device: torch.d
         yield f"rates written to {options.output}"
 
 
-def medians(measured: list[Rates]) -> Rates:
+def medians(measured: Sequence[Rates]) -> Rates:
     """Return the median of every rate, with the words of the last measurement."""
     values = {name: statistics.median(numbers(rates)[name] for rates in measured) for name in numbers(measured[0])}
     return dataclasses.replace(measured[-1], **values)  # type: ignore[arg-type]

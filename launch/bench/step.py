@@ -119,7 +119,7 @@ def contenders(numel: int, device: torch.device = CPU, *, with_deepspeed: bool =
     weight = torch.where(torch.randn(numel, generator=generator, device=device) < 0, -1.0, 1.0)
     bits = pack_signs(weight)
     grad_bf16, scratch = grad.bfloat16(), torch.empty_like(grad)
-    compiled, rates = _compiled_rule(device)
+    compiled, rates = compiled_rule(), _rate_tensors(device)
     touch_ = torch.compile(_read_modify_write_, fullgraph=True, dynamic=True)
     zero = torch.zeros((), device=device)
     parameter = nn.Parameter(weight)
@@ -170,10 +170,15 @@ def deepspeed_cpu_adam(parameter: nn.Parameter) -> torch.optim.Optimizer | None:
     return optimizer
 
 
-def _compiled_rule(device: torch.device = CPU) -> tuple[Callable[..., None], dict[str, Tensor]]:
-    """The rule in one graph, and its rates as tensors, so that none becomes a constant."""
-    compiled = torch.compile(bop2ndorder_step_, fullgraph=True, dynamic=True)
-    return compiled, {key: torch.tensor(value, device=device) for key, value in RATES.items()}
+@functools.cache
+def compiled_rule() -> Callable[..., None]:
+    """Return the rule in one graph; its rates must be tensors, so that none becomes a constant."""
+    compiled: Callable[..., None] = torch.compile(bop2ndorder_step_, fullgraph=True, dynamic=True)
+    return compiled
+
+
+def _rate_tensors(device: torch.device) -> dict[str, Tensor]:
+    return {key: torch.tensor(value, device=device) for key, value in RATES.items()}
 
 
 def _read_modify_write_(a: Tensor, b: Tensor, c: Tensor, d: Tensor, zero: Tensor) -> None:
@@ -208,6 +213,5 @@ def first_step(kind: str, numel: int = 1 << 20) -> float:
         bop2ndorder_bits_(bits, grad, exp_avg, exp_avg_sq, **RATES, correction="none", step=1)
         unpack_signs(bits, weight)
     else:
-        compiled, rates = _compiled_rule()
-        compiled(weight, grad, exp_avg, exp_avg_sq, **rates)
+        compiled_rule()(weight, grad, exp_avg, exp_avg_sq, **_rate_tensors(CPU))
     return time.perf_counter() - start
