@@ -21,7 +21,7 @@ from bitfleet.launch.bench.command import Diagnostics, Journal, Train
 from bitfleet.launch.bench.timing import Turn, interleave, ratio, ratios, take_turn, titled
 from bitfleet.launch.journal.reader import read_parts
 from bitfleet.models import compile_network, create_model
-from bitfleet.optim import HyperparameterScheduler, build_optimizer, is_binary
+from bitfleet.optim import HyperparameterScheduler, ShardedOptimizer, build_optimizer, is_binary
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import normalize
 from bitfleet.trainer.engine.engine import autocast
@@ -55,8 +55,12 @@ def started(
                 "or --rounds"
             )
         trainer.start()
-        yield trainer
-        trainer.stop()
+        try:
+            yield trainer
+        finally:
+            trainer.stop()
+            if isinstance(trainer.sharded, ShardedOptimizer):
+                trainer.sharded.close()
         barrier()
 
 

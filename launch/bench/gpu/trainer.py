@@ -5,8 +5,7 @@ import functools
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,12 +14,12 @@ import torch
 from bitfleet.configs import load_config
 from bitfleet.launch.bench.gpu.session import Row, Session, read_rows
 from bitfleet.launch.bench.gpu.waits import PageableCopies, Places, host_waits
+from bitfleet.launch.bench.loops import started
 from bitfleet.launch.bench.photos import write_small_images
 from bitfleet.launch.bench.timing import seconds_per_call, synchronize
 from bitfleet.launch.bench.training import MEAN, STD, RankStep
 from bitfleet.launch.job import job
 from bitfleet.models import ModelConfig, create_model
-from bitfleet.optim import ShardedOptimizer
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import normalize
 from bitfleet.trainer.data.fashion import SUBSET_ROOT
@@ -74,19 +73,6 @@ def _cifar_or_random(session: Session, folder: Path) -> Path:
     return Path(session.cifar) if session.cifar else write_small_images(folder, 20 if session.tiny else 2000)
 
 
-@contextmanager
-def started(make: Callable[[], TrainConfig], ranks: Ranks, device: torch.device) -> Iterator[Trainer]:
-    """Start a trainer, and release its hooks in the end."""
-    trainer = Trainer(make(), ranks, device)
-    trainer.start()
-    try:
-        yield trainer
-    finally:
-        trainer.stop()
-        if isinstance(trainer.sharded, ShardedOptimizer):
-            trainer.sharded.close()
-
-
 def measure_trainer(session: Session) -> None:
     """Write down step time and waits of two configurations, then the cost of DeepSpeed's timer."""
     with job("auto") as (ranks, _), tempfile.TemporaryDirectory(prefix="bitfleet-bench-gpu-") as name:
@@ -94,9 +80,9 @@ def measure_trainer(session: Session) -> None:
         root = _cifar_or_random(session, folder / "images")
         for config in (load_config("binarynet_cifar10"), load_config("fashion_quickstart")):
             fields = _tiny_fields(session, config)
-            for number, variant in enumerate(variants_of(session.device)):
+            for variant in variants_of(session.device):
                 what = f"{config.name}, loader {variant.loader}{', CUDA graph' * variant.cuda_graph}"
-                make = functools.partial(varied, config, variant, folder / f"{config.name}{number}", root, **fields)
+                make = functools.partial(varied, config, variant, folder / "run", root, **fields)
                 session.attempt(what, _measure_run, session, what, make, ranks, needs_seconds=25.0)
         for batch_size in (2,) if session.tiny else (64, 256):
             session.attempt("DeepSpeed's timer", _measure_timer, session, batch_size, ranks, needs_seconds=25.0)
@@ -105,7 +91,7 @@ def measure_trainer(session: Session) -> None:
 def _measure_run(session: Session, what: str, make: Callable[[], TrainConfig], ranks: Ranks) -> None:
     warm_up, counted, timed = (1, 1, 1) if session.tiny else (30, 10, 200)
     start = time.perf_counter()
-    with started(make, ranks, session.device) as trainer:
+    with started(make(), ranks, session.device) as trainer:
         config = trainer.config
         for _ in range(warm_up):
             trainer.advance()  # a graph of a logging step is captured when the first one comes
@@ -188,8 +174,8 @@ def measure_cifar(session: Session) -> None:
         is_jpeg = next(root.glob("train/*/*.jp*g"), None) is not None
         session.add("data", root=str(root), files="JPEG, not CIFAR-10's own pixels" if is_jpeg else "not JPEG")
         fields = _tiny_fields(session, config)
-        for number, variant in enumerate(variants_of(session.device)):
-            make = functools.partial(varied, config, variant, folder / f"timed{number}", root, **fields)
+        for variant in variants_of(session.device):
+            make = functools.partial(varied, config, variant, folder / "timed", root, **fields)
             seconds = session.attempt(f"loader {variant.loader}", _seconds_per_epoch, session, make, ranks)
             if seconds is not None:
                 epochs = int((session.seconds_left() - _RESERVED_SECONDS) / seconds)
@@ -203,7 +189,7 @@ def measure_cifar(session: Session) -> None:
 def _seconds_per_epoch(session: Session, make: Callable[[], TrainConfig], ranks: Ranks) -> float:
     """Estimate the time of training and validation from a few steps."""
     warm_up, timed = (1, 1) if session.tiny else (30, 100)
-    with started(make, ranks, session.device) as trainer:
+    with started(make(), ranks, session.device) as trainer:
         seconds_per_call(trainer.advance, warm_up, session.device)
         seconds = seconds_per_call(trainer.advance, timed, session.device)
     num_images = len(trainer.dataset.train) + _VALIDATION_COST * len(trainer.dataset.val)
