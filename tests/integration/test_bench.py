@@ -99,7 +99,7 @@ def test_diagnostics_are_measured_with_and_without(tiny: list[str]) -> None:
 
 @pytest.mark.slow
 def test_memory_of_two_ranks_stays_in_bounds(deepspeed: Launch) -> None:
-    done = deepspeed(2, "--module", "bitfleet.launch", "bench", "memory", "--steps", "2")
+    done = deepspeed(2, "--module", "bitfleet.launch", "bench", "memory", "--steps", "2", timeout=300)
     assert done.returncode == 0, done.stdout
     rows = parse(done.stdout)
     for grad_dtype in GRAD_DTYPES:
