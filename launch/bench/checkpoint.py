@@ -1,25 +1,26 @@
-"""What a checkpoint costs: the Saver in the background and blocking, DeepSpeed's ZeRO-1 files, torch.save; in turns."""
+"""Time saves in turns: the Saver, in the background and blocking, DeepSpeed's, torch.save."""
 
+import functools
 import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-from bitfleet.launch.bench.checkpoint_table import Cost, Method, Result
+from bitfleet.launch.bench.command import Checkpoint
+from bitfleet.launch.bench.timing import interleave, ratio, seconds_per_call, synchronize, titled
+from bitfleet.launch.bench.training import Method, RankStep
 from bitfleet.models import ModelConfig, create_model
-from bitfleet.optim import OptimConfig, RoutedOptimizer, build_optimizer, is_binary
-from bitfleet.trainer.checkpoint import CheckpointConfig, TrainState, model_signature, verify
+from bitfleet.optim import is_binary
+from bitfleet.trainer.checkpoint.config import CheckpointConfig
+from bitfleet.trainer.checkpoint.format import model_signature, verify
 from bitfleet.trainer.checkpoint.saver import Saver
 from bitfleet.trainer.checkpoint.tensors import MODEL, OPTIM, tensors_to_save, total_bytes
-from bitfleet.trainer.engine.config import EngineConfig, deepspeed_options
-from bitfleet.trainer.engine.engine import backward, create_engine, shard
 from bitfleet.trainer.ranks.collectives import (
     Ranks,
     barrier,
@@ -30,128 +31,107 @@ from bitfleet.trainer.ranks.collectives import (
 )
 
 NETWORKS = {"xnornet": 224, "birealnet18": 64, "birealnet_small": 28}
-"""Network -> image size of the steps that it takes."""
-MICRO_BATCH_SIZE = 2
+"""Network -> pixels of a side."""
+BACKGROUND, BLOCKING = "Saver, in the background", "Saver, blocking"
+CPU = torch.device("cpu")
 
 
-def bench_checkpoint(network: str, ranks: Ranks, device: torch.device, folder: Path, *, num_rounds: int) -> Result:
-    """Save the same network in each way, below a new folder in `folder` that is deleted in the end; every rank calls this.
+class Cost(NamedTuple):
+    """One checkpoint, on the slowest rank."""
+
+    stall_seconds: float
+    """Seconds until training may continue."""
+    seconds: float
+    """Seconds until it is flushed to the disk; for the Saver also hashed and committed."""
+    num_bytes: int
+    """All files of all ranks."""
+
+
+def bench_checkpoint(options: Checkpoint, ranks: Ranks, device: torch.device) -> Iterator[str]:
+    """Save the same network in each way, in a new folder that is deleted in the end.
 
     Raises:
-        ValueError: no such network, or the folder cannot be written.
+        ValueError: the folder cannot be written.
     """
-    if network not in NETWORKS:
-        raise ValueError(f"bench checkpoint knows the networks {', '.join(NETWORKS)}, not {network!r}")
-    place = _new_folder(folder, ranks)
+    folder = ""
+    if ranks.is_first:  # an error here ends the job of all ranks
+        try:
+            options.folder.mkdir(parents=True, exist_ok=True)
+            folder = tempfile.mkdtemp(prefix="bench-checkpoint-", dir=options.folder)
+        except OSError as error:
+            raise ValueError(
+                f"--folder {options.folder} cannot be written: {error.strerror}; choose another"
+            ) from error
+    folder = from_first_rank(folder)
     try:
-        return _bench(network, ranks, device, place, num_rounds)
+        yield _measure(options, ranks, device, Path(folder))
     finally:
         if ranks.is_first:
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _bench(network: str, ranks: Ranks, device: torch.device, place: Path, num_rounds: int) -> Result:
-    bits, train = _trained(network, "bits", ranks, device)
-    zero, _ = _trained(network, "zero1", ranks, device)
-    plain = _plain_state(network, device) if ranks.is_first else {}
-    saver = Saver(place, CheckpointConfig(keep_last=1, keep_best=False), ranks, dict)
+def _measure(options: Checkpoint, ranks: Ranks, device: torch.device, folder: Path) -> str:
+    size = NETWORKS[options.network]
+    model = functools.partial(create_model, ModelConfig(name=options.network))
+    images = torch.randn(2, 3, size, size, device=device)
+    torch.manual_seed(0)
+    methods: tuple[Method, ...] = ("bits", "zero1", "ddp")
+    bits, zero, plain = (RankStep(method, model(), images, ranks) for method in methods)
+    signature = model_signature(bits.model)
+
+    def train() -> None:
+        bits()
+        synchronize(device)
+
+    train()  # all state exists from here on
+    zero()
+    plain()
+    saver = Saver(folder, CheckpointConfig(keep_last=1, keep_best=False), ranks, dict)
     num_saves = 0
 
     def start() -> None:
         nonlocal num_saves
         num_saves += 1
-        meta = {"step": num_saves, "model": bits.signature}
-        saver.save(num_saves, tensors_to_save(bits.model, bits.optimizer, ranks), meta)
+        tensors = tensors_to_save(bits.model, bits.optimizer, ranks)
+        saver.save(num_saves, tensors, {"step": num_saves, "model": signature})
 
-    def blocking(_: Path) -> None:
+    def blocking() -> None:
         start()
         saver.flush()
 
-    def zero1(target: Path) -> None:
-        zero.engine.save_checkpoint(str(target), tag="engine", save_latest=False)
-
-    def torch_save(target: Path) -> None:
+    def torch_save() -> None:
         if ranks.is_first:
-            target.mkdir()
-            torch.save(plain, target / "state.pt")
+            other.mkdir()
+            state = {"model": plain.model.state_dict(), "optimizer": plain.optimizer.state_dict()}
+            torch.save(state, other / "state.pt")
         barrier()
 
-    saves: dict[Method, Callable[[Path], None]] = {
-        "background": lambda _: start(),
-        "blocking": blocking,
-        "zero1": zero1,
-        "torch.save": torch_save,
+    other = folder / "other"
+    saves: dict[str, Callable[[], object]] = {
+        BACKGROUND: start,
+        BLOCKING: blocking,
+        "DeepSpeed ZeRO-1 save_checkpoint": lambda: zero.engine.save_checkpoint(
+            str(other), tag="engine", save_latest=False
+        ),
+        "torch.save on rank 0": torch_save,
     }
-    first, *rounds = (
-        {method: _measure(save, saver, place / "other", ranks) for method, save in saves.items()}
-        for _ in range(num_rounds + 1)
-    )
-    during = [_while_saving(train, start, saver) for _ in range(num_rounds)]
+    measured = {title: functools.partial(_cost, save, saver, other, ranks) for title, save in saves.items()}
+    costs = interleave(measured, 1 + options.rounds, warm_up=0)
+    during = [_while_saving(train, start, saver) for _ in range(options.rounds)]
     assert saver.last is not None
     if ranks.is_first:
         verify(saver.last)
     tensors = tensors_to_save(bits.model, bits.optimizer, ranks)
-    sizes = sum_of_numbers(total_bytes(tensors)), sum_of_numbers(_required_bytes(bits.model, tensors))
-    return Result(first, {method: [each[method] for each in rounds] for method in first}, during, *sizes)
+    real = {MODEL + name for name, parameter in bits.model.named_parameters() if not is_binary(parameter)}
+    required = {name: tensor for name, tensor in tensors.items() if name in real or name.startswith(OPTIM)}
+    return _format(options, ranks, costs, during, sum_of_numbers(total_bytes(required)))
 
 
-def _new_folder(folder: Path, ranks: Ranks) -> Path:
-    made = ""
-    if ranks.is_first:  # if it raises, that ends the job of all ranks
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            made = tempfile.mkdtemp(prefix="bench-checkpoint-", dir=folder)
-        except OSError as error:
-            raise ValueError(f"--folder {folder} cannot be written: {error.strerror}; choose another") from error
-    return Path(from_first_rank(made))
-
-
-def _trained(
-    network: str, sharding: Literal["bits", "zero1"], ranks: Ranks, device: torch.device
-) -> tuple[TrainState, Callable[[], None]]:
-    """`network` after a step, so that all state exists; and its step on random images."""
-    torch.manual_seed(0)
-    model = create_model(ModelConfig(name=network)).to(device)
-    plain, schedules = build_optimizer(model, OptimConfig(), num_steps=1000)
-    config = EngineConfig(sharding=sharding)
-    options = deepspeed_options(
-        config,
-        global_batch_size=MICRO_BATCH_SIZE * ranks.world_size,
-        num_replicas=ranks.world_size,
-        world_size=ranks.world_size,
-    )
-    optimizer, signature = shard(plain, config, ranks.world_size), model_signature(model)
-    engine = create_engine(model, optimizer, schedules, options, device)
-    images = torch.randn(MICRO_BATCH_SIZE, 3, NETWORKS[network], NETWORKS[network], device=device)
-    labels = torch.randint(0, 1000, (MICRO_BATCH_SIZE,), device=device)
-
-    def step() -> None:
-        backward(engine, nn.functional.cross_entropy(engine(images), labels), optimizer)
-        engine.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    step()
-    return TrainState(engine, model, optimizer, signature), step
-
-
-def _plain_state(network: str, device: torch.device) -> dict[str, object]:
-    """Model and whole optimizer state, random, as a plain torch loop saves them."""
-    model = create_model(ModelConfig(name=network)).to(device)
-    optimizer, _ = build_optimizer(model, OptimConfig(), num_steps=1000)
-    assert isinstance(optimizer, RoutedOptimizer)
-    optimizer.create_state()
-    for state in optimizer.state.values():
-        for key in state.keys() - {"step"}:
-            state[key].normal_()
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-
-
-def _measure(save: Callable[[Path], None], saver: Saver, other: Path, ranks: Ranks) -> Cost:
-    """One save, between barriers. What the Saver did not write (it is in `other`) is flushed here, and deleted."""
+def _cost(save: Callable[[], object], saver: Saver, other: Path, ranks: Ranks) -> Cost:
+    """Time one save between barriers; flush and delete `other`, which the Saver did not write."""
     barrier()
     start = time.perf_counter()
-    save(other)
+    save()
     stall = time.perf_counter() - start
     saver.flush()
     barrier()
@@ -170,31 +150,58 @@ def _measure(save: Callable[[Path], None], saver: Saver, other: Path, ranks: Ran
 
 
 def _while_saving(train: Callable[[], None], start: Callable[[], None], saver: Saver) -> tuple[float, float]:
-    """(time of a training step during a save over that of one without, longest pause of an idle thread during a save)."""
+    """Return a training step's slow-down during a save, and an idle thread's longest pause."""
+
+    def seconds(run: Callable[[], Any]) -> float:
+        return seconds_per_call(run, 1, CPU)
+
     barrier()
-    alone = [_seconds(train) for _ in range(5)]
+    alone = [seconds(train) for _ in range(5)]
     before = saver.last
     start()
     during = []
     while max_over_ranks([saver.last is before])[0]:
-        during.append(_seconds(train))
+        during.append(seconds(train))
     saver.flush()
     barrier()
     before = saver.last
     start()
     pause = 0.0
     while saver.last is before:
-        pause = max(pause, _seconds(lambda: time.sleep(0.001)))
+        pause = max(pause, seconds(lambda: time.sleep(0.001)))
     saver.flush()
     return statistics.median(during or alone) / statistics.median(alone), max(objects_from_ranks(pause))
 
 
-def _seconds(function: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def _required_bytes(model: nn.Module, tensors: Mapping[str, Tensor]) -> int:
-    real = {MODEL + name for name, param in model.named_parameters() if not is_binary(param)}
-    return total_bytes({name: each for name, each in tensors.items() if name in real or name.startswith(OPTIM)})
+def _format(
+    options: Checkpoint,
+    ranks: Ranks,
+    costs: dict[str, list[Cost]],
+    during: list[tuple[float, float]],
+    required_bytes: int,
+) -> str:
+    rows = [["", "stall s", "on disk s", "MB written", "MB/s per rank", "first stall s"]]
+    for title, (first, *rounds) in costs.items():
+        stall, seconds, num_bytes = (statistics.median(values) for values in zip(*rounds, strict=True))
+        megabytes = num_bytes / 1e6
+        rate = megabytes / ranks.world_size / seconds
+        rows.append(
+            [title, f"{stall:.3f}", f"{seconds:.3f}", f"{megabytes:,.3f}", f"{rate:,.0f}", f"{first.stall_seconds:.3f}"]
+        )
+    background, blocking = ([cost.stall_seconds for cost in costs[title][1:]] for title in (BACKGROUND, BLOCKING))
+    slow_down, pause = (statistics.median(values) for values in zip(*during, strict=True))
+    written = costs[BACKGROUND][-1].num_bytes / required_bytes
+    return "\n".join(
+        [
+            titled(
+                f"{options.network}, {ranks.world_size} ranks, median of {options.rounds} rounds; moments and "
+                f"full-precision parameters: {required_bytes / 1e6:,.3f} MB",
+                rows,
+            ),
+            f"  stall, background / blocking: {ratio(background, blocking):.3f} (at 500 MB and 2 ranks at most 0.10)",
+            f"  Saver's bytes / moments and full-precision parameters: {written:.4f} (at most 1.02)",
+            f"  training step during a save / without: {slow_down:.3f}",
+            f"  longest pause of an idle thread during a save: {pause:.3f} s",
+            "  The Saver flushes, hashes and commits. The others' files are flushed by the benchmark, in on disk s.",
+        ]
+    )

@@ -1,28 +1,31 @@
-"""What a rank sends: bitfleet's sharding, DeepSpeed's ZeRO and DistributedDataParallel train the same network in turns.
+"""Count what a rank sends and holds under bitfleet's sharding, ZeRO and DistributedDataParallel.
 
-Two counts of the very same steps. From the calls: each collective as the bytes that the best algorithm for it has to send. On the
-wire: what the network interfaces of the machine say they sent, headers and acknowledgements included.
+Two counts of the same steps. From the calls: each collective as the bytes that the best algorithm
+for it has to send. On the wire: what the network interfaces of the machines say they sent, headers
+and acknowledgements included.
 """
 
+import functools
 import gc
-from collections.abc import Iterable, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitfleet.models import QuantLinear, ste_sign
-from bitfleet.optim import OptimConfig, ShardedOptimizer, build_optimizer, is_binary
+from bitfleet.launch.bench.command import Comm, Memory, Sharding
+from bitfleet.launch.bench.step import compiled_rule
+from bitfleet.launch.bench.timing import interleave, ratio, take_turn, titled
+from bitfleet.launch.bench.training import GradDtype, Method, RankStep
+from bitfleet.launch.preflight.tensor_bytes import TensorBytes
+from bitfleet.models import ModelConfig, QuantLinear, create_model, ste_sign
+from bitfleet.optim.rules.rule import Group, Rule, State, register
 from bitfleet.optim.sharding import reduction as sharding_exchange
-from bitfleet.optim.sharding.optimizer import BUCKET_NUMEL
-from bitfleet.trainer.engine.config import EngineConfig, deepspeed_options
-from bitfleet.trainer.engine.engine import backward, create_engine
-from bitfleet.trainer.ranks.collectives import Ranks, barrier, data_parallel, sum_over_ranks_
-
-Method = Literal["bits", "none", "zero1", "zero2", "ddp"]
-GradDtype = Literal["fp32", "bf16"]
+from bitfleet.trainer.ranks.collectives import Ranks, barrier, gather_from_ranks, numbers_from_ranks
 
 TITLES: dict[Method, str] = {
     "bits": "bitfleet ShardedOptimizer",
@@ -31,90 +34,20 @@ TITLES: dict[Method, str] = {
     "zero2": "DeepSpeed ZeRO-2",
     "ddp": "DistributedDataParallel",
 }
-METHODS: tuple[Method, ...] = get_args(Method)
 GRAD_DTYPES: tuple[GradDtype, ...] = get_args(GradDtype)
-
 DEPTH, WIDTH, NUM_CLASSES = 16, 256, 10
+NUM_BINARY = DEPTH * WIDTH**2
+NUM_BUCKETS = 8
+SETTLE_SECONDS = 0.05
+"""Time for gloo's threads, which need the interpreter, to release the last tensors."""
+NETWORKS = {"birealnet18": 64, "xnornet": 224}
+"""Network -> pixels of a side."""
+COMPILED = "bop2ndorder_compiled"
 
 
-class Contender:
-    """A network and one of the ways to train it on several ranks, as it is used in practice.
-
-    The network is a stack of DEPTH binary layers of WIDTH^2 weights with a LayerNorm after each: no buffers (which
-    DistributedDataParallel would send as well), and for a micro-batch of one sample hardly any activations.
-
-    Args:
-        method: how gradients are reduced, and state sharded.
-        grad_dtype: what gradients travel as.
-        ranks: this process's place.
-        device: where it trains.
-        bucket_numel: parameters in a bucket of every method; None is the default of each.
-    """
-
-    def __init__(
-        self,
-        method: Method,
-        grad_dtype: GradDtype,
-        ranks: Ranks,
-        device: torch.device,
-        bucket_numel: int | None = None,
-    ) -> None:
-        self.method = method
-        torch.manual_seed(0)
-        model = _network().to(device)
-        self.num_binary = sum(param.numel() for param in model.parameters() if is_binary(param))
-        self.numel = sum(param.numel() for param in model.parameters())
-        self.images = torch.randn(1, WIDTH, device=device)
-        self.labels = torch.zeros(1, dtype=torch.int64, device=device)
-        self.optimizer, schedules = build_optimizer(model, OptimConfig(), num_steps=1000)
-        self.engine: Any = None
-        if method == "ddp":
-            bucket_mib = 4 * bucket_numel / 2**20 if bucket_numel else None
-            self.model = data_parallel(model, grad_dtype=grad_dtype, bucket_mib=bucket_mib)
-            return
-        options = deepspeed_options(
-            EngineConfig(sharding=method),
-            global_batch_size=ranks.world_size,
-            num_replicas=ranks.world_size,
-            world_size=ranks.world_size,
-        )
-        optimizer: Any = self.optimizer
-        if method == "bits":
-            dtype = torch.bfloat16 if grad_dtype == "bf16" else torch.float32
-            optimizer = ShardedOptimizer(optimizer, grad_dtype=dtype, bucket_numel=bucket_numel or BUCKET_NUMEL)
-        else:
-            options["communication_data_type"] = grad_dtype
-            if bucket_numel:
-                sizes = {"reduce_bucket_size": bucket_numel, "allgather_bucket_size": bucket_numel}
-                options["zero_optimization"] |= sizes
-        self.optimizer = optimizer
-        self.model = self.engine = create_engine(model, optimizer, schedules, options, device)
-
-    def backward(self) -> None:
-        """Forward and backward of a micro-batch, which is a whole batch of this rank."""
-        loss = nn.functional.cross_entropy(self.model(self.images), self.labels)
-        if self.method == "ddp":
-            torch.autograd.backward(loss)
-        else:
-            backward(self.engine, loss, self.optimizer)
-
-    def update(self) -> None:
-        """What is left of the reduction, and the update; no gradient outlives it."""
-        if self.method == "ddp":
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        else:
-            self.engine.step()
-
-    def close(self) -> None:
-        """Let go of the engine, so that nothing of it is alive beside the next contender."""
-        if self.engine is not None:
-            self.engine.destroy()
-        del self.model, self.engine, self.optimizer
-        gc.collect()
-
-
-def _network() -> nn.Sequential:
+def binary_stack() -> nn.Sequential:
+    """Create DEPTH binary layers of WIDTH^2 weights, without buffers, which DDP would send."""
+    torch.manual_seed(0)
     layers: list[nn.Module] = []
     for _ in range(DEPTH):
         layers += [QuantLinear(WIDTH, WIDTH, input_quantizer=ste_sign), nn.LayerNorm(WIDTH, bias=False)]
@@ -133,15 +66,15 @@ SHARES = {
     "broadcast_": 1,
     "barrier": 0,
 }
-"""Collective of torch.distributed -> bytes that a rank must send, as a multiple of (N - 1) / N of the whole tensor."""
+"""Collective -> bytes that a rank must send, as a multiple of (N - 1) / N of the tensor."""
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Counts, while it is entered, what this rank's collectives have to send, whoever calls them.
+    """Count the bytes that this rank's collectives have to send, whatever calls them.
 
-    It sits below Python, where all of them end as operators of the library c10d: also those that DistributedDataParallel calls
-    from C++. Only the swaps of bitfleet's reduction, which happen in a thread of their own, are counted where they are called.
-    Every group is taken to hold all ranks.
+    It sits below Python, where all of them end as operators of the library c10d, also those that
+    DistributedDataParallel calls from C++. Only the swaps of bitfleet's reduction, which happen in
+    their own thread, are counted where they are called. Every group is taken to hold all ranks.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -151,7 +84,7 @@ class CollectiveCounter(TorchDispatchMode):
 
     @property
     def sent_bytes(self) -> float:
-        """What has been counted so far."""
+        """Bytes counted so far."""
         return self._called_bytes + self._swapped_bytes
 
     def __enter__(self) -> Self:
@@ -173,9 +106,9 @@ class CollectiveCounter(TorchDispatchMode):
         if func.namespace == "c10d":
             name = func._schema.name.removeprefix("c10d::")
             assert name in SHARES, f"no rule for the collective {name}"
-            # Of an all-gather the output is the whole tensor, of a reduce-scatter the input.
-            whole = max(sum(tensor.nbytes for tensor in _tensors(argument)) for argument in args)
-            self._called_bytes += SHARES[name] * (self.world_size - 1) / self.world_size * whole
+            # The full tensor is the output of an all-gather, and the input of a reduce-scatter.
+            largest = max(sum(tensor.nbytes for tensor in _tensors(argument)) for argument in args)
+            self._called_bytes += SHARES[name] * (self.world_size - 1) / self.world_size * largest
         return func(*args, **(kwargs or {}))
 
 
@@ -188,80 +121,162 @@ def _tensors(argument: Any) -> Iterable[Tensor]:
 
 
 def interface_bytes() -> dict[str, int]:
-    """Bytes that each interface of this network namespace has sent since it exists.
+    """Return the bytes that each interface of this network namespace has sent.
 
-    From /proc/net/dev: /sys/class/net has the same counters, but of the namespace in which /sys was mounted.
+    From /proc/net/dev: /sys/class/net has the same counters, but of the namespace in which /sys was
+    mounted.
     """
     lines = Path("/proc/net/dev").read_text().splitlines()[2:]  # without the titles
     fields = {name.strip(): values.split() for name, _, values in (line.partition(":") for line in lines)}
     return {name: int(values[8]) for name, values in fields.items()}
 
 
-class Row(NamedTuple):
-    """One contender; bytes are those that a rank sends in a step, on average over the ranks."""
-
-    method: Method
-    grad_dtype: GradDtype
-    num_binary: int
-    called_bytes: float
-    wire_bytes: float
-    """Over all interfaces of all machines."""
-    between_bytes: float
-    """The part of it that left a machine: over all interfaces but the loopback."""
+def wire_bytes(ranks: Ranks) -> Tensor:
+    """Return the bytes sent by this machine, all and without the loopback, on its first rank."""
+    barrier()
+    sent = interface_bytes() if ranks.local_rank == 0 else {}
+    barrier()
+    return torch.tensor([sum(sent.values()), sum(sent.values()) - sent.get("lo", 0)], dtype=torch.float64)
 
 
-def bench_comm(ranks: Ranks, device: torch.device, *, num_steps: int = 5) -> list[Row]:
-    """Measure every contender, `num_steps` steps after two that do not count; every rank calls this.
+def _hosts(ranks: Ranks) -> str:
+    num_hosts = ranks.world_size // ranks.local_world_size
+    return f"{num_hosts} host{'s' * (num_hosts > 1)}"
+
+
+def _rows(measure: Callable[[Method, GradDtype], Iterable[float]]) -> Iterator[list[str]]:
+    for grad_dtype in GRAD_DTYPES:
+        for method, title in TITLES.items():
+            yield [title, grad_dtype, *(f"{number:.3f}" for number in measure(method, grad_dtype))]
+
+
+def bench_comm(options: Comm, ranks: Ranks, device: torch.device) -> Iterator[str]:
+    """Count the bytes of every method, after two steps that do not count.
 
     Raises:
         ValueError: there is a single rank.
     """
     if ranks.world_size < 2:
         raise ValueError(
-            "one rank sends nothing: start it on several, as deepspeed --num_accelerators 2 --module bitfleet.launch bench comm"
+            "one rank sends nothing: start several, deepspeed --num_accelerators 2 --module bitfleet.launch bench comm"
         )
-    return [_measure(method, grad_dtype, ranks, device, num_steps) for grad_dtype in GRAD_DTYPES for method in METHODS]
 
+    def measure(method: Method, grad_dtype: GradDtype) -> list[float]:
+        step = RankStep(method, binary_stack(), torch.randn(1, WIDTH, device=device), ranks, grad_dtype=grad_dtype)
+        for _ in range(2):  # the first one allocates state
+            step()
+        before = wire_bytes(ranks)
+        with CollectiveCounter(ranks.world_size) as counter:
+            for _ in range(options.steps):
+                step()
+        sent = [counter.sent_bytes, *(wire_bytes(ranks) - before).tolist()]
+        step.close()
+        return [sum(numbers_from_ranks(number)) / (options.steps * ranks.world_size * NUM_BINARY) for number in sent]
 
-def _measure(method: Method, grad_dtype: GradDtype, ranks: Ranks, device: torch.device, num_steps: int) -> Row:
-    contender = Contender(method, grad_dtype, ranks, device)
-    for _ in range(2):  # the first one allocates state
-        contender.backward()
-        contender.update()
-    before = read_interfaces(ranks)
-    with CollectiveCounter(ranks.world_size) as counter:
-        for _ in range(num_steps):
-            contender.backward()
-            contender.update()
-    after = read_interfaces(ranks)
-    num_binary = contender.num_binary
-    contender.close()
-    totals = torch.tensor(
-        [counter.sent_bytes, *(b - a for a, b in zip(before, after, strict=True))], dtype=torch.float64
+    yield titled(
+        f"bytes that a rank sends per step and binary weight, {ranks.world_size} ranks on {_hosts(ranks)}, "
+        f"{NUM_BINARY:,} binary weights",
+        [["", "gradients", "calls", "on the wire", "between hosts"], *_rows(measure)],
+        "<<",
     )
-    means = sum_over_ranks_(totals.to(device)) / (num_steps * ranks.world_size)
-    return Row(method, grad_dtype, num_binary, *means.tolist())
 
 
-def read_interfaces(ranks: Ranks) -> tuple[int, int]:
-    """(all, without the loopback) bytes sent by this machine, read between two barriers; one rank of a machine reads."""
-    barrier()
-    sent = interface_bytes() if ranks.local_rank == 0 else {}
-    barrier()
-    return sum(sent.values()), sum(value for name, value in sent.items() if name != "lo")
+def bench_memory(options: Memory, ranks: Ranks, device: torch.device) -> Iterator[str]:
+    """Count bytes per parameter on the rank that has most, after two steps of warm-up."""
+
+    def measure(method: Method, grad_dtype: GradDtype) -> list[float]:
+        samples = []
+        with TensorBytes() as count:
+            images, bucket_numel = torch.randn(1, WIDTH, device=device), DEPTH // NUM_BUCKETS * WIDTH**2
+            step = RankStep(method, binary_stack(), images, ranks, grad_dtype=grad_dtype, bucket_numel=bucket_numel)
+            numel = sum(param.numel() for param in step.model.parameters())
+            for _ in range(2 + options.steps):  # the first one allocates the state
+                count.take_peak()
+                step.backward()
+                peak_backward = count.take_peak()
+                step.update()
+                peak_step = count.take_peak()
+                barrier()
+                time.sleep(SETTLE_SECONDS)
+                samples.append((count.live, peak_backward, peak_step))
+        after, *peaks = torch.tensor(samples[2:], dtype=torch.float64, device=device).T
+        # Bytes held between steps are there after every step; more than the least of them is about to be freed.
+        largest = torch.stack([after.amin(), *(peak.amax() for peak in peaks)]) / numel
+        step.close()
+        return torch.stack(gather_from_ranks(largest)).amax(0).tolist()
+
+    yield titled(
+        f"bytes of tensors per parameter on a rank, {ranks.world_size} ranks; a bucket of fp32 gradients is "
+        f"{4 / NUM_BUCKETS:g}",
+        [["", "gradients", "after the step", "peak in backward", "peak in step"], *_rows(measure)],
+        "<<",
+    )
 
 
-def format_comm(rows: Sequence[Row], ranks: Ranks) -> str:
-    """The rows as a table for a terminal."""
-    num_hosts = ranks.world_size // ranks.local_world_size
-    lines = [
-        f"bytes sent by a rank per step, {ranks.world_size} ranks on {num_hosts} host{'s' * (num_hosts > 1)}, "
-        f"{rows[0].num_binary:,} binary weights",
-        f"  {'':30}{'gradients':10}{'bytes':>12}{'per binary weight':>20}{'on the wire':>13}{'between hosts':>15}",
-    ]
-    lines += [
-        f"  {TITLES[row.method]:30}{row.grad_dtype:10}{row.called_bytes:12,.0f}{row.called_bytes / row.num_binary:20.3f}"
-        f"{row.wire_bytes / row.num_binary:13.3f}{row.between_bytes / row.num_binary:15.3f}"
-        for row in rows
-    ]
-    return "\n".join(lines)
+def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
+    rates = {key: torch.tensor(float(group[key])) for key in ("gamma", "sigma", "threshold")}
+    moments = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+    compiled_rule()(weight.view(-1), grad.reshape(-1), *moments, **rates)
+
+
+register(Rule(name=COMPILED, update_=_update_, state_keys=("exp_avg", "exp_avg_sq")))
+
+
+CONTENDERS: dict[str, tuple[Method, str]] = {
+    "bits": ("bits", "bitfleet"),
+    "DDP": ("ddp", "DDP, compiled rule"),
+    "zero1": ("zero1", "DeepSpeed ZeRO-1, compiled rule"),
+}
+
+
+def bench_sharding(options: Sharding, ranks: Ranks, device: torch.device) -> Iterator[str]:
+    """Time steps and count bytes in turns; for fp32 weights the rule is compiled.
+
+    Raises:
+        ValueError: an unknown contender.
+    """
+    contenders = options.contender.split(",")
+    if unknown := [name for name in contenders if name not in CONTENDERS]:
+        raise ValueError(f"--contender {unknown[0]!r} is not a contender; there are: {', '.join(CONTENDERS)}")
+    for network in [options.network] if options.network else NETWORKS:
+        size = NETWORKS[network]
+        images = torch.randn(options.micro_batch_size, 3, size, size, device=device)
+        images = images.to(memory_format=torch.channels_last)
+        steps = {}
+        for name in contenders:
+            torch.manual_seed(0)
+            model = create_model(ModelConfig(name=network))
+            steps[name] = RankStep(CONTENDERS[name][0], model, images, ranks, rule=COMPILED)
+
+        def measure(step: RankStep) -> tuple[float, float]:
+            """Return seconds and bytes per step, bytes of the interfaces of all machines divided by the ranks."""
+            before = wire_bytes(ranks)
+            turn = take_turn(step, options.steps, device)
+            sent = float((wire_bytes(ranks) - before)[0])
+            return turn.seconds, sum(numbers_from_ranks(sent)) / ranks.world_size / options.steps
+
+        turns = interleave({name: functools.partial(measure, step) for name, step in steps.items()}, options.rounds)
+        for step in steps.values():
+            step.close()
+        steps.clear()
+        gc.collect()
+        yield _sharding_table(network, ranks, options, turns)
+
+
+def _sharding_table(network: str, ranks: Ranks, options: Sharding, turns: dict[str, list[tuple[float, float]]]) -> str:
+    rows = [["", "ms", "MB sent", "bitfleet / it: time", "bytes"]]
+    for name, values in turns.items():
+        seconds, sent = zip(*values, strict=True)
+        row = [CONTENDERS[name][1], f"{1e3 * statistics.median(seconds):,.1f}", f"{statistics.median(sent) / 1e6:,.1f}"]
+        if "bits" in turns:
+            own_seconds, own_sent = zip(*turns["bits"], strict=True)
+            row += [
+                f"{ratio(own_seconds, seconds):.3f}",
+                f"{ratio(own_sent, [max(num_bytes, 1.0) for num_bytes in sent]):.3f}",
+            ]
+        rows.append(row)
+    return titled(
+        f"{network}, {NETWORKS[network]} px, {ranks.world_size} ranks x {options.micro_batch_size} images on "
+        f"{_hosts(ranks)}, per step, median of {options.rounds} rounds",
+        rows,
+    )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitfleet.launch.bench.gpu.syncs import host_waits
+from bitfleet.launch.bench.gpu.waits import host_waits
 from bitfleet.trainer.data import DataConfig, TrainLoader, open_dataset
 from bitfleet.trainer.data.delivery import resize_on_device
 from bitfleet.trainer.data.official import resize_windows, window_facts

@@ -3,9 +3,13 @@
 import pytest
 import torch
 
-from bitfleet.launch.bench.gpu.gradients import NETWORKS, compare_binary_sums, compare_gradients
-from bitfleet.launch.bench.gpu.networks import Setting
-from bitfleet.launch.bench.gpu.repeat import different_gradients
+from bitfleet.launch.bench.gpu.networks import (
+    NETWORKS,
+    compare_binary_sums,
+    compare_gradients,
+    different_gradients,
+)
+from bitfleet.launch.bench.training import Setting
 from bitfleet.trainer.engine.config import Precision
 
 pytestmark = pytest.mark.gpu
@@ -16,15 +20,15 @@ def test_gradients_are_those_of_the_cpu(network: str, device: torch.device, is_d
     if is_dry and network == "birealnet18":
         pytest.skip("too large for a dry run")
     found = compare_gradients(network, "fp64", device, batch_size=2 if is_dry else 8)
-    assert found.loss_device == pytest.approx(found.loss_cpu, rel=1e-9)
-    assert found.largest_error < 1e-6, found.parameter
+    assert found["loss_device"] == pytest.approx(found["loss_cpu"], rel=1e-9)
+    assert found["largest_error"] < 1e-6, found["parameter"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
 def test_sums_of_bits_are_exact(precision: Precision, device: torch.device, is_dry: bool) -> None:
     found = compare_binary_sums(precision, 64 if is_dry else 512, device)
-    assert found.num_different == 0
-    assert found.largest_sum == 9 * (64 if is_dry else 512)
+    assert found["num_different"] == 0
+    assert found["largest_sum"] == 9 * (64 if is_dry else 512)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])

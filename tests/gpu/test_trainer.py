@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bitfleet.configs import load_config
-from bitfleet.launch.bench.gpu.syncs import PageableCopies, host_waits
 from bitfleet.launch.bench.gpu.trainer import Loader, Variant, varied
+from bitfleet.launch.bench.gpu.waits import PageableCopies, host_waits
 from bitfleet.optim import ShardedOptimizer
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
 from bitfleet.trainer.checkpoint.format import checkpoints

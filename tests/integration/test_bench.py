@@ -1,4 +1,4 @@
-"""What the benchmarks of traffic, memory, checkpoints and loaders count, through the launcher on two ranks. Nothing is timed."""
+"""Benchmarks of traffic, memory, checkpoints and loaders count what they should, on two ranks. Nothing is timed."""
 
 import gc
 import os
@@ -12,16 +12,19 @@ import torch
 import torch.distributed as dist
 
 from bitfleet.configs import load_config
-from bitfleet.launch.bench.checkpoint import bench_checkpoint
-from bitfleet.launch.bench.checkpoint_table import TITLES as SAVES
-from bitfleet.launch.bench.comm import GRAD_DTYPES, TITLES, CollectiveCounter, Method, bench_comm, interface_bytes
-from bitfleet.launch.bench.command import bench
-from bitfleet.launch.bench.diagnostics import bench_diagnostics
-from bitfleet.launch.bench.loader_contenders import ORIGINALS, Settings, contenders, sampler_alone
-from bitfleet.launch.bench.loader_manifest import bench_manifest
-from bitfleet.launch.bench.loader_photos import find_photos, write_class_folders
-from bitfleet.launch.bench.loader_table import BITFLEET, BITFLEET_SMALL, TIMM, TORCHVISION_UINT8
-from bitfleet.launch.bench.memory import BUCKET_BYTES
+from bitfleet.launch.bench.comm import (
+    GRAD_DTYPES,
+    TITLES,
+    CollectiveCounter,
+    bench_comm,
+    bench_sharding,
+    interface_bytes,
+)
+from bitfleet.launch.bench.command import Comm, Plan, Sharding, bench
+from bitfleet.launch.bench.loader import BITFLEET, BITFLEET_SMALL, TIMM, TORCHVISION_UINT8, contenders, sampler_alone
+from bitfleet.launch.bench.photos import find_photos, write_class_folders
+from bitfleet.launch.bench.rates import bench_plan
+from bitfleet.launch.bench.training import Method
 from bitfleet.launch.plan.rates import read_rates
 from bitfleet.launch.preflight.tensor_bytes import TensorBytes
 from bitfleet.optim.sharding.reduction import all_gather_single
@@ -45,7 +48,7 @@ def parse(output: str) -> Table:
 def check_traffic(rows: Table) -> None:
     """The counts of the calls, per binary weight, on two ranks."""
     for grad_dtype, width in (("fp32", 4), ("bf16", 2)):
-        bits, none, zero1, zero2, ddp = (rows[method, grad_dtype][1] for method in TITLES)
+        bits, none, zero1, zero2, ddp = (rows[method, grad_dtype][0] for method in TITLES)
         real = NUM_REAL / NUM_BINARY
         # Half of all gradients, of the signs and of the real values; then a little for what is agreed on before the update.
         least = (width + 1 / 8) / 2 + real * (width + 4) / 2
@@ -91,19 +94,19 @@ def test_diagnostics_are_measured_with_and_without(tiny: list[str]) -> None:
     (row,) = re.findall(r"^  CPU ms of rank 0 +([\d.]+) +([\d.]+) +([\d.]+) ", done.stdout, re.MULTILINE)
     without, with_them, ratio = map(float, row)
     assert ratio == pytest.approx(with_them / without, rel=0.01)  # of one round
-    assert re.search(r"a line of them in metrics\.jsonl: 2,\d{3} bytes", done.stdout)
+    assert re.search(r"metrics\.jsonl: 2,\d{3} bytes", done.stdout)
 
 
 @pytest.mark.slow
 def test_memory_of_two_ranks_stays_in_bounds(deepspeed: Launch) -> None:
-    done = deepspeed(2, "--module", "bitfleet.launch", "bench", "memory", "--steps", "2")
+    done = deepspeed(2, "--module", "bitfleet.launch", "bench", "memory", "--steps", "2", timeout=300)
     assert done.returncode == 0, done.stdout
     rows = parse(done.stdout)
     for grad_dtype in GRAD_DTYPES:
         after_step, *peaks = rows["bits", grad_dtype]
         # Weights, two moments of half of them, and the slice as bits; the real weights of the bits are the rest.
         assert after_step == pytest.approx(4 + 8 / 2 + 1 / 16, abs=0.01)
-        assert max(peaks) <= 8 + 8 / 2 + 2 * BUCKET_BYTES
+        assert max(peaks) <= 8 + 8 / 2 + 2 * 0.5
         assert after_step < rows["zero1", grad_dtype][0] < rows["none", grad_dtype][0]
         assert max(peaks) < max(rows["zero1", grad_dtype][1:])
 
@@ -115,15 +118,13 @@ def test_checkpoint_writes_what_it_should(deepspeed: Launch, tmp_path: Path) -> 
     done = deepspeed(2, "--module", "bitfleet.launch", "bench", "checkpoint", *own, timeout=240)
     assert done.returncode == 0, done.stdout  # the last checkpoint is committed, and its hashes are right
     sizes = {}
-    for method, title in SAVES.items():
-        (numbers,) = re.findall(rf"^ *{re.escape(title)} +(\d.*)$", done.stdout, re.MULTILINE)
-        sizes[method] = float(numbers.split()[2].replace(",", ""))
+    for title in ("in the background", "blocking", "save_checkpoint", "rank 0"):
+        (numbers,) = re.findall(rf"^  .*{title} +(\d.*)$", done.stdout, re.MULTILINE)
+        sizes[title] = float(numbers.split()[2].replace(",", ""))
     (required,) = re.findall(r"full-precision parameters: ([\d,.]+) MB", done.stdout)
-    (of_tensors,) = re.findall(r"bytes of its tensors +([\d.]+)", done.stdout)
-    assert sizes["background"] == pytest.approx(sizes["blocking"], abs=0.002)
-    assert float(of_tensors) == pytest.approx(1.0, abs=0.01)
-    assert sizes["background"] <= 1.03 * float(required.replace(",", ""))  # the signs, BatchNorm's statistics
-    assert sizes["background"] < sizes["torch.save"] < sizes["zero1"]
+    assert sizes["in the background"] == pytest.approx(sizes["blocking"], abs=0.002)
+    assert sizes["in the background"] <= 1.03 * float(required.replace(",", ""))  # the signs, BatchNorm's statistics
+    assert sizes["in the background"] < sizes["rank 0"] < sizes["save_checkpoint"]
     assert list(folder.iterdir()) == []
 
 
@@ -134,7 +135,7 @@ LOADER = ["loader", "--images", "8", "--rounds", "1", "--batch_size", "4", "--nu
 def test_loader_measures_all_that_are_installed(capsys: pytest.CaptureFixture[str]) -> None:
     bench(LOADER)
     output = capsys.readouterr().out
-    assert "8 made-up photos of" in output
+    assert "8 synthetic photos of" in output
     for title in (
         BITFLEET,
         TORCHVISION_UINT8,
@@ -152,7 +153,7 @@ def test_loader_measures_all_that_are_installed(capsys: pytest.CaptureFixture[st
 def test_loaders_of_small_images_are_measured_in_turns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bitfleet.launch.bench.loader_memory._TURN_SECONDS", 0.02)
+    monkeypatch.setattr("bitfleet.launch.bench.loader._TURN_SECONDS", 0.02)
     bench(["loader", "--memory", "--images", "40", "--rounds", "1", "--batch_size", "5", "--num_workers", "1"])
     output = capsys.readouterr().out
     assert "40 images of 32 pixels, batches of 5, 1 threads, median of 1 rounds" in output
@@ -162,16 +163,16 @@ def test_loaders_of_small_images_are_measured_in_turns(
 
 
 def test_every_loader_gives_the_same_kind_of_batches(tmp_path: Path) -> None:
-    write_class_folders(find_photos(None, 8, num_workers=1), tmp_path / ORIGINALS)
+    write_class_folders(find_photos(None, 8, num_workers=1), tmp_path / "originals")
     shapes = {}
-    for entry in contenders(tmp_path, Settings(batch_size=4, num_workers=1)):
-        if entry.installed and entry.title != BITFLEET_SMALL and not entry.title.startswith("decoding alone"):
-            gc.collect()  # see take_turn
-            batches = entry.batches()
+    for title, start in contenders(tmp_path / "originals", tmp_path / "small", 4, 1).items():
+        if title != BITFLEET_SMALL and not title.startswith("decoding alone"):
+            gc.collect()  # see take_loader_turn
+            batches = start()
             for _ in range(5):  # more than an epoch
                 images, labels = next(batches)  # type: ignore[misc]
-            assert labels.tolist() == [0] * 4, entry.title
-            shapes[entry.title] = (tuple(images.shape), str(images.dtype))
+            assert labels.tolist() == [0] * 4, title
+            shapes[title] = (tuple(images.shape), str(images.dtype))
             del batches, images, labels
     assert shapes.pop(BITFLEET) == shapes.pop("bitfleet, loader=torch") == ((4, 224, 224, 3), "torch.uint8")
     assert shapes.pop("bitfleet, preprocessing=official") == ((4, 224, 224, 3), "torch.float32")
@@ -181,19 +182,21 @@ def test_every_loader_gives_the_same_kind_of_batches(tmp_path: Path) -> None:
 
 
 def test_the_sampler_is_measured(tmp_path: Path) -> None:
-    write_class_folders(find_photos(None, 8, num_workers=1), tmp_path / ORIGINALS)
-    assert 0 < sampler_alone(tmp_path / ORIGINALS, Settings(batch_size=4, num_workers=1)) < 5
+    write_class_folders(find_photos(None, 8, num_workers=1), tmp_path / "originals")
+    assert 0 < sampler_alone(tmp_path / "originals", 4, 1) < 5e-3
 
 
 @pytest.mark.slow
-def test_a_long_manifest_is_opened_in_new_processes() -> None:
-    starts = bench_manifest(num_rounds=1, num_workers=1, num_train=200_000, num_val=1000)
-    (whole,) = starts.whole
-    assert starts.num_lines == 201_000
-    assert whole.seconds > 0
-    # Names, label, height, width and bytes of 200,000 images are 13 MB.
-    assert 10e6 < whole.opened_bytes - starts.tiny.opened_bytes < 60e6
-    assert whole.peak_bytes >= whole.batch_bytes - 10e6  # the kernel counts pages of a thread late
+def test_a_long_manifest_is_opened_in_new_processes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitfleet.launch.bench.loader.NUM_TRAIN", 200_000)
+    monkeypatch.setattr("bitfleet.launch.bench.loader.NUM_VAL", 1000)
+    bench(["loader", "--manifest", "--rounds", "1", "--num_workers", "1"])
+    output = capsys.readouterr().out
+    assert "201,000 lines" in output
+    (megabytes,) = re.findall(r"data set and loader +(\d+) MB", output)
+    assert 10 < float(megabytes) < 60  # names, label, height, width and bytes of 200,000 images are 13 MB
 
 
 @pytest.mark.multinode
@@ -205,7 +208,7 @@ def test_wire_between_two_hosts_carries_what_the_calls_say() -> None:
     assert done.returncode == 0, done.stdout
     rows = parse(done.stdout)
     check_traffic(rows)
-    for _, calls, wire, between_hosts in rows.values():
+    for calls, wire, between_hosts in rows.values():
         assert calls <= wire <= 1.25 * calls  # headers, acknowledgements, and on a busy machine packets sent twice
         assert wire - between_hosts < 0.005  # nothing takes another way
 
@@ -230,7 +233,7 @@ def test_slow_wires_between_three_hosts_carry_what_the_calls_say() -> None:
     )
     assert done.returncode == 0, done.stdout
     assert "3 ranks on 3 hosts" in done.stdout
-    for _, calls, wire, between_hosts in parse(done.stdout).values():
+    for calls, wire, between_hosts in parse(done.stdout).values():
         assert calls <= wire <= 1.25 * calls  # small packets, each acknowledged
         assert wire - between_hosts < 0.005
 
@@ -290,35 +293,32 @@ def test_interface_counters_are_read() -> None:
     assert interface_bytes()["lo"] >= 0
 
 
-def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="one rank sends nothing: start it on several"):
-        bench_comm(Ranks(0, 1, 0, 1), torch.device("cpu"))
-    with pytest.raises(ValueError, match="bench memory has no option '--width'"):
-        bench(["memory", "--width", "3"])
-    with pytest.raises(ValueError, match="bench sharding knows the networks birealnet18, xnornet, not 'lenet'"):
-        bench(["sharding", "--network", "lenet"])
-    with pytest.raises(ValueError, match="bench sharding knows the contenders bits, DDP, zero1, not 'fsdp'"):
-        bench(["sharding", "--contender", "fsdp"])
-    with pytest.raises(ValueError, match="--steps is 7, expected a multiple of metrics.every_steps, which is 10"):
-        config = load_config("fashion_quickstart")
-        bench_diagnostics(config, Ranks(0, 1, 0, 1), torch.device("cpu"), num_rounds=1, num_steps=7)
-    with pytest.raises(ValueError, match="cannot read the rates nowhere.json: No such file"):
-        bench(["plan", "--config", "fashion_quickstart", "--rates", "nowhere.json"])
-    with pytest.raises(ValueError, match="bench checkpoint has no option '--steps'"):
-        bench(["checkpoint", "--steps", "3"])
-    with pytest.raises(ValueError, match="knows the networks xnornet, birealnet18, birealnet_small, not 'lenet'"):
-        bench_checkpoint("lenet", Ranks(0, 1, 0, 1), torch.device("cpu"), Path("runs"), num_rounds=1)
-    with pytest.raises(ValueError, match="bench loader has no option '--steps'"):
-        bench(["loader", "--steps", "3"])
-    with pytest.raises(ValueError, match="bench loader --manifest has no option '--images'"):
-        bench(["loader", "--manifest", "--images", "3"])
-    with pytest.raises(ValueError, match="bench loader --memory has no option '--root'"):
-        bench(["loader", "--memory", "--root", "x"])
-    with pytest.raises(ValueError, match="--batch_size 9 must not exceed --images 8; lower it, or raise --images"):
-        bench(["loader", "--memory", "--images", "8", "--batch_size", "9"])
-    with pytest.raises(ValueError, match="--batch_size 9 must not exceed the 8 photos; lower it, or raise --images"):
-        bench(["loader", "--images", "8", "--batch_size", "9"])
-    with pytest.raises(ValueError, match="--steps must be a positive number, not '0'"):
-        bench(["comm", "--steps", "0"])
-    with pytest.raises(ValueError, match="there is no benchmark 'wire'; there are: train, "):
-        bench(["wire"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("memory --width 3", "bench memory.*--width"),
+        ("sharding --network lenet", "'lenet'.*--network.*'xnornet'"),
+        ("checkpoint --steps 3", "bench checkpoint.*--steps"),
+        ("checkpoint --network lenet", "'lenet'.*--network.*'birealnet_small'"),
+        ("loader --steps 3", "bench loader.*--steps"),
+        ("loader --manifest --images 3", "--manifest.*--images"),
+        ("loader --memory --root x", "--memory.*--root"),
+        ("loader --memory --images 8 --batch_size 9", "--batch_size 9 .*--images 8"),
+        ("loader --images 8 --batch_size 9", "--batch_size 9 .*8 photos"),
+        ("comm --steps 0", "--steps.*'0'"),
+        ("wire", "'wire'.*train, "),
+    ],
+)
+def test_bad_input(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench(words.split())
+
+
+def test_bad_input_of_a_job() -> None:
+    ranks, device = Ranks(0, 1, 0, 1), torch.device("cpu")
+    with pytest.raises(ValueError, match="one rank.*several"):
+        next(bench_comm(Comm(), ranks, device))
+    with pytest.raises(ValueError, match="'fsdp'.*bits, DDP, zero1"):
+        next(bench_sharding(Sharding(contender="fsdp"), ranks, device))
+    with pytest.raises(ValueError, match="rates nowhere.json"):
+        next(bench_plan(Plan(rates=Path("nowhere.json")), load_config("fashion_quickstart"), ranks, device))

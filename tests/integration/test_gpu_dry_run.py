@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bitfleet.launch.bench.gpu.command import PARTS
-from bitfleet.launch.bench.gpu.rows import Row, read_rows
+from bitfleet.launch.bench.gpu.session import Row, read_rows
 from tests.conftest import run_command
 
 
@@ -70,7 +70,7 @@ def dry_run_bench(path: str, output: Path, *arguments: str) -> tuple[list[Row], 
 
 
 def test_parts_need_no_more_than_they_use(tmp_path: Path) -> None:
-    """Of a bare machine: torch, timm, and what reads a command line."""
+    """On a bare machine: torch, timm, tyro and pydantic."""
     path = missing(
         tmp_path / "bare", "deepspeed", "psutil", "tensorboard", "h5py", "scipy", "matplotlib", "jinja2", "webdataset"
     )

@@ -24,7 +24,7 @@ OWNERS = {
     "h5py": ("models/keras/",),
     "tensorboard": ("trainer/metrics/",),
     "torch.utils.tensorboard": ("trainer/metrics/",),
-    "torch.distributed": ("trainer/ranks/", "trainer/checkpoint/", "optim/sharding/"),
+    "torch.distributed": ("trainer/ranks/", "trainer/checkpoint/", "optim/sharding/", "launch/bench/training.py"),
 }
 LADDERS: dict[str, list[set[str]]] = {
     "trainer": [

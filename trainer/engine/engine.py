@@ -171,18 +171,3 @@ def _plain_classes() -> list[Any]:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-
-
-def deepspeed_cpu_adam(param: nn.Parameter) -> torch.optim.Optimizer | None:
-    """DeepSpeed's own AdamW for the CPU at a learning rate of 0, to compare with; None where its C++ does not build.
-
-    The first call on a machine compiles for about half a minute.
-    """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam([param], lr=0.0, adamw_mode=True)
-    except (ImportError, OSError, RuntimeError):
-        return None
-    return optimizer

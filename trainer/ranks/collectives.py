@@ -9,14 +9,12 @@ import secrets
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.nn.parallel import DistributedDataParallel
 
 from bitfleet.optim.sharding.reduction import all_gather_single
 
@@ -259,14 +257,6 @@ def max_over_ranks(values: Sequence[int]) -> list[int]:
     tensor = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(tensor, dist.ReduceOp.MAX, group=cpu_group("control"))
     return [int(value) for value in tensor.tolist()]
-
-
-def data_parallel(model: nn.Module, *, grad_dtype: Literal["fp32", "bf16"], bucket_mib: float | None) -> nn.Module:
-    """`model` in torch's DistributedDataParallel, whose gradients travel as `grad_dtype`: what bitfleet is compared with."""
-    wrapped = DistributedDataParallel(model, bucket_cap_mb=bucket_mib)
-    if grad_dtype == "bf16":
-        wrapped.register_comm_hook(None, bf16_compress_hook)
-    return wrapped
 
 
 def is_lost_peer(error: BaseException) -> bool:

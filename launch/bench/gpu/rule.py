@@ -1,30 +1,30 @@
-"""Part "rule" of `bitfleet bench gpu`: whether the arithmetic of the optimizer has the same bits on the device as on the CPU.
+"""Part "rule" of `bitfleet bench gpu`: compare the bits of the update rules with the CPU's.
 
-Both forms of the rule are compared, on fp32 weights and on packed bits, with fp32 and bf16 gradients: over the trajectories that
-were recorded from the paper's own code, and over gradients with denormals, infinities and NaN. tests/gpu asserts what is only
-written down here.
+Both forms of the rule are compared, on fp32 weights and on packed bits, with fp32 and bf16
+gradients: over the trajectories that were recorded from the paper's own code, and over gradients
+with denormals, infinities and NaN. tests/gpu asserts what is only written down here.
 """
 
 import importlib.util
-from collections.abc import Iterator
+import itertools
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitfleet.launch.bench.gpu.session import Session
+from bitfleet.launch.bench.training import RATES
 from bitfleet.models import ModelConfig, create_model
 from bitfleet.optim import (
     HyperparameterScheduler,
-    OptimConfig,
     ShardedOptimizer,
     bop2ndorder_step_,
     bop_step_,
     build_optimizer,
-    linear,
+    is_binary,
 )
 from bitfleet.optim.kernels.bits import pack_signs, popcount, unpack_signs
 from bitfleet.optim.kernels.kernels import bop2ndorder_bits_, bop_bits_
@@ -33,7 +33,6 @@ Variant = Literal["bop", "none", "as_coded", "adam"]
 """Bop, or Bop2ndOrder with one of its corrections."""
 Form = Literal["weights", "bits"]
 """The rule on fp32 weights, or on packed bits."""
-
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 FORMS: tuple[Form, ...] = get_args(Form)
 GRAD_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -50,50 +49,42 @@ CPU = torch.device("cpu")
 
 
 class RuleState:
-    """Weights and moments in one form on one device.
-
-    Args:
-        weights: fp32 [n], +-1, n a multiple of 8; on the CPU.
-        variant: the rule.
-        form: of the weights.
-        device: where they are.
-    """
+    """Weights and moments on one device, from +-1 weights fp32 [n], n a multiple of 8."""
 
     def __init__(self, weights: Tensor, variant: Variant, form: Form, device: torch.device) -> None:
         self.variant, self.form = variant, form
-        there = weights.to(device, copy=True)
-        self.held = there if form == "weights" else pack_signs(there)
-        """The weights: fp32 [n], or packed, uint8 [n / 8]."""
-        self.exp_avg = torch.zeros(len(weights), device=device)
-        self.exp_avg_sq = torch.zeros(len(weights), device=device)
+        copy = weights.to(device, copy=True)
+        self.weights = copy if form == "weights" else pack_signs(copy)
+        """fp32 [n], or packed, uint8 [n / 8]."""
+        self.exp_avg, self.exp_avg_sq = torch.zeros(2, len(weights), device=device)
 
     def update(self, grad: Tensor, *, gamma: float, sigma: float, threshold: float, step: int) -> None:
-        """One update with a gradient [n] on the CPU; `step` counts from 1."""
-        grad = grad.to(self.held.device)
+        """Update with a gradient [n] on the CPU; `step` counts from 1."""
+        grad = grad.to(self.weights.device)
         if self.variant == "bop":
             bop = bop_step_ if self.form == "weights" else bop_bits_
-            bop(self.held, grad, self.exp_avg, gamma=gamma, threshold=threshold)
+            bop(self.weights, grad, self.exp_avg, gamma=gamma, threshold=threshold)
             return
         bop2ndorder: Any = bop2ndorder_step_ if self.form == "weights" else bop2ndorder_bits_
         rates = {"gamma": gamma, "sigma": sigma, "threshold": threshold, "correction": self.variant, "step": step}
-        bop2ndorder(self.held, grad, self.exp_avg, self.exp_avg_sq, **rates)
+        bop2ndorder(self.weights, grad, self.exp_avg, self.exp_avg_sq, **rates)
 
-    def weights(self) -> Tensor:
-        """The weights as fp32 [n] on the CPU."""
+    def signs(self) -> Tensor:
+        """Return the signs of the weights as fp32 [n] on the CPU; 0 for a real weight of 0."""
         if self.form == "weights":
-            return self.held.to(CPU, copy=True)
-        return unpack_signs(self.held.cpu(), torch.empty(len(self.exp_avg)))
+            return self.weights.sign().cpu()
+        return unpack_signs(self.weights.cpu(), torch.empty(len(self.exp_avg)))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that an update changes, on the CPU."""
-        tensors = {"weights": self.held, "exp_avg": self.exp_avg}
-        if self.variant != "bop":
-            tensors["exp_avg_sq"] = self.exp_avg_sq
-        return {name: tensor.cpu() for name, tensor in tensors.items()}
+    def note_differences(self, other: "RuleState", step: int, first_difference: dict[str, int]) -> None:
+        """Add the tensors whose bits differ from those of `other` for the first time."""
+        for name in ("weights", "exp_avg", *(["exp_avg_sq"] if self.variant != "bop" else [])):
+            pair = getattr(self, name).cpu(), getattr(other, name).cpu()
+            if name not in first_difference and num_different(*pair):
+                first_difference[name] = step
 
 
 def num_different(a: Tensor, b: Tensor) -> int:
-    """How many elements of two tensors on the CPU differ in a bit; all NaN are alike."""
+    """Count the elements of two tensors on the CPU that differ in a bit; all NaN are alike."""
     if not a.is_floating_point():
         return int((a != b).sum())
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
@@ -102,7 +93,7 @@ def num_different(a: Tensor, b: Tensor) -> int:
 
 
 def load_recipe(golden: Path) -> ModuleType:
-    """The module that makes the inputs of the recorded trajectories, from the folder `golden`."""
+    """Import the module that makes the inputs of the recorded trajectories."""
     spec = importlib.util.spec_from_file_location("bitfleet_golden_recipe", golden / "recipe.py")
     assert spec is not None
     assert spec.loader is not None
@@ -111,91 +102,69 @@ def load_recipe(golden: Path) -> ModuleType:
     return module
 
 
-class Comparison(NamedTuple):
-    """One form of a rule on the device against the CPU."""
-
-    num_steps: int
-    steps_with_other_flips: int | None
-    """Against the recorded number of flips; None where none is recorded."""
-    first_difference: dict[str, int]
-    """Tensor -> first step after which its bits differ from the CPU's; empty where they never do."""
-
-
 def suits(trajectory: dict[str, Any], form: Form) -> bool:
-    """Whether a recorded trajectory can be run on weights of this form: real weights of a start are not bits yet."""
+    """Return whether a trajectory can start in this form: real initial weights are not bits."""
     return form == "weights" or trajectory["w0"] != "real"
 
 
 def compare_trajectory(
     trajectory: dict[str, Any], golden: Path, form: Form, grad_dtype: str, device: torch.device, max_steps: int = 200
-) -> Comparison:
-    """Run a recorded trajectory on `device` and on the CPU.
+) -> dict[str, Any]:
+    """Run an entry of the recipe's TRAJ on `device` and on the CPU, for at most 200 steps.
 
-    Args:
-        trajectory: an entry of the recipe's TRAJ.
-        golden: folder of the recordings.
-        form: of the weights.
-        grad_dtype: "fp32", or "bf16": then gradients are rounded, and the recorded flips do not count.
-        device: what is compared with the CPU.
-        max_steps: of the 200 recorded ones.
+    Returns:
+        num_steps; steps_with_other_flips than recorded, None with bf16, which rounds the gradients;
+        first_difference: tensor -> first step after which its bits differ from the CPU's.
     """
     recipe = load_recipe(golden)
     recorded = np.load(golden / f"opt_{trajectory['name']}.npz")
     weights = torch.from_numpy(recipe.w0(trajectory)).reshape(-1)
     is_exact = torch.ones(len(weights), dtype=torch.bool)
     is_exact[torch.from_numpy(recorded["near_tie"].astype(np.int64))] = False
-    gradients = (torch.from_numpy(grad).reshape(-1) for grad in recipe.grads(trajectory))
     variant = RECORDED_VARIANTS[trajectory["variant"]]
-    here, there = (RuleState(weights, variant, form, each) for each in (CPU, device))
+    here, there = RuleState(weights, variant, form, CPU), RuleState(weights, variant, form, device)
     first_difference: dict[str, int] = {}
     other_flips = step = 0
-    for step, grad in enumerate(gradients, start=1):
+    for step, gradient in enumerate(itertools.islice(recipe.grads(trajectory), max_steps), start=1):
         gamma, sigma, threshold = recorded["hyper"][step - 1].tolist()
-        before = there.weights()
+        grad = torch.from_numpy(gradient).reshape(-1).to(GRAD_DTYPES[grad_dtype])
+        before = there.signs()  # the start may be real
         for state in (here, there):
-            state.update(grad.to(GRAD_DTYPES[grad_dtype]), gamma=gamma, sigma=sigma, threshold=threshold, step=step)
-        flips = int((before.sign() != there.weights().sign())[is_exact].sum())  # the start may be real
+            state.update(grad, gamma=gamma, sigma=sigma, threshold=threshold, step=step)
+        flips = int((before != there.signs())[is_exact].sum())
         other_flips += flips != int(recorded["flips_excl"][step - 1])
-        _note_differences(first_difference, here, there, step)
-        if step == max_steps:
-            break
-    return Comparison(step, other_flips if grad_dtype == "fp32" else None, first_difference)
+        here.note_differences(there, step, first_difference)
+    flips_or_none = other_flips if grad_dtype == "fp32" else None
+    return {"num_steps": step, "steps_with_other_flips": flips_or_none, "first_difference": first_difference}
 
 
 def compare_wild(
     variant: Variant, form: Form, grad_dtype: str, device: torch.device, *, numel: int, num_steps: int
-) -> Comparison:
-    """Run gradients of every size, with denormals, infinities and NaN among them, on `device` and on the CPU."""
+) -> dict[str, int]:
+    """Run gradients of every size, with denormals, infinities and NaN, on `device` and the CPU.
+
+    Returns:
+        Tensor -> first step after which its bits differ.
+    """
     generator = torch.Generator().manual_seed(3)
     weights = torch.randint(0, 2, (numel,), generator=generator).float() * 2 - 1
-    here, there = (RuleState(weights, variant, form, each) for each in (CPU, device))
+    here, there = RuleState(weights, variant, form, CPU), RuleState(weights, variant, form, device)
     first_difference: dict[str, int] = {}
     for step in range(1, num_steps + 1):
-        grad = _wild_gradient(numel, generator).to(GRAD_DTYPES[grad_dtype])
+        grad = torch.randn(numel, generator=generator) * 10.0 ** torch.randint(-30, 3, (numel,), generator=generator)
+        kinds = torch.randint(0, 40 * len(WILD), (numel,), generator=generator)
+        for kind, value in enumerate(WILD):
+            grad[kinds == kind] = value
         threshold = {"bop": 1e-5, "as_coded": 2.0}.get(variant, 0.02) / step
         for state in (here, there):
-            state.update(grad, gamma=0.03 / step, sigma=0.01, threshold=threshold, step=step)
-        _note_differences(first_difference, here, there, step)
-    return Comparison(num_steps, None, first_difference)
-
-
-def _wild_gradient(numel: int, generator: torch.Generator) -> Tensor:
-    grad = torch.randn(numel, generator=generator) * 10.0 ** torch.randint(-30, 3, (numel,), generator=generator)
-    kinds = torch.randint(0, 40 * len(WILD), (numel,), generator=generator)
-    for kind, value in enumerate(WILD):
-        grad[kinds == kind] = value
-    return grad
-
-
-def _note_differences(first_difference: dict[str, int], here: RuleState, there: RuleState, step: int) -> None:
-    theirs = there.tensors()
-    for name, mine in here.tensors().items():
-        if name not in first_difference and num_different(mine, theirs[name]):
-            first_difference[name] = step
+            rates = {"gamma": 0.03 / step, "sigma": 0.01, "threshold": threshold}
+            state.update(grad.to(GRAD_DTYPES[grad_dtype]), **rates, step=step)
+        here.note_differences(there, step, first_difference)
+    return first_difference
 
 
 def compare_packing(dtype: torch.dtype, device: torch.device, *, numel: int) -> dict[str, int]:
-    """Pack, unpack and count bits on `device` and on the CPU, zeros of both signs among them; elements that differ."""
+    """Pack, unpack and count bits on `device` and the CPU; return how many elements differ."""
     weights = torch.randn(numel, generator=torch.Generator().manual_seed(1)).to(dtype)
     weights[::17], weights[1::17] = 0.0, -0.0
     here, there = pack_signs(weights), pack_signs(weights.to(device))
@@ -207,72 +176,53 @@ def compare_packing(dtype: torch.dtype, device: torch.device, *, numel: int) -> 
     }
 
 
-class ShardedComparison(NamedTuple):
-    """A ShardedOptimizer of one rank on the device against the plain optimizer on the CPU."""
+def compare_sharded(device: torch.device, num_steps: int) -> dict[str, Any]:
+    """Give the same gradients to a plain optimizer on the CPU and a sharded one on `device`.
 
-    num_steps: int
-    flips: int
-    """Of all steps, on the CPU."""
-    different_weights: int
-    """Binary weights that differ after a step, summed over the steps."""
-    largest_difference: float
-    """Of the full-precision weights after the last step."""
-
-
-def compare_sharded(device: torch.device, num_steps: int) -> ShardedComparison:
-    """Give the same gradients to both for `num_steps` steps of a small Bi-Real Net, with schedules."""
-    here = _Trained(CPU, num_steps, is_sharded=False)
-    there = _Trained(device, num_steps, is_sharded=True)
+    Returns:
+        num_steps; flips on the CPU; different_weights: binary weights that differ after a step,
+        summed over the steps; largest_difference of a full-precision weight after the last step.
+    """
+    here, there = _Trained(CPU, num_steps, is_sharded=False), _Trained(device, num_steps, is_sharded=True)
     generator = torch.Generator().manual_seed(5)
     different = flips = 0
-    before = here.binary_weights()
+    before = here.weights(binary=True)
     for _ in range(num_steps):
         gradients = [torch.randn(p.shape, generator=generator) * 1e-3 for p in here.model.parameters()]
-        for trained in (here, there):
-            trained.step(gradients)
-        now = here.binary_weights()
+        here.step(gradients)
+        there.step(gradients)
+        now = here.weights(binary=True)
         flips += int((now != before).sum())
-        different += int((now != there.binary_weights()).sum())
+        different += int((now != there.weights(binary=True)).sum())
         before = now
-    pairs = zip(here.real_weights(), there.real_weights(), strict=True)
-    there.close()
-    return ShardedComparison(num_steps, flips, different, max(float((a - b).abs().max()) for a, b in pairs))
+    largest = float((here.weights(binary=False) - there.weights(binary=False)).abs().max())
+    assert isinstance(there.optimizer, ShardedOptimizer)
+    there.optimizer.close()
+    return {"num_steps": num_steps, "flips": flips, "different_weights": different, "largest_difference": largest}
 
 
 class _Trained:
-    """A network and its optimizer, which are fed with gradients from outside."""
+    """A small Bi-Real Net and its optimizer, which get their gradients from outside."""
 
     def __init__(self, device: torch.device, num_steps: int, *, is_sharded: bool) -> None:
         torch.manual_seed(0)
-        self.model: nn.Module = create_model(ModelConfig(name="birealnet_small", width=32, num_classes=10)).to(device)
-        rates = OptimConfig(
-            gamma=linear(3e-4, 1e-5), sigma=linear(1e-4, 1e-2), threshold=linear(1e-8, 1e-5), lr=linear(2.5e-3, 5e-6)
-        )
-        plain, schedules = build_optimizer(self.model, rates, num_steps=num_steps)
+        self.model = create_model(ModelConfig(name="birealnet_small", width=32, num_classes=10)).to(device)
+        plain, schedules = build_optimizer(self.model, RATES, num_steps=num_steps)
         self.optimizer = ShardedOptimizer(plain, bucket_numel=1 << 17) if is_sharded else plain
         self.scheduler = HyperparameterScheduler(self.optimizer, schedules)
 
     def step(self, gradients: list[Tensor]) -> None:
-        """Backward leaves exactly `gradients`."""
-        parameters = list(self.model.parameters())
-        loss = torch.stack([(p * g.to(p.device)).sum() for p, g in zip(parameters, gradients, strict=True)]).sum()
+        """Update with exactly `gradients`, which backward leaves."""
+        pairs = zip(self.model.parameters(), gradients, strict=True)
+        loss = torch.stack([(p * g.to(p.device)).sum() for p, g in pairs]).sum()
         self.optimizer.zero_grad()
         torch.autograd.backward(loss)
         self.optimizer.step()
         self.scheduler.step()
 
-    def binary_weights(self) -> Tensor:
-        """All of them, flat, on the CPU."""
-        return torch.cat([p.detach().reshape(-1).cpu() for p in self.model.parameters() if getattr(p, "binary", False)])
-
-    def real_weights(self) -> Iterator[Tensor]:
-        """The others, on the CPU."""
-        return (p.detach().cpu() for p in self.model.parameters() if not getattr(p, "binary", False))
-
-    def close(self) -> None:
-        """Let go of the hooks on the parameters."""
-        if isinstance(self.optimizer, ShardedOptimizer):
-            self.optimizer.close()
+    def weights(self, *, binary: bool) -> Tensor:
+        """Return all binary or all other weights, flat, on the CPU."""
+        return torch.cat([p.detach().reshape(-1).cpu() for p in self.model.parameters() if is_binary(p) == binary])
 
 
 def measure_rule(session: Session) -> None:
@@ -281,7 +231,8 @@ def measure_rule(session: Session) -> None:
         session.attempt("pack, unpack, popcount", _measure_packing, session, dtype)
     session.attempt("recorded trajectories", _measure_trajectories, session)
     session.attempt("wild gradients", _measure_wild, session)
-    session.attempt("sharded optimizer, one rank", _measure_sharded, session)
+    num_steps, name = 5 if session.tiny else 60, "sharded optimizer, one rank"
+    session.attempt(name, lambda: session.add(name, **compare_sharded(session.device, num_steps)))
 
 
 def _measure_packing(session: Session, dtype: torch.dtype) -> None:
@@ -290,29 +241,21 @@ def _measure_packing(session: Session, dtype: torch.dtype) -> None:
     session.add("pack, unpack, popcount", weights=str(dtype).removeprefix("torch."), numel=numel, different=different)
 
 
-def _measure_sharded(session: Session) -> None:
-    result = compare_sharded(session.device, 5 if session.tiny else 60)
-    session.add("sharded optimizer, one rank", **result._asdict())
-
-
 def _measure_trajectories(session: Session) -> None:
     if not (GOLDEN / "recipe.py").exists():
         session.add("recorded trajectories", skipped=f"{GOLDEN} is not there: run this in the source tree")
         return
-    for trajectory in load_recipe(GOLDEN).TRAJ:
-        for grad_dtype in GRAD_DTYPES:
-            for form in (form for form in FORMS if suits(trajectory, form)):
-                steps = 10 if session.tiny else 200
-                result = compare_trajectory(trajectory, GOLDEN, form, grad_dtype, session.device, steps)
-                facts = {"trajectory": trajectory["name"], "form": form, "gradients": grad_dtype}
-                session.add("recorded trajectory", **facts, **result._asdict())
+    for trajectory, grad_dtype, form in itertools.product(load_recipe(GOLDEN).TRAJ, GRAD_DTYPES, FORMS):
+        if suits(trajectory, form):
+            steps = 10 if session.tiny else 200
+            result = compare_trajectory(trajectory, GOLDEN, form, grad_dtype, session.device, steps)
+            names = {"trajectory": trajectory["name"], "form": form, "gradients": grad_dtype}
+            session.add("recorded trajectory", **names, **result)
 
 
 def _measure_wild(session: Session) -> None:
-    numel, num_steps = (2048, 3) if session.tiny else (262_144, 20)
-    for variant in VARIANTS:
-        for grad_dtype in GRAD_DTYPES:
-            for form in FORMS:
-                result = compare_wild(variant, form, grad_dtype, session.device, numel=numel, num_steps=num_steps)
-                facts = {"variant": variant, "form": form, "gradients": grad_dtype, "numel": numel}
-                session.add("wild gradients", **facts, num_steps=num_steps, first_difference=result.first_difference)
+    sizes = {"numel": 2048, "num_steps": 3} if session.tiny else {"numel": 262_144, "num_steps": 20}
+    for variant, grad_dtype, form in itertools.product(VARIANTS, GRAD_DTYPES, FORMS):
+        first_difference = compare_wild(variant, form, grad_dtype, session.device, **sizes)
+        names = {"variant": variant, "form": form, "gradients": grad_dtype}
+        session.add("wild gradients", **names, **sizes, first_difference=first_difference)

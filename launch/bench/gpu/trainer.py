@@ -1,130 +1,98 @@
-"""Part "trainer" of `bitfleet bench gpu`: the real Trainer on one rank: its step time, and where it waits for the GPU.
-
-Images are in memory (data.loader "memory"), with and without a CUDA graph of the step. What DeepSpeed's throughput timer costs
-is measured with the engine alone.
-"""
+"""Parts "trainer" and "cifar" of `bitfleet bench gpu`: the real Trainer on one rank."""
 
 import dataclasses
 import functools
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import nn
 
-from bitfleet.launch.bench.clock import seconds_per_call, synchronize
-from bitfleet.launch.bench.gpu.session import Session
-from bitfleet.launch.bench.gpu.syncs import PageableCopies, Places, host_waits
+from bitfleet.configs import load_config
+from bitfleet.launch.bench.gpu.session import Row, Session, read_rows
+from bitfleet.launch.bench.gpu.waits import PageableCopies, Places, host_waits
+from bitfleet.launch.bench.loops import started
+from bitfleet.launch.bench.photos import write_small_images
+from bitfleet.launch.bench.timing import seconds_per_call, synchronize
+from bitfleet.launch.bench.training import MEAN, STD, RankStep
+from bitfleet.launch.job import job
 from bitfleet.models import ModelConfig, create_model
-from bitfleet.optim import OptimConfig, ShardedOptimizer, build_optimizer
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import normalize
 from bitfleet.trainer.data.fashion import SUBSET_ROOT
-from bitfleet.trainer.engine.config import EngineConfig, deepspeed_options
-from bitfleet.trainer.engine.engine import backward, create_engine, shard
+from bitfleet.trainer.metrics import Accuracy
 from bitfleet.trainer.ranks.collectives import Ranks
+from bitfleet.trainer.run.stop import STOP_FILE
 from bitfleet.trainer.trainer import Trainer
 
-_NEEDED_SECONDS = 25.0
-_SHOWN_PLACES = 8
-_MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-
-
 Loader = Literal["dali", "torch", "memory"]
+_RESERVED_SECONDS = 12.0
+"""Time for building the trainer once more, the last save and the picture."""
+_VALIDATION_COST = 0.5
+"""Cost of a validation image in training images; a guess, to choose the number of epochs."""
 
 
 class Variant(NamedTuple):
-    """How the trainer gets its images and launches its step."""
+    """A way to get images and to launch a step."""
 
     loader: Loader
-    """data.loader."""
     cuda_graph: bool = False
-    """engine.cuda_graph."""
 
 
 VARIANTS = (Variant("memory", cuda_graph=True), Variant("memory"), Variant("torch"))
-"""The fastest first. A CPU has no CUDA graph."""
+"""The fastest first."""
 
 
 def variants_of(device: torch.device) -> Sequence[Variant]:
-    """Those of VARIANTS that `device` can have."""
-    return [each for each in VARIANTS if device.type == "cuda" or not each.cuda_graph]
+    """Return those of VARIANTS that `device` can have: a CPU has no CUDA graph."""
+    return [variant for variant in VARIANTS if device.type == "cuda" or not variant.cuda_graph]
 
 
 def varied(config: TrainConfig, variant: Variant, run_dir: Path, root: Path, **fields: Any) -> TrainConfig:
-    """The run `config` as `variant`, in the folder `run_dir`, with other `fields`.
-
-    It reads the images in `root`, unless its own are embedded.
+    """Return `config` as `variant`; it reads `root` unless its images are embedded.
 
     Raises:
         ValueError: the fields contradict each other.
     """
-    is_embedded = config.data.root == SUBSET_ROOT
-    data = dataclasses.replace(config.data, loader=variant.loader, root=config.data.root if is_embedded else str(root))
-    return dataclasses.replace(
-        config,
-        run_dir=run_dir,
-        resume=None,
-        data=data,
-        engine=dataclasses.replace(config.engine, cuda_graph=variant.cuda_graph),
-        **fields,
-    )
+    images = config.data.root if config.data.root == SUBSET_ROOT else str(root)
+    fields["data"] = dataclasses.replace(config.data, loader=variant.loader, root=images)
+    fields["engine"] = dataclasses.replace(config.engine, cuda_graph=variant.cuda_graph)
+    return dataclasses.replace(config, run_dir=run_dir, resume=None, **fields)
 
 
-def tiny_fields(config: TrainConfig) -> dict[str, Any]:
-    """Fields that make `config` a dry run of few images."""
-    return {"global_batch_size": 10, "metrics": dataclasses.replace(config.metrics, every_steps=2)}
+def _tiny_fields(session: Session, config: TrainConfig) -> dict[str, Any]:
+    metrics = dataclasses.replace(config.metrics, every_steps=2)
+    return {"global_batch_size": 10, "metrics": metrics} if session.tiny else {}
 
 
-def write_random_images(root: Path, *, num_classes: int, train: int, val: int, size: int) -> Path:
-    """Write class folders of random RGB images as PNG files, `train` and `val` for each class; returns `root`."""
-    generator = np.random.default_rng(0)
-    for split, count in (("train", train), ("val", val)):
-        for label in range(num_classes):
-            folder = root / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{index:04d}.png", compress_level=1)
-    return root
+def _cifar_or_random(session: Session, folder: Path) -> Path:
+    """The folder of --cifar; without it class folders of random images."""
+    return Path(session.cifar) if session.cifar else write_small_images(folder, 20 if session.tiny else 2000)
 
 
-def measure_trainer(session: Session, configs: Sequence[TrainConfig], cifar: Path | None, ranks: Ranks) -> None:
-    """Write down step time and host synchronisations of each of `configs`, then the cost of DeepSpeed's timer.
-
-    Args:
-        session: of the benchmark.
-        configs: runs; those that read files and not the embedded images read `cifar`.
-        cifar: class folders; random images of 32 px where it is None.
-        ranks: this process alone.
-    """
-    with tempfile.TemporaryDirectory(prefix="bitfleet-bench-gpu-") as name:
+def measure_trainer(session: Session) -> None:
+    """Write down step time and waits of two configurations, then the cost of DeepSpeed's timer."""
+    with job("auto") as (ranks, _), tempfile.TemporaryDirectory(prefix="bitfleet-bench-gpu-") as name:
         folder = Path(name)
-        count = 2 if session.tiny else 200
-        root = cifar or write_random_images(folder / "images", num_classes=10, train=count, val=2, size=32)
-        for config in configs:
-            fields = tiny_fields(config) if session.tiny else {}
-            for number, variant in enumerate(variants_of(session.device)):
+        root = _cifar_or_random(session, folder / "images")
+        for config in (load_config("binarynet_cifar10"), load_config("fashion_quickstart")):
+            fields = _tiny_fields(session, config)
+            for variant in variants_of(session.device):
                 what = f"{config.name}, loader {variant.loader}{', CUDA graph' * variant.cuda_graph}"
-                make = functools.partial(varied, config, variant, folder / f"{config.name}{number}", root, **fields)
-                arguments = (session, what, make, variant.cuda_graph, ranks)
-                session.attempt(what, _measure_run, *arguments, needs_seconds=_NEEDED_SECONDS)
-    for batch_size in (2,) if session.tiny else (64, 256):
-        session.attempt("DeepSpeed's timer", _measure_timer, session, batch_size, needs_seconds=_NEEDED_SECONDS)
+                make = functools.partial(varied, config, variant, folder / "run", root, **fields)
+                session.attempt(what, _measure_run, session, what, make, ranks, needs_seconds=25.0)
+        for batch_size in (2,) if session.tiny else (64, 256):
+            session.attempt("DeepSpeed's timer", _measure_timer, session, batch_size, ranks, needs_seconds=25.0)
 
 
-def _measure_run(session: Session, what: str, make: Callable[[], TrainConfig], has_graph: bool, ranks: Ranks) -> None:
+def _measure_run(session: Session, what: str, make: Callable[[], TrainConfig], ranks: Ranks) -> None:
     warm_up, counted, timed = (1, 1, 1) if session.tiny else (30, 10, 200)
     start = time.perf_counter()
-    config = make()
-    trainer = Trainer(config, ranks, session.device)
-    trainer.start()
-    try:
+    with started(make(), ranks, session.device) as trainer:
+        config = trainer.config
         for _ in range(warm_up):
             trainer.advance()  # a graph of a logging step is captured when the first one comes
         synchronize(session.device)
@@ -140,74 +108,132 @@ def _measure_run(session: Session, what: str, make: Callable[[], TrainConfig], h
             logs_every=config.metrics.every_steps,
             seconds_to_start=seconds_to_start,
         )
-        if not has_graph:  # a replay passes by the dispatcher
+        if not config.engine.cuda_graph:  # a replay passes by the dispatcher
             session.attempt("pageable copies per step", _measure_copies, session, what, trainer, counted)
-    finally:
-        trainer.stop()
-        if isinstance(trainer.sharded, ShardedOptimizer):
-            trainer.sharded.close()
 
 
 def _measure_syncs(session: Session, what: str, trainer: Trainer, num_steps: int) -> None:
-    """Of steps that do not log, and of one that does."""
     with host_waits(session.device) as waits:
         for _ in range(num_steps):
             trainer.train_step()
             trainer.checkpoints.saver.check()
-    facts = {"total": _per_step(waits.syncs, num_steps), "places": _most(waits.syncs, num_steps)}
-    session.add("host syncs per step", run=what, **facts, waits_for_an_event=_most(waits.events, num_steps))
-    every = trainer.config.metrics.every_steps
-    while (trainer.step + 1) % every:
+    session.add("host syncs per step", run=what, **_counts(waits.syncs, num_steps, waits.events))
+    while (trainer.step + 1) % trainer.config.metrics.every_steps:
         trainer.train_step()
     with host_waits(session.device) as waits:
         trainer.advance()
-    facts = {"total": _per_step(waits.syncs, 1), "places": _most(waits.syncs, 1)}
-    session.add("host syncs of a logging step", run=what, **facts, waits_for_an_event=_most(waits.events, 1))
+    session.add("host syncs of a logging step", run=what, **_counts(waits.syncs, 1, waits.events))
 
 
 def _measure_copies(session: Session, what: str, trainer: Trainer, num_steps: int) -> None:
-    """From and to pageable memory, which wait for the GPU but are not among the synchronisations that torch knows of."""
     # A compiled function refuses to run under a mode that sees every operator.
     with torch.compiler.set_stance("force_eager"), PageableCopies() as copies:
         for _ in range(num_steps):
             trainer.train_step()
-    facts = {"total": _per_step(copies.places, num_steps), "places": _most(copies.places, num_steps)}
-    session.add("pageable copies per step", run=what, **facts)
+    session.add("pageable copies per step", run=what, **_counts(copies.places, num_steps))
 
 
-def _per_step(places: Places, num_steps: int) -> float:
-    return sum(places.values()) / num_steps
+def _counts(places: Places, num_steps: int, events: Places | None = None) -> dict[str, Any]:
+    def per_step(counter: Places) -> dict[str, float]:
+        return {place: count / num_steps for place, count in counter.most_common(8)}
+
+    counts: dict[str, Any] = {"total": places.total() / num_steps, "places": per_step(places)}
+    return counts if events is None else counts | {"waits_for_an_event": per_step(events)}
 
 
-def _most(places: Places, num_steps: int) -> dict[str, float]:
-    return {place: count / num_steps for place, count in places.most_common(_SHOWN_PLACES)}
-
-
-def _measure_timer(session: Session, batch_size: int) -> None:
-    """Bi-Real Net 18 on random images through the DeepSpeed engine, with its throughput timer and without."""
+def _measure_timer(session: Session, batch_size: int, ranks: Ranks) -> None:
+    """Time Bi-Real Net 18 in the DeepSpeed engine, with its throughput timer and without."""
     network, size, num_steps = ("birealnet_small", 32, 2) if session.tiny else ("birealnet18", 224, 20)
     images = torch.randint(0, 256, (batch_size, size, size, 3), dtype=torch.uint8, device=session.device)
-    labels = torch.randint(0, 1000, (batch_size,), device=session.device)
     for is_timed in (True, False):
         torch.manual_seed(0)
-        model: nn.Module = create_model(ModelConfig(name=network, num_classes=1000)).to(session.device)
-        config = EngineConfig(precision="bf16")
-        plain, schedules = build_optimizer(model, OptimConfig(), num_steps=1000)
-        optimizer = shard(plain, config, 1)
-        options = deepspeed_options(config, global_batch_size=batch_size, num_replicas=1, world_size=1)
-        options["timers"] = {"throughput": {"enabled": is_timed, "synchronized": is_timed}}
-        engine = create_engine(model, optimizer, schedules, options, session.device)
-        engine.train()
-
-        def step(engine: Any = engine, optimizer: Any = optimizer) -> None:
-            logits = engine(normalize(images, _MEAN, _STD))
-            backward(engine, nn.functional.cross_entropy(logits.float(), labels), optimizer)
-            engine.step()
-
+        model = create_model(ModelConfig(name=network, num_classes=1000))
+        timers = {"throughput": {"enabled": is_timed, "synchronized": is_timed}}
+        step = RankStep("bits", model, normalize(images, MEAN, STD), ranks, precision="bf16", timers=timers)
+        step.engine.train()
         seconds_per_call(step, 2 if session.tiny else 6, session.device)
         seconds = seconds_per_call(step, num_steps, session.device)
-        facts = {"throughput_timer": is_timed, "ms": seconds * 1e3, "images_per_second": batch_size / seconds}
-        session.add(f"DeepSpeed engine, {network}", batch_size=batch_size, **facts)
-        if isinstance(optimizer, ShardedOptimizer):
-            optimizer.close()
-        engine.destroy()
+        speed = {"ms": seconds * 1e3, "images_per_second": batch_size / seconds}
+        session.add(f"DeepSpeed engine, {network}", batch_size=batch_size, throughput_timer=is_timed, **speed)
+        step.close()
+
+
+def measure_cifar(session: Session) -> None:
+    """Train BinaryNet on CIFAR-10 for as many epochs as fit, and draw the accuracy.
+
+    The schedules have the length of these epochs, so a short run ends with the hyperparameters of a
+    long one.
+    """
+    if session.cifar is None and not session.tiny:
+        session.add("BinaryNet", skipped="--cifar names no class folders of CIFAR-10")
+        return
+    with job("auto") as (ranks, _), tempfile.TemporaryDirectory(prefix="bitfleet-bench-gpu-") as name:
+        folder = Path(name)
+        config = load_config("binarynet_cifar10")
+        root = _cifar_or_random(session, folder / "images")
+        is_jpeg = next(root.glob("train/*/*.jp*g"), None) is not None
+        session.add("data", root=str(root), files="JPEG, not CIFAR-10's own pixels" if is_jpeg else "not JPEG")
+        fields = _tiny_fields(session, config)
+        for variant in variants_of(session.device):
+            make = functools.partial(varied, config, variant, folder / "timed", root, **fields)
+            seconds = session.attempt(f"loader {variant.loader}", _seconds_per_epoch, session, make, ranks)
+            if seconds is not None:
+                epochs = int((session.seconds_left() - _RESERVED_SECONDS) / seconds)
+                epochs = 2 if session.tiny else max(1, min(config.epochs, epochs))
+                session.add("epochs that fit", **variant._asdict(), seconds_per_epoch=seconds, epochs=epochs)
+                _train(session, varied(config, variant, folder / "run", root, epochs=epochs, **fields), ranks)
+                session.attempt("picture", _draw, session)
+                return
+
+
+def _seconds_per_epoch(session: Session, make: Callable[[], TrainConfig], ranks: Ranks) -> float:
+    """Estimate the time of training and validation from a few steps."""
+    warm_up, timed = (1, 1) if session.tiny else (30, 100)
+    with started(make(), ranks, session.device) as trainer:
+        seconds_per_call(trainer.advance, warm_up, session.device)
+        seconds = seconds_per_call(trainer.advance, timed, session.device)
+    num_images = len(trainer.dataset.train) + _VALIDATION_COST * len(trainer.dataset.val)
+    return seconds * num_images / trainer.config.global_batch_size
+
+
+def _train(session: Session, config: TrainConfig, ranks: Ranks) -> None:
+    trainer = Trainer(config, ranks, session.device)
+    start = time.monotonic()
+
+    def after_validation(step: int, accuracy: Accuracy) -> str:
+        epoch, seconds = step // trainer.loader.steps_per_epoch, time.monotonic() - start
+        quality = {"top1": accuracy.top1, "validation_loss": accuracy.loss}
+        session.add("epoch", epoch=epoch, of=config.epochs, **quality, seconds=seconds)
+        return ""
+
+    trainer.after_validation = after_validation
+    # The epochs that fit are a guess: a run that takes longer is asked to stop, as a user would.
+    longest = max(session.seconds_left() - _RESERVED_SECONDS / 2, 1.0)
+    stop = threading.Timer(longest, (trainer.folder.path / STOP_FILE).touch)
+    stop.start()
+    try:
+        trainer.train()
+    finally:
+        stop.cancel()
+    steps = {"steps": trainer.step, "of": trainer.num_steps, "stopped_by": trainer.stopped_by or "the end"}
+    session.add("run", **steps, seconds=time.monotonic() - start)
+
+
+def _draw(session: Session) -> None:
+    rows = [row for row in read_rows(Path(session.output)) if (row["part"], row["what"]) == (session.part, "epoch")]
+    picture = Path(session.output).with_suffix(".cifar.png")
+    draw_accuracy(rows, picture)
+    session.add("picture", file=str(picture))
+
+
+def draw_accuracy(rows: Sequence[Row], picture: Path) -> None:
+    """Draw the validation accuracy of results called "epoch" into a PNG file."""
+    from matplotlib.figure import Figure  # a bare machine may lack it
+
+    figure = Figure(figsize=(7, 4), constrained_layout=True)
+    axis = figure.subplots()
+    axis.plot([row["epoch"] for row in rows], [100 * row["top1"] for row in rows], marker=".")
+    axis.set_xlabel(f"epoch of {rows[-1]['of']}")
+    axis.set_ylabel("top-1 of the validation images, %")
+    axis.grid(alpha=0.25)
+    figure.savefig(picture, dpi=90)

@@ -4,35 +4,15 @@ import pytest
 import torch
 
 from bitfleet.launch.bench import step as bench_step
-from bitfleet.launch.bench.step import FirstStep, Row
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None or shutil.which("g++") is None, reason="no compiler")
 
 
-def test_format_steps() -> None:
-    rows = [
-        Row(numel, name, 0.5, 28.0, 1.0, 0.9, 0.8)
-        for numel in (640, 1280)
-        for name in ("AdamW fused", "pack fp32", "unpack to fp32")
-    ]
-    text = bench_step.format_steps(rows, [FirstStep("kernel on bits", 1.234, 0.05)])
-    lines = text.splitlines()
-    assert lines[0] == f"640 weights, {torch.get_num_threads()} threads"
-    assert lines[6] == f"1,280 weights, {torch.get_num_threads()} threads"
-    assert lines[2].split() == ["AdamW", "fused", "0.500", "28.00", "1.000", "0.900", "0.800"]
-    assert lines[5].split() == ["pack", "fp32", "+", "unpack", "to", "fp32", "1.000"]
-    assert lines[-1] == "first step of the kernel on bits: 1.23 s cold, 0.05 s warm"
-
-
 @needs_compiler
-def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="sizes must be positive multiples of 64, not 100"):
-        bench_step.bench_step([100], 1)
-    with pytest.raises(ValueError, match="number of rounds must be positive, not 0"):
-        bench_step.bench_step([64], 0)
+def test_a_compiler_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_step, "kernel_library", lambda: None)
-    with pytest.raises(ValueError, match="needs a C and a C\\+\\+ compiler"):
-        bench_step.bench_step([64], 1)
+    with pytest.raises(ValueError, match="compiler"):
+        bench_step.measure_step(64, 1)
 
 
 def test_first_step_of_the_kernel() -> None:
@@ -49,13 +29,13 @@ def without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_deepspeed")
 def test_bench_step() -> None:
-    rows = bench_step.bench_step([64_000], num_rounds=2)
-    assert len({row.name for row in rows}) == len(rows) == 13
+    rows = bench_step.measure_step(64_000, num_rounds=2)
+    assert len({row.name for row in rows}) == len(rows) == 11
     assert all(row.ns_per_weight > 0 for row in rows)
     by_name = {row.name: row for row in rows}
-    assert by_name[bench_step.REFERENCE].ratio == by_name[bench_step.LIMIT].limit_fraction == 1.0
-    assert by_name[bench_step.COPY].copy_fraction == 1.0
-    assert by_name["kernel on bits, fp32 gradients"].ratio < by_name["eager rule on fp32 weights"].ratio
+    assert by_name[bench_step.REFERENCE].time_to_adamw == by_name[bench_step.LIMIT].of_limit == 1.0
+    assert by_name[bench_step.COPY].of_copy_bandwidth == 1.0
+    assert by_name["kernel on bits, fp32 gradients"].time_to_adamw < by_name["eager rule on fp32 weights"].time_to_adamw
 
 
 @needs_compiler
@@ -77,5 +57,4 @@ def test_read_modify_write_changes_nothing() -> None:
 @needs_compiler
 @pytest.mark.slow
 def test_first_steps_are_timed_cold_and_warm() -> None:
-    kernel, compiled = bench_step.first_steps()
-    assert min(step for row in (kernel, compiled) for step in (row.cold_seconds, row.warm_seconds)) > 0
+    assert min(seconds for kind in ("bits", "compiled") for seconds in bench_step.first_steps(kind)) > 0

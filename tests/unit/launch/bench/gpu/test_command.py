@@ -1,22 +1,24 @@
-"""How `bitfleet bench gpu` starts its parts and what becomes of one that fails, hangs or has no time left."""
+"""`bitfleet bench gpu` starts its parts; one that fails, hangs or has no time left is a result."""
 
+import dataclasses
 import re
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from bitfleet.launch.bench.command import USAGE, bench
+from bitfleet.launch.bench.command import PartName, bench
 from bitfleet.launch.bench.gpu import command as bench_gpu
-from bitfleet.launch.bench.gpu.command import PARTS, Options, run_part
-from bitfleet.launch.bench.gpu.rows import read_rows
+from bitfleet.launch.bench.gpu.command import PARTS, run_part
+from bitfleet.launch.bench.gpu.session import Session, read_rows
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> Options:
-    return Options(str(tmp_path / "out.jsonl"), False, time.monotonic() + 60, None, None)
+def session(tmp_path: Path) -> Session:
+    return Session("rule", str(tmp_path / "out.jsonl"), time.monotonic() + 60)
 
 
 def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
@@ -24,18 +26,16 @@ def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setattr(bench_gpu, "_CHILD", (sys.executable, "-c", code))
 
 
-def test_a_part_writes_its_results(
-    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_part_writes_its_results(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     child(
         monkeypatch,
-        "import json, sys; name, told = sys.argv[1:]; told = json.loads(told); print('noise');"
-        "open(told['output'], 'a').write(json.dumps({'part': name, 'what': 'bits', 'equal': True}) + '\\n')",
+        "import json, sys; told = json.loads(sys.argv[1]); print('noise');"
+        "open(told['output'], 'a').write(json.dumps({'part': told['part'], 'what': 'bits', 'equal': True}) + '\\n')",
     )
-    run_part("rule", options)
-    assert read_rows(Path(options.output)) == [{"part": "rule", "what": "bits", "equal": True}]
-    assert Path(options.output).with_suffix(".log").read_text() == "== rule\nnoise\n"
-    assert [line.split() for line in capsys.readouterr().out.splitlines()[-2:]] == [["equal"], ["bits", "yes"]]
+    text = run_part(session)
+    assert read_rows(Path(session.output)) == [{"part": "rule", "what": "bits", "equal": True}]
+    assert Path(session.output).with_suffix(".log").read_text() == "== rule\nnoise\n"
+    assert [line.split() for line in text.splitlines()[-2:]] == [["equal"], ["bits", "yes"]]
 
 
 @pytest.mark.parametrize(
@@ -46,16 +46,16 @@ def test_a_part_writes_its_results(
     ],
 )
 def test_a_part_that_fails_is_a_result(
-    code: str, error: str, options: Options, monkeypatch: pytest.MonkeyPatch
+    code: str, error: str, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child(monkeypatch, code)
-    run_part("rule", options)
-    (row,) = read_rows(Path(options.output))
+    run_part(session)
+    (row,) = read_rows(Path(session.output))
     assert (row["error"], row["where"]) == (error, "== rule\nall is lost")
 
 
 def test_a_part_that_hangs_is_ended_with_its_workers(
-    options: Options, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    session: Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     child(
         monkeypatch,
@@ -65,35 +65,39 @@ def test_a_part_that_hangs_is_ended_with_its_workers(
         "time.sleep(60)",
     )
     monkeypatch.setitem(PARTS, "rule", PARTS["rule"]._replace(most_seconds=4.0))
-    run_part("rule", options)
-    (row,) = read_rows(Path(options.output))
+    run_part(session)
+    (row,) = read_rows(Path(session.output))
     assert row["error"] == "not done after 4 s, ended"
     state = Path("/proc") / (tmp_path / "worker").read_text() / "stat"
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    for _ in range(300):  # on a busy machine a killed process takes a moment to end
+        if has_ended := not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.1)
+    assert has_ended
 
 
-def test_a_part_without_time_is_skipped(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_without_time_is_skipped(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     child(monkeypatch, "raise SystemExit(3)")
-    run_part("cifar", options, seconds_for_later_parts=30.0)
-    (row,) = read_rows(Path(options.output))
+    run_part(dataclasses.replace(session, part="cifar"), seconds_for_later_parts=30.0)
+    (row,) = read_rows(Path(session.output))
     assert row["part"] == "cifar"
     assert re.fullmatch(r"60 s needed, (29|30) s left", row["skipped"])
 
 
-def test_usage_names_every_part() -> None:
-    assert " ".join(PARTS) in " ".join(USAGE.split())
+def test_every_part_can_be_named() -> None:
+    assert tuple(PARTS) == get_args(PartName)
 
 
 def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="bench gpu has no option '--steps'"):
+    with pytest.raises(ValueError, match="bench gpu .*--steps"):
         bench(["gpu", "--steps", "3"])
-    with pytest.raises(ValueError, match="bench gpu has no part 'speed'; there are: probe, rule, "):
+    with pytest.raises(ValueError, match="'speed'.*'probe', 'rule'"):
         bench(["gpu", "--only", "rule", "speed"])
-    with pytest.raises(ValueError, match="--cifar nowhere is not a folder; it should hold train/<class>/"):
+    with pytest.raises(ValueError, match="--cifar nowhere"):
         bench(["gpu", "--tiny", "--cifar", "nowhere"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="torch finds no CUDA device here: --tiny is a dry run without one"):
+    with pytest.raises(ValueError, match="CUDA device.*--tiny"):
         bench(["gpu"])
     (tmp_path / "out.jsonl").write_text("")
-    with pytest.raises(ValueError, match="out.jsonl exists already; name a new file, or remove it"):
+    with pytest.raises(ValueError, match="--output .*out.jsonl exists"):
         bench(["gpu", "--tiny", "--output", str(tmp_path / "out.jsonl")])

@@ -1,0 +1,106 @@
+"""Time contenders in turns: interleaved rounds, medians, ratios round by round, one table."""
+
+import statistics
+import textwrap
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from bitfleet.launch.text import table
+from bitfleet.trainer.ranks.collectives import barrier
+
+T = TypeVar("T")
+
+
+class Turn(NamedTuple):
+    """One contender in one round."""
+
+    seconds: float
+    """Seconds per step."""
+    cpu_seconds: float
+    """CPU time per step of all threads of this process, which other jobs hardly change."""
+
+
+def interleave(contenders: Mapping[str, Callable[[], T]], num_rounds: int, warm_up: int = 1) -> dict[str, list[T]]:
+    """Call every contender once per round, in an order that rotates, and return what each returned.
+
+    Args:
+        contenders: by title.
+        num_rounds: rounds that count.
+        warm_up: rounds before them that do not.
+    """
+    titles = list(contenders)
+    results: dict[str, list[T]] = {title: [] for title in titles}
+    for count in range(warm_up + num_rounds):
+        first = count % len(titles)
+        for title in titles[first:] + titles[:first]:
+            result = contenders[title]()
+            if count >= warm_up:
+                results[title].append(result)
+    return results
+
+
+def take_turn(
+    step: Callable[[], object], num_steps: int, device: torch.device, finish: Callable[[], object] | None = None
+) -> Turn:
+    """Time `num_steps` calls of `step`, and one of `finish`, between barriers of all ranks."""
+    barrier()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    for _ in range(num_steps):
+        step()
+    if finish is not None:
+        finish()
+    synchronize(device)
+    cpu_seconds = time.process_time() - cpu_start
+    barrier()
+    return Turn((time.perf_counter() - start) / num_steps, cpu_seconds / num_steps)
+
+
+def seconds_per_call(run: Callable[[], object], num_calls: int, device: torch.device) -> float:
+    """Call `run` `num_calls` times in a row and return the mean seconds per call.
+
+    On a GPU this is the time between two events of the current stream: gaps in which the GPU waits
+    for the host to launch count, the launch of the first call does not.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(num_calls):
+            run()
+        return (time.perf_counter() - start) / num_calls
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(num_calls):
+        run()
+    end.record()
+    end.synchronize()
+    milliseconds: float = begin.elapsed_time(end)
+    return milliseconds / 1e3 / num_calls
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done everything that was launched."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """Divide two series round by round."""
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Return the median over the rounds of the ratio of two series."""
+    return statistics.median(ratios(numerators, denominators))
+
+
+def spread(values: Sequence[float], form: str = ",.1f") -> str:
+    """Format the median with the extremes: "2.1 (1.9 - 2.4)"."""
+    middle, least, most = (format(value, form) for value in (statistics.median(values), min(values), max(values)))
+    return f"{middle} ({least} - {most})"
+
+
+def titled(title: str, rows: Sequence[Sequence[str]], align: str = "<") -> str:
+    """Return a table for a terminal, indented below its title."""
+    return f"{title}\n{textwrap.indent(table(rows, align), '  ')}"
