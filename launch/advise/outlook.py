@@ -7,12 +7,13 @@ from typing import Literal, NamedTuple
 
 from bitfleet.launch.advise.gradient import Gradient
 from bitfleet.launch.advise.theory import FlipRule, Snapshot, simulate
+from bitfleet.launch.data.imagenet import ILSVRC2012
 from bitfleet.optim import Schedule
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import DataConfig, open_dataset
 
 Verdict = Literal["ok", "look", "wrong"]
-PUBLISHED_IMAGES = {1000: (1_281_167, "ImageNet"), 100: (50_000, "CIFAR-100"), 10: (50_000, "CIFAR-10")}
+PUBLISHED_IMAGES = {1000: (ILSVRC2012.train, "ImageNet"), 100: (50_000, "CIFAR-100"), 10: (50_000, "CIFAR-10")}
 """Number of classes -> training images, for runs whose data are elsewhere."""
 PREDICTED = ("bop2ndorder", "bop")
 """Rules whose flips on noise are predicted."""

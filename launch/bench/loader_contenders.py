@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from bitfleet.launch.bench.loader_table import BITFLEET, BITFLEET_SMALL, TIMM, TORCHVISION_UINT8
 from bitfleet.trainer.data import DataConfig, TrainLoader, open_dataset
-from bitfleet.trainer.data.images import ImageList
+from bitfleet.trainer.data.image_list import ImageList
 
 ORIGINALS, SMALL = "originals", "small"
 """Folders of photos in the scratch folder."""

@@ -14,10 +14,12 @@ import psutil
 import torch
 
 from bitfleet.launch.bench.loader_photos import image_list, make_photo, write_jpeg
+from bitfleet.launch.data.imagenet import ILSVRC2012
+from bitfleet.launch.data.manifest import write_manifest
 from bitfleet.trainer.data import DataConfig, TrainLoader, open_dataset
-from bitfleet.trainer.data.manifest import Manifest, write_manifest
+from bitfleet.trainer.data.image_list import Manifest
 
-NUM_TRAIN, NUM_VAL = 1_281_167, 50_000
+NUM_TRAIN, NUM_VAL = ILSVRC2012.train, ILSVRC2012.val
 _NUM_CLASSES = 1000
 _NUM_PHOTOS = 16
 _BATCH_SIZE = 64

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from bitfleet.launch.data.manifest import write_manifest
+from bitfleet.launch.data.workers import run_jobs
 from bitfleet.trainer.data import DataConfig, open_dataset
 from bitfleet.trainer.data.cache import cache_folder, exclusive
-from bitfleet.trainer.data.images import ImageList
-from bitfleet.trainer.data.manifest import FILE, Manifest, write_manifest
-from bitfleet.trainer.data.workers import run_jobs
+from bitfleet.trainer.data.image_list import FILE, ImageList, Manifest
 
 SHORT_SIDE = 256
 _SIZES = (

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from bitfleet.launch.data.imagenet import ILSVRC2012
 from bitfleet.launch.plan.launches import Passes, count_passes
 from bitfleet.models import create_model
 from bitfleet.models.size import layer_macs
@@ -19,7 +20,7 @@ from bitfleet.optim.sharding.optimizer import BUCKET_NUMEL
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import DataConfig, open_dataset
 
-IMAGENET_IMAGES = 1_281_167
+IMAGENET_IMAGES = ILSVRC2012.train
 Kind = Literal["halving", "all_to_all", "all_gather", "all_reduce"]
 PASSES: dict[Kind, int] = {"halving": 1, "all_to_all": 1, "all_gather": 1, "all_reduce": 2}
 """Times (N - 1) / N of the whole tensor that a rank sends; an all-reduce is a reduce-scatter and an all-gather."""
