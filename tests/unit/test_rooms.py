@@ -17,7 +17,7 @@ SHARED = "c_library"
 """A module of the package itself, below all rooms."""
 OWNERS = {
     "deepspeed": ("trainer/engine/engine.py", "launch/"),
-    "nvidia": ("trainer/data/",),
+    "nvidia": ("trainer/data/", "launch/data/verify.py"),
     "h5py": ("models/keras/files.py",),
     "tensorboard": ("trainer/metrics",),
     "torch.utils.tensorboard": ("trainer/metrics",),
