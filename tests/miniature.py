@@ -87,7 +87,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> Path:
 def patch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ILSVRC2012 be the miniature."""
     monkeypatch.setattr(imagenet, "synsets", lambda: SYNSETS)
-    counts = imagenet.Counts(train=12, val=6, least_train_per_class=TRAIN_PER_CLASS, val_per_class=2)
+    counts = imagenet.Counts(name="ILSVRC2012", train=12, val=6, least_train_per_class=TRAIN_PER_CLASS, val_per_class=2)
     monkeypatch.setattr(imagenet, "ILSVRC2012", counts)
     md5 = hashlib.md5(devkit()).hexdigest()
     monkeypatch.setitem(torchvision_imagenet.ARCHIVE_META, "devkit", (DEVKIT_FILE, md5))
@@ -198,7 +198,7 @@ def cifar(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(CIFAR10, "train_list", [[name, md5[name]] for name in ("data_batch_1", "data_batch_2")])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": md5["batches.meta"]})
-    counts = imagenet.Counts(train=12, val=6, least_train_per_class=4, val_per_class=2)
+    counts = imagenet.Counts(name="CIFAR-10", train=12, val=6, least_train_per_class=4, val_per_class=2)
     monkeypatch.setattr(imagenet, "CIFAR10", counts)
     write(folder / "cifar-10-batches-py", files)
     return folder

@@ -37,16 +37,18 @@ from bitfleet.launch.bench.photos import (
 )
 from bitfleet.launch.bench.step import in_new_process
 from bitfleet.launch.bench.timing import Turn, interleave, ratio, spread, titled
+from bitfleet.launch.data.imagenet import ILSVRC2012
+from bitfleet.launch.data.manifest import write_manifest
 from bitfleet.launch.job import num_cores
 from bitfleet.trainer.data import DataConfig, TrainLoader, open_dataset
-from bitfleet.trainer.data.manifest import Manifest, write_manifest
+from bitfleet.trainer.data.image_list import Manifest
 
 BITFLEET, BITFLEET_SMALL = "bitfleet", "bitfleet, files of 256 pixels"
 TORCHVISION_UINT8, TIMM = "torchvision-v2-uint8", "timm create_loader, uint8"
 SIZE = 224
 LEAST_RATE = 60_000
 """Images/s that data.loader memory should give on two threads."""
-NUM_TRAIN, NUM_VAL = 1_281_167, 50_000
+NUM_TRAIN, NUM_VAL = ILSVRC2012.train, ILSVRC2012.val
 _QUIET_SECONDS = 0.3
 _QUIET_CPU_SECONDS = 0.015  # more than one tick of the kernel's clock, which counts in steps of 0.01 s
 _LONGEST_WAIT_SECONDS = 120.0

@@ -25,7 +25,8 @@ from bitfleet.optim import HyperparameterScheduler, ShardedOptimizer, build_opti
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import normalize
 from bitfleet.trainer.engine.engine import autocast
-from bitfleet.trainer.journal.format import FRAME_BYTES, SIGNS, JournalConfig, apply_, encode, parse_frame
+from bitfleet.trainer.journal.config import JournalConfig
+from bitfleet.trainer.journal.format import FRAME_BYTES, SIGNS, apply_, encode, parse_frame
 from bitfleet.trainer.journal.writer import open_journal
 from bitfleet.trainer.metrics import JSONL
 from bitfleet.trainer.ranks.collectives import Ranks, barrier, from_first_rank, sum_of_numbers

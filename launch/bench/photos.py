@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from bitfleet.launch.data.manifest import write_manifest
 from bitfleet.trainer.data import DataConfig, open_dataset
 from bitfleet.trainer.data.cache import cache_folder, exclusive
-from bitfleet.trainer.data.images import ImageList
-from bitfleet.trainer.data.manifest import FILE, Manifest, write_manifest
+from bitfleet.trainer.data.image_list import FILE, ImageList, Manifest
 
 SHORT_SIDE, SMALL_SIZE = 256, 32
 _SIZES = [(500, 375), (500, 375), (375, 500), (500, 333), (480, 360), (500, 375), (333, 500), (400, 300)]

@@ -1,86 +1,122 @@
-"""Data: `bitfleet data prepare|verify|pack|compare ...`."""
+"""`bitfleet data`: prepare, verify, pack and compare data sets."""
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
 
 from bitfleet.launch.job import num_cores
-from bitfleet.launch.parsing.options import take_flag, take_number, take_option
-from bitfleet.trainer.run.user_paths import users_path
+from bitfleet.launch.parsing.commands import Count, parse, parse_with_run
 
-USAGE = """usage: bitfleet data COMMAND ...
 
-  prepare SOURCE DEST [--num_workers N] [--allow_incomplete] [--on_bad_sample fail|quarantine]
-          make a data set of ILSVRC2012's archives, class folders, Tiny ImageNet, the Kaggle layout, WebDataset shards or
-          CIFAR-10's python archive: archives are extracted into DEST, else DEST gets a manifest that refers to SOURCE (DEST may
-          be SOURCE). An interrupted one is continued by the same command. What is there and not listed is counted and said;
-          above 1 % of the images, for counts other than ImageNet's, and for classes without validation images it needs
-          --allow_incomplete. Images that cannot be read are all named, or listed in DEST/quarantine.tsv by quarantine
-  verify DEST [--num_workers N]
-          decode every image once; what fails goes on a list that training leaves out (no file is deleted); exit code 1 then.
-          For a folder that was never prepared (not archives), what fails is only named
-  pack ROOT DEST [--short_side 256] [--shards] [--num_workers N]
-          a resized copy (JPEG, quality 90) as folders, or as WebDataset shards, for machines whose CPUs are the limit
-  compare --config NAME [--images 256] [--section.field value ...]
-          the run's images by DALI and by torchvision, one by one; exit code 1 if they differ by more than rounding
+@dataclass(frozen=True)
+class Prepare:
+    """Make a data set of ILSVRC2012's archives, class folders, Tiny ImageNet, the Kaggle layout,
+    WebDataset shards or CIFAR-10's python archive. Archives are extracted into DEST; for other
+    layouts DEST gets a manifest that refers to SOURCE (DEST may be SOURCE). The same command
+    continues an interrupted one. What is there and not listed is counted and printed. Training and
+    verify take DEST: --data.root DEST."""
 
-Training and `verify` take DEST as it is: --data.root DEST. N is the number of processes, by default one for each core."""
+    source: Positional[Path]
+    """Folder with the data, or CIFAR-10's archive."""
+    dest: Positional[Path]
+    """Folder of the data set."""
+    num_workers: Count = field(default_factory=num_cores)
+    """Number of processes; by default one per core."""
+    allow_incomplete: bool = False
+    """Accept more than 1 % of the images left out, counts other than ImageNet's, and classes
+    without validation images."""
+    on_bad_sample: Literal["fail", "quarantine"] = "fail"
+    """Images that cannot be read: name all of them and stop, or list them in DEST/quarantine.tsv,
+    which training leaves out."""
 
-_PATHS = {"prepare": 2, "verify": 1, "pack": 2}
+
+@dataclass(frozen=True)
+class Verify:
+    """Decode every image once. Images that fail are put on a list that training leaves out (no file
+    is deleted); exit code 1 then. In a folder that was never prepared (not archives), they are only
+    named."""
+
+    dest: Positional[Path]
+    """Folder of the data set."""
+    num_workers: Count = field(default_factory=num_cores)
+    """Number of processes; by default one per core."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Write a resized copy (JPEG, quality 90) of a prepared data set, for slow CPUs."""
+
+    root: Positional[Path]
+    """Folder of the data set."""
+    dest: Positional[Path]
+    """Folder of the copy."""
+    short_side: Count = 256
+    """Pixels of the short side; smaller images keep their size."""
+    shards: bool = False
+    """Write WebDataset shards instead of a file per image."""
+    num_workers: Count = field(default_factory=num_cores)
+    """Number of processes; by default one per core."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare the run's images read by DALI and by torchvision, one by one. Takes --config NAME and
+    the options of a run; exit code 1 if they differ by more than rounding."""
+
+    images: Count = 256
+    """Images per split."""
 
 
 def data(arguments: Sequence[str]) -> None:
     """Run the command that `arguments` name.
 
     Raises:
-        ValueError: bad input, or data that is not as it should be.
+        ValueError: Bad input, or data that is not as it should be.
         SystemExit: 1, when images fail or differ.
     """
-    if not arguments or (arguments[0] != "compare" and {"-h", "--help"} & set(arguments)):
-        print(USAGE)
+    if arguments[:1] == ["compare"]:
+        _compare(arguments[1:])
         return
-    command, *rest = arguments
-    if command == "compare":
-        _compare(rest)
-        return
-    if command not in _PATHS:
-        raise ValueError(f"there is no command {command!r} of bitfleet data; there are: prepare, verify, pack, compare")
-    num_workers, rest = take_number(rest, "--num_workers", num_cores())
-    if command == "prepare":
-        allow_incomplete, rest = take_flag(rest, "--allow_incomplete")
-        on_bad_sample, rest = take_option(rest, "--on_bad_sample")
-        if on_bad_sample not in (None, "fail", "quarantine"):
-            raise ValueError(f"--on_bad_sample must be fail or quarantine, not {on_bad_sample!r}")
-        source, dest = _paths(command, rest)
-        from bitfleet.launch.data.prepare import prepare
+    options = parse(Prepare | Verify | Pack | Compare, arguments, "bitfleet data")
+    match options:
+        case Prepare():
+            from bitfleet.launch.data.prepare import prepare
 
-        print(
-            prepare(
-                source,
-                dest,
-                num_workers=num_workers,
-                allow_incomplete=allow_incomplete,
-                quarantine=on_bad_sample == "quarantine",
+            print(
+                prepare(
+                    options.source,
+                    options.dest,
+                    num_workers=options.num_workers,
+                    allow_incomplete=options.allow_incomplete,
+                    quarantine=options.on_bad_sample == "quarantine",
+                )
             )
-        )
-    elif command == "verify":
-        (root,) = _paths(command, rest)
-        from bitfleet.launch.data.verify import verify
+        case Verify():
+            from bitfleet.launch.data.verify import verify
 
-        report, num_failed = verify(root, num_workers=num_workers)
-        print(report)
-        sys.exit(bool(num_failed))
-    else:
-        short_side, rest = take_number(rest, "--short_side", 256)
-        shards, rest = take_flag(rest, "--shards")
-        root, dest = _paths(command, rest)
-        from bitfleet.launch.data.pack import pack
+            report, num_failed = verify(options.dest, num_workers=options.num_workers)
+            print(report)
+            sys.exit(bool(num_failed))
+        case Pack():
+            from bitfleet.launch.data.pack import pack
 
-        print(pack(root, dest, short_side=short_side, shards=shards, num_workers=num_workers))
+            print(
+                pack(
+                    options.root,
+                    options.dest,
+                    short_side=options.short_side,
+                    shards=options.shards,
+                    num_workers=options.num_workers,
+                )
+            )
 
 
 def _compare(arguments: Sequence[str]) -> None:
-    num_images, rest = take_number(arguments, "--images", 256)
+    options, rest = parse_with_run(Compare, arguments, "bitfleet data compare")
     from bitfleet.launch.parsing.arguments import parse_train
 
     config = parse_train(rest, "bitfleet data compare")
@@ -88,16 +124,6 @@ def _compare(arguments: Sequence[str]) -> None:
     from bitfleet.trainer.ranks.collectives import Ranks, choose_device
 
     device = choose_device(config.device, Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1))
-    report, num_different = compare(config.data, num_images=num_images, seed=config.seed, device=device)
+    report, num_different = compare(config.data, num_images=options.images, seed=config.seed, device=device)
     print(report)
     sys.exit(bool(num_different))
-
-
-def _paths(command: str, arguments: Sequence[str]) -> list[Path]:
-    if unknown := [argument for argument in arguments if argument.startswith("--")]:
-        raise ValueError(f"bitfleet data {command} has no option {unknown[0]!r}; `bitfleet data --help` lists them")
-    if len(arguments) != _PATHS[command]:
-        raise ValueError(
-            f"bitfleet data {command} takes {_PATHS[command]} paths, not {len(arguments)}; see bitfleet data --help"
-        )
-    return [users_path(argument) for argument in arguments]

@@ -1,4 +1,4 @@
-"""Whether a rank can read its data: the lists, and the first and the last image of each split."""
+"""Check that a rank can read its data: the lists, and the first and last images."""
 
 from typing import NamedTuple
 
@@ -8,10 +8,10 @@ from bitfleet.trainer.data.stall import call_within
 
 
 class Readable(NamedTuple):
-    """What a rank found."""
+    """The data as one rank sees it."""
 
     summary: str
-    """The size of the data set, in words; "" if it cannot be read."""
+    """Size of the data set, in words; "" if it cannot be read."""
     sha: str
     """sha256 of its lists; "" if it cannot be read."""
     num_quarantined: int
@@ -21,7 +21,7 @@ class Readable(NamedTuple):
 
 
 def readable(config: DataConfig) -> Readable:
-    """Open the data set and read four images of it, as training would; a disk that does not answer is a problem too."""
+    """Open the data set and read four images, as training would, within data.stall_seconds."""
     try:
         dataset = open_dataset(config)
         for images in (dataset.train, dataset.val):

@@ -1,4 +1,9 @@
-"""A folder in the making: DEST.unfinished, written by one command at a time, continued after a kill, renamed at the end."""
+"""Write DEST.unfinished: one command at a time, continued after a kill, renamed to DEST at the end.
+
+Its files are written under temporary names and renamed without an fsync each: waiting for the disk
+after every one of a million images would take hours, and one os.sync before the folder is renamed
+does the same.
+"""
 
 import contextlib
 import fcntl
@@ -9,32 +14,33 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bitfleet.trainer.data.index import header_size
+from bitfleet.trainer.data.decoding import header_size
 
 _PLAN = ".plan.json"
 
 
 @contextlib.contextmanager
 def unfinished_folder(dest: Path, plan: Mapping[str, Any]) -> Iterator[Path]:
-    """Give the folder DEST.unfinished to the block, and rename it to `dest` when the block ends without an error.
+    """Give the folder DEST.unfinished to the block, and rename it to `dest` if the block succeeds.
 
     Args:
         dest: An absolute path.
-        plan: What the folder is made from; one that a killed process left is continued only for an equal plan.
+        plan: Settings and sources; a folder that a killed process left is continued only for an
+            equal plan.
 
     Raises:
-        ValueError: `dest` has something in it, is being made by another process, was begun with another plan, or cannot be
-            written.
+        ValueError: `dest` has something in it, is being written by another process, was started
+            with another plan, or cannot be written.
     """
     folder = dest.with_name(dest.name + ".unfinished")
-    with only_one(dest.with_name(dest.name + ".lock"), dest):
+    with lock_dest(dest.with_name(dest.name + ".lock"), dest):
         if os.path.lexists(dest) and not (dest.is_dir() and not any(dest.iterdir())):
             raise ValueError(f"{dest} exists already: give another name, or remove it first")
-        _begin(folder, plan)
+        _start(folder, plan)
         try:
             yield folder
         except BaseException:
-            if not is_begun(folder):  # refused before anything was written
+            if not is_started(folder):  # refused before anything was written
                 shutil.rmtree(folder)
             raise
         os.sync()
@@ -42,27 +48,23 @@ def unfinished_folder(dest: Path, plan: Mapping[str, Any]) -> Iterator[Path]:
         (dest / _PLAN).unlink()
 
 
-def is_begun(folder: Path) -> bool:
-    """Whether something was written into an unfinished folder."""
+def is_started(folder: Path) -> bool:
+    """Return True if something was written into an unfinished folder."""
     return any(path.name != _PLAN for path in folder.iterdir())
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it: under its own name it is whole.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
-    with being_written(path) as unfinished:
-        unfinished.write_bytes(data)
+def write_unsynced(path: Path, content: bytes) -> None:
+    """Write a file; see `written_unsynced`."""
+    with written_unsynced(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 @contextlib.contextmanager
-def being_written(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which becomes `path` when the block ends without an error.
+def written_unsynced(path: Path) -> Iterator[Path]:
+    """Give a path to write to, which becomes `path` if the block succeeds, without an fsync.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: The file cannot be written.
     """
     unfinished = path.with_name(f".tmp-{path.name}")
     try:
@@ -71,12 +73,12 @@ def being_written(path: Path) -> Iterator[Path]:
         unfinished.rename(path)
     except OSError as error:
         raise ValueError(
-            f"{path} cannot be written ({error.strerror or error}): put that right and give the same command again, it goes on"
+            f"{path} cannot be written ({error.strerror or error}): fix that and rerun the same command, it continues"
         ) from None
 
 
-def written_before(path: Path, size: int) -> tuple[int, int] | None:
-    """Height and width of the image at `path` if it is there, has `size` bytes and a header that can be read, else None."""
+def shape_if_written(path: Path, size: int) -> tuple[int, int] | None:
+    """Return height and width of a readable image of `size` bytes at `path`, else None."""
     try:
         return header_size(str(path)) if path.stat().st_size == size else None
     except (FileNotFoundError, ValueError):
@@ -87,28 +89,30 @@ def check_space(folder: Path, needed: int) -> None:
     """Compare the free space with the bytes that are still to be written.
 
     Args:
-        folder: DEST.unfinished; what lies in it already is taken off.
-        needed: bytes of all that is to lie in it.
+        folder: DEST.unfinished; what it holds already is subtracted.
+        needed: Bytes of all that it will hold.
 
     Raises:
-        ValueError: there is too little; both numbers are named.
+        ValueError: The disk is too small; both numbers are named.
     """
-    there = sum(os.lstat(os.path.join(place, name)).st_size for place, _, names in os.walk(folder) for name in names)
+    written = sum(os.lstat(os.path.join(path, name)).st_size for path, _, names in os.walk(folder) for name in names)
     status = os.statvfs(folder)
     free = status.f_bavail * status.f_frsize
-    if (missing := max(0, needed - there)) > free:
+    if (missing := max(0, needed - written)) > free:
         raise ValueError(
-            f"the disk of {folder} has {free / 2**30:,.1f} GiB free and {missing / 2**30:,.1f} GiB are still to be written: "
-            "make room, or choose a DEST on another disk"
+            f"the disk of {folder} has {free / 2**30:,.1f} GiB free and {missing / 2**30:,.1f} GiB are still to be "
+            "written: make room, or choose a DEST on another disk"
         )
 
 
 @contextlib.contextmanager
-def only_one(lock: Path, dest: Path) -> Iterator[None]:
-    """Hold the file `lock` for the time of the block and remove it then; the kernel lets go of it when its holder dies.
+def lock_dest(lock: Path, dest: Path) -> Iterator[None]:
+    """Hold the file `lock` during the block, then remove it; it ends with its holder.
+
+    Unlike `files.locked`, a second process is refused instead of waiting.
 
     Raises:
-        ValueError: another process holds it, or it cannot be made.
+        ValueError: Another process holds it, or it cannot be created.
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +124,8 @@ def only_one(lock: Path, dest: Path) -> Iterator[None]:
     with open(lock, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # One who opened the file before its last holder deleted it has the lock of a file that nobody else sees.
+            # A process that opened the file before its last holder deleted it has locked a file
+            # that is gone.
             held = os.path.samestat(lock.stat(), os.fstat(file.fileno()))
         except (BlockingIOError, FileNotFoundError):
             held = False
@@ -132,13 +137,15 @@ def only_one(lock: Path, dest: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def _begin(folder: Path, plan: Mapping[str, Any]) -> None:
+def _start(folder: Path, plan: Mapping[str, Any]) -> None:
     file = folder / _PLAN
     folder.mkdir(parents=True, exist_ok=True)
-    if not is_begun(folder):
+    if not is_started(folder):
         try:
             file.write_text(json.dumps(plan))
         except OSError as error:
-            raise ValueError(f"{file} cannot be written ({error.strerror}): put that right and start again") from None
+            raise ValueError(f"{file} cannot be written ({error.strerror}): fix that and start again") from None
     elif not file.exists() or json.loads(file.read_bytes()) != plan:
-        raise ValueError(f"{folder} was begun with other settings or from other data: remove it, or give another DEST")
+        raise ValueError(
+            f"{folder} was started with other settings or from other data: remove it, or give another DEST"
+        )

@@ -11,7 +11,7 @@ import torch
 from bitfleet.launch.bench.gpu.waits import host_waits
 from bitfleet.trainer.data import DataConfig, TrainLoader, open_dataset
 from bitfleet.trainer.data.delivery import resize_on_device
-from bitfleet.trainer.data.official import resize_windows, window_facts
+from bitfleet.trainer.data.preprocessing import resize_windows, window_table
 from bitfleet.trainer.data.request import Batch
 from tests.unit.trainer.data.test_images import photo
 
@@ -131,10 +131,10 @@ def test_the_kernel_has_the_bits_of_the_torch_version(device: torch.device) -> N
     shapes = [(height, width, 3) for height, width in rng.integers(1, 700, (40, 2)).tolist()]
     windows = [torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
     flips = rng.integers(0, 2, 40).astype(np.int32)
-    facts = window_facts(shapes, flips)
+    table = window_table(shapes, flips)
     whole = torch.cat([window.flatten() for window in windows])
     for size in (1, 24, 224):
-        resized = resize_on_device(whole.to(device), facts, facts.to(device), size)
+        resized = resize_on_device(whole.to(device), table, table.to(device), size)
         expected = resize_windows(windows, flips, size)
         assert torch.equal(resized.cpu().view(torch.int32), expected.view(torch.int32)), size
 

@@ -28,7 +28,7 @@ main()
 
 
 def data(*arguments: str | Path) -> tuple[int, str]:
-    done = run_command([BIN / "bitfleet", "data", *arguments], timeout=60)
+    done = run_command([BIN / "bitfleet", "data", *arguments], timeout=600)
     return done.returncode, done.stdout
 
 
@@ -97,7 +97,7 @@ def test_an_image_that_vanishes_ends_the_job_or_is_replaced(
         (root / f"train/class1/{number:04d}.png").unlink()
     (root / "val/class0/0001.png").write_bytes(b"")
     options = options_for(tiny, root, tmp_path / "run")
-    failed(deepspeed(2, TRAIN, *options, timeout=60), "train/class1/000")
+    failed(deepspeed(2, TRAIN, *options, timeout=600), "train/class1/000")
 
     done = deepspeed(2, TRAIN, *options, "--resume", "auto", "--data.on_bad_sample", "replace")
     assert done.returncode == 0, done.stdout
@@ -161,7 +161,7 @@ def test_a_disk_that_does_not_answer_ends_the_job(
     victim = root / "train/class1/0003.png"
     victim.unlink()
     os.mkfifo(victim)
-    done = deepspeed(2, TRAIN, *options_for(tiny, root, tmp_path / "run", "--data.stall_seconds", "3"), timeout=60)
+    done = deepspeed(2, TRAIN, *options_for(tiny, root, tmp_path / "run", "--data.stall_seconds", "3"), timeout=600)
     failed(done, f"the disk does not answer: {victim} could not be read within 3 s")
 
 

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from bitfleet.launch.data import packed_shards
-from bitfleet.trainer.data.images import ImageList
-from bitfleet.trainer.data.index import load_image_list
-from bitfleet.trainer.data.manifest import Manifest, read_manifest, write_manifest
-from bitfleet.trainer.data.splits import scan_root
+from bitfleet.launch.data import pack
+from bitfleet.launch.data.manifest import write_manifest
+from bitfleet.trainer.data.image_list import ImageList, Manifest, list_scanned, read_manifest
+from bitfleet.trainer.data.scan import scan_root
 from tests import miniature
 from tests.unit.trainer.data.test_images import photo
 
@@ -18,7 +17,7 @@ SIZES = [(75, 100), (100, 66), (51, 200), (48, 48), (40, 300), (47, 61), (33, 30
 def prepare(root: Path) -> Path:
     """Give class folders a manifest."""
     scan = scan_root(root)
-    lists = {"train": load_image_list(scan.train)[0], "val": load_image_list(scan.val)[0]}
+    lists = {"train": list_scanned(scan.train)[0], "val": list_scanned(scan.val)[0]}
     write_manifest(Manifest(**lists, classes=scan.train.classes, layout="class folders"), root)
     return root
 
@@ -53,4 +52,4 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_shards, "_IMAGES_PER_SHARD", 5)
+    monkeypatch.setattr(pack, "_IMAGES_PER_SHARD", 5)

@@ -1,4 +1,4 @@
-"""The cache folder of this machine: what is computed or unpacked once and found again by name."""
+"""Keep what is computed or unpacked once in the cache folder of this machine."""
 
 import contextlib
 import os
@@ -9,10 +9,10 @@ from bitfleet.trainer.run.files import locked
 
 
 def cache_folder() -> Path:
-    """Return $BITFLEET_CACHE, else $XDG_CACHE_HOME/bitfleet, else ~/.cache/bitfleet; made if it is missing.
+    """Return, and create, $BITFLEET_CACHE or $XDG_CACHE_HOME/bitfleet or ~/.cache/bitfleet.
 
     Raises:
-        ValueError: The folder cannot be made or written.
+        ValueError: The folder cannot be created or written.
     """
     if named := os.environ.get("BITFLEET_CACHE"):
         folder = Path(named)
@@ -33,10 +33,10 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold `path`.lock for the time of the block, against every other process that asks for the same path.
+    """Hold the lock file `path`.lock during the block; other processes that want it wait.
 
     Raises:
-        ValueError: the disk does not take what the block writes, or the lock.
+        ValueError: The block, or the lock, cannot be written to the disk.
     """
     try:
         with locked(path.with_name(path.name + ".lock")):

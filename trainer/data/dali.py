@@ -1,92 +1,87 @@
-"""DALI: files to batches of uint8 images. It is told which files and which windows; it keeps no state of its own."""
+"""Read batches of uint8 images with DALI, which gets files and windows and has no other state."""
 
 import contextlib
 import importlib
 import importlib.metadata
+import itertools
+import os
+import struct
 import sys
+import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from bitfleet.trainer.data.dali_feed import PILLOW_SUFFIXES, Feed, named
-from bitfleet.trainer.data.dali_graph import Graph, build_pipeline
-from bitfleet.trainer.data.decoding import reason_of
-from bitfleet.trainer.data.delivery import Delivery
-from bitfleet.trainer.data.device_copies import DeviceCopies
-from bitfleet.trainer.data.images import ImageList
-from bitfleet.trainer.data.parts import in_parts, whole_batches
-from bitfleet.trainer.data.request import Batch, Decoded, Geometry, Mend, Request
+from bitfleet.trainer.data.bad_samples import image_of, reason_of
+from bitfleet.trainer.data.delivery import Output
+from bitfleet.trainer.data.image_list import ImageList
+from bitfleet.trainer.data.request import Batch, Decoded, Geometry, Recover, Request, in_parts, joined_parts
 from bitfleet.trainer.data.resizing import Resizer
 from bitfleet.trainer.data.stall import result_within
 
-_MANY_WEBP = 32  # that DALI cannot read, as lossless ones with a profile or EXIF: the whole set will be such
+FIRST_BYTES = [0xFF, 0x89, ord("R")]
+"""First bytes of JPEG, PNG and RIFF (WebP), the formats that DALI reads as Pillow does."""
+_ALL_BYTES = -1  # a dimension of a reshape
+_PREFETCH_DEPTH = 2
+# DALI's defaults. The decoder allocates the first once and the second twice per thread, so the
+# largest image of a set, perhaps 100 MB, must not set them: it is decoded anyway, into memory that
+# grows then.
+_MOST_DEVICE_PADDING, _MOST_HOST_PADDING = 16 << 20, 8 << 20
+_BATCHES_AHEAD = 2
+_READERS = 8  # threads that wait for a disk or a network
+# Formats that DALI does not read as Pillow does. Without such a name in the list DALI reads the
+# files itself.
+_PILLOW_SUFFIXES = b".bmp .tif .tiff .ppm .pgm .pbm .pnm .pfm .jp2 .j2k .j2c .jpc .jpx .jpf".split()
+_MANY_WEBP = 32  # unreadable for DALI, as lossless ones with a profile or EXIF: assume that all WebP of the set are
+_PNG_SIGNATURE, _PNG_DEPTH, _PNG_RGB = b"\x89PNG\r\n\x1a\n", 8, 2
+_Encoded = list[npt.NDArray[np.uint8]]
 
 
 class DaliPipeline:
-    """One DALI pipeline that reads requests ahead of their consumer.
+    """A DALI pipeline that reads requests ahead of their consumer.
 
-    Building it costs milliseconds and threads, so it is kept from one iteration to the next. It runs in a thread of its own:
-    a read that never returns must not keep the process from saying so.
+    Building it costs milliseconds and threads, so iterations share it. It runs in a separate
+    thread: a read that never returns must not keep the process from reporting it.
     """
 
     def __init__(
-        self,
-        *,
-        geometry: Geometry,
-        image_size: int,
-        batch_size: int,
-        num_threads: int,
-        device_index: int | None,
-        images: ImageList,
-        stall_seconds: float,
-        copies: DeviceCopies | None,
-        fast_idct: bool,
+        self, output: Output, images: ImageList, *, batch_size: int, device_index: int | None, fast_idct: bool
     ) -> None:
-        """Check that DALI is there; the pipeline is built when it is first used.
+        """Check that DALI is installed; the pipeline is built when it is first used.
 
         Args:
-            geometry: How a window of the image becomes the output.
-            image_size: Pixels, height and width of the output.
-            batch_size: The most images a request has.
-            num_threads: Threads that read and decode.
-            device_index: The CUDA device to decode on; None decodes on the CPU.
-            images: What requests are of.
-            stall_seconds: How long a batch may take before the disk is asked whether it answers.
-            copies: To the GPU where the model runs; None where it runs on the CPU.
-            fast_idct: Decode JPEGs on the CPU with libjpeg's fast transform, as TensorFlow does by default: the same pixels.
+            output: Form of the batches.
+            images: List that the requests are for.
+            batch_size: Most images of a request.
+            device_index: CUDA device to decode on; None decodes on the CPU.
+            fast_idct: Decode JPEGs on the CPU with libjpeg's fast transform, TensorFlow's default.
 
         Raises:
             ValueError: DALI is not installed, or both of its wheels are.
         """
         check_installation()
-        self._geometry = geometry
-        self._image_size = image_size
+        assert device_index is None or output.copies is not None
+        self._output = output
         self._batch_size = batch_size
-        self._num_threads = num_threads
         self._device_index = device_index
         self._in_shards = images.offsets is not None
-        self._by_pillow = named(images, PILLOW_SUFFIXES)  # learnt of others when DALI fails at them
-        self._said_so = False
-        self._stall_seconds = stall_seconds
-        assert device_index is None or copies is not None
-        self._copies = copies
-        resized_later = geometry == "crop_bicubic" and copies is not None  # from the windows, on the GPU
-        resized_here = geometry != "crop" and device_index is None and not resized_later
-        self._resizer = Resizer(geometry, image_size, num_threads) if resized_here else None
-        self._delivery = Delivery(copies, image_size=image_size, of_windows=resized_later)
-        self._windows_in_dali = not (
-            resized_here and geometry in ("resize_crop", "whole")
-        )  # else whole images come out
-        self._flips_in_dali = not resized_here and geometry != "crop_bicubic"
-        self._graph = Graph(
+        self._by_pillow = has_suffix(images, _PILLOW_SUFFIXES)  # others are added when DALI fails at them
+        self._pillow_reported = False
+        geometry = output.geometry
+        resized_here = geometry != "crop" and device_index is None and not output.resized_on_gpu
+        self._resizer = Resizer(geometry, output.image_size, output.num_threads) if resized_here else None
+        self._delivery = output.delivery()
+        self._graph = _Graph(
             geometry=geometry,
-            image_size=image_size,
-            with_windows=self._windows_in_dali,
-            with_flips=self._flips_in_dali,
+            image_size=output.image_size,
+            with_windows=not (resized_here and geometry in ("resize_crop", "whole")),
+            with_flips=not resized_here and geometry != "crop_bicubic",
             resizes=not resized_here,
             largest_image_bytes=3 * int((images.heights.astype(np.int64) * images.widths).max()),
             fast_idct=fast_idct,
@@ -96,81 +91,81 @@ class DaliPipeline:
         self._iteration: object = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dali")
 
-    def batches(self, requests: Iterator[Request], mend: Mend) -> Iterator[Batch]:
-        """See request.Pipeline."""
+    def batches(self, requests: Iterator[Request], recover: Recover) -> Iterator[Batch]:
+        """Yield batches; see request.Pipeline."""
         if self._device_index is not None:
-            return self._delivery.batches_of_dali(self._outputs(requests, mend))
-        decoded = self.decoded(in_parts(requests), mend)
-        return self._delivery.batches(
-            whole_batches(decoded if self._resizer is None else self._resizer.resized(decoded))
-        )
+            return self._delivery.batches_of_dali(self._outputs(requests, recover))
+        decoded = self.decoded(in_parts(requests), recover)
+        resized = decoded if self._resizer is None else self._resizer.resized(decoded)
+        return self._delivery.batches(joined_parts(resized))
 
-    def decoded(self, requests: Iterator[Request], mend: Mend) -> Iterator[Decoded]:
-        """Yield what was decoded on the CPU for each request, which may have been mended: the batch, or an image each."""
-        for output, request in self._outputs(requests, mend):
+    def decoded(self, requests: Iterator[Request], recover: Recover) -> Iterator[Decoded]:
+        """Yield images decoded on the CPU, in one tensor or one each, and the recovered request."""
+        for output, request in self._outputs(requests, recover):
             yield self._tensors(output), request
 
-    def _outputs(self, requests: Iterator[Request], mend: Mend) -> Iterator[tuple[Any, Request]]:
-        """Yield what DALI gives for each request, and the request, which may have been mended; None for an empty one."""
+    def _outputs(self, requests: Iterator[Request], recover: Recover) -> Iterator[tuple[Any, Request]]:
+        """Yield DALI's output, None for an empty request, and the recovered request."""
         self._drain()
         self._iteration = iteration = object()
         self._feed.start(requests)
         while True:
             if self._iteration is not iteration:
-                raise RuntimeError("this loader was iterated anew; the earlier iteration cannot go on")
+                raise RuntimeError("this loader was iterated again; the earlier iteration cannot continue")
             try:
                 output = self._run()
             except StopIteration:
                 return
             except RuntimeError as failure:
-                if (emptied := self._mend(mend, failure)) is not None:
+                if (emptied := self._recover(recover, failure)) is not None:
                     yield None, emptied
                 continue
             yield output, self._feed.in_flight.popleft()
 
-    def _new_feed(self) -> Feed:
-        return Feed(
-            in_shards=self._in_shards,
-            by_pillow=self._by_pillow,
-            with_windows=self._windows_in_dali,
-            with_flips=self._flips_in_dali,
-        )
+    def _new_feed(self) -> "_Feed":
+        return _Feed(self._graph, in_shards=self._in_shards, by_pillow=self._by_pillow)
 
-    def _mend(self, mend: Mend, failure: RuntimeError) -> Request | None:
-        """Have the oldest batch mended, which made DALI fail, and read it again; the request, if nothing is left of it."""
+    def _recover(self, recover: Recover, failure: RuntimeError) -> Request | None:
+        """Replace unreadable images of the batch that failed, and queue it again.
+
+        Returns:
+            The request if no image is left of it, else None.
+        """
         self._pipeline = None  # DALI: "Current pipeline object is no longer valid"
         failed = self._feed.in_flight.popleft() if self._feed.in_flight else None
-        unreadable, for_pillow = self._looked_at(failed) if failed else ({}, [])
+        unreadable, for_pillow = self._diagnose(failed) if failed else ({}, [])
         if failed is None or not (unreadable or for_pillow):
-            raise failure  # of another kind
+            raise failure  # not because of an image
         if for_pillow:
             self._leave_to_pillow(failed, for_pillow)
-        mended = mend(failed, unreadable)._replace(ends_batch=failed.ends_batch) if unreadable else failed
-        if len(mended.samples):
-            self._feed.again([mended])
+        recovered = recover(failed, unreadable)._replace(ends_batch=failed.ends_batch) if unreadable else failed
+        if len(recovered.samples):
+            self._feed.restart([recovered])
             return None
-        self._feed.again([])
-        return mended
+        self._feed.restart([])
+        return recovered
 
     def _leave_to_pillow(self, request: Request, positions: Sequence[int]) -> None:
         self._by_pillow[request.samples[positions]] = True
-        # To learn of an image takes 5 ms. Of WebP both decoders give the same bytes, so that others may be left to Pillow, too.
-        webp = named(request.images, (b".webp",))
+        # Finding one takes 5 ms. Both decoders give the same bytes of WebP, so all of them may be
+        # left to Pillow.
+        webp = has_suffix(request.images, (b".webp",))
         if (self._by_pillow & webp).sum() >= _MANY_WEBP:
             self._by_pillow |= webp
-        if not self._said_so:
-            self._said_so = True
+        if not self._pillow_reported:
+            self._pillow_reported = True
             print(
-                f"bitfleet: Pillow reads {request.path(positions[0])}, and others like it: DALI does not, and may have printed "
-                "lines about it",
+                f"bitfleet: Pillow reads {request.path(positions[0])}, and others like it: DALI does not, and may have "
+                "printed lines about it",
                 file=sys.stderr,
                 flush=True,
             )
 
-    def _looked_at(self, request: Request) -> tuple[dict[int, str], list[int]]:
-        """Of the images of `request` that DALI, asked for each alone, cannot give: position -> reason, and those Pillow reads.
+    def _diagnose(self, request: Request) -> tuple[dict[int, str], list[int]]:
+        """Return position -> reason of unreadable images, and the positions that only Pillow reads.
 
-        With the window of the request: what is unreadable must not depend on what was read before.
+        DALI is asked for each image alone, with the window of the request: what is unreadable must
+        not depend on what was read before.
         """
         unreadable: dict[int, str] = {}
         for_pillow: list[int] = []
@@ -179,7 +174,9 @@ class DaliPipeline:
             feed.start(iter([request.part(slice(position, position + 1))]))
             pipeline = pipeline or self._build(feed, batch_size=1)
             try:
-                while result_within(self._thread.submit(_next_output, pipeline, None), self._stall_seconds, [request]):
+                while result_within(
+                    self._thread.submit(_next_output, pipeline, None), self._output.stall_seconds, [request]
+                ):
                     pass
                 pipeline.reset()
             except RuntimeError:
@@ -193,7 +190,7 @@ class DaliPipeline:
         return unreadable, for_pillow
 
     def _drain(self) -> None:
-        """Finish what an abandoned iteration had under way, and make the pipeline ready for a new one."""
+        """Finish what an abandoned iteration left in flight, and reset the pipeline."""
         if self._pipeline is None:
             self._pipeline = self._build(self._feed, self._batch_size)
         self._feed.stop()
@@ -203,37 +200,39 @@ class DaliPipeline:
         except StopIteration:
             self._feed.in_flight.clear()
             self._pipeline.reset()
-        except RuntimeError:  # of a batch that nobody wants any more
+        except RuntimeError:  # from a batch that is no longer wanted
             self._pipeline = None
 
     def _run(self) -> Any:
-        """The next output of the pipeline."""
+        """Return the next output of the pipeline."""
         if self._pipeline is None:
             self._pipeline = self._build(self._feed, self._batch_size)
-        # Where images are decoded on the GPU, the stream that copies them waits for them there, and no thread here.
-        stream = None if self._device_index is None or self._copies is None else self._copies.stream.handle
+        # For images decoded on the GPU, the copying stream waits for them there instead of a thread
+        # here.
+        copies = self._output.copies
+        stream = None if self._device_index is None or copies is None else copies.stream.handle
         running = self._thread.submit(_next_output, self._pipeline, stream)
-        output = result_within(running, self._stall_seconds, self._feed.in_flight)
+        output = result_within(running, self._output.stall_seconds, self._feed.in_flight)
         if output is None:
             raise StopIteration
         return output
 
     def _tensors(self, output: Any) -> list[torch.Tensor]:
-        """The images of an output on the CPU, without a copy: all in one, or each alone where their sizes differ."""
+        """Return the images of a CPU output, not copied, in one tensor or one each."""
         if output is None:
             return []
-        # The executor counts references to its buffers and hands out a new one for every batch (exec_dynamic), so the
-        # tensors stay as they are.
-        if self._geometry == "crop":
+        # The executor counts references to its buffers and hands out a new one per batch
+        # (exec_dynamic), so the tensors stay valid.
+        if self._output.geometry == "crop":
             return [from_dlpack(output.as_tensor())]
         return [from_dlpack(output[index]) for index in range(len(output))]
 
-    def _build(self, feed: Feed, batch_size: int) -> Any:
-        return build_pipeline(self._graph, feed, batch_size, self._num_threads, self._device_index)
+    def _build(self, feed: "_Feed", batch_size: int) -> Any:
+        return _build_pipeline(self._graph, feed, batch_size, self._output.num_threads, self._device_index)
 
 
 def _next_output(pipeline: Any, stream: Any) -> Any:
-    """The next output of `pipeline`; None at the end (a future cannot hold a StopIteration)."""
+    """Return the next output of `pipeline`; None, not StopIteration, at the end."""
     try:
         (output,) = pipeline.run(stream)
     except StopIteration:
@@ -242,7 +241,7 @@ def _next_output(pipeline: Any, stream: Any) -> Any:
 
 
 def check_installation() -> None:
-    """Check that DALI is there.
+    """Check that DALI can be imported.
 
     Raises:
         ValueError: DALI is not installed, or both of its wheels are.
@@ -261,8 +260,243 @@ def check_installation() -> None:
     try:
         importlib.import_module("nvidia.dali")
     except ImportError as error:
-        why = "is not installed" if isinstance(error, ModuleNotFoundError) else f"does not load ({error})"
+        problem = "is not installed" if isinstance(error, ModuleNotFoundError) else f"does not load ({error})"
         raise ValueError(
-            f"NVIDIA DALI, which reads the images, {why}: pip install {extras}, or read them with torchvision: "
+            f"NVIDIA DALI, which reads the images, {problem}: pip install {extras}, or read them with torchvision: "
             "--data.loader torch"
         ) from None
+
+
+class _Graph(NamedTuple):
+    """Operations of a pipeline."""
+
+    geometry: Geometry
+    image_size: int
+    with_windows: bool
+    """Windows are an input; without them whole images come out."""
+    with_flips: bool
+    """Flips are an input."""
+    resizes: bool
+    """DALI resizes, if the geometry has a resize."""
+    largest_image_bytes: int
+    """Height * width * 3 of the largest image: the most that the GPU decoder allocates at once."""
+    fast_idct: bool
+
+
+class _Feed:
+    """DALI's input callback, which remembers the requests whose images are still to come.
+
+    DALI gets paths of files, or bytes that threads read ahead, if images are in shards or Pillow
+    decodes some. Separate from DaliPipeline, so that no reference cycle keeps a pipeline alive.
+    """
+
+    def __init__(self, graph: _Graph, *, in_shards: bool, by_pillow: npt.NDArray[np.bool_]) -> None:
+        """Read nothing yet.
+
+        Args:
+            graph: Operations, which decide the inputs.
+            in_shards: Images are parts of larger files, which DALI cannot read itself.
+            by_pillow: True for images of the list that Pillow decodes [N]; may change before
+                `restart`.
+        """
+        self.in_flight: deque[Request] = deque()
+        """Requests that DALI has received and whose batch has not been taken, oldest first."""
+        self._graph = graph
+        self._requests: Iterator[Request] = iter(())
+        self._in_shards, self._by_pillow = in_shards, by_pillow
+        self._readers: ThreadPoolExecutor | None = None
+        self._start_readers()
+        self._ahead: deque[tuple[Request, list[Future[_Encoded]]]] = deque()
+
+    @property
+    def gives_bytes(self) -> bool:
+        """True if DALI gets encoded images instead of paths, since `start` or `restart`."""
+        return self._readers is not None
+
+    def start(self, requests: Iterator[Request]) -> None:
+        """Give `requests` from now on."""
+        self._start_readers()
+        self._requests = requests
+        self.in_flight.clear()
+        self._ahead.clear()
+
+    def _start_readers(self) -> None:
+        if self._readers is None and (self._in_shards or self._by_pillow.any()):
+            self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="readers")
+
+    def stop(self) -> None:
+        """Give no more requests; those in flight stay there."""
+        self._requests = iter(())
+        self._ahead.clear()
+
+    def restart(self, first: Sequence[Request]) -> None:
+        """Give `first`, then again what is in flight, then the rest, to a new pipeline."""
+        pending = [*first, *self.in_flight, *(request for request, _ in self._ahead)]
+        self.start(itertools.chain(pending, self._requests))
+
+    def __call__(self) -> tuple[Any, ...]:
+        """Return the inputs of the next batch; StopIteration ends the iteration, as DALI wants."""
+        if self._readers is None:
+            request = next(self._requests)
+            images = request.images
+            paths = np.char.add(os.fsencode(images.folder) + b"/", images.names[request.samples])
+            # One matrix of all paths costs half of a list of arrays; the file system ends a path at
+            # its NUL.
+            files: Any = np.ascontiguousarray(paths).view(np.uint8).reshape(len(paths), -1)
+        else:
+            request, files = self._read_ahead(self._readers)
+        self.in_flight.append(request)
+        inputs = [files]
+        if self._graph.with_windows:
+            inputs += [request.windows.starts, request.windows.ends]
+        if self._graph.with_flips:
+            inputs.append(request.flips)
+        return tuple(inputs)
+
+    def _read_ahead(self, readers: ThreadPoolExecutor) -> tuple[Request, _Encoded]:
+        while len(self._ahead) <= _BATCHES_AHEAD and (request := next(self._requests, None)):
+            shares = np.array_split(np.arange(len(request.samples)), min(_READERS, len(request.samples)))
+            self._ahead.append((request, [readers.submit(_read, request, share, self._by_pillow) for share in shares]))
+        if not self._ahead:
+            raise StopIteration
+        request, futures = self._ahead[0]
+        encoded = [image for future in futures for image in future.result()]
+        self._ahead.popleft()
+        return request, encoded
+
+
+def _read(request: Request, positions: npt.NDArray[np.int64], by_pillow: npt.NDArray[np.bool_]) -> _Encoded:
+    encoded = []
+    for position in positions.tolist():
+        try:
+            if by_pillow[request.samples[position]]:
+                image = plain_png(np.asarray(image_of(request, position)))
+            else:
+                image = request.read(position)
+        except (OSError, ValueError):  # DALI fails at it, and then the reason is found
+            image = b"\0"
+        encoded.append(np.frombuffer(image or b"\0", np.uint8))
+    return encoded
+
+
+def plain_png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """Return uint8 [H, W, 3] as an uncompressed PNG file, at the speed of a copy.
+
+    Pillow's writer tries filters even at level 0 and takes six times as long.
+    """
+    height, width, _ = pixels.shape
+    rows = np.zeros((height, 1 + 3 * width), np.uint8)  # a row starts with its filter: 0 is none
+    rows[:, 1:] = pixels.reshape(height, -1)
+    header = struct.pack(">IIBBBBB", width, height, _PNG_DEPTH, _PNG_RGB, 0, 0, 0)
+    file = _PNG_SIGNATURE
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows.data, 0)), (b"IEND", b"")):
+        checksum = zlib.crc32(data, zlib.crc32(kind))
+        file += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+    return file
+
+
+def has_suffix(images: ImageList, suffixes: Sequence[bytes]) -> npt.NDArray[np.bool_]:
+    """Return whether each name ends in one of `suffixes`, in lower or upper case [N]."""
+    cases = [case(suffix) for suffix in suffixes for case in (bytes.lower, bytes.upper)]
+    matches: npt.NDArray[np.bool_] = np.any([np.strings.endswith(images.names, suffix) for suffix in cases], axis=0)
+    return matches
+
+
+def _build_pipeline(graph: _Graph, feed: _Feed, batch_size: int, num_threads: int, device_index: int | None) -> Any:
+    """Build the pipeline that reads `feed`; it decodes on the CPU if `device_index` is None."""
+    from nvidia.dali import Pipeline, fn, types
+
+    pipeline = Pipeline(
+        batch_size=batch_size,
+        num_threads=num_threads,
+        device_id=device_index,
+        prefetch_queue_depth=_PREFETCH_DEPTH,
+        exec_dynamic=True,
+    )
+    window_type = types.FLOAT if graph.geometry == "resize_crop" else types.INT32
+    kinds = [(types.UINT8, 1)]
+    kinds += [(window_type, 1), (window_type, 1)] * graph.with_windows + [(types.INT32, 0)] * graph.with_flips
+    with pipeline:
+        files, *others = fn.external_source(
+            source=feed,
+            num_outputs=len(kinds),
+            batch=True,
+            dtype=[dtype for dtype, _ in kinds],
+            ndim=[ndim for _, ndim in kinds],
+        )
+        if not feed.gives_bytes:
+            files = fn.io.file.read(files)
+        images = _decoded_windows(graph, _parsed(files), others, device_index)
+        if graph.with_flips:
+            images = fn.flip(images, horizontal=others[-1])
+        pipeline.set_outputs(images)
+    pipeline.build()
+    return pipeline
+
+
+def _decoded_windows(graph: _Graph, files: Any, others: list[Any], device_index: int | None) -> Any:
+    """Decode `files`, then crop and resize for the geometry."""
+    from nvidia.dali import fn, types
+
+    # Grey, CMYK and palette images become RGB. EXIF orientation is not applied, as in torchvision:
+    # the heights and widths that windows are made from are those of the stored pixels.
+    decoding: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False, "device": "cpu"}
+    if device_index is not None:
+        decoding |= gpu_decoding(graph.largest_image_bytes)
+    elif graph.fast_idct:
+        decoding["use_fast_idct"] = True
+    resizing: dict[str, Any] = {
+        "size": [graph.image_size] * 2,
+        "interp_type": types.INTERP_LINEAR,
+        "antialias": True,
+    }
+    if graph.geometry in ("crop_resize", "crop_bicubic"):
+        images = fn.decoders.image_slice(files, start=others[0], end=others[1], axes=[0, 1], **decoding)
+    else:
+        images = fn.decoders.image(files, **decoding)
+    if graph.geometry == "crop_resize" and graph.resizes:
+        images = fn.resize(images, **resizing)
+    elif graph.geometry == "resize_crop" and graph.resizes:
+        images = fn.resize(images, roi_start=others[0], roi_end=others[1], **resizing)
+    elif graph.geometry == "crop":
+        images = fn.slice(
+            images, start=others[0], end=others[1], axes=[0, 1], out_of_bounds_policy="pad", fill_values=0
+        )
+    return images
+
+
+def gpu_decoding(largest_image_bytes: int) -> dict[str, Any]:
+    """Return the GPU arguments of DALI's decoder.
+
+    Args:
+        largest_image_bytes: Height * width * 3 of the largest image.
+    """
+    return {
+        "device": "mixed",
+        "device_memory_padding": min(largest_image_bytes, _MOST_DEVICE_PADDING),
+        "host_memory_padding": min(largest_image_bytes, _MOST_HOST_PADDING),
+        "jpeg_fancy_upsampling": True,  # as the CPU decoder does
+    }
+
+
+def _parsed(files: Any) -> Any:
+    """Return `files` unchanged after all of them have been parsed; an error here ends the batch.
+
+    DALI 2.4's decoders cut a batch of 32 or more in parts; if a file of one part cannot be parsed,
+    the threads of the other parts continue with freed memory, and the process may crash. An
+    operator that reads only headers waits for its threads. It takes 5 us per image, and 3 more to
+    fail at formats other than JPEG, PNG and WebP, several of which DALI reads to other colours than
+    Pillow (decoding.py).
+    """
+    from nvidia.dali import fn, types
+
+    # A zero that depends on the shapes: the first byte has to wait for them. Nothing is copied.
+    first_bytes = files[0:1] + 0 * fn.peek_image_shape(files)[0:1]
+    shape = fn.lookup_table(
+        first_bytes,
+        keys=FIRST_BYTES,
+        values=[_ALL_BYTES] * len(FIRST_BYTES),
+        default_value=0,  # does not fit: a file has bytes
+        dtype=types.INT32,
+    )
+    return fn.reshape(files, shape=shape)

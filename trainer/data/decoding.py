@@ -1,11 +1,12 @@
-"""Pillow on one image: its pixels as every loader gives them, or why it cannot be read.
+"""Recognise image files and decode them with Pillow.
 
-DALI decodes JPEG, PNG and WebP, to the same pixels but for rounding. What it reads otherwise or not at all is decoded here in
-every loader (dali.py, whole.py), so this file says what an odd image looks like.
+DALI decodes JPEG, PNG and WebP to the same pixels but for rounding. What it reads differently or
+not at all is decoded here by every loader, so this file defines the pixels of an unusual image.
 """
 
 import io
 import os
+import re
 from typing import IO
 
 import numpy as np
@@ -13,18 +14,58 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from bitfleet.trainer.data.request import Request
-
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
-"""Pillow's names of what is read, whatever the suffix says: ImageNet has a PNG named .JPEG."""
+"""Pillow's names of the formats that are read, whatever the suffix."""
 MOST_PIXELS = 178_956_970
-"""Larger images are refused: Pillow's own limit. One of that size has 0.54 GB of pixels, in Pillow 0.72 GB."""
+"""Larger images are refused (Pillow's own limit): 0.54 GB of pixels, 0.72 GB in Pillow."""
+IMAGE_SUFFIXES = frozenset(
+    ".jpeg .jpg .jpe .jfif .jif .jfi .mpo .png .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .j2c .jpc .jpf .jpx".split()
+)
+"""Lower-case suffixes of images; such a file is an image even if it cannot be read."""
+TEXT_SUFFIXES = frozenset(".txt .md .rst .csv .tsv .json .jsonl .xml .yaml .yml .toml .ini .log .py .sh .cls".split())
+"""Lower-case suffixes of files that are not images; their content is not looked at."""
+HEAD_BYTES = 32
+"""Number of leading bytes that `is_image` needs."""
 
+_MAGIC = re.compile(
+    rb"\xff\xd8\xff"  # JPEG
+    rb"|\x89PNG\r\n\x1a\n"
+    rb"|RIFF....WEBP"
+    rb"|II[*+]\x00|MM\x00[*+]"  # TIFF and BigTIFF
+    rb"|BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\x00\x00\x00"  # BMP: two letters, so check the size of its second header
+    rb"|P[1-6][ \t\r\n]+[0-9#]"  # PBM, PGM, PPM
+    rb"|\x00\x00\x00\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",  # JPEG 2000
+    re.DOTALL,
+)
+_SYSTEM_FILES = (".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", ".localized", ".directory")
+_SYSTEM_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 _BITS, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT = 258, 262, 284, 339  # tags of a TIFF
-_WHITE_IS_ZERO, _APART, _SIGNED = 0, 2, 2
+_WHITE_IS_ZERO, _SEPARATE_PLANES, _SIGNED = 0, 2, 2
 
-# Pillow warns of images of half that size and has an error with another text for larger ones; `opened` has one rule for both.
+# Pillow warns above half of MOST_PIXELS and has its own error above; `opened` applies one rule
+# instead.
 Image.MAX_IMAGE_PIXELS = None
+
+
+def suffix_of(name: str) -> str:
+    """Return the suffix in lower case with its dot: "" for "photo", ".jpg" for "a.b.JPG"."""
+    stem, dot, suffix = name.rpartition(".")
+    return f".{suffix.lower()}" if dot and stem else ""
+
+
+def is_image(head: bytes) -> bool:
+    """Return True if a file that starts with `head` has a format that is read."""
+    return _MAGIC.match(head) is not None
+
+
+def is_system_file(name: str) -> bool:
+    """Return True for files of operating systems, like .DS_Store, ._photo.jpg, Thumbs.db."""
+    return name.startswith("._") or name.lower() in _SYSTEM_FILES
+
+
+def is_system_folder(name: str) -> bool:
+    """Return True for folders that operating systems and packers add, like __MACOSX."""
+    return name.lower() in _SYSTEM_FOLDERS
 
 
 def opened(file: str | IO[bytes]) -> Image.Image:
@@ -43,8 +84,8 @@ def opened(file: str | IO[bytes]) -> Image.Image:
     if (num_pixels := image.width * image.height) > MOST_PIXELS:
         image.close()
         raise ValueError(
-            f"it has {image.width} x {image.height} = {num_pixels:,} pixels, and at most {MOST_PIXELS:,} are read: make it "
-            "smaller"
+            f"it has {image.width} x {image.height} = {num_pixels:,} pixels, and at most {MOST_PIXELS:,} are read: "
+            "make it smaller"
         )
     return image
 
@@ -54,6 +95,26 @@ def _has_content(file: str | IO[bytes]) -> bool:
         return os.path.getsize(file) > 0
     file.seek(0)
     return bool(file.read(1))
+
+
+def header_size(file: str | IO[bytes]) -> tuple[int, int]:
+    """Return height and width in pixels from the header of an image, at a path or in an open file.
+
+    Raises:
+        ValueError: It is missing, unreadable, too large or of another format; the message is the
+            bare reason.
+    """
+    try:
+        with opened(file) as image:
+            is_pfm = image.format == "PPM" and image.mode == "F"
+            if image.format not in FORMATS or is_pfm:
+                raise ValueError(f"it is a {'PFM' if is_pfm else image.format} file, which bitfleet does not read")
+            return image.height, image.width
+    except FileNotFoundError:
+        is_link = isinstance(file, str) and os.path.islink(file)
+        raise ValueError("a link to nothing" if is_link else "the file is missing") from None
+    except Exception as error:  # a broken header raises nearly anything in Pillow
+        raise ValueError(_reason(error)) from None
 
 
 def decode(encoded: bytes) -> Image.Image:
@@ -67,26 +128,30 @@ def decode(encoded: bytes) -> Image.Image:
             if image.format not in FORMATS:
                 raise ValueError(f"it is a {image.format} file, which bitfleet does not read")
             image.load()
-            read = grey_or_rgb(image)
-            return read if read.mode == "RGB" else read.convert("RGB")
+            pixels = grey_or_rgb(image)
+            return pixels if pixels.mode == "RGB" else pixels.convert("RGB")
     except MemoryError:
         raise
     except Exception as error:  # broken files raise nearly anything in Pillow
-        raise ValueError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from None
+        raise ValueError(_reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def grey_or_rgb(image: Image.Image) -> Image.Image:
-    """Return a loaded image in mode L or RGB: 8 bits a channel, without transparency, the stored orientation.
+    """Return a loaded image in mode L or RGB, 8 bits per channel, in the stored orientation.
 
     Raises:
-        ValueError: Its range of brightness is not known, or Pillow reads it wrongly.
+        ValueError: Its range of brightness is unknown, or Pillow reads it wrongly.
     """
     mode, bits = image.mode, 16
     image.info.pop("transparency", None)  # Pillow warns that it is lost, or looks for it among the pixels
-    is_inverted = has_sign = False
+    is_inverted = is_signed = False
     if isinstance(image, TiffImageFile):
-        bits, is_inverted, has_sign = _facts_of_tiff(image)
-    if has_sign or mode == "F" or (mode == "I" and image.format not in ("PPM", "PNG")):
+        bits, is_inverted, is_signed = _tiff_numbers(image)
+    if is_signed or mode == "F" or (mode == "I" and image.format not in ("PPM", "PNG")):
         raise ValueError(
             f"{image.format}, mode {mode}: its range of brightness is not known; store it with 8 or 16 bits a channel"
         )
@@ -94,21 +159,22 @@ def grey_or_rgb(image: Image.Image) -> Image.Image:
         grey = _scaled(np.asarray(image), (1 << bits) - 1)
         return Image.fromarray(255 - grey if is_inverted else grey)
     if mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
-        # Pillow takes every such JPEG for Adobe's, which are inverted. DALI and libjpeg's users look at the marker.
+        # Pillow takes every such JPEG for Adobe's, which are inverted. DALI and libjpeg look at the
+        # marker.
         image = Image.merge("CMYK", [band.point(lambda value: 255 - value) for band in image.split()])
     if mode in ("L", "RGB"):
-        return image  # and no copy: one of a large image has 0.7 GB
+        return image  # not a copy: a large image takes 0.7 GB
     return image.convert("L" if mode in ("1", "LA", "La") else "RGB")
 
 
-def _facts_of_tiff(image: TiffImageFile) -> tuple[int, bool, bool]:
-    """Bits of a channel, whether white is 0, which Pillow sees to but for more than 8 bits, and whether numbers have a sign.
+def _tiff_numbers(image: TiffImageFile) -> tuple[int, bool, bool]:
+    """Return bits per channel, whether white is 0, and whether numbers are signed.
 
-    Pillow reads numbers of 8 bits with a sign as if they had none.
+    Pillow handles inversion only up to 8 bits, and reads signed 8-bit numbers as unsigned.
     """
     tags = image.tag_v2
     bits = int(np.max(tags.get(_BITS, 1)))
-    if tags.get(_PLANAR) == _APART and bits > 8 and len(image.getbands()) > 1:
+    if tags.get(_PLANAR) == _SEPARATE_PLANES and bits > 8 and len(image.getbands()) > 1:
         raise ValueError(
             f"a TIFF of {bits} bits a channel in separate planes, which Pillow reads wrongly: store it interleaved"
         )
@@ -116,32 +182,6 @@ def _facts_of_tiff(image: TiffImageFile) -> tuple[int, bool, bool]:
 
 
 def _scaled(values: npt.NDArray[np.integer], largest: int) -> npt.NDArray[np.uint8]:
-    """Integers of 0 .. `largest` as 0 .. 255, rounded to the nearest, as DALI does."""
+    """Scale integers 0 .. `largest` to 0 .. 255, rounded to the nearest, as DALI does."""
     wide = values.astype(np.uint32)
     return np.minimum((wide * 255 + largest // 2) // largest, 255).astype(np.uint8)
-
-
-def image_of(request: Request, position: int) -> Image.Image:
-    """Return the pixels of the image at `position`, mode RGB.
-
-    Raises:
-        OSError: It cannot be read.
-        ValueError: It cannot be decoded, or is not what the list says.
-    """
-    images, sample = request.images, int(request.samples[position])
-    height, width = int(images.heights[sample]), int(images.widths[sample])
-    image = decode(request.read(position))
-    if (image.height, image.width) != (height, width):
-        raise ValueError(f"it has {image.width} x {image.height} pixels now, and had {width} x {height}")
-    return image
-
-
-def reason_of(request: Request, position: int) -> str | None:
-    """Why the image at `position` cannot be read, or is not what the list says; None if Pillow finds no fault."""
-    try:
-        image_of(request, position)
-    except OSError as error:
-        return error.strerror or str(error)
-    except ValueError as error:
-        return str(error)
-    return None

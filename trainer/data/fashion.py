@@ -1,4 +1,4 @@
-"""The embedded default: Fashion-MNIST as class folders of PNG files, read on the same path as ImageNet.
+"""Unpack Fashion-MNIST, the embedded default, to class folders of PNG files.
 
 Fashion-MNIST is by Zalando SE, under the MIT licence: see fashion_mnist/LICENSE.txt.
 """
@@ -33,22 +33,22 @@ _SUBSET_FILE = Path(__file__).parent / "fashion_mnist" / "subset.npz"
 _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 _DEBIAN_STEMS = {"train": "train", "val": "t10k"}
 
-# Split name -> images of each class, uint8 [count, 28, 28], in the order of _CLASSES.
 ImagesByClass = dict[str, list[npt.NDArray[np.uint8]]]
+"""Split name -> images of each class, uint8 [count, 28, 28], in the order of _CLASSES."""
 
 
 def fashion_mnist_root(name: str) -> Path:
-    """Return the class-folder tree of an embedded data set; the first process to ask unpacks it into the cache.
+    """Return the class folders of an embedded data set, unpacked into the cache.
 
-    The tree is written under another name and renamed when it is complete, so it is whole or absent; its name carries
-    a hash of the source, so other data is unpacked anew.
+    The tree is written under another name and renamed when complete. Its name has a hash of the
+    source, so changed data is unpacked again.
 
     Args:
-        name: "fashion-mnist" (6,000 + 1,000 images, in this repository) or "fashion-mnist-full" (60,000 + 10,000, from
-            Debian's package dataset-fashion-mnist).
+        name: "fashion-mnist" (6,000 + 1,000 images, in this repository) or "fashion-mnist-full"
+            (60,000 + 10,000, from Debian's package dataset-fashion-mnist).
 
     Raises:
-        ValueError: The full set is asked for and the package is not installed, or the cache cannot be written.
+        ValueError: The package of the full set is not installed, or the cache cannot be written.
     """
     sources = [_SUBSET_FILE] if name == SUBSET_ROOT else debian_files()
     digest = hashlib.sha256()
@@ -63,7 +63,7 @@ def fashion_mnist_root(name: str) -> Path:
 
 
 def debian_files() -> list[Path]:
-    """Return the four files of dataset-fashion-mnist, or raise a ValueError that says how to install it."""
+    """Return the four files of dataset-fashion-mnist; raise a ValueError if one is missing."""
     files = [
         _DEBIAN_FOLDER / f"{stem}-{kind}-ubyte.gz"
         for stem in _DEBIAN_STEMS.values()
@@ -79,13 +79,13 @@ def debian_files() -> list[Path]:
 
 
 def load_subset() -> ImagesByClass:
-    """Read the subset of the repository: 600 training and 100 validation images of each class."""
+    """Read the embedded subset: 600 training and 100 validation images per class."""
     with np.load(_SUBSET_FILE, allow_pickle=False) as arrays:
         return {split: list(arrays[split]) for split in _DEBIAN_STEMS}
 
 
 def load_full() -> ImagesByClass:
-    """Read the whole of Fashion-MNIST from the files of Debian's package (IDX format: headers of 16 and 8 bytes)."""
+    """Read all of Fashion-MNIST from Debian's package (IDX format: headers of 16 and 8 bytes)."""
     images_by_class: ImagesByClass = {}
     for split, stem in _DEBIAN_STEMS.items():
         with gzip.open(_DEBIAN_FOLDER / f"{stem}-images-idx3-ubyte.gz") as file:
@@ -98,8 +98,7 @@ def load_full() -> ImagesByClass:
 
 def _write_tree(root: Path, images_by_class: ImagesByClass) -> None:
     unfinished = root.with_name(f".tmp-{root.name}")
-    # What a killed process left; the caller holds the lock, so nobody is writing there now.
-    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.rmtree(unfinished, ignore_errors=True)  # from a killed process: the caller holds the lock
     for split, classes in images_by_class.items():
         for class_name, images in zip(_CLASSES, classes, strict=True):
             folder = unfinished / split / class_name

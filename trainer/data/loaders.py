@@ -1,7 +1,8 @@
-"""The loaders of a rank: which images it reads, in which order and with which windows. A pipeline does the reading."""
+"""Choose the images of a rank, their order and their windows; a pipeline reads them."""
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import os
 from collections.abc import Iterator, Mapping
@@ -11,28 +12,27 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bitfleet.trainer.data import official, sampler
+from bitfleet.trainer.data import preprocessing, sampler
 from bitfleet.trainer.data.bad_samples import BadSamples
 from bitfleet.trainer.data.config import DataConfig
 from bitfleet.trainer.data.dali import DaliPipeline
 from bitfleet.trainer.data.dataset import Dataset
-from bitfleet.trainer.data.decoded_images import decoder_of
-from bitfleet.trainer.data.device_copies import CudaCopyStream, DeviceCopies
-from bitfleet.trainer.data.images import ImageList
+from bitfleet.trainer.data.delivery import CopyStream, DeviceCopies, Output
+from bitfleet.trainer.data.image_list import ImageList
 from bitfleet.trainer.data.memory_pipeline import MemoryPipeline, keep_in_memory
 from bitfleet.trainer.data.request import Batch, Geometry, Pipeline, Request
-from bitfleet.trainer.data.sampler import Windows
 from bitfleet.trainer.data.torch_pipeline import TorchPipeline
 
-# Windows and flips of so many images are drawn together, where nothing is read: calls of numpy cost more than the numbers.
+# Windows and flips of this many images are drawn together if nothing is read: calls of numpy cost
+# more than the numbers.
 _IMAGES_AHEAD = 4096
 
 
 class TrainLoader:
     """The training micro-batches of one rank.
 
-    The stream is a function of (seed, epoch, sample) alone: any number of ranks sees the same global batches of the
-    same pixels, and every step can be started from.
+    The stream is a function of (seed, epoch, sample) alone: any number of ranks sees the same
+    global batches of the same pixels, and reading can start at any step.
     """
 
     steps_per_epoch: int
@@ -51,23 +51,23 @@ class TrainLoader:
         local_world_size: int,
         device: torch.device,
     ) -> None:
-        """Check the sizes; nothing is read yet, but data.loader="memory" decodes all images here.
+        """Check the sizes; nothing is read yet, unless data.loader is "memory".
 
         Args:
             dataset: From `open_dataset`.
-            config: The config that it was opened with.
-            seed: Of order, crops and flips; the same on every rank.
-            global_batch_size: Images of one optimizer step over all ranks; a multiple of num_replicas.
-            num_replicas: Micro-batches that a global batch is cut into; a multiple of world_size.
+            config: Config that it was opened with.
+            seed: Seed of order, crops and flips; the same on every rank.
+            global_batch_size: Images per optimizer step over all ranks; a multiple of num_replicas.
+            num_replicas: Micro-batches per global batch; a multiple of world_size.
             rank: This rank, 0 .. world_size - 1.
-            world_size: All ranks.
-            local_world_size: Ranks on this machine, who share its cores.
-            device: Where the model of this rank runs: batches come out there.
+            world_size: Number of ranks.
+            local_world_size: Ranks on this machine, which share its cores.
+            device: Device of the model, where batches are put.
 
         Raises:
-            ValueError: Sizes that do not divide, a batch larger than the training set, an image too small for the
-                window, data.device="gpu" for a model on the CPU, no DALI, or images that do not fit into memory or, kept
-                there, cannot be decoded.
+            ValueError: Sizes that do not divide, a batch larger than the training set, an image too
+                small for the window, data.device="gpu" for a model on the CPU, no DALI, or images
+                that do not fit into memory or, kept there, cannot be decoded.
         """
         _check_batches(seed, global_batch_size, num_replicas, world_size, len(dataset.train))
         if config.augmentation == "pad_crop":
@@ -86,60 +86,48 @@ class TrainLoader:
             world_size=world_size,
         )
         self._bad = BadSamples(config.on_bad_sample, config.max_bad_samples, seed=seed, rank=rank)
-        geometry, batch_size = _geometry(config, "crop_resize"), global_batch_size // num_replicas
-        self._batches_ahead = 1
-        self._pipeline: Pipeline
-        if config.loader == "memory":
-            if geometry == "crop":
-                self._batches_ahead = max(1, _IMAGES_AHEAD // batch_size)
-            self._pipeline = _memory_pipeline(
-                config, dataset, "training", geometry, self._bad, rank, batch_size, local_world_size, device
-            )
-            return
-        self._pipeline = _pipeline(
-            config,
-            dataset.train,
-            geometry,
-            batch_size=batch_size,
-            local_world_size=local_world_size,
-            device=device,
-        )
+        batch_size = global_batch_size // num_replicas
+        from_canvases = config.loader == "memory" and config.augmentation == "pad_crop"
+        self._batches_ahead = max(1, _IMAGES_AHEAD // batch_size) if from_canvases else 1
+        self._pipeline = _pipeline(dataset, "training", config, self._bad, batch_size, rank, local_world_size, device)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Yield this rank's micro-batches from optimizer step `start_step` on, endlessly, over all epochs.
+        """Yield this rank's micro-batches from optimizer step `start_step` on, endlessly.
 
-        Every step has num_replicas / world_size of them. Prefetching does not stop at the end of an epoch.
+        Every step has num_replicas / world_size of them. Prefetching does not stop at the end of an
+        epoch.
 
         Yields:
-            Images, uint8 (float32 on the scale 0..255 with data.preprocessing="official") [global_batch_size / num_replicas,
-            image_size, image_size, 3], and labels, int64, on the device where the model runs.
+            Images, uint8 (float32 on the scale 0..255 with data.preprocessing="official")
+            [global_batch_size / num_replicas, image_size, image_size, 3], and labels, int64, on the
+            device of the model.
 
         Raises:
-            ValueError: An image cannot be decoded, by the policy of data.on_bad_sample, or the disk does not answer; the path
-                is named.
+            ValueError: An image cannot be decoded, by the policy of data.on_bad_sample, or the disk
+                does not answer; the path is named.
         """
         if start_step < 0:
             raise ValueError(f"start_step={start_step} must not be negative")
-        return self._pipeline.batches(self.requests(start_step, self._batches_ahead), self._mend)
+        return self._pipeline.batches(self.requests(start_step, self._batches_ahead), self._recover)
 
     @property
     def num_replaced(self) -> int:
-        """Images of this rank that others took the place of, so far."""
+        """Images of this rank that were replaced by others so far."""
         return self._bad.num_replaced
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of decoded images that lie on the GPU."""
+        """Bytes of decoded images on the GPU."""
         return _device_bytes(self._pipeline)
 
     def requests(self, start_step: int = 0, num_together: int = 1) -> Iterator[Request]:
-        """What `batches` reads: samples, windows and flips of this rank's micro-batches, endlessly.
+        """Yield what `batches` reads: samples, windows and flips of micro-batches, endlessly.
 
-        A request is for up to `num_together` of them, all of one epoch.
+        A request is for up to `num_together` micro-batches of one epoch.
         """
         micro_batches = self._micro_batches(start_step=start_step)
-        for epoch, those in itertools.groupby(micro_batches, lambda micro_batch: micro_batch[0]):
-            while together := [samples for _, samples in itertools.islice(those, num_together)]:
+        for epoch, of_epoch in itertools.groupby(micro_batches, lambda micro_batch: micro_batch[0]):
+            while together := [samples for _, samples in itertools.islice(of_epoch, num_together)]:
                 yield self._request(epoch, together[0] if num_together == 1 else np.concatenate(together))
 
     def _request(self, epoch: int, samples: sampler.Ints) -> Request:
@@ -150,18 +138,18 @@ class TrainLoader:
                 seed, epoch, samples, heights, widths, config.image_size, config.crop_padding
             )
         elif config.preprocessing == "official":
-            windows = official.official_random_windows(seed, epoch, samples, heights, widths, config.image_size)
+            windows = preprocessing.official_random_windows(seed, epoch, samples, heights, widths, config.image_size)
         else:
             windows = sampler.random_resized_windows(seed, epoch, samples, heights, widths)
         flips = sampler.random_flips(seed, epoch, samples) if config.flip else _no_flips(samples)
         return Request(self._images, samples, windows, flips, epoch)
 
-    def _mend(self, request: Request, unreadable: Mapping[int, str]) -> Request:
+    def _recover(self, request: Request, unreadable: Mapping[int, str]) -> Request:
         return self._bad.replace(request, unreadable, self._request)
 
 
 class ValidationLoader:
-    """One rank's share of the validation set: over all ranks every image once, on every rank the same batch count."""
+    """One rank's share of the validation set, with the same batch count on every rank."""
 
     def __init__(
         self,
@@ -176,28 +164,16 @@ class ValidationLoader:
         """See TrainLoader for the arguments.
 
         Raises:
-            ValueError: data.device="gpu" for a model on the CPU, no DALI, or images that do not fit into memory or, kept
-                there, cannot be decoded.
+            ValueError: data.device="gpu" for a model on the CPU, no DALI, or images that do not fit
+                into memory or, kept there, cannot be decoded.
         """
         self._images = dataset.val
         self._config = config
         self._batches = sampler.validation_batches(len(dataset.val), config.val_batch_size, rank, world_size)
         self._device = device
         self._bad = BadSamples(config.on_bad_sample, config.max_bad_samples, seed=0, rank=rank)
-        geometry, batch_size = _geometry(config, "resize_crop"), config.val_batch_size
-        self._pipeline: Pipeline
-        if config.loader == "memory":
-            self._pipeline = _memory_pipeline(
-                config, dataset, "validation", geometry, self._bad, rank, batch_size, local_world_size, device
-            )
-            return
         self._pipeline = _pipeline(
-            config,
-            dataset.val,
-            geometry,
-            batch_size=batch_size,
-            local_world_size=local_world_size,
-            device=device,
+            dataset, "validation", config, self._bad, config.val_batch_size, rank, local_world_size, device
         )
 
     def __len__(self) -> int:
@@ -205,13 +181,14 @@ class ValidationLoader:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of decoded images that lie on the GPU."""
+        """Bytes of decoded images on the GPU."""
         return _device_bytes(self._pipeline)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield images, uint8 (float32 with data.preprocessing="official") [N, image_size, image_size, 3], and labels, int64 [N].
+        """Yield images and labels, int64 [N].
 
-        N is val_batch_size or less; 0 where the other ranks still have images and this one has not.
+        Images are uint8 (float32 with data.preprocessing="official") [N, image_size, image_size,
+        3]. N is val_batch_size or less; 0 if other ranks still have images and this one does not.
         """
         yield from self._pipeline.batches(self._requests(), self._bad.leave_out)
         size = self._config.image_size
@@ -228,81 +205,81 @@ class ValidationLoader:
                 return
             heights, widths = _sizes(images, samples)
             if self._config.augmentation == "pad_crop":
-                windows: Windows = sampler.central_windows(heights, widths, size)
+                windows = sampler.central_windows(heights, widths, size)
             elif self._config.preprocessing == "official":
-                windows = official.official_central_windows(heights, widths, size)
+                windows = preprocessing.official_central_windows(heights, widths, size)
             else:
                 windows = sampler.resized_central_windows(heights, widths, size)
             yield Request(images, samples, windows, _no_flips(samples), epoch=0)
 
 
-def _geometry(config: DataConfig, resized: Geometry) -> Geometry:
-    if config.augmentation == "pad_crop":
-        return "crop"
-    return "crop_bicubic" if config.preprocessing == "official" else resized
+def decoder_of(config: DataConfig) -> Literal["dali", "torch"]:
+    """Return the decoder of a run; two loaders with one decoder give the same bytes.
+
+    data.loader="memory" decodes with DALI if it is installed. If not, it decodes with Pillow, as
+    "torch" does, unless images are resized afterwards.
+    """
+    if config.loader != "memory":
+        return config.loader
+    return "dali" if config.augmentation != "pad_crop" or _dali_is_installed() else "torch"
+
+
+def _dali_is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # no package of nvidia
+        return False
 
 
 def _pipeline(
-    config: DataConfig,
-    images: ImageList,
-    geometry: Geometry,
-    *,
-    batch_size: int,
-    local_world_size: int,
-    device: torch.device,
-) -> TorchPipeline | DaliPipeline:
-    num_threads = _num_threads(config, local_world_size)
-    device_index = _decoding_index(config, device)
-    copies = DeviceCopies(CudaCopyStream(device)) if device.type == "cuda" else None
-    if config.loader == "torch":
-        return TorchPipeline(
-            geometry=geometry,
-            image_size=config.image_size,
-            num_threads=num_threads,
-            stall_seconds=config.stall_seconds,
-            copies=copies,
-        )
-    return DaliPipeline(
-        geometry=geometry,
-        image_size=config.image_size,
-        batch_size=batch_size,
-        num_threads=num_threads,
-        device_index=device_index,
-        images=images,
-        stall_seconds=config.stall_seconds,
-        copies=copies,
-        fast_idct=config.preprocessing == "official",
-    )
-
-
-def _memory_pipeline(
-    config: DataConfig,
     dataset: Dataset,
     split: Literal["training", "validation"],
-    geometry: Geometry,
+    config: DataConfig,
     bad: BadSamples,
-    rank: int,
     batch_size: int,
+    rank: int,
     local_world_size: int,
     device: torch.device,
-) -> MemoryPipeline:
-    decoding = dataclasses.replace(config, loader=decoder_of(config), device="cpu")
+) -> Pipeline:
+    """Return the pipeline of data.loader for one split."""
     images = dataset.train if split == "training" else dataset.val
+    num_threads = _num_threads(config, local_world_size)
+    if config.augmentation == "pad_crop":
+        geometry: Geometry = "crop"
+    elif config.preprocessing == "official":
+        geometry = "crop_bicubic"
+    else:
+        geometry = "crop_resize" if split == "training" else "resize_crop"
+    in_memory = config.loader == "memory"
+    needs_copies = device.type == "cuda" and not (in_memory and geometry == "crop")
+    copies = DeviceCopies(CopyStream(device)) if needs_copies else None
+    output = Output(geometry, config.image_size, num_threads, config.stall_seconds, copies)
+    if not in_memory:
+        return _reading_pipeline(config, images, output, batch_size, device)
+    decoding, cpu = dataclasses.replace(config, loader=decoder_of(config), device="cpu"), torch.device("cpu")
+    whole = output._replace(geometry="whole", copies=None)
     return keep_in_memory(
         dataset,
         split,
         config,
-        geometry,
-        lambda size: _pipeline(
-            decoding, images, "whole", batch_size=size, local_world_size=local_world_size, device=torch.device("cpu")
-        ),
+        output,
+        lambda size: _reading_pipeline(decoding, images, whole, size, cpu),
         bad,
         batch_size=batch_size,
-        num_threads=_num_threads(config, local_world_size),
         num_ranks=local_world_size,
         device=device,
         shows_progress=rank == 0,
     )
+
+
+def _reading_pipeline(
+    config: DataConfig, images: ImageList, output: Output, batch_size: int, device: torch.device
+) -> TorchPipeline | DaliPipeline:
+    device_index = _decoding_index(config, device)
+    if config.loader == "torch":
+        return TorchPipeline(output)
+    fast_idct = config.preprocessing == "official"
+    return DaliPipeline(output, images, batch_size=batch_size, device_index=device_index, fast_idct=fast_idct)
 
 
 def _device_bytes(pipeline: Pipeline) -> int:
@@ -349,10 +326,11 @@ def _num_threads(config: DataConfig, local_world_size: int) -> int:
 
 
 def _decoding_index(config: DataConfig, device: torch.device) -> int | None:
-    """Return the CUDA device to decode on, or None for the CPU: a model on the CPU starts no CUDA."""
+    """Return the CUDA device to decode on, or None for the CPU."""
     if config.device == "gpu" and device.type != "cuda":
         raise ValueError(
-            "data.device='gpu' needs a model that runs on a GPU, and it runs on the CPU here; use data.device='auto' or 'cpu'"
+            "data.device='gpu' needs a model that runs on a GPU, and it runs on the CPU here; use data.device='auto' "
+            "or 'cpu'"
         )
     if config.device == "cpu" or config.loader != "dali" or device.type != "cuda":
         return None

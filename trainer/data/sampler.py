@@ -1,9 +1,10 @@
-"""The stream of samples: pure functions of (seed, epoch, sample index), in numpy alone.
+"""Draw the stream of samples with pure functions of (seed, epoch, sample index), in numpy alone.
 
-Every random number is a keyed hash (SplitMix64) of the seed, the epoch, the sample and the number of the draw. Order
-and pixels therefore do not depend on ranks, threads, batches or on what was drawn before, and a resume is an offset.
-Integer arithmetic, the four basic operations and sqrt give the same bits on every machine and in every numpy; np.exp
-and np.random's permutations promise neither, so they are not used.
+Every random number is a keyed hash (SplitMix64) of the seed, the epoch, the sample and the number
+of the draw. Order and pixels therefore do not depend on ranks, threads, batches or earlier draws,
+and a resume is an offset. Integer arithmetic, the four basic operations and sqrt give the same bits
+on every machine and in every numpy; np.exp and np.random's permutations promise neither, so they
+are not used.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ORDER, _FLIP, _CROP, OFFICIAL_CROP, _SUBSTITUTE = range(5)  # what a number is for: part of its key
+_ORDER, _FLIP, _CROP, OFFICIAL_CROP, _SUBSTITUTE = range(5)  # purpose of a number, part of its key
 _CROP_ATTEMPTS = 10
 _AREA_RANGE = (0.08, 1.0)
 _LOG_MAX_ASPECT = 0.28768207245178085  # log(4/3); the aspect ratio w/h is log-uniform in [3/4, 4/3]
@@ -27,9 +28,9 @@ class Windows(NamedTuple):
     """Crop windows of N images: [start, end) in pixels, as (y, x)."""
 
     starts: npt.NDArray[np.int32] | npt.NDArray[np.float32]
-    """[N, 2]."""
+    """Inclusive upper left corners [N, 2]."""
     ends: npt.NDArray[np.int32] | npt.NDArray[np.float32]
-    """[N, 2]."""
+    """Exclusive lower right corners [N, 2]."""
 
 
 def epoch_permutation(seed: int, epoch: int, num_samples: int) -> Ints:
@@ -47,11 +48,12 @@ def micro_batches(
     world_size: int,
     start_step: int,
 ) -> Iterator[tuple[int, Ints]]:
-    """Yield the epoch and the samples, int64 [global_batch_size // num_replicas], of a rank's micro-batches, endlessly.
+    """Yield epoch and samples, int64 [N], of a rank's micro-batches, endlessly.
 
-    Step s is global batch k = s % steps_per_epoch of epoch s // steps_per_epoch: permutation[k*G : (k+1)*G]. Replica r
-    is its r-th slice; a rank takes num_replicas / world_size consecutive replicas, in order, at every step. What does
-    not fill a global batch at the end of an epoch is dropped.
+    Step s is global batch k = s % steps_per_epoch of epoch s // steps_per_epoch, that is
+    permutation[k*G : (k+1)*G]. Replica r is its r-th slice; a rank takes num_replicas / world_size
+    consecutive replicas, in order, at every step. Samples that do not fill a global batch at the
+    end of an epoch are dropped.
     """
     steps_per_epoch = num_samples // global_batch_size
     micro_batch_size, replicas_per_rank = global_batch_size // num_replicas, num_replicas // world_size
@@ -69,10 +71,11 @@ def micro_batches(
 
 
 def validation_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> list[Ints]:
-    """Return the samples of every validation batch of a rank: batches rank, rank + world_size, ... of the whole list.
+    """Return the samples of a rank's validation batches: rank, rank + world_size, ...
 
-    Over all ranks each sample comes once, and in the same batches on any number of ranks. The number of batches is the same
-    on every rank; the last of some ranks may be shorter than `batch_size`, or empty.
+    Over all ranks each sample comes once, in the same batches for any number of ranks. The number
+    of batches is the same on every rank; the last of some ranks may be shorter than `batch_size`,
+    or empty.
     """
     num_batches = -(-num_samples // (world_size * batch_size))
     starts = (np.arange(num_batches) * world_size + rank) * batch_size
@@ -80,21 +83,22 @@ def validation_batches(num_samples: int, batch_size: int, rank: int, world_size:
 
 
 def random_flips(seed: int, epoch: int, samples: Ints) -> npt.NDArray[np.int32]:
-    """Return 1 for each sample that is mirrored left to right (probability 1/2), else 0, int32 [N]."""
+    """Return 1 for samples to mirror left to right (probability 1/2), else 0, int32 [N]."""
     return (_keys(seed, epoch, _FLIP, samples) >> np.uint64(63)).astype(np.int32)
 
 
 def substitute(seed: int, epoch: int, sample: int, attempt: int, num_samples: int) -> int:
-    """Return another sample to take in the place of `sample`, the `attempt`-th choice from 0; a lone one is its own."""
+    """Return the sample that replaces `sample` in attempt 0, 1, ...; a lone one is kept."""
     draw = uniforms(seed, epoch, _SUBSTITUTE, np.array([sample]), attempt + 1)[0, attempt]
     return (sample + 1 + int(draw * max(num_samples - 1, 1))) % num_samples
 
 
 def random_resized_windows(seed: int, epoch: int, samples: Ints, heights: Ints, widths: Ints) -> Windows:
-    """Return windows, int32, distributed as torchvision's RandomResizedCrop(scale=(0.08, 1), ratio=(3/4, 4/3)).
+    """Return windows, int32, distributed as torchvision's RandomResizedCrop.
 
-    Ten attempts at an area and an aspect ratio that fit into the image; failing that, the largest central window with
-    an aspect ratio in the range. All attempts are drawn at once: an attempt is a column.
+    scale=(0.08, 1), ratio=(3/4, 4/3). Ten attempts at an area and an aspect ratio that fit, else
+    the largest central window with an aspect ratio in the range. All attempts are drawn at once: an
+    attempt is a column.
     """
     draws = uniforms(seed, epoch, _CROP, samples, 4 * _CROP_ATTEMPTS)
     area_draw, aspect_draw, y_draw, x_draw = np.split(draws, 4, axis=1)
@@ -117,7 +121,7 @@ def random_resized_windows(seed: int, epoch: int, samples: Ints, heights: Ints, 
 def random_padded_windows(
     seed: int, epoch: int, samples: Ints, heights: Ints, widths: Ints, size: int, padding: int
 ) -> Windows:
-    """Return `size` x `size` windows, int32, at random in images with `padding` pixels around; starts may be negative.
+    """Return random `size` x `size` windows, int32, of padded images; starts may be negative.
 
     Every image must be at least size - 2 * padding pixels high and wide.
     """
@@ -128,15 +132,16 @@ def random_padded_windows(
 
 
 def central_windows(heights: Ints, widths: Ints, size: int) -> Windows:
-    """Return `size` x `size` windows, int32, where torchvision's CenterCrop has them; outside the image is padding."""
+    """Return the `size` x `size` windows, int32, of torchvision's CenterCrop, with padding."""
     return windows_at(_central_start(heights, size), _central_start(widths, size), size, size)
 
 
 def resized_central_windows(heights: Ints, widths: Ints, size: int) -> Windows:
-    """Return the windows, float32 in pixels of the image, that Resize(256/224 * size) + CenterCrop(size) shows.
+    """Return the windows, float32, that Resize(256/224 * size) + CenterCrop(size) shows.
 
-    Resized to `size` x `size` they are the pixels of torchvision's two steps: the short side becomes
-    size * 256 // 224, the long one is truncated to whole pixels, and the centre is rounded half to even.
+    Resized to `size` x `size` they give the pixels of torchvision's two steps: the short side
+    becomes size * 256 // 224, the long one is truncated to whole pixels, and the centre is rounded
+    half to even.
     """
     short = np.minimum(heights, widths)
     resized_short = size * 256 // 224
@@ -150,7 +155,8 @@ def resized_central_windows(heights: Ints, widths: Ints, size: int) -> Windows:
 
 
 def _central_start(side: Ints, size: int) -> Floats:
-    # np.rint rounds half to even, as Python's round in torchvision does; a smaller image is padded by // 2 in front.
+    # np.rint rounds half to even, as Python's round in torchvision does; a smaller image is padded
+    # by // 2 in front.
     return np.where(side >= size, np.rint((side - size) / 2), -((size - side) // 2))
 
 
@@ -161,13 +167,13 @@ def _central_fallback(heights: Ints, widths: Ints) -> tuple[Floats, Floats, Floa
 
 
 def windows_at(y: Floats | Ints, x: Floats | Ints, height: Floats | Ints | int, width: Floats | Ints | int) -> Windows:
-    """Return the windows, int32, with these top left corners and sizes; y, x [N], height, width [N] or one for all."""
+    """Return windows, int32, from upper left corners and sizes [N], or one size for all."""
     starts, ends = np.stack([y, x], axis=1), np.stack([y + height, x + width], axis=1)
     return Windows(starts.astype(np.int32), ends.astype(np.int32))
 
 
 def uniforms(seed: int, epoch: int, purpose: int, samples: Ints, num_draws: int) -> Floats:
-    """Return `num_draws` numbers in [0, 1) for each sample, float64 [N, num_draws]: SplitMix64 seeded with its key."""
+    """Return numbers in [0, 1), float64 [N, num_draws], of SplitMix64 seeded per sample."""
     offsets = np.arange(1, num_draws + 1, dtype=np.uint64) * _GOLDEN
     words = _mix(_keys(seed, epoch, purpose, samples)[:, None] + offsets)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -181,9 +187,9 @@ def _keys(seed: int, epoch: int, purpose: int, samples: Ints) -> UInts:
 
 
 def _mix(z: UInts) -> UInts:
-    """SplitMix64's output function (Steele, Lea, Flood 2014): a bijection whose every output bit hangs on every input.
+    """Apply SplitMix64's output function (Steele, Lea, Flood 2014), a bijection.
 
-    Unsigned array arithmetic wraps, as it should here.
+    Every output bit depends on every input bit. Unsigned array arithmetic wraps, as it should here.
     """
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -191,7 +197,7 @@ def _mix(z: UInts) -> UInts:
 
 
 def _exp_near_zero(x: Floats) -> Floats:
-    """exp(x) for |x| <= 0.15 by its Taylor series, exact to 1e-15, with the same bits on every machine."""
+    """Return exp(x), |x| <= 0.15, by its Taylor series: error 1e-15, equal bits everywhere."""
     result = np.ones_like(x)
     for n in range(10, 0, -1):
         result = 1 + x * result / n

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bitfleet.launch.data import kaggle
-from bitfleet.launch.data.listing import Listing
+from bitfleet.launch.data.source import Listing
 from bitfleet.trainer.data import left_out
 from tests import miniature
 
@@ -16,7 +16,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def index(source: Path) -> Listing:
-    return kaggle.index(source / "ILSVRC/Data/CLS-LOC", source / "LOC_val_solution.csv", num_workers=1)
+    return kaggle.list_kaggle(source / "ILSVRC/Data/CLS-LOC", source / "LOC_val_solution.csv", num_workers=1)
 
 
 def test_labels_are_those_of_the_table_in_the_order_of_classes(source: Path) -> None:
@@ -44,7 +44,7 @@ def test_an_image_without_line_and_a_line_without_image_are_counted(source: Path
 def test_an_unknown_synset_is_named(source: Path) -> None:
     table = source / "LOC_val_solution.csv"
     table.write_text(table.read_text().replace("ILSVRC2012_val_00000002,n02105855", "ILSVRC2012_val_00000002,n9"))
-    with pytest.raises(ValueError, match="says n9 for ILSVRC2012_val_00000002.JPEG"):
+    with pytest.raises(ValueError, match="n9 .*ILSVRC2012_val_00000002.JPEG"):
         index(source)
 
 
@@ -59,12 +59,12 @@ def test_an_unknown_synset_is_named(source: Path) -> None:
 )
 def test_another_table_is_refused(source: Path, text: str) -> None:
     (source / "LOC_val_solution.csv").write_text(text)
-    with pytest.raises(ValueError, match="cannot be read: expected the columns|val has no image in it"):
+    with pytest.raises(ValueError, match="LOC_val_solution.csv .*PredictionString|/val has no image"):
         index(source)
 
 
 def test_no_validation_image(source: Path) -> None:
     for image in (source / "ILSVRC/Data/CLS-LOC/val").iterdir():
         image.unlink()
-    with pytest.raises(ValueError, match="CLS-LOC/val has no image in it"):
+    with pytest.raises(ValueError, match="CLS-LOC/val has no image"):
         index(source)

@@ -47,29 +47,29 @@ def test_names_of_shards(tmp_path: Path, train: str, val: str) -> None:
     [
         (
             [],
-            "no data set in a form that is known .it is empty.; looked for: ILSVRC2012_img_train.tar.*CLS-LOC.*WebDataset.*cifar",
+            "it is empty.*ILSVRC2012_img_train.tar.*cifar.*CLS-LOC.*WebDataset",
         ),
         (
             ["restraint-0.tar", "value-0.tar", "a.jpg"],
-            "in a form that is known; unpack restraint-0.tar, value-0.tar first",
+            "unpack restraint-0.tar, value-0.tar",
         ),
-        (["train.zip", "val.zip", "x.csv"], "in a form that is known; unpack train.zip, val.zip first"),
-        (["a.jpg", "b/c.jpg"], r"in a form that is known \(there is a.jpg, b\); looked for"),
-        (list("abcdefgh"), r"\(there is a, b, c, d, e, \.\.\.\); looked for"),
-        (["x/train/a/1.png", "x/val/a/1.png"], "; /.*/x has one .class folders.: give that"),
-        (["train/a/1.png", "test/a/1.png"], "the folder val/ is missing .test/ has class folders: if its images"),
+        (["train.zip", "val.zip", "x.csv"], "unpack train.zip, val.zip"),
+        (["a.jpg", "b/c.jpg"], r"\(there is a.jpg, b\)"),
+        (list("abcdefgh"), r" a, b, c, d, e, \.\.\."),
+        (["x/train/a/1.png", "x/val/a/1.png"], "/x has one .class folders."),
+        (["train/a/1.png", "test/a/1.png"], "val/ is missing .*test/"),
         ([TRAIN_FILE], f"there is {TRAIN_FILE}, and {VAL_FILE}, {DEVKIT_FILE} is missing"),
         ([TRAIN_FILE, VAL_FILE], f"there is {TRAIN_FILE}, {VAL_FILE}, and {DEVKIT_FILE} is missing"),
-        (["train/a/1.png"], "class folders in train/, but the folder val/ is missing"),
-        (["train/a/1.png", "val/1.png"], "the folder val/ has no class folder in it .*Kaggle.*LOC_val_solution.csv"),
-        (["val/a/1.png", "train/.ipynb/1.png"], "class folders in val/, but the folder train/ has no class folder"),
+        (["train/a/1.png"], "train/, .* val/ is missing"),
+        (["train/a/1.png", "val/1.png"], "val/ .*no class folder.*LOC_val_solution.csv"),
+        (["val/a/1.png", "train/.ipynb/1.png"], "val/, .* train/ has no class folder"),
         (["ILSVRC/Data/CLS-LOC/train/n1/1.JPEG"], "has no folder val/"),
         (
             ["ILSVRC/Data/CLS-LOC/train/n1/1.JPEG", "ILSVRC/Data/CLS-LOC/val/1.JPEG"],
             "LOC_val_solution.csv, which has the labels of val/, is missing in .*/ILSVRC and",
         ),
         (["train-0.tar"], r"shards of train \(train-0.tar\), and none of val"),
-        (["val/0.tar", "train/a/1.png"], "class folders in train/, but .*shards of val .* none of train"),
+        (["val/0.tar", "train/a/1.png"], "train/, but .*shards of val .* none of train"),
         (["train-val-0.tar"], "the shard train-val-0.tar says train and val"),
     ],
 )
@@ -82,7 +82,7 @@ def test_none_or_in_part(tmp_path: Path, files: list[str], message: str) -> None
 def test_several(tmp_path: Path) -> None:
     miniature.archives(tmp_path)
     miniature.class_folders(tmp_path)
-    with pytest.raises(ValueError, match=r"in more than one form \(ILSVRC2012 archives, class folders\)"):
+    with pytest.raises(ValueError, match=r"\(ILSVRC2012 archives, class folders\)"):
         recognise(tmp_path)
 
 
@@ -102,13 +102,13 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
         return listdir(path)
 
     monkeypatch.setattr(os, "listdir", closed)
-    with pytest.raises(ValueError, match=f"cannot be read .Permission denied: {tmp_path}/train.; give this user leave"):
+    with pytest.raises(ValueError, match=f"Permission denied: {tmp_path}/train"):
         recognise(tmp_path)
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere does not exist; looked for"):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
         recognise(tmp_path / "nowhere")
     (tmp_path / TRAIN_FILE).touch()
-    with pytest.raises(ValueError, match=f"{TRAIN_FILE} is a file; give the folder"):
+    with pytest.raises(ValueError, match=f"{TRAIN_FILE} is a file"):
         recognise(tmp_path / TRAIN_FILE)

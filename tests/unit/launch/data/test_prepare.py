@@ -9,9 +9,9 @@ import pytest
 
 from bitfleet.launch.data import imagenet
 from bitfleet.launch.data.prepare import prepare
-from bitfleet.launch.data.unfinished import only_one
+from bitfleet.launch.data.unfinished import lock_dest
 from bitfleet.trainer.data import DataConfig, Dataset, open_dataset
-from bitfleet.trainer.data.manifest import list_bytes, read_manifest, read_quarantine
+from bitfleet.trainer.data.image_list import list_bytes, read_manifest, read_quarantine
 from tests import miniature
 from tests.miniature import SYNSETS
 
@@ -102,7 +102,7 @@ def test_an_empty_dest_and_what_an_interrupted_run_left_are_used(tmp_path: Path)
     miniature.write(tmp_path / "b", {".tmp-train.tsv": b"p", "train.tsv": b"path", ".prepare.lock": b""})
     assert len(prepared(miniature.class_folders(tmp_path / "folders"), tmp_path / "b").train) == 12
     (tmp_path / "b/manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"manifest\.json cannot be read: remove it"):
+    with pytest.raises(ValueError, match=r"manifest\.json .*remove"):
         prepare(tmp_path / "folders", tmp_path / "b", num_workers=1)
 
 
@@ -110,7 +110,7 @@ def test_an_empty_dest_and_what_an_interrupted_run_left_are_used(tmp_path: Path)
 def test_two_at_once(tmp_path: Path, make: Make) -> None:
     source, dest = make(tmp_path / "source"), tmp_path / "dest"
     lock = tmp_path / "dest.lock" if make is miniature.archives else dest / ".prepare.lock"
-    with only_one(lock, dest), pytest.raises(ValueError, match=f"another process is making {dest}: wait"):
+    with lock_dest(lock, dest), pytest.raises(ValueError, match=f"another process .*{dest}"):
         prepare(source, dest, num_workers=1)
     assert not (dest / "manifest.json").exists()
     assert not lock.exists()
@@ -122,9 +122,9 @@ def test_two_at_once(tmp_path: Path, make: Make) -> None:
 def test_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Make, split: str) -> None:
     source = make(tmp_path / "source")
     less = {"train": 12, "val": 6, "least_train_per_class": 4, "val_per_class": 2} | {split: 99}
-    monkeypatch.setattr(imagenet, "ILSVRC2012", imagenet.Counts(**less))
+    monkeypatch.setattr(imagenet, "ILSVRC2012", imagenet.Counts(name="ILSVRC2012", **less))
     number = f"{12 if split == 'train' else 6} {'training' if split == 'train' else 'validation'} images"
-    with pytest.raises(ValueError, match=f"has {number}: ILSVRC2012 has 99. Complete it, or .* --allow_incomplete"):
+    with pytest.raises(ValueError, match=f"{number}: ILSVRC2012 has 99.* --allow_incomplete"):
         prepare(source, tmp_path / "dest", num_workers=1)
     assert not (tmp_path / "dest/manifest.json").exists()
     summary = prepare(source, tmp_path / "dest", num_workers=1, allow_incomplete=True)
@@ -136,7 +136,7 @@ def test_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Make, spl
 def test_the_first_class_that_is_short_is_named(tmp_path: Path) -> None:
     source = miniature.class_folders(tmp_path / "source")
     next((source / "train/n01443537").iterdir()).unlink()
-    with pytest.raises(ValueError, match="11 training .* has 12; the class n01443537 has 3, expected 4 or more"):
+    with pytest.raises(ValueError, match="11 training .* has 12; .* n01443537 has 3, .* 4 "):
         prepare(source, source, num_workers=1)
 
 
@@ -147,7 +147,7 @@ def test_other_classes_are_what_the_source_says(tmp_path: Path) -> None:
     assert prepared(source, tmp_path / "dest").classes == ("cats", "n01440764", "n02105855")
     (source / "val/cats").rename(source / "val/dogs")
     for allow_incomplete in (False, True):  # a class that training does not have has no label
-        with pytest.raises(ValueError, match="must be the same: 'dogs' is in val/ only; add it to train/ or remove it"):
+        with pytest.raises(ValueError, match="'dogs' .* val/ .* train/"):
             prepare(source, tmp_path / "dest", num_workers=1, allow_incomplete=allow_incomplete)
 
 
@@ -156,7 +156,7 @@ def test_kaggle_has_the_classes_of_imagenet(tmp_path: Path) -> None:
     table = source / "LOC_val_solution.csv"
     table.write_text(table.read_text().replace("n02105855", "n9"))
     (source / "ILSVRC/Data/CLS-LOC/train/n02105855").rename(source / "ILSVRC/Data/CLS-LOC/train/n9")
-    with pytest.raises(ValueError, match="has 3 classes and not the 3 of ILSVRC2012: n02105855 is missing"):
+    with pytest.raises(ValueError, match="3 classes .* 3 of ILSVRC2012: n02105855"):
         prepare(source, tmp_path / "dest", num_workers=1, allow_incomplete=True)
 
 
@@ -166,19 +166,17 @@ BAD = {"train/n01440764/n01440764_1.JPEG": b"", "train/n02105855/n02105855_2.JPE
 def test_all_unreadable_images_are_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = miniature.write(miniature.class_folders(tmp_path / "source"), BAD)
     (source / "val/n02105855/gone.jpg").symlink_to("nowhere")
-    with pytest.raises(
-        ValueError, match="3 images cannot be read; replace or remove them, or set them aside with"
-    ) as error:
+    with pytest.raises(ValueError, match="3 images .* --on_bad_sample quarantine") as error:
         prepare(source, tmp_path / "dest", num_workers=2, allow_incomplete=True)
     for name, reason in zip(BAD, ("the file is empty", "it is not an image"), strict=True):
         assert f"{source}/{name} ({reason})" in str(error.value)
     assert f"{source}/val/n02105855/gone.jpg (a link to nothing)" in str(error.value)
-    assert "ILSVRC2012 has 6. Complete it" not in str(error.value)  # that is allowed
-    with pytest.raises(ValueError, match="a link to nothing.*has 7 validation images: ILSVRC2012 has 6. Complete it"):
+    assert "ILSVRC2012 has 6" not in str(error.value)  # that is allowed
+    with pytest.raises(ValueError, match="a link to nothing.*7 validation images: ILSVRC2012 has 6"):
         prepare(source, tmp_path / "dest", num_workers=1)
     assert not (tmp_path / "dest/manifest.json").exists()
     many = {f"train/n02105855/{i:02d}.jpg": b"?" for i in range(30)}
-    with pytest.raises(ValueError, match="33 images cannot be read; .*; and 13 more, all named above"):
+    with pytest.raises(ValueError, match="33 images .* 13 more"):
         prepare(miniature.write(source, many), tmp_path / "dest", num_workers=1, allow_incomplete=True)
     assert capsys.readouterr().err.count("unreadable: ") == 33
 
@@ -211,7 +209,7 @@ def test_shards_with_unreadable_images(tmp_path: Path) -> None:
     files = miniature.tar_files(source / "val/0.tar")
     bad = [name for name in files if name.endswith(".jpg")][1:3]
     (source / "val/0.tar").write_bytes(miniature.tar(files | dict.fromkeys(bad, b"<html>")))
-    with pytest.raises(ValueError, match=rf"2 images cannot .*val/0\.tar/{bad[0]} \(it is not an image\); .*{bad[1]}"):
+    with pytest.raises(ValueError, match=rf"2 images .*val/0\.tar/{bad[0]} \(.*{bad[1]}"):
         prepare(source, source, num_workers=1)
     prepare(source, source, num_workers=1, quarantine=True)
     assert list(read_quarantine(source)) == sorted(f"val/0.tar/{name}" for name in bad)
@@ -228,9 +226,7 @@ def test_what_is_left_out_is_said_and_too_much_is_an_error(tmp_path: Path) -> No
         "root": {"other files or folders": 1},
     }
     miniature.write(source, {"train/n01440764/a.npy": b"", "val/n01440764/.1.jpg": b""})
-    with pytest.raises(
-        ValueError, match=r"from train in .* the 12 images .* 1 files named \*\.npy.*; not listed from val in .*hidden"
-    ):
+    with pytest.raises(ValueError, match=r" train .* 12 images .* 1 files named \*\.npy.* val .*hidden"):
         prepare(source, tmp_path / "dest", num_workers=1)
     summary = prepare(source, tmp_path / "dest", num_workers=1, allow_incomplete=True)
     assert "INCOMPLETE: not listed from train in" in summary
@@ -242,7 +238,7 @@ def test_what_is_left_out_is_said_and_too_much_is_an_error(tmp_path: Path) -> No
 def test_a_class_without_validation_images(tmp_path: Path) -> None:
     source = miniature.class_folders(tmp_path / "source")
     (source / "val/n01443537").rename(tmp_path / "away")
-    with pytest.raises(ValueError, match="'n01443537' is in train/ only; .*--allow_incomplete"):
+    with pytest.raises(ValueError, match="'n01443537' .* train/ .*--allow_incomplete"):
         prepare(source, tmp_path / "dest", num_workers=1)
     prepare(source, tmp_path / "dest", num_workers=1, allow_incomplete=True)
     dataset = open_dataset(DataConfig(root=str(tmp_path / "dest")))

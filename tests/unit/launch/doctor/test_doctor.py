@@ -260,7 +260,7 @@ def test_data_that_cannot_be_read_is_a_problem(tmp_path: Any) -> None:
 def test_a_disk_that_does_not_answer_is_a_problem(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
-    from bitfleet.trainer.data.images import ImageList
+    from bitfleet.trainer.data.image_list import ImageList
     from tests.conftest import write_images
 
     root = write_images(tmp_path / "images", num_classes=2, train=2, val=1)

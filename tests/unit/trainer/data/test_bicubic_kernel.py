@@ -14,7 +14,7 @@ SAME_BITS = """
 import numpy as np
 import torch
 from bitfleet.trainer.data.bicubic_kernel import resize_bicubic
-from bitfleet.trainer.data.official import resize_windows, window_facts
+from bitfleet.trainer.data.preprocessing import resize_windows, window_table
 
 rng = np.random.default_rng(0)
 shapes = [(1, 1, 3), (3, 7, 3), (75, 100, 3), (6, 6, 3), (333, 41, 3)]
@@ -22,7 +22,7 @@ windows = [torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8)) for sha
 flips = np.array([0, 1, 1, 0, 1], np.int32)
 whole = torch.cat([window.flatten() for window in windows])
 for size in (1, 6):
-    resized = resize_bicubic(whole, window_facts(shapes, flips), size)
+    resized = resize_bicubic(whole, window_table(shapes, flips), size)
     expected = resize_windows(windows, flips, size)
     assert resized.shape == expected.shape == (len(shapes), size, size, 3)
     assert torch.equal(resized.view(torch.int32), expected.view(torch.int32)), size
@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from bitfleet.trainer.data.bicubic_kernel import _resize_row
 
-types = {"windows": "*u8", "facts": "*i64", "table": "*fp32", "resized": "*fp32", "size": "i32", "BLOCK": "constexpr"}
+types = {"windows": "*u8", "rows": "*i64", "weights": "*fp32", "resized": "*fp32", "size": "i32", "BLOCK": "constexpr"}
 source = ASTSource(fn=_resize_row, signature=types, constexprs={"BLOCK": 1024})
 options = {"enable_fp_fusion": False, "num_warps": 16}
 print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
@@ -47,7 +47,7 @@ def run(code: str, tmp_path: Path, **environment: str) -> str:
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)} | environment,
         check=False,
     )

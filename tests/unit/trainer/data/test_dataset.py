@@ -34,7 +34,7 @@ def test_too_much_left_out_is_an_error_unless_allowed(root: Path) -> None:
     (root / "val/n01443537").rename(root / "val/.n01443537")
     with pytest.raises(
         ValueError,
-        match=r"'n01443537' is in train/ only.*; not listed from .*/val: more than 1% beside the 4 images .*2 hidden.*"
+        match=r"'n01443537'.* train/ .*/val: .*1% .*4 images .*2 hidden.*"
         r"--data\.allow_incomplete True",
     ):
         open_dataset(DataConfig(root=str(root)))
@@ -47,9 +47,7 @@ def test_too_much_left_out_is_an_error_unless_allowed(root: Path) -> None:
 def test_all_that_cannot_be_read_are_named(root: Path) -> None:
     bad = [f"train/n01440764/{i}.jpg" for i in range(22)] + ["val/n01440764/1.jpg"]
     miniature.write(root, dict.fromkeys(bad, b"<html>"))
-    with pytest.raises(
-        ValueError, match=rf"23 images cannot be read; .*{root}/{bad[0]} \(it is not an image\).*and 3 more "
-    ):
+    with pytest.raises(ValueError, match=rf"23 images .*{root}/{bad[0]} .*3 more "):
         open_dataset(DataConfig(root=str(root), allow_incomplete=True))
 
 

@@ -1,10 +1,13 @@
-"""Batches for a model on a GPU, through the real loaders and a stream that is stood in for: the same bytes as for the CPU."""
+"""Batches on their way to a GPU: pinned memory, copies one batch ahead, windows that the device resizes."""
 
 import ctypes
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
+from unittest.mock import Mock, call
 
 import numpy as np
 import nvidia.dali
@@ -19,16 +22,14 @@ from bitfleet.trainer.data import (
     TrainLoader,
     ValidationLoader,
     dali,
-    dali_graph,
     delivery,
     loaders,
-    official,
     open_dataset,
+    preprocessing,
 )
-from bitfleet.trainer.data.delivery import Delivery, resize_on_device
-from bitfleet.trainer.data.device_copies import DeviceCopies
+from bitfleet.trainer.data.delivery import CopyStream, Delivery, DeviceCopies, resize_on_device
 from bitfleet.trainer.data.request import Batch, Request
-from tests.unit.trainer.data.recording_stream import RecordingStream
+from tests.unit.trainer.data.recording_stream import RecordingStream, until
 from tests.unit.trainer.data.test_images import photo
 from tests.unit.trainer.data.test_resizing import request_of
 
@@ -58,7 +59,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> list[RecordingStream]:
         taken.append(RecordingStream())
         return taken[-1]
 
-    monkeypatch.setattr(loaders, "CudaCopyStream", stream)
+    monkeypatch.setattr(loaders, "CopyStream", stream)
     return taken
 
 
@@ -122,12 +123,14 @@ def test_the_training_thread_does_nothing_to_a_batch(root: str, loader: str, pre
     options: dict[str, Any] = {"augmentation": "random_resized_crop", "preprocessing": preprocessing, "loader": loader}
     config = configuration(root, **options)
     place = {"rank": 0, "world_size": 1, "local_world_size": 1, "device": GPU}
-    batches = TrainLoader(open_dataset(config), config, seed=1, global_batch_size=6, num_replicas=2, **place).batches()
+    loader = TrainLoader(open_dataset(config), config, seed=1, global_batch_size=6, num_replicas=2, **place)
+    batches = loader.batches()
     with Operations() as operations:
         for _ in range(4):
             next(batches)
     assert operations.names == []
-    del batches  # which ends its threads
+    del batches
+    loader._pipeline._delivery._copies._thread.shutdown()  # the batch ahead must not be counted by the next test
 
 
 def test_windows_of_the_official_preprocessing_travel_as_bytes(
@@ -145,7 +148,7 @@ def test_windows_of_the_official_preprocessing_travel_as_bytes(
     config = configuration(root, augmentation="random_resized_crop", preprocessing="official", loader="torch")
     dataset = open_dataset(config)
     validation_batches(dataset, config, GPU)
-    windows = official.official_central_windows(*np.array(SIZES).T, 24)
+    windows = preprocessing.official_central_windows(*np.array(SIZES).T, 24)
     areas = (3 * (windows.ends - windows.starts).prod(axis=1)).tolist()
     assert sizes == [sum(areas[:3]), sum(areas[3:6]), areas[6]]
 
@@ -172,7 +175,7 @@ def test_batches_that_dali_decodes_on_the_gpu(
     with monkeypatch.context() as patch:
         pipeline = nvidia.dali.Pipeline
         patch.setattr(nvidia.dali, "Pipeline", lambda **arguments: pipeline(**(arguments | {"device_id": None})))
-        patch.setattr(dali_graph, "gpu_decoding", lambda _: {"use_fast_idct": options["augmentation"] != "pad_crop"})
+        patch.setattr(dali, "gpu_decoding", lambda _: {"use_fast_idct": options["augmentation"] != "pad_crop"})
         patch.setattr(dali, "_next_output", next_output)
         config = dataclasses.replace(configuration(root, **options), device="auto")
         dataset = open_dataset(config)
@@ -211,7 +214,7 @@ def test_windows_that_dali_decoded_on_the_gpu() -> None:
     output = GpuOutput(windows)
     ours = Delivery(DeviceCopies(stream), image_size=24, of_windows=True).batches_of_dali(iter([(output, request)]))
     ((images, labels),) = ours
-    assert torch.equal(images, official.resize_windows(windows, request.flips, 24))
+    assert torch.equal(images, preprocessing.resize_windows(windows, request.flips, 24))
     assert torch.equal(labels, request.labels)
     assert output.arguments == [(None, {"non_blocking": True, "use_copy_kernel": True})]
     assert stream.num_copies == 1  # of labels and sizes
@@ -252,7 +255,7 @@ def test_a_model_on_a_cpu_gets_what_was_decoded_without_a_copy() -> None:
 def test_where_the_kernel_fails_torch_resizes_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     windows, request = windows_and_request()
     whole = torch.cat([window.flatten() for window in windows])
-    facts = official.window_facts([window.shape for window in windows], request.flips)
+    facts = preprocessing.window_table([window.shape for window in windows], request.flips)
     monkeypatch.setattr(delivery, "_kernel_fails", False)
 
     class OnGpu(torch.Tensor):
@@ -264,8 +267,174 @@ def test_where_the_kernel_fails_torch_resizes_and_says_so_once(monkeypatch: pyte
         raise RuntimeError("gcc is not there\nsecond line\nthird line")
 
     monkeypatch.setattr(kernel, "resize_bicubic", fail)
-    with pytest.warns(UserWarning, match="torch resizes the images, .* as Triton fails: gcc is not there second line$"):
+    with pytest.warns(UserWarning, match="Triton fails: gcc is not there second line$"):
         resized = resize_on_device(whole.as_subclass(OnGpu), facts, facts, 24)
-    expected = official.resize_windows(windows, request.flips, 24)
+    expected = preprocessing.resize_windows(windows, request.flips, 24)
     assert torch.equal(resized, expected)
     assert torch.equal(resize_on_device(whole.as_subclass(OnGpu), facts, facts, 24), expected)
+
+
+SIZE = 1000
+
+
+class Owner:
+    """Memory that somebody else manages."""
+
+
+def batches(copies: DeviceCopies, sources: Iterator[int]) -> Iterator[Batch]:
+    """Batches of `SIZE` values and their label, each the number that it comes from."""
+
+    def place(number: int) -> Batch:
+        images, labels = copies.send(
+            [[torch.full((SIZE // 2,), number, dtype=torch.uint8)] * 2, [torch.tensor([number])]]
+        )
+        return images, labels.view(torch.int64)
+
+    return copies.batches(sources, place)
+
+
+def test_the_next_copy_is_queued_before_a_batch_is_consumed() -> None:
+    stream = RecordingStream(late=True)
+    asked: list[int] = []
+    given = batches(DeviceCopies(stream), (asked.append(number) or number for number in range(5)))  # type: ignore[func-returns-value]
+    next(given)
+    until(lambda: stream.num_copies == 2)  # though nobody has asked for the second batch
+    assert asked == [0, 1]
+    assert stream.num_done == 0, "the host waited for the device"
+    assert "hand over 2 tensors after copy 0" in stream.calls
+    next(given)
+    until(lambda: stream.num_copies == 3)
+    assert asked == [0, 1, 2]
+    assert stream.threads == {"copies_0"}
+
+
+def test_a_buffer_is_filled_again_only_after_its_copy() -> None:
+    stream = RecordingStream(late=True)
+    given = list(batches(DeviceCopies(stream), iter(range(7))))
+    assert stream.num_done == 5, "a wait for each copy whose buffer was needed again, and for no other"
+    assert [each for each in stream.calls if each.startswith(("wait", "copy"))] == [
+        "copy 0",
+        "copy 1",
+        *(line for copy in range(5) for line in (f"wait for copy {copy}", f"copy {copy + 2}")),
+    ]
+    stream.finish()
+    for number, (images, labels) in enumerate(given):
+        assert images.tolist() == [number] * SIZE
+        assert labels.tolist() == [number]
+
+
+def test_each_batch_is_handed_over_once_and_after_its_copy() -> None:
+    stream = RecordingStream()
+    list(batches(DeviceCopies(stream), iter(range(4))))
+    handed = [each for each in stream.calls if each.startswith("hand over")]
+    assert [line.split()[2] for line in handed] == ["2"] * 4
+    for number in range(4):
+        after = next(index for index, each in enumerate(stream.calls) if each == f"copy {number}")
+        assert stream.calls.index(handed[number]) > after
+
+
+def test_pinned_memory_is_taken_once_and_grows_with_the_batches() -> None:
+    stream = RecordingStream()
+    copies = DeviceCopies(stream)
+
+    def place(size: int) -> Batch:
+        (sent,) = copies.send([[torch.ones(size, dtype=torch.uint8)]])
+        return sent, sent
+
+    lengths = [len(images) for images, _ in copies.batches(iter([100, 90, 128, 0, 300, 120, 10]), place)]
+    assert lengths == [100, 90, 128, 0, 300, 120, 10]
+    assert [each for each in stream.calls if each.startswith("pinned")] == ["pinned 128", "pinned 128", "pinned 512"]
+
+
+def test_groups_keep_their_bytes_and_start_where_any_type_may() -> None:
+    copies = DeviceCopies(RecordingStream())
+    floats, bits, none = torch.arange(5.0), torch.arange(3, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+
+    def place(_: int) -> Batch:
+        first, second, third, fourth = copies.send([[bits, bits[:1]], [floats.view(5, 1), floats], [], [none, none]])
+        assert (first.tolist(), third.numel(), fourth.numel()) == ([0, 1, 2, 0], 0, 0)
+        return second.view(torch.float32), first
+
+    ((values, _),) = copies.batches(iter([0]), place)
+    assert values.tolist() == [*floats.tolist(), *floats.tolist()]
+    assert values.data_ptr() % 16 == 0
+
+
+def test_an_error_comes_after_the_batches_before_it() -> None:
+    def sources() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise ValueError("broken")
+
+    given = batches(DeviceCopies(RecordingStream()), sources())
+    assert [int(next(given)[1]) for _ in range(2)] == [1, 2]
+    with pytest.raises(ValueError, match="broken"):
+        next(given)
+
+
+def test_a_copy_that_fails_ends_the_iteration() -> None:
+    def place(number: int) -> Batch:
+        if number == 2:
+            raise RuntimeError("out of memory")
+        return torch.tensor(number), torch.tensor(number)
+
+    given = DeviceCopies(RecordingStream()).batches(iter([1, 2, 3, 4]), place)
+    assert int(next(given)[0]) == 1
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(given)
+
+
+def test_copies_go_on_after_an_iteration_that_was_broken_off() -> None:
+    copies = DeviceCopies(RecordingStream())
+    abandoned = batches(copies, iter(range(9)))
+    next(abandoned)
+    abandoned.close()  # type: ignore[attr-defined]
+    assert [int(labels) for _, labels in batches(copies, iter([5, 6, 7]))] == [5, 6, 7]
+
+
+def test_what_the_stream_reads_is_kept_until_it_has_come_past_it() -> None:
+    stream = RecordingStream(late=True)
+    copies = DeviceCopies(stream)
+    owners: list[weakref.ref[Owner]] = []
+
+    def place(number: int) -> Batch:
+        owner = Owner()
+        owners.append(weakref.ref(owner))
+        (sent,) = copies.send([[torch.tensor([number])]])
+        copies.keep(owner)
+        return sent, sent
+
+    given = copies.batches(iter(range(6)), place)
+    next(given)
+    until(lambda: len(owners) == 2)
+    assert [owner() is None for owner in owners] == [False, False]
+    next(given)  # the third batch waits for the buffer of the first, whose copy is made then
+    until(lambda: len(owners) == 3 and stream.num_copies == 3)
+    next(given)
+    until(lambda: len(owners) == 4 and stream.num_copies == 4)
+    assert [owner() is None for owner in owners] == [True, False, False, False]
+
+
+def test_a_batch_on_cuda_waits_on_the_stream_that_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CopyStream against torch.cuda itself, whose objects are stood in for."""
+    cuda = Mock()
+    monkeypatch.setattr(torch.cuda, "Stream", cuda.Stream)
+    monkeypatch.setattr(torch.cuda, "Event", cuda.Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", cuda.current_stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(stream))
+    device = torch.device("cuda", 3)
+    stream = CopyStream(device)
+    cuda.Stream.assert_called_once_with(device)
+    with stream.active() as active:
+        assert active is stream.handle
+    event = stream.record()
+    cuda.Event.return_value.record.assert_called_once_with(stream.handle)
+    images, labels = Mock(spec=Tensor), Mock(spec=Tensor)
+    cuda.reset_mock()
+    stream.hand_over((images, labels), event)
+    current = cuda.current_stream.return_value
+    assert cuda.mock_calls == [call.current_stream(device), call.current_stream().wait_event(event)]
+    assert images.mock_calls == labels.mock_calls == [call.record_stream(current)]
+    pinned = Mock(spec=Tensor)
+    stream.copy(pinned)
+    assert pinned.mock_calls == [call.to(device, non_blocking=True)]

@@ -49,11 +49,11 @@ def unpack(log: Path, *arguments: str) -> subprocess.Popen[str]:
 def test_processes_unpack_once_after_one_was_killed_half_way(cache: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with unpack(log, "die") as killed:
-        assert killed.wait(60) == -9
+        assert killed.wait(600) == -9
     assert [path.name[:5] for path in cache.iterdir() if path.is_dir()] == [".tmp-"]
 
     with unpack(log) as first, unpack(log) as second:
-        roots = {process.communicate(timeout=60)[0].strip() for process in (first, second)}
+        roots = {process.communicate(timeout=600)[0].strip() for process in (first, second)}
     (root,) = roots
     assert log.read_text() == "written\n" * 2  # the killed one and one of the two
     assert [path for path in cache.iterdir() if path.is_dir()] == [Path(root)]

@@ -103,7 +103,7 @@ def test_what_no_loader_reads_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         (root / "val").symlink_to(root / "train")
         (root / "train/a" / name).write_bytes((tmp_path / "all" / name).read_bytes())
         config = dataclasses.replace(WHOLE, root=str(root), loader=loader)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=rf"/{name} cannot be decoded \(.*{reason}"):
+        with pytest.raises(ValueError, match=rf"/{name} .*\(.*{reason}"):
             list(ValidationLoader(open_dataset(config), config, **ONE_RANK))
 
 
@@ -152,9 +152,9 @@ def test_dali_learns_of_a_whole_set_of_webp(tmp_path: Path, monkeypatch: pytest.
     exif[0x0112] = 1
     for index in range(12):
         photo(40, 36, index).save(tmp_path / f"data/train/a/{index:02d}.webp", lossless=True, exif=exif)
-    looked_at, look = [], dali.DaliPipeline._looked_at
+    looked_at, look = [], dali.DaliPipeline._diagnose
     monkeypatch.setattr(
-        dali.DaliPipeline, "_looked_at", lambda self, request: looked_at.append(request) or look(self, request)
+        dali.DaliPipeline, "_diagnose", lambda self, request: looked_at.append(request) or look(self, request)
     )
     config = dataclasses.replace(WHOLE, root=str(tmp_path / "data"), val_batch_size=4)
     images = np.concatenate(

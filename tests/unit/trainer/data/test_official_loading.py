@@ -107,5 +107,5 @@ def test_normalize_leaves_float_images_as_they_are() -> None:
 
 
 def test_official_preprocessing_is_of_random_resized_crops() -> None:
-    with pytest.raises(ValueError, match=r"data\.preprocessing='official' is of ImageNet's crops and needs"):
+    with pytest.raises(ValueError, match=r"data\.preprocessing='official' .*data\.augmentation='random_resized_crop'"):
         DataConfig(preprocessing="official")

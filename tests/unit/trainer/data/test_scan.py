@@ -10,8 +10,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from bitfleet.trainer.data import left_out
-from bitfleet.trainer.data.class_folders import scan_class_folders
-from bitfleet.trainer.data.splits import scan_root
+from bitfleet.trainer.data.scan import is_tiny_imagenet, scan_class_folders, scan_root, split_folder
 from tests import miniature
 
 PHOTO = miniature.photo(0, 1)
@@ -152,3 +151,117 @@ def test_names_that_no_list_can_hold_are_all_named(root: Path) -> None:
     assert sorted(scan_root(root).unread) == sorted(
         f"{root}/{name}" for name in ("train/a/x\ty.jpg", "train/a/d\n/y.jpg", "train/c\r", "val/c\r")
     )
+
+
+def test_missing_root_says_what_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere' does not exist.* ROOT/train/<class>/.*bitfleet data prepare"):
+        scan_root(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_missing_split(root: Path, split: str) -> None:
+    (root / split).rename(root / "other")
+    with pytest.raises(ValueError, match=rf"data' .* {split}/"):
+        scan_root(root)
+
+
+def test_no_class_folder(tmp_path: Path) -> None:
+    write(tmp_path, "train/1.jpg", "val/a/1.jpg")
+    with pytest.raises(ValueError, match=r"/train .*no class folder"):
+        scan_root(tmp_path)
+
+
+@pytest.mark.parametrize("train", ["train", "Train", "training"])
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "Validation", "VAL"])
+def test_names_of_the_splits(root: Path, train: str, val: str) -> None:
+    (root / "train").rename(root / "t")
+    (root / "t").rename(root / train)
+    (root / "val").rename(root / "v")
+    (root / "v").rename(root / val)
+    (root / ("valid" if val != "valid" else "val")).mkdir()  # an empty one is none
+    scan = scan_root(root)
+    assert (scan.train.folder.name, scan.val.folder.name) == (train, val)
+    assert len(scan.val.names) == 2
+
+
+def test_two_folders_of_a_split(root: Path) -> None:
+    write(root, "validation/a/1.jpg")
+    with pytest.raises(ValueError, match="val/ and validation/"):
+        split_folder(root, "val")
+
+
+def test_classes_without_an_image_are_faults(root: Path) -> None:
+    write(root / "train", "c/readme.txt", "d/1.jpg", "d/2.jpg")
+    (root / "val/c").mkdir()
+    empty, empty_val, different = scan_root(root).faults
+    assert empty.endswith("train/c has no image in it; fill it or remove it from train/ and val/")
+    assert empty_val.endswith("val/c has no image in it; fill it or remove it from train/ and val/")
+    assert (
+        "4 classes in train/ and 3 in val/, which must be the same: 'd' is in train/ only; add it to val/" in different
+    )
+    scan = scan_root(root)
+    assert scan.val.classes == scan.train.classes == ("B", "a", "c", "d")
+    assert scan.val.labels == [0, 1]
+
+
+def test_labels_of_validation_are_those_of_training(root: Path) -> None:
+    write(root, "train/A/1.jpg", "train/b/1.jpg", "val/b/1.jpg")
+    assert scan_root(root).val.labels == [1, 2, 3]
+    assert scan_root(root).val.names == ["B/1.png", "a/1.jpg", "b/1.jpg"]
+
+
+def test_a_class_of_validation_alone_has_no_label(root: Path) -> None:
+    write(root, "train/c/1.jpg", "val/d/1.jpg")
+    with pytest.raises(ValueError, match=r"'d' .* val/ .* train/"):
+        scan_root(root)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_no_image_at_all_says_what_there_is(root: Path, split: str) -> None:
+    for name in ("a/1.jpg", "B/1.png"):
+        (root / split / name).rename(root / split / f"{name[0]}/.{name[2:]}")
+    with pytest.raises(ValueError, match=rf"/{split} .*2 hidden"):
+        scan_root(root)
+
+
+def test_names_that_look_the_same_are_escaped(root: Path) -> None:
+    write(root, "train/caf\u00e9/1.jpg", "val/cafe\u0301/1.jpg")
+    with pytest.raises(ValueError, match=r"'cafe\\u0301' .* val/ .*train/ .*'caf\\xe9'"):
+        scan_root(root)
+
+
+TINY = ["train/n1/images/n1_0.JPEG", "train/n1/images/n1_1.JPEG", "train/n2/images/n2_0.JPEG"]
+
+
+def tiny(root: Path, table: str) -> Path:
+    write(root, *TINY, "train/n1/n1_boxes.txt", *(f"val/images/val_{i}.JPEG" for i in range(3)))
+    (root / "val/val_annotations.txt").write_text(table)
+    return root
+
+
+def test_tiny_imagenet(tmp_path: Path) -> None:
+    root = tiny(tmp_path, "val_0.JPEG\tn2\t0\t0\t1\t1\nval_1.JPEG\tn1\t0\t0\t1\t1\nval_2.JPEG\tn2\t0\t0\t1\t1\n")
+    assert is_tiny_imagenet(root / "val")
+    scan = scan_root(root)
+    assert scan.train.names == [name.removeprefix("train/") for name in TINY]
+    assert scan.val.names == ["images/val_1.JPEG", "images/val_0.JPEG", "images/val_2.JPEG"]
+    assert scan.val.labels == [0, 1, 1]
+    assert scan.faults == ()
+    assert scan.val.omitted.counts == {}
+    assert scan.train.omitted.counts == {left_out.TEXT: 1}
+
+
+def test_tiny_imagenet_in_part(tmp_path: Path) -> None:
+    scan = scan_root(tiny(tmp_path, "val_0.JPEG\tn2\nval_1.JPEG\tn3\nval_9.JPEG\tn1\n"))
+    assert scan.val.names == ["images/val_0.JPEG"]
+    assert scan.val.omitted.counts == {left_out.NO_CLASS: 1, left_out.NO_LABEL: 1, left_out.NO_IMAGE: 1}
+    assert scan.faults == (f"{tmp_path}/val/val_annotations.txt names no image of the class 'n1'",)
+    (tmp_path / "val/val_annotations.txt").write_text("val_0.JPEG n2\n")
+    with pytest.raises(ValueError, match="line 1 of .*val_annotations.txt .*'val_0.JPEG n2'"):
+        scan_root(tmp_path)
+
+
+def test_tiny_imagenet_sorted_into_classes_is_class_folders(tmp_path: Path) -> None:
+    write(tmp_path, *TINY, "val/n1/images/1.JPEG", "val/n2/images/2.JPEG", "val/val_annotations.txt")
+    assert not is_tiny_imagenet(tmp_path / "val")
+    assert scan_root(tmp_path).val.names == ["n1/images/1.JPEG", "n2/images/2.JPEG"]

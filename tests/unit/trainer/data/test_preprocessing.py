@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from bitfleet.trainer.data import sampler
-from bitfleet.trainer.data.official import (
+from bitfleet.trainer.data.preprocessing import (
     official_central_windows,
     official_random_windows,
     resize_bicubic_v1,
-    window_facts,
+    window_table,
 )
 from tests.golden import recipe
 from tests.golden.tensorflow_crop import SimplePhilox, sample
@@ -88,7 +88,7 @@ def test_resize_works_in_training_after_inference_mode() -> None:
 
 
 def test_facts_of_windows_in_one_buffer() -> None:
-    facts = window_facts([[2, 3, 3], [1, 1, 3], [4, 5, 3]], np.array([0, 1, 0], np.int32))
+    facts = window_table([[2, 3, 3], [1, 1, 3], [4, 5, 3]], np.array([0, 1, 0], np.int32))
     assert facts.tolist() == [[0, 2, 3, 0], [18, 1, 1, 1], [21, 4, 5, 0]]
     assert facts.dtype is torch.int64
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bitfleet.launch.data import whole
-from bitfleet.trainer.data.plain_png import plain_png
+from bitfleet.launch.data import verify
+from bitfleet.trainer.data.dali import plain_png
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (40, 36), (3, 700), (300, 300)])
@@ -18,5 +18,5 @@ def test_pillow_and_dali_read_the_pixels(shape: tuple[int, int]) -> None:
     with Image.open(io.BytesIO(encoded)) as image:
         assert image.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(image), pixels)
-    (ours,) = whole._build(1).run(encoded=[np.frombuffer(encoded, np.uint8)])
+    (ours,) = verify._build(1).run(encoded=[np.frombuffer(encoded, np.uint8)])
     np.testing.assert_array_equal(ours.as_array()[0], pixels)

@@ -1,10 +1,11 @@
-"""The preprocessing of the paper's TensorFlow code: its crop windows in numpy, its bicubic resize in torch.
+"""Crop and resize as TensorFlow's ResNet preprocessing, in numpy and torch.
 
-The code (data/imagenet.py of Bop and Bop2ndOrder, larq_zoo/training/data.py) is EfficientNet's. It crops with
-tf.image.sample_distorted_bounding_box, evaluates on the central 224/256 of the short side, and resizes with
-tf.compat.v1.image.resize_bicubic. What these do is in TensorFlow's sample_distorted_bounding_box_op.cc and
-resize_bicubic_op.cc alone, so both are followed line by line here, in the float32 that they compute in. The windows
-are made of the four basic operations, sqrt and rounding: the same bits on every machine, as in sampler.py.
+The papers' code (data/imagenet.py of Bop and Bop2ndOrder, larq_zoo/training/data.py) crops with
+tf.image.sample_distorted_bounding_box, evaluates on the central 224/256 of the short side, and
+resizes with tf.compat.v1.image.resize_bicubic. These are specified only by TensorFlow's
+sample_distorted_bounding_box_op.cc and resize_bicubic_op.cc, so both are followed line by line
+here, in the float32 that they compute in. Windows use the four basic operations, sqrt and rounding:
+the same bits on every machine, as in sampler.py.
 """
 
 import functools
@@ -26,16 +27,18 @@ _CROP_PADDING = 32
 _WIDTH_EPSILON = float(np.float32(1e-7))
 
 TABLE_SIZE = 1024  # weights are looked up for a position rounded to 1/1024 pixel
-# Images resized at once. It bounds the memory, on a CPU to what its caches hold; a GPU needs work for each launch.
+# Images resized at once. It bounds the memory, on a CPU to what its caches hold; a GPU needs work
+# for each launch.
 _CPU_CHUNK, _GPU_CHUNK = 4, 32
 
 Float32s = npt.NDArray[np.float32]
 
 
 def official_central_windows(heights: Ints, widths: Ints, size: int) -> Windows:
-    """Return the square windows, int32, that the official code evaluates on: size / (size + 32) of the short side, truncated.
+    """Return the square windows, int32, of the official evaluation.
 
-    224/256 for 224. An odd remainder goes to the top and the left. A window of no pixel, where the official code fails, is one.
+    size / (size + 32) of the short side, truncated. An odd remainder goes to the top and the left.
+    A window without a pixel, where the official code fails, becomes one pixel.
     """
     short = np.minimum(heights, widths).astype(np.float32)
     side = np.maximum((np.float32(size / (size + _CROP_PADDING)) * short).astype(np.int64), 1)
@@ -45,19 +48,19 @@ def official_central_windows(heights: Ints, widths: Ints, size: int) -> Windows:
 def official_random_windows(seed: int, epoch: int, samples: Ints, heights: Ints, widths: Ints, size: int) -> Windows:
     """Return windows, int32, distributed as the official code's training crops.
 
-    Ten attempts of sample_distorted_bounding_box with the whole image as the object. The aspect ratio w/h is uniform in
-    [3/4, 4/3], the height uniform between the least and the greatest that keep 8-100 % of the area; at least 10 % of the
-    image must be covered. Where no attempt fits, or the window is the whole image, the official code takes the window
-    that it evaluates on. As in TensorFlow, a window lower than the image never touches its bottom, and a narrower one never
-    its right edge.
+    Ten attempts of sample_distorted_bounding_box with the whole image as the object. The aspect
+    ratio w/h is uniform in [3/4, 4/3], the height uniform between the least and the greatest that
+    keep 8-100 % of the area; at least 10 % of the image must be covered. If no attempt fits, or the
+    window is the whole image, the evaluation window is taken. As in TensorFlow, a window lower than
+    the image never touches its bottom, and a narrower one never its right edge.
 
     Args:
-        seed: Of the run.
+        seed: Seed of the run.
         epoch: From 0.
         samples: Indices of the images [N].
         heights: Pixels [N].
         widths: Pixels [N].
-        size: Pixels of the output; it sets the window of the fallback.
+        size: Height and width of the output, pixels; sets the evaluation window.
     """
     draws = sampler.uniforms(seed, epoch, sampler.OFFICIAL_CROP, samples, 4 * _ATTEMPTS)
     aspect_draw, height_draw, y_draw, x_draw = np.split(draws, 4, axis=1)
@@ -77,13 +80,13 @@ def official_random_windows(seed: int, epoch: int, samples: Ints, heights: Ints,
 def _crop_sizes(
     aspect: Float32s, height_draw: sampler.Floats, heights: Ints, widths: Ints
 ) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
-    """GenerateRandomCrop and SatisfiesOverlapConstraints of sample_distorted_bounding_box_op.cc, for every attempt.
+    """Apply GenerateRandomCrop and SatisfiesOverlapConstraints of TensorFlow's op to every attempt.
 
     Args:
         aspect: Width / height [N, attempts].
-        height_draw: In [0, 1): picks the height from those allowed [N, attempts].
-        heights: Of the images [N, 1].
-        widths: Of the images [N, 1].
+        height_draw: Picks the height from the allowed ones, in [0, 1) [N, attempts].
+        heights: Pixels of the images [N, 1].
+        widths: Pixels of the images [N, 1].
 
     Returns:
         Height and width [N, attempts], and whether the attempt succeeded.
@@ -116,21 +119,19 @@ def _area(height: Ints, aspect: Float32s) -> Float32s:
 
 
 def resize_windows(windows: Sequence[Tensor], flips: npt.NDArray[np.int32], size: int) -> Tensor:
-    """Resize decoded windows and mirror those of `flips`, as the official code does, in this order.
+    """Resize decoded windows, then mirror some, in the order of the official code.
 
     Args:
-        windows: uint8 [H, W, 3] each, on one device; N > 0 of them.
+        windows: uint8 [H, W, 3] each, on one device; at least one.
         flips: 1 to mirror left to right [N].
-        size: Pixels, height and width of the output.
+        size: Height and width of the output, pixels.
 
     Returns:
         float32 [N, size, size, 3], not clipped to 0..255.
     """
     device = windows[0].device
     resized = []
-    chunk = (
-        _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK
-    )  # padded together: one huge image must not blow up a batch
+    chunk = _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK  # padded together: one huge image must not inflate all
     for first in range(0, len(windows), chunk):
         part = windows[first : first + chunk]
         sides = torch.tensor([window.shape[:2] for window in part]).to(device, non_blocking=True)
@@ -147,8 +148,8 @@ def resize_windows(windows: Sequence[Tensor], flips: npt.NDArray[np.int32], size
     return torch.where(mirrored, images.flip(2), images)
 
 
-def window_facts(shapes: Sequence[Sequence[int]], flips: npt.NDArray[np.int32]) -> Tensor:
-    """Return where windows start that lie one after the other, their heights, widths and flips.
+def window_table(shapes: Sequence[Sequence[int]], flips: npt.NDArray[np.int32]) -> Tensor:
+    """Return the start, height, width and flip of windows that are stored one after the other.
 
     Args:
         shapes: (height, width, 3) of each window.
@@ -166,15 +167,17 @@ def window_facts(shapes: Sequence[Sequence[int]], flips: npt.NDArray[np.int32]) 
 def resize_bicubic_v1(images: Tensor, heights: Tensor, widths: Tensor, size: int) -> Tensor:
     """Resize as tf.compat.v1.image.resize_bicubic(image, [size, size]) does, to the same bits.
 
-    Neither align_corners nor half_pixel_centers: pixel i of the output lies at i * side / size of the input. Cubic
-    convolution with a = -0.75 over 4 x 4 pixels, the border repeated, without antialiasing; the result is not clipped
-    and can leave 0..255 by 45 % of that range. Nothing here waits for a GPU.
+    Neither align_corners nor half_pixel_centers: output pixel i lies at i * side / size of the
+    input. Cubic convolution with a = -0.75 over 4 x 4 pixels, the border repeated, without
+    antialiasing; the result is not clipped and can leave 0..255 by 45 % of that range. Nothing here
+    waits for a GPU.
 
     Args:
-        images: uint8 [N, H, W, 3]; image i is images[i, :heights[i], :widths[i]], what lies beyond is not looked at.
+        images: uint8 [N, H, W, 3]; image i is images[i, :heights[i], :widths[i]], the rest is
+            ignored.
         heights: int64 [N], 1..H, on the device of the images.
         widths: int64 [N], 1..W, on the device of the images.
-        size: Pixels, height and width of the output.
+        size: Height and width of the output, pixels.
 
     Returns:
         float32 [N, size, size, 3].
@@ -206,8 +209,8 @@ def _resize_into(
 ) -> None:
     """Fill `resized`, float32 [n, size, size * 3], from `rows`, uint8 [N * H, W * 3].
 
-    In TensorFlow's order, on which the last bit hangs: down the columns first, and the four taps added one by one.
-    Rows have indices and weights [4, n, size], values within a row [4, n, size * 3].
+    The last bit depends on TensorFlow's order: down the columns first, the four taps added one by
+    one. Rows have indices and weights [4, n, size], values within a row [4, n, size * 3].
     """
     count, size, _ = resized.shape
     lines = rows.index_select(0, row_indices[0].flatten()) * row_weights[0].reshape(count * size, 1)
@@ -221,8 +224,9 @@ def _resize_into(
 
 
 def _taps(sides: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return the positions, int64 [4, N, size], and weights, float32, of the pixels that an output pixel is made of."""
-    # Divided by a tensor: by a number, torch on a GPU multiplies with its reciprocal, which rounds differently.
+    """Return indices, int64 [4, N, size], and weights, float32, of the four taps."""
+    # Divided by a tensor: by a number, torch on a GPU multiplies with its reciprocal, which rounds
+    # differently.
     scales = sides.to(torch.float32) / torch.full_like(sides, size, dtype=torch.float32)
     positions = torch.arange(size, device=sides.device, dtype=torch.float32) * scales[:, None]
     first = positions.floor()
@@ -239,8 +243,8 @@ def _taps(sides: Tensor, size: int) -> tuple[Tensor, Tensor]:
 @functools.cache
 def weight_table(device: torch.device) -> Tensor:
     """Return the weight of a pixel at each distance 0, 1/1024, ... 2, float32 [2049]."""
-    # In float64 the polynomials are exact. Kept, because making one on a GPU waits for a copy. Made outside inference mode,
-    # since training uses it as well.
+    # In float64 the polynomials are exact. Cached, because making one on a GPU waits for a copy.
+    # Outside inference mode, since training uses it too.
     a, near, far = -0.75, np.arange(TABLE_SIZE) / TABLE_SIZE, 1 + np.arange(TABLE_SIZE + 1) / TABLE_SIZE
     weights = [((a + 2) * near - (a + 3)) * near * near + 1, ((a * far - 5 * a) * far + 8 * a) * far - 4 * a]
     with torch.inference_mode(False):

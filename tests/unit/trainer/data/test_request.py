@@ -16,12 +16,10 @@ from bitfleet.trainer.data import (
     TrainLoader,
     ValidationLoader,
     open_dataset,
-    parts,
     torch_pipeline,
 )
-from bitfleet.trainer.data.images import ImageList
-from bitfleet.trainer.data.parts import in_parts, slices_of, whole_batches
-from bitfleet.trainer.data.request import Decoded, Request
+from bitfleet.trainer.data.image_list import ImageList
+from bitfleet.trainer.data.request import Decoded, Request, in_parts, joined_parts, slices_of
 from bitfleet.trainer.data.sampler import Windows
 from tests.unit.trainer.data.test_images import photo
 
@@ -29,7 +27,7 @@ ONE_RANK: Any = {"rank": 0, "world_size": 1, "local_world_size": 1, "device": to
 
 
 def test_runs_are_as_long_as_they_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "MOST_BYTES", 10)
+    monkeypatch.setattr("bitfleet.trainer.data.request.MOST_BYTES", 10)
     for sizes, most_items, ends in (
         ([4, 4, 4, 4, 4], None, [2, 4, 5]),
         ([30, 1, 30, 30, 5, 5, 1], None, [1, 2, 3, 4, 6, 7]),
@@ -57,7 +55,7 @@ def request_of(sides: list[int]) -> Request:
 
 
 def test_parts_make_the_batch_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "MOST_BYTES", 3 * 20 * 20)
+    monkeypatch.setattr("bitfleet.trainer.data.request.MOST_BYTES", 3 * 20 * 20)
     requests = [request_of([10, 10, 30, 10, 10, 10]), request_of([5]), request_of([30, 30])]
     cut = list(in_parts(requests))
     assert [len(part.samples) for part in cut] == [3, 1, 2, 1, 1, 1]
@@ -67,7 +65,7 @@ def test_parts_make_the_batch_again(monkeypatch: pytest.MonkeyPatch) -> None:
         for part in cut:
             yield [torch.tensor(int(sample)) for sample in part.samples], part
 
-    for (images, whole), request in zip(whole_batches(decoded()), requests, strict=True):
+    for (images, whole), request in zip(joined_parts(decoded()), requests, strict=True):
         assert [int(image) for image in images] == request.samples.tolist() == whole.samples.tolist()
         assert torch.equal(whole.labels, request.labels)
         assert whole.epoch == request.epoch
@@ -111,9 +109,9 @@ def test_large_images_change_no_batch(
         for name in ("train/a/03.jpg", "val/a/03.jpg", "val/a/04.jpg"):
             (root / name).write_bytes(b"")
     whole, counts = batches(config, dataset), []
-    monkeypatch.setattr(parts, "MOST_BYTES", 3 * 120 * 90 * 2)
-    cut = parts.Request.part
-    monkeypatch.setattr(parts.Request, "part", lambda self, part: counts.append(part) or cut(self, part))
+    monkeypatch.setattr("bitfleet.trainer.data.request.MOST_BYTES", 3 * 120 * 90 * 2)
+    cut = Request.part
+    monkeypatch.setattr(Request, "part", lambda self, part: counts.append(part) or cut(self, part))
     in_pieces = batches(config, dataset)
     assert len(counts) > len(whole)
     for (images, labels), (others, their_labels) in zip(whole, in_pieces, strict=True):
