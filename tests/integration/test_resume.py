@@ -9,7 +9,7 @@ import pytest
 from bitfleet.launch.journal.reader import read_parts, weights_after
 from bitfleet.launch.journal.tools import verified
 from bitfleet.trainer.checkpoint.format import checkpoints, read_meta
-from tests.conftest import BIN, Launch, run_command
+from tests.conftest import run_bitfleet, run_python, run_ranks
 from tests.integration.runs import NUM_STEPS, TRAIN, assert_same_bits, failed, final_tensors, metrics, scalar_steps
 
 
@@ -20,10 +20,10 @@ def options(tiny: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def straight(deepspeed: Launch, options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def straight(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four replicas on two ranks that went to step 30 in one go."""
     run = tmp_path_factory.mktemp("straight") / "run"
-    done = deepspeed(2, TRAIN, *options, "--run_dir", run, "--stop_after_steps", str(NUM_STEPS))
+    done = run_ranks(2, TRAIN, *options, "--run_dir", run, "--stop_after_steps", str(NUM_STEPS))
     assert done.returncode == 0, done.stdout
     return run
 
@@ -48,11 +48,11 @@ def assert_same_run(a: Path, b: Path) -> None:
     ],
 )
 def test_resume_on_other_ranks_ends_with_the_same_bits(
-    first: int, second: int, stop: int, straight: Path, deepspeed: Launch, options: list[str], tmp_path: Path
+    first: int, second: int, stop: int, straight: Path, options: list[str], tmp_path: Path
 ) -> None:
     """Stopped in mid-epoch, and where a validation is due."""
     for num_ranks, last in ((first, stop), (second, NUM_STEPS)):
-        done = deepspeed(num_ranks, TRAIN, *options, "--run_dir", tmp_path / "run", "--stop_after_steps", str(last))
+        done = run_ranks(num_ranks, TRAIN, *options, "--run_dir", tmp_path / "run", "--stop_after_steps", str(last))
         assert done.returncode == 0, done.stdout
     assert_same_run(straight, tmp_path / "run")
     state = final_tensors(straight)
@@ -82,7 +82,7 @@ def test_second_run_in_a_folder_is_refused(options: list[str], tmp_path: Path) -
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write("process 77 on elsewhere\n")
         lock.flush()
-        done = run_command([BIN / "python", TRAIN, *options, "--run_dir", tmp_path / "run"], timeout=60)
+        done = run_python(TRAIN, *options, "--run_dir", tmp_path / "run")
     failed(done, "is in use by process 77 on elsewhere: wait until that run ends, or choose another --run_dir")
 
 
@@ -95,8 +95,7 @@ def test_damaged_checkpoint_is_set_aside(straight: Path, options: list[str], tmp
     content = bytearray(file.read_bytes())
     content[-1000] ^= 1
     file.write_bytes(content)
-    command = [BIN / "python", TRAIN, *options, "--run_dir", run, "--stop_after_steps", str(NUM_STEPS)]
-    done = run_command(command)
+    done = run_python(TRAIN, *options, "--run_dir", run, "--stop_after_steps", str(NUM_STEPS))
     assert done.returncode == 0, done.stdout
     assert (
         f"{newest} is damaged ({file.name} is not as it was written (its sha256 differs)); kept as damaged-"
@@ -109,18 +108,17 @@ def test_damaged_checkpoint_is_set_aside(straight: Path, options: list[str], tmp
 @pytest.mark.slow
 def test_weights_file_begins_another_run(straight: Path, tiny: list[str], tmp_path: Path) -> None:
     """`bitfleet checkpoint`: verify, diff, weights, and a run that begins from them."""
-    tool = [BIN / "bitfleet", "checkpoint"]
-    assert "all as they were written (step 30)" in run_command([*tool, "verify", straight]).stdout
+    assert "all as they were written (step 30)" in run_bitfleet("checkpoint", "verify", straight).stdout
     older, newest = checkpoints(straight)[-2:]
-    done = run_command([*tool, "diff", older, newest])
+    done = run_bitfleet("checkpoint", "diff", older, newest)
     assert done.returncode == 1
     assert "bits.blocks.0.conv.weight differs first at element" in done.stdout
     losses = []
     for packed in ([], ["--packed"]):
         file = tmp_path / f"weights{len(packed)}.safetensors"
-        assert run_command([*tool, "weights", straight, file, *packed]).returncode == 0
+        assert run_bitfleet("checkpoint", "weights", straight, file, *packed).returncode == 0
         run = tmp_path / f"run{len(packed)}"
-        done = run_command([BIN / "python", TRAIN, *tiny, "--init", file, "--run_dir", run, "--stop_after_steps", "5"])
+        done = run_python(TRAIN, *tiny, "--init", file, "--run_dir", run, "--stop_after_steps", "5")
         assert done.returncode == 0, done.stdout
         losses.append(metrics(run)[0]["loss"])
     random = metrics(straight)[0]["loss"]

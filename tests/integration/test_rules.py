@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Launch
+from tests.conftest import run_ranks
 from tests.integration.runs import NUM_STEPS, TRAIN, assert_same_bits, final_tensors, final_weights
 
 pytestmark = pytest.mark.slow
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(("rule", "shardings"), [("latent_adam", ("none",)), ("two_ema", ("zero1",))])
 def test_every_sharding_and_number_of_ranks_trains_the_same_bits(
-    rule: str, shardings: tuple[str, ...], deepspeed: Launch, tiny: list[str], tmp_path: Path
+    rule: str, shardings: tuple[str, ...], tiny: list[str], tmp_path: Path
 ) -> None:
     """In one go on two ranks; stopped in mid-epoch and continued on one; and with another sharding."""
     options = [*tiny, "--num_replicas", "2", "--num_threads", "1", "--resume", "auto", "--optim.rule", rule]
@@ -21,7 +21,7 @@ def test_every_sharding_and_number_of_ranks_trains_the_same_bits(
     for run, each in parts.items():
         for num_ranks, last, sharding in each:
             place = ["--run_dir", tmp_path / run, "--stop_after_steps", str(last), "--engine.sharding", sharding]
-            done = deepspeed(num_ranks, TRAIN, *options, *place, timeout=300)
+            done = run_ranks(num_ranks, TRAIN, *options, *place, timeout=300)
             assert done.returncode == 0, done.stdout
     assert_same_bits(final_tensors(tmp_path / "straight"), final_tensors(tmp_path / "moved"))
     for sharding in shardings:
