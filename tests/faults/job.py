@@ -9,7 +9,6 @@ beside it. BITFLEET_STEP_SECONDS slows every step down.
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -141,5 +140,4 @@ if __name__ == "__main__":
     StopWatcher.__init__.__globals__["AGREE_SECONDS"] = 0.1  # the run has 30 steps of 40 ms
     if "clock_back" in FAULT:
         set_clock_back(FAULT["clock_back"])
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     main()

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from bitfleet.trainer.checkpoint.format import checkpoints, latest_checkpoint, step_of
+from bitfleet.trainer.ranks.exit_codes import REQUEUE
 from tests.faults.harness import (
     GONE_SECONDS,
     NUM_STEPS,
-    REQUEUE,
     SAVE_EVERY,
     Job,
     Outcome,
+    Process,
     damage_newest,
     kill_after,
     random_fault,
@@ -141,7 +142,7 @@ SHARES = {"fault": 10, "moment": 5, "damage": 3, "second run": 1, "clock": 1}
 def test_random_faults(seed: int, tiny: list[str], tmp_path: Path, undisturbed: Path) -> None:
     """Runs that are disturbed until they reach their end, each by what its seed draws; prints a line for every fault."""
     generator = random.Random(seed)
-    job = Job(tiny, tmp_path / "run", tmp_path / "progress")
+    job = Job(tiny, tmp_path / "run", tmp_path / "progress", launcher="deepspeed")
     counts: Counter[str] = Counter()
     for number in range(12):
         newest = latest_checkpoint(job.run)
@@ -162,10 +163,10 @@ def test_random_faults(seed: int, tiny: list[str], tmp_path: Path, undisturbed: 
     shutil.rmtree(tmp_path)
 
 
-def start_second(job: Job) -> Callable[[subprocess.Popen[str]], float]:
+def start_second(job: Job) -> Callable[[Process], float]:
     """Start a second run in the folder of one that is training: it must be refused."""
 
-    def meanwhile(_: subprocess.Popen[str]) -> float:
+    def meanwhile(_: Process) -> float:
         give_up = time.monotonic() + 60
         while not job.progress.exists():
             assert time.monotonic() < give_up
