@@ -191,8 +191,7 @@ def _lead(num_ranks: int, arguments: list[str]) -> list[str]:
         pid = os.fork()
         if pid == 0:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-            place = 2 if arguments[0] == "-m" else 1
-            return [*arguments[:place], f"--local_rank={rank}", *arguments[place:]]
+            return arguments
         ranks.add(pid)
     while ranks:
         pid, status = os.wait()
