@@ -26,7 +26,7 @@ def test_content_is_on_the_disk_before_its_name(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(checkpoint.os, "fsync", fsync)
     monkeypatch.setattr(whole_file.os, "replace", rename)
     write_atomically(tmp_path / "folder" / "a.json", "ü")
-    assert done == ["flush a.json.tmp", "rename a.json.tmp a.json", "flush folder"]
+    assert done == ["flush .tmp-a.json", "rename .tmp-a.json a.json", "flush folder"]
     assert (tmp_path / "folder" / "a.json").read_text(encoding="utf-8") == "ü"
 
 
