@@ -19,6 +19,17 @@ from tests.fork_server import ForkedProcess, ForkServer
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 Launch = Callable[..., subprocess.CompletedProcess[str]]
+HANGS = 300.0
+"""Seconds after which a process hangs, also on a machine that is busy with other things."""
+LONG_FILES = (
+    "test_on_ranks.py",
+    "test_faults.py",
+    "test_train.py",
+    "test_step_graph.py",
+    "test_compilation.py",
+    "test_memory.py",
+)
+"""Files that take longest; workers start with them, in this order, so that none is left alone with one at the end."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,8 +41,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield path
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run LONG_FILES first, then whole jobs and units as they were collected."""
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 def write_images(root: Path, *, num_classes: int, train: int, val: int, size: int = 28) -> Path:
-    """Class folders of random images whose brightness tells their class."""
+    """Write class folders of random images; their brightness depends on the class."""
     generator = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for label in range(num_classes):
@@ -45,13 +62,13 @@ def write_images(root: Path, *, num_classes: int, train: int, val: int, size: in
 
 @pytest.fixture(scope="session")
 def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 classes, 200 training and 28 validation images: steps of 16 images, 12 of them an epoch."""
+    """4 classes, 200 training and 28 validation images: 12 steps of 16 images per epoch."""
     return write_images(tmp_path_factory.mktemp("tiny") / "images", num_classes=4, train=50, val=7)
 
 
 @pytest.fixture(scope="session")
 def tiny(tiny_images: Path) -> list[str]:
-    """Options that turn fashion_quickstart into a run of seconds on `tiny_images`."""
+    """Options for a run of seconds on `tiny_images`."""
     return (
         f"--config fashion_quickstart --data.root {tiny_images} --model.num_classes 4 --global_batch_size 16 --epochs 3 "
         "--metrics.every_steps 5 --model.width 16"
@@ -67,7 +84,7 @@ def job_environment(**further: str) -> dict[str, str]:
 
 
 def run_command(
-    command: Sequence[str | Path], *, timeout: float = 120, cwd: Path = REPOSITORY
+    command: Sequence[str | Path], *, timeout: float = HANGS, cwd: Path = REPOSITORY
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end in its own process group; one that hangs is killed and fails the test."""
     process = subprocess.Popen(
@@ -125,18 +142,18 @@ def start_python(
 
 
 def run_python(
-    *arguments: str | Path, timeout: float = 120, cwd: Path = REPOSITORY
+    *arguments: str | Path, timeout: float = HANGS, cwd: Path = REPOSITORY
 ) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` to its end as a fork of the fork server."""
     return finish(start_python(*arguments, cwd=cwd), arguments, timeout)
 
 
-def run_bitfleet(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run_bitfleet(*arguments: str | Path, timeout: float = HANGS) -> subprocess.CompletedProcess[str]:
     """Run `bitfleet ARGUMENTS` to its end as a fork of the fork server."""
     return run_python("-m", "bitfleet.launch", *arguments, timeout=timeout)
 
 
-def run_ranks(num_ranks: int, *arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run_ranks(num_ranks: int, *arguments: str | Path, timeout: float = HANGS) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` on N ranks, forks of the fork server, to the end of all."""
     return finish(start_python(*arguments, num_ranks=num_ranks), arguments, timeout)
 
@@ -145,7 +162,7 @@ def run_ranks(num_ranks: int, *arguments: str | Path, timeout: float = 120) -> s
 def deepspeed() -> Launch:
     """Run a script on N ranks under the DeepSpeed launcher, for tests of what the launcher does; others use `run_ranks`."""
 
-    def launch(num_ranks: int, *arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def launch(num_ranks: int, *arguments: str | Path, timeout: float = HANGS) -> subprocess.CompletedProcess[str]:
         launcher = ["deepspeed", "--num_accelerators", str(num_ranks), "--master_port", str(free_port())]
         return run_command([*launcher, *arguments], timeout=timeout)
 
@@ -154,7 +171,7 @@ def deepspeed() -> Launch:
 
 @pytest.fixture
 def process_group() -> Iterator[None]:
-    """A process group of one rank inside the test's own process."""
+    """A process group of one rank inside the test's process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()

@@ -21,7 +21,7 @@ PYTEST = "-m pytest -x -q --no-header -p no:cacheprovider -W ignore::pytest.Pyte
     ],
 )
 def test_on_ranks(world_size: int, options: list[str]) -> None:
-    done = run_ranks(world_size, *PYTEST, "tests/distributed/on_ranks", *options, timeout=300)
+    done = run_ranks(world_size, *PYTEST, "tests/distributed/on_ranks", *options, timeout=600)
     assert done.returncode == 0, done.stdout
     counts = dict(re.findall(rf"rank (\d) of {world_size}: (\d+) passed", done.stdout))
     assert sorted(counts) == [str(rank) for rank in range(world_size)]

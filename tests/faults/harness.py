@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bitfleet.trainer.checkpoint.format import checkpoints, step_of, verify
-from tests.conftest import BIN, REPOSITORY, free_port, job_environment, start_python
+from tests.conftest import BIN, HANGS, REPOSITORY, free_port, job_environment, start_python
 from tests.faults.job import SAVE_POINTS
 from tests.fork_server import ForkedProcess
 
@@ -96,7 +96,7 @@ class Job:
         job = self.start(fault, *further, step_seconds=step_seconds)
         try:
             fault_at = meanwhile(job) if meanwhile else None
-            output, _ = job.communicate(timeout=120)
+            output, _ = job.communicate(timeout=HANGS)
             wait_until_gone(job.pid)
         finally:
             if group_exists(job.pid):

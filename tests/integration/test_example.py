@@ -2,12 +2,12 @@
 
 import re
 
-from tests.conftest import finish, start_python
+from tests.conftest import HANGS, finish, start_python
 
 
 def test_sharded_optimizer_in_a_loop_without_bitfleet() -> None:
     script = "docs/examples/sharded_optimizer.py"
-    done = finish(start_python(script, num_ranks=2, OMP_NUM_THREADS="1"), [script], 120)
+    done = finish(start_python(script, num_ranks=2, OMP_NUM_THREADS="1"), [script], HANGS)
     assert done.returncode == 0, done.stdout
     accuracies = [int(percent) for percent in re.findall(r"accuracy (\d+)%", done.stdout)]
     assert len(accuracies) == 3

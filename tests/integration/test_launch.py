@@ -15,7 +15,7 @@ import pytest
 from bitfleet.launch.cluster.supervise import AGENT
 from bitfleet.trainer.checkpoint.format import checkpoints, latest_checkpoint, step_of, verify
 from bitfleet.trainer.ranks.exit_codes import REQUEUE
-from tests.conftest import BIN, REPOSITORY, free_port
+from tests.conftest import BIN, HANGS, REPOSITORY, free_port
 
 LONG = ["--epochs", "400", "--checkpoint.every_epochs", "400"]
 Start = Callable[..., subprocess.Popen[str]]
@@ -56,7 +56,7 @@ def of_run(run: Path | str) -> list[psutil.Process]:
 
 
 def wait_until_it_trains(run: Path, job: subprocess.Popen[str]) -> None:
-    give_up = time.monotonic() + 90
+    give_up = time.monotonic() + HANGS
     while not (run / "metrics.jsonl").exists():
         assert job.poll() is None, job.communicate()[0]
         assert time.monotonic() < give_up
@@ -67,7 +67,7 @@ def agents(run: Path) -> list[psutil.Process]:
     return [process for process in of_run(run) if AGENT in process.cmdline()]
 
 
-def ended(job: subprocess.Popen[str], run: Path, timeout: float = 60) -> tuple[int, str]:
+def ended(job: subprocess.Popen[str], run: Path, timeout: float = HANGS) -> tuple[int, str]:
     """Exit code and output of a job of which no process is left."""
     output, _ = job.communicate(timeout=timeout)
     left = [process.cmdline() for process in of_run(run)]
@@ -120,7 +120,7 @@ def test_death_of_bitfleet_launch_stops_the_ranks(start: Start, tmp_path: Path) 
     job = start("--gpus", "2")
     wait_until_it_trains(tmp_path / "run", job)
     job.kill()
-    job.communicate(timeout=60)  # its output ends with the last rank
+    job.communicate(timeout=HANGS)  # its output ends with the last rank
     give_up = time.monotonic() + 10
     while of_run(tmp_path / "run"):
         assert time.monotonic() < give_up
@@ -151,7 +151,7 @@ def test_two_nodes_without_ssh(start: Start, tmp_path: Path) -> None:
     jobs = [start(*where, "--node_rank", str(node)) for node in range(2)]
     wait_until_it_trains(tmp_path / "run", jobs[0])
     jobs[1].send_signal(signal.SIGUSR1)
-    outputs = [job.communicate(timeout=60)[0] for job in jobs]
+    outputs = [job.communicate(timeout=HANGS)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [REQUEUE, REQUEUE], outputs
     assert "stopped by SIGUSR1" in outputs[0]
     assert not of_run(tmp_path / "run")

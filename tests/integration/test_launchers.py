@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import finish, free_port, run_command, run_python, start_python
+from tests.conftest import HANGS, finish, free_port, run_command, run_python, start_python
 from tests.integration.runs import assert_same_bits, failed, final_tensors
 
 STEPS = ["--stop_after_steps", "6", "--num_replicas", "2", "--num_threads", "1"]
@@ -19,7 +19,7 @@ MODULE = "bitfleet.launch.train"
 def run_all(environments: Sequence[dict[str, str]], *arguments: str) -> list[subprocess.CompletedProcess[str]]:
     """Run the same module at once in several processes, each with its further variables."""
     jobs = [start_python("-m", *arguments, **variables) for variables in environments]
-    return [finish(job, arguments, 120) for job in jobs]
+    return [finish(job, arguments, HANGS) for job in jobs]
 
 
 def slurm(rank: int, **more: str) -> dict[str, str]:
