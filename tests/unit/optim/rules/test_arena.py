@@ -251,7 +251,7 @@ def test_replaced_parameters_are_refused_where_state_begins_at_random() -> None:
     flat = nn.Parameter(torch.ones(64))
     optimizer.param_groups[0]["params"] = [flat]
     flat.grad = torch.ones(64)
-    with pytest.raises(ValueError, match="the rule diode begins with random state.*use ShardedOptimizer"):
+    with pytest.raises(ValueError, match="diode .*ShardedOptimizer"):
         optimizer.step()
 
 
@@ -296,5 +296,5 @@ def test_a_copy_begins_with_the_same_random_state(copied: Callable[[Any], Any]) 
     flat = nn.Parameter(param.detach().flatten())
     flat.grad = torch.ones_like(flat)
     other.param_groups[0]["params"] = [flat]
-    with pytest.raises(ValueError, match="its parameters were replaced"):
+    with pytest.raises(ValueError, match="replaced"):
         other.step()

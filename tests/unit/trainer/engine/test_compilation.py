@@ -50,11 +50,11 @@ def test_what_auto_comes_to(
 
 def test_zero3_takes_the_weights_apart() -> None:
     assert not is_compiled(config_of("auto", "zero3"), GPU, None)
-    with pytest.raises(ValueError, match='model.compile on does not go with engine.sharding "zero3"'):
+    with pytest.raises(ValueError, match='model.compile on .*engine.sharding "zero3"'):
         config_of("on", "zero3")
 
 
 def test_no_rank_compiles_where_one_cannot(ranks: list[str]) -> None:
     ranks[1] = "OSError: g++ not found"
-    with pytest.warns(RuntimeWarning, match="eager torch, slower: rank 1 cannot compile: OSError: g\\+\\+ not found"):
+    with pytest.warns(RuntimeWarning, match="eager .*rank 1 .*OSError: g\\+\\+ not found"):
         assert not is_compiled(config_of("on"), CPU, None)
