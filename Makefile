@@ -20,8 +20,9 @@ train: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_accelerators $(ACCELERATORS) launch/train.py --config fashion_quickstart $(ARGS)
 
 # All tests that need minutes and no special machine, one file per core at a time. One test: make test ARGS="-n 0 -k golden"
+# Threads of jobs that share a core wait without spinning.
 test: $(READY)
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 20 \
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 20 \
 		-m "not slow and not multinode and not gpu" $(TESTS) $(ARGS)
 
 # Tests of many minutes, or that need root and network namespaces.
