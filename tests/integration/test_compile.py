@@ -1,4 +1,4 @@
-"""Runs whose network is compiled, through the launcher."""
+"""Train with a compiled network."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ SECONDS = 600
 
 
 def test_a_compiled_run_is_continued_as_one(tiny: list[str], tmp_path: Path) -> None:
-    """Two ranks compile, validate eagerly, stop and go on without being told to compile, with the bits of a run in one go."""
+    """Two ranks compile, validate eagerly, stop and resume without --model.compile: the bits of an uninterrupted run."""
     # The first step, on real weights, is not compiled.
     options = [*tiny, "--num_threads", "1", "--resume", "auto", "--model.initial_weights", "real"]
     straight = ["--run_dir", tmp_path / "straight", "--model.compile", "on"]

@@ -1,4 +1,4 @@
-"""A run that was interrupted ends with the bits of one that never was, on any number of ranks that divides its replicas."""
+"""Resume on any number of ranks that divides the replicas: the bits of an uninterrupted run."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def options(tiny: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def straight(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four replicas on two ranks that went to step 30 in one go."""
+    """An uninterrupted run of 30 steps, four replicas on two ranks."""
     run = tmp_path_factory.mktemp("straight") / "run"
     done = run_ranks(2, TRAIN, *options, "--run_dir", run, "--stop_after_steps", str(NUM_STEPS))
     assert done.returncode == 0, done.stdout
@@ -30,7 +30,7 @@ def straight(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Weights, buffers, moments, counts, the memory of flips, and everything that was logged."""
+    """Compare weights, buffers, moments, counts, history of flips, and logs."""
     assert_same_bits(final_tensors(a), final_tensors(b))
     for key in ("optimizer_steps", "schedules", "skipped_steps", "sample_offset", "meter"):
         assert read_meta(checkpoints(a)[-1])[key] == read_meta(checkpoints(b)[-1])[key], key
@@ -51,7 +51,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 def test_resume_on_other_ranks_ends_with_the_same_bits(
     first: int, second: int, stop: int, straight: Path, options: list[str], tmp_path: Path
 ) -> None:
-    """Stopped in mid-epoch, and where a validation is due."""
+    """Stop in mid-epoch, and where a validation is due."""
     for num_ranks, last in ((first, stop), (second, NUM_STEPS)):
         done = run_ranks(num_ranks, TRAIN, *options, "--run_dir", tmp_path / "run", "--stop_after_steps", str(last))
         assert done.returncode == 0, done.stdout
@@ -64,7 +64,7 @@ def test_resume_on_other_ranks_ends_with_the_same_bits(
 
 
 def assert_same_journal(a: Path, b: Path) -> None:
-    """The binary weights of every step, and those of the checkpoints."""
+    """Compare the binary weights of every step, and verify those of the checkpoints."""
     assert [len(part.files) for part in read_parts(a)] == [2]
     assert len(read_parts(b)) == 2
     for run in (a, b):
@@ -88,7 +88,7 @@ def test_second_run_in_a_folder_is_refused(options: list[str], tmp_path: Path) -
 
 
 def test_damaged_checkpoint_is_set_aside(straight: Path, options: list[str], tmp_path: Path) -> None:
-    """One bit of the newest differs: the run continues from the one before it, says so, and overwrites nothing."""
+    """One bit of the newest is wrong: the run continues from the one before it, says so, and overwrites nothing."""
     run = shutil.copytree(straight, tmp_path / "run")
     newest = checkpoints(run)[-1]
     assert len(checkpoints(run)) > 1
@@ -105,7 +105,7 @@ def test_damaged_checkpoint_is_set_aside(straight: Path, options: list[str], tmp
 
 @pytest.mark.slow
 def test_weights_file_begins_another_run(straight: Path, tiny: list[str], tmp_path: Path) -> None:
-    """`bitfleet checkpoint`: verify, diff, weights, and a run that begins from them."""
+    """Run `bitfleet checkpoint` verify, diff, weights, and start a run from these weights."""
     assert "all as they were written (step 30)" in run_bitfleet("checkpoint", "verify", straight).stdout
     older, newest = checkpoints(straight)[-2:]
     done = run_bitfleet("checkpoint", "diff", older, newest)

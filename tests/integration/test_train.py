@@ -19,13 +19,13 @@ from tests.integration.runs import NUM_STEPS, TRAIN, assert_same_bits, failed, f
 
 @pytest.fixture(scope="module")
 def tiny(tiny: list[str]) -> list[str]:
-    """The paper's start, under every sharding."""
+    """Options of a run that starts from real weights, as in the paper."""
     return [*tiny, "--model.initial_weights", "real"]
 
 
 @pytest.fixture(scope="module")
 def straight(deepspeed: Launch, tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run on two ranks that went to step 30 in one go, and what it printed."""
+    """An uninterrupted run of 30 steps on two ranks, and its output."""
     run = tmp_path_factory.mktemp("straight") / "run"
     done = deepspeed(2, TRAIN, *tiny, "--run_dir", run, "--stop_after_steps", str(NUM_STEPS))
     assert done.returncode == 0, done.stdout
@@ -96,7 +96,7 @@ def test_tensorboard_shows_the_run(straight: tuple[Path, str]) -> None:
 def test_deepspeed_stages_train_the_same_bits(
     sharding: str, straight: tuple[Path, str], tiny: list[str], tmp_path: Path
 ) -> None:
-    """DeepSpeed's ZeRO stages 0 to 3 against bitfleet's own sharding of the run `straight`, some of them in two parts."""
+    """Compare DeepSpeed's ZeRO stages 0 to 3, some of them interrupted, with bitfleet's sharding of `straight`."""
     run, _ = straight
     options = [*tiny, "--run_dir", tmp_path / "run", "--resume", "auto", "--engine.sharding", sharding]
     for last in (17, NUM_STEPS) if sharding != "none" else (NUM_STEPS,):
@@ -129,7 +129,7 @@ def test_torchrun_is_the_same_job(straight: tuple[Path, str], tiny: list[str], t
 
 
 def test_one_rank_alone_and_other_options(tiny: list[str], tmp_path: Path) -> None:
-    """python -m, one rank, two replicas on it, bf16, Bop, and DeepSpeed options from a file."""
+    """One rank with two replicas, bf16, Bop, and DeepSpeed options from a file."""
     (tmp_path / "deepspeed.json").write_text(
         '{"wall_clock_breakdown": false, "zero_optimization": {"reduce_bucket_size": 50000}}'
     )
@@ -160,7 +160,7 @@ def test_one_rank_alone_and_other_options(tiny: list[str], tmp_path: Path) -> No
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_evaluate_counts_every_image_once(num_ranks: int, straight: tuple[Path, str]) -> None:
-    """28 images, 3 ranks and batches of 100: one rank has less, all print the validation of the run."""
+    """28 images on 3 ranks in batches of 100: one rank has fewer; the output is the validation of the run."""
     run, _ = straight
     alone = run_bitfleet("evaluate", checkpoints(run)[-1])
     options = ["--precision", "fp32", "fp32"] if num_ranks == 3 else []
@@ -213,7 +213,7 @@ def test_checkpoint_of_another_model_is_refused(straight: tuple[Path, str], tiny
 def test_a_run_from_the_weights_of_another_keeps_them(
     rule: str, straight: tuple[Path, str], tiny: list[str], tmp_path: Path
 ) -> None:
-    """A folder of a run is what --init takes; one rank and two do the same."""
+    """Pass the folder of a run to --init; one rank and two do the same."""
     before = final_weights(straight[0])
     options = [*tiny, "--init", straight[0], "--optim.rule", rule, "--num_replicas", "2", "--num_threads", "1"]
     runs = [tmp_path / str(num_ranks) for num_ranks in (1, 2)]
@@ -239,7 +239,7 @@ def test_more_epochs_of_a_run_are_refused_with_the_way(
 
 @pytest.fixture(scope="module")
 def broken_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights for `tiny`, of which one value is not a number."""
+    """Weights for `tiny` with one value that is not a number."""
     state = create_model(ModelConfig(name="birealnet_small", width=16, num_classes=4)).state_dict()
     state["head.bias"][1] = float("nan")
     path = tmp_path_factory.mktemp("broken") / "nan.safetensors"
@@ -248,7 +248,7 @@ def broken_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def strict_lines(run: Path) -> list[dict[str, object]]:
-    """metrics.jsonl as a parser reads it that knows JSON alone."""
+    """Parse metrics.jsonl as strict JSON."""
 
     def refuse(token: str) -> None:
         pytest.fail(f"{token} is not JSON")
@@ -257,7 +257,7 @@ def strict_lines(run: Path) -> list[dict[str, object]]:
 
 
 def test_a_run_that_skips_every_step_saves_and_stops(tiny: list[str], broken_weights: Path, tmp_path: Path) -> None:
-    """On two ranks, after the first report; what is left is a checkpoint, and a report that is JSON."""
+    """On two ranks, after the first report; a checkpoint and valid JSON are left."""
     run = tmp_path / "run"
     done = run_ranks(2, TRAIN, *tiny, "--init", broken_weights, "--run_dir", run)
     failed(done, "head.bias", "saved")
@@ -274,7 +274,7 @@ def test_a_run_that_skips_every_step_saves_and_stops(tiny: list[str], broken_wei
 def test_a_short_run_that_skips_every_step_says_so(
     options: str, tiny: list[str], broken_weights: Path, tmp_path: Path
 ) -> None:
-    """Before its first report, or at its end; continued, it is not called finished."""
+    """Before its first report, or at its end; resumed, it is not called finished."""
     command = ["train", *tiny, "--init", broken_weights, *options.split(), "--run_dir", tmp_path / "run"]
     failed(run_bitfleet(*command), "head.bias")
     assert run_bitfleet(*command, "--resume", "auto").returncode == 2
