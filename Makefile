@@ -10,7 +10,7 @@ $(error TORCH is $(TORCH); expected $(patsubst constraints-torch%.txt,%,$(wildca
 endif
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Files and folders; with an older torch what may differ there, else everything.
+# Files and folders to test: all; with an older torch the parts that depend on it.
 TESTS = $(if $(TORCH),tests/unit tests/numerics tests/distributed)
 
 .PHONY: train test test-slow test-gpu lint types format setup clean
@@ -19,15 +19,17 @@ TESTS = $(if $(TORCH),tests/unit tests/numerics tests/distributed)
 train: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_accelerators $(ACCELERATORS) launch/train.py --config fashion_quickstart $(ARGS)
 
-# Everything that this machine can run in minutes, a file a core at a time, whole jobs first. One test: make test ARGS="-n 0 -k golden"
+# All tests that need minutes and no special machine, one file per core at a time. One test: make test ARGS="-n 0 -k golden"
+# Threads of jobs that share a core wait without spinning.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not multinode and not gpu" $(TESTS) $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 20 \
+		-m "not slow and not multinode and not gpu" $(TESTS) $(ARGS)
 
-# What takes minutes, or root and network namespaces.
+# Tests of many minutes, or that need root and network namespaces.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "(slow or multinode) and not gpu" $(TESTS) $(ARGS)
 
-# What needs a CUDA device; each test is skipped where there is none. BITFLEET_GPU_DRY_RUN=1 make test-gpu runs it on the CPU, tiny.
+# Tests that need a CUDA device; skipped without one. BITFLEET_GPU_DRY_RUN=1 make test-gpu runs them on the CPU, tiny.
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
 

@@ -1,4 +1,4 @@
-"""Counts, on a CPU, what would make the host wait for a GPU."""
+"""Find, on a CPU, the operations that would make the host wait for a GPU."""
 
 import traceback
 from collections.abc import Callable, Mapping
@@ -9,25 +9,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = ("tolist", "item", "__bool__", "__float__", "__int__", "__index__", "cpu", "nonzero")
-"""Methods of a tensor that bring values to the host."""
+"""Methods of a tensor that copy values to the host."""
 DYNAMIC = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "_unique2")
-"""Operators that read values, or whose result has a size that depends on them."""
+"""Operators that read values, or whose result has a size that depends on values."""
 
 
 def _place() -> str:
-    """The innermost line of bitfleet or DeepSpeed."""
+    """Return the innermost line of bitfleet or DeepSpeed on the stack."""
     frames = [
-        f
-        for f in traceback.extract_stack()
-        if ("/bitfleet/" in f.filename or "/deepspeed/" in f.filename) and "/tests/" not in f.filename
+        frame
+        for frame in traceback.extract_stack()
+        if ("/bitfleet/" in frame.filename or "/deepspeed/" in frame.filename) and "/tests/" not in frame.filename
     ]
     return f"{frames[-1].filename.rsplit('/bitfleet/', 1)[-1]}:{frames[-1].lineno}" if frames else "test"
 
 
 class HostReads(TorchDispatchMode):
-    """Collects the places inside of which a host would wait; to be entered around steps.
+    """Collect the lines where a host would wait for its GPU; enter it around steps.
 
-    A read of a tensor that `is_host` names is none: it lies in the host's memory on a GPU machine as well.
+    Args:
+        is_host: returns True for a tensor that lies in the host's memory also on a GPU machine.
     """
 
     def __init__(self, is_host: Callable[[torch.Tensor], bool] = lambda tensor: False) -> None:

@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on a CPU: operators are recorded below autograd, and replayed on the same tensors."""
+"""Replace CUDA graphs on a CPU: record operators below autograd, and replay them on the same tensors."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class OperatorRecorder:
-    """Captures as `torch.cuda.graph` does: what was captured has not happened, and no line of Python runs in a replay."""
+    """Capture as `torch.cuda.graph` does: captured work has no effect yet, and a replay runs no Python code."""
 
     def capture(self, work: Callable[[], None]) -> "Recording":
-        """Record what `work` calls, and undo what it did to tensors that were there before."""
+        """Record the operators that `work` calls, and undo their effect on existing tensors."""
         recording = Recording()
         with recording:
             work()
@@ -22,12 +22,12 @@ class OperatorRecorder:
         return recording
 
     def on_stream(self) -> AbstractContextManager[Any]:
-        """A CPU has one."""
+        """Return a context for the capture stream; a CPU has one stream."""
         return nullcontext()
 
 
 class Recording(TorchDispatchMode):
-    """The operators of a capture with the tensors that they were called with and that they returned."""
+    """Operators of a capture with their arguments and results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.overloadpacket.__name__ == "_local_scalar_dense":
             raise RuntimeError("operation not permitted when stream is capturing")
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | dict(kwargs)
         for argument in func._schema.arguments:
             value = named.get(argument.name)
@@ -53,36 +53,36 @@ class Recording(TorchDispatchMode):
             for tensor in args[3:5]:
                 self._keep(tensor)
         result = func(*args, **kwargs)
-        aliases = {tensor.untyped_storage().data_ptr() for tensor in given}
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        made = [tensor for tensor in made if tensor.untyped_storage().data_ptr() not in aliases]
-        self._made |= {tensor.untyped_storage().data_ptr() for tensor in made}
-        self._calls.append((func, args, kwargs, made))
+        aliases = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        results = [tensor for tensor in results if tensor.untyped_storage().data_ptr() not in aliases]
+        self._made |= {tensor.untyped_storage().data_ptr() for tensor in results}
+        self._calls.append((func, args, kwargs, results))
         return result
 
     def _keep(self, tensor: Any) -> None:
         if not isinstance(tensor, Tensor):
             return
         storage = tensor.untyped_storage()
-        whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+        content = torch.empty(0, dtype=torch.uint8).set_(storage)
         if storage.data_ptr() not in self._made and storage.data_ptr() not in self._before:
-            self._before[storage.data_ptr()] = whole, whole.clone()
+            self._before[storage.data_ptr()] = content, content.clone()
 
     def undo(self) -> None:
-        """Give the tensors that were there before their values of then."""
-        for whole, old in self._before.values():
-            whole.copy_(old)
+        """Restore the tensors that existed before the capture."""
+        for storage, old in self._before.values():
+            storage.copy_(old)
         self._before.clear()
 
     @torch.no_grad()
     def replay(self) -> None:
-        """Call the operators again; what they return goes to where it went."""
+        """Call the operators again; results go to the tensors of the capture."""
         self.num_replays += 1
-        for func, args, kwargs, made in self._calls:
+        for func, args, kwargs, results in self._calls:
             again = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
             aliases = {
                 leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
             }
             new = [tensor for tensor in again if tensor.untyped_storage().data_ptr() not in aliases]
-            for old, tensor in zip(made, new, strict=True):
+            for old, tensor in zip(results, new, strict=True):
                 old.copy_(tensor)

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import BIN, free_port, run_command
+from tests.conftest import run_ranks
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_each_rank_writes_its_chunks_and_reads_any(world_size: int, tmp_path: Path) -> None:
-    launcher = [BIN / "torchrun", "--nproc_per_node", str(world_size), "--master_port", str(free_port())]
-    done = run_command([*launcher, "-m", "tests.distributed.checkpoint_job", tmp_path])
+    done = run_ranks(world_size, "-m", "tests.distributed.checkpoint_job", tmp_path)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("rank passed") == world_size

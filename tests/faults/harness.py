@@ -1,4 +1,4 @@
-"""Injects faults into real jobs of two ranks, and checks what must hold after each."""
+"""Inject faults into jobs of two ranks, and check what must hold after each."""
 
 import contextlib
 import dataclasses
@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from bitfleet.trainer.checkpoint.format import checkpoints, step_of, verify
-from tests.conftest import BIN, REPOSITORY, free_port
+from tests.conftest import BIN, HANGS, REPOSITORY, free_port, job_environment, start_python
 from tests.faults.job import SAVE_POINTS
+from tests.fork_server import ForkedProcess
 
+Process = subprocess.Popen[str] | ForkedProcess
 NUM_STEPS = 30
 SAVE_EVERY = 3
 GONE_SECONDS = 60
@@ -23,43 +25,49 @@ GONE_SECONDS = 60
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a job with a fault."""
+    """The end of a job with a fault."""
 
     code: int
     output: str
     seconds: float
-    """From the fault until the last process had gone; 0 if the fault was never reached."""
+    """From the fault to the end of the last process; 0 if the fault was never reached."""
     steps_lost: int
-    """Steps that had been done and must be done again."""
+    """Steps that are done again when the run continues."""
 
 
 class Job:
-    """One run that is started again and again in one folder."""
+    """One run that is started again and again in one folder.
 
-    def __init__(self, options: list[str], run: Path, progress: Path) -> None:
+    Args:
+        options: those of the run.
+        run: its folder.
+        progress: file for the number of its last step.
+        launcher: "forks", or "deepspeed" for faults that the launcher takes part in.
+    """
+
+    def __init__(self, options: list[str], run: Path, progress: Path, *, launcher: str = "forks") -> None:
         self.run, self.progress = run, progress
+        self._launcher = launcher
         self._options = [
             *options,
             *("--run_dir", str(run), "--resume", "auto", "--num_replicas", "4", "--num_threads", "1"),
             *("--checkpoint.every_steps", str(SAVE_EVERY), "--stop_after_steps", str(NUM_STEPS)),
         ]
 
-    def start(
-        self, fault: dict[str, Any] | None = None, *further: str, step_seconds: float = 0.0
-    ) -> subprocess.Popen[str]:
-        """Start the job in a session of its own."""
-        environment = os.environ | {
-            "PYTHONPATH": f"{REPOSITORY}/src:{REPOSITORY}",
-            "PATH": f"{BIN}:{os.environ['PATH']}",
+    def start(self, fault: dict[str, Any] | None = None, *further: str, step_seconds: float = 0.0) -> Process:
+        """Start the job in its own session."""
+        variables = {
             "BITFLEET_FAULT": json.dumps(fault or {}),
             "BITFLEET_PROGRESS": str(self.progress),
             "BITFLEET_STEP_SECONDS": str(step_seconds),
         }
-        launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
+        command = ["tests/faults/job.py", *self._options, *further]
+        if self._launcher == "forks":
+            return start_python(*command, num_ranks=2, **variables)
         return subprocess.Popen(
-            [str(BIN / launcher[0]), *launcher[1:], "tests/faults/job.py", *self._options, *further],
+            [BIN / "deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), *command],
             cwd=REPOSITORY,
-            env=environment,
+            env=job_environment(**variables),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -70,16 +78,16 @@ class Job:
         self,
         fault: dict[str, Any] | None,
         *further: str,
-        meanwhile: Callable[[subprocess.Popen[str]], float] | None = None,
+        meanwhile: Callable[[Process], float] | None = None,
         step_seconds: float = 0.0,
     ) -> Outcome:
-        """Run the job with `fault` to its end; checks that all processes go and that nothing committed is lost.
+        """Run the job with `fault` to its end; check that all its processes end and that no checkpoint is lost.
 
         Args:
             fault: see job.py.
             further: options.
-            meanwhile: called once it has been started; returns the time of the fault that it made.
-            step_seconds: how much every step is slowed down.
+            meanwhile: called once the job is started; returns the time of the fault that it made.
+            step_seconds: delay of every step.
         """
         before = newest_intact(self.run)
         marker = self.progress.with_name(self.progress.name + ".fault")
@@ -88,7 +96,7 @@ class Job:
         job = self.start(fault, *further, step_seconds=step_seconds)
         try:
             fault_at = meanwhile(job) if meanwhile else None
-            output, _ = job.communicate(timeout=120)
+            output, _ = job.communicate(timeout=HANGS)
             wait_until_gone(job.pid)
         finally:
             if group_exists(job.pid):
@@ -101,11 +109,12 @@ class Job:
             verify(path)
         newest = newest_intact(self.run)
         assert newest >= before, f"{before} had been committed, {newest} is the newest now"
+        assert job.returncode is not None
         return Outcome(job.returncode, output, seconds, max(done - newest, 0))
 
 
 def newest_intact(run: Path) -> int:
-    """The step of the newest checkpoint that is as it was written; 0 without any."""
+    """Return the step of the newest checkpoint that is as it was written; 0 without one."""
     for path in reversed(checkpoints(run)):
         with contextlib.suppress(ValueError):
             verify(path)
@@ -121,7 +130,7 @@ def wait_until_gone(group: int) -> None:
 
 
 def group_exists(pid: int) -> bool:
-    """Whether any process of the process group is left (but for the zombie of its leader, which is ours to reap)."""
+    """Return True if any process of the group is left, other than zombies."""
     try:
         os.killpg(pid, 0)
     except ProcessLookupError:
@@ -137,10 +146,10 @@ def alive(group: int, entry: Path) -> bool:
     return int(its_group) == group and state != "Z"
 
 
-def kill_after(seconds: float, choose: str) -> Callable[[subprocess.Popen[str]], float]:
-    """Kill -9 a rank of the job (or "all" processes) at any moment: `seconds` after its start."""
+def kill_after(seconds: float, choose: str) -> Callable[[Process], float]:
+    """Kill a rank of a job under deepspeed, or "all" its processes, `seconds` after its start."""
 
-    def meanwhile(job: subprocess.Popen[str]) -> float:
+    def meanwhile(job: Process) -> float:
         time.sleep(seconds)
         if choose == "all":
             with contextlib.suppress(ProcessLookupError):
@@ -169,7 +178,7 @@ def command_of(pid: int) -> list[str]:
 
 
 def damage_newest(run: Path, kind: str, generator: random.Random) -> None:
-    """Spoil the newest checkpoint as a disk or a person would."""
+    """Damage the newest checkpoint as a disk or a person would."""
     newest = checkpoints(run)[-1]
     files = sorted(newest.glob("*.safetensors"))
     victim = newest / "meta.json" if kind == "meta" else generator.choice(files)
@@ -186,7 +195,7 @@ def damage_newest(run: Path, kind: str, generator: random.Random) -> None:
 
 
 def random_fault(generator: random.Random, step: int) -> dict[str, Any]:
-    """A kill or a signal at a named point of a save or of training, a little after `step`."""
+    """Draw a kill or a signal at a named point of a save or of training, soon after `step`."""
     at = step + generator.randrange(1, 8)
     rank = generator.randrange(2)
     kills = ["SIGKILL:self", "SIGKILL:self", "SIGKILL:self", "SIGKILL:all", "SIGKILL:agent", "SIGKILL:runner"]

@@ -1,15 +1,14 @@
-"""The training job with one fault in it: launch/train.py, after the environment variable BITFLEET_FAULT has been obeyed.
+"""Train as launch/train.py, with one fault that the environment variable BITFLEET_FAULT describes.
 
 BITFLEET_FAULT is a JSON object: "rank" that does "action" when "point" is reached in or after "step". Points are the methods of
-a save ("write_tensors:before", "commit:after", ...), "step" (before it), "backward" (after one of its two), "validation" (at its
-begin). BITFLEET_PROGRESS is a file into which rank 0 writes the steps that are done; the time of the fault goes into a file
-beside it. BITFLEET_STEP_SECONDS slows every step down.
+a save ("write_tensors:before", "commit:after", ...), "step" (before it), "backward" (after one of its two), "validation"
+(before it). BITFLEET_PROGRESS is a file into which rank 0 writes the number of steps done; the time of the fault goes into a
+file next to it. BITFLEET_STEP_SECONDS slows every step down.
 """
 
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,12 +26,12 @@ from bitfleet.trainer.trainer import Trainer
 
 SAVE_POINTS = ("begin", "write_tensors", "hash_files", "write_meta", "commit", "prune")
 FAULT: dict[str, Any] = json.loads(os.environ.get("BITFLEET_FAULT", "{}"))
-MINE = FAULT.get("rank") == int(os.environ.get("RANK", "-1"))
+IS_HERE = FAULT.get("rank") == int(os.environ.get("RANK", "-1"))
 step_now = 0
 
 
 def act(trainer: Trainer | None = None) -> None:
-    """Do what the fault asks for, once."""
+    """Do the action of the fault, once."""
     action, FAULT["action"] = FAULT["action"], "none"
     if action != "none":
         Path(os.environ["BITFLEET_PROGRESS"] + ".fault").write_text(str(time.monotonic()))
@@ -55,7 +54,7 @@ def act(trainer: Trainer | None = None) -> None:
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ... 1 MiB is free. And so on"
         )
-    elif action.startswith("fill:"):  # a file system of its own
+    elif action.startswith("fill:"):
         with Path(target, "filler").open("wb") as file:
             try:
                 while True:
@@ -70,7 +69,7 @@ def act(trainer: Trainer | None = None) -> None:
 
 
 def spoil(trainer: Trainer) -> None:
-    """One gradient of this rank is not a number in the next backward pass."""
+    """Make one gradient of this rank NaN in the next backward pass."""
     parameter = dict(trainer.model.named_parameters())["blocks.2.conv.weight"]
 
     def on_gradient(gradient: Tensor) -> Tensor:
@@ -81,7 +80,7 @@ def spoil(trainer: Trainer) -> None:
 
 
 def around(name: str) -> None:
-    """Reach the points before and after a method of the saver."""
+    """Call `reach` before and after a method of the saver."""
     method: Callable[..., Any] = getattr(Saver, name)
 
     def wrapped(self: Saver, *args: Any) -> Any:
@@ -94,7 +93,7 @@ def around(name: str) -> None:
 
 
 def reach(point: str, trainer: Trainer | None = None) -> None:
-    if MINE and FAULT.get("point") == point and step_now >= FAULT["step"]:
+    if IS_HERE and FAULT.get("point") == point and step_now >= FAULT["step"]:
         act(trainer)
 
 
@@ -141,5 +140,4 @@ if __name__ == "__main__":
     StopWatcher.__init__.__globals__["AGREE_SECONDS"] = 0.1  # the run has 30 steps of 40 ms
     if "clock_back" in FAULT:
         set_clock_back(FAULT["clock_back"])
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     main()

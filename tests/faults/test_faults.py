@@ -1,4 +1,4 @@
-"""Kills, signals, full disks, damaged files: nothing hangs, nothing committed is lost, and the run ends with the same bits."""
+"""Kill, signal, fill disks, damage files: nothing hangs, no checkpoint is lost, and the run ends with the same bits."""
 
 import os
 import random
@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from bitfleet.trainer.checkpoint.format import checkpoints, latest_checkpoint, step_of
+from bitfleet.trainer.ranks.exit_codes import REQUEUE
 from tests.faults.harness import (
     GONE_SECONDS,
     NUM_STEPS,
-    REQUEUE,
     SAVE_EVERY,
     Job,
     Outcome,
+    Process,
     damage_newest,
     kill_after,
     random_fault,
@@ -44,7 +45,7 @@ def job(tiny: list[str], tmp_path: Path) -> Job:
 
 
 def finish(job: Job, undisturbed: Path) -> None:
-    """The same command runs to the end, with the bits and the log of the run that nothing disturbed."""
+    """Run the same command to the end: the bits and the log of the undisturbed run."""
     outcome = job.inject(None)
     assert outcome.code == 0, outcome.output
     assert_same_bits(final_tensors(undisturbed), final_tensors(job.run))
@@ -59,14 +60,14 @@ def stopped(outcome: Outcome, reason: str) -> None:
 
 
 def test_killed_rank_before_a_commit_then_signal_in_validation_then_stop_file(job: Job, undisturbed: Path) -> None:
-    """One run, three faults, and the clock set back in between."""
+    """Disturb one run three times, and set the clock back in between."""
     outcome = job.inject({"rank": 0, "point": "commit:before", "step": 8, "action": "SIGKILL:self"})
     assert outcome.code not in (0, REQUEUE), outcome.output
     assert outcome.steps_lost <= 2 * SAVE_EVERY
     outcome = job.inject({"rank": 1, "point": "validation", "step": 11, "action": "SIGUSR1:self", "clock_back": 90000})
     stopped(outcome, "SIGUSR1")
     assert (checkpoints(job.run)[-1].name, outcome.steps_lost) == ("step-00000012", 0)
-    assert not [line for line in metrics(job.run) if line["kind"] == "validation"]  # it was given up
+    assert not [line for line in metrics(job.run) if line["kind"] == "validation"]  # it was interrupted
     stopped(job.inject({"rank": 0, "point": "step", "step": 20, "action": "STOP file"}), "the file STOP")
     assert not (job.run / "STOP").exists()
     finish(job, undisturbed)
@@ -77,19 +78,18 @@ def test_nonfinite_gradient_stops_with_its_name_and_the_state_saved(job: Job, un
     outcome = job.inject(fault, "--engine.on_nonfinite", "stop")
     assert outcome.code == 2, outcome.output
     (line,) = [line for line in outcome.output.splitlines() if line.startswith("bitfleet: error")]
-    assert "the gradient of blocks.2.conv.weight is not finite in step 17; the state before it is saved" in line
+    assert re.search("blocks.2.conv.weight .*step 17.* saved", line)
     assert checkpoints(job.run)[-1].name == "step-00000016"
     finish(job, undisturbed)
 
 
 def test_gpu_without_memory_ends_the_job_in_one_sentence(job: Job) -> None:
-    """Of one rank; the other one is in a collective."""
+    """One rank fails; the other is in a collective."""
     outcome = job.inject({"rank": 1, "point": "backward", "step": 4, "action": "out of memory"})
     assert outcome.code not in (0, REQUEUE), outcome.output
     (line,) = [line for line in outcome.output.splitlines() if line.startswith("bitfleet: error")]
     assert line.startswith("bitfleet: error (rank 1): a GPU of ")
-    assert "a rank trains on 4 images at a time in fp32" in line
-    assert "--num_replicas 8 (micro-batches of half the images)" in line
+    assert re.search("4 images .*fp32.*--num_replicas 8 ", line)
     assert "Traceback" not in outcome.output
 
 
@@ -139,9 +139,9 @@ SHARES = {"fault": 10, "moment": 5, "damage": 3, "second run": 1, "clock": 1}
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(int(os.environ.get("BITFLEET_FAULT_RUNS", "3"))))
 def test_random_faults(seed: int, tiny: list[str], tmp_path: Path, undisturbed: Path) -> None:
-    """Runs that are disturbed until they reach their end, each by what its seed draws; prints a line for every fault."""
+    """Disturb runs as their seed draws until they reach their end; prints a line per fault."""
     generator = random.Random(seed)
-    job = Job(tiny, tmp_path / "run", tmp_path / "progress")
+    job = Job(tiny, tmp_path / "run", tmp_path / "progress", launcher="deepspeed")
     counts: Counter[str] = Counter()
     for number in range(12):
         newest = latest_checkpoint(job.run)
@@ -162,10 +162,10 @@ def test_random_faults(seed: int, tiny: list[str], tmp_path: Path, undisturbed: 
     shutil.rmtree(tmp_path)
 
 
-def start_second(job: Job) -> Callable[[subprocess.Popen[str]], float]:
-    """Start a second run in the folder of one that is training: it must be refused."""
+def start_second(job: Job) -> Callable[[Process], float]:
+    """Start a second run in the folder of one that is training; it must be refused."""
 
-    def meanwhile(_: subprocess.Popen[str]) -> float:
+    def meanwhile(_: Process) -> float:
         give_up = time.monotonic() + 60
         while not job.progress.exists():
             assert time.monotonic() < give_up
@@ -185,7 +185,7 @@ def step_after(job: Job) -> int:
 
 
 def disturb(kind: str, job: Job, generator: random.Random, step: int) -> tuple[str, Outcome]:
-    """One fault of a kind; its name, and what became of the job."""
+    """Inject one fault of a kind; return its name and the outcome."""
     fault: dict[str, Any] = random_fault(generator, step)
     further = ["--engine.on_nonfinite", "stop"] if fault["action"] == "nan" else []
     if kind == "moment":

@@ -1,6 +1,7 @@
-"""What tests on a GPU share. BITFLEET_GPU_DRY_RUN=1 runs all of them on the CPU, at tiny sizes: then they compare it with itself.
+"""Share between the tests on a GPU.
 
-On a device nobody has seen the warnings of its libraries yet, so here a warning is not an error.
+BITFLEET_GPU_DRY_RUN=1 runs all of them on the CPU, at tiny sizes: then they compare the CPU with itself. A warning is not an
+error here: those of the libraries of a new device are not known.
 """
 
 import os
@@ -25,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def is_dry() -> bool:
-    """Whether sizes are tiny and the device is the CPU."""
+    """Return True if sizes are tiny and the device is the CPU."""
     return os.environ.get(DRY_RUN) == "1"
 
 
@@ -42,7 +43,7 @@ def device(is_dry: bool) -> torch.device:
 
 @pytest.fixture(scope="module")
 def ranks(device: torch.device) -> Iterator[Ranks]:
-    """This process as the only rank of a job."""
+    """The place of this process as the only rank of a job."""
     before = dict(os.environ)
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # a machine without a network has no other
     with job("cpu" if device.type == "cpu" else "gpu") as (ranks, _):

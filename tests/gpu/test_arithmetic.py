@@ -1,4 +1,4 @@
-"""What a run sets in torch, seen on a GPU: TF32 or not, sums in fp32, the doctor's kernel, and NCCL on one rank."""
+"""The settings of a run on a GPU: TF32 or not, sums in fp32, the doctor's kernel, and NCCL on one rank."""
 
 import os
 from typing import Any
@@ -16,7 +16,7 @@ from bitfleet.trainer.ranks.collectives import Ranks, connect, gpu_uuid, process
 
 pytestmark = pytest.mark.gpu
 FAN_IN = 9216
-"""Of XNOR-Net's largest layer."""
+"""Sizes of XNOR-Net's largest layer."""
 
 
 def skip_tf32_of_a_cpu(precision: str, device: torch.device) -> None:
@@ -42,7 +42,7 @@ def test_real_products_are_tf32_or_not(precision: Any, low: float, high: float, 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_sums_of_a_binary_layer_are_added_in_fp32(precision: Any, device: torch.device) -> None:
-    """One sum in each of a few shapes that cuBLAS may split: the exact integer, rounded once."""
+    """Sum in shapes that cuBLAS may split: the result is the exact integer, rounded once."""
     skip_tf32_of_a_cpu(precision, device)
     use_arithmetic(device, EngineConfig(precision=precision))
     torch.manual_seed(0)

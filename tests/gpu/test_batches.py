@@ -33,7 +33,7 @@ def num_batches(is_dry: bool) -> int:
 
 @pytest.fixture(scope="module")
 def matrix(device: torch.device, is_dry: bool) -> torch.Tensor:
-    """What keeps the device busy."""
+    """Work that keeps the device busy."""
     return torch.randn(*2 * [16 if is_dry else 2048], device=device)
 
 
@@ -77,7 +77,7 @@ def keep_busy(matrix: torch.Tensor) -> None:
 def test_what_a_cpu_decoded_arrives_as_it_was(
     root: str, kind: str, loader: str, device: torch.device, matrix: torch.Tensor, num_batches: int
 ) -> None:
-    """While the device is busy: a copy that nobody waits for would come too late. A batch is read after later ones came."""
+    """Read batches while the device is busy, each after later ones: a copy that is not waited for would come too late."""
     options = {**KINDS[kind], "loader": loader, "device": "cpu"}
     sums, held = [], []
     for images, labels in islice(batches(root, device, **options), num_batches):

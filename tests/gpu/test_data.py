@@ -34,7 +34,7 @@ def test_images_in_memory_have_the_bytes_of_the_cpu(device: torch.device, tiny_i
 
 @pytest.fixture(scope="module")
 def photos(is_dry: bool, device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made-up photos in class folders."""
+    """Synthetic photos in class folders."""
     pytest.importorskip("nvidia.dali")
     folder = tmp_path_factory.mktemp("photos") / "photos"
     write_class_folders(find_photos(None, 8 if is_dry else 256, len(os.sched_getaffinity(0))), folder)

@@ -1,4 +1,4 @@
-"""On the device a run that was stopped ends with the bits of one that never was, and so does one that is made again."""
+"""A run on the device has the same bits when it is stopped and resumed, and when it is repeated."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def command(device: torch.device, is_dry: bool, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A run of the small Bi-Real Net, by itself as one rank."""
+    """Return the command of a run of the small Bi-Real Net on one rank."""
     for interface in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(interface, "lo")  # a machine without a network has no other
     config = tiny if is_dry else ["--config", "fashion_quickstart"]

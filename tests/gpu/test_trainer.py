@@ -28,7 +28,7 @@ loaders = pytest.mark.parametrize("loader", ["torch", "memory"])
 
 @contextmanager
 def started(variant: Variant, run: Path, ranks: Ranks, device: torch.device, is_dry: bool) -> Iterator[Trainer]:
-    """A trainer of the small Bi-Real Net, before its first step; it does not log by itself."""
+    """Make a trainer of the small Bi-Real Net, before its first step; it does not log."""
     config = load_config("fashion_quickstart")
     metrics = dataclasses.replace(config.metrics, every_steps=1000)
     fields: dict[str, Any] = {"global_batch_size": 8 if is_dry else config.global_batch_size, "metrics": metrics}
@@ -90,5 +90,5 @@ def test_graph_of_a_step_has_the_bits_of_the_step(
 
 
 def tensors(run: Path) -> dict[str, Tensor]:
-    """Weights, buffers and moments of the newest checkpoint."""
+    """Return weights, buffers and moments of the newest checkpoint."""
     return checkpoint_tensors.read(checkpoints(run)[-1], "")

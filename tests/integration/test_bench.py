@@ -29,7 +29,7 @@ from bitfleet.launch.plan.rates import read_rates
 from bitfleet.launch.preflight.tensor_bytes import TensorBytes
 from bitfleet.optim.sharding.reduction import all_gather_single
 from bitfleet.trainer.ranks.collectives import Ranks
-from tests.conftest import BIN, REPOSITORY, Launch, run_command
+from tests.conftest import REPOSITORY, Launch, run_bitfleet, run_command, run_ranks
 
 NUM_BINARY, NUM_REAL = 16 * 256**2, 16 * 256 + 2570
 Table = dict[tuple[Method, str], list[float]]
@@ -59,16 +59,16 @@ def check_traffic(rows: Table) -> None:
         assert zero1 == zero2
 
 
-def test_comm_counts_what_two_ranks_send(deepspeed: Launch) -> None:
-    done = deepspeed(2, "--module", "bitfleet.launch", "bench", "comm", "--steps", "2")
+def test_comm_counts_what_two_ranks_send() -> None:
+    done = run_ranks(2, "-m", "bitfleet.launch", "bench", "comm", "--steps", "2")
     assert done.returncode == 0, done.stdout
     check_traffic(parse(done.stdout))
 
 
-def test_plan_predicts_a_step_and_measures_it(deepspeed: Launch, tiny: list[str], tmp_path: Path) -> None:
+def test_plan_predicts_a_step_and_measures_it(tiny: list[str], tmp_path: Path) -> None:
     file = tmp_path / "rates.json"
-    done = deepspeed(
-        2, "--module", "bitfleet.launch", "bench", "plan", "--rounds", "1", "--steps", "2", "--output", file, *tiny
+    done = run_ranks(
+        2, "-m", "bitfleet.launch", "bench", "plan", "--rounds", "1", "--steps", "2", "--output", file, *tiny
     )
     assert done.returncode == 0, done.stdout
     numbers = {
@@ -79,8 +79,8 @@ def test_plan_predicts_a_step_and_measures_it(deepspeed: Launch, tiny: list[str]
     assert numbers["ratio"] == pytest.approx(numbers["predicted"] / numbers["measured"], rel=0.05)  # of one round
     rates = read_rates(file)
     assert (rates.device, rates.cores) == ("cpu", len(os.sched_getaffinity(0)))
-    again = deepspeed(
-        2, "--module", "bitfleet.launch", "bench", "plan", "--rounds", "1", "--steps", "2", "--rates", file, *tiny
+    again = run_ranks(
+        2, "-m", "bitfleet.launch", "bench", "plan", "--rounds", "1", "--steps", "2", "--rates", file, *tiny
     )
     assert again.returncode == 0, again.stdout
     (predicted,) = re.findall(r"^ *predicted +([\d.,]+)", again.stdout, re.MULTILINE)
@@ -89,7 +89,7 @@ def test_plan_predicts_a_step_and_measures_it(deepspeed: Launch, tiny: list[str]
 
 @pytest.mark.slow
 def test_diagnostics_are_measured_with_and_without(tiny: list[str]) -> None:
-    done = run_command([BIN / "bitfleet", "bench", "diagnostics", "--rounds", "1", "--steps", "5", *tiny])
+    done = run_bitfleet("bench", "diagnostics", "--rounds", "1", "--steps", "5", *tiny)
     assert done.returncode == 0, done.stdout
     (row,) = re.findall(r"^  CPU ms of rank 0 +([\d.]+) +([\d.]+) +([\d.]+) ", done.stdout, re.MULTILINE)
     without, with_them, ratio = map(float, row)
@@ -112,10 +112,10 @@ def test_memory_of_two_ranks_stays_in_bounds(deepspeed: Launch) -> None:
 
 
 @pytest.mark.slow
-def test_checkpoint_writes_what_it_should(deepspeed: Launch, tmp_path: Path) -> None:
+def test_checkpoint_writes_what_it_should(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     own = ["--network", "birealnet18", "--rounds", "1", "--folder", str(folder)]
-    done = deepspeed(2, "--module", "bitfleet.launch", "bench", "checkpoint", *own, timeout=240)
+    done = run_ranks(2, "-m", "bitfleet.launch", "bench", "checkpoint", *own, timeout=240)
     assert done.returncode == 0, done.stdout  # the last checkpoint is committed, and its hashes are right
     sizes = {}
     for title in ("in the background", "blocking", "save_checkpoint", "rank 0"):

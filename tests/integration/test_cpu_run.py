@@ -1,4 +1,4 @@
-"""A run on the CPU of a machine that has GPUs: it starts CUDA nowhere."""
+"""Run on the CPU of a machine that has GPUs: CUDA is never started. In fresh processes: importing counts too."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ main()
 
 
 def test_cuda_is_started_nowhere(tiny: list[str], tmp_path: Path) -> None:
-    """Loading, training, metrics, checkpoint and validation; then an evaluation, as if the run had decoded on a GPU."""
+    """Load, train, log, save and validate; then evaluate, as if the run had decoded on a GPU."""
     run = tmp_path / "run"
     options = [*tiny, "--epochs", "1", "--device", "cpu", "--run_dir", run]
     done = run_command([sys.executable, "-c", COMMAND.format("train"), *options])

@@ -2,13 +2,12 @@
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
 from bitfleet.trainer.metrics import read_metrics
-from tests.conftest import BIN, Launch, run_command
+from tests.conftest import run_bitfleet, run_ranks
 from tests.integration.runs import TRAIN, assert_same_bits, failed, final_tensors
 
 STEPS = 14  # past the first epoch of 12, with its validation
@@ -28,7 +27,7 @@ main()
 
 
 def data(*arguments: str | Path) -> tuple[int, str]:
-    done = run_command([BIN / "bitfleet", "data", *arguments], timeout=600)
+    done = run_bitfleet("data", *arguments)
     return done.returncode, done.stdout
 
 
@@ -56,50 +55,46 @@ def options_for(tiny: list[str], root: Path, run: Path, *more: str) -> list[str]
 
 
 @pytest.mark.slow
-def test_folders_shards_and_the_other_loader_train_the_same_bits(
-    root: Path, deepspeed: Launch, tiny: list[str], tmp_path: Path
-) -> None:
+def test_folders_shards_and_the_other_loader_train_the_same_bits(root: Path, tiny: list[str], tmp_path: Path) -> None:
     """Nothing is resized here, so that DALI and torchvision give the same bytes, and a packed PNG would not."""
     assert data("verify", root, "--num_workers", "1")[0] == 0
     script = tmp_path / "without_dali.py"
     script.write_text(WITHOUT_DALI)
-    done = deepspeed(2, TRAIN, *options_for(tiny, root, tmp_path / "a"))
+    done = run_ranks(2, TRAIN, *options_for(tiny, root, tmp_path / "a"))
     assert done.returncode == 0, done.stdout
     assert f"data: 200 training and 28 validation images of 4 classes in {root}" in done.stdout
-    done = deepspeed(2, script, *options_for(tiny, root, tmp_path / "b", "--data.loader", "torch"))
+    done = run_ranks(2, script, *options_for(tiny, root, tmp_path / "b", "--data.loader", "torch"))
     assert done.returncode == 0, done.stdout
     assert_same_bits(final_tensors(tmp_path / "a", STEPS), final_tensors(tmp_path / "b", STEPS))
     in_memory = ["--data.loader", "memory"]
-    done = deepspeed(2, TRAIN, *options_for(tiny, root, tmp_path / "m", *in_memory))
+    done = run_ranks(2, TRAIN, *options_for(tiny, root, tmp_path / "m", *in_memory))
     assert done.returncode == 0, done.stdout
     assert "keeps a copy of its own" not in done.stdout
     assert_same_bits(final_tensors(tmp_path / "a", STEPS), final_tensors(tmp_path / "m", STEPS))
     further = ["--resume", "auto", "--stop_after_steps", str(STEPS + 3)]
     for run, loader in (("m", []), ("a", in_memory)):  # each goes on with the loader of the other
-        done = deepspeed(2, TRAIN, *options_for(tiny, root, tmp_path / run, *loader), *further)
+        done = run_ranks(2, TRAIN, *options_for(tiny, root, tmp_path / run, *loader), *further)
         assert done.returncode == 0, done.stdout
     assert_same_bits(final_tensors(tmp_path / "a", STEPS + 3), final_tensors(tmp_path / "m", STEPS + 3))
-    done = deepspeed(2, script, *options_for(tiny, root, tmp_path / "c"))
+    done = run_ranks(2, script, *options_for(tiny, root, tmp_path / "c"))
     failed(done, "NVIDIA DALI, which reads the images, is not installed")
 
     code, output = data("pack", root, tmp_path / "packed", "--shards", "--short_side", "32", "--num_workers", "1")
     assert code == 0, output
-    done = deepspeed(2, TRAIN, *options_for(tiny, tmp_path / "packed", tmp_path / "d"))
+    done = run_ranks(2, TRAIN, *options_for(tiny, tmp_path / "packed", tmp_path / "d"))
     assert done.returncode == 0, done.stdout
-    done = deepspeed(2, TRAIN, *options_for(tiny, tmp_path / "packed", tmp_path / "a"), "--resume", "auto")
+    done = run_ranks(2, TRAIN, *options_for(tiny, tmp_path / "packed", tmp_path / "a"), "--resume", "auto")
     failed(done, "it was trained on other data")
 
 
-def test_an_image_that_vanishes_ends_the_job_or_is_replaced(
-    root: Path, deepspeed: Launch, tiny: list[str], tmp_path: Path
-) -> None:
+def test_an_image_that_vanishes_ends_the_job_or_is_replaced(root: Path, tiny: list[str], tmp_path: Path) -> None:
     for number in (3, 4):
         (root / f"train/class1/{number:04d}.png").unlink()
     (root / "val/class0/0001.png").write_bytes(b"")
     options = options_for(tiny, root, tmp_path / "run")
-    failed(deepspeed(2, TRAIN, *options, timeout=600), "train/class1/000")
+    failed(run_ranks(2, TRAIN, *options), "train/class1/000")
 
-    done = deepspeed(2, TRAIN, *options, "--resume", "auto", "--data.on_bad_sample", "replace")
+    done = run_ranks(2, TRAIN, *options, "--resume", "auto", "--data.on_bad_sample", "replace")
     assert done.returncode == 0, done.stdout
     lines = read_metrics(tmp_path / "run")
     assert [line["replaced_samples"] for line in lines if line["kind"] == "train"][-1] >= 1
@@ -110,15 +105,15 @@ def test_an_image_that_vanishes_ends_the_job_or_is_replaced(
     code, output = data("verify", root, "--num_workers", "1")
     assert (code, "3 failed" in output) == (1, True), output
     resume = [*options, "--resume", "auto", "--stop_after_steps", str(STEPS + 1)]
-    failed(deepspeed(2, TRAIN, *resume), "set aside by bitfleet data verify since make another one")
-    done = deepspeed(2, TRAIN, *options_for(tiny, root, tmp_path / "anew"))
+    failed(run_ranks(2, TRAIN, *resume), "set aside by bitfleet data verify since make another one")
+    done = run_ranks(2, TRAIN, *options_for(tiny, root, tmp_path / "anew"))
     assert done.returncode == 0, done.stdout
     assert "198 training and 27 validation images of 4 classes" in done.stdout
     assert "3 that bitfleet data verify or prepare set aside are LEFT OUT" in done.stdout
 
 
 @pytest.mark.slow
-def test_ranks_with_different_data_do_not_train(root: Path, deepspeed: Launch, tiny: list[str], tmp_path: Path) -> None:
+def test_ranks_with_different_data_do_not_train(root: Path, tiny: list[str], tmp_path: Path) -> None:
     """Two nodes, each with a copy of its own: on one of them verify set an image aside."""
     for rank in "01":
         shutil.copytree(root, tmp_path / rank / "data")
@@ -126,13 +121,13 @@ def test_ranks_with_different_data_do_not_train(root: Path, deepspeed: Launch, t
     assert data("verify", tmp_path / "1/data", "--num_workers", "1")[0] == 1
     script = tmp_path / "train.py"
     script.write_text(EACH_IN_A_FOLDER_OF_ITS_OWN.format(folder=tmp_path))
-    done = deepspeed(2, script, *options_for(tiny, Path("data"), tmp_path / "run"))
+    done = run_ranks(2, script, *options_for(tiny, Path("data"), tmp_path / "run"))
     failed(done, "in the lists of images in data (sha256)")
 
 
 @pytest.mark.slow
 def test_class_folders_that_one_rank_does_not_have_whole_end_the_job(
-    tiny_images: Path, deepspeed: Launch, tiny: list[str], tmp_path: Path
+    tiny_images: Path, tiny: list[str], tmp_path: Path
 ) -> None:
     """Never prepared; what is left out on one rank ends all of them, and what all ranks allow is said once."""
     for rank in "01":
@@ -141,27 +136,25 @@ def test_class_folders_that_one_rank_does_not_have_whole_end_the_job(
     script = tmp_path / "train.py"
     script.write_text(EACH_IN_A_FOLDER_OF_ITS_OWN.format(folder=tmp_path))
     options = options_for(tiny, Path("data"), tmp_path / "run")
-    done = deepspeed(2, script, *options)
+    done = run_ranks(2, script, *options)
     failed(done, "'class1' is in train/ only; add it to val/")
     assert done.stdout.count("bitfleet: error") == 1
     assert "7 hidden" in done.stdout
 
     (tmp_path / "0/data/val/class1").rename(tmp_path / "0/data/val/.class1")
-    done = deepspeed(2, script, *options, "--data.allow_incomplete", "True")
+    done = run_ranks(2, script, *options, "--data.allow_incomplete", "True")
     assert done.returncode == 0, done.stdout
     assert "; not listed: val: 7 hidden" in done.stdout
     assert done.stdout.count("INCOMPLETE: not listed from ") == 1
 
 
 @pytest.mark.slow
-def test_a_disk_that_does_not_answer_ends_the_job(
-    root: Path, deepspeed: Launch, tiny: list[str], tmp_path: Path
-) -> None:
+def test_a_disk_that_does_not_answer_ends_the_job(root: Path, tiny: list[str], tmp_path: Path) -> None:
     """A named pipe without a writer: opening it never returns."""
     victim = root / "train/class1/0003.png"
     victim.unlink()
     os.mkfifo(victim)
-    done = deepspeed(2, TRAIN, *options_for(tiny, root, tmp_path / "run", "--data.stall_seconds", "3"), timeout=600)
+    done = run_ranks(2, TRAIN, *options_for(tiny, root, tmp_path / "run", "--data.stall_seconds", "3"))
     failed(done, f"the disk does not answer: {victim} could not be read within 3 s")
 
 
@@ -206,5 +199,5 @@ def test_set_aside_on_the_command_line(root: Path, tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_gets_a_sentence(prepared: Path, arguments: list[str], sentence: str) -> None:
-    done = run_command([sys.executable, "-m", "bitfleet.launch", "data", *(a.format(root=prepared) for a in arguments)])
+    done = run_bitfleet("data", *(a.format(root=prepared) for a in arguments))
     failed(done, sentence)

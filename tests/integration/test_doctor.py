@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 
-from tests.conftest import BIN, Launch, run_command
+from tests.conftest import run_bitfleet, run_ranks
 
 
-def test_two_ranks_are_examined(deepspeed: Launch, tiny: list[str], tmp_path: Path) -> None:
-    done = deepspeed(2, "--module", "bitfleet.launch", "doctor", *tiny, "--output", tmp_path)
+def test_two_ranks_are_examined(tiny: list[str], tmp_path: Path) -> None:
+    done = run_ranks(2, "-m", "bitfleet.launch", "doctor", *tiny, "--output", tmp_path)
     assert done.returncode == 0, done.stdout
     (summary,) = re.findall(r"^(\d+) OK, (\d+) WARN, 0 FAIL$", done.stdout, re.MULTILINE)
     assert sum(map(int, summary)) == 28
@@ -23,7 +23,7 @@ def test_two_ranks_are_examined(deepspeed: Launch, tiny: list[str], tmp_path: Pa
 
 
 def test_what_fails_is_said_and_ends_with_1(tiny: list[str], tmp_path: Path) -> None:
-    done = run_command([BIN / "bitfleet", "doctor", *tiny, "--data.root", tmp_path / "nothing", "--output", tmp_path])
+    done = run_bitfleet("doctor", *tiny, "--data.root", tmp_path / "nothing", "--output", tmp_path)
     assert done.returncode == 1, done.stdout
     assert re.search(r"^FAIL  data +not readable on .* \(rank 0\)$", done.stdout, re.MULTILINE)
     assert re.search(r"-> data.root='\S+nothing' does not exist", " ".join(done.stdout.split()))

@@ -1,13 +1,13 @@
-"""The example of docs/ does what it says."""
+"""Run the example of docs/."""
 
 import re
 
-from tests.conftest import BIN, free_port, run_command
+from tests.conftest import HANGS, finish, start_python
 
 
-def test_sharded_optimizer_in_a_loop_of_ones_own() -> None:
-    launcher = [BIN / "torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    done = run_command([*launcher, "docs/examples/sharded_optimizer.py"], timeout=60)
+def test_sharded_optimizer_in_a_loop_without_bitfleet() -> None:
+    script = "docs/examples/sharded_optimizer.py"
+    done = finish(start_python(script, num_ranks=2, OMP_NUM_THREADS="1"), [script], HANGS)
     assert done.returncode == 0, done.stdout
     accuracies = [int(percent) for percent in re.findall(r"accuracy (\d+)%", done.stdout)]
     assert len(accuracies) == 3

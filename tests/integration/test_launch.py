@@ -15,7 +15,7 @@ import pytest
 from bitfleet.launch.cluster.supervise import AGENT
 from bitfleet.trainer.checkpoint.format import checkpoints, latest_checkpoint, step_of, verify
 from bitfleet.trainer.ranks.exit_codes import REQUEUE
-from tests.conftest import BIN, REPOSITORY, free_port
+from tests.conftest import BIN, HANGS, REPOSITORY, free_port
 
 LONG = ["--epochs", "400", "--checkpoint.every_epochs", "400"]
 Start = Callable[..., subprocess.Popen[str]]
@@ -23,7 +23,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def start(tiny: list[str], tmp_path: Path) -> Iterator[Start]:
-    """Starts a run in tmp_path/run; whatever carries that folder on its command line is killed at the end."""
+    """Start a run in tmp_path/run; at the end all processes with that folder on their command line are killed."""
     run = str(tmp_path / "run")
 
     def launch(*where: str, **variables: str) -> subprocess.Popen[str]:
@@ -46,17 +46,17 @@ def start(tiny: list[str], tmp_path: Path) -> Iterator[Start]:
 
 
 def of_run(run: Path | str) -> list[psutil.Process]:
-    """The processes that have the folder of the run on their command line: launchers, ranks and their workers."""
-    found = []
+    """Return the launchers, ranks and workers of a run: processes with its folder on their command line."""
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if str(run) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def wait_until_it_trains(run: Path, job: subprocess.Popen[str]) -> None:
-    give_up = time.monotonic() + 90
+    give_up = time.monotonic() + HANGS
     while not (run / "metrics.jsonl").exists():
         assert job.poll() is None, job.communicate()[0]
         assert time.monotonic() < give_up
@@ -67,8 +67,8 @@ def agents(run: Path) -> list[psutil.Process]:
     return [process for process in of_run(run) if AGENT in process.cmdline()]
 
 
-def ended(job: subprocess.Popen[str], run: Path, timeout: float = 60) -> tuple[int, str]:
-    """Exit code and output of a job of which no process is left."""
+def ended(job: subprocess.Popen[str], run: Path, timeout: float = HANGS) -> tuple[int, str]:
+    """Wait for the end of a job; return exit code and output. No process of it may be left."""
     output, _ = job.communicate(timeout=timeout)
     left = [process.cmdline() for process in of_run(run)]
     assert not left, output
@@ -92,7 +92,7 @@ def test_signal_reaches_all_ranks_and_the_code_is_75(start: Start, tmp_path: Pat
 
 @pytest.mark.parametrize("victim", ["agent", pytest.param("command", marks=pytest.mark.slow)])
 def test_killed_launcher_is_no_success_and_leaves_nobody(victim: str, start: Start, tmp_path: Path) -> None:
-    """DeepSpeed's command would return 0 after the agent's death, and leave the ranks behind after its own."""
+    """DeepSpeed's command returns 0 when its agent is killed, and leaves the ranks behind when itself is."""
     job = start("--gpus", "2")
     wait_until_it_trains(tmp_path / "run", job)
     (agent,) = agents(tmp_path / "run")
@@ -120,7 +120,7 @@ def test_death_of_bitfleet_launch_stops_the_ranks(start: Start, tmp_path: Path) 
     job = start("--gpus", "2")
     wait_until_it_trains(tmp_path / "run", job)
     job.kill()
-    job.communicate(timeout=60)  # its output ends with the last rank
+    job.communicate(timeout=HANGS)  # its output ends with the last rank
     give_up = time.monotonic() + 10
     while of_run(tmp_path / "run"):
         assert time.monotonic() < give_up
@@ -144,14 +144,14 @@ def test_second_interrupt_kills(start: Start, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_nodes_without_ssh(start: Start, tmp_path: Path) -> None:
-    """Each node's own command, here both on one machine; one of them is told to stop."""
+    """Start each node's own command, both on one machine; one of them gets a signal to stop."""
     hosts = tmp_path / "hosts"
     hosts.write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
     where = ["--hostfile", str(hosts), "--no_ssh", "--master_port", str(free_port())]
     jobs = [start(*where, "--node_rank", str(node)) for node in range(2)]
     wait_until_it_trains(tmp_path / "run", jobs[0])
     jobs[1].send_signal(signal.SIGUSR1)
-    outputs = [job.communicate(timeout=60)[0] for job in jobs]
+    outputs = [job.communicate(timeout=HANGS)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [REQUEUE, REQUEUE], outputs
     assert "stopped by SIGUSR1" in outputs[0]
     assert not of_run(tmp_path / "run")
@@ -167,7 +167,7 @@ exec bash -c "$*"
 
 @pytest.fixture
 def ssh(tmp_path: Path) -> dict[str, str]:
-    """Environment with an ssh that reaches every host, on this machine."""
+    """Variables with an ssh for which every host is this machine."""
     if shutil.which("pdsh") is None:
         pytest.skip("SKIPPED: pdsh is not installed")
     folder = tmp_path / "bin"
@@ -195,7 +195,7 @@ def test_stop_through_pdsh(start: Start, tmp_path: Path, ssh: dict[str, str]) ->
 
 @pytest.mark.slow
 def test_death_of_pdsh_ends_the_ranks_on_every_host(start: Start, tmp_path: Path, ssh: dict[str, str]) -> None:
-    """Their standard input, which comes from the launching machine, ends."""
+    """The standard input of the ranks, which comes from the launching machine, ends."""
     job = start(
         "--hostfile", str(tmp_path / "hosts"), "--master_addr", "127.0.0.1", "--master_port", str(free_port()), **ssh
     )

@@ -1,4 +1,4 @@
-"""`pip install .` puts one package into site-packages, with everything that it needs."""
+"""Install by `pip install .`: one package in site-packages, with all its files."""
 
 import os
 import subprocess

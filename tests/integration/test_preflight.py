@@ -1,31 +1,30 @@
 """Preflight through the launcher: counted traffic, measured memory, and the rehearsal of `full`."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Launch, run_command
+from tests.conftest import run_bitfleet, run_ranks
 from tests.integration.runs import TRAIN, assert_same_bits, failed, final_tensors, metrics
 
 NUM_STEPS = 21
 
 
 @pytest.mark.parametrize("options", [[], ["--num_replicas", "4"], ["--engine.grad_comm_dtype", "bf16"]])
-def test_traffic_is_what_is_counted(options: list[str], deepspeed: Launch, tiny: list[str], tmp_path: Path) -> None:
-    done = deepspeed(2, "tests/integration/preflight_job.py", *tiny, "--run_dir", tmp_path / "run", *options)
+def test_traffic_is_what_is_counted(options: list[str], tiny: list[str], tmp_path: Path) -> None:
+    done = run_ranks(2, "tests/integration/preflight_job.py", *tiny, "--run_dir", tmp_path / "run", *options)
     assert done.returncode == 0, done.stdout
     (found,) = re.findall(r"^predicted ([\d.]+) counted ([\d.]+)$", done.stdout, re.MULTILINE)
     assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_full_changes_no_bit_of_the_run(num_ranks: int, deepspeed: Launch, tiny: list[str], tmp_path: Path) -> None:
+def test_full_changes_no_bit_of_the_run(num_ranks: int, tiny: list[str], tmp_path: Path) -> None:
     outputs = []
     for kind in ("basic", "full"):
         options = ["--run_dir", tmp_path / kind, "--stop_after_steps", str(NUM_STEPS), "--preflight", kind]
-        done = deepspeed(num_ranks, TRAIN, *tiny, *options)
+        done = run_ranks(num_ranks, TRAIN, *tiny, *options)
         assert done.returncode == 0, done.stdout
         outputs.append(done.stdout)
     assert_same_bits(*(final_tensors(tmp_path / kind, NUM_STEPS) for kind in ("basic", "full")))
@@ -53,10 +52,10 @@ def test_full_changes_no_bit_of_the_run(num_ranks: int, deepspeed: Launch, tiny:
 def test_failure_is_a_sentence_and_leaves_nothing(tiny: list[str], tmp_path: Path) -> None:
     """The disk of the run cannot be written: a folder that is a file."""
     (tmp_path / "file").touch()
-    command = [sys.executable, "-m", "bitfleet.launch.train", *tiny, "--preflight", "full"]
-    done = run_command([*command, "--run_dir", tmp_path / "file" / "run"], timeout=60)
+    command = ["train", *tiny, "--preflight", "full"]
+    done = run_bitfleet(*command, "--run_dir", tmp_path / "file" / "run")
     failed(done, "--preflight full: making a folder for it failed: ")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    done = run_command([*command, "--run_dir", tmp_path / "run", "--optim.lr.start", "1e39"], timeout=60)
+    done = run_bitfleet(*command, "--run_dir", tmp_path / "run", "--optim.lr.start", "1e39")
     failed(done, "--preflight full: 2 optimizer steps failed: ")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,10 +1,10 @@
-"""Whole runs with rules that have no kernel on packed signs: every sharding, and a run that moves to another number of ranks."""
+"""Train with rules that have no kernel on packed signs: under every sharding, and on a changing number of ranks."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Launch
+from tests.conftest import run_ranks
 from tests.integration.runs import NUM_STEPS, TRAIN, assert_same_bits, final_tensors, final_weights
 
 pytestmark = pytest.mark.slow
@@ -12,16 +12,16 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(("rule", "shardings"), [("latent_adam", ("none",)), ("two_ema", ("zero1",))])
 def test_every_sharding_and_number_of_ranks_trains_the_same_bits(
-    rule: str, shardings: tuple[str, ...], deepspeed: Launch, tiny: list[str], tmp_path: Path
+    rule: str, shardings: tuple[str, ...], tiny: list[str], tmp_path: Path
 ) -> None:
-    """In one go on two ranks; stopped in mid-epoch and continued on one; and with another sharding."""
+    """Uninterrupted on two ranks; stopped in mid-epoch and resumed on one; and with another sharding."""
     options = [*tiny, "--num_replicas", "2", "--num_threads", "1", "--resume", "auto", "--optim.rule", rule]
     parts = {"straight": [(2, NUM_STEPS, "bits")], "moved": [(2, 17, "bits"), (1, NUM_STEPS, "bits")]}
     parts |= {sharding: [(2, 17, sharding), (2, NUM_STEPS, sharding)] for sharding in shardings}
-    for run, each in parts.items():
-        for num_ranks, last, sharding in each:
+    for run, jobs in parts.items():
+        for num_ranks, last, sharding in jobs:
             place = ["--run_dir", tmp_path / run, "--stop_after_steps", str(last), "--engine.sharding", sharding]
-            done = deepspeed(num_ranks, TRAIN, *options, *place, timeout=300)
+            done = run_ranks(num_ranks, TRAIN, *options, *place, timeout=300)
             assert done.returncode == 0, done.stdout
     assert_same_bits(final_tensors(tmp_path / "straight"), final_tensors(tmp_path / "moved"))
     for sharding in shardings:
@@ -29,7 +29,6 @@ def test_every_sharding_and_number_of_ranks_trains_the_same_bits(
     weights = final_weights(tmp_path / "straight")
     assert set(weights["blocks.0.conv.weight"].unique().tolist()) == {-1.0, 1.0}
     if rule == "latent_adam":
-        found = final_tensors(tmp_path / "straight")
-        latent = found["optim.latent.blocks.0.conv.weight"]
+        latent = final_tensors(tmp_path / "straight")["optim.latent.blocks.0.conv.weight"]
         assert ((latent >= 0) == (weights["blocks.0.conv.weight"].view(-1) > 0)).all()
         assert latent.abs().max() <= 1.0

@@ -1,4 +1,4 @@
-"""A lab for each module, and the run on one host that all of them are compared with."""
+"""Share a lab per module, and the run on one host that is the reference."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ def _two_hosts(can_have_hosts: None, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def two_hosts(_two_hosts: Lab) -> Iterator[Lab]:
-    """Without what a failed test has left on them."""
+    """The lab without processes that a failed test has left."""
     yield _two_hosts
     _two_hosts.clear(HostJob.SCRIPT.name)
 
@@ -38,7 +38,7 @@ def four_hosts(can_have_hosts: None, tmp_path: Path) -> Iterator[Lab]:
 
 @pytest.fixture(scope="session")
 def options(tiny: list[str]) -> list[str]:
-    """A run of four replicas, which has the same bits on any number of ranks that divides them."""
+    """Options of a run of four replicas: the same bits on any number of ranks that divides them."""
     more = f"--num_replicas 4 --num_threads 1 --resume auto --checkpoint.every_steps 3 --stop_after_steps {NUM_STEPS}"
     return [*tiny, *more.split()]
 
@@ -47,7 +47,7 @@ def options(tiny: list[str]) -> list[str]:
 def one_host(
     can_have_hosts: None, deepspeed: Launch, options: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The run on four ranks of one host that nothing disturbs."""
+    """The undisturbed run on four ranks of one host."""
     run = tmp_path_factory.mktemp("one_host") / "run"
     done = deepspeed(4, TRAIN, *options, "--run_dir", run)
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""A training job on the hosts of a lab, started and watched as a user would: by `deepspeed --hostfile`, from one of them."""
+"""Start and watch a training job on the hosts of a lab as a user would: by `deepspeed --hostfile`, from one of them."""
 
 import os
 import subprocess
@@ -65,16 +65,16 @@ class HostJob:
 
     @property
     def output(self) -> str:
-        """What has come to the launching terminal."""
+        """Output so far in the launching terminal."""
         return self._log.read_text(errors="replace")
 
     @property
     def errors(self) -> list[str]:
-        """The lines of it that say what failed."""
+        """Error lines of the output."""
         return [line for line in self.output.splitlines() if "bitfleet: error" in line]
 
     def wait_for_step(self, step: int, seconds: float = 120.0) -> None:
-        """Wait until so many steps are done."""
+        """Wait until `step` steps are done."""
         give_up = time.monotonic() + seconds
         while not self.progress.exists() or int(self.progress.read_text() or 0) < step:
             assert self.process.poll() is None, self.output
@@ -82,7 +82,7 @@ class HostJob:
             time.sleep(0.05)
 
     def wait_for_error(self, seconds: float = 180.0) -> float:
-        """Wait until the terminal says what failed; the time of it."""
+        """Wait until the terminal has an error line; return the time."""
         give_up = time.monotonic() + seconds
         while not self.errors:
             assert self.process.poll() is None or self.errors, self.output
@@ -91,7 +91,7 @@ class HostJob:
         return time.monotonic()
 
     def wait(self, seconds: float = 180.0) -> int:
-        """Wait for the end of the launching command; its exit code."""
+        """Wait for the end of the launching command; return its exit code."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -99,7 +99,7 @@ class HostJob:
             raise AssertionError(f"still running after {seconds} s:\n{self.output}") from None
 
     def ends_everywhere(self, since: float, *hosts: str) -> int:
-        """Wait for the end of the command, and of its processes on `hosts`; its exit code. Times are printed."""
+        """Wait for the end of the command and of its processes on `hosts`; return its exit code. Prints times."""
         code = self.wait(LEFT_SECONDS)
         seconds = {"command": time.monotonic() - since}
         for host in hosts:
@@ -111,5 +111,5 @@ class HostJob:
 
 
 def _quoted(value: str) -> str:
-    """DeepSpeed puts a value between double quotes, as it is."""
+    """Escape a value that DeepSpeed puts between double quotes."""
     return value.replace('"', '\\"')

@@ -25,7 +25,7 @@ NEEDED = {
 }
 SBIN = "/usr/sbin:/sbin"
 LEFT_SECONDS = 60.0
-"""So long after a fault no process of the job may be left."""
+"""Seconds after a fault in which all processes of the job must end."""
 
 _INIT = """
 hostname "$1"; lab=$2
@@ -66,7 +66,7 @@ ClientAliveCountMax 3
 
 
 def missing() -> str:
-    """Why this machine can have no lab; "" where it can."""
+    """Return why this machine can have no lab, "" if it can."""
     if os.geteuid() != 0:
         return "hosts as namespaces need root"
     path = os.environ["PATH"] + ":" + SBIN
@@ -142,7 +142,7 @@ class Lab:
             time.sleep(0.1)
 
     def _plug_in(self, host: str) -> None:
-        """A cable from the host to the switch, in place of the one that an earlier life of the host had there."""
+        """Lay a cable from the host to the switch; an earlier one is removed."""
         mac = ("address", f"02:00:00:00:00:{self.hosts.index(host) + 1:02x}")  # the others remember it
         ends = [("netns", str(self._started[name].pid)) for name in (host, "switch")]
         with contextlib.suppress(AssertionError):  # the kernel may have removed it, with the namespace at its other end
@@ -171,7 +171,7 @@ class Lab:
         self._in_network(host, "tc", "qdisc", *(change if rate else ("del", "dev", "veth0", "root")))
 
     def sent_bytes(self, host: str) -> int:
-        """What a host has sent through its cable since it was started."""
+        """Return the bytes that a host has sent through its cable since its start."""
         return int(self.run(host, "cat", "/sys/class/net/veth0/statistics/tx_bytes").stdout or self._sent(host))
 
     def _sent(self, host: str) -> str:
@@ -179,7 +179,7 @@ class Lab:
         return done.split("TX:")[1].split("\\")[1].split()[0]
 
     def command(self, host: str, *command: str | Path) -> list[str]:
-        """`command` as a command of this machine that runs it inside a host."""
+        """Return the command of this machine that runs `command` inside a host."""
         inside = ["nsenter", "-t", str(self._first_process(host)), "--mount", "--uts", "--ipc", "--net", "--pid"]
         return [*inside, f"--wd={self.folder}", "--", *map(str, command)]
 
@@ -188,7 +188,7 @@ class Lab:
         return subprocess.run(self.command(host, *command), capture_output=True, text=True, timeout=60)
 
     def processes(self, host: str, word: str) -> list[int]:
-        """Processes of a host whose command line has `word` in it (numbers of this machine)."""
+        """Return the processes of a host with `word` in their command line (ids of this machine)."""
         space = os.readlink(f"/proc/{self._first_process(host)}/ns/pid")
         found = []
         for entry in Path("/proc").iterdir():
@@ -199,14 +199,14 @@ class Lab:
         return found
 
     def clear(self, word: str) -> None:
-        """Kill what a failed test has left of a job on the hosts."""
+        """Kill processes of a job that a failed test has left on the hosts."""
         for host in self.hosts:
             for pid in self.processes(host, word):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
     def wait_until_gone(self, host: str, word: str, since: float) -> float:
-        """Wait until no process of a host has `word` in its command line; returns the seconds from `since` until then."""
+        """Wait until no process of a host has `word` in its command line; return the seconds since `since`."""
         while left := self.processes(host, word):
             assert time.monotonic() - since < LEFT_SECONDS, f"left on {host}: {left}"
             time.sleep(0.1)
@@ -248,7 +248,7 @@ def _run(*command: str) -> str:
 
 @contextlib.contextmanager
 def lab(folder: Path, num_hosts: int = 2) -> Iterator[Lab]:
-    """A lab that is up."""
+    """A running lab."""
     made = Lab(folder, num_hosts)
     try:
         made.up()

@@ -62,7 +62,7 @@ def test_an_open_length_after_a_delay() -> None:
     assert [stairs(step) for step in (39, 40, 49, 50)] == [1.0, 0.5, 0.5, 0.25]
     assert Schedule(start=1.0, share=0.25, delay_steps=30).over(40)(35) == 1.0
     late = Schedule(start=1.0, kind="cosine", share=0.25, delay_steps=10)
-    with pytest.raises(ValueError, match="delay_steps of a schedule is 10, but it ends after 10 steps: expected less"):
+    with pytest.raises(ValueError, match="delay_steps .*10.* 10 steps"):
         late.over(40)
     assert late.over(44).num_steps == 1
 

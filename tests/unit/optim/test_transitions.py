@@ -150,7 +150,7 @@ def test_a_plain_optimizer_refuses_to_ignore_it() -> None:
     param = nn.Parameter(torch.ones(3))
     plain = RoutedOptimizer([{"params": [param], "rule": "bop", "gamma": 0.1, "threshold": 0.1, "transitions": TARGET}])
     param.grad = torch.ones(3)
-    with pytest.raises(ValueError, match="only ShardedOptimizer counts"):
+    with pytest.raises(ValueError, match="ShardedOptimizer"):
         plain.step()
 
 
@@ -204,16 +204,14 @@ def test_without_binary_weights_nothing_can_be_driven() -> None:
     from bitfleet.optim import build_optimizer
 
     config = OptimConfig(rule="latent_adam", transitions=TransitionConfig(drives="latent_lr"))
-    with pytest.raises(ValueError, match="transitions.drives is 'latent_lr', but the model has no binary weights"):
+    with pytest.raises(ValueError, match="transitions.drives .*'latent_lr'.*binary weights"):
         build_optimizer(nn.Linear(4, 2), config, num_steps=50)
 
 
 def test_state_of_another_hyperparameter_is_refused() -> None:
     """gamma would begin at a threshold's value, and nothing would say so."""
     (_, first), (_, second) = make("threshold"), make("gamma")
-    with pytest.raises(
-        ValueError, match=r"transitions drive \['threshold'\], here they drive \['gamma'\]: continue with"
-    ):
+    with pytest.raises(ValueError, match=r"\['threshold'\].*\['gamma'\]"):
         second.load_transition_state(first.transition_state())
     assert second.param_groups[0]["gamma"] == STARTS["gamma"]
     second.load_transition_state(None)

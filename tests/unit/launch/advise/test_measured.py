@@ -14,6 +14,7 @@ from bitfleet.optim import OptimConfig, bop2ndorder_step_
 from bitfleet.optim.transitions import TransitionConfig
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
 from bitfleet.trainer.checkpoint.format import FOLDER, write_meta
+from bitfleet.trainer.config import to_dict
 from bitfleet.trainer.ranks.collectives import cpu_group
 from bitfleet.trainer.run.folder import write_config
 
@@ -24,7 +25,7 @@ NUMEL = 40_000
 def make_run(run: Path, drift: float) -> Path:
     """Write a run whose gradients are noise with a mean of `drift` standard deviations."""
     config = load_config("fashion_quickstart")
-    write_config(run, config, {})
+    write_config(run, to_dict(config), {})
     generator = torch.Generator().manual_seed(0)
     weight = torch.where(torch.randn(NUMEL, generator=generator) > 0, 1.0, -1.0)
     mean = drift * torch.randn(NUMEL, generator=generator)
@@ -80,7 +81,7 @@ def test_gradients_with_a_mean_flip_less(tmp_path: Path) -> None:
 def logged_run(run: Path, optim: OptimConfig, flips: dict[int, float]) -> Path:
     """Write a run with another rule that logged these flips and nothing else."""
     run.mkdir()
-    write_config(run, dataclasses.replace(load_config("fashion_quickstart"), optim=optim), {})
+    write_config(run, to_dict(dataclasses.replace(load_config("fashion_quickstart"), optim=optim)), {})
     lines = [{"kind": "train", "step": step, "flip_ratio": ratio} for step, ratio in flips.items()]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (run / "metrics.jsonl").write_text(text or '{"kind": "train", "step": 10, "loss": 1.0}\n')
@@ -115,7 +116,7 @@ def test_steps_that_are_compared() -> None:
 def test_run_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=str(tmp_path)):
         advise_run(tmp_path)
-    write_config(tmp_path, load_config("fashion_quickstart"), {})
+    write_config(tmp_path, to_dict(load_config("fashion_quickstart")), {})
     with pytest.raises(ValueError, match="flip_ratio"):
         advise_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 25, "flip_ratio": 0.1}\n')

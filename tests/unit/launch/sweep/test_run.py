@@ -164,15 +164,15 @@ def test_damaged_question_is_one_sentence(tmp_path: Path) -> None:
 
 def test_folder_with_another_configuration_is_refused(tmp_path: Path) -> None:
     (run, *_) = planned(tmp_path)
-    write_config(run.path, run.config, {})
+    write_config(run.path, to_dict(run.config), {})
     check_folders([run])
     moved = "--data.root /elsewhere --data.device gpu --data.stall_seconds 5 --device cpu --num_threads 3 --data.num_threads 2"
     check_folders(planned(tmp_path, *moved.split()))
-    write_config(run.path, with_precision(run.config, "cuda"), {})  # as a run on a GPU leaves it
+    write_config(run.path, to_dict(with_precision(run.config, "cuda")), {})  # as a run on a GPU leaves it
     check_folders([run])
     with pytest.raises(ValueError, match="engine.precision .*tf32.* bf16"):
         check_folders(planned(tmp_path, "--engine.precision", "bf16"))
-    write_config(run.path, run.config, {})
+    write_config(run.path, to_dict(run.config), {})
     with pytest.raises(ValueError, match=r"run-a-seed0 .*epochs .*8.* 9.*--output"):
         check_folders(planned(tmp_path, "--epochs", "9"))
     # Another rule has other fields, on both sides.

@@ -69,17 +69,17 @@ def test_slices_of_larger_buffers() -> None:
 
 
 def test_bad_tensors() -> None:
-    with pytest.raises(ValueError, match="weights must be floats.* multiple of 8"):
+    with pytest.raises(ValueError, match="weights .*multiple of 8"):
         pack_signs(torch.ones(9))
-    with pytest.raises(ValueError, match=r"weights must be floats, flat.* not \[4, 4\]"):
+    with pytest.raises(ValueError, match=r"weights .*\[4, 4\]"):
         pack_signs(torch.ones(4, 4))
-    with pytest.raises(ValueError, match="out must be floats"):
+    with pytest.raises(ValueError, match="out "):
         unpack_signs(torch.zeros(2, dtype=torch.uint8), torch.ones(32)[::2])
-    with pytest.raises(ValueError, match="out must be floats"):
+    with pytest.raises(ValueError, match="out "):
         unpack_signs(torch.zeros(2, dtype=torch.uint8), torch.ones(16, dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"bits must be contiguous, of shape \[2\] and type torch.uint8"):
+    with pytest.raises(ValueError, match=r"bits .*\[2\].* torch.uint8"):
         unpack_signs(torch.zeros(3, dtype=torch.uint8), torch.ones(16))
-    with pytest.raises(ValueError, match="bits are on meta, weights on cpu"):
+    with pytest.raises(ValueError, match="bits .*meta, weights .*cpu"):
         pack_signs(torch.ones(16), torch.zeros(2, dtype=torch.uint8, device="meta"))
 
 
@@ -105,5 +105,5 @@ def test_only_what_changed_is_written(numel: int, share: float, dtype: torch.dty
         untouched = torch.full((numel,), 7.0, dtype=dtype)
         unpack_changed(torch.zeros_like(changed), bits, untouched)
         assert (untouched == 7.0).all()
-    with pytest.raises(ValueError, match="bits must be contiguous"):
+    with pytest.raises(ValueError, match="bits .*contiguous"):
         unpack_changed(changed[:-1], bits, before)

@@ -190,15 +190,15 @@ def test_number_of_threads_changes_nothing(num_threads: int, monkeypatch: pytest
 
 def test_bad_tensors() -> None:
     bits, grad, moment = torch.zeros(2, dtype=torch.uint8), torch.zeros(16), torch.zeros(16)
-    with pytest.raises(ValueError, match="grad has 9 elements, expected a multiple of 8"):
+    with pytest.raises(ValueError, match="grad .*9 .*multiple of 8"):
         bop_bits_(bits, torch.zeros(9), moment, gamma=0.1, threshold=0.1)
-    with pytest.raises(ValueError, match=r"bits must be contiguous, of shape \[2\] and type torch.uint8, not \[3\]"):
+    with pytest.raises(ValueError, match=r"bits .*\[2\].* torch.uint8.*\[3\]"):
         bop_bits_(torch.zeros(3, dtype=torch.uint8), grad, moment, gamma=0.1, threshold=0.1)
-    with pytest.raises(ValueError, match="exp_avg must be .* not .* torch.bfloat16"):
+    with pytest.raises(ValueError, match="exp_avg .* torch.bfloat16"):
         bop_bits_(bits, grad, moment.bfloat16(), gamma=0.1, threshold=0.1)
-    with pytest.raises(ValueError, match=r"grad must be .* with strides \[2\]"):
+    with pytest.raises(ValueError, match=r"grad .*strides \[2\]"):
         bop_bits_(bits, torch.zeros(32)[::2], moment, gamma=0.1, threshold=0.1)
-    with pytest.raises(ValueError, match="exp_avg is on meta, bits are on cpu"):
+    with pytest.raises(ValueError, match="exp_avg .*meta, bits .*cpu"):
         bop_bits_(bits, grad, moment.to("meta"), gamma=0.1, threshold=0.1)
 
 
@@ -269,7 +269,7 @@ def test_one_warning_then_torch(
 @needs_compiler
 def test_folder_that_cannot_be_made(new_library: Path) -> None:
     new_library.write_text("a file in its place")
-    with pytest.warns(RuntimeWarning, match="BITFLEET_CACHE may name another folder"):
+    with pytest.warns(RuntimeWarning, match="BITFLEET_CACHE"):
         assert kernels.kernel_library() is None
 
 

@@ -272,5 +272,5 @@ def test_a_copy_begins_with_the_same_random_state(copied: Callable[[Any], Any]) 
     flat = nn.Parameter(param.detach().flatten())
     flat.grad = torch.ones_like(flat)
     other.param_groups[0]["params"] = [flat]
-    with pytest.raises(ValueError, match="its parameters were replaced"):
+    with pytest.raises(ValueError, match="replaced"):
         other.step()

@@ -116,7 +116,7 @@ def test_phases_follow_the_run() -> None:
 def test_delay_of_a_schedule() -> None:
     schedule = Schedule(start=1.0, end=0.0, kind="polynomial", delay_steps=4).over(8)
     assert [schedule(step) for step in (0, 4, 5, 8, 9)] == [1, 1, 0.75, 0, 0]
-    with pytest.raises(ValueError, match="delay_steps of a schedule must not be negative, not -1"):
+    with pytest.raises(ValueError, match="delay_steps .*-1"):
         Schedule(start=1.0, delay_steps=-1)
 
 

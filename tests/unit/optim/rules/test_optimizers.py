@@ -172,7 +172,7 @@ def test_a_correction_does_not_divide_by_0(rate: str, correction: str) -> None:
     optimizer = Bop2ndOrder([weight], gamma=0.1, sigma=0.1, threshold=1e-3, correction=correction)  # type: ignore[arg-type]
     optimizer.param_groups[0][rate] = 0.0  # as by a schedule
     weight.grad = torch.ones(100)
-    with pytest.raises(ValueError, match=f"the correction '{correction}' divides by gamma and sigma, which are"):
+    with pytest.raises(ValueError, match=f"'{correction}' .*gamma and sigma"):
         optimizer.step()
     assert torch.equal(weight, signs(100))
 

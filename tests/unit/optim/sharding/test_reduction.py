@@ -10,7 +10,7 @@ from torch import Tensor
 from bitfleet.optim.sharding import reduction as sharding_exchange
 from bitfleet.optim.sharding.buckets import tree_sum, tree_sum_rows
 from bitfleet.optim.sharding.reduction import Courier, can_halve, halving_sum
-from tests.distributed.rounded import rounded_sums
+from tests.distributed.on_ranks.rounded import rounded_sums
 
 SLICE = 64
 

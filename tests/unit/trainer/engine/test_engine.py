@@ -60,7 +60,7 @@ def test_bad_options_are_named(extra: Any, message: str, tmp_path: Path) -> None
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nothere\.json: No such file"):
+    with pytest.raises(ValueError, match=r"nothere\.json"):
         deepspeed_options(
             EngineConfig(deepspeed=tmp_path / "nothere.json"), global_batch_size=1, num_replicas=1, world_size=1
         )
@@ -105,7 +105,7 @@ def test_deepspeeds_files_cannot_run_code(tmp_path: Path) -> None:
     torch.save({"exp_avg": torch.ones(3)}, tmp_path / "good")
     load_engine(FakeEngine(), tmp_path, "good")
     torch.save({"exp_avg": Hostile(tmp_path / "victim")}, tmp_path / "bad")
-    with pytest.raises(ValueError, match="holds more than tensors and is not loaded"):
+    with pytest.raises(ValueError, match="more than tensors"):
         load_engine(FakeEngine(), tmp_path, "bad")
     assert not (tmp_path / "victim").exists()
 
@@ -117,7 +117,7 @@ def test_misspelt_nested_keys_are_refused(tmp_path: Path) -> None:
         ("flops_profiler", "enabld", "enabled"),
         ("data_types", "grad_acum_dtype", "grad_accum_dtype"),
     ):
-        with pytest.raises(ValueError, match=f'no DeepSpeed option "{section}.{key}"; did you mean "{section}.{near}"'):
+        with pytest.raises(ValueError, match=f'"{section}.{key}".*"{section}.{near}"'):
             options(tmp_path, {section: {key: True}})
 
 
@@ -151,9 +151,7 @@ def test_device_is_the_one_that_was_chosen(tmp_path: Path, monkeypatch: pytest.M
     assert engine.tput_timer.config.enabled is False
     build(torch.device("cpu"))  # which has no number: DeepSpeed's own, which means nothing there
     assert current == [0, 3]
-    with pytest.raises(
-        ValueError, match='"zero3" uses GPU number LOCAL_RANK, which is 3, but .* sees its GPU as number 0'
-    ):
+    with pytest.raises(ValueError, match='"zero3" .*LOCAL_RANK.* 3.* 0'):
         build(torch.device("cuda", 0), sharding="zero3")
 
 
@@ -184,5 +182,5 @@ def test_precision_of_a_device() -> None:
     assert [resolve_precision("auto", device) for device in ("cpu", "cuda")] == ["fp32", "tf32"]
     for precision in ("fp32", "bf16", "fp16"):
         assert resolve_precision(precision, "cpu") == resolve_precision(precision, "cuda") == precision  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match='"tf32" is arithmetic of a GPU, and this model runs on the CPU: use fp32'):
+    with pytest.raises(ValueError, match='"tf32" .*CPU.* fp32'):
         resolve_precision("tf32", "cpu")

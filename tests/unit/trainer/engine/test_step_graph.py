@@ -176,7 +176,7 @@ def test_a_parameter_without_a_gradient_is_named() -> None:
     for _ in range(WARM_UP_STEPS):
         run.step.run(stream)
     run.model.forward = lambda images: run.model.head(images.mean((2, 3))[:, :1].expand(-1, 16))  # type: ignore[method-assign, union-attr, operator]
-    with pytest.raises(ValueError, match="needs a gradient of every parameter in every step, and .* got none"):
+    with pytest.raises(ValueError, match="gradient of every parameter"):
         run.step.run(stream)
 
 
@@ -187,7 +187,7 @@ def test_what_cannot_be_captured_is_named() -> None:
         run.step.run(stream)
     forward = run.model.forward
     run.model.forward = lambda images: forward(images) * float(images.sum())  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match="engine.cuda_graph cannot capture the step of birealnet_small: operation not"):
+    with pytest.raises(ValueError, match="engine.cuda_graph .*birealnet_small: operation not"):
         run.step.run(stream)
 
 
@@ -213,9 +213,7 @@ def test_rules_that_decide_on_the_host_are_refused() -> None:
     optimizer = optimizer_of("")
     check_can_capture(ALONE, torch.device("cuda"), optimizer)
     optimizer.param_groups[0]["rule"] = "bnew"
-    with pytest.raises(
-        ValueError, match="cannot capture the rule bnew, which decides on the host: use one of .*bop2nd"
-    ):
+    with pytest.raises(ValueError, match="bnew.*bop2nd"):
         check_can_capture(ALONE, torch.device("cuda"), optimizer)
 
 

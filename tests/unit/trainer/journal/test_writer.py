@@ -22,6 +22,7 @@ from bitfleet.launch.journal.reader import covered, part_of, read_parts, weights
 from bitfleet.optim import Bop, ShardedOptimizer
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
 from bitfleet.trainer.checkpoint.tensors import tensors_to_save, unpacked
+from bitfleet.trainer.config import to_dict
 from bitfleet.trainer.journal import writer as journal_writer
 from bitfleet.trainer.journal.format import FOLDER, FRAME_BYTES, SIGNS
 from bitfleet.trainer.journal.writer import JournalWriter, open_journal
@@ -290,7 +291,7 @@ def test_without_bits_there_is_no_journal(tmp_path: Path) -> None:
 
 def test_commands(tmp_path: Path, loop: Loop, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    write_config(run, dataclasses.replace(load_config("fashion_quickstart"), run_dir=run), {})
+    write_config(run, to_dict(dataclasses.replace(load_config("fashion_quickstart"), run_dir=run)), {})
     writer = start(run, loop)
     loop.steps(6)
     writer.close()

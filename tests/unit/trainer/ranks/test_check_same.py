@@ -45,7 +45,5 @@ def test_facts_begin_with_versions_and_end_with_files() -> None:
 def test_sentence_names_host_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agreement, "from_first_rank", lambda value, group: ({"seed": "0"}, "host-a"))
     monkeypatch.setattr(agreement.socket, "gethostname", lambda: "host-b")
-    with pytest.raises(
-        ValueError, match="^rank 1 on host-b differs from rank 0 on host-a in seed: 1 there, 0 on rank 0: all"
-    ):
+    with pytest.raises(ValueError, match="^rank 1 on host-b .*rank 0 on host-a .*seed: 1 .*0 on rank 0"):
         agreement.agree(Ranks(1, 2, 0, 1), {"seed": "1"})

@@ -32,9 +32,7 @@ def test_gpu_of_a_rank(num_gpus: int, index: int, monkeypatch: pytest.MonkeyPatc
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(
-        ValueError, match="rank 7 is number 3 on its machine, where torch finds 2 GPUs: start at most 2"
-    ):
+    with pytest.raises(ValueError, match="rank 7 .*3 .*2 GPUs"):
         choose_device("auto", LAST_OF_FOUR)
 
 

@@ -132,5 +132,5 @@ def test_strangers_are_sent_away(hello: bytes, job: list[Heartbeat]) -> None:
 def test_port_that_cannot_be_reached_is_a_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    with pytest.raises(ValueError, match=f"rank 2 on host-b cannot reach port {port} of rank 0 at 127.0.0.1"):
+    with pytest.raises(ValueError, match=f"rank 2 on host-b .*{port} .*rank 0 .*127.0.0.1"):
         Heartbeat(2, HOSTS, speaks=True).connect("127.0.0.1", port, "word")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bitfleet.configs import load_config
-from bitfleet.trainer.config import TrainConfig, read_config
+from bitfleet.trainer.config import TrainConfig, read_config, to_dict
 from bitfleet.trainer.run.folder import write_config
 
 
@@ -15,7 +15,7 @@ def make(output: Path, **fields: object) -> TrainConfig:
 
 def test_config_file_states_revision_and_versions(tmp_path: Path) -> None:
     config = make(tmp_path, seed=7)
-    write_config(tmp_path / "run", config, {"world_size": 2})
+    write_config(tmp_path / "run", to_dict(config), {"world_size": 2})
     assert read_config(tmp_path / "run") == config
     content = json.loads((tmp_path / "run" / "config.json").read_text())
     assert content["world_size"] == 2
@@ -26,5 +26,5 @@ def test_config_file_states_revision_and_versions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{bad", "[]", "{}"])
 def test_a_damaged_configuration_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json is damaged: expected the JSON that a run writes"):
+    with pytest.raises(ValueError, match=r"config\.json .*damaged"):
         read_config(tmp_path)

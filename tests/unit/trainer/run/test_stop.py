@@ -153,7 +153,7 @@ def test_end_of_the_input_is_the_end_of_the_launcher(tmp_path: Path, monkeypatch
 def test_folder_has_one_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "WAIT_SECONDS", 0.3)
     file = lock_run(tmp_path / "run")
-    with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on .*: wait until that run ends"):
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
         lock_run(tmp_path / "run")
     file.close()
     lock_run(tmp_path / "run").close()
