@@ -1,4 +1,5 @@
-"""Runs, one a file: a header (paper, machine, hours, expected accuracy, command) and `config() -> TrainConfig`."""
+"""Runs, one a file: a header (paper, machine, hours, expected accuracy, command) and `config() ->
+TrainConfig`."""
 
 import difflib
 import importlib

@@ -1,13 +1,16 @@
 """BinaryNet on CIFAR-10 with biased Bop2ndOrder, as in the paper.
 
-paper      arXiv 2104.05124; code CuauSuarez/Bop2ndOrder, branch conference, models/binarynet_batch.py, set bop2ndOrder_CIFAR
-machine    the paper does not state it; one GPU (not run by us: no GPU was at hand); 12 minutes an epoch on 2 CPU cores
+paper      arXiv 2104.05124; code CuauSuarez/Bop2ndOrder, branch conference,
+           models/binarynet_batch.py, set bop2ndOrder_CIFAR
+machine    the paper does not state it; one GPU (not run by us: no GPU was at hand); 12 minutes an
+           epoch on 2 CPU cores
 hours      not measured
 expected   91.9 % top-1 (published)
-command    deepspeed --num_accelerators 1 launch/train.py --config binarynet_cifar10 --data.root /data/cifar10
+command    deepspeed --num_accelerators 1 launch/train.py --config binarynet_cifar10 \\
+               --data.root /data/cifar10
 
---data.root is made by `bitfleet data prepare cifar-10-python.tar.gz /data/cifar10`. The paper's code has one replica:
-BatchNorm sees 50 images.
+--data.root is made by `bitfleet data prepare cifar-10-python.tar.gz /data/cifar10`. The paper's
+code has one replica: BatchNorm sees 50 images.
 """
 
 from bitfleet.models import ModelConfig
@@ -17,7 +20,8 @@ from bitfleet.trainer.data import DataConfig
 
 
 def config() -> TrainConfig:
-    """The run. A schedule without a length ends after epochs * 50,000 // 50 = 500,000 steps, as in the code."""
+    """The run. A schedule without a length ends after epochs * 50,000 // 50 = 500,000 steps, as in
+    the code."""
     return TrainConfig(
         name="binarynet_cifar10",
         epochs=500,  # binarynet_batch.py, bop2ndOrder_CIFAR: epochs
@@ -33,7 +37,7 @@ def config() -> TrainConfig:
             image_size=32,
             augmentation="pad_crop",  # data/cifar10.py: pad to 40, crop 32, flip
             crop_padding=4,
-            loader="memory",  # 0.27 GB; the bytes of "dali", whose decoding would be most of a step of 50 images on a GPU
+            loader="memory",  # 0.27 GB; decoding would be most of a GPU step of 50 images
             mean=(127.5, 127.5, 127.5),  # data/cifar10.py: x / 127.5 - 1
             std=(127.5, 127.5, 127.5),
         ),

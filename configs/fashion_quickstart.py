@@ -1,6 +1,7 @@
 """A small Bi-Real Net on the embedded Fashion-MNIST subset: the whole of bitfleet in three minutes.
 
-paper      none; the schedules are those of birealnet18_imagenet (arXiv 2104.05124), scaled to the run
+paper      none; the schedules are those of birealnet18_imagenet (arXiv 2104.05124), scaled to the
+           run
 machine    2 CPU cores
 hours      0.05
 expected   88 % top-1

@@ -1,13 +1,14 @@
 """XNOR-Net on ImageNet with Bop2ndOrder, as in the paper.
 
-paper      arXiv 2104.05124; code CuauSuarez/Bop2ndOrder, branch conference, models/xnor_batch.py, set bop2ndOrder_ImageNet
+paper      arXiv 2104.05124; code CuauSuarez/Bop2ndOrder, branch conference, models/xnor_batch.py,
+           set bop2ndOrder_ImageNet
 machine    the paper does not state it; here meant for 8 GPUs (not run by us: no GPU was at hand)
 hours      not measured; 128 million images, so about 2 at 17,000 images/s
 expected   46.9 % top-1 (published; over the first 49,152 validation images)
 command    deepspeed launch/train.py --config xnornet_imagenet --data.root /data/imagenet
 
-Crops, resize and evaluation are those of the paper's TensorFlow code (--data.preprocessing torchvision: the usual ones, whose
-crops are 11 to 17 % larger on average).
+Crops, resize and evaluation are those of the paper's TensorFlow code (--data.preprocessing
+torchvision: the usual ones, whose crops are 11 to 17 % larger on average).
 """
 
 from bitfleet.models import ModelConfig
@@ -17,7 +18,8 @@ from bitfleet.trainer.data import DataConfig
 
 
 def config() -> TrainConfig:
-    """The run. A schedule without a length ends after epochs * 1,281,167 // 1024 = 125,113 steps, as in the code."""
+    """The run. A schedule without a length ends after epochs * 1,281,167 // 1024 = 125,113 steps,
+    as in the code."""
     return TrainConfig(
         name="xnornet_imagenet",
         epochs=100,  # xnor_batch.py: epochs
@@ -31,7 +33,7 @@ def config() -> TrainConfig:
         data=DataConfig(
             root="data/imagenet",
             image_size=224,
-            preprocessing="official",  # data/imagenet.py: sample_distorted_bounding_box, resize_bicubic, central 224/256
+            preprocessing="official",  # sample_distorted_bounding_box, resize_bicubic, central 224/256
             augmentation="random_resized_crop",  # data/imagenet.py: area 0.08-1, aspect 3/4-4/3, flip, nothing else
             mean=(123.675, 116.28, 103.53),  # data/imagenet.py: 255 * (0.485, 0.456, 0.406)
             std=(58.395, 57.12, 57.375),  # data/imagenet.py: 255 * (0.229, 0.224, 0.225)
@@ -43,7 +45,8 @@ def config() -> TrainConfig:
             sigma=linear(1e-5, 1e-2),
             threshold=linear(1e-8, 1e-5),
             lr=linear(2.5e-3, 5e-6),  # Keras Adam, beta 0.9 and 0.999, epsilon 1e-7
-            # xnor_batch.py: l2(5e-7) on the first convolution and the last dense layer; its gradient is 1e-6 * w.
+            # xnor_batch.py: l2(5e-7) on the first convolution and the last dense layer; its
+            # gradient is 1e-6 * w.
             weight_decay=1e-6,
             decayed=("features.0.weight", "classifier.7.weight"),
         ),

@@ -1,4 +1,5 @@
-"""Print the relative error (root mean square) of sums of gradients that travel in bf16: python docs/rounding.py"""
+"""Print the relative error (root mean square) of sums of gradients that travel in bf16: python
+docs/rounding.py"""
 
 import threading
 from queue import SimpleQueue

@@ -54,7 +54,8 @@ def dispatch() -> None:
 
         print("\n".join(available()))
         return
-    # A command is the function of its name, in the file or folder of its name, which is imported only now: torch takes seconds.
+    # A command is the function of its name, in the file or folder of its name, which is imported
+    # only now: torch takes seconds.
     module = {"train": "train", "evaluate": "evaluate", "launch": "cluster.command"}.get(command, f"{command}.command")
     function = getattr(importlib.import_module(f"bitfleet.launch.{module}"), command)
     function(rest)

@@ -1,4 +1,5 @@
-"""Evaluate: `bitfleet evaluate RUN`, or on many ranks `deepspeed --num_accelerators 2 launch/evaluate.py RUN`."""
+"""Evaluate: `bitfleet evaluate RUN`, or on many ranks `deepspeed --num_accelerators 2
+launch/evaluate.py RUN`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ class Evaluate:
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Device of the model; auto is CUDA if torch finds it."""
     precision: tuple[Literal["fp32", "tf32", "bf16", "fp16"], ...] = ()
-    """Precisions to compute in; with several, validate in each and count the predictions that differ. Default: that of the run."""
+    """Precisions to compute in; with several, validate in each and count the predictions that
+    differ. Default: that of the run."""
 
 
 def evaluate(arguments: Sequence[str], prog: str = "bitfleet evaluate") -> None:
@@ -46,7 +48,8 @@ def evaluate(arguments: Sequence[str], prog: str = "bitfleet evaluate") -> None:
 
 
 def format_evaluation(found: "Evaluation") -> str:
-    """Return checkpoint and accuracy as text, with the precision if it is not the run's, and the differences if there are several."""
+    """Return checkpoint and accuracy as text, with the precision if it is not the run's, and the
+    differences if there are several."""
     lines = [str(found.checkpoint)]
     as_trained = list(found.accuracies) == [found.trained_in]
     if not as_trained:

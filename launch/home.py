@@ -1,4 +1,5 @@
-"""Give a home folder to a user who has none, as in a container that runs under an arbitrary user id."""
+"""Give a home folder to a user who has none, as in a container that runs under an arbitrary user
+id."""
 
 import os
 import pwd
@@ -10,8 +11,9 @@ from pathlib import Path
 def have_home(environ: MutableMapping[str, str]) -> None:
     """Complete `environ` so that torch, Triton and matplotlib find a user name and a home folder.
 
-    HOME becomes a folder of this user below the one for temporary files where neither it nor the password file names one that
-    can be written. If a user of the password file sets HOME, it is used.
+    HOME becomes a folder of this user below the one for temporary files where neither it nor the
+    password file names one that can be written. If a user of the password file sets HOME, it is
+    used.
     """
     number = os.getuid()
     known = _known(number)
@@ -30,7 +32,8 @@ def have_home(environ: MutableMapping[str, str]) -> None:
 
 
 def _known(number: int) -> str | None:
-    """Return the home folder that the password file names for the user `number`; None if it has no such user."""
+    """Return the home folder that the password file names for the user `number`; None if it has no
+    such user."""
     try:
         return pwd.getpwuid(number).pw_dir
     except KeyError:

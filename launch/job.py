@@ -26,11 +26,13 @@ if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not
 
 FIRST_RANK_SPEAKS_SECONDS = 3.0
 LOST_PEER_SECONDS = 25.0
-"""Seconds that a rank whose collective failed waits for the reason; longer than the heartbeat waits for a silent rank."""
+"""Seconds that a rank whose collective failed waits for the reason; longer than the heartbeat waits
+for a silent rank."""
 
 
 def ranks_of_process() -> "Ranks":
-    """Return the place of this process for any launcher; without a launcher it is a job of one rank.
+    """Return the place of this process for any launcher; without a launcher it is a job of one
+    rank.
 
     torch and DeepSpeed read the place from the environment, which is completed for them.
 
@@ -63,8 +65,8 @@ def ranks_of_process() -> "Ranks":
 def free_port() -> int:
     """Return a free TCP port of this machine that no other process gets by chance.
 
-    It is bound seconds later, when torch is imported. Linux never assigns ports below 32768 by itself; those of
-    launch/cluster/places.py and torch's own lie below 30000.
+    It is bound seconds later, when torch is imported. Linux never assigns ports below 32768 by
+    itself; those of launch/cluster/places.py and torch's own lie below 30000.
     """
     while True:
         port = random.SystemRandom().randrange(30_000, 32_768)
@@ -90,15 +92,17 @@ def is_first_rank() -> bool:
 
 @contextlib.contextmanager
 def job(device_name: str, config: "TrainConfig | None" = None) -> Iterator[tuple["Ranks", "torch.device"]]:
-    """Join this process to its job as a rank; gives the ranks and the device, inside the process group.
+    """Join this process to its job as a rank; gives the ranks and the device, inside the process
+    group.
 
     Args:
         device_name: "auto", "cpu" or "gpu".
-        config: of the run, if there is one: it must be the same on every rank, and says precision, threads and timeout.
+        config: of the run, if there is one: it must be the same on every rank, and says precision,
+            threads and timeout.
 
     Raises:
-        ValueError: "gpu" without CUDA; a precision that the device does not have; a rank that does not come, or that differs from
-            rank 0.
+        ValueError: "gpu" without CUDA; a precision that the device does not have; a rank that does
+            not come, or that differs from rank 0.
     """
     ranks = ranks_of_process()
     from bitfleet.trainer.config import to_dict
@@ -129,7 +133,8 @@ class _Lasting(io.FileIO):
 
 
 def _outlive_the_terminal() -> None:
-    """Keep output from ending the process: a rank whose launcher or `tee` died still has to save, and `| head` is not an error."""
+    """Keep output from ending the process: a rank whose launcher or `tee` died still has to save,
+    and `| head` is not an error."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the shell
@@ -142,9 +147,10 @@ def _outlive_the_terminal() -> None:
 def run(main: Callable[[], None]) -> NoReturn:
     """Run `main` and exit.
 
-    ValueError and FloatingPointError are reported in one line, with exit code 2; anything else with a traceback and 1. An error that
-    is raised on every rank is printed by rank 0 only: the others wait until the launcher has ended them. An error of a single rank is
-    printed by that rank. The process exits without waiting for peers, which may be stuck in a collective.
+    ValueError and FloatingPointError are reported in one line, with exit code 2; anything else with
+    a traceback and 1. An error that is raised on every rank is printed by rank 0 only: the others
+    wait until the launcher has ended them. An error of a single rank is printed by that rank. The
+    process exits without waiting for peers, which may be stuck in a collective.
     """
     have_home(os.environ)
     threading.excepthook = _thread_failed
@@ -193,7 +199,8 @@ def _fail(error: BaseException) -> NoReturn:
 
 
 def _who() -> str:
-    """Return this rank, and its host if the job has several, for a message; "" for rank 0 of one host."""
+    """Return this rank, and its host if the job has several, for a message; "" for rank 0 of one
+    host."""
     if _is_on_many_hosts():
         return f" (rank {rank_of(os.environ)} on {socket.gethostname()})"
     return "" if is_first_rank() else f" (rank {rank_of(os.environ)})"
@@ -216,7 +223,8 @@ def _leave_with_others(seconds: float) -> None:
 
 
 def _tell_others(code: int) -> None:
-    """Tell the other ranks that this one fails, as the launcher of another host does not. Exit if one of them was first."""
+    """Tell the other ranks that this one fails, as the launcher of another host does not. Exit if
+    one of them was first."""
     if "bitfleet.trainer.ranks.membership" not in sys.modules and not _is_on_many_hosts():
         return
     from bitfleet.trainer.ranks.membership import membership
@@ -228,19 +236,22 @@ def _tell_others(code: int) -> None:
 
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """Stay silent on a full disk in TensorBoard's writer thread: it is raised again in the main thread, which reports it."""
+    """Stay silent on a full disk in TensorBoard's writer thread: it is raised again in the main
+    thread, which reports it."""
     if failure.exc_value is None or not _is_full_disk(failure.exc_value):
         threading.__excepthook__(failure)
 
 
 def _in_a_sentence(error: BaseException) -> BaseException:
-    """Return a ValueError if memory has run out, of a GPU or of the machine; every other error as it is."""
+    """Return a ValueError if memory has run out, of a GPU or of the machine; every other error as
+    it is."""
     if "torch" in sys.modules:
         from bitfleet.trainer.run.out_of_memory import is_out_of_memory, out_of_memory
 
         if is_out_of_memory(error):
             sentence = ValueError(
-                f"{out_of_memory(error)}: use smaller batches, or more --num_replicas, or a machine or GPU that nothing else uses"
+                f"{out_of_memory(error)}: use smaller batches, or more --num_replicas, or a machine or GPU that "
+                "nothing else uses"
             )
             sentence.__cause__ = error
             return sentence
@@ -248,7 +259,8 @@ def _in_a_sentence(error: BaseException) -> BaseException:
 
 
 def _is_full_disk(error: BaseException) -> bool:
-    """Return True if a disk is full, over its quota or read-only: for the user to fix, and named in the message."""
+    """Return True if a disk is full, over its quota or read-only: for the user to fix, and named in
+    the message."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -263,6 +275,7 @@ def _leave(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
-    # Destructors of a process group or of DALI may wait for others indefinitely, and those of gloo sometimes abort a process even
-    # though its group is destroyed ("terminate called without an active exception"): a run that ended well must not end so.
+    # Destructors of a process group or of DALI may wait for others indefinitely, and those of gloo
+    # sometimes abort a process even though its group is destroyed ("terminate called without an
+    # active exception"): a run that ended well must not end so.
     os._exit(code)

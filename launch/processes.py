@@ -1,4 +1,5 @@
-"""Start child processes that end with this one, listen for requests to stop, and end the children."""
+"""Start child processes that end with this one, listen for requests to stop, and end the
+children."""
 
 import contextlib
 import ctypes
@@ -20,7 +21,8 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 @contextlib.contextmanager
 def requests_to_stop() -> Iterator[list[signal.Signals]]:
-    """Collect the `SIGNALS` that this process gets meanwhile; one that is ignored (nohup) stays ignored."""
+    """Collect the `SIGNALS` that this process gets meanwhile; one that is ignored (nohup) stays
+    ignored."""
     requests: list[signal.Signals] = []
 
     def note(number: int, _: FrameType | None) -> None:
@@ -76,7 +78,8 @@ def start(
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of all that its children leave behind (a Linux "child subreaper")."""
+    """Make this process the parent of all that its children leave behind (a Linux "child
+    subreaper")."""
     _prctl(ctypes.CDLL(None, use_errno=True), _PR_SET_CHILD_SUBREAPER, 1)
 
 
@@ -88,7 +91,8 @@ def reap() -> None:
 
 
 def descendants(pid: int | None = None) -> list[psutil.Process]:
-    """Return the processes below `pid` (None: this one), without shared ssh connections (ControlPersist)."""
+    """Return the processes below `pid` (None: this one), without shared ssh connections
+    (ControlPersist)."""
     found = []
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process(pid).children(recursive=True):

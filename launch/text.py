@@ -48,7 +48,8 @@ def percent(fraction: float | None, digits: int = 2) -> str:
 
 
 def rough_percent(fraction: float) -> str:
-    """A fraction in percent with two digits, as a power of ten if it is tiny: "25 %", "0.26 %", "8e-08 %"."""
+    """A fraction in percent with two digits, as a power of ten if it is tiny: "25 %", "0.26 %",
+    "8e-08 %"."""
     if fraction == 0.0:
         return "0 %"
     if fraction >= 0.1:

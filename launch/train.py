@@ -1,4 +1,5 @@
-"""Train: `deepspeed --num_accelerators 2 launch/train.py --config NAME [--section.field value ...]`.
+"""Train: `deepspeed --num_accelerators 2 launch/train.py --config NAME [--section.field value
+...]`.
 
 The same file runs under torchrun, as `python -m bitfleet.launch.train`, and alone as one rank.
 """
@@ -23,7 +24,8 @@ class _Reproduce:
 
 
 def train(arguments: Sequence[str], prog: str = "bitfleet train") -> None:
-    """Parse `arguments` and train; `--reproduce NAME` instead of --config is `bitfleet reproduce NAME`, for every launcher.
+    """Parse `arguments` and train; `--reproduce NAME` instead of --config is `bitfleet reproduce
+    NAME`, for every launcher.
 
     Raises:
         ValueError: bad input.
@@ -59,7 +61,8 @@ def next_commands(run_folder: os.PathLike[str], arguments: Sequence[str], world_
     """Return the commands to view, evaluate and continue a run."""
     path = shlex.quote(str(run_folder))
     _, kept = parse_with_run(_Place, arguments, "bitfleet train")
-    # With the folder of this interpreter in front: `make train` does not activate .venv in the user's shell.
+    # With the folder of this interpreter in front: `make train` does not activate .venv in the
+    # user's shell.
     folder = Path(sys.executable).parent
     tools = os.path.relpath(folder) + "/" if folder.is_relative_to(Path.cwd()) else ""
     return (

@@ -51,7 +51,8 @@ class ModelConfig:
             raise ValueError(f"model.width must be at least 1, not {self.width}")
         if self.depths is not None and (not self.depths or min(self.depths) < 1):
             raise ValueError(
-                f"model.depths must be one or more numbers of at least 1, not {self.depths}; None is the network's default"
+                f"model.depths must be one or more numbers of at least 1, not {self.depths}; None is the "
+                "network's default"
             )
 
 
@@ -107,7 +108,8 @@ def _forward(config: ModelConfig, image_size: int, batch_size: int) -> None:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise ValueError(
-                f"a batch normalization of {config.name} has a single value per channel with {batch_size} image at a time "
+                f"a batch normalization of {config.name} has a single value per channel with {batch_size} image "
+                "at a time "
                 f"(global_batch_size / num_replicas): raise --global_batch_size, lower --num_replicas, or use "
                 f"--model.norm layer if the network has it"
             ) from error

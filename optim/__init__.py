@@ -1,4 +1,5 @@
-"""Optimizers for binarized networks: update rules, parameter groups, schedules. Plain PyTorch, usable in any loop."""
+"""Optimizers for binarized networks: update rules, parameter groups, schedules. Plain PyTorch,
+usable in any loop."""
 
 from bitfleet.optim.config import OptimConfig, build_optimizer, with_rule
 from bitfleet.optim.param_groups import check_claims, is_binary, param_groups, routing_table

@@ -18,9 +18,11 @@ from bitfleet.optim.transitions import KEY, TransitionConfig, check_transitions,
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """Rule and schedules. Schedules without a length run over epochs * training images // global batch steps.
+    """Rule and schedules. Schedules without a length run over epochs * training images // global
+    batch steps.
 
-    A hyperparameter of the rule that is None gets the default of the rule (`Rule.defaults`); others stay None.
+    A hyperparameter of the rule that is None gets the default of the rule (`Rule.defaults`); others
+    stay None.
     """
 
     rule: str = "bop2ndorder"
@@ -36,7 +38,8 @@ class OptimConfig:
     alpha: Schedule | None = None
     """Rate of the second average (two_ema, diode)."""
     latent_lr: Schedule | None = None
-    """Learning rate of the latent weights (latent_adam, latent_sgd), or of what stands for them (sgdat, diode, bnew)."""
+    """Learning rate of the latent weights (latent_adam, latent_sgd), or of what stands for them
+    (sgdat, diode, bnew)."""
     momentum: float | None = None
     """Momentum of latent_sgd."""
     rho: float | None = None
@@ -46,12 +49,14 @@ class OptimConfig:
     frozen_from: float | None = None
     """Fraction of the run after which bnew's weights are frozen signs."""
     init_inertia: float = 0.4
-    """With --init: how firmly binary weights keep their loaded signs, as a multiple of the noise of the rule's averages. Their state
-    is seeded from the gradients of 8 steps. 0: state starts as in any run, and most rules flip half of the weights at once."""
+    """With --init: how firmly binary weights keep their loaded signs, as a multiple of the noise of
+    the rule's averages. Their state is seeded from the gradients of 8 steps. 0: state starts as in
+    any run, and most rules flip half of the weights at once."""
     lr: Schedule = dataclasses.field(default_factory=lambda: constant(1e-3))
     """Learning rate of Adam, which trains the full-precision parameters."""
     weight_decay: float = 0.0
-    """L2 factor on `decayed`, added to the gradient as weight_decay * w (Keras' l2(x) is weight_decay = 2 x)."""
+    """L2 factor on `decayed`, added to the gradient as weight_decay * w (Keras' l2(x) is
+    weight_decay = 2 x)."""
     decayed: tuple[str, ...] = ()
     """Shell patterns of the parameters that have weight decay."""
     transitions: TransitionConfig = dataclasses.field(default_factory=TransitionConfig)
@@ -115,7 +120,8 @@ def defaults_of(rule: str) -> Mapping[str, Any]:
 
 
 def check_belongs(rule: str, name: str) -> None:
-    """Raise ValueError if the field `name` of `OptimConfig` is a hyperparameter of other rules, but not of `rule`."""
+    """Raise ValueError if the field `name` of `OptimConfig` is a hyperparameter of other rules, but
+    not of `rule`."""
     owners = [owner for owner, names in binary_rules().items() if name in names]
     if owners and rule not in owners:
         raise ValueError(
@@ -125,7 +131,8 @@ def check_belongs(rule: str, name: str) -> None:
 
 
 def with_rule(config: OptimConfig, rule: str) -> OptimConfig:
-    """Return `config` with another rule: hyperparameters that both rules have are kept, the others are dropped.
+    """Return `config` with another rule: hyperparameters that both rules have are kept, the others
+    are dropped.
 
     Raises:
         ValueError: there is no such rule.
@@ -151,8 +158,8 @@ def build_optimizer(
         seed: of state that starts at random.
 
     Returns:
-        The optimizer, whose groups hold the values of step 0, and group name -> hyperparameter -> schedule for
-        `HyperparameterScheduler`.
+        The optimizer, whose groups hold the values of step 0, and group name -> hyperparameter ->
+        schedule for `HyperparameterScheduler`.
 
     Raises:
         ValueError: transitions without binary weights, or a schedule that ends before its delay.
@@ -178,7 +185,8 @@ def build_optimizer(
     groups = [group | settings[group["name"]] for group in param_groups(model, decayed=config.decayed)]
     if config.transitions.drives != "off" and all(group["name"] != BINARY for group in groups):
         raise ValueError(
-            f"optim.transitions.drives is {config.transitions.drives!r}, but the model has no binary weights, whose flips it "
+            f"optim.transitions.drives is {config.transitions.drives!r}, but the model has no binary weights, "
+            "whose flips it "
             f"holds to a target: choose a binarized network, or set it to off"
         )
     optimizer = RoutedOptimizer(groups)

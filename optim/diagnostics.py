@@ -1,7 +1,9 @@
-"""Count what the flips of a sharded optimizer do, over this rank's slices, by parameter. No communication here.
+"""Count what the flips of a sharded optimizer do, over this rank's slices, by parameter. No
+communication here.
 
-Every step costs a few operations on packed bits, an eighth of a byte per weight each. Counts that need gradients and moments
-are made only in the requested steps. Counts are integers: summed over the ranks they are the same on any number of them.
+Every step costs a few operations on packed bits, an eighth of a byte per weight each. Counts that
+need gradients and moments are made only in the requested steps. Counts are integers: summed over
+the ranks they are the same on any number of them.
 """
 
 import math
@@ -17,9 +19,11 @@ from bitfleet.optim.sharding.optimizer import ShardedOptimizer
 from bitfleet.optim.sharding.state import Chunk, packed_chunks
 
 WINDOW = 100
-"""Steps over which the flips of a weight are counted; windows follow each other and do not overlap."""
+"""Steps over which the flips of a weight are counted; windows follow each other and do not
+overlap."""
 LOWEST, HIGHEST = -60, 20
-"""Octaves of the histogram of |r|, one bin each from 2^LOWEST to 2^HIGHEST; values outside are in the first or last bin."""
+"""Octaves of the histogram of |r|, one bin each from 2^LOWEST to 2^HIGHEST; values outside are in
+the first or last bin."""
 NUM_BINS = HIGHEST - LOWEST
 CPU_CHUNK, CHUNK = 1 << 16, 1 << 22  # weights: temporaries that stay in the cache; few launches on a GPU
 BITS_PER_WEIGHT = 5
@@ -59,14 +63,16 @@ def octave_edges() -> list[float]:
 
 
 def log_flip_ratio(flip_ratio: float) -> float:
-    """pi = ln(flip_ratio + e^-9), equation 7 of Bop's paper (arXiv 1906.02107): -9 where nothing flips."""
+    """pi = ln(flip_ratio + e^-9), equation 7 of Bop's paper (arXiv 1906.02107): -9 where nothing
+    flips."""
     return math.log(flip_ratio + math.exp(-9.0))
 
 
 class FlipHistory:
     """Packed memory of the flips of one slice, uint8 [slice_numel / 8] each.
 
-    `ones`, `twos` and `fours` are the digits of a counter for every weight, which stays in `fours` once it has been at 4.
+    `ones`, `twos` and `fours` are the digits of a counter for every weight, which stays in `fours`
+    once it has been at 4.
     """
 
     def __init__(self, slice_numel: int, device: torch.device) -> None:
@@ -95,7 +101,8 @@ class FlipHistory:
 
 
 class FlipCounts:
-    """Counts the weights of each parameter that a step flips: an observer for the requested steps."""
+    """Counts the weights of each parameter that a step flips: an observer for the requested
+    steps."""
 
     def __init__(self, sharded: ShardedOptimizer) -> None:
         self.buckets = [bucket for bucket in sharded.buckets if bucket.binary]
@@ -121,7 +128,8 @@ class FlipCounts:
         return counts
 
     def flip_ratios(self, counts: Sequence[int]) -> dict[str, float]:
-        """ "flip_ratio" overall and "flip_ratio/<parameter>" each, of counts that were summed over the ranks."""
+        """ "flip_ratio" overall and "flip_ratio/<parameter>" each, of counts that were summed over
+        the ranks."""
         return _fractions(FLIPS, self.sizes, dict(zip(self.sizes, counts, strict=True)))
 
 
@@ -140,7 +148,8 @@ class BitDiagnostics(FlipCounts):
         if not self.buckets:
             rules = sorted({group["rule"] for group in sharded.param_groups})
             raise ValueError(
-                f"diagnostics of bits need weights that are updated as bits, but the rules here, {', '.join(rules)}, have none"
+                "diagnostics of bits need weights that are updated as bits, but the rules here, "
+                f"{', '.join(rules)}, have none"
             )
         self.wanted = False
         """Count the coming step; `take` resets it."""
@@ -155,11 +164,13 @@ class BitDiagnostics(FlipCounts):
         sharded.observers.append(self.observe)
 
     def begin(self, since: int) -> None:
-        """Continue from the steps that the optimizer has done and from `chunks`; the history started after `since` steps."""
+        """Continue from the steps that the optimizer has done and from `chunks`; the history
+        started after `since` steps."""
         self.since, self._num_windows = since, self._sharded.num_steps // WINDOW
 
     def chunks(self) -> list[Chunk]:
-        """Return this rank's chunks of the history, packed, for a checkpoint of the steps that are done."""
+        """Return this rank's chunks of the history, packed, for a checkpoint of the steps that are
+        done."""
         self._end_windows(self._sharded.num_steps)
         return [
             chunk
@@ -169,7 +180,8 @@ class BitDiagnostics(FlipCounts):
         ]
 
     def _end_windows(self, num_steps: int) -> None:
-        """End the windows that are over after `num_steps`; a skipped step tells no observer, but it counts."""
+        """End the windows that are over after `num_steps`; a skipped step tells no observer, but it
+        counts."""
         for _ in range(min(num_steps // WINDOW - self._num_windows, 2)):
             for history in self._history.values():
                 history.end_window_()
@@ -191,7 +203,8 @@ class BitDiagnostics(FlipCounts):
             self._count_moments(bucket, grad, row, index, low, high)
 
     def _count_moments(self, bucket: Bucket, grad: Tensor, row: Tensor, index: int, low: int, high: int) -> None:
-        """Dead band, agreement and histogram of the elements `low`... of a slice, which belong to segment `index`."""
+        """Dead band, agreement and histogram of the elements `low`... of a slice, which belong to
+        segment `index`."""
         group, step = bucket.group, torch.tensor(float(bucket.steps[index]))
         ratio_of = bucket.rule.ratio
         width = CPU_CHUNK if grad.device.type == "cpu" else CHUNK
@@ -206,10 +219,12 @@ class BitDiagnostics(FlipCounts):
                 row[KEYS.index(AGREEMENT)] += torch.count_nonzero(grad[part].sign() == state[AVERAGE].sign())
 
     def take(self) -> Tensor:
-        """Return the counts of this rank's slices after the step that was `wanted`, for `flip_ratios` and `values`.
+        """Return the counts of this rank's slices after the step that was `wanted`, for
+        `flip_ratios` and `values`.
 
         Returns:
-            int64, to be summed over the ranks; all 0 in the first place when the step was skipped, as on every rank.
+            int64, to be summed over the ranks; all 0 in the first place when the step was skipped,
+            as on every rank.
         """
         self._end_windows(self._sharded.num_steps)
         for bucket, history in self._history.items():
@@ -225,14 +240,16 @@ class BitDiagnostics(FlipCounts):
         return counts
 
     def flip_ratios(self, counts: Sequence[int]) -> dict[str, float]:
-        """Return the flip ratios of `FlipCounts` from the summed counts of `take`; 0 if the step was skipped."""
+        """Return the flip ratios of `FlipCounts` from the summed counts of `take`; 0 if the step
+        was skipped."""
         return super().flip_ratios(counts[1 + KEYS.index(FLIPS) : 1 + len(KEYS) * len(self.sizes) : len(KEYS)])
 
     def values(self, counts: Sequence[int]) -> dict[str, Any]:
-        """Return what a report says: each of `KEYS` and "pi" overall and as "<key>/<parameter>", "threshold", "since", "log_ratio".
+        """Return what a report says: each of `KEYS` and "pi" overall and as "<key>/<parameter>",
+        "threshold", "since", "log_ratio".
 
-        Left out is what does not exist: everything after a skipped step; oscillators before a whole window has been seen; what
-        needs r or the average for parameters whose rule has none.
+        Left out is what does not exist: everything after a skipped step; oscillators before a whole
+        window has been seen; what needs r or the average for parameters whose rule has none.
 
         Args:
             counts: of `take`, summed over the ranks.

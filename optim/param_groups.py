@@ -1,7 +1,8 @@
 """Assign each parameter to a group, and so to an update rule.
 
-The layers mark a binary weight with `weight.binary = True`; this file is the only reader of the mark. Every trainable parameter
-ends in exactly one group; a pattern that selects nothing is an error, because it is a misspelt name.
+The layers mark a binary weight with `weight.binary = True`; this file is the only reader of the
+mark. Every trainable parameter ends in exactly one group; a pattern that selects nothing is an
+error, because it is a misspelt name.
 """
 
 import fnmatch
@@ -23,14 +24,16 @@ def is_binary(param: nn.Parameter) -> bool:
 
 
 def param_groups(model: nn.Module, *, decayed: Sequence[str] = ()) -> list[Group]:
-    """Split the trainable parameters of `model` into the groups binary, full_precision and full_precision_decayed.
+    """Split the trainable parameters of `model` into the groups binary, full_precision and
+    full_precision_decayed.
 
     Args:
         model: its binary weights carry the mark.
         decayed: shell patterns of the full-precision parameters that have weight decay.
 
     Returns:
-        Groups {"name", "params": [(parameter name, parameter), ...]}, empty ones left out; tied parameters count once.
+        Groups {"name", "params": [(parameter name, parameter), ...]}, empty ones left out; tied
+        parameters count once.
 
     Raises:
         ValueError: a pattern matches no full-precision parameter, or nothing is trainable.
@@ -55,7 +58,8 @@ def param_groups(model: nn.Module, *, decayed: Sequence[str] = ()) -> list[Group
 
 
 def check_claims(model: nn.Module, optimizer: Optimizer) -> None:
-    """Raise ValueError, naming the parameter, unless each trainable one is in exactly one group of `optimizer`."""
+    """Raise ValueError, naming the parameter, unless each trainable one is in exactly one group of
+    `optimizer`."""
     claims: dict[int, int] = {}
     for group in optimizer.param_groups:
         for param in group["params"]:
@@ -69,7 +73,8 @@ def check_claims(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def routing_table(optimizer: Optimizer) -> str:
-    """Return a table of name, shape, group, rule, count and bytes of optimizer state (unsharded) per parameter.
+    """Return a table of name, shape, group, rule, count and bytes of optimizer state (unsharded)
+    per parameter.
 
     A last line says so where binary weights start as real values.
     """
@@ -96,6 +101,7 @@ def routing_table(optimizer: Optimizer) -> str:
 
 
 def starts_real(optimizer: Optimizer) -> bool:
-    """Return True if a rule that flips weights has some that are still real, before their first update."""
+    """Return True if a rule that flips weights has some that are still real, before their first
+    update."""
     flipped = (group["params"] for group in optimizer.param_groups if RULES[group["rule"]].flips)
     return any(not bool((param.detach().abs() == 1).all()) for params in flipped for param in params)

@@ -1,8 +1,10 @@
-"""Schedules of hyperparameters: pure functions of the 0-based step, and the object that writes them into an optimizer.
+"""Schedules of hyperparameters: pure functions of the 0-based step, and the object that writes them
+into an optimizer.
 
-The paper's code gives gamma, sigma, threshold and the Adam learning rate a Keras schedule each, evaluated at the optimizer's
-own 0-based iteration: the first update uses schedule(0). `HyperparameterScheduler` follows the protocol of
-`torch.optim.lr_scheduler` (construct after the optimizer, `step()` after `optimizer.step()`), for any key of a group.
+The paper's code gives gamma, sigma, threshold and the Adam learning rate a Keras schedule each,
+evaluated at the optimizer's own 0-based iteration: the first update uses schedule(0).
+`HyperparameterScheduler` follows the protocol of `torch.optim.lr_scheduler` (construct after the
+optimizer, `step()` after `optimizer.step()`), for any key of a group.
 """
 
 import dataclasses
@@ -24,12 +26,13 @@ class Schedule:
     end: float = 0.0
     """Value at `num_steps` and after (polynomial, cosine)."""
     kind: Kind = "constant"
-    """constant; polynomial: (start - end) (1 - t/num_steps)^power + end; exponential: start * rate^floor(t/num_steps)
-    (staircase); cosine: half a cosine from start to end."""
+    """constant; polynomial: (start - end) (1 - t/num_steps)^power + end; exponential: start *
+    rate^floor(t/num_steps) (staircase); cosine: half a cosine from start to end."""
     num_steps: int | None = None
     """Length of the decay in steps (exponential: of one stair). None: `share` of the run."""
     share: float = 1.0
-    """Length of the decay (exponential: of one stair) as a share of the run, where `num_steps` is None."""
+    """Length of the decay (exponential: of one stair) as a share of the run, where `num_steps` is
+    None."""
     power: float = 1.0
     """Exponent of the polynomial; 1 is linear."""
     rate: float = 0.1
@@ -37,8 +40,8 @@ class Schedule:
     warmup_steps: int = 0
     """During the first N steps the value is multiplied by (t + 1) / N."""
     delay_steps: int = 0
-    """The value stays at `start` for N steps, after which t counts. The decay ends at the same step as without a delay, if
-    `num_steps` is unset; a stair keeps its length."""
+    """The value stays at `start` for N steps, after which t counts. The decay ends at the same step
+    as without a delay, if `num_steps` is unset; a stair keeps its length."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -57,7 +60,8 @@ class Schedule:
                 raise ValueError(f"{name} of a schedule must be finite and not negative, not {value}")
 
     def over(self, num_steps: int) -> "Schedule":
-        """Return this schedule with its length filled in if it is unset, for a run of `num_steps` steps.
+        """Return this schedule with its length filled in if it is unset, for a run of `num_steps`
+        steps.
 
         Raises:
             ValueError: it would end before its delay does.
@@ -127,7 +131,8 @@ class HyperparameterScheduler:
                 group[key] = schedule(self.num_steps_done)
 
     def step(self, **_: Any) -> None:
-        """Count one optimizer step and write the values of the next (DeepSpeed passes keywords that are not used)."""
+        """Count one optimizer step and write the values of the next (DeepSpeed passes keywords that
+        are not used)."""
         self.num_steps_done += 1
         self._write()
 

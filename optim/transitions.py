@@ -1,21 +1,22 @@
 """TRS: a controller that holds the rate at which weights change their sign to a schedule.
 
-Paper: Lee, Jeon, Kim, Ham: "Scheduling Weight Transitions for Quantization-Aware Training", ICCV 2025, arXiv 2404.19248. Before
-the update of step t:
+Paper: Lee, Jeon, Kim, Ham: "Scheduling Weight Transitions for Quantization-Aware Training", ICCV
+2025, arXiv 2404.19248. Before the update of step t:
 
-    k_t = fraction of the binary weights that the last update changed                       0 before the first
-    K_t = m K_(t-1) + (1 - m) k_t                                                           "transition_rate"
-    U_t = max(0, U_(t-1) + eta (R_t - K_t)),  eta = gain U_0                                drives = "latent_lr", the paper's form
-    U_t = U_(t-1) exp(gain (R_t - K_t))                                                     drives = "gamma"
-    U_t = U_(t-1) exp(-gain (R_t - K_t))                                                    drives = "threshold"
+    k_t = fraction of the binary weights that the last update changed    0 before the first
+    K_t = m K_(t-1) + (1 - m) k_t                                        "transition_rate"
+    U_t = max(0, U_(t-1) + eta (R_t - K_t)),  eta = gain U_0             "latent_lr", as published
+    U_t = U_(t-1) exp(gain (R_t - K_t))                                  "gamma"
+    U_t = U_(t-1) exp(-gain (R_t - K_t))                                 "threshold"
 
-and step t is made with U_t in place of the hyperparameter. The first update is made with U_0 and K = 0; U_0 is what the
-configuration gives it. One k for all binary weights. R_t is a schedule, in the paper a cosine from lambda to 0, lambda near 5e-3
-(times sqrt(bits), here 1).
+and step t is made with U_t in place of the hyperparameter. The first update is made with U_0 and K
+= 0; U_0 is what the configuration gives it. One k for all binary weights. R_t is a schedule, in the
+paper a cosine from lambda to 0, lambda near 5e-3 (times sqrt(bits), here 1).
 
-gamma and threshold are ours. Both act over decades and must stay above 0, so what the paper adds, relative to U_0, is added to
-their logarithm: near U_0 it is the same. A higher threshold flips less: its sign is reversed. They stay within a factor of 1e6 of
-U_0 (gamma also at most 1): beyond it nothing changes any more, and the way back would be as long.
+gamma and threshold are ours. Both act over decades and must stay above 0, so what the paper adds,
+relative to U_0, is added to their logarithm: near U_0 it is the same. A higher threshold flips
+less: its sign is reversed. They stay within a factor of 1e6 of U_0 (gamma also at most 1): beyond
+it nothing changes any more, and the way back would be as long.
 """
 
 import dataclasses
@@ -35,18 +36,21 @@ KEY, RATE = "transitions", "transition_rate"
 """Keys of a group: its `Target`, and K."""
 RANGE = 1e6
 PART = 4096
-"""Divisor of a count, which travels as two float32 (quotient and remainder): sums are exact up to 2^36 flips and 4096 ranks."""
+"""Divisor of a count, which travels as two float32 (quotient and remainder): sums are exact up to
+2^36 flips and 4096 ranks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TransitionConfig:
-    """Scheduled weight transitions (TRS, arXiv 2404.19248); needs sharding "bits", which counts the flips."""
+    """Scheduled weight transitions (TRS, arXiv 2404.19248); needs sharding "bits", which counts the
+    flips."""
 
     drives: Literal["off", "latent_lr", "gamma", "threshold"] = "off"
-    """Hyperparameter to drive; its schedule must be a constant, the initial value. latent_lr of latent_adam and latent_sgd, gamma or
-    threshold of bop and bop2ndorder."""
+    """Hyperparameter to drive; its schedule must be a constant, the initial value. latent_lr of
+    latent_adam and latent_sgd, gamma or threshold of bop and bop2ndorder."""
     target: Schedule = dataclasses.field(default_factory=lambda: Schedule(start=5e-3, kind="cosine"))
-    """R, the fraction of the binary weights that each step is to flip; starts at the paper's lambda."""
+    """R, the fraction of the binary weights that each step is to flip; starts at the paper's
+    lambda."""
     momentum: float = 0.99
     """m of the average over steps."""
     gain: float = 1.0
@@ -83,7 +87,8 @@ class Target:
 
 
 def check_transitions(config: TransitionConfig, rule: str, driven: Schedule | None) -> None:
-    """Raise ValueError unless `rule` has the hyperparameter that is driven, as a constant from which the controller can go.
+    """Raise ValueError unless `rule` has the hyperparameter that is driven, as a constant from
+    which the controller can go.
 
     Args:
         config: the controller.
@@ -106,7 +111,8 @@ def check_transitions(config: TransitionConfig, rule: str, driven: Schedule | No
 
 
 def target_of(config: TransitionConfig, driven: Schedule, num_steps: int) -> Target:
-    """Return the settings of a group from a checked configuration; `num_steps` is the length of the run."""
+    """Return the settings of a group from a checked configuration; `num_steps` is the length of the
+    run."""
     assert config.drives != "off"
     return Target(
         drives=config.drives,
@@ -132,7 +138,8 @@ def next_value(value: float, gap: float, target: Target) -> float:
 
 
 class TransitionController:
-    """Counts this rank's flips and drives the groups that have a target. K and U live in the groups.
+    """Counts this rank's flips and drives the groups that have a target. K and U live in the
+    groups.
 
     Args:
         groups: parameter groups; those with the key "transitions" are driven.
@@ -179,7 +186,8 @@ class TransitionController:
             group[target.drives] = next_value(group[target.drives], target.schedule(step) - group[RATE], target)
 
     def state(self, flips: int) -> dict[str, Any]:
-        """Return what is driven, K and U of each driven group, and the last update's `flips` of all ranks, for a checkpoint."""
+        """Return what is driven, K and U of each driven group, and the last update's `flips` of all
+        ranks, for a checkpoint."""
         values = [[group[KEY].drives, group[RATE], group[group[KEY].drives]] for group in self.groups]
         return {"values": values, "flips": flips}
 
@@ -192,7 +200,8 @@ class TransitionController:
         saved, here = [each[0] for each in state["values"]], [group[KEY].drives for group in self.groups]
         if saved != here:
             raise ValueError(
-                f"the saved transitions drive {saved}, here they drive {here}: continue with the optim.transitions of then"
+                f"the saved transitions drive {saved}, here they drive {here}: continue with the "
+                "optim.transitions of then"
             )
         for group, (_, rate, value) in zip(self.groups, state["values"], strict=True):
             group[RATE], group[group[KEY].drives] = rate, value
@@ -200,7 +209,8 @@ class TransitionController:
 
 
 def controller_of(groups: Sequence[Group], numel: int, device: torch.device) -> TransitionController | None:
-    """Return the controller of the groups that have a target, None if none has; see `TransitionController`."""
+    """Return the controller of the groups that have a target, None if none has; see
+    `TransitionController`."""
     return TransitionController(groups, numel, device) if any(KEY in group for group in groups) else None
 
 

@@ -1,4 +1,5 @@
-"""Share between all tests: a cache outside the home directory, tiny images, and ways to start programs and jobs."""
+"""Share between all tests: a cache outside the home directory, tiny images, and ways to start
+programs and jobs."""
 
 import functools
 import os
@@ -29,7 +30,8 @@ LONG_FILES = (
     "test_compilation.py",
     "test_memory.py",
 )
-"""Files that take longest; workers start with them, in this order, so that none is left alone with one at the end."""
+"""Files that take longest; workers start with them, in this order, so that none is left alone with
+one at the end."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -70,7 +72,8 @@ def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_images: Path) -> list[str]:
     """Options for a run of seconds on `tiny_images`."""
     return (
-        f"--config fashion_quickstart --data.root {tiny_images} --model.num_classes 4 --global_batch_size 16 --epochs 3 "
+        f"--config fashion_quickstart --data.root {tiny_images} --model.num_classes 4 --global_batch_size 16 "
+        "--epochs 3 "
         "--metrics.every_steps 5 --model.width 16"
     ).split()
 
@@ -86,7 +89,8 @@ def job_environment(**further: str) -> dict[str, str]:
 def run_command(
     command: Sequence[str | Path], *, timeout: float = HANGS, cwd: Path = REPOSITORY
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end in its own process group; one that hangs is killed and fails the test."""
+    """Run a command to its end in its own process group; one that hangs is killed and fails the
+    test."""
     process = subprocess.Popen(
         [str(part) for part in command],
         cwd=cwd,
@@ -128,7 +132,8 @@ def pytest_unconfigure() -> None:
 def start_python(
     *arguments: str | Path, num_ranks: int | None = None, cwd: Path = REPOSITORY, **variables: str
 ) -> ForkedProcess:
-    """Fork `python ARGUMENTS`, or its ranks as under DeepSpeed's launcher; see fork_server.py for what is real.
+    """Fork `python ARGUMENTS`, or its ranks as under DeepSpeed's launcher; see fork_server.py for
+    what is real.
 
     Args:
         arguments: a script, or "-m" and a module, then the program's own.
@@ -160,7 +165,8 @@ def run_ranks(num_ranks: int, *arguments: str | Path, timeout: float = HANGS) ->
 
 @pytest.fixture(scope="session")
 def deepspeed() -> Launch:
-    """Run a script on N ranks under the DeepSpeed launcher, for tests of what the launcher does; others use `run_ranks`."""
+    """Run a script on N ranks under the DeepSpeed launcher, for tests of what the launcher does;
+    others use `run_ranks`."""
 
     def launch(num_ranks: int, *arguments: str | Path, timeout: float = HANGS) -> subprocess.CompletedProcess[str]:
         launcher = ["deepspeed", "--num_accelerators", str(num_ranks), "--master_port", str(free_port())]

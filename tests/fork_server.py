@@ -1,14 +1,17 @@
 """Start Python programs as forks of one process that has imported torch, DeepSpeed and bitfleet.
 
-An interpreter needs five seconds of CPU time before it trains; a fork of one that is ready needs none.
+An interpreter needs five seconds of CPU time before it trains; a fork of one that is ready needs
+none.
 
-Real in a fork: process id, session and process group, parent, environment, arguments, working directory, standard input and
-outputs, signals, exit code, threads, sockets, and what the program computes, bit for bit.
+Real in a fork: process id, session and process group, parent, environment, arguments, working
+directory, standard input and outputs, signals, exit code, threads, sockets, and what the program
+computes, bit for bit.
 
-Not real: the command line in /proc is the server's; modules are imported already, so an import that fails is not seen, nor an
-environment variable that a library reads while it is loaded; the interpreter is not taken apart at its end; and what starts
-ranks and ends them when one fails is not a launcher but `_lead`, which does as DeepSpeed's agent does. Tests of these things
-start real processes with `run_command` or `deepspeed`.
+Not real: the command line in /proc is the server's; modules are imported already, so an import that
+fails is not seen, nor an environment variable that a library reads while it is loaded; the
+interpreter is not taken apart at its end; and what starts ranks and ends them when one fails is not
+a launcher but `_lead`, which does as DeepSpeed's agent does. Tests of these things start real
+processes with `run_command` or `deepspeed`.
 """
 
 import atexit
@@ -43,11 +46,13 @@ PRELOADED = (
 )
 """Modules that the server imports; none may start a thread, which a fork would lack."""
 TERMINATE_SECONDS = 30.0
-"""Time that ranks have to end after SIGTERM when another has failed, as under DeepSpeed's launcher."""
+"""Time that ranks have to end after SIGTERM when another has failed, as under DeepSpeed's
+launcher."""
 
 
 class ForkedProcess:
-    """A forked program, or the leader of forked ranks: the part of `subprocess.Popen` that tests use."""
+    """A forked program, or the leader of forked ranks: the part of `subprocess.Popen` that tests
+    use."""
 
     def __init__(self, pid: int, status: socket.socket, output: int) -> None:
         self.pid = pid
@@ -69,7 +74,8 @@ class ForkedProcess:
         return self.returncode
 
     def communicate(self, timeout: float) -> tuple[str, None]:
-        """Wait until the process has ended and its output is closed; return stdout and stderr in one text.
+        """Wait until the process has ended and its output is closed; return stdout and stderr in
+        one text.
 
         Raises:
             subprocess.TimeoutExpired: that takes longer than `timeout` seconds.
@@ -114,9 +120,11 @@ class ForkServer:
         """Fork a program in its own session.
 
         Args:
-            arguments: those of the interpreter: a script or "-m" and a module, then the program's own.
+            arguments: those of the interpreter: a script or "-m" and a module, then the program's
+                own.
             environment: all of its variables; ranks have those of DeepSpeed's launcher besides.
-            num_ranks: None for one process; else a leader starts so many ranks and ends with the code of the first that fails.
+            num_ranks: None for one process; else a leader starts so many ranks and ends with the
+                code of the first that fails.
         """
         status, their_status = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         output, their_output = os.pipe()
@@ -139,7 +147,8 @@ class ForkServer:
 
 
 def _serve(control: socket.socket) -> list[str]:
-    """Fork for every request until the client has gone; returns the program's arguments, in the fork only."""
+    """Fork for every request until the client has gone; returns the program's arguments, in the
+    fork only."""
     while True:
         message, descriptors, *_ = socket.recv_fds(control, 16, 3)
         with contextlib.suppress(ChildProcessError):  # wardens that have ended
@@ -216,7 +225,8 @@ def _terminate(ranks: set[int]) -> None:
 
 
 def _run(arguments: list[str]) -> NoReturn:
-    """Run the program in this process as the interpreter would, and leave without taking apart what the server imported."""
+    """Run the program in this process as the interpreter would, and leave without taking apart what
+    the server imported."""
     code = 0
     try:
         _run_main(arguments)

@@ -1,4 +1,5 @@
-"""ImageNet and CIFAR-10 in miniature, in every form that `bitfleet data prepare` knows: 3 synsets, 12 + 6 photos."""
+"""ImageNet and CIFAR-10 in miniature, in every form that `bitfleet data prepare` knows: 3 synsets,
+12 + 6 photos."""
 
 import gzip
 import hashlib
@@ -29,7 +30,8 @@ TRAIN_PER_CLASS = 4
 
 
 def photo(label: int, number: int) -> bytes:
-    """A photo whose brightness is its label's and whose size is its number's; number 3 is a PNG, as one of ImageNet is."""
+    """A photo whose brightness is its label's and whose size is its number's; number 3 is a PNG, as
+    one of ImageNet is."""
     encoded = io.BytesIO()
     pixels = np.full((30 + label, 40 + number, 3), BRIGHTNESS[label], np.uint8)
     pixels[0, 0] = number
@@ -94,7 +96,8 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def devkit() -> bytes:
-    """ILSVRC2012_devkit_t12.tar.gz with a meta.mat of the real structure; the same bytes every time."""
+    """ILSVRC2012_devkit_t12.tar.gz with a meta.mat of the real structure; the same bytes every
+    time."""
     fields = (
         "ILSVRC2012_ID",
         "WNID",
@@ -162,7 +165,8 @@ def kaggle(folder: Path) -> Path:
 
 
 def shards(folder: Path, *, form: str = "cls") -> Path:
-    """Two shards of training images, with a label as .cls or .json, and one of validation images below val/."""
+    """Two shards of training images, with a label as .cls or .json, and one of validation images
+    below val/."""
     samples = list(train_photos().items())
     splits = {"imagenet-train-0001.tar": samples[:5], "imagenet-train-0000.tar": samples[5:]}
     splits["val/0.tar"] = list(val_by_class().items())

@@ -1,4 +1,5 @@
-"""Replace CUDA graphs on a CPU: record operators below autograd, and replay them on the same tensors."""
+"""Replace CUDA graphs on a CPU: record operators below autograd, and replay them on the same
+tensors."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class OperatorRecorder:
-    """Capture as `torch.cuda.graph` does: captured work has no effect yet, and a replay runs no Python code."""
+    """Capture as `torch.cuda.graph` does: captured work has no effect yet, and a replay runs no
+    Python code."""
 
     def capture(self, work: Callable[[], None]) -> "Recording":
         """Record the operators that `work` calls, and undo their effect on existing tensors."""

@@ -1,1 +1,2 @@
-"""Training: configuration, data, engine, loop, checkpoints, metrics. Knows ranks, disk and clock."""
+"""Training: configuration, data, engine, loop, checkpoints, metrics. Knows ranks, disk and
+clock."""

@@ -1,4 +1,5 @@
-"""Compose the configuration of a run from those of its parts, and check what concerns more than one of them."""
+"""Compose the configuration of a run from those of its parts, and check what concerns more than one
+of them."""
 
 import dataclasses
 import json
@@ -29,14 +30,15 @@ class TrainConfig:
     global_batch_size: int
     """Images per optimizer step, over all ranks."""
     num_replicas: int | None = None
-    """Micro-batches per step, each with its own BatchNorm statistics; a multiple of the number of ranks. None: one per rank."""
+    """Micro-batches per step, each with its own BatchNorm statistics; a multiple of the number of
+    ranks. None: one per rank."""
     seed: int = 0
     """Seed of the initial weights, the sample order, crops and flips."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Device of the model; auto is CUDA if torch finds it."""
     num_threads: int | None = None
-    """CPU threads per rank. None: the cores of the machine divided by its ranks. Results are bit-identical across numbers of ranks
-    only if this is equal."""
+    """CPU threads per rank. None: the cores of the machine divided by its ranks. Results are
+    bit-identical across numbers of ranks only if this is equal."""
     validate_every_epochs: int = 1
     """Validate every N epochs, and at the end."""
     output: Path = Path("runs")
@@ -44,20 +46,24 @@ class TrainConfig:
     run_dir: Path | None = None
     """Folder of this run. None: a new one, `output`/`name`/<date and time>."""
     resume: str | None = None
-    """auto: continue the newest run (or `run_dir`) if there is one. A path: continue that run folder or checkpoint."""
+    """auto: continue the newest run (or `run_dir`) if there is one. A path: continue that run
+    folder or checkpoint."""
     init: Path | None = None
-    """Weights to start from: a run folder or checkpoint, a file of `bitfleet checkpoint weights`, or Keras' .npz, .h5 or .keras.
-    The state of a rule that flips weights is seeded so that they keep their signs (optim.init_inertia). None: random ones."""
+    """Weights to start from: a run folder or checkpoint, a file of `bitfleet checkpoint weights`,
+    or Keras' .npz, .h5 or .keras. The state of a rule that flips weights is seeded so that they
+    keep their signs (optim.init_inertia). None: random ones."""
     init_head: Literal["loaded", "new"] = "loaded"
-    """new: the layers whose size depends on the number of classes start at random, as for other classes than those of `init`."""
+    """new: the layers whose size depends on the number of classes start at random, as for other
+    classes than those of `init`."""
     init_scales: Literal["none", "larq-zoo"] = "none"
-    """larq-zoo: binary kernels of the Keras file carry a scale per filter, which goes into the BatchNorm after it."""
+    """larq-zoo: binary kernels of the Keras file carry a scale per filter, which goes into the
+    BatchNorm after it."""
     stop_after_steps: int | None = None
     """Stop with a checkpoint after N optimizer steps. The schedules keep their length."""
     preflight: Literal["basic", "full"] = "basic"
-    """Checks of the run. basic: the bytes sent per step are counted; memory and time are measured in the first
-    steps. full: before that, two optimizer steps on its data, a save, and reading it back on this and on other
-    numbers of ranks."""
+    """Checks of the run. basic: the bytes sent per step are counted; memory and time are measured
+    in the first steps. full: before that, two optimizer steps on its data, a save, and reading it
+    back on this and on other numbers of ranks."""
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -80,31 +86,36 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if self.metrics.diagnostics and self.engine.sharding != "bits":
             raise ValueError(
-                f"metrics.diagnostics are counted in the step of engine.sharding bits, but that is {self.engine.sharding!r}: "
+                "metrics.diagnostics are counted in the step of engine.sharding bits, but that is "
+                f"{self.engine.sharding!r}: "
                 f"leave them out, or use --engine.sharding bits"
             )
         if self.model.compile == "on" and self.engine.sharding == "zero3":
             raise ValueError(
-                'model.compile on does not work with engine.sharding "zero3", which takes the weights apart around every layer: '
+                'model.compile on does not work with engine.sharding "zero3", which takes the weights apart '
+                "around every layer: "
                 "choose another sharding, or set model.compile to auto or off"
             )
         if self.init_head == "new" and self.init is None:
             raise ValueError("init_head new says what is not taken from the weights of --init: pass that as well")
         if self.init is not None and self.optim.init_inertia and self.engine.sharding != "bits":
             raise ValueError(
-                f'--init seeds the optimizer under engine.sharding "bits", not {self.engine.sharding!r}: choose that sharding, '
+                f'--init seeds the optimizer under engine.sharding "bits", not {self.engine.sharding!r}: choose '
+                "that sharding, "
                 f"or pass --optim.init_inertia 0, with which most rules flip half of the binary weights at once"
             )
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, not {self.seed}")
         if self.optim.transitions.drives != "off" and self.engine.sharding != "bits":
             raise ValueError(
-                f'optim.transitions needs engine.sharding "bits", which counts the flips, not {self.engine.sharding!r}: set '
+                'optim.transitions needs engine.sharding "bits", which counts the flips, not '
+                f"{self.engine.sharding!r}: set "
                 f"optim.transitions.drives to off or choose that sharding"
             )
         if RULES[self.optim.rule].begin_ is not None and self.engine.stage > 0:
             raise ValueError(
-                f'optim.rule {self.optim.rule} needs engine.sharding "bits" or "none", not {self.engine.sharding!r}: its state '
+                f'optim.rule {self.optim.rule} needs engine.sharding "bits" or "none", not '
+                f"{self.engine.sharding!r}: its state "
                 f"starts with random numbers for each weight, and DeepSpeed's slices do not say which weights they hold"
             )
         on_host = {
@@ -133,7 +144,8 @@ def resolve_replicas(config: TrainConfig, world_size: int, before: int | None = 
     num_replicas = config.num_replicas or before or world_size
     if num_replicas % world_size and before and config.num_replicas is None:
         raise ValueError(
-            f"the run has {before} replicas, which {world_size} ranks cannot share equally: continue it on a number of ranks "
+            f"the run has {before} replicas, which {world_size} ranks cannot share equally: continue it on a "
+            "number of ranks "
             f"that divides {before}; to change the number of ranks later, start the run with --num_replicas"
         )
     if num_replicas % world_size:
@@ -143,8 +155,10 @@ def resolve_replicas(config: TrainConfig, world_size: int, before: int | None = 
         )
     if config.global_batch_size % num_replicas:
         raise ValueError(
-            f"global_batch_size is {config.global_batch_size}, which {num_replicas} replicas on {world_size} ranks cannot "
-            f"share equally: start a number of ranks that divides it, or set --global_batch_size to a multiple of {num_replicas}"
+            f"global_batch_size is {config.global_batch_size}, which {num_replicas} replicas on {world_size} "
+            "ranks cannot "
+            "share equally: start a number of ranks that divides it, or set --global_batch_size to a multiple "
+            f"of {num_replicas}"
         )
     return num_replicas
 
@@ -163,7 +177,8 @@ def with_precision(config: TrainConfig, device_type: str, before: str | None = N
     wanted = config.engine.precision
     if wanted == "auto" and before == "tf32" and device_type != "cuda":
         raise ValueError(
-            "the run was started on a GPU in precision tf32, which a CPU does not have: continue it on a GPU, or start another run "
+            "the run was started on a GPU in precision tf32, which a CPU does not have: continue it on a GPU, "
+            "or start another run "
             "from its weights (bitfleet checkpoint weights, --init)"
         )
     if wanted == "auto" and before is not None:

@@ -30,7 +30,8 @@ def validate(
     device: torch.device,
     must_stop: Callable[[], bool] = lambda: False,
 ) -> Accuracy | None:
-    """Return loss and accuracy of `model` over the validation set; every rank calls this and gets the same result.
+    """Return loss and accuracy of `model` over the validation set; every rank calls this and gets
+    the same result.
 
     Args:
         model: in any mode; it is left as it was.
@@ -73,17 +74,20 @@ class Evaluation(NamedTuple):
 def evaluate_run(
     path: Path, *, data_root: str | None, ranks: Ranks, device: torch.device, precisions: Sequence[Precision] = ()
 ) -> Evaluation:
-    """Validate a run's newest checkpoint, or the checkpoint at `path`; every rank calls this and gets the same.
+    """Validate a run's newest checkpoint, or the checkpoint at `path`; every rank calls this and
+    gets the same.
 
     Args:
         path: run folder or checkpoint.
         data_root: where the data is now; None: where the run read it.
         ranks: this process's place.
         device: where the model runs.
-        precisions: what to compute in, one validation each. None given: as the run did; fp32 on a CPU for a run in tf32.
+        precisions: what to compute in, one validation each. None given: as the run did; fp32 on a
+            CPU for a run in tf32.
 
     Raises:
-        ValueError: no run, no checkpoint, other classes than the run's, a precision that the device does not have.
+        ValueError: no run, no checkpoint, other classes than the run's, a precision that the device
+            does not have.
         FloatingPointError: weights or running statistics are not finite.
     """
     checkpoint = path.resolve() if is_checkpoint(path) else latest_checkpoint(path)
@@ -99,7 +103,8 @@ def evaluate_run(
     classes = read_meta(checkpoint)["classes"]
     if list(dataset.classes) != classes:
         raise ValueError(
-            f"{data.root} has the classes {json.dumps(dataset.classes)[:200]}, the run was trained on {json.dumps(classes)[:200]}"
+            f"{data.root} has the classes {json.dumps(dataset.classes)[:200]}, the run was trained on "
+            f"{json.dumps(classes)[:200]}"
         )
     place = {"rank": ranks.rank, "world_size": ranks.world_size, "local_world_size": ranks.local_world_size}
     loader = ValidationLoader(dataset, data, device=device, **place)
@@ -107,7 +112,8 @@ def evaluate_run(
     load_model(model, checkpoint)
     if names := broken([*model.named_parameters(), *model.named_buffers()]):
         raise FloatingPointError(
-            f"the network of {checkpoint} predicts nothing: values of {', '.join(names[:3])} are not finite; evaluate an earlier "
+            f"the network of {checkpoint} predicts nothing: values of {', '.join(names[:3])} are not finite; "
+            "evaluate an earlier "
             f"checkpoint"
         )
     trained_in = config.engine.precision

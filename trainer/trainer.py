@@ -101,7 +101,8 @@ class TrainStep:
         self.end_step()
 
     def accumulate(self, micro_batches: Sequence[Batch]) -> None:
-        """Run forward and backward of all micro-batches of a step, without DeepSpeed's engine (in a CUDA graph)."""
+        """Run forward and backward of all micro-batches of a step, without DeepSpeed's engine (in a
+        CUDA graph)."""
         assert isinstance(self._optimizer, ShardedOptimizer)
         self._observer.meter.keep()
         for images, labels in micro_batches:
@@ -116,7 +117,8 @@ class TrainStep:
         """Set running statistics and meters to those after the step.
 
         Args:
-            updated: whether the optimizer updated the network, known to the host or bool [] on the device.
+            updated: whether the optimizer updated the network, known to the host or bool [] on the
+                device.
         """
         self._statistics.end_step(updated)
         self._observer.meter.end_step(updated)
@@ -162,7 +164,8 @@ class Trainer:
         """Whether the network is compiled."""
         if self.compiled:
             compile_network(self.model)
-        # As the paper's code: decay_steps = epochs * images // batch, a little longer than the run of whole batches.
+        # As the paper's code: decay_steps = epochs * images // batch, a little longer than the run
+        # of whole batches.
         decay_steps = config.epochs * len(self.dataset.train) // config.global_batch_size
         self.optimizer, schedules = build_optimizer(self.model, config.optim, num_steps=decay_steps, seed=config.seed)
         self.routing, signature = routing_table(self.optimizer), model_signature(self.model)
@@ -219,10 +222,12 @@ class Trainer:
         )
 
     def _create_model(self, begun: ValidCheckpoint | None) -> nn.Module:
-        """Build the network, on the CPU; a checkpoint that is continued brings its weights later."""
+        """Build the network, on the CPU; a checkpoint that is continued brings its weights
+        later."""
         config = self.config
         if begun is not None:
-            # It says itself whether the binary weights are signs, or real values before their first update.
+            # It says itself whether the binary weights are signs, or real values before their first
+            # update.
             return create_model(replace(config.model, initial_weights="signs"))
         model = create_model(config.model)
         if config.init is not None:
@@ -231,7 +236,8 @@ class Trainer:
         return model
 
     def _like_before(self, begun: ValidCheckpoint | None) -> int:
-        """The number of replicas; where it is open, it and the threads of a rank are those of the run that is continued."""
+        """The number of replicas; where it is open, it and the threads of a rank are those of the
+        run that is continued."""
         config = self.config
         if begun is None:
             return resolve_replicas(config, self.ranks.world_size)
@@ -266,7 +272,8 @@ class Trainer:
         agree(ranks, {f"the lists of images in {config.data.root} (sha256)": self.dataset.sha})
         if len(self.dataset.classes) != config.model.num_classes:
             raise ValueError(
-                f"model.num_classes is {config.model.num_classes}, but {config.data.root} has {len(self.dataset.classes)} "
+                f"model.num_classes is {config.model.num_classes}, but {config.data.root} has "
+                f"{len(self.dataset.classes)} "
                 f"classes: pass --model.num_classes {len(self.dataset.classes)}"
             )
         place = {"rank": ranks.rank, "world_size": ranks.world_size, "local_world_size": ranks.local_world_size}
@@ -311,7 +318,8 @@ class Trainer:
         reached(self.step)
 
     def _check_skipped(self, sharded: ShardedOptimizer) -> None:
-        """The optimizer updated nothing: stop if that is wanted, or if it has been so for too long."""
+        """The optimizer updated nothing: stop if that is wanted, or if it has been so for too
+        long."""
         if must_stop(self.config.engine, sharded):
             sharded.forget_skipped_step()
             self._save_and_wait()
@@ -324,7 +332,8 @@ class Trainer:
             raise self._nonfinite_steps(sharded, self.step, again=False)
 
     def _check_end(self) -> None:
-        """Raise if the run ends, or has ended before, without having done anything; its state is saved."""
+        """Raise if the run ends, or has ended before, without having done anything; its state is
+        saved."""
         sharded, step = self.sharded, self.step
         is_reported = step % self.config.metrics.every_steps == 0 or step == self.num_steps
         loss, *_, num_images = (0.0, 0) if is_reported else self.observer.meter.peek()
@@ -403,10 +412,12 @@ class Trainer:
         self._report(hyperparameters | driven_values(self.optimizer.param_groups))
 
     def train(self) -> None:
-        """Run from the current step to the end, to `stop_after_steps`, or to a request to stop (`stopped_by`).
+        """Run from the current step to the end, to `stop_after_steps`, or to a request to stop
+        (`stopped_by`).
 
         Raises:
-            FloatingPointError: losses or gradients are not finite, or every step is skipped for it; the state before is saved.
+            FloatingPointError: losses or gradients are not finite, or every step is skipped for it;
+                the state before is saved.
             ValueError: a checkpoint could not be written, or memory has run out.
         """
         last = min(self.num_steps, self.config.stop_after_steps or self.num_steps)
@@ -462,7 +473,8 @@ class Trainer:
         return rest == 0 and (epoch % self.config.validate_every_epochs == 0 or self.step == self.num_steps)
 
     def _validate(self, stop: StopWatcher) -> None:
-        """Validate and report, unless a stop is asked for meanwhile: it is done when the run is resumed."""
+        """Validate and report, unless a stop is asked for meanwhile: it is done when the run is
+        resumed."""
 
         def must_stop() -> bool:
             self.stopped_by, _ = stop.agree()

@@ -2,12 +2,13 @@
 
 section    5.1.1 of arXiv 2104.05124
 question   which form of the rule and which normalization learn best?
-paper      BinaryNet on CIFAR-10, 150 epochs in batches of 100, constant threshold 1e-6, gamma 1e-7, sigma 1e-3, and
-           learning rate 1e-2 of Adam; "unbiased" is the class Bop2ndOrder_unbiased (here as_coded). The correction
-           "adam", as in Adam itself, is our addition.
+paper      BinaryNet on CIFAR-10, 150 epochs in batches of 100, constant threshold 1e-6, gamma 1e-7,
+           sigma 1e-3, and learning rate 1e-2 of Adam; "unbiased" is the class Bop2ndOrder_unbiased
+           (here as_coded). The correction "adam", as in Adam itself, is our addition.
 runs       3 corrections x 2 norms x 3 seeds = 18
 command    bitfleet sweep s511_bias_and_norm
-           as in the paper: --config binarynet_cifar10 --epochs 150 --global_batch_size 100 --optim.lr.kind constant
+           as in the paper: --config binarynet_cifar10 --epochs 150 --global_batch_size 100
+           --optim.lr.kind constant
 """
 
 from bitfleet.configs.sweeps.sweep import Figure, Point, Sweep, held

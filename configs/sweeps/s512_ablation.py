@@ -2,12 +2,14 @@
 
 section    5.1.2 and 5.1.3 of arXiv 2104.05124
 question   how far can each hyperparameter be from its best value?
-paper      BinaryNet with BatchNorm on CIFAR-10, unbiased (as_coded), 100 epochs in batches of 100, one hyperparameter
-           varied around gamma 1e-7, sigma 1e-3, threshold 1e-6. Its ranges are not published: here steps of 100, four
-           powers of ten to either side (sigma ends at 1, which does not average).
+paper      BinaryNet with BatchNorm on CIFAR-10, unbiased (as_coded), 100 epochs in batches of 100,
+           one hyperparameter varied around gamma 1e-7, sigma 1e-3, threshold 1e-6. Its ranges are
+           not published: here steps of 100, four powers of ten to either side (sigma ends at 1,
+           which does not average).
 runs       (5 + 4 + 4) points x 3 seeds = 39
 command    bitfleet sweep s512_ablation
-           as in the paper: --config binarynet_cifar10 --epochs 100 --global_batch_size 100 --optim.lr.kind constant
+           as in the paper: --config binarynet_cifar10 --epochs 100 --global_batch_size 100
+           --optim.lr.kind constant
 """
 
 from bitfleet.configs.sweeps.sweep import EACH_AXIS, Figure, Point, Sweep, held

@@ -2,10 +2,12 @@
 
 section    5.1.2 and 5.1.3 of arXiv 2104.05124
 question   does one hyperparameter compensate for another?
-paper      varies one at a time (s512_ablation); the pairs are our addition, around the same centre, as_coded
+paper      varies one at a time (s512_ablation); the pairs are our addition, around the same centre,
+           as_coded
 runs       3 grids of 5 x 5 that share their middle lines: 61 points x 1 seed = 61
 command    bitfleet sweep s513_pairs
-           with its network: --config binarynet_cifar10 --epochs 100 --global_batch_size 100 --optim.lr.kind constant
+           with its network: --config binarynet_cifar10 --epochs 100 --global_batch_size 100
+           --optim.lr.kind constant
 """
 
 import itertools

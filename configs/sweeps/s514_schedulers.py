@@ -2,10 +2,11 @@
 
 section    5.1.4 of arXiv 2104.05124
 question   which of them gains from a schedule, and of which form?
-paper      BinaryNet on CIFAR-10, 350 epochs in batches of 50, from gamma 1e-7, sigma 1e-3, threshold 1e-6, Adam 1e-2:
-           each one x0.1 every 100 epochs (sets *_testExp), or linear (*_testPoly, with unpublished ends). Here a stair
-           is the same share of the run, 100/350, and the linear schedule ends where the stairs end, at 1e-3 of its
-           start. as_coded, as in 5.1.2.
+paper      BinaryNet on CIFAR-10, 350 epochs in batches of 50, from gamma 1e-7, sigma 1e-3,
+           threshold 1e-6, Adam 1e-2: each one x0.1 every 100 epochs (sets *_testExp), or linear
+           (*_testPoly, with unpublished ends). Here a stair is the same share of the run, 100/350,
+           and the linear schedule ends where the stairs end, at 1e-3 of its start. as_coded, as in
+           5.1.2.
 runs       (1 + 3 x 2) points x 3 seeds = 21
 command    bitfleet sweep s514_schedulers
            as in the paper: --config binarynet_cifar10 --epochs 350 --optim.lr.kind constant

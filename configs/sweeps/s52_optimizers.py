@@ -2,10 +2,11 @@
 
 section    5.2 of arXiv 2104.05124
 question   which rule for the binary weights reaches the best accuracy, and which is fastest?
-paper      BinaryNet on CIFAR-10, 500 epochs in batches of 50: Bop2ndOrder 91.9 % (biased) and 91.4 % (unbiased), Bop
-           91.3 %. Here Bop2ndOrder and Bop have the schedules of the base. The other rules have the constants of their
-           papers and code, and one more setting each, because constants for hundreds of epochs may not fit a short
-           run; both settings are reported. Learning rates fall linearly to 0.
+paper      BinaryNet on CIFAR-10, 500 epochs in batches of 50: Bop2ndOrder 91.9 % (biased) and 91.4
+           % (unbiased), Bop 91.3 %. Here Bop2ndOrder and Bop have the schedules of the base. The
+           other rules have the constants of their papers and code, and one more setting each,
+           because constants for hundreds of epochs may not fit a short run; both settings are
+           reported. Learning rates fall linearly to 0.
 runs       18 points x 3 seeds = 54
 command    bitfleet sweep s52_optimizers
            on the paper's network: --config binarynet_cifar10
@@ -52,7 +53,8 @@ OPTIMIZERS: dict[str, str] = {
 
 
 def sweep() -> Sweep:
-    """Return the sweep; the learning rate of the full-precision parameters is that of the base for all points."""
+    """Return the sweep; the learning rate of the full-precision parameters is that of the base for
+    all points."""
     return Sweep(
         name="s52_optimizers",
         title="5.2 Optimizers",

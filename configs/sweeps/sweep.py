@@ -1,4 +1,5 @@
-"""Describe a sweep: one question, many runs that differ in a few options, and the figure that answers it."""
+"""Describe a sweep: one question, many runs that differ in a few options, and the figure that
+answers it."""
 
 import dataclasses
 import re
@@ -47,14 +48,16 @@ class Figure:
     metrics: tuple[Metric, ...] = ("top1", "flip_ratio")
     """Metrics of the curves and grids."""
     facets: str = ""
-    """Panels of the curves: "" for one, the name of an axis for one per value, "each axis" for one per axis with the
-    points that differ from `centre` on it, "each point" for one per point (the best twelve)."""
+    """Panels of the curves: "" for one, the name of an axis for one per value, "each axis" for one
+    per axis with the points that differ from `centre` on it, "each point" for one per point (the
+    best twelve)."""
     grids: tuple[tuple[str, str], ...] = ()
     """Pairs of axes (horizontal, vertical) to draw as a table of colours."""
     robustness: tuple[str, ...] = ()
     """Axes, with numbers as values, along which the width of the good region is measured."""
     centre: Mapping[str, Label] = dataclasses.field(default_factory=dict)
-    """Labels of the point from which every other one differs on one axis; it names them and comes first."""
+    """Labels of the point from which every other one differs on one axis; it names them and comes
+    first."""
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Value of an axis -> its name on the page. Default: the value."""
 
@@ -160,7 +163,8 @@ def plan_runs(
     common: Sequence[str],
     parse: Callable[[Sequence[str]], TrainConfig],
 ) -> list[PlannedRun]:
-    """Parse every run of `sweep`, seed by seed, so that a misspelt option is found before the first one starts.
+    """Parse every run of `sweep`, seed by seed, so that a misspelt option is found before the first
+    one starts.
 
     Args:
         sweep: the sweep.

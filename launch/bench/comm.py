@@ -200,7 +200,8 @@ def bench_memory(options: Memory, ranks: Ranks, device: torch.device) -> Iterato
                 time.sleep(SETTLE_SECONDS)
                 samples.append((count.live, peak_backward, peak_step))
         after, *peaks = torch.tensor(samples[2:], dtype=torch.float64, device=device).T
-        # Bytes held between steps are there after every step; more than the least of them is about to be freed.
+        # Bytes held between steps are there after every step; more than the least of them is about
+        # to be freed.
         largest = torch.stack([after.amin(), *(peak.amax() for peak in peaks)]) / numel
         step.close()
         return torch.stack(gather_from_ranks(largest)).amax(0).tolist()
@@ -249,7 +250,8 @@ def bench_sharding(options: Sharding, ranks: Ranks, device: torch.device) -> Ite
             steps[name] = RankStep(CONTENDERS[name][0], model, images, ranks, rule=COMPILED)
 
         def measure(step: RankStep) -> tuple[float, float]:
-            """Return seconds and bytes per step, bytes of the interfaces of all machines divided by the ranks."""
+            """Return seconds and bytes per step, bytes of the interfaces of all machines divided by
+            the ranks."""
             before = wire_bytes(ranks)
             turn = take_turn(step, options.steps, device)
             sent = float((wire_bytes(ranks) - before)[0])

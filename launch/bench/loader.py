@@ -1,7 +1,7 @@
 """Time bitfleet's loaders: against others, on small images, and with a long manifest.
 
-The time is that of the work on the CPU until a batch is ready to go to the device, with the same number of
-decoding threads or worker processes, the files in the page cache.
+The time is that of the work on the CPU until a batch is ready to go to the device, with the same
+number of decoding threads or worker processes, the files in the page cache.
 """
 
 import functools
@@ -256,7 +256,8 @@ def contenders(originals: Path, small: Path, batch_size: int, num_workers: int) 
 
 
 def sampler_alone(root: Path, batch_size: int, num_workers: int) -> float:
-    """Return the CPU seconds per image for order, windows, flips and paths, before any file is read."""
+    """Return the CPU seconds per image for order, windows, flips and paths, before any file is
+    read."""
     requests = train_loader(root, batch_size, num_workers).requests()
     next(requests)
     start, count = time.process_time(), 0
@@ -276,7 +277,8 @@ def _torchvision(root: Path, batch_size: int, num_workers: int, *, pil: bool) ->
         options["loader"] = _decode_rgb
         crop = v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()])
     dataset = datasets.ImageFolder(str(root / "train"), crop, **options)
-    # One endless iteration, so that prefetching does not pause between two epochs, which are short here.
+    # One endless iteration, so that prefetching does not pause between two epochs, which are short
+    # here.
     order = RandomSampler(dataset, num_samples=1 << 40)
     return iter(DataLoader(dataset, batch_size, sampler=order, num_workers=num_workers))
 
@@ -287,7 +289,8 @@ def _decode_rgb(path: str) -> torch.Tensor:
 
 
 def _accept_torchvision_io() -> None:
-    # Deprecated since torchvision 0.29, in favour of a library that is not installed with it; still what people use.
+    # Deprecated since torchvision 0.29, in favour of a library that is not installed with it; still
+    # what people use.
     warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
 
 
@@ -306,7 +309,8 @@ def _timm(root: Path, batch_size: int, num_workers: int) -> Iterator[object]:
         use_multi_epochs_loader=True,  # prefetching does not pause between two epochs
         device=torch.device("cpu"),
     )
-    # Inside of the PrefetchLoader, whose own work is a copy to the device and the normalization there.
+    # Inside of the PrefetchLoader, whose own work is a copy to the device and the normalization
+    # there.
     return itertools.chain.from_iterable(itertools.repeat(loader.loader))
 
 

@@ -49,7 +49,8 @@ class _Probe:
         self.cores = float(num_cores())
 
     def seconds(self, work: Callable[[], object], times: int) -> float:
-        """Return the seconds of `work` on a GPU, or its CPU time, which other jobs hardly change."""
+        """Return the seconds of `work` on a GPU, or its CPU time, which other jobs hardly
+        change."""
         turn = take_turn(work, times, self.device)
         return turn.seconds if self.device.type == "cuda" else turn.cpu_seconds
 
@@ -108,7 +109,8 @@ class _Probe:
         batch = self.seconds(lambda: self.passes(self.micro_batch_size), 4)
         part = self.seconds(lambda: self.passes(few), 4)
         slope = max((batch - part) / (self.micro_batch_size - few), 0.1 * batch / self.micro_batch_size)
-        # A GPU is done with two images before its host has launched the next kernel. On a CPU they are work.
+        # A GPU is done with two images before its host has launched the next kernel. On a CPU they
+        # are work.
         launches = self.seconds(lambda: self.passes(2), 4) if is_gpu else batch - slope * self.micro_batch_size
         num_kernels = self.network.passes.forward.eager + self.network.passes.backward.eager
         decode = self.decode_seconds()
@@ -162,7 +164,8 @@ def bench_plan(options: Plan, config: TrainConfig, ranks: Ranks, device: torch.d
             return estimate(config, probe.network, given or rates, cluster)
 
         def measure() -> tuple[Rates, float, float, float]:
-            """Return rates and seconds per step: predicted, measured, and CPU time of all ranks over the cores."""
+            """Return rates and seconds per step: predicted, measured, and CPU time of all ranks
+            over the cores."""
             rates = probe.rates()
             turn = take_turn(trainer.advance, options.steps, device)
             cpu_over_cores = sum(objects_from_ranks(turn.cpu_seconds)) / probe.cores

@@ -38,7 +38,8 @@ def inspect(path: Path) -> str:
     lines = [
         f"{checkpoint}",
         f"step {meta['step']:,}  epoch {meta['epoch']}  sample offset {meta['sample_offset']:,}  "
-        f"skipped steps {meta['skipped_steps']}  written by {meta['world_size']} ranks, {meta['num_replicas']} replicas",
+        f"skipped steps {meta['skipped_steps']}  written by {meta['world_size']} ranks, {meta['num_replicas']} "
+        "replicas",
         "",
         f"{'file':60} {'bytes':>14}  sha256",
     ]

@@ -1,14 +1,14 @@
 """Find the rank of this process in the environment of the launcher that started it.
 
     launcher    known by                            its documentation
-    torchrun    TORCHELASTIC_RUN_ID                 docs.pytorch.org: torchrun, "Environment Variables"
+    torchrun    TORCHELASTIC_RUN_ID                 docs.pytorch.org: torchrun
     deepspeed   CROSS_RANK, LOCAL_SIZE              deepspeed/launcher/launch.py
     mpirun      OMPI_COMM_WORLD_RANK (Open MPI)     ompi: mpirun(1), "Environment variables"
                 PMI_RANK and MPI_LOCALRANKID        MPICH's and Intel MPI's Hydra
                 PMI_RANK and PMI_LOCAL_RANK         Cray's PALS
     srun        SLURM_STEP_ID and SLURM_PROCID      srun(1), "OUTPUT ENVIRONMENT VARIABLES"
-    kubernetes  JOB_COMPLETION_INDEX                "Indexed Job"; with WORLD_SIZE, one process per pod
-    by hand     RANK                                torch.distributed, "Environment variable initialization"
+    kubernetes  JOB_COMPLETION_INDEX, WORLD_SIZE    "Indexed Job", one process per pod
+    by hand     RANK                                torch.distributed, "Environment variable ..."
     alone       none of these
 
 The first one found counts: torchrun in an srun step is torchrun, mpirun in an allocation is mpirun.
@@ -199,7 +199,8 @@ def _reject_idle_gpus(environ: Mapping[str, str], local_size: int) -> None:
     if "LOCAL_WORLD_SIZE" not in environ and gpus.isdecimal() and int(gpus) > local_size:
         raise ValueError(
             f"srun started {local_size} task(s) on a node with {gpus} GPUs (SLURM_GPUS_ON_NODE), but a GPU needs a "
-            f"rank: pass --ntasks-per-node={gpus} to srun, or fewer GPUs (or set LOCAL_WORLD_SIZE={local_size} to say that "
+            f"rank: pass --ntasks-per-node={gpus} to srun, or fewer GPUs (or set LOCAL_WORLD_SIZE={local_size} "
+            "to say that "
             "it is intended)"
         )
 

@@ -1,4 +1,5 @@
-"""Run a launcher as a child: forward requests to stop, leave no process behind, return the exit code of the job."""
+"""Run a launcher as a child: forward requests to stop, leave no process behind, return the exit
+code of the job."""
 
 import contextlib
 import os
@@ -29,8 +30,8 @@ def supervise(command: Sequence[str], environ: Mapping[str, str], ask: Ask) -> i
     Args:
         command: the launcher.
         environ: its environment.
-        ask: called repeatedly with SIGTERM, SIGUSR1 or SIGINT, from when this process got it until the job ends (SIGHUP
-            counts as SIGTERM). A second SIGINT kills the job instead.
+        ask: called repeatedly with SIGTERM, SIGUSR1 or SIGINT, from when this process got it until
+            the job ends (SIGHUP counts as SIGTERM). A second SIGINT kills the job instead.
     """
     processes.adopt_orphans()
     with processes.requests_to_stop() as requests:
@@ -67,7 +68,8 @@ def job_code(launcher: int, left_behind: Sequence[int], *, interrupted: bool = F
 
 
 def ask_ranks(number: signal.Signals, told: set[int]) -> None:
-    """Send `number` at once to every rank below this process that is not in `told` yet; the ranks agree on a step.
+    """Send `number` at once to every rank below this process that is not in `told` yet; the ranks
+    agree on a step.
 
     DeepSpeed's own agent would end them one after the other, with 30 s for each.
     """
@@ -80,7 +82,8 @@ def ask_ranks(number: signal.Signals, told: set[int]) -> None:
 
 
 def ask_by_file(path: Path, written: list[float]) -> None:
-    """Create the file at `path` for the ranks on any host; again every 5 s, because a run removes it at its start."""
+    """Create the file at `path` for the ranks on any host; again every 5 s, because a run removes
+    it at its start."""
     if path.parent.is_dir() and (not written or time.monotonic() - written[-1] >= FILE_SECONDS):
         written.append(time.monotonic())
         path.touch()

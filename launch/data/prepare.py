@@ -80,7 +80,8 @@ def prepare(
     except OSError as error:  # most often a full disk
         file = f" ({error.filename})" if error.filename else ""
         raise ValueError(
-            f"bitfleet data prepare {source} {dest} stopped: {error.strerror or error}{file}; fix the cause and rerun the "
+            f"bitfleet data prepare {source} {dest} stopped: {error.strerror or error}{file}; fix the cause and "
+            "rerun the "
             "same command; it resumes"
         ) from None
     return _summary(dest, read_facts(dest), first_line)
@@ -147,7 +148,8 @@ def _check_dest(source: Path, dest: Path, data: Source) -> bool:
         foreign = sorted(name for name in os.listdir(dest) if name not in own and not name.startswith(".tmp-"))
         if foreign and not (in_place and not data.extracted):
             raise ValueError(
-                f"DEST {dest} has something else in it ({foreign[0]}), and nothing is deleted: choose a new or an empty "
+                f"DEST {dest} has something else in it ({foreign[0]}), and nothing is deleted: choose a new or "
+                "an empty "
                 "folder"
             )
         return False
@@ -157,7 +159,8 @@ def _check_dest(source: Path, dest: Path, data: Source) -> bool:
         raise ValueError(f"the manifest {dest / FILE} cannot be read: remove it, and rerun the same command") from None
     if facts["layout"] != data.layout or not (in_place or facts.get("source") == str(source)):
         raise ValueError(
-            f"DEST {dest} is prepared from {facts.get('source')} ({facts['layout']}), not from {source} ({data.layout}): "
+            f"DEST {dest} is prepared from {facts.get('source')} ({facts['layout']}), not from {source} "
+            f"({data.layout}): "
             f"choose another DEST, or remove {dest / FILE} to list what lies there again"
         )
     return True
@@ -208,7 +211,8 @@ def _summary(dest: Path, facts: Mapping[str, Any], first_line: str) -> str:
     lines += _remarks(facts.get("incomplete", []), facts["classes"])
     if reasons := read_quarantine(dest):
         lines.append(
-            f"SET ASIDE: {len(reasons):,} images, which stay where they are and are left out of training and evaluation: "
+            f"SET ASIDE: {len(reasons):,} images, which stay where they are and are left out of training and "
+            "evaluation: "
             f"their names and the reasons are in {dest / QUARANTINE}"
         )
     return "\n".join([*lines, f"next      bitfleet data verify {shlex.quote(str(dest))}"])

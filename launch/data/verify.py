@@ -152,7 +152,8 @@ def _check_folders(root: Path, files: Path) -> None:
     if not os.access(root, os.W_OK | os.X_OK):
         raise ValueError(
             f"{root} cannot be written, and verify puts its lists {QUARANTINE} and {REPORT} there: allow this user to "
-            f"write to it, or make a manifest in your own folder with `bitfleet data prepare {files} DEST` and verify that"
+            f"write to it, or make a manifest in your own folder with `bitfleet data prepare {files} DEST` and "
+            "verify that"
         )
     if not files.is_dir():
         raise ValueError(
@@ -252,13 +253,15 @@ def _report(
             yield f"WARNING: {len(empty):,} classes have no image left in {split}: {_few(names)}"
     if is_prepared:
         yield (
-            f"what failed is listed in {root / QUARANTINE}: training and evaluation leave it out; no file was deleted. To "
+            f"what failed is listed in {root / QUARANTINE}: training and evaluation leave it out; no file was "
+            "deleted. To "
             "restore it, put whole files in its place (of other sizes: run bitfleet data prepare again) and run verify "
             "again"
         )
     else:
         yield (
-            f"nothing is set aside, since {root} was never prepared: put whole files in their place, or run bitfleet data "
+            f"nothing is set aside, since {root} was never prepared: put whole files in their place, or run "
+            "bitfleet data "
             "prepare with --on_bad_sample quarantine, and verify the result"
         )
 

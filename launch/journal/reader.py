@@ -156,7 +156,8 @@ def part_of(parts: list[Part], step: int) -> Part:
     gaps = [part.gap for part in parts if part.gap and part.begin_step <= step <= part.end_step]
     reason = f" ({gaps[0]})" if gaps else ""
     raise ValueError(
-        f"the flip journal does not have step {step:,}: it covers the steps {covered(parts)}{reason}; ask for one of those"
+        f"the flip journal does not have step {step:,}: it covers the steps {covered(parts)}{reason}; ask for "
+        "one of those"
     )
 
 

@@ -100,7 +100,8 @@ def verified(run: Path) -> str:
         num_steps += max(0, part.last_step - part.begin_step)
     if not lines:
         raise ValueError(
-            f"nothing to compare: {run} has checkpoints of the steps {sorted(saved)}, the journal covers {covered(parts)}"
+            f"nothing to compare: {run} has checkpoints of the steps {sorted(saved)}, the journal covers "
+            f"{covered(parts)}"
         )
     for step, path in saved.items():
         lines.setdefault(step, f"{path}: the journal does not have its step")

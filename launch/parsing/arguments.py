@@ -36,7 +36,8 @@ def parse_train(arguments: Sequence[str], prog: str) -> TrainConfig:
     """Return the run that `arguments` ask for.
 
     Raises:
-        ValueError: unknown configuration or option (the nearest is named), or a value that does not fit.
+        ValueError: unknown configuration or option (the nearest is named), or a value that does not
+            fit.
         SystemExit: after --help.
     """
     wants_help = bool(HELP & set(arguments))
@@ -77,7 +78,8 @@ def override(default: TrainConfig, arguments: Sequence[str], *, prog: str, descr
 
 
 def option_names(config: Any, prefix: str = "--") -> list[str]:
-    """Return every option that overrides a field of the dataclass `config`; parts that are None have none."""
+    """Return every option that overrides a field of the dataclass `config`; parts that are None
+    have none."""
     names = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

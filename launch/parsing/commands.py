@@ -1,4 +1,5 @@
-"""Parse the options of a command: they are the fields of a dataclass, and its docstrings are the help."""
+"""Parse the options of a command: they are the fields of a dataclass, and its docstrings are the
+help."""
 
 import io
 import re
@@ -51,7 +52,8 @@ def parse(command: Any, arguments: Sequence[str], prog: str) -> Any:
         prog: how the command was called, as "bitfleet report".
 
     Raises:
-        ValueError: an unknown option (the nearest is named), a missing one, or a value that does not fit.
+        ValueError: an unknown option (the nearest is named), a missing one, or a value that does
+            not fit.
         SystemExit: after --help.
     """
     with one_sentence(prog):
@@ -59,7 +61,8 @@ def parse(command: Any, arguments: Sequence[str], prog: str) -> Any:
 
 
 def parse_with_run(command: Any, arguments: Sequence[str], prog: str) -> tuple[Any, list[str]]:
-    """Return the options of a command that also takes those of a run, and the words that are not options of the command.
+    """Return the options of a command that also takes those of a run, and the words that are not
+    options of the command.
 
     Raises:
         ValueError: an option is missing, or a value does not fit.

@@ -11,7 +11,8 @@ from bitfleet.launch.parsing.commands import parse
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Turn sweeps and runs into FOLDER/report.html, one page that needs no other file, and FOLDER/report/*.png.
+    """Turn sweeps and runs into FOLDER/report.html, one page that needs no other file, and
+    FOLDER/report/*.png.
 
     A path is a sweep's folder or sweep.csv, or a run's folder. Parts of one sweep that ran
     elsewhere with other seeds become one; several runs are compared.

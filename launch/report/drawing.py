@@ -105,7 +105,8 @@ def steps(axis: Any) -> None:
 
 
 def label_ends(axis: Any, ends: Sequence[End], *, font: float = FONT - 1) -> None:
-    """Label each line at the right of `axis`, in its colour and without overlaps; set the limits of `axis` before."""
+    """Label each line at the right of `axis`, in its colour and without overlaps; set the limits of
+    `axis` before."""
     if not ends:
         return
     height = axis.get_window_extent().height / axis.get_figure().dpi * 72  # in points, nearly: before the layout

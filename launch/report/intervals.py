@@ -1,4 +1,5 @@
-"""The statistics of a report: spread over seeds, Welch's interval, steps to a level, width of a plateau."""
+"""The statistics of a report: spread over seeds, Welch's interval, steps to a level, width of a
+plateau."""
 
 import itertools
 import math
@@ -87,7 +88,8 @@ def steps_to(steps: Sequence[float], values: Sequence[float], level: float) -> f
 
 
 def plateau(settings: Sequence[float], accuracies: Sequence[float | None], within: float = WITHIN) -> Plateau | None:
-    """Return the region around the best setting in which accuracy stays within `within` of the best.
+    """Return the region around the best setting in which accuracy stays within `within` of the
+    best.
 
     Between the last good setting and the first bad one, accuracy is interpolated linearly in the
     logarithm of the setting. A setting that failed (None) ends the region at its last good
@@ -95,7 +97,8 @@ def plateau(settings: Sequence[float], accuracies: Sequence[float | None], withi
 
     Args:
         settings: positive, ascending.
-        accuracies: fraction per setting; None where no run finished. Without any the result is None.
+        accuracies: fraction per setting; None where no run finished. Without any the result is
+            None.
         within: allowed loss of accuracy.
     """
     known = [(accuracy, -index) for index, accuracy in enumerate(accuracies) if accuracy is not None]
@@ -111,7 +114,8 @@ def plateau(settings: Sequence[float], accuracies: Sequence[float | None], withi
 def _edge(
     settings: Sequence[float], accuracies: Sequence[float | None], centre: int, direction: int, floor: float
 ) -> tuple[float, bool]:
-    """Return the setting at which the region ends on one side, and whether it is the last one that was tried."""
+    """Return the setting at which the region ends on one side, and whether it is the last one that
+    was tried."""
     inside, good = centre, accuracies[centre]
     assert good is not None
     while 0 <= (following := inside + direction) < len(settings):

@@ -61,7 +61,8 @@ def picture(heading: str, name: str, png: bytes | None, text: str = "", table: T
 
 
 def write_page(title: str, sections: Sequence[Section], output: Path) -> Path:
-    """Write <output>/report.html and <output>/report/<section>-<picture>.png; return the path of the page.
+    """Write <output>/report.html and <output>/report/<section>-<picture>.png; return the path of
+    the page.
 
     Raises:
         ValueError: the folder cannot be written.

@@ -38,7 +38,8 @@ def published(network: str) -> list[Published]:
 
 
 def is_comparable(network: str, num_classes: int, root: str) -> bool:
-    """Return True if a run of `network` on `root` may be on the data of the published accuracies."""
+    """Return True if a run of `network` on `root` may be on the data of the published
+    accuracies."""
     return network in networks() and num_classes == _content()[network]["num_classes"] and root not in EMBEDDED
 
 

@@ -19,7 +19,8 @@ Part = tuple[list[Path], SweepResults | RunResults]
 
 
 def write_report(paths: Sequence[Path], output: Path | None = None) -> tuple[Path, list[str]]:
-    """Write one page about sweeps and runs; return its path, and one line with the answer of each section.
+    """Write one page about sweeps and runs; return its path, and one line with the answer of each
+    section.
 
     Args:
         paths: sweep folders, sweep.csv files and run folders, in any mixture. Parts of one sweep
@@ -27,7 +28,8 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> tuple[Pat
         output: folder of report.html and report/*.png. None: the folder of the only path.
 
     Raises:
-        ValueError: a path is neither a sweep nor a run, has nothing to report, or the folder cannot be written.
+        ValueError: a path is neither a sweep nor a run, has nothing to report, or the folder cannot
+            be written.
     """
     if not paths:
         raise ValueError("report on what? Pass sweep folders, CSV files of sweeps or run folders")

@@ -15,14 +15,16 @@ from bitfleet.launch.text import percent
 NAME = "runs-compared"
 HABITS = ("name", "stop_after_steps", "validate_every_epochs")
 PARTS_OF_HABITS = ("checkpoint.", "metrics.", "journal.")
-"""Fields, and parts of the configuration, that say how a run is kept and watched, not what it trains."""
+"""Fields, and parts of the configuration, that say how a run is kept and watched, not what it
+trains."""
 PROGRESS = "progress"
 
 
 def compare(runs: Sequence[RunResults]) -> Section | None:
     """Return the section that compares `runs`; None for less than two.
 
-    Runs that differ only in the seed count as one setting in the answer, with mean and standard deviation.
+    Runs that differ only in the seed count as one setting in the answer, with mean and standard
+    deviation.
     """
     if len(runs) < 2:
         return None
@@ -69,7 +71,8 @@ def _differing(runs: Sequence[RunResults]) -> list[dict[str, str]]:
 
 
 def _settings(run: RunResults) -> dict[str, Any]:
-    """Return dotted name -> value of the fields that decide the training of `run`, without its seed."""
+    """Return dotted name -> value of the fields that decide the training of `run`, without its
+    seed."""
     others = (*HOW, *HABITS, "seed")
     settings = {name: value for name, value in flatten(run.config).items() if not name.startswith(PARTS_OF_HABITS)}
     return {name: value for name, value in settings.items() if name not in others} | _progress(run)

@@ -1,4 +1,5 @@
-"""Replay the flip journal of a run: flips over time and the last flip of every weight, per layer."""
+"""Replay the flip journal of a run: flips over time and the last flip of every weight, per
+layer."""
 
 import math
 from pathlib import Path
@@ -27,7 +28,8 @@ class Journal(NamedTuple):
     """Steps per interval."""
 
     def ratios(self, *names: str) -> Curve:
-        """Return the fraction of the weights of some parameters that flip per step, over the intervals."""
+        """Return the fraction of the weights of some parameters that flip per step, over the
+        intervals."""
         flips = np.sum([self.flips[name] for name in names], axis=0)
         ends = np.minimum(self.first_step + self.interval * np.arange(1, len(flips) + 1), self.last_step)
         steps = np.diff(ends, prepend=self.first_step)

@@ -148,7 +148,8 @@ def draw_learning(run: RunResults) -> bytes:
 
 
 def draw_flips(whole: Curve, layers: dict[str, Curve]) -> bytes | None:
-    """Draw the flip ratio of all binary weights and of each layer on a logarithmic scale; None without flips."""
+    """Draw the flip ratio of all binary weights and of each layer on a logarithmic scale; None
+    without flips."""
     shown = [value for curve in (whole, *layers.values()) for value in curve.values if value > 0]
     if not any(value > 0 for value in whole.values):
         return None
@@ -204,7 +205,8 @@ def draw_schedules(run: RunResults) -> bytes | None:
 
 
 def draw_speed(run: RunResults) -> bytes | None:
-    """Draw images/s and the fraction of time spent waiting for data; None if they were not logged."""
+    """Draw images/s and the fraction of time spent waiting for data; None if they were not
+    logged."""
     speed, wait, seconds = (run.curve("train", key) for key in ("images_per_second", "data_wait_seconds", "seconds"))
     if not speed.steps:
         return None
@@ -224,7 +226,8 @@ def draw_speed(run: RunResults) -> bytes | None:
 
 
 def draw_diagnostics(run: RunResults) -> bytes | None:
-    """Draw fractions of the binary weights over the steps, all and per layer; None if no diagnostics were logged."""
+    """Draw fractions of the binary weights over the steps, all and per layer; None if no
+    diagnostics were logged."""
     keys = [key for key in DIAGNOSTICS if run.curve("diagnostics", key).steps]
     if not keys:
         return None
@@ -243,7 +246,8 @@ def draw_diagnostics(run: RunResults) -> bytes | None:
 
 
 def draw_ratios(run: RunResults) -> bytes | None:
-    """Draw histograms of log10 |r| from early to late with the threshold of each step; None if none was logged."""
+    """Draw histograms of log10 |r| from early to late with the threshold of each step; None if none
+    was logged."""
     lines = [line for line in run.lines if line["kind"] == "diagnostics" and "log_ratio" in line]
     if not lines:
         return None

@@ -14,7 +14,8 @@ LEVELS = (0.80, 0.90, 0.95)
 
 
 class Slope(NamedTuple):
-    """Accuracy along one axis; the other axes are those of the best point with at least three values on this one."""
+    """Accuracy along one axis; the other axes are those of the best point with at least three
+    values on this one."""
 
     axis: str
     group: str
@@ -98,7 +99,8 @@ def _num_indistinguishable(best: SweepPoint, rest: Sequence[SweepPoint]) -> str:
 
 
 def levels(results: SweepResults) -> list[float]:
-    """Return the accuracies of convergence: whole percents near 80, 90, 95 % of the best point's."""
+    """Return the accuracies of convergence: whole percents near 80, 90, 95 % of the best
+    point's."""
     best = mean_top1(results.ranked[0])
     return sorted({math.floor(100 * part * best) / 100 for part in LEVELS} - {0.0})
 
@@ -114,7 +116,8 @@ def speeds(point: SweepPoint, accuracies: Sequence[float]) -> list[Speed]:
 
 
 def fastest(results: SweepResults) -> str:
-    """Return a sentence on the first point at the highest level; "" if no point reaches it with all seeds."""
+    """Return a sentence on the first point at the highest level; "" if no point reaches it with all
+    seeds."""
     level = levels(results)[-1:]
     to_level = [(speeds(point, level)[0], point) for point in results.ranked] if level else []
     complete = [(speed, point) for speed, point in to_level if speed.num and len(speed.reached) == speed.num]
@@ -127,7 +130,8 @@ def fastest(results: SweepResults) -> str:
 
 
 def slopes(results: SweepResults) -> list[Slope]:
-    """Return the accuracy along the axes of the figure's `robustness`, for each combination of words on the others."""
+    """Return the accuracy along the axes of the figure's `robustness`, for each combination of
+    words on the others."""
     lines = []
     for axis in results.figure.robustness:
         having = [point for point in results.points if isinstance(point.get(axis), float | int)]
@@ -145,9 +149,11 @@ def slopes(results: SweepResults) -> list[Slope]:
 
 
 def _best_line(group: Sequence[SweepPoint], axis: str) -> list[SweepPoint]:
-    """Return the best line of points that differ on `axis` alone, ascending, with three positive values.
+    """Return the best line of points that differ on `axis` alone, ascending, with three positive
+    values.
 
-    Around a centre, the best point is on one axis, and the lines along the others go through the centre.
+    Around a centre, the best point is on one axis, and the lines along the others go through the
+    centre.
     """
     for best in sorted((point for point in group if point.top1), key=mean_top1, reverse=True):
         line = [point for point in group if point.without(axis) == best.without(axis)]

@@ -1,4 +1,5 @@
-"""Draw a sweep: curves, accuracy of all seeds at the end, tables of two axes, convergence, robustness."""
+"""Draw a sweep: curves, accuracy of all seeds at the end, tables of two axes, convergence,
+robustness."""
 
 import math
 from collections.abc import Sequence
@@ -29,7 +30,8 @@ class Facet(NamedTuple):
 
 
 def mean_curve(point: SweepPoint, key: str) -> MeanCurve:
-    """Return the mean over the seeds of the curve `key` at the steps that all of them have, and the spread there."""
+    """Return the mean over the seeds of the curve `key` at the steps that all of them have, and the
+    spread there."""
     curves = [dict(zip(*run.curves[key], strict=True)) for run in point.finished if run.curves[key].steps]
     common = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     spreads = {step: value for step in common if (value := spread([curve[step] for curve in curves]))}
@@ -60,7 +62,8 @@ def _along(results: SweepResults, axis: str, points: Sequence[SweepPoint]) -> Fa
 
 
 def draw_curves(results: SweepResults, key: str, name: str) -> bytes | None:
-    """Draw the curve `key` of all points: top-1 in percent, others logarithmically; None without one."""
+    """Draw the curve `key` of all points: top-1 in percent, others logarithmically; None without
+    one."""
     panels, is_fraction = facets(results), key == "top1"
     curves = {point.labels: mean_curve(point, key) for facet in panels for point in facet.points}
     values = [value for curve, _ in curves.values() for value in curve.values if is_fraction or value > 0]
@@ -106,7 +109,8 @@ def _draw_panel(
 
 
 def _colors(points: Sequence[SweepPoint]) -> list[str]:
-    """Return a colour per point: in order if they differ in numbers only, else ten distinct ones."""
+    """Return a colour per point: in order if they differ in numbers only, else ten distinct
+    ones."""
     words = {tuple(label for label in point.labels if isinstance(label[1], str)) for point in points}
     is_ordered = len(words) == 1 and len(points) > 2
     return drawing.ordered_colors(len(points)) if is_ordered else drawing.word_colors(len(points))
@@ -240,7 +244,8 @@ def _draw_speed(axis: Any, row: float, speed: Speed, color: str) -> None:
 
 
 def draw_slopes(slopes: Sequence[Slope]) -> bytes:
-    """Draw the accuracy along each hyperparameter; the region within one point of the best is thick."""
+    """Draw the accuracy along each hyperparameter; the region within one point of the best is
+    thick."""
     names = list(dict.fromkeys(slope.axis for slope in slopes))
     axes = drawing.panels(len(names), width=5.0, height=3.3)
     tops = [top1 for slope in slopes for point in slope.points if (top1 := point.top1)]

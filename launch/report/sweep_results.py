@@ -98,7 +98,8 @@ class SweepResults:
 
     @functools.cached_property
     def points(self) -> tuple[SweepPoint, ...]:
-        """The points, in the order of the values on the axes; around a centre it comes first, then axis by axis."""
+        """The points, in the order of the values on the axes; around a centre it comes first, then
+        axis by axis."""
         groups: dict[Labels, tuple[list[SweepRun], list[SweepRun]]] = {}
         for run in self.runs:
             has_result = run.status == "finished" and math.isfinite(run.end.get("top1", math.nan))
@@ -267,7 +268,8 @@ def _read_list(text: str) -> list[float]:
 
 
 def belong_together(one: SweepResults, other: SweepResults) -> bool:
-    """Return True if two sweeps are parts of one: the same question and configuration, and no run in both."""
+    """Return True if two sweeps are parts of one: the same question and configuration, and no run
+    in both."""
     same = all(getattr(one, name) == getattr(other, name) for name in ("name", "base", "figure")) and _values(
         one
     ) == _values(other)
@@ -295,7 +297,8 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _setting(results: SweepResults, other: SweepResults) -> Any:
-    """Return the common configuration of the runs; their options if either of two sweeps does not hold it."""
+    """Return the common configuration of the runs; their options if either of two sweeps does not
+    hold it."""
     if "config" not in results.facts or "config" not in other.facts:
         return results.facts.get("options")
     return {name: value for name, value in flatten(results.facts["config"]).items() if name not in (*HOW, "seed")}

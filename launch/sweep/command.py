@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class SweepCommand:
-    """Run every point of a sweep with every seed, as many runs at once as fit; without NAME, list the sweeps.
+    """Run every point of a sweep with every seed, as many runs at once as fit; without NAME, list
+    the sweeps.
 
     Started again, it keeps finished runs, continues stopped ones and retries failed ones once.
     After Ctrl-C or SIGTERM all runs save and end, exit code 75. A run that fails twice is recorded

@@ -1,4 +1,5 @@
-"""Run processes, a few at a time: a request to stop reaches all of them, and none outlives this process."""
+"""Run processes, a few at a time: a request to stop reaches all of them, and none outlives this
+process."""
 
 import os
 import signal

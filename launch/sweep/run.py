@@ -1,4 +1,5 @@
-"""Run a sweep: keep finished runs, continue stopped ones, retry failed ones, and write the table after each."""
+"""Run a sweep: keep finished runs, continue stopped ones, retry failed ones, and write the table
+after each."""
 
 import dataclasses
 import json
@@ -28,7 +29,8 @@ from bitfleet.trainer.run.files import lock_run
 from bitfleet.trainer.run.folder import CONFIG
 
 MAX_FAILURES = 2
-"""Failures after which a run is given up; when the sweep is started again, it gets one more attempt."""
+"""Failures after which a run is given up; when the sweep is started again, it gets one more
+attempt."""
 
 
 def run_sweep(
@@ -39,7 +41,8 @@ def run_sweep(
     places: Sequence[Mapping[str, str]],
     options: Sequence[str] = (),
 ) -> int:
-    """Run the unfinished `runs` and return the exit code of the sweep; rows of earlier seeds stay in the table.
+    """Run the unfinished `runs` and return the exit code of the sweep; rows of earlier seeds stay
+    in the table.
 
     Args:
         sweep: the sweep.
@@ -67,7 +70,8 @@ def run_sweep(
 
 
 def with_earlier_seeds(runs: Sequence[PlannedRun], folder: Path) -> list[PlannedRun]:
-    """Return the same points with the seeds that the sweep in `folder` started earlier, then `runs`.
+    """Return the same points with the seeds that the sweep in `folder` started earlier, then
+    `runs`.
 
     Raises:
         ValueError: its sweep.json is damaged.
@@ -106,7 +110,8 @@ def check_folders(runs: Sequence[PlannedRun]) -> None:
 
 
 def sentence_of(ended: Ended) -> str:
-    """Return the reason of a failure: the error line of the run, else its exit code and last line."""
+    """Return the reason of a failure: the error line of the run, else its exit code and last
+    line."""
     if sentences := error_sentences(ended.output):
         return sentences[-1].strip()
     reason = f"it left with exit code {ended.code}"

@@ -15,7 +15,8 @@ from bitfleet.optim.rules.rule import RULES
 from bitfleet.trainer.config import TrainConfig, resolve_replicas
 
 PROCESS_BYTES = 1_000_000_000
-"""Memory of a rank besides its tensors: libraries, loader, allocator; measured with fashion_small."""
+"""Memory of a rank besides its tensors: libraries, loader, allocator; measured with
+fashion_small."""
 FREE_SHARE = 0.9
 """Fraction of the free memory that the runs may take."""
 
@@ -34,8 +35,9 @@ class Slots(NamedTuple):
 def bytes_of_rank(config: TrainConfig, ranks: int) -> int:
     """Estimate the memory that one rank of a run takes, as an upper bound.
 
-    It is PROCESS_BYTES, fp32 parameters, gradients and whole optimizer state, and twice the fp32 outputs of all layers
-    for a micro-batch: activations that backward needs, their gradients, and operations between layers.
+    It is PROCESS_BYTES, fp32 parameters, gradients and whole optimizer state, and twice the fp32
+    outputs of all layers for a micro-batch: activations that backward needs, their gradients, and
+    operations between layers.
 
     Raises:
         ValueError: the network cannot be built, or batch and ranks do not divide.
@@ -71,7 +73,8 @@ def bytes_of_largest(configs: Sequence[TrainConfig], ranks: int) -> int:
 
 
 def find_slots(configs: Sequence[TrainConfig], ranks: int, at_once: int | None = None) -> Slots:
-    """Return the places on this machine for runs of `configs` on `ranks` ranks; each fits the largest of them.
+    """Return the places on this machine for runs of `configs` on `ranks` ranks; each fits the
+    largest of them.
 
     Without `at_once`, they are as many as fit. A rank has 1 thread on a CPU, and its share of the
     cores with a GPU, unless the configurations set it; each rank gets one GPU of

@@ -24,11 +24,13 @@ from bitfleet.trainer.run.versions import git_revision, versions
 
 CSV, JSON, OUTCOMES = "sweep.csv", "sweep.json", "outcomes.json"
 MAX_POINTS = 200
-"""Points of a training curve; a longer one is thinned evenly up to its last point. Validation curves are complete."""
+"""Points of a training curve; a longer one is thinned evenly up to its last point. Validation
+curves are complete."""
 PLACES = ("run_dir", "output", "resume")
 """Fields of a configuration that name places; they do not change the training."""
 HOW = (*PLACES, "device", "num_threads", "preflight", *(f"data.{name}" for name in MACHINE))
-"""Fields in which a run may differ from its earlier part, and from the same run on another machine."""
+"""Fields in which a run may differ from its earlier part, and from the same run on another
+machine."""
 END = {
     "loss": "train_loss",
     "top1": "train_top1",
@@ -106,7 +108,8 @@ def write_table(folder: Path, sweep: Sweep, runs: Sequence[PlannedRun], outcomes
 
 
 def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Cell]:
-    """Return the columns from the lines of metrics.jsonl; empty for values that are not there yet."""
+    """Return the columns from the lines of metrics.jsonl; empty for values that are not there
+    yet."""
     lines = list(lines)
     train = [line for line in lines if line["kind"] == "train"]
     validation = [line for line in lines if line["kind"] == "validation"]
@@ -127,7 +130,8 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Cell]:
 
 
 def write_question(folder: Path, sweep: Sweep, words: Sequence[str], runs: Sequence[PlannedRun]) -> None:
-    """Write sweep.json into `folder`: the question, the axes and the figure, with git revision and versions.
+    """Write sweep.json into `folder`: the question, the axes and the figure, with git revision and
+    versions.
 
     `config` is the resolved configuration of the first of `runs`, without places; with the config.*
     of a row of sweep.csv, it is that of any other run.
@@ -149,7 +153,8 @@ def write_question(folder: Path, sweep: Sweep, words: Sequence[str], runs: Seque
 
 
 def differing_fields(configs: Sequence[TrainConfig]) -> list[dict[str, Any]]:
-    """Return, for each configuration, the fields (dotted) in which it differs from any other, without places."""
+    """Return, for each configuration, the fields (dotted) in which it differs from any other,
+    without places."""
     flat = [flatten(to_dict(config)) for config in configs]
     # A schedule that a rule does not have is None and has no fields.
     fields = dict.fromkeys(field for values in flat for field, value in values.items() if value is not None)

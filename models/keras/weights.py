@@ -149,7 +149,8 @@ def _layers(model: nn.Module) -> list[_Layer]:
     if isinstance(model, BiRealNet):
         return _birealnet(model)
     raise ValueError(
-        f"the network is {type(model).__name__}, whose Keras layers are unknown; expected BinaryNet, XNORNet or BiRealNet"
+        f"the network is {type(model).__name__}, whose Keras layers are unknown; expected BinaryNet, XNORNet or "
+        "BiRealNet"
     )
 
 
@@ -285,7 +286,8 @@ def _grouped(arrays: dict[str, tuple[str, Array]], path: Path) -> dict[str, dict
         variable = _VARIABLE.fullmatch(last)
         if not matches or variable is None:
             raise ValueError(
-                f"{path} has {name} of shape {array.shape}; expected names as quant_conv2d_1/kernel:0, of layers called "
+                f"{path} has {name} of shape {array.shape}; expected names as quant_conv2d_1/kernel:0, of "
+                "layers called "
                 f"{', '.join(_KINDS.values())}, or only arr_0, arr_1, ..."
             )
         index, layer = matches[0]
@@ -330,7 +332,8 @@ def _check(found: _Matches, network: str, path: Path) -> None:
             name, array = variables[variable]
             if array.shape != shape or array.dtype.kind not in "fiu":
                 raise ValueError(
-                    f"{path} has {name} of shape {array.shape} and {array.dtype}; {network} expects numbers of shape {shape}"
+                    f"{path} has {name} of shape {array.shape} and {array.dtype}; {network} expects numbers of "
+                    f"shape {shape}"
                 )
             variables[variable] = _Found(
                 name, np.asarray(array, np.float64 if array.dtype.itemsize > 4 else np.float32)

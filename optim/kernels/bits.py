@@ -1,7 +1,9 @@
-"""Binary weights as bits, eight a byte, least significant bit first, bit 1 = +1: what ranks exchange and slices store.
+"""Binary weights as bits, eight a byte, least significant bit first, bit 1 = +1: what ranks
+exchange and slices store.
 
-On the CPU the kernels of kernels.c do the work (fp32 and bf16), on a GPU those of triton_kernels.py; other types, and machines
-without a compiler, take a multiply-and-gather to pack and a table of 256 x 8 values to unpack. All give the same bits and values.
+On the CPU the kernels of kernels.c do the work (fp32 and bf16), on a GPU those of
+triton_kernels.py; other types, and machines without a compiler, take a multiply-and-gather to pack
+and a table of 256 x 8 values to unpack. All give the same bits and values.
 """
 
 from functools import cache
@@ -15,7 +17,8 @@ __all__ = ["pack_signs", "popcount", "unpack_changed", "unpack_signs"]
 
 
 def pack_signs(weights: Tensor, out: Tensor | None = None) -> Tensor:
-    """Pack the signs of `weights`: 1 where they are >= 0, so sign(0) = sign(-0) = +1; a NaN packs as -1.
+    """Pack the signs of `weights`: 1 where they are >= 0, so sign(0) = sign(-0) = +1; a NaN packs
+    as -1.
 
     Args:
         weights: fp32, bf16 or fp64 [n], contiguous, n a multiple of 8.
@@ -64,7 +67,8 @@ def unpack_signs(bits: Tensor, out: Tensor) -> Tensor:
 
 @torch.no_grad()
 def unpack_changed(changed: Tensor, bits: Tensor, out: Tensor) -> Tensor:
-    """Write the weights that `bits` stand for into `out`, which holds them already where `changed` is 0.
+    """Write the weights that `bits` stand for into `out`, which holds them already where `changed`
+    is 0.
 
     Args:
         changed: uint8 [n / 8], contiguous: 1 for weights that differ.
@@ -93,7 +97,8 @@ def _check(bits: Tensor, weights: Tensor, name: str) -> None:
         )
     if bits.shape != (numel // 8,) or bits.dtype != torch.uint8 or not bits.is_contiguous():
         raise ValueError(
-            f"bits must be contiguous, of shape [{numel // 8}] and type torch.uint8, not {list(bits.shape)} with strides "
+            f"bits must be contiguous, of shape [{numel // 8}] and type torch.uint8, not {list(bits.shape)} "
+            "with strides "
             f"{list(bits.stride())} of {bits.dtype}"
         )
     if bits.device != weights.device:
@@ -113,10 +118,12 @@ def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def popcount(packed: Tensor) -> Tensor:
-    """Count the bits of `packed` that are 1, without the wait for the device that torch.bincount has.
+    """Count the bits of `packed` that are 1, without the wait for the device that torch.bincount
+    has.
 
     Args:
-        packed: uint8 [n], contiguous; a view into another tensor starts at a multiple of 8 of its bytes.
+        packed: uint8 [n], contiguous; a view into another tensor starts at a multiple of 8 of its
+            bytes.
 
     Returns:
         int64 [].

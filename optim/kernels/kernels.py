@@ -1,15 +1,19 @@
 """Flip rules on packed signs: the update of a slice whose weights exist as bits only.
 
-A bit-flipping step is bound by memory, and a +-1 weight needs no more than a bit of it: 20.25 bytes a weight with fp32
-gradients, 18.25 with bf16, against 28 of a rule on fp32 weights. Where the arithmetic runs:
+A bit-flipping step is bound by memory, and a +-1 weight needs no more than a bit of it: 20.25 bytes
+a weight with fp32 gradients, 18.25 with bf16, against 28 of a rule on fp32 weights. Where the
+arithmetic runs:
 
 - CPU: kernels.c, compiled by the system's C compiler at first use (bitfleet/c_library.py).
 - CPU without a compiler: the same in eager torch, chunk by chunk. One warning says so.
-- GPU: triton_kernels.py, one launch for a slice. Rates and the flag "every gradient is finite" are read on the device.
-- GPU on which Triton does not work (no C compiler, no Python headers): eager torch. One warning says so.
+- GPU: triton_kernels.py, one launch for a slice. Rates and the flag "every gradient is finite" are
+  read on the device.
+- GPU on which Triton does not work (no C compiler, no Python headers): eager torch. One warning
+  says so.
 
-Bits are least significant first, bit 1 = +1. On the CPU every path gives the bits of bop_step_ and bop2ndorder_step_,
-for any split into slices and any number of threads; a NaN stays a NaN (of any payload), and its weight becomes +1.
+Bits are least significant first, bit 1 = +1. On the CPU every path gives the bits of bop_step_ and
+bop2ndorder_step_, for any split into slices and any number of threads; a NaN stays a NaN (of any
+payload), and its weight becomes +1.
 """
 
 import ctypes
@@ -29,8 +33,8 @@ SOURCE = Path(__file__).with_suffix(".c")
 ENUM = ("bop", "bop2ndorder", "bop2ndorder_corrected")  # `enum rule` of the source
 CHUNK, GPU_CHUNK = 262_144, 1 << 23
 MIN_SHARE = 32_768
-"""Weights that justify one more thread, as in torch. models/layers/binary_conv.py repeats this and `num_threads`, because
-models and optimizers do not import each other: change both together."""
+"""Weights that justify one more thread, as in torch. models/layers/binary_conv.py repeats this and
+`num_threads`, because models and optimizers do not import each other: change both together."""
 
 Correction = Literal["none", "as_coded", "adam"]
 """Bias correction of bop2ndorder's moments, see optim/rules/bop2ndorder.py."""
@@ -39,8 +43,8 @@ EPS = 1e-10
 Number = float | Tensor
 """Hyperparameter of a step: a float, or fp32 [] on the device."""
 
-# Byte i of a word (0 or 1) times bit 56 - 7 i of this constant lands on bit 56 + i; no two products share a bit, so
-# nothing carries.
+# Byte i of a word (0 or 1) times bit 56 - 7 i of this constant lands on bit 56 + i; no two products
+# share a bit, so nothing carries.
 _GATHER = sum(1 << (56 - 7 * i) for i in range(8))
 
 
@@ -118,7 +122,8 @@ class Slice(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Hyperparameters of one step: numbers, or 0-dim fp32 tensors on the device. No divisors: moments as they are."""
+    """Hyperparameters of one step: numbers, or 0-dim fp32 tensors on the device. No divisors:
+    moments as they are."""
 
     gamma: Number
     sigma: Number
@@ -152,14 +157,15 @@ def flip_packed_(
     numbers: Mapping[str, Number],
     finite: Tensor | None = None,
 ) -> None:
-    """Update packed weights and their moments in place, as `bop2ndorder_step_`, or `bop_step_` without a second moment.
+    """Update packed weights and their moments in place, as `bop2ndorder_step_`, or `bop_step_`
+    without a second moment.
 
     Args:
         bits: uint8 [n / 8], the signs of n weights.
         grad: fp32 or bf16 [n], gradient with respect to the +-1 weights.
         state: "exp_avg" and for bop2ndorder "exp_avg_sq", fp32 [n].
-        numbers: gamma, threshold, and for bop2ndorder sigma; "divisor" and "divisor_sq" where moments are corrected. On a GPU a
-            tensor among them (fp32 []) costs no synchronisation.
+        numbers: gamma, threshold, and for bop2ndorder sigma; "divisor" and "divisor_sq" where
+            moments are corrected. On a GPU a tensor among them (fp32 []) costs no synchronisation.
         finite: bool [] on the device: False leaves everything as it is. None is True.
 
     Raises:
@@ -199,8 +205,10 @@ def num_threads(numel: int) -> int:
 
 
 def pack_flags(flags: Tensor) -> Tensor:
-    """Pack a new bool tensor [n], n a multiple of 8, to uint8 [n / 8], least significant bit first."""
-    # The top byte of a little-endian word is its last byte: one strided copy, a third of the time of a sum.
+    """Pack a new bool tensor [n], n a multiple of 8, to uint8 [n / 8], least significant bit
+    first."""
+    # The top byte of a little-endian word is its last byte: one strided copy, a third of the time
+    # of a sum.
     return (flags.view(torch.int64) * _GATHER).view(torch.uint8)[7::8].contiguous()
 
 
@@ -215,7 +223,8 @@ def _update_torch_(part: Slice, rates: Rates, finite: Tensor | None) -> None:
             ratio = first / (second.sqrt() + EPS)
         else:
             ratio = (first / rates.divisors[0]) / ((second / rates.divisors[1]).sqrt() + EPS)
-    # A -1 stays only where -ratio < threshold holds: an exact tie and a NaN become +1. Never both, as threshold >= 0.
+    # A -1 stays only where -ratio < threshold holds: an exact tie and a NaN become +1. Never both,
+    # as threshold >= 0.
     positive, stays = pack_flags(ratio > rates.threshold), pack_flags(-ratio < rates.threshold)
     for old, new in ((exp_avg, first), (exp_avg_sq, second), (bits, (bits & ~positive) | ~stays)):
         if old is not None and new is not None:
@@ -223,7 +232,8 @@ def _update_torch_(part: Slice, rates: Rates, finite: Tensor | None) -> None:
 
 
 def _update_chunked_(part: Slice, rates: Rates, finite: Tensor | None) -> None:
-    """Update in eager torch, in chunks: on a CPU their temporaries stay in the cache, on a GPU they are few."""
+    """Update in eager torch, in chunks: on a CPU their temporaries stay in the cache, on a GPU they
+    are few."""
     size = CHUNK if part.bits.device.type == "cpu" else GPU_CHUNK
     for i in range(0, part.grad.numel(), size):
         first, last = i, i + size
@@ -252,7 +262,8 @@ def _on_device(rates: Rates, finite: Tensor | None, device: torch.device) -> dic
 
 @lru_cache(maxsize=64)
 def _scalar(value: float, device: torch.device) -> Tensor:
-    """Put a number on the device; `full` is a launch without a copy, and schedules repeat their values within a step."""
+    """Put a number on the device; `full` is a launch without a copy, and schedules repeat their
+    values within a step."""
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
@@ -263,7 +274,8 @@ class _Triton:
 
 
 def on_gpu(launch: Callable[[Any], None]) -> bool:
-    """Call `launch` with the module triton_kernels; False, after one warning, where Triton does not work on this machine.
+    """Call `launch` with the module triton_kernels; False, after one warning, where Triton does not
+    work on this machine.
 
     Raises:
         Exception: of a launch after one that worked: that is not a missing compiler.
@@ -293,7 +305,8 @@ def _warn_of_eager(problem: str) -> None:
 
 @cache
 def kernel_library() -> ctypes.CDLL | None:
-    """Return the functions of kernels.c, built on the first call in this process; None, after one warning, if that fails."""
+    """Return the functions of kernels.c, built on the first call in this process; None, after one
+    warning, if that fails."""
     try:
         return _declare(load_c_library(SOURCE))
     except CLibraryError as error:

@@ -1,9 +1,12 @@
-"""Triton kernels for packed weights on a GPU: one pass over memory for the update of a slice, for packing and for unpacking.
+"""Triton kernels for packed weights on a GPU: one pass over memory for the update of a slice, for
+packing and for unpacking.
 
-The arithmetic of `kernels.c`, operation by operation: no fused multiply-add (`enable_fp_fusion=False`), correctly rounded
-division and square root, so the bits are those of the CPU. Rates, threshold and divisors are read from device memory, as is the
-flag that says whether to update at all: a launch depends on no value that the host would have to wait for, and a CUDA graph can
-hold it. Run under TRITON_INTERPRET=1 the same kernels work on CPU tensors, which is how they are tested without a GPU.
+The arithmetic of `kernels.c`, operation by operation: no fused multiply-add
+(`enable_fp_fusion=False`), correctly rounded division and square root, so the bits are those of the
+CPU. Rates, threshold and divisors are read from device memory, as is the flag that says whether to
+update at all: a launch depends on no value that the host would have to wait for, and a CUDA graph
+can hold it. Run under TRITON_INTERPRET=1 the same kernels work on CPU tensors, which is how they
+are tested without a GPU.
 """
 
 from typing import Any
@@ -152,7 +155,8 @@ def launch_update(
 
 
 def launch_pack(weights: Tensor, bits: Tensor) -> None:
-    """Write the signs of `weights`, floats [n], into `bits`, uint8 [n / 8]: 1 where they are >= 0; a NaN packs as -1."""
+    """Write the signs of `weights`, floats [n], into `bits`, uint8 [n / 8]: 1 where they are >= 0;
+    a NaN packs as -1."""
     _pack[_grid(bits.numel())](weights, bits, bits.numel(), BLOCK=BLOCK)
 
 

@@ -1,10 +1,11 @@
 """Adam for the full-precision parameters, with Keras' epsilon.
 
-The arithmetic is that of `torch.optim.adam`, single-tensor, bit for bit on a CPU: unlike the fused kernel its bits do not depend
-on how a parameter is cut into slices. It is written out here because torch's takes the step and the learning rate from the host,
-which a CUDA graph cannot, and its capturable form rounds differently. Keras adds epsilon to the uncorrected root ("epsilon hat" of
-the Adam paper, section 2), torch to the corrected one; eps / sqrt(1 - beta2^t) in torch's place makes them equal. Weight decay is
-the coupled kind (an L2 term in the loss).
+The arithmetic is that of `torch.optim.adam`, single-tensor, bit for bit on a CPU: unlike the fused
+kernel its bits do not depend on how a parameter is cut into slices. It is written out here because
+torch's takes the step and the learning rate from the host, which a CUDA graph cannot, and its
+capturable form rounds differently. Keras adds epsilon to the uncorrected root ("epsilon hat" of the
+Adam paper, section 2), torch to the corrected one; eps / sqrt(1 - beta2^t) in torch's place makes
+them equal. Weight decay is the coupled kind (an L2 term in the loss).
 """
 
 from typing import Any
@@ -47,7 +48,8 @@ def adam_step_(
 
 
 def adam_numbers(group: Group, step: int) -> dict[str, float]:
-    """Return what changes from step to step: the step size, the correction of the root, and epsilon as torch places it.
+    """Return what changes from step to step: the step size, the correction of the root, and epsilon
+    as torch places it.
 
     Args:
         group: with lr, betas and eps.

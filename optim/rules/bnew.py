@@ -1,20 +1,23 @@
 """BNEW: real weights in [-1, 1] that a concave regulariser drives to +-1, then their signs, frozen.
 
-Paper: Paren and Poudel: "Training Binarized Neural Networks the Easy Way", BMVC 2022. Reference code: Alasdair-P/bnew. With
-binary features all the time, w real and d Adam's direction (Keras' epsilon, as adam.py):
+Paper: Paren and Poudel: "Training Binarized Neural Networks the Easy Way", BMVC 2022. Reference
+code: Alasdair-P/bnew. With binary features all the time, w real and d Adam's direction (Keras'
+epsilon, as adam.py):
 
     phase 1:  w <- clip(w - lr d, -1, 1)
-    phase 2:  w <- clip((w - lr d) (1 + 2 rho), -1, 1)      a step down the regulariser -rho |w|^2; rho rises from 0 to rho0
-    phase 3:  w <- sign(w), sign(0) = +1, and stays         BatchNorm and everything that is not binary keep training
+    phase 2:  w <- clip((w - lr d) (1 + 2 rho), -1, 1)      down -rho |w|^2; rho: 0 to rho0
+    phase 3:  w <- sign(w), sign(0) = +1, and stays         all other parameters keep training
 
-The weights carry the mark of binary ones, but are values until phase 3: they are sharded, sent and stored as values. Published
-runs on CIFAR-10: 1200 epochs, phase 2 from epoch 200 with rho0 = 1e-3 or 1e-4, phase 3 from epoch 1180, Adam from 1e-2 falling
-linearly. On ImageNet the paper gives each filter the scale mean|w| besides its sign; here there is none, because the
-normalization after the layer has one.
+The weights carry the mark of binary ones, but are values until phase 3: they are sharded, sent and
+stored as values. Published runs on CIFAR-10: 1200 epochs, phase 2 from epoch 200 with rho0 = 1e-3
+or 1e-4, phase 3 from epoch 1180, Adam from 1e-2 falling linearly. On ImageNet the paper gives each
+filter the scale mean|w| besides its sign; here there is none, because the normalization after the
+layer has one.
 
-The layers start with signs. Before its first update a weight of +-1 becomes w u a, u uniform in (0, 1) by element,
-a = sqrt(6 / (fan_in + fan_out)): Glorot's uniform sample, given its signs. So only the gradient of the first step is that of the
-signs; a weight that starts with another value, as from a file, keeps it.
+The layers start with signs. Before its first update a weight of +-1 becomes w u a, u uniform in (0,
+1) by element, a = sqrt(6 / (fan_in + fan_out)): Glorot's uniform sample, given its signs. So only
+the gradient of the first step is that of the signs; a weight that starts with another value, as
+from a file, keeps it.
 """
 
 from collections.abc import Mapping
@@ -70,7 +73,8 @@ def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
 
 
 def check_phases(values: Mapping[str, Any]) -> None:
-    """Raise ValueError unless rho, rho_from and frozen_from make phases: parts of the run in order, rho0 in [0, 1]."""
+    """Raise ValueError unless rho, rho_from and frozen_from make phases: parts of the run in order,
+    rho0 in [0, 1]."""
     rho, rho_from, frozen_from = (values[name] for name in ("rho", "rho_from", "frozen_from"))
     if not 0.0 <= rho <= 1.0:
         raise ValueError(f"optim.rho must be in [0, 1], not {rho}")
@@ -82,7 +86,8 @@ def check_phases(values: Mapping[str, Any]) -> None:
 
 
 def phase_schedules(values: Mapping[str, Any], num_steps: int) -> dict[str, Schedule]:
-    """Return the schedules that make the phases: "rho", and "free", which is 1 until phase 3 and then 0.
+    """Return the schedules that make the phases: "rho", and "free", which is 1 until phase 3 and
+    then 0.
 
     Args:
         values: rho, rho_from and frozen_from, as `check_phases` has them.
@@ -103,7 +108,8 @@ register(
         name="bnew",
         update_=_update_,
         state_keys=("exp_avg", "exp_avg_sq"),
-        # The official runs on CIFAR-10, which freeze after 0.983; earlier here, so that a short run has steps left then.
+        # The official runs on CIFAR-10, which freeze after 0.983; earlier here, so that a short run
+        # has steps left then.
         defaults={"latent_lr": linear(1e-2, 0.0), "rho": 1e-3, "rho_from": 1 / 6, "frozen_from": 0.95},
         scheduled=("latent_lr", "rho"),
         begin_=begin_real_,

@@ -1,7 +1,8 @@
 """Bop: flip a binary weight when a moving average of its gradient passes a threshold.
 
-Paper: Helwegen, Widdicombe, Geiger, Liu, Cheng, Nusselder: "Latent Weights Do Not Exist: Rethinking Binarized Neural Network
-Optimization", arXiv 1906.02107. Reference code: larq, larq/optimizers.py. With m = 0 at the start:
+Paper: Helwegen, Widdicombe, Geiger, Liu, Cheng, Nusselder: "Latent Weights Do Not Exist: Rethinking
+Binarized Neural Network Optimization", arXiv 1906.02107. Reference code: larq, larq/optimizers.py.
+With m = 0 at the start:
 
     m <- m + gamma (g - m)
     w <- -w where w m > threshold, +1 where w m = threshold exactly, else w
@@ -28,7 +29,8 @@ def bop_step_(weight: Tensor, grad: Tensor, exp_avg: Tensor, *, gamma: float, th
         grad: gradient with respect to `weight`, same shape.
         exp_avg: moment m, fp32, same shape.
         gamma: rate of the moment, in (0, 1].
-        threshold: flip above it, not negative. Unlike Bop2ndOrder's it has the scale of the gradient.
+        threshold: flip above it, not negative. Unlike Bop2ndOrder's it has the scale of the
+            gradient.
     """
     exp_avg.add_((grad.float() - exp_avg) * gamma)
     flip_(weight, weight * exp_avg, threshold, exp_avg)

@@ -1,18 +1,21 @@
 """Bop2ndOrder: flip a binary weight when a normalised moving average of its gradient says so.
 
-Paper: Suarez-Ramirez, Gonzalez-Mendoza, Chang, Ochoa-Ruiz, Duran-Vega: "A Bop and Beyond: A Second Order Optimizer for
-Binarized Neural Networks", arXiv 2104.05124. Reference code: CuauSuarez/Bop2ndOrder, branch `conference`,
-bnn_optimization/optimizers.py. With m, v = 0 at the start, g the gradient with respect to the +-1 weight w:
+Paper: Suarez-Ramirez, Gonzalez-Mendoza, Chang, Ochoa-Ruiz, Duran-Vega: "A Bop and Beyond: A Second
+Order Optimizer for Binarized Neural Networks", arXiv 2104.05124. Reference code:
+CuauSuarez/Bop2ndOrder, branch `conference`, bnn_optimization/optimizers.py. With m, v = 0 at the
+start, g the gradient with respect to the +-1 weight w:
 
     m <- m + gamma (g - m)
     v <- v + sigma (g^2 - v)
-    r  = m / (sqrt(v) + 1e-10)                                            correction="none", the class `Bop2ndOrder`
-    r  = (m / gamma) / (sqrt(v / sigma) + 1e-10)                          "as_coded", the class `Bop2ndOrder_unbiased`
-    r  = (m / (1-(1-gamma)^t)) / (sqrt(v / (1-(1-sigma)^t)) + 1e-10)      "adam", Adam's correction; t = 1, 2, ...
+    r  = m / (sqrt(v) + 1e-10)                                          "none"
+    r  = (m / gamma) / (sqrt(v / sigma) + 1e-10)                        "as_coded"
+    r  = (m / (1-(1-gamma)^t)) / (sqrt(v / (1-(1-sigma)^t)) + 1e-10)    "adam", t = 1, 2, ...
     w <- -w where w r > threshold, +1 where w r = threshold exactly, else w
 
-gamma and sigma are those of the step. So "adam" is exact for constants only: after the published ImageNet schedules, gamma
-1e-4 to 1e-9, it divides m by 0.0015, where 0.998 is what m has taken in, and r is 655 times as large.
+The correction "none" is the class `Bop2ndOrder` of the code, "as_coded" its class
+`Bop2ndOrder_unbiased`, "adam" is Adam's. gamma and sigma are those of the step. So "adam" is exact
+for constants only: after the published ImageNet schedules, gamma 1e-4 to 1e-9, it divides m by
+0.0015, where 0.998 is what m has taken in, and r is 655 times as large.
 
 The published ImageNet runs and 91.9 % on CIFAR-10 use "none", 91.4 % on CIFAR-10 "as_coded".
 """
@@ -32,9 +35,9 @@ from bitfleet.optim.schedules import constant
 def flip_(weight: Tensor, signal: Tensor, threshold: float, exp_avg: Tensor) -> None:
     """Set `weight` to S(-sgn(signal - threshold) * weight), S(x) = -1 for x < 0 else +1, in place.
 
-    This is the official update in full: +-1 weights flip where `signal` = weight * ratio exceeds the threshold, an exact tie
-    gives +1, and real-valued weights become their sign. A zero weight that never had a gradient is padding of a flat shard
-    and stays.
+    This is the official update in full: +-1 weights flip where `signal` = weight * ratio exceeds
+    the threshold, an exact tie gives +1, and real-valued weights become their sign. A zero weight
+    that never had a gradient is padding of a flat shard and stays.
     """
     to_minus = (signal - threshold) * weight > 0
     padding = (weight == 0) & (exp_avg == 0)
@@ -110,8 +113,9 @@ def seed_average_(
 ) -> None:
     """Fill a moving average of gradients as if it had made `weight` what it is, in place.
 
-    Under the published thresholds w is -sign(m). Gradients of mean 0 and mean square v, uncorrelated, give m a standard
-    deviation of sqrt(rate / 2) sqrt(v); m becomes -w times `inertia` of it.
+    Under the published thresholds w is -sign(m). Gradients of mean 0 and mean square v,
+    uncorrelated, give m a standard deviation of sqrt(rate / 2) sqrt(v); m becomes -w times
+    `inertia` of it.
 
     Args:
         exp_avg: m, any shape.
@@ -184,7 +188,8 @@ class Bop2ndOrder(RoutedOptimizer):
         threshold: flip above it.
         correction: "none", "as_coded" or "adam".
 
-    State of each parameter: exp_avg, exp_avg_sq (fp32) and step. Hyperparameters live in the groups, so schedules write there.
+    State of each parameter: exp_avg, exp_avg_sq (fp32) and step. Hyperparameters live in the
+    groups, so schedules write there.
     """
 
     def __init__(

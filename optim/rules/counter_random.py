@@ -1,8 +1,9 @@
 """Random numbers by position: a pure function of seed, parameter name and element.
 
-State that starts at random must have the same bits in the plain optimizer and in every cut into slices, on any number of ranks.
-A generator that is read in order cannot do that; here number i is a hash of i. The hash is splitmix64 (Steele, Lea, Flood: "Fast
-splittable pseudorandom number generators", OOPSLA 2014) in torch's int64, whose products wrap around.
+State that starts at random must have the same bits in the plain optimizer and in every cut into
+slices, on any number of ranks. A generator that is read in order cannot do that; here number i is a
+hash of i. The hash is splitmix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number
+generators", OOPSLA 2014) in torch's int64, whose products wrap around.
 """
 
 import hashlib

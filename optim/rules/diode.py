@@ -1,7 +1,8 @@
-"""Diode: two moving averages, the second one of the sign of the first; neither a threshold nor the scale of the gradient.
+"""Diode: two moving averages, the second one of the sign of the first; neither a threshold nor the
+scale of the gradient.
 
-Reference code: GreenBitAI/bitorch-engine, "diode v1" (ECCV 2024). With e1 = 0 and e2 = -w U(0, 1e-3) at the start, g the
-gradient with respect to the +-1 weight w:
+Reference code: GreenBitAI/bitorch-engine, "diode v1" (ECCV 2024). With e1 = 0 and e2 = -w U(0,
+1e-3) at the start, g the gradient with respect to the +-1 weight w:
 
     e1 <- beta1 e1 + (1 - beta1) g                       gamma = 1 - beta1 = 0.01
     e2 <- beta2 e2 + (1 - beta2) lr sgn(e1)              alpha = 1 - beta2 = 0.0001
@@ -54,7 +55,8 @@ def _begin_(weight: Tensor, uniform: Tensor, shape: torch.Size, state: State, gr
 
 
 def _seed_(weight: Tensor, mean_square: Tensor, state: State, group: Group, inertia: float) -> None:
-    """e2 averages signs of e1, which keep for about 1 / gamma steps: noise gives it lr sqrt(alpha / gamma)."""
+    """e2 averages signs of e1, which keep for about 1 / gamma steps: noise gives it lr sqrt(alpha /
+    gamma)."""
     level = group["latent_lr"] * min(math.sqrt(group["alpha"] / group["gamma"]), 1.0)
     state["exp_avg_sign"].copy_(weight * (-inertia * level))
 
@@ -77,7 +79,8 @@ register(
         update_=_update_,
         state_keys=("exp_avg", "exp_avg_sign"),
         flips=True,
-        # bitorch-engine's rates; the learning rate is our choice, as large as the state at the start.
+        # bitorch-engine's rates; the learning rate is our choice, as large as the state at the
+        # start.
         defaults={"gamma": constant(1e-2), "alpha": constant(1e-4), "latent_lr": constant(1e-3)},
         scheduled=("gamma", "alpha", "latent_lr"),
         numbers=unchanged("gamma", "alpha", "latent_lr"),

@@ -1,21 +1,24 @@
 """Latent weights with the straight-through sign: what Bop and its relatives are compared with.
 
-Papers: Courbariaux, Hubara, Soudry, El-Yaniv, Bengio: "Binarized Neural Networks", arXiv 1602.02830 (sign in the forward pass,
-the gradient passes straight through, weights are clipped); Helwegen et al., arXiv 1906.02107, section 2. Recipes: larq-zoo. With
-w~ the latent weight, g the gradient with respect to w = sign(w~), sign(0) = +1, t = 1, 2, ...:
+Papers: Courbariaux, Hubara, Soudry, El-Yaniv, Bengio: "Binarized Neural Networks", arXiv 1602.02830
+(sign in the forward pass, the gradient passes straight through, weights are clipped); Helwegen et
+al., arXiv 1906.02107, section 2. Recipes: larq-zoo. With w~ the latent weight, g the gradient with
+respect to w = sign(w~), sign(0) = +1, t = 1, 2, ...:
 
     latent_adam:  m <- 0.9 m + 0.1 g,  v <- 0.999 v + 0.001 g^2
-                  w~ <- clip(w~ - lr sqrt(1 - 0.999^t) / (1 - 0.9^t) m / (sqrt(v) + 1e-7), -1, 1)     as Keras' Adam
+                  w~ <- clip(w~ - lr sqrt(1 - 0.999^t) / (1 - 0.9^t) m / (sqrt(v) + 1e-7), -1, 1)
     latent_sgd:   u <- momentum u + g
-                  w~ <- clip(w~ - lr u, -1, 1)                                                        as torch.optim.SGD
+                  w~ <- clip(w~ - lr u, -1, 1)
     both:         w <- sign(w~)
 
-In the published code w~ is the parameter and its sign part of the forward pass. Here w is the parameter and w~ is state of the
-rule, so that it is sharded and the weights travel as bits. The numbers are the same: the gradient passes where |w~| <= 1, and
-after clipping that is everywhere.
+The first is Keras' Adam, the second torch.optim.SGD. In the published code w~ is the parameter and
+its sign part of the forward pass. Here w is the parameter and w~ is state of the rule, so that it
+is sharded and the weights travel as bits. The numbers are the same: the gradient passes where |w~|
+<= 1, and after clipping that is everywhere.
 
-At the start w~ = w u a, u uniform in (0, 1) by element, a = sqrt(6 / (fan_in + fan_out)): Glorot's uniform sample, given its
-signs. A weight that is not +-1 then (model.initial_weights real) is itself the latent one.
+At the start w~ = w u a, u uniform in (0, 1) by element, a = sqrt(6 / (fan_in + fan_out)): Glorot's
+uniform sample, given its signs. A weight that is not +-1 then (model.initial_weights real) is
+itself the latent one.
 """
 
 import math
@@ -29,14 +32,16 @@ from bitfleet.optim.schedules import constant
 
 
 def glorot_limit(shape: torch.Size) -> float:
-    """sqrt(6 / (fan_in + fan_out)) of a weight [out, in, ...]; of one with a single dimension, both are its length."""
+    """sqrt(6 / (fan_in + fan_out)) of a weight [out, in, ...]; of one with a single dimension, both
+    are its length."""
     if len(shape) < 2:
         return math.sqrt(3.0 / max(shape.numel(), 1))
     return math.sqrt(6.0 / ((shape[0] + shape[1]) * shape[2:].numel()))
 
 
 def begin_latent_(weight: Tensor, uniform: Tensor, shape: torch.Size, state: State, group: Group) -> None:
-    """Fill state["latent"] with latent weights of the signs of `weight`; one that is not +-1 is its own.
+    """Fill state["latent"] with latent weights of the signs of `weight`; one that is not +-1 is its
+    own.
 
     Args:
         weight: any shape.
@@ -96,10 +101,12 @@ def latent_sgd_step_(
 
 
 def walk(num_steps: int) -> float:
-    """Return the level of a sum of gradients over a run, in units of one gradient: 10 sqrt(num_steps).
+    """Return the level of a sum of gradients over a run, in units of one gradient: 10
+    sqrt(num_steps).
 
-    Uncorrelated ones give sqrt(num_steps). Those of a trained network are not, and a sum forgets none of them:
-    with ten times that a sum keeps as many signs as an average does (measured: docs/optimizers.md).
+    Uncorrelated ones give sqrt(num_steps). Those of a trained network are not, and a sum forgets
+    none of them: with ten times that a sum keeps as many signs as an average does (measured:
+    docs/optimizers.md).
     """
     return 10.0 * math.sqrt(num_steps)
 

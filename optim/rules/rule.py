@@ -1,12 +1,14 @@
 """Update rules, and an optimizer that applies one rule per parameter group.
 
-DeepSpeed wants a single optimizer object, while a binarized network needs two rules: a bit-flipping one for the +-1 weights and
-Adam for the rest (larq's CaseOptimizer). `RoutedOptimizer` looks up the rule that each group names. Every rule is elementwise,
-so it may be given whole parameters or the flat slices into which DeepSpeed's ZeRO cuts them.
+DeepSpeed wants a single optimizer object, while a binarized network needs two rules: a bit-flipping
+one for the +-1 weights and Adam for the rest (larq's CaseOptimizer). `RoutedOptimizer` looks up the
+rule that each group names. Every rule is elementwise, so it may be given whole parameters or the
+flat slices into which DeepSpeed's ZeRO cuts them.
 
-State that does not start at 0 is filled by the rule's `begin_` before the first update of a parameter, from random numbers that
-belong to the element (counter_random.py): the same however parameters are cut. Which elements a slice of DeepSpeed's holds is
-not known here, so such a rule is refused there.
+State that does not start at 0 is filled by the rule's `begin_` before the first update of a
+parameter, from random numbers that belong to the element (counter_random.py): the same however
+parameters are cut. Which elements a slice of DeepSpeed's holds is not known here, so such a rule is
+refused there.
 """
 
 import dataclasses
@@ -39,35 +41,42 @@ class Rule:
     name: str
     """Value of `optim.rule`, and of the key "rule" of a parameter group."""
     update_: Update
-    """(weight, grad, state, group) -> None: one update in place. The group holds the hyperparameters of the step."""
+    """(weight, grad, state, group) -> None: one update in place. The group holds the
+    hyperparameters of the step."""
     state_keys: tuple[str, ...]
     """fp32 tensors of the weight's shape that start at 0. The 0-dim tensor "step" comes on top."""
     flips: bool = False
-    """Weights are +-1 and stay so: a sharded optimizer keeps and sends them as bits, else as values."""
+    """Weights are +-1 and stay so: a sharded optimizer keeps and sends them as bits, else as
+    values."""
     defaults: Mapping[str, Any] | None = None
-    """Hyperparameters, fields of `OptimConfig`, and their defaults: a `Schedule`, or a value that stays. None: the rule is not
-    one for binary weights, and `optim.rule` cannot name it."""
+    """Hyperparameters, fields of `OptimConfig`, and their defaults: a `Schedule`, or a value that
+    stays. None: the rule is not one for binary weights, and `optim.rule` cannot name it."""
     scheduled: tuple[str, ...] = ()
     """Keys of the group that a schedule changes from step to step and that the run logs."""
     driven: tuple[str, ...] = ()
     """Hyperparameters that a controller may drive (transitions.py)."""
     numbers: Numbers | None = None
-    """(group, step) -> everything that changes from step to step, by the key under which `update_` finds it in its group: floats,
-    or 0-dim tensors where the device must not wait for the host. `step` is the 1-based number of the update. None: the update
-    decides on the host, and cannot be part of a CUDA graph."""
+    """(group, step) -> everything that changes from step to step, by the key under which `update_`
+    finds it in its group: floats, or 0-dim tensors where the device must not wait for the host.
+    `step` is the 1-based number of the update. None: the update decides on the host, and cannot be
+    part of a CUDA graph."""
     begin_: Begin | None = None
-    """(weight, uniform, shape, state, group) -> None: fills the state of elements before their first update. `uniform` holds a
-    number in (0, 1) per element (fp32), `shape` is that of the whole parameter; group["seed"] is the seed of the numbers."""
+    """(weight, uniform, shape, state, group) -> None: fills the state of elements before their
+    first update. `uniform` holds a number in (0, 1) per element (fp32), `shape` is that of the
+    whole parameter; group["seed"] is the seed of the numbers."""
     seed_: Seed | None = None
-    """(weight, mean_square, state, group, inertia) -> None: fills the state of weights that were trained before, in place of
-    `begin_`, so that they stay what they are until gradients say otherwise. `mean_square` is that of some gradients (fp32), the
-    group has "num_steps", the length of the run. See sharding/seeding.py."""
+    """(weight, mean_square, state, group, inertia) -> None: fills the state of weights that were
+    trained before, in place of `begin_`, so that they stay what they are until gradients say
+    otherwise. `mean_square` is that of some gradients (fp32), the group has "num_steps", the length
+    of the run. See sharding/seeding.py."""
     update_bits_: BitsUpdate | None = None
-    """(bits, grad, state, group, finite) -> None: `update_` on packed weights, uint8 [n / 8], in place; `finite` (bool [] on the
-    device, None is True) False leaves everything as it is. None: weights are unpacked chunk by chunk for `update_`."""
+    """(bits, grad, state, group, finite) -> None: `update_` on packed weights, uint8 [n / 8], in
+    place; `finite` (bool [] on the device, None is True) False leaves everything as it is. None:
+    weights are unpacked chunk by chunk for `update_`."""
     ratio: Ratio | None = None
-    """(state, group) -> fp32 [n], what the update that led to `state` compared with group["threshold"]. None: the rule compares
-    nothing, so diagnostics have no dead band and no histogram."""
+    """(state, group) -> fp32 [n], what the update that led to `state` compared with
+    group["threshold"]. None: the rule compares nothing, so diagnostics have no dead band and no
+    histogram."""
     schedules: Callable[[Mapping[str, Any], int], dict[str, Schedule]] | None = None
     """(hyperparameters, num_steps) -> further keys of the group and their schedules."""
     check: Callable[[Mapping[str, Any]], None] | None = None
@@ -95,13 +104,15 @@ def unchanged(*keys: str) -> Numbers:
 
 
 def numbers_of(group: Group, step: int) -> dict[str, float]:
-    """Return the numbers of the group's rule at the 1-based `step`; empty if it has no such function."""
+    """Return the numbers of the group's rule at the 1-based `step`; empty if it has no such
+    function."""
     numbers = RULES[group["rule"]].numbers
     return {} if numbers is None else numbers(group, step)
 
 
 def names_of(number: int, group: Group) -> list[str]:
-    """Return the names of the parameters of the `number`-th group: its "param_names", else running numbers."""
+    """Return the names of the parameters of the `number`-th group: its "param_names", else running
+    numbers."""
     return group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
 
 
@@ -109,10 +120,12 @@ class RoutedOptimizer(torch.optim.Optimizer):
     """Applies to each group the rule that its key "rule" names.
 
     Args:
-        params: parameters, or groups; each group, or `defaults`, holds "rule" and that rule's hyperparameters.
+        params: parameters, or groups; each group, or `defaults`, holds "rule" and that rule's
+            hyperparameters.
         defaults: values for groups that do not set them.
 
-    `step` is counted per parameter, never per call: DeepSpeed's ZeRO calls `step()` once for every group.
+    `step` is counted per parameter, never per call: DeepSpeed's ZeRO calls `step()` once for every
+    group.
     """
 
     def __init__(self, params: Iterable[Any], defaults: Group | None = None) -> None:
@@ -132,7 +145,8 @@ class RoutedOptimizer(torch.optim.Optimizer):
         self._names |= zip(group["params"], names_of(len(self.param_groups) - 1, group), strict=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state of torch.optim, and the names: a copy or a pickle has those of its parameters."""
+        """Return the state of torch.optim, and the names: a copy or a pickle has those of its
+        parameters."""
         return {**super().__getstate__(), "_names": self._names}
 
     @torch.no_grad()
@@ -140,8 +154,8 @@ class RoutedOptimizer(torch.optim.Optimizer):
         """Update every parameter that has a gradient.
 
         Raises:
-            ValueError: the rule starts with random state, and the parameters were replaced after construction (DeepSpeed's ZeRO);
-                or a group has transitions.
+            ValueError: the rule starts with random state, and the parameters were replaced after
+                construction (DeepSpeed's ZeRO); or a group has transitions.
         """
         loss = None
         if closure is not None:
@@ -166,7 +180,8 @@ class RoutedOptimizer(torch.optim.Optimizer):
     def _begin_(self, param: Tensor, state: State, group: Group) -> None:
         if param not in self._names:
             raise ValueError(
-                f"the rule {group['rule']} starts with random state for each parameter, but its parameters were replaced by "
+                f"the rule {group['rule']} starts with random state for each parameter, but its parameters were "
+                "replaced by "
                 f"others, as DeepSpeed's ZeRO does: use ShardedOptimizer or no sharding"
             )
         begin_ = RULES[group["rule"]].begin_
@@ -175,13 +190,15 @@ class RoutedOptimizer(torch.optim.Optimizer):
         begin_(param, numbers.view(param.shape), param.shape, state, group)
 
     def create_state(self) -> None:
-        """Make the state of every parameter that has none, as before its first update: a checkpoint is read into it."""
+        """Make the state of every parameter that has none, as before its first update: a checkpoint
+        is read into it."""
         for group in self.param_groups:
             for param in group["params"]:
                 self._state_of(param, group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as torch.optim does, but keep state in fp32: torch casts it to the dtype of its parameter, and bf16 would round it."""
+        """Load as torch.optim does, but keep state in fp32: torch casts it to the dtype of its
+        parameter, and bf16 would round it."""
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]

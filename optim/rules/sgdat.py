@@ -1,14 +1,16 @@
 """SGDAT: stochastic gradient descent with an adaptive threshold.
 
-Paper: Gu Shan et al., Neurocomputing 555:126431, 2023. Reference code: gushan/SGDAT; here without its options weight decay and
-momentum. With M = 0 and n_flips = 0 at the start, g the gradient with respect to the +-1 weight w:
+Paper: Gu Shan et al., Neurocomputing 555:126431, 2023. Reference code: gushan/SGDAT; here without
+its options weight decay and momentum. With M = 0 and n_flips = 0 at the start, g the gradient with
+respect to the +-1 weight w:
 
     M <- M - lr g
     w' = sign(M) where |M| > tau n_flips, else w
     n_flips <- n_flips + 1 where w' differs from w
     w <- w'
 
-A weight that has flipped often needs a larger accumulator to flip again; the first gradient that is not 0 always sets it.
+A weight that has flipped often needs a larger accumulator to flip again; the first gradient that is
+not 0 always sets it.
 """
 
 import torch

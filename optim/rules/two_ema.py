@@ -1,9 +1,10 @@
 """Two cascaded moving averages of the gradient, and no threshold.
 
-Paper: Quist, Li, van Gemert: "Understanding weight-magnitude hyperparameters in training binary networks", ICLR 2023,
-arXiv 2303.02452: SGD with momentum and weight decay on latent weights is a second-order filter of the gradient, whose seven
-hyperparameters come down to three. Reference code: jorisquist/Understanding-WM-HP-in-BNNs. With u, h = 0 at the start, g the
-gradient with respect to the +-1 weight w:
+Paper: Quist, Li, van Gemert: "Understanding weight-magnitude hyperparameters in training binary
+networks", ICLR 2023, arXiv 2303.02452: SGD with momentum and weight decay on latent weights is a
+second-order filter of the gradient, whose seven hyperparameters come down to three. Reference code:
+jorisquist/Understanding-WM-HP-in-BNNs. With u, h = 0 at the start, g the gradient with respect to
+the +-1 weight w:
 
     u <- (1 - gamma) u + gamma g
     h <- (1 - alpha) h + alpha u
@@ -54,7 +55,8 @@ register(
         update_=_update_,
         state_keys=("exp_avg", "exp_avg_cascaded"),
         flips=True,
-        # The official code has no defaults. gamma is a momentum of 0.9; alpha falls to 0 as there, from where is our choice.
+        # The official code has no defaults. gamma is a momentum of 0.9; alpha falls to 0 as there,
+        # from where is our choice.
         defaults={"gamma": constant(1e-1), "alpha": linear(1e-3, 0.0)},
         scheduled=("gamma", "alpha"),
         numbers=unchanged("gamma", "alpha"),

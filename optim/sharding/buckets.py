@@ -1,7 +1,9 @@
-"""Buckets: parameters of one group laid end to end, of which each rank owns one equal slice. No communication here.
+"""Buckets: parameters of one group laid end to end, of which each rank owns one equal slice. No
+communication here.
 
-Layout of a bucket of world_size * slice_numel elements (slice_numel is a multiple of 64, so that a slice of signs is whole 64-bit
-words; every parameter of a binary bucket starts at a multiple of 64 for the same reason):
+Layout of a bucket of world_size * slice_numel elements (slice_numel is a multiple of 64, so that a
+slice of signs is whole 64-bit words; every parameter of a binary bucket starts at a multiple of 64
+for the same reason):
 
     | param 0 | pad | param 1 | pad | ... | pad to world_size * slice_numel |
     |   slice of rank 0     |  slice of rank 1   | ...                       |
@@ -21,7 +23,8 @@ from bitfleet.optim.rules.rule import RULES, Group, Rule, State, names_of
 
 ALIGN = 64
 CHUNK = 262_144
-"""Weights that a CPU unpacks at a time: they, their gradient and state stay in its cache. A multiple of 64."""
+"""Weights that a CPU unpacks at a time: they, their gradient and state stay in its cache. A
+multiple of 64."""
 
 
 class Segment(NamedTuple):
@@ -42,7 +45,8 @@ class Run(NamedTuple):
 
 
 def tree_sum(parts: Sequence[Tensor]) -> Tensor:
-    """Sum `parts` in one fixed binary tree: ((0 + 1) + (2 + 3)) + ..., an odd one out waits for the next level."""
+    """Sum `parts` in one fixed binary tree: ((0 + 1) + (2 + 3)) + ..., an odd one out waits for the
+    next level."""
     level = list(parts)
     while len(level) > 1:
         paired = [a + b for a, b in zip(level[::2], level[1::2], strict=False)]
@@ -51,7 +55,8 @@ def tree_sum(parts: Sequence[Tensor]) -> Tensor:
 
 
 def tree_sum_rows(rows: Tensor) -> Tensor:
-    """`tree_sum` of the rows of a tensor [N, ...], one addition for each level of the tree instead of one for each pair."""
+    """`tree_sum` of the rows of a tensor [N, ...], one addition for each level of the tree instead
+    of one for each pair."""
     while len(rows) > 1:
         even = rows[: len(rows) & ~1]
         rows = torch.cat([even[::2] + even[1::2], rows[len(rows) & ~1 :]])
@@ -63,7 +68,8 @@ class Bucket:
 
     Args:
         named: the parameters, in the order in which backward is expected to reach them.
-        group: the parameter group that they belong to; its hyperparameters are read at every update.
+        group: the parameter group that they belong to; its hyperparameters are read at every
+            update.
         rank: this rank.
         world_size: number of slices.
     """
@@ -74,7 +80,8 @@ class Bucket:
         self.binary = self.rule.flips
         """Weights are +-1, exist as packed signs on their owner, and travel as bits."""
         self.is_clipped = not self.binary and not is_binary(named[0][1])
-        """Gradients count for, and are scaled to, the largest norm; those of weights that become binary are not."""
+        """Gradients count for, and are scaled to, the largest norm; those of weights that become
+        binary are not."""
         self.segments: list[Segment] = []
         end = 0
         for name, param in named:
@@ -125,11 +132,13 @@ class Bucket:
         self.used[index] = True
 
     def _takes_whole(self, grad: Tensor) -> bool:
-        """Return True if `grad` can itself be the buffer: it is the only one of its bucket, as in the largest layers."""
+        """Return True if `grad` can itself be the buffer: it is the only one of its bucket, as in
+        the largest layers."""
         return grad.numel() == self.weights.numel() and grad.dtype == torch.float32 and grad.is_contiguous()
 
     def _empty(self) -> Tensor:
-        """Return room for the gradients of a replica, 0 between the parameters and after the last one."""
+        """Return room for the gradients of a replica, 0 between the parameters and after the last
+        one."""
         buffer = torch.empty(self.weights.numel(), device=self.weights.device)
         for segment, following in zip(self.segments, [*self.segments[1:], None], strict=True):
             end = self.weights.numel() if following is None else following.start
@@ -143,7 +152,8 @@ class Bucket:
         return not self._missing
 
     def end_replica(self) -> None:
-        """Add the current replica to the tree of partial sums (a binary counter: level k holds 2^k replicas)."""
+        """Add the current replica to the tree of partial sums (a binary counter: level k holds 2^k
+        replicas)."""
         local = self._empty() if self._local is None else self._local
         for index, segment in enumerate(self.segments):
             if index in self._missing or index not in self._expected:
@@ -156,7 +166,8 @@ class Bucket:
         self._sums.append((level, local))
 
     def take_gradient(self) -> Tensor:
-        """Return the sum over this rank's replicas, fp32 [world_size * slice_numel], and forget it."""
+        """Return the sum over this rank's replicas, fp32 [world_size * slice_numel], and forget
+        it."""
         total = self._sums.pop()[1]
         while self._sums:
             total = self._sums.pop()[1].add_(total)
@@ -184,11 +195,12 @@ class Bucket:
     # The update of this rank's slice.
 
     def advance(self, used: Sequence[bool]) -> list[Run]:
-        """Count an update of the segments that are `used`, and return what it covers; fill state before a first update.
+        """Count an update of the segments that are `used`, and return what it covers; fill state
+        before a first update.
 
         Args:
-            used: for each segment, whether any rank had a gradient for it; the others keep weight and state, as a plain
-                optimizer skips parameters without a gradient.
+            used: for each segment, whether any rank had a gradient for it; the others keep weight
+                and state, as a plain optimizer skips parameters without a gradient.
         """
         self._first_updates = {index for index in self.real if used[index]}
         self._begin_({index for index, is_used in enumerate(used) if is_used and self.steps[index] == 0})
@@ -218,7 +230,8 @@ class Bucket:
         if self.binary:
             bits = self.signs()[run.low // 8 : run.high // 8]
             if run.step == 1 and self._first_updates:
-                # Gradients are finite here: the host reads the flag of every first update before it is made.
+                # Gradients are finite here: the host reads the flag of every first update before it
+                # is made.
                 self.rule.update_(weights, grad, state | step, group)
                 pack_signs(weights, out=bits)
             elif self.rule.update_bits_ is not None:
@@ -233,7 +246,8 @@ class Bucket:
             self.rule.update_(weights, grad, state | step, group)
 
     def _begin_(self, indices: set[int]) -> None:
-        """Fill the state of the segments `indices`, which are about to have their first update, where the rule asks for it.
+        """Fill the state of the segments `indices`, which are about to have their first update,
+        where the rule asks for it.
 
         State that is there already was seeded (seeding.py) and stays.
         """
@@ -250,7 +264,8 @@ class Bucket:
                 begin_(self.owned(start, end), numbers, self.segments[index].param.shape, state, self.group)
 
     def owned(self, low: int, high: int) -> Tensor:
-        """Weights `low` ... `high` - 1 of this rank's slice; of a binary bucket, where `low` is a multiple of 8, a copy."""
+        """Weights `low` ... `high` - 1 of this rank's slice; of a binary bucket, where `low` is a
+        multiple of 8, a copy."""
         if not self.binary or self._first_updates:
             return self.weights[self.begin + low : self.begin + high]
         bits = self.signs()[low // 8 : -(-high // 8)]
@@ -268,7 +283,8 @@ class Bucket:
                 yield Run(low, high, self.steps[index])
 
     def signs(self) -> Tensor:
-        """Return this rank's slice of the weights as bits, uint8 [slice_numel / 8]; packed on the first call."""
+        """Return this rank's slice of the weights as bits, uint8 [slice_numel / 8]; packed on the
+        first call."""
         if self.bits is None:
             self.bits = pack_signs(self.weights[self.begin : self.end])
         return self.bits
@@ -305,23 +321,27 @@ class Bucket:
 
     @property
     def travels_as_bits(self) -> bool:
-        """Return True if all weights are +-1 and are sent as bits; False for values, also those before a first update."""
+        """Return True if all weights are +-1 and are sent as bits; False for values, also those
+        before a first update."""
         return self.binary and not self.real
 
     def wire_form(self) -> Tensor:
-        """Return a copy of all weights in a form whose words can be compared: packed signs, or the values' bits as integers."""
+        """Return a copy of all weights in a form whose words can be compared: packed signs, or the
+        values' bits as integers."""
         if self.travels_as_bits:
             return pack_signs(self.weights)
         return self.weights.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[self.weights.element_size()]).clone()
 
     def checksum(self) -> Tensor:
-        """Return a 64-bit sum over the weights, int64 [], with odd factors: one changed word always changes it."""
+        """Return a 64-bit sum over the weights, int64 [], with odd factors: one changed word always
+        changes it."""
         words = self.wire_form()
         factors = torch.arange(1, 2 * words.numel(), 2, device=words.device)
         return (words.to(torch.int64) * factors).sum()
 
     def differences(self, truth: Tensor) -> list[tuple[str, int]]:
-        """Return the parameters whose weights differ from `truth` (a wire form), each with its first differing element."""
+        """Return the parameters whose weights differ from `truth` (a wire form), each with its
+        first differing element."""
         here, differences = self.wire_form(), []
         for segment in self.segments:
             low, high = segment.start, segment.end
@@ -337,7 +357,8 @@ class Bucket:
         return differences
 
     def pieces(self) -> Iterator[tuple[int, str, int, int, int]]:
-        """(segment index, name, first element within the parameter, low, high) of the parameters in this slice."""
+        """(segment index, name, first element within the parameter, low, high) of the parameters in
+        this slice."""
         for index, segment in enumerate(self.segments):
             low, high = max(segment.start, self.begin), min(segment.end, self.end)
             if low < high:
@@ -346,7 +367,8 @@ class Bucket:
 
 @contextmanager
 def unless_nonfinite(finite: Tensor, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Undo on the way out what happened to `tensors` inside, where `finite` (bool []) is False; the host does not wait.
+    """Undo on the way out what happened to `tensors` inside, where `finite` (bool []) is False; the
+    host does not wait.
 
     For rules that know no such flag: costs a copy of each tensor and a pass over it.
     """
@@ -381,7 +403,8 @@ def update_unpacked_(rule: Rule, bits: Tensor, grad: Tensor, state: State, group
 def make_buckets(groups: Sequence[Group], bucket_numel: int, rank: int, world_size: int) -> list[Bucket]:
     """Cut the parameters of `groups` into buckets of about `bucket_numel` elements.
 
-    Backward reaches the parameters of a group roughly in the reverse order of their creation, so the last ones come first.
+    Backward reaches the parameters of a group roughly in the reverse order of their creation, so
+    the last ones come first.
     """
     buckets = []
     for number, group in enumerate(groups):

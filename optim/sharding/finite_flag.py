@@ -1,4 +1,5 @@
-"""Tell the host one step later whether every gradient of a step was finite, which the device decides."""
+"""Tell the host one step later whether every gradient of a step was finite, which the device
+decides."""
 
 import torch
 from torch import Tensor
@@ -7,8 +8,8 @@ from torch import Tensor
 class FiniteFlag:
     """Brings one flag to the host while the device keeps running.
 
-    Waiting for the flag of step t - 1 when forward and backward of step t are queued lets no device run dry: it still has that
-    work.
+    Waiting for the flag of step t - 1 when forward and backward of step t are queued lets no device
+    run dry: it still has that work.
 
     Args:
         device: where the flag is made.

@@ -1,8 +1,9 @@
 """Scale the loss dynamically for fp16, without a read by the host in a step.
 
-fp16 has no numbers below 6e-8: gradients of activations vanish unless the loss is multiplied by a large factor, which the
-optimizer takes out again. The factor is a power of two, so it rounds nothing (Micikevicius et al., "Mixed Precision Training",
-arXiv 1710.03740, section 3.2). An overflow skips the step on every rank and halves it.
+fp16 has no numbers below 6e-8: gradients of activations vanish unless the loss is multiplied by a
+large factor, which the optimizer takes out again. The factor is a power of two, so it rounds
+nothing (Micikevicius et al., "Mixed Precision Training", arXiv 1710.03740, section 3.2). An
+overflow skips the step on every rank and halves it.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,8 @@ class LossScale:
         self._held = torch.zeros((), dtype=torch.int32, device=device)
 
     def update_(self, finite: Tensor) -> None:
-        """Halve the scale after a step that was not `finite` (bool []), double it after GROWTH_STEPS that were."""
+        """Halve the scale after a step that was not `finite` (bool []), double it after
+        GROWTH_STEPS that were."""
         self._held.copy_(torch.where(finite, self._held + 1, 0))
         grows = self._held >= GROWTH_STEPS
         factor = torch.where(finite, torch.where(grows, 2.0, 1.0), 0.5)

@@ -1,7 +1,8 @@
-"""ZeRO for bits: an optimizer whose gradients, state and updates are sharded over the ranks, and whose weights travel as bits.
+"""ZeRO for bits: an optimizer whose gradients, state and updates are sharded over the ranks, and
+whose weights travel as bits.
 
-A binary weight has no latent copy, so the fp32 master weights and the full-width weight all-gather of ZeRO (arXiv 1910.02054) are
-waste here. See the class for the protocol.
+A binary weight has no latent copy, so the fp32 master weights and the full-width weight all-gather
+of ZeRO (arXiv 1910.02054) are waste here. See the class for the protocol.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,44 +26,54 @@ from bitfleet.optim.transitions import KEY, controller_of
 BUCKET_NUMEL = 1 << 23
 
 Observer = Callable[[Bucket, Tensor, Tensor], None]
-"""(bucket, reduced gradient of this rank's slice [slice_numel], what flipped there: packed, uint8 [slice_numel / 8])."""
+"""(bucket, reduced gradient of this rank's slice [slice_numel], what flipped there: packed, uint8
+[slice_numel / 8])."""
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """Shards any `RoutedOptimizer` (Bop2ndOrder, Bop, or one with groups of several rules) over a process group.
+    """Shards any `RoutedOptimizer` (Bop2ndOrder, Bop, or one with groups of several rules) over a
+    process group.
 
-    Protocol, the same for 1..N ranks; each bucket holds parameters of one group, each rank owns one slice of each bucket:
+    Protocol, the same for 1..N ranks; each bucket holds parameters of one group, each rank owns one
+    slice of each bucket:
 
     1. Construction: parameters become views of flat buckets, and take the values of rank 0.
-    2. Backward: a hook moves each gradient into its bucket and frees it. A rank runs `num_replicas / N` backward passes (micro-
-       batches) a step; their gradients are summed in a binary tree. During the last one a complete bucket is sent at once,
-       while backward continues, buckets always in the same order (reduction.py says how): every rank gets the sum of its
-       slice over all ranks, in the same tree continued over the ranks, in fp32: for a power of two of replicas it has the same
-       bits on 1, 2, 4, ... ranks. The bucket's buffers are freed as it lands.
-    3. `step()`: one all-reduce of a few numbers says whether every gradient is finite (if not, no rank updates anything), which
-       parameters had one anywhere, the norm for clipping, and what the last step flipped (transitions.py, where one is set). The
-       rule updates the slice: binary ones on packed signs. On a GPU all of this stays on the device.
-    4. All-gather: packed signs, 8 weights a byte, for the rules of +-1 weights; values for the others. They are unpacked into
-       the parameters.
+    2. Backward: a hook moves each gradient into its bucket and frees it. A rank runs `num_replicas
+       / N` backward passes (micro- batches) a step; their gradients are summed in a binary tree.
+       During the last one a complete bucket is sent at once, while backward continues, buckets
+       always in the same order (reduction.py says how): every rank gets the sum of its slice over
+       all ranks, in the same tree continued over the ranks, in fp32: for a power of two of replicas
+       it has the same bits on 1, 2, 4, ... ranks. The bucket's buffers are freed as it lands.
+    3. `step()`: one all-reduce of a few numbers says whether every gradient is finite (if not, no
+       rank updates anything), which parameters had one anywhere, the norm for clipping, and what
+       the last step flipped (transitions.py, where one is set). The rule updates the slice: binary
+       ones on packed signs. On a GPU all of this stays on the device.
+    4. All-gather: packed signs, 8 weights a byte, for the rules of +-1 weights; values for the
+       others. They are unpacked into the parameters.
 
-    With one rank no collective runs. A parameter that no rank used in a step, or that is frozen when the optimizer is built, is
-    skipped, as in a plain optimizer.
+    With one rank no collective runs. A parameter that no rank used in a step, or that is frozen
+    when the optimizer is built, is skipped, as in a plain optimizer.
 
     Args:
-        optimizer: holds groups and hyperparameters (the groups are shared, so schedules may write into either); its own state
-            must be empty, and it must not be stepped itself.
-        process_group: the ranks; None is the default group, or a single rank where torch.distributed is not initialised.
-        num_replicas: micro-batches of a step over all ranks, a multiple of N; None is N. Losses are means over a micro-batch and
-            are not scaled by the caller: the optimizer divides by num_replicas.
+        optimizer: holds groups and hyperparameters (the groups are shared, so schedules may write
+            into either); its own state must be empty, and it must not be stepped itself.
+        process_group: the ranks; None is the default group, or a single rank where
+            torch.distributed is not initialised.
+        num_replicas: micro-batches of a step over all ranks, a multiple of N; None is N. Losses are
+            means over a micro-batch and are not scaled by the caller: the optimizer divides by
+            num_replicas.
         bucket_numel: parameters in a bucket, about.
-        grad_dtype: what gradients travel as: torch.float32, or torch.bfloat16 at half the traffic; sums are fp32 always, but what
-            is rounded before it travels depends on rank and number of ranks, and so do the bits.
-        max_grad_norm: clip the gradients of full-precision weights (none that are binary or marked so) to this norm over all.
-        check_every: compare the weights of all ranks every N steps; see `check_agreement`. A difference at any
-            other step is overwritten by its gather.
-        defers: the host does not wait for the device in a step: it learns one step later that one was skipped. Same bits. None:
-            on a GPU.
-        scales_loss: for fp16: the caller multiplies each loss by `loss_scale.value`, which the optimizer takes out again.
+        grad_dtype: what gradients travel as: torch.float32, or torch.bfloat16 at half the traffic;
+            sums are fp32 always, but what is rounded before it travels depends on rank and number
+            of ranks, and so do the bits.
+        max_grad_norm: clip the gradients of full-precision weights (none that are binary or marked
+            so) to this norm over all.
+        check_every: compare the weights of all ranks every N steps; see `check_agreement`. A
+            difference at any other step is overwritten by its gather.
+        defers: the host does not wait for the device in a step: it learns one step later that one
+            was skipped. Same bits. None: on a GPU.
+        scales_loss: for fp16: the caller multiplies each loss by `loss_scale.value`, which the
+            optimizer takes out again.
     """
 
     def __init__(
@@ -91,7 +102,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"num_replicas is {num_replicas}, which {self.world_size} ranks cannot share equally")
         self.max_grad_norm, self.check_every = max_grad_norm, check_every
         self.observers: list[Observer] = []
-        """Called for every update of a binary bucket on this rank, after the update and before the weights travel."""
+        """Called for every update of a binary bucket on this rank, after the update and before the
+        weights travel."""
         self.buckets: list[Bucket] = []
         super().__init__(optimizer.param_groups, {})
         self.buckets = make_buckets(self.param_groups, bucket_numel, self.rank, self.world_size)
@@ -101,7 +113,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.num_skipped_in_a_row = 0
         """Skipped steps that the host knows of since the last one that was not."""
         self.updated: bool | Tensor = True
-        """False if the last step was skipped; bool [] on the device if the host does not know yet."""
+        """False if the last step was skipped; bool [] on the device if the host does not know
+        yet."""
         self.transitions = controller_of(
             self.param_groups,
             sum(bucket.numel for bucket in self.buckets if bucket.binary),
@@ -109,7 +122,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         )
         self.observers += [self.transitions.observe] if self.transitions else []
         self.nonfinite: list[str] = []
-        """Parameters whose gradient was not finite in the last step that was skipped, if the host waited for it."""
+        """Parameters whose gradient was not finite in the last step that was skipped, if the host
+        waited for it."""
         device = self.buckets[0].weights.device
         self.defers = device.type == "cuda" if defers is None else defers
         self.loss_scale = LossScale(device) if scales_loss else None
@@ -133,8 +147,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Reduce what is left, update the slices and gather the weights; every rank calls this.
 
         Raises:
-            ValueError: backward has not run num_replicas / N times since the last step, or the model was moved, frozen or
-                unfrozen since the optimizer was built.
+            ValueError: backward has not run num_replicas / N times since the last step, or the
+                model was moved, frozen or unfrozen since the optimizer was built.
             WeightsDiffer: the weights of a rank differ (`check_every`).
         """
         assert closure is None, "a closure cannot be run again by a sharded optimizer"
@@ -151,7 +165,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Take the reduced gradients, and have the device find out whether all are finite and scale them."""
+        """Take the reduced gradients, and have the device find out whether all are finite and scale
+        them."""
         self._grads = self._reduction.take()
         first = self._grads[0]
         if self.loss_scale is not None:
@@ -178,11 +193,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def take_gradients(self) -> tuple[list[Tensor], list[list[bool]]]:
-        """Reduce the gradients of a step that is to update nothing; every rank calls this in place of `step`.
+        """Reduce the gradients of a step that is to update nothing; every rank calls this in place
+        of `step`.
 
         Returns:
-            For each bucket this rank's slice, fp32 [slice_numel], and which of its parameters any rank had a gradient for.
-            `finite` says whether all are finite.
+            For each bucket this rank's slice, fp32 [slice_numel], and which of its parameters any
+            rank had a gradient for. `finite` says whether all are finite.
 
         Raises:
             ValueError: backward has not run num_replicas / N times since the last step.
@@ -196,23 +212,26 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return self._grads, used
 
     def _used_flags(self) -> Tensor:
-        """Return for each parameter whether this rank has a gradient of it, fp32; built again only when that changes."""
+        """Return for each parameter whether this rank has a gradient of it, fp32; built again only
+        when that changes."""
         used = tuple(flag for bucket in self.buckets for flag in bucket.used)
         if used != self._used[0]:
             self._used = used, torch.tensor(used, dtype=torch.float32, device=self.buckets[0].weights.device)
         return self._used[1]
 
     def prepare(self, used_here: Sequence[Sequence[bool]]) -> bool:
-        """Count the step and send its numbers to the device; every rank calls this between `collect` and `update`.
+        """Count the step and send its numbers to the device; every rank calls this between
+        `collect` and `update`.
 
-        The host learns here whether the step before was skipped. Only where it must know more at once, it waits for the device:
-        see `_must_wait`.
+        The host learns here whether the step before was skipped. Only where it must know more at
+        once, it waits for the device: see `_must_wait`.
 
         Args:
             used_here: for each bucket and parameter, whether this rank had a gradient.
 
         Returns:
-            Whether `update` follows; False where the host knows already that it would change nothing.
+            Whether `update` follows; False where the host knows already that it would change
+            nothing.
         """
         self._settle()
         for bucket in self.buckets:
@@ -257,8 +276,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _must_wait(self, used_here: Sequence[Sequence[bool]]) -> bool:
         """Return True if this step's flag is read before its update: the same on every rank.
 
-        That is after a skipped step, so that several in a row are counted without delay; for transitions, whose next value depends
-        on a count; and for a first update, which fills state.
+        That is after a skipped step, so that several in a row are counted without delay; for
+        transitions, whose next value depends on a count; and for a first update, which fills state.
         """
         if not self.defers or self.transitions or self.num_skipped_in_a_row > 0:
             return True
@@ -266,7 +285,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Update the slices and gather the weights; on the device a step that was not finite changes nothing."""
+        """Update the slices and gather the weights; on the device a step that was not finite
+        changes nothing."""
         finite = self.finite if self.defers else None
         numbers = iter(self._step_numbers)
         gathers = []
@@ -288,7 +308,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 bucket.unpack(gathered, flips)
 
     def _knows_flips(self, bucket: Bucket) -> bool:
-        """Return True if `update` must find the flips of `bucket`: for observers, or to write only changes (one rank, CPU)."""
+        """Return True if `update` must find the flips of `bucket`: for observers, or to write only
+        changes (one rank, CPU)."""
         return bucket.binary and bool(self.observers or (self.world_size == 1 and bucket.weights.device.type == "cpu"))
 
     def _settle(self) -> None:
@@ -325,7 +346,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return all_gather_single(whole, mine, group=self.process_group, async_op=True), whole
 
     def forget_skipped_step(self) -> None:
-        """Take back the count of the last step, which was skipped: the run that continues makes it again."""
+        """Take back the count of the last step, which was skipped: the run that continues makes it
+        again."""
         assert self.updated is False
         self.num_steps -= 1
         self._num_skipped_steps -= 1
@@ -352,11 +374,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def close(self) -> None:
-        """Release the parameters, which keep their values, so that another optimizer can take them."""
+        """Release the parameters, which keep their values, so that another optimizer can take
+        them."""
         self._reduction.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this rank's share of the state and the hyperparameters, to be loaded on the same rank of as many."""
+        """Return this rank's share of the state and the hyperparameters, to be loaded on the same
+        rank of as many."""
         groups = [{k: value for k, value in group.items() if k not in ("params", KEY)} for group in self.param_groups]
         self._settle()
         return {
@@ -370,7 +394,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict` of the same rank of as many ranks, and from the present weights.
+        """Continue from `state_dict` of the same rank of as many ranks, and from the present
+        weights.
 
         Raises:
             ValueError: it is of another layout.
@@ -386,23 +411,27 @@ class ShardedOptimizer(torch.optim.Optimizer):
             group.update(saved)
 
     def read_weights(self) -> None:
-        """Read weights that were written into the parameters from outside (a checkpoint that was loaded)."""
+        """Read weights that were written into the parameters from outside (a checkpoint that was
+        loaded)."""
         for bucket in self.buckets:
             bucket.read_weights()
 
     @torch.no_grad()
     def check_agreement(self) -> None:
-        """Compare a checksum of the weights of all ranks, and where it differs the weights with their owners' slices.
+        """Compare a checksum of the weights of all ranks, and where it differs the weights with
+        their owners' slices.
 
         Raises:
-            WeightsDiffer: on every rank; names each differing (rank, parameter, first differing element).
+            WeightsDiffer: on every rank; names each differing (rank, parameter, first differing
+                element).
         """
         named = differing_weights(self.buckets, self.process_group) if self.world_size > 1 else []
         if named:
             raise WeightsDiffer(f"the weights of the ranks differ before step {self.num_steps}: {'; '.join(named)}")
 
     def chunks(self) -> list[Chunk]:
-        """Return this rank's chunks of the state, flat views by parameter: a checkpoint for any number of ranks is made of them."""
+        """Return this rank's chunks of the state, flat views by parameter: a checkpoint for any
+        number of ranks is made of them."""
         return shard_state.chunks(self.buckets)
 
     def bit_chunks(self) -> list[Chunk]:
@@ -410,7 +439,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return shard_state.bit_chunks(self.buckets)
 
     def transition_state(self) -> dict[str, Any] | None:
-        """Return what `transitions` needs to continue, if there are any, the same on every rank; every rank calls this."""
+        """Return what `transitions` needs to continue, if there are any, the same on every rank;
+        every rank calls this."""
         if self.transitions is None:
             return None
         flips = self.transitions.flips.clone()
@@ -429,7 +459,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return shard_state.steps(self.buckets)
 
     def load_steps(self, steps: dict[str, int], num_steps: int, num_skipped_steps: int) -> None:
-        """Continue from state that was written into `chunks`, from the present weights, and from these counts.
+        """Continue from state that was written into `chunks`, from the present weights, and from
+        these counts.
 
         Raises:
             ValueError: they are of other parameters.
@@ -440,7 +471,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def gather_state(self) -> dict[str, dict[str, Tensor]]:
-        """Return the whole optimizer state, parameter name -> key -> tensor of the parameter's shape; every rank calls this."""
+        """Return the whole optimizer state, parameter name -> key -> tensor of the parameter's
+        shape; every rank calls this."""
         self._settle()
         result: dict[str, dict[str, Tensor]] = {}
         for bucket in self.buckets:

@@ -1,13 +1,15 @@
 """Reduce gradients over the ranks: out of backward, bucket by bucket, into the slice of each rank.
 
-A bucket is summed in one fixed tree over the ranks, in one of two ways. Both send (N - 1) / N of the bucket from each rank, and
-in fp32 give the bits of `tree_sum` over the ranks:
+A bucket is summed in one fixed tree over the ranks, in one of two ways. Both send (N - 1) / N of
+the bucket from each rank, and in fp32 give the bits of `tree_sum` over the ranks:
 
-- Halving, for a power of two of ranks: with the neighbour rank ^ 1 each rank swaps one half of the bucket against the other and
-  adds; then with rank ^ 2 half of what is left; and so on (recursive halving: Thakur, Rabenseifner, Gropp, "Optimization of
-  Collective Communication Operations in MPICH", 2005). Ranks of a node are neighbours, so the large messages stay inside of it:
-  with G ranks on each of n nodes a node sends (n - 1) / n of one bucket to others, an all-to-all G times as much. In bf16 what is
-  swapped is rounded, what a rank keeps is not, and sums are fp32: log2(N) roundings lie on the way of half of the gradients.
+- Halving, for a power of two of ranks: with the neighbour rank ^ 1 each rank swaps one half of the
+  bucket against the other and adds; then with rank ^ 2 half of what is left; and so on (recursive
+  halving: Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in
+  MPICH", 2005). Ranks of a node are neighbours, so the large messages stay inside of it: with G
+  ranks on each of n nodes a node sends (n - 1) / n of one bucket to others, an all-to-all G times
+  as much. In bf16 what is swapped is rounded, what a rank keeps is not, and sums are fp32: log2(N)
+  roundings lie on the way of half of the gradients.
 - All-to-all, for any other number of ranks: every gradient is rounded once in bf16.
 """
 
@@ -25,18 +27,18 @@ from torch import Tensor
 from bitfleet.optim.sharding.buckets import Bucket, tree_sum
 
 MAX_FLIGHTS = 2
-"""Largest number of reductions in progress on a CPU: one on the wire, one waiting for it. More would only hold more memory. A GPU
-has no limit: there the host is far ahead, and a wait for the first exchange would hold up the rest of backward (4 bytes per weight
-until the step)."""
+"""Largest number of reductions in progress on a CPU: one on the wire, one waiting for it. More
+would only hold more memory. A GPU has no limit: there the host is far ahead, and a wait for the
+first exchange would hold up the rest of backward (4 bytes per weight until the step)."""
 
 
 all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""Gather one tensor of each rank into one of all: torch's function of this name, or what it is called before torch 2.13, of which
-torch 2.14 warns."""
+"""Gather one tensor of each rank into one of all: torch's function of this name, or what it is
+called before torch 2.13, of which torch 2.14 warns."""
 
 Exchange = Callable[[Tensor, Tensor], Tensor]
-"""(a bucket's gradients of this rank, fp32 [N * slice], room for as many of what travels) -> their sum over the ranks, of this
-rank's slice, fp32 [slice]."""
+"""(a bucket's gradients of this rank, fp32 [N * slice], room for as many of what travels) -> their
+sum over the ranks, of this rank's slice, fp32 [slice]."""
 
 
 _Order = tuple[Exchange, Tensor, Tensor, "Future[Tensor]"]
@@ -60,7 +62,8 @@ def can_halve(world_size: int) -> bool:
 def halving_sum(
     total: Tensor, scratch: Tensor, *, rank: int, world_size: int, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """Reduce-scatter by recursive halving; every rank calls this for the same buckets in the same order.
+    """Reduce-scatter by recursive halving; every rank calls this for the same buckets in the same
+    order.
 
     Args:
         total: this rank's gradients, fp32 [world_size * slice]; written over.
@@ -86,8 +89,8 @@ def halving_sum(
 
 def swap(send: Tensor, received: Tensor, peer: int, group: dist.ProcessGroup | None) -> None:
     """Send `send` to rank `peer` of `group` and receive `received` from it at the same time."""
-    # The receive first: with the send first gloo moves one direction after the other, at half the rate. As bytes, because gloo
-    # has no bfloat16.
+    # The receive first: with the send first gloo moves one direction after the other, at half the
+    # rate. As bytes, because gloo has no bfloat16.
     messages = [
         dist.P2POp(dist.irecv, received.view(torch.uint8), group=group, group_peer=peer),
         dist.P2POp(dist.isend, send.view(torch.uint8), group=group, group_peer=peer),
@@ -136,7 +139,8 @@ class AllToAll:
 
 
 class Courier:
-    """Runs exchanges one after another while backward continues: in a thread on a CPU, on a separate stream on a GPU.
+    """Runs exchanges one after another while backward continues: in a thread on a CPU, on a
+    separate stream on a GPU.
 
     The thread is a daemon: one that waits for a lost rank must not keep a failed process alive.
 
@@ -152,7 +156,8 @@ class Courier:
         self._thread: threading.Thread | None = None
 
     def send(self, exchange: Exchange, total: Tensor) -> Flight:
-        """Start `exchange` of `total`, after all that were started before; `total` now belongs to it."""
+        """Start `exchange` of `total`, after all that were started before; `total` now belongs to
+        it."""
         scratch = torch.empty_like(total, dtype=self._grad_dtype)  # here, where those who count memory see it
         if self._stream is not None:
             return _Streamed(exchange, total, scratch, self._stream)
@@ -207,7 +212,8 @@ class _Streamed:
 
 
 class Reduction:
-    """Point 2 of the protocol of `ShardedOptimizer`: hooks on the parameters, one exchange a bucket, sums in a tree.
+    """Point 2 of the protocol of `ShardedOptimizer`: hooks on the parameters, one exchange a
+    bucket, sums in a tree.
 
     Args:
         buckets: all of them, in the order in which they are sent.
@@ -251,11 +257,13 @@ class Reduction:
         def on_gradient(_: Tensor) -> None:
             if not self._in_backward:
                 self._in_backward = True
-                # As DistributedDataParallel does: the end of this backward, whichever parameters it reaches.
+                # As DistributedDataParallel does: the end of this backward, whichever parameters it
+                # reaches.
                 torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
             if (number, index) in self._arrived:  # the first part of it may be on its way already
                 raise ValueError(
-                    f"{bucket.segments[index].name} got two gradients in one backward pass, as under activation checkpointing "
+                    f"{bucket.segments[index].name} got two gradients in one backward pass, as under activation "
+                    "checkpointing "
                     f"with use_reentrant=True: use use_reentrant=False"
                 )
             self._arrived.add((number, index))
@@ -328,7 +336,8 @@ class Reduction:
             raise ValueError(f"step() after {self._replicas_done} of {local_replicas} backward passes of this rank")
 
     def take(self) -> list[Tensor]:
-        """Wait for all reductions; return the reduced slice of every bucket, fp32, which now belongs to the caller."""
+        """Wait for all reductions; return the reduced slice of every bucket, fp32, which now
+        belongs to the caller."""
         for index in list(self._flights):
             self._land(index)
         self._replicas_done = self._next = 0

@@ -1,9 +1,12 @@
-"""Seed optimizer state for weights that were trained before, so that a run that starts from a file keeps what they learned.
+"""Seed optimizer state for weights that were trained before, so that a run that starts from a file
+keeps what they learned.
 
-With moments of 0 the ratio of the first step is far above any published threshold, and half of the weights flip at once. An
-average of some gradients would not help: half of them are noise of the wrong sign. What is loaded must be in the state: each
-rule's `seed_` fills it as noise of the measured size would have left it, with the sign of the weight. Full-precision parameters
-get Adam's moments of the same gradients, else its first step would move each of them by the whole learning rate.
+With moments of 0 the ratio of the first step is far above any published threshold, and half of the
+weights flip at once. An average of some gradients would not help: half of them are noise of the
+wrong sign. What is loaded must be in the state: each rule's `seed_` fills it as noise of the
+measured size would have left it, with the sign of the weight. Full-precision parameters get Adam's
+moments of the same gradients, else its first step would move each of them by the whole learning
+rate.
 """
 
 from collections.abc import Sequence
@@ -19,7 +22,8 @@ __all__ = ["Seeding"]
 
 
 class Seeding:
-    """Takes in the gradients of some steps, which update nothing, and fills the state of a new optimizer.
+    """Takes in the gradients of some steps, which update nothing, and fills the state of a new
+    optimizer.
 
     Args:
         sharded: before its first step. Every rank does the same.
@@ -35,7 +39,8 @@ class Seeding:
 
     @torch.no_grad()
     def take(self) -> bool:
-        """Take in the gradients of a step whose backward passes have been run; False if one of them is not finite."""
+        """Take in the gradients of a step whose backward passes have been run; False if one of them
+        is not finite."""
         grads, used = self._sharded.take_gradients()
         if not bool(self._sharded.finite):
             return False

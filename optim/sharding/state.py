@@ -1,4 +1,5 @@
-"""Read and write a rank's slices by parameter name, for checkpoints of a sharded optimizer. No communication here."""
+"""Read and write a rank's slices by parameter name, for checkpoints of a sharded optimizer. No
+communication here."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,7 +16,8 @@ class Chunk(NamedTuple):
     """Part of a logical flat tensor of one parameter, of which every rank holds another part."""
 
     key: str
-    """Key of the state ("exp_avg"), or "bits" for the packed signs of a binary weight (uint8, 8 weights a byte)."""
+    """Key of the state ("exp_avg"), or "bits" for the packed signs of a binary weight (uint8, 8
+    weights a byte)."""
     name: str
     """Name of the parameter."""
     tensor: Tensor
@@ -23,7 +25,8 @@ class Chunk(NamedTuple):
     offset: int
     """Index of its first element in the logical tensor."""
     numel: int
-    """Elements of the logical tensor: the parameter's, or a byte for 8 of them, the last one filled up."""
+    """Elements of the logical tensor: the parameter's, or a byte for 8 of them, the last one filled
+    up."""
 
 
 def chunks(buckets: Sequence[Bucket]) -> list[Chunk]:
@@ -44,7 +47,8 @@ def bit_chunks(buckets: Sequence[Bucket]) -> list[Chunk]:
 
 
 def in_bits(buckets: Sequence[Bucket]) -> set[str]:
-    """Return the parameters that `bit_chunks` holds; weights that start as real values are in it after their first update."""
+    """Return the parameters that `bit_chunks` holds; weights that start as real values are in it
+    after their first update."""
     return {
         segment.name
         for bucket in buckets
@@ -55,7 +59,8 @@ def in_bits(buckets: Sequence[Bucket]) -> set[str]:
 
 
 def packed_chunks(bucket: Bucket, key: str, packed: Tensor) -> list[Chunk]:
-    """Return the chunks, by parameter, of a tensor that holds a bit per weight of a slice: uint8 [slice_numel / 8]."""
+    """Return the chunks, by parameter, of a tensor that holds a bit per weight of a slice: uint8
+    [slice_numel / 8]."""
     return [
         Chunk(key, name, packed[low // 8 : -(-high // 8)], first // 8, -(-bucket.segments[i].param.numel() // 8))
         for i, name, first, low, high in bucket.pieces()

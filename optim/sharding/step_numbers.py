@@ -1,4 +1,5 @@
-"""Bring the numbers of a step (rates, thresholds, corrections) to the device, in one small copy per step."""
+"""Bring the numbers of a step (rates, thresholds, corrections) to the device, in one small copy per
+step."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,14 +7,16 @@ import torch
 from torch import Tensor
 
 STRIDE = 4
-"""Floats from one number to the next: each lies on 16 bytes, so that a kernel is compiled for one alignment only."""
+"""Floats from one number to the next: each lies on 16 bytes, so that a kernel is compiled for one
+alignment only."""
 
 
 class StepNumbers:
     """Sends the numbers of each step to the device without waiting for it.
 
-    The host writes into one of two pinned buffers in turns. It may write into the one of two steps ago: before it prepares step t
-    it has seen the finite flag of step t - 1 (`FiniteFlag`), which the device sent after the copy for step t - 2.
+    The host writes into one of two pinned buffers in turns. It may write into the one of two steps
+    ago: before it prepares step t it has seen the finite flag of step t - 1 (`FiniteFlag`), which
+    the device sent after the copy for step t - 2.
 
     Args:
         device: where the kernels run.
@@ -27,9 +30,11 @@ class StepNumbers:
         self._views: list[dict[str, Tensor]] = []
 
     def load(self, numbers: Sequence[Mapping[str, float]]) -> list[dict[str, Tensor]]:
-        """Queue the copy of `numbers`; the same with fp32 [] tensors on the device, which the next call writes over.
+        """Queue the copy of `numbers`; the same with fp32 [] tensors on the device, which the next
+        call writes over.
 
-        As long as the keys are those of the call before, the tensors are too: a CUDA graph can hold them.
+        As long as the keys are those of the call before, the tensors are too: a CUDA graph can hold
+        them.
         """
         layout = tuple(tuple(each) for each in numbers)
         if layout != self._layout or not self._hosts:

@@ -16,10 +16,12 @@ class WeightsDiffer(RuntimeError):
 
 @torch.no_grad()
 def differing_weights(buckets: Sequence[Bucket], process_group: dist.ProcessGroup | None) -> list[str]:
-    """Compare a checksum of every bucket over the ranks, and look closer at those that differ; every rank calls this.
+    """Compare a checksum of every bucket over the ranks, and look closer at those that differ;
+    every rank calls this.
 
     Returns:
-        "rank 1: fc.weight from element 345", a text for each rank and parameter that is wrong; the same on every rank.
+        "rank 1: fc.weight from element 345", a text for each rank and parameter that is wrong; the
+        same on every rank.
     """
     world_size = dist.get_world_size(process_group)
     sums = torch.stack([bucket.checksum() for bucket in buckets])
@@ -45,7 +47,8 @@ def union(names: list[str], process_group: dist.ProcessGroup | None) -> list[str
 
 
 def _wrong_here(bucket: Bucket, checksums: list[int], process_group: dist.ProcessGroup | None) -> list[tuple[str, int]]:
-    """Return the parameters of `bucket` that are wrong on this rank, each with its first wrong element."""
+    """Return the parameters of `bucket` that are wrong on this rank, each with its first wrong
+    element."""
     truth = bucket.wire_form()
     if bucket.travels_as_bits:  # the owners have the truth in their packed slices
         all_gather_single(truth, bucket.signs(), group=process_group)

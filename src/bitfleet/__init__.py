@@ -1,4 +1,4 @@
-"""bitfleet trains binarized neural networks with optimizers that flip bits instead of nudging latent weights."""
+"""Train binarized neural networks with optimizers that flip bits instead of latent weights."""
 
 from importlib.metadata import PackageNotFoundError, version
 

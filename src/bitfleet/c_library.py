@@ -1,7 +1,8 @@
 """Build a C source file of the package with the system's compiler, once per machine, and load it.
 
-No header of torch is needed, so a build takes about a second. The result is kept in a cache folder ($BITFLEET_CACHE, else
-$XDG_CACHE_HOME/bitfleet, else ~/.cache/bitfleet), under a name that depends on the source, the compiler and the CPU.
+No header of torch is needed, so a build takes about a second. The result is kept in a cache folder
+($BITFLEET_CACHE, else $XDG_CACHE_HOME/bitfleet, else ~/.cache/bitfleet), under a name that depends
+on the source, the compiler and the CPU.
 """
 
 import contextlib
@@ -33,8 +34,8 @@ def load_c_library(source: Path) -> ctypes.CDLL:
     if compiler is None:
         raise CLibraryError("no C compiler (cc or gcc) on the PATH")
     problem = ""
-    # Linked without an OpenMP library, its calls bind to the one that torch has loaded. A torch without one, or with another
-    # kind, does not load it: then the functions run on one thread.
+    # Linked without an OpenMP library, its calls bind to the one that torch has loaded. A torch
+    # without one, or with another kind, does not load it: then the functions run on one thread.
     for flags in ((*FLAGS, "-fopenmp"), FLAGS):
         try:
             return load_built(source, compiler, flags)

@@ -1,4 +1,5 @@
-"""Runs on every rank: chunks of logical tensors go to files and come back, to the ranks that wrote them and to others."""
+"""Runs on every rank: chunks of logical tensors go to files and come back, to the ranks that wrote
+them and to others."""
 
 import os
 import sys

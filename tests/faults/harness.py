@@ -81,7 +81,8 @@ class Job:
         meanwhile: Callable[[Process], float] | None = None,
         step_seconds: float = 0.0,
     ) -> Outcome:
-        """Run the job with `fault` to its end; check that all its processes end and that no checkpoint is lost.
+        """Run the job with `fault` to its end; check that all its processes end and that no
+        checkpoint is lost.
 
         Args:
             fault: see job.py.

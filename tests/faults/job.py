@@ -1,9 +1,10 @@
 """Train as launch/train.py, with one fault that the environment variable BITFLEET_FAULT describes.
 
-BITFLEET_FAULT is a JSON object: "rank" that does "action" when "point" is reached in or after "step". Points are the methods of
-a save ("write_tensors:before", "commit:after", ...), "step" (before it), "backward" (after one of its two), "validation"
-(before it). BITFLEET_PROGRESS is a file into which rank 0 writes the number of steps done; the time of the fault goes into a
-file next to it. BITFLEET_STEP_SECONDS slows every step down.
+BITFLEET_FAULT is a JSON object: "rank" that does "action" when "point" is reached in or after
+"step". Points are the methods of a save ("write_tensors:before", "commit:after", ...), "step"
+(before it), "backward" (after one of its two), "validation" (before it). BITFLEET_PROGRESS is a
+file into which rank 0 writes the number of steps done; the time of the fault goes into a file next
+to it. BITFLEET_STEP_SECONDS slows every step down.
 """
 
 import json
@@ -20,7 +21,6 @@ from torch import Tensor
 from bitfleet.launch.train import main
 from bitfleet.trainer import trainer as loop
 from bitfleet.trainer.checkpoint.saver import Saver
-from bitfleet.trainer.engine import train_step
 from bitfleet.trainer.run.stop import StopWatcher, launcher_processes
 from bitfleet.trainer.trainer import Trainer
 
@@ -98,7 +98,7 @@ def reach(point: str, trainer: Trainer | None = None) -> None:
 
 
 def watch_backward_and_validation() -> None:
-    backward, validate = train_step.backward, loop.validate
+    backward, validate = loop.backward, loop.validate
 
     def watched_backward(*args: Any) -> None:
         backward(*args)
@@ -108,7 +108,7 @@ def watch_backward_and_validation() -> None:
         reach("validation")
         return validate(*args)
 
-    train_step.backward, loop.validate = watched_backward, watched_validate
+    loop.backward, loop.validate = watched_backward, watched_validate
 
 
 def watch_steps() -> None:

@@ -1,4 +1,5 @@
-"""Kill, signal, fill disks, damage files: nothing hangs, no checkpoint is lost, and the run ends with the same bits."""
+"""Kill, signal, fill disks, damage files: nothing hangs, no checkpoint is lost, and the run ends
+with the same bits."""
 
 import os
 import random
@@ -152,7 +153,8 @@ def test_random_faults(seed: int, tiny: list[str], tmp_path: Path, undisturbed: 
         name, outcome = disturb(kind, job, generator, step)
         counts[kind] += 1
         print(
-            f"seed {seed} fault {number}: {name}: code {outcome.code}, {outcome.seconds:.1f} s, lost {outcome.steps_lost}"
+            f"seed {seed} fault {number}: {name}: code {outcome.code}, {outcome.seconds:.1f} s, lost "
+            f"{outcome.steps_lost}"
         )
         if "SIGKILL:agent" not in name and step_after(job) < NUM_STEPS:  # there the deepspeed command says 0
             assert outcome.code != 0, outcome.output

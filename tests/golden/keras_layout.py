@@ -39,7 +39,8 @@ def nchw(array: np.ndarray) -> Tensor:
 
 @functools.cache
 def variables(name: str) -> Variables:
-    """The recorded variables of each layer of a model, "kernel:0" and so on, in the order of Keras' `model.layers`."""
+    """The recorded variables of each layer of a model, "kernel:0" and so on, in the order of Keras'
+    `model.layers`."""
     graph, _ = load_model(name)
     found: dict[str, dict[str, np.ndarray]] = {}
     for layer in graph["layers"]:

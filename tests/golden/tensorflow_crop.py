@@ -1,7 +1,8 @@
-"""tf.image.sample_distorted_bounding_box one window at a time, as its C++ has it, with the whole image as the object.
+"""tf.image.sample_distorted_bounding_box one window at a time, as its C++ has it, with the whole
+image as the object.
 
-After tensorflow/core/kernels/image/sample_distorted_bounding_box_op.cc and tensorflow/core/lib/random/simple_philox.h.
-float is np.float32 here, double is float.
+After tensorflow/core/kernels/image/sample_distorted_bounding_box_op.cc and
+tensorflow/core/lib/random/simple_philox.h. float is np.float32 here, double is float.
 """
 
 from typing import Protocol

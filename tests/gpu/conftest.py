@@ -1,7 +1,7 @@
 """Share between the tests on a GPU.
 
-BITFLEET_GPU_DRY_RUN=1 runs all of them on the CPU, at tiny sizes: then they compare the CPU with itself. A warning is not an
-error here: those of the libraries of a new device are not known.
+BITFLEET_GPU_DRY_RUN=1 runs all of them on the CPU, at tiny sizes: then they compare the CPU with
+itself. A warning is not an error here: those of the libraries of a new device are not known.
 """
 
 import os

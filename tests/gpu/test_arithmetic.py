@@ -1,4 +1,5 @@
-"""The settings of a run on a GPU: TF32 or not, sums in fp32, the doctor's kernel, and NCCL on one rank."""
+"""The settings of a run on a GPU: TF32 or not, sums in fp32, the doctor's kernel, and NCCL on one
+rank."""
 
 import os
 from typing import Any

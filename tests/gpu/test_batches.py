@@ -1,4 +1,5 @@
-"""Batches on a real GPU: the bytes of the CPU path, no wait of the host, no memory that is used too early."""
+"""Batches on a real GPU: the bytes of the CPU path, no wait of the host, no memory that is used too
+early."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -77,7 +78,8 @@ def keep_busy(matrix: torch.Tensor) -> None:
 def test_what_a_cpu_decoded_arrives_as_it_was(
     root: str, kind: str, loader: str, device: torch.device, matrix: torch.Tensor, num_batches: int
 ) -> None:
-    """Read batches while the device is busy, each after later ones: a copy that is not waited for would come too late."""
+    """Read batches while the device is busy, each after later ones: a copy that is not waited for
+    would come too late."""
     options = {**KINDS[kind], "loader": loader, "device": "cpu"}
     sums, held = [], []
     for images, labels in islice(batches(root, device, **options), num_batches):

@@ -49,7 +49,8 @@ def sized(transform: Transform, is_dry: bool) -> Transform:
 def test_the_gpu_decodes_what_the_cpu_does(
     transform: Transform, photos: Path, device: torch.device, is_dry: bool
 ) -> None:
-    """The bounds are a prediction: rounding of another inverse transform and resize, no other window, flip or chroma."""
+    """The bounds are a prediction: rounding of another inverse transform and resize, no other
+    window, flip or chroma."""
     decoders: tuple[Decoder, Decoder] = ("cpu", "cpu") if is_dry else ("gpu", "cpu")
     found = compare_pixels(photos, sized(transform, is_dry), decoders, device, batch_size=4 if is_dry else 64)
     assert found["labels_equal"]

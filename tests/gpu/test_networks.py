@@ -1,4 +1,5 @@
-"""The networks on the device: gradients close to the CPU's, exact sums of binary convolutions, the same bits twice."""
+"""The networks on the device: gradients close to the CPU's, exact sums of binary convolutions, the
+same bits twice."""
 
 import pytest
 import torch

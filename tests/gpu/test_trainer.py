@@ -1,4 +1,5 @@
-"""The trainer's step on the device: it never waits between logging steps, and as a CUDA graph it has the same bits."""
+"""The trainer's step on the device: it never waits between logging steps, and as a CUDA graph it
+has the same bits."""
 
 import dataclasses
 from collections.abc import Iterator

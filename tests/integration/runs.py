@@ -52,7 +52,8 @@ def scalar_steps(run: Path, tag: str) -> list[int]:
 
 
 def failed(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Check that the job failed and that one line says why, with these words (names, values) in this order."""
+    """Check that the job failed and that one line says why, with these words (names, values) in
+    this order."""
     assert done.returncode != 0, done.stdout
     lines = [line for line in done.stdout.splitlines() if line.startswith("bitfleet: error")]
     assert len(lines) == 1, done.stdout

@@ -1,4 +1,5 @@
-"""Benchmarks of traffic, memory, checkpoints and loaders count what they should, on two ranks. Nothing is timed."""
+"""Benchmarks of traffic, memory, checkpoints and loaders count what they should, on two ranks.
+Nothing is timed."""
 
 import gc
 import os
@@ -50,7 +51,8 @@ def check_traffic(rows: Table) -> None:
     for grad_dtype, width in (("fp32", 4), ("bf16", 2)):
         bits, none, zero1, zero2, ddp = (rows[method, grad_dtype][0] for method in TITLES)
         real = NUM_REAL / NUM_BINARY
-        # Half of all gradients, of the signs and of the real values; then a little for what is agreed on before the update.
+        # Half of all gradients, of the signs and of the real values; then a little for what is
+        # agreed on before the update.
         least = (width + 1 / 8) / 2 + real * (width + 4) / 2
         assert least < bits < least + 0.002
         assert none == pytest.approx(width * (1 + real), abs=0.001)
@@ -104,7 +106,8 @@ def test_memory_of_two_ranks_stays_in_bounds(deepspeed: Launch) -> None:
     rows = parse(done.stdout)
     for grad_dtype in GRAD_DTYPES:
         after_step, *peaks = rows["bits", grad_dtype]
-        # Weights, two moments of half of them, and the slice as bits; the real weights of the bits are the rest.
+        # Weights, two moments of half of them, and the slice as bits; the real weights of the bits
+        # are the rest.
         assert after_step == pytest.approx(4 + 8 / 2 + 1 / 16, abs=0.01)
         assert max(peaks) <= 8 + 8 / 2 + 2 * 0.5
         assert after_step < rows["zero1", grad_dtype][0] < rows["none", grad_dtype][0]

@@ -14,7 +14,8 @@ SECONDS = 600
 
 
 def test_a_compiled_run_is_continued_as_one(tiny: list[str], tmp_path: Path) -> None:
-    """Two ranks compile, validate eagerly, stop and resume without --model.compile: the bits of an uninterrupted run."""
+    """Two ranks compile, validate eagerly, stop and resume without --model.compile: the bits of an
+    uninterrupted run."""
     # The first step, on real weights, is not compiled.
     options = [*tiny, "--num_threads", "1", "--resume", "auto", "--model.initial_weights", "real"]
     straight = ["--run_dir", tmp_path / "straight", "--model.compile", "on"]

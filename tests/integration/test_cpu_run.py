@@ -1,4 +1,5 @@
-"""Run on the CPU of a machine that has GPUs: CUDA is never started. In fresh processes: importing counts too."""
+"""Run on the CPU of a machine that has GPUs: CUDA is never started. In fresh processes: importing
+counts too."""
 
 import json
 import sys

@@ -1,4 +1,5 @@
-"""From raw images to a trained run with the commands of the README, and what a run does when its data changes under it."""
+"""From raw images to a trained run with the commands of the README, and what a run does when its
+data changes under it."""
 
 import os
 import shutil
@@ -56,7 +57,8 @@ def options_for(tiny: list[str], root: Path, run: Path, *more: str) -> list[str]
 
 @pytest.mark.slow
 def test_folders_shards_and_the_other_loader_train_the_same_bits(root: Path, tiny: list[str], tmp_path: Path) -> None:
-    """Nothing is resized here, so that DALI and torchvision give the same bytes, and a packed PNG would not."""
+    """Nothing is resized here, so that DALI and torchvision give the same bytes, and a packed PNG
+    would not."""
     assert data("verify", root, "--num_workers", "1")[0] == 0
     script = tmp_path / "without_dali.py"
     script.write_text(WITHOUT_DALI)
@@ -129,7 +131,8 @@ def test_ranks_with_different_data_do_not_train(root: Path, tiny: list[str], tmp
 def test_class_folders_that_one_rank_does_not_have_whole_end_the_job(
     tiny_images: Path, tiny: list[str], tmp_path: Path
 ) -> None:
-    """Never prepared; what is left out on one rank ends all of them, and what all ranks allow is said once."""
+    """Never prepared; what is left out on one rank ends all of them, and what all ranks allow is
+    said once."""
     for rank in "01":
         shutil.copytree(tiny_images, tmp_path / rank / "data")
     (tmp_path / "1/data/val/class1").rename(tmp_path / "1/data/val/.class1")

@@ -1,4 +1,5 @@
-"""The update rule of docs/extending.md, added as one file to a copy of the sources, through every command."""
+"""The update rule of docs/extending.md, added as one file to a copy of the sources, through every
+command."""
 
 import os
 import re
@@ -13,18 +14,18 @@ from tests.conftest import BIN, REPOSITORY, free_port
 
 pytestmark = pytest.mark.slow
 ROOMS = ("trainer", "optim", "models", "launch", "configs")
-SWEEP = '''
-"""Votes against Bop."""
+SWEEP = """
+from dataclasses import replace
 
 from bitfleet.configs.sweeps import s52_optimizers
-from dataclasses import replace
+from bitfleet.configs.sweeps.sweep import Point
 
 
 def sweep():
-    base = s52_optimizers.sweep()
-    points = tuple(replace(point, arguments=("--optim.rule", rule)) for point, rule in zip(base.points, ("vote", "bop")))
-    return replace(base, name="votes", points=points, seeds=(0,))
-'''
+    points = tuple(Point({"optimizer": rule}, ("--optim.rule", rule)) for rule in ("vote", "bop"))
+    axes = {"optimizer": ("vote", "bop")}
+    return replace(s52_optimizers.sweep(), name="votes", points=points, axes=axes, seeds=(0,))
+"""
 
 
 def example(name: str) -> str:
@@ -44,7 +45,8 @@ def run(checkout: Path, *command: str) -> str:
 
 
 def test_a_rule_of_one_file_goes_through_every_command(tmp_path: Path) -> None:
-    """Two ranks, resumed on one with equal bits, diagnostics, sweep, report, advise, checkpoint tools."""
+    """Two ranks, resumed on one with equal bits, diagnostics, sweep, report, advise, checkpoint
+    tools."""
     checkout = tmp_path / "checkout"
     for room in ROOMS:
         shutil.copytree(REPOSITORY / room, checkout / room, ignore=shutil.ignore_patterns("__pycache__"))
@@ -54,7 +56,8 @@ def test_a_rule_of_one_file_goes_through_every_command(tmp_path: Path) -> None:
 
     bitfleet = (sys.executable, "-m", "bitfleet.launch")
     options = (
-        "--config fashion_small --optim.rule vote --model.width 8 --epochs 1 --num_replicas 2 --num_threads 1 --device cpu "
+        "--config fashion_small --optim.rule vote --model.width 8 --epochs 1 --num_replicas 2 --num_threads 1 "
+        "--device cpu "
         "--metrics.every_steps 4 --metrics.diagnostics True"
     ).split()
     moved, straight = str(tmp_path / "moved"), str(tmp_path / "straight")

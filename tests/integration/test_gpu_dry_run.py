@@ -1,4 +1,5 @@
-"""The tests and the benchmark of a GPU, dry-run on the CPU at tiny sizes: on a device they fail for no silly reason."""
+"""The tests and the benchmark of a GPU, dry-run on the CPU at tiny sizes: on a device they fail for
+no silly reason."""
 
 import re
 import sys
@@ -61,7 +62,8 @@ def missing(folder: Path, *modules: str) -> str:
 
 
 def dry_run_bench(path: str, output: Path, *arguments: str) -> tuple[list[Row], str]:
-    """Run `bench gpu --tiny` with the folder `path` in front of all modules; returns the results and what was printed."""
+    """Run `bench gpu --tiny` with the folder `path` in front of all modules; returns the results
+    and what was printed."""
     code = f"import sys; sys.path.insert(0, {path!r}); from bitfleet.launch.cli import main; main()"
     command = [sys.executable, "-c", code, "bench", "gpu", "--tiny", "--seconds", "800", "--output", str(output)]
     done = run_command([*command, *arguments], timeout=900)

@@ -1,4 +1,5 @@
-"""`bitfleet launch deepspeed` with real processes: signals, killed launchers, exit codes, and two hosts behind pdsh."""
+"""`bitfleet launch deepspeed` with real processes: signals, killed launchers, exit codes, and two
+hosts behind pdsh."""
 
 import contextlib
 import os
@@ -23,7 +24,8 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def start(tiny: list[str], tmp_path: Path) -> Iterator[Start]:
-    """Start a run in tmp_path/run; at the end all processes with that folder on their command line are killed."""
+    """Start a run in tmp_path/run; at the end all processes with that folder on their command line
+    are killed."""
     run = str(tmp_path / "run")
 
     def launch(*where: str, **variables: str) -> subprocess.Popen[str]:
@@ -46,7 +48,8 @@ def start(tiny: list[str], tmp_path: Path) -> Iterator[Start]:
 
 
 def of_run(run: Path | str) -> list[psutil.Process]:
-    """Return the launchers, ranks and workers of a run: processes with its folder on their command line."""
+    """Return the launchers, ranks and workers of a run: processes with its folder on their command
+    line."""
     processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -92,7 +95,8 @@ def test_signal_reaches_all_ranks_and_the_code_is_75(start: Start, tmp_path: Pat
 
 @pytest.mark.parametrize("victim", ["agent", pytest.param("command", marks=pytest.mark.slow)])
 def test_killed_launcher_is_no_success_and_leaves_nobody(victim: str, start: Start, tmp_path: Path) -> None:
-    """DeepSpeed's command returns 0 when its agent is killed, and leaves the ranks behind when itself is."""
+    """DeepSpeed's command returns 0 when its agent is killed, and leaves the ranks behind when
+    itself is."""
     job = start("--gpus", "2")
     wait_until_it_trains(tmp_path / "run", job)
     (agent,) = agents(tmp_path / "run")

@@ -98,7 +98,8 @@ def test_slurm_saves_and_requeues(
 
 
 SIGNAL_BEFORE_SRUN_IS_KNOWN = """
-trap 'if [ "$BASH_COMMAND" = "srun=\\$!" ]; then while [ ! -e "$FAKE/ready" ]; do sleep 0.02; done; kill -USR1 $$; fi' DEBUG
+trap 'if [ "$BASH_COMMAND" = "srun=\\$!" ]; then
+    while [ ! -e "$FAKE/ready" ]; do sleep 0.02; done; kill -USR1 $$; fi' DEBUG
 """
 
 

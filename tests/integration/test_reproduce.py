@@ -1,4 +1,5 @@
-"""`bitfleet reproduce`: a dry run that is stopped, continued on other ranks, judged again; on tiny images."""
+"""`bitfleet reproduce`: a dry run that is stopped, continued on other ranks, judged again; on tiny
+images."""
 
 import json
 from pathlib import Path
@@ -15,7 +16,8 @@ pytestmark = pytest.mark.slow
 def test_dry_run_continues_on_other_ranks_and_ends_with_a_card(
     deepspeed: Launch, tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """12 steps an epoch and 3 epochs; stopped in the second one on one rank, continued by the same command on two."""
+    """12 steps an epoch and 3 epochs; stopped in the second one on one rank, continued by the same
+    command on two."""
     options = ["birealnet18", "--dry_run", "--data.root", tiny_images, "--model.num_classes", "4", "--epochs", "3"]
     options += ["--global_batch_size", "16", "--num_replicas", "2", "--output", tmp_path]
     run = tmp_path / "reproduce" / "birealnet18-dry-run-seed-0"

@@ -88,7 +88,8 @@ def test_second_run_in_a_folder_is_refused(options: list[str], tmp_path: Path) -
 
 
 def test_damaged_checkpoint_is_set_aside(straight: Path, options: list[str], tmp_path: Path) -> None:
-    """One bit of the newest is wrong: the run continues from the one before it, says so, and overwrites nothing."""
+    """One bit of the newest is wrong: the run continues from the one before it, says so, and
+    overwrites nothing."""
     run = shutil.copytree(straight, tmp_path / "run")
     newest = checkpoints(run)[-1]
     assert len(checkpoints(run)) > 1

@@ -1,4 +1,5 @@
-"""Train with rules that have no kernel on packed signs: under every sharding, and on a changing number of ranks."""
+"""Train with rules that have no kernel on packed signs: under every sharding, and on a changing
+number of ranks."""
 
 from pathlib import Path
 
@@ -14,7 +15,8 @@ pytestmark = pytest.mark.slow
 def test_every_sharding_and_number_of_ranks_trains_the_same_bits(
     rule: str, shardings: tuple[str, ...], tiny: list[str], tmp_path: Path
 ) -> None:
-    """Uninterrupted on two ranks; stopped in mid-epoch and resumed on one; and with another sharding."""
+    """Uninterrupted on two ranks; stopped in mid-epoch and resumed on one; and with another
+    sharding."""
     options = [*tiny, "--num_replicas", "2", "--num_threads", "1", "--resume", "auto", "--optim.rule", rule]
     parts = {"straight": [(2, NUM_STEPS, "bits")], "moved": [(2, 17, "bits"), (1, NUM_STEPS, "bits")]}
     parts |= {sharding: [(2, 17, sharding), (2, NUM_STEPS, sharding)] for sharding in shardings}

@@ -82,7 +82,8 @@ def test_interrupted_killed_and_failing_runs(tiny: list[str], tmp_path: Path) ->
     wait_for(lambda: not any(map(is_running, children)), 60)
     assert [log_file.read_text().count("stopped by SIGTERM after step") for log_file in folder.glob("logs/*")] == [2, 2]
 
-    # One run cannot have its folder: given up after two attempts, with its sentence; the others come to their end.
+    # One run cannot have its folder: given up after two attempts, with its sentence; the others
+    # come to their end.
     (taken,) = [run for run in runs.values() if run.name == "variant-threshold-high-seed0"]
     taken.mkdir(parents=True, exist_ok=True)
     with (taken / ".lock").open("a+") as lock:

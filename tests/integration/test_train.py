@@ -1,4 +1,5 @@
-"""Train, evaluate and refuse on tiny images: the main job under DeepSpeed's launcher and torchrun, the others as forks."""
+"""Train, evaluate and refuse on tiny images: the main job under DeepSpeed's launcher and torchrun,
+the others as forks."""
 
 import importlib.metadata
 import json
@@ -96,7 +97,8 @@ def test_tensorboard_shows_the_run(straight: tuple[Path, str]) -> None:
 def test_deepspeed_stages_train_the_same_bits(
     sharding: str, straight: tuple[Path, str], tiny: list[str], tmp_path: Path
 ) -> None:
-    """Compare DeepSpeed's ZeRO stages 0 to 3, some of them interrupted, with bitfleet's sharding of `straight`."""
+    """Compare DeepSpeed's ZeRO stages 0 to 3, some of them interrupted, with bitfleet's sharding of
+    `straight`."""
     run, _ = straight
     options = [*tiny, "--run_dir", tmp_path / "run", "--resume", "auto", "--engine.sharding", sharding]
     for last in (17, NUM_STEPS) if sharding != "none" else (NUM_STEPS,):
@@ -160,7 +162,8 @@ def test_one_rank_alone_and_other_options(tiny: list[str], tmp_path: Path) -> No
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_evaluate_counts_every_image_once(num_ranks: int, straight: tuple[Path, str]) -> None:
-    """28 images on 3 ranks in batches of 100: one rank has fewer; the output is the validation of the run."""
+    """28 images on 3 ranks in batches of 100: one rank has fewer; the output is the validation of
+    the run."""
     run, _ = straight
     alone = run_bitfleet("evaluate", checkpoints(run)[-1])
     options = ["--precision", "fp32", "fp32"] if num_ranks == 3 else []

@@ -1,4 +1,5 @@
-"""Start and watch a training job on the hosts of a lab as a user would: by `deepspeed --hostfile`, from one of them."""
+"""Start and watch a training job on the hosts of a lab as a user would: by `deepspeed --hostfile`,
+from one of them."""
 
 import os
 import subprocess
@@ -12,7 +13,8 @@ from tests.multinode.lab import LEFT_SECONDS, SBIN, Lab
 
 
 class HostJob:
-    """A job that `deepspeed --hostfile` started on the first host of a lab; it runs tests/faults/job.py.
+    """A job that `deepspeed --hostfile` started on the first host of a lab; it runs
+    tests/faults/job.py.
 
     Args:
         lab: the hosts.
@@ -99,7 +101,8 @@ class HostJob:
             raise AssertionError(f"still running after {seconds} s:\n{self.output}") from None
 
     def ends_everywhere(self, since: float, *hosts: str) -> int:
-        """Wait for the end of the command and of its processes on `hosts`; return its exit code. Prints times."""
+        """Wait for the end of the command and of its processes on `hosts`; return its exit code.
+        Prints times."""
         code = self.wait(LEFT_SECONDS)
         seconds = {"command": time.monotonic() - since}
         for host in hosts:

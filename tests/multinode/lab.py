@@ -1,8 +1,10 @@
-"""Hosts on one machine: network, process, mount, host name and IPC namespaces, joined by cables (veth pairs) at a switch.
+"""Hosts on one machine: network, process, mount, host name and IPC namespaces, joined by cables
+(veth pairs) at a switch.
 
-The switch is a bridge in a network namespace of its own, so nothing of the real machine's network is touched, and no name can
-meet that of another lab. Every host has its own address, sshd, /dev/shm and /run; below /etc and ~/.ssh only its view is changed.
-A host lives as long as its process `unshare`, and that as long as this process: nothing is left behind, however the tests end.
+The switch is a bridge in a network namespace of its own, so nothing of the real machine's network
+is touched, and no name can meet that of another lab. Every host has its own address, sshd, /dev/shm
+and /run; below /etc and ~/.ssh only its view is changed. A host lives as long as its process
+`unshare`, and that as long as this process: nothing is left behind, however the tests end.
 """
 
 import contextlib
@@ -188,7 +190,8 @@ class Lab:
         return subprocess.run(self.command(host, *command), capture_output=True, text=True, timeout=60)
 
     def processes(self, host: str, word: str) -> list[int]:
-        """Return the processes of a host with `word` in their command line (ids of this machine)."""
+        """Return the processes of a host with `word` in their command line (ids of this
+        machine)."""
         space = os.readlink(f"/proc/{self._first_process(host)}/ns/pid")
         found = []
         for entry in Path("/proc").iterdir():
@@ -206,7 +209,8 @@ class Lab:
                     os.kill(pid, signal.SIGKILL)
 
     def wait_until_gone(self, host: str, word: str, since: float) -> float:
-        """Wait until no process of a host has `word` in its command line; return the seconds since `since`."""
+        """Wait until no process of a host has `word` in its command line; return the seconds since
+        `since`."""
         while left := self.processes(host, word):
             assert time.monotonic() - since < LEFT_SECONDS, f"left on {host}: {left}"
             time.sleep(0.1)

@@ -1,4 +1,5 @@
-"""Hosts that die, cables that are cut, hosts that differ: one clear message, nothing left, and a run that continues."""
+"""Hosts that die, cables that are cut, hosts that differ: one clear message, nothing left, and a
+run that continues."""
 
 import json
 import os
@@ -29,7 +30,8 @@ def assert_same_run(one_host: Path, run: Path) -> None:
 
 
 def test_two_hosts_are_one_host(two_hosts: Lab, one_host: Path, options: list[str], tmp_path: Path) -> None:
-    """Run 2 hosts x 2 ranks through pdsh and ssh over a cable of 20 Mbit/s: slower, but the same bits."""
+    """Run 2 hosts x 2 ranks through pdsh and ssh over a cable of 20 Mbit/s: slower, but the same
+    bits."""
     two_hosts.throttle(B, "20mbit")
     try:
         job = HostJob(two_hosts, 2, [*options, "--run_dir", tmp_path / "run"])
@@ -69,7 +71,8 @@ def end_ssh(hosts: Lab) -> None:
 
 
 def test_a_run_goes_on_after_every_fault(two_hosts: Lab, one_host: Path, options: list[str], tmp_path: Path) -> None:
-    """Interrupt one run by a killed host, a cut cable, a signal to one rank and a lost ssh session."""
+    """Interrupt one run by a killed host, a cut cable, a signal to one rank and a lost ssh
+    session."""
     run = tmp_path / "run"
     faults: list[tuple[Callable[[Lab], None], str]] = [
         (kill_host, "lost the host host-b (rank 1) in step "),

@@ -1,8 +1,8 @@
 """Record what training must go on to compute: losses, and the bits of weights and optimizer state.
 
-`python -m tests.numerics.recorded` writes tests/golden/recorded.json anew; the commit says why training changed. As a job,
-`torchrun -m tests.numerics.recorded FOLDER [--stop_at STEP] NAME...` trains the named recordings on its ranks below FOLDER and
-writes FOLDER/found.json.
+`python -m tests.numerics.recorded` writes tests/golden/recorded.json anew; the commit says why
+training changed. As a job, `torchrun -m tests.numerics.recorded FOLDER [--stop_at STEP] NAME...`
+trains the named recordings on its ranks below FOLDER and writes FOLDER/found.json.
 """
 
 import dataclasses
@@ -56,7 +56,8 @@ RECORDINGS = RULES | CURVES | LONG
 
 
 def machine() -> str:
-    """What the bits of a floating-point sum depend on besides the program: CPU, its vector unit and torch."""
+    """What the bits of a floating-point sum depend on besides the program: CPU, its vector unit and
+    torch."""
     with Path("/proc/cpuinfo").open() as lines:
         facts = dict(line.split(":", 1) for line in lines if ":" in line)
     cpu = " ".join(value.strip() for key, value in facts.items() if key.strip() in ("model name", "cpu family"))
@@ -70,7 +71,8 @@ def config_of(recording: Recording, folder: Path) -> TrainConfig:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """Losses of the run in `folder`, and the hash of its last checkpoint's weights and optimizer state."""
+    """Losses of the run in `folder`, and the hash of its last checkpoint's weights and optimizer
+    state."""
     digest = hashlib.sha256()
     for name, tensor in sorted(checkpoint_tensors.read(checkpoints(folder)[-1], "").items()):
         digest.update(name.encode())
@@ -80,7 +82,8 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def record(names: list[str], folder: Path, *, stop_at: int | None = None) -> dict[str, dict[str, Any]]:
-    """Train the recordings `names` on the ranks of this job; with `stop_at` each is stopped there and resumed."""
+    """Train the recordings `names` on the ranks of this job; with `stop_at` each is stopped there
+    and resumed."""
     found = {}
     configs = {name: config_of(RECORDINGS[name], folder / f"{number}") for number, name in enumerate(names)}
     with job("cpu", configs[names[0]]) as (ranks, device):

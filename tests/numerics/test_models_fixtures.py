@@ -27,7 +27,8 @@ QUANTIZERS = {"ste_sign": ste_sign, "approx_sign": approx_sign}
 
 
 def parse(name: str) -> tuple[int, int, bool, Tensor, Tensor]:
-    """Kernel size, stride, whether SAME, input and output of a fixture called <operation>_k3_s2_same_x13."""
+    """Kernel size, stride, whether SAME, input and output of a fixture called
+    <operation>_k3_s2_same_x13."""
     match = re.fullmatch(r"\w+_k(\d+)_s(\d+)_(same|valid)_(x\d+)", name)
     assert match
     return int(match[1]), int(match[2]), match[3] == "same", nchw(FIXTURES[match[4]]), nchw(FIXTURES[name])

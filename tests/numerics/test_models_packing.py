@@ -41,7 +41,8 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def make_naive(model: nn.Module) -> None:
-    """Replace the quantizers of `model` by plain ones, behind which every convolution is torch's."""
+    """Replace the quantizers of `model` by plain ones, behind which every convolution is
+    torch's."""
     for module in model.modules():
         if isinstance(module, QuantConv2d):
             module.input_quantizer = NAIVE[module.input_quantizer]
@@ -99,7 +100,8 @@ def test_packed_equals_naive_bit_for_bit(
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward pass keeps for backward, besides parameters and the input; shared storages count once."""
+    """Bytes that a forward pass keeps for backward, besides parameters and the input; shared
+    storages count once."""
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, int] = {}
 
@@ -136,8 +138,8 @@ def test_bytes_saved_by_a_layer(quantizer: Any) -> None:
 def test_bytes_saved_by_a_network() -> None:
     model = BiRealNet(width=64, depths=(4, 4))
     x = channels_last(torch.randn(2, 3, 64, 64))
-    # The binary convolutions see 64 channels of 16x16 five times and 128 channels of 8x8 three times an image; the strided one
-    # keeps the row and column that it pads, in either case.
+    # The binary convolutions see 64 channels of 16x16 five times and 128 channels of 8x8 three
+    # times an image; the strided one keeps the row and column that it pads, in either case.
     floats = 2 * (64 * (4 * 16 * 16 + 17 * 17) + 128 * 3 * 8 * 8)
     bits = 2 * (64 * (4 * 18 * 18 + 17 * 17) + 128 * 3 * 10 * 10)
     weights = sum(packed_weight_bytes(m) for m in model.modules() if isinstance(m, QuantConv2d))

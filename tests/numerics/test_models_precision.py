@@ -1,6 +1,8 @@
-"""Where the sums of a binary convolution stop being exact: its output is an integer, which each precision holds to a bound.
+"""Where the sums of a binary convolution stop being exact: its output is an integer, which each
+precision holds to a bound.
 
-Of a fan-in of n the sums have the parity of n: an even fan-in is exact twice as far, as every second integer is.
+Of a fan-in of n the sums have the parity of n: an even fan-in is exact twice as far, as every
+second integer is.
 """
 
 import pytest
@@ -17,7 +19,8 @@ EXACT = {"bf16": 256, "fp16": 2048}
 
 
 def all_sums(fan_in: int, precision: str) -> Tensor:
-    """The outputs of a binary 1x1 convolution whose k-th weight row has k times -1, on an input of +1: fan_in - 2 k."""
+    """The outputs of a binary 1x1 convolution whose k-th weight row has k times -1, on an input of
+    +1: fan_in - 2 k."""
     layer = QuantConv2d(fan_in, fan_in + 1, 1, input_quantizer=ste_sign)
     with torch.no_grad():
         layer.weight.copy_(torch.ones(fan_in + 1, fan_in).tril(-1).mul(-2).add(1)[:, :, None, None])
@@ -69,7 +72,8 @@ def test_tf32_leaves_signs_alone_and_rounds_what_is_real() -> None:
     signs = torch.tensor([1.0, -1.0, 0.0])  # 0 is the padding
     assert torch.equal(rounded_to_tf32(signs), signs)
     assert rounded_to_tf32(torch.tensor([1 + 2**-10, 1 + 2**-12])).tolist() == [1 + 2**-10, 1.0]
-    # A binary convolution is the same in it, the gradient of its weights is not: one operand of that is real.
+    # A binary convolution is the same in it, the gradient of its weights is not: one operand of
+    # that is real.
     torch.manual_seed(0)
     x, weight, grad = torch.randn(2, 64, 8, 8).sign(), torch.randn(16, 64, 3, 3).sign(), torch.randn(2, 16, 6, 6)
     assert torch.equal(F.conv2d(rounded_to_tf32(x), rounded_to_tf32(weight)), F.conv2d(x, weight))

@@ -1,4 +1,5 @@
-"""Scales of larq-zoo's kernels: folded into the BatchNorm, they give the logits of a network that multiplies by them."""
+"""Scales of larq-zoo's kernels: folded into the BatchNorm, they give the logits of a network that
+multiplies by them."""
 
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def logits_of_scaled_products(model: nn.Module, scales: list[np.ndarray], images
 
 
 def check(model: nn.Module, layers: Variables, side: int, path: Path) -> None:
-    # In double precision: in single, one activation that rounds to the other side of 0 moves the logits.
+    # In double precision: in single, one activation that rounds to the other side of 0 moves the
+    # logits.
     model.double().eval()
     images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     latent, scales = with_scales(layers)

@@ -1,4 +1,5 @@
-"""The update rules against trajectories recorded from the paper's own code (tolerances: the recording's README)."""
+"""The update rules against trajectories recorded from the paper's own code (tolerances: the
+recording's README)."""
 
 import json
 from collections.abc import Iterator
@@ -27,10 +28,11 @@ def make_optimizer(variant: str, weight: nn.Parameter, gamma: float, sigma: Any,
 def steps(
     trajectory: dict[str, Any], hyper: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray, dict[str, Any], np.ndarray, np.ndarray]]:
-    """Run a recorded trajectory and yield (1-based step, gradient, state, weight, mask of flips), all flat.
+    """Run a recorded trajectory and yield (1-based step, gradient, state, weight, mask of flips),
+    all flat.
 
-    The hyperparameters are the recorded ones: Keras evaluates its schedules in float32, where the start of sigma's comes out as
-    9.9996e-6 instead of 1e-5.
+    The hyperparameters are the recorded ones: Keras evaluates its schedules in float32, where the
+    start of sigma's comes out as 9.9996e-6 instead of 1e-5.
     """
     weight = nn.Parameter(torch.from_numpy(recipe.w0(trajectory)))
     optimizer = make_optimizer(trajectory["variant"], weight, *hyper[0].tolist())
@@ -41,7 +43,8 @@ def steps(
         before = weight.detach().numpy().reshape(-1).copy()
         optimizer.step()
         after = weight.detach().numpy().reshape(-1)
-        # A real weight of the start has not flipped where its sign stays; 0 counts, as in the recording.
+        # A real weight of the start has not flipped where its sign stays; 0 counts, as in the
+        # recording.
         yield step, grad.reshape(-1), optimizer.state[weight], after, np.sign(before) != np.sign(after)
 
 

@@ -1,4 +1,5 @@
-"""Training computes what it did when tests/golden/recorded.json was written: to the bit on the same machine, nearly elsewhere."""
+"""Training computes what it did when tests/golden/recorded.json was written: to the bit on the same
+machine, nearly elsewhere."""
 
 import json
 from pathlib import Path
@@ -13,8 +14,9 @@ from tests.numerics.recorded import CURVES, RECORDED, RECORDINGS, RULES, machine
 def expect(found: dict[str, Any]) -> None:
     """Compare `found` with what is recorded.
 
-    On another machine sums are rounded in another way: the loss before the first update is equal to 1e-4, then a weight whose
-    average is near its threshold flips or does not, and the curves part by up to 3 % (AVX2 in place of AVX-512).
+    On another machine sums are rounded in another way: the loss before the first update is equal to
+    1e-4, then a weight whose average is near its threshold flips or does not, and the curves part
+    by up to 3 % (AVX2 in place of AVX-512).
     """
     recorded = json.loads(RECORDED.read_text())
     for name, outcome in found.items():

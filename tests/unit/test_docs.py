@@ -1,4 +1,5 @@
-"""The documents: every link, anchor, file, command and option that they name exists, and their examples run."""
+"""The documents: every link, anchor, file, command and option that they name exists, and their
+examples run."""
 
 import ast
 import dataclasses
@@ -119,7 +120,8 @@ def run_options(part: Any = TrainConfig, prefix: str = "") -> set[str]:
 
 @functools.cache
 def command_options(command: str) -> set[str]:
-    """Return every option in the source of a command: a field, its other name, or "--x" in a string."""
+    """Return every option in the source of a command: a field, its other name, or "--x" in a
+    string."""
     folder = {"launch": "cluster", "": ""}.get(command, command)
     names: set[str] = set()
     for path in [*(REPOSITORY / "launch" / folder).rglob("*.py"), REPOSITORY / "launch" / f"{command or 'cli'}.py"]:

@@ -1,4 +1,5 @@
-"""The versions that pyproject.toml admits, and the two sets that are tested: with the newest torch and with the oldest."""
+"""The versions that pyproject.toml admits, and the two sets that are tested: with the newest torch
+and with the oldest."""
 
 import os
 import subprocess

@@ -1,4 +1,5 @@
-"""Import rules: launch -> configs -> trainer -> optim, models; a ladder inside trainer and optim; owners of libraries.
+"""Import rules: launch -> configs -> trainer -> optim, models; a ladder inside trainer and optim;
+owners of libraries.
 
 Everything in trainer/ is part of a training run: importing the trainer reaches it.
 """

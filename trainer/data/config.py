@@ -86,7 +86,8 @@ class DataConfig:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be positive")
         if self.preprocessing == "official" and self.augmentation != "random_resized_crop":
             raise ValueError(
-                "data.preprocessing='official' crops as for ImageNet and needs data.augmentation='random_resized_crop', "
+                "data.preprocessing='official' crops as for ImageNet and needs "
+                "data.augmentation='random_resized_crop', "
                 f"not {self.augmentation!r}"
             )
         if self.loader != "dali" and self.device == "gpu":

@@ -19,7 +19,10 @@ FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
 MOST_PIXELS = 178_956_970
 """Larger images are refused (Pillow's own limit): 0.54 GB of pixels, 0.72 GB in Pillow."""
 IMAGE_SUFFIXES = frozenset(
-    ".jpeg .jpg .jpe .jfif .jif .jfi .mpo .png .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .j2c .jpc .jpf .jpx".split()
+    (
+        ".jpeg .jpg .jpe .jfif .jif .jfi .mpo .png .bmp .webp .tif .tiff "
+        ".ppm .pgm .pbm .pnm .jp2 .j2k .j2c .jpc .jpf .jpx"
+    ).split()
 )
 """Lower-case suffixes of images; such a file is an image even if it cannot be read."""
 TEXT_SUFFIXES = frozenset(".txt .md .rst .csv .tsv .json .jsonl .xml .yaml .yml .toml .ini .log .py .sh .cls".split())

@@ -333,7 +333,8 @@ def read_quarantine(folder: Path) -> dict[str, str]:
         name, tab, reason = line.partition("\t")
         if not tab:
             raise ValueError(
-                f"line {number} of {path} is {line!r}: expected a path, a tab and a reason; correct it, or run bitfleet "
+                f"line {number} of {path} is {line!r}: expected a path, a tab and a reason; correct it, or run "
+                "bitfleet "
                 "data verify, which rewrites the list"
             )
         reasons[name] = reason

@@ -1,7 +1,8 @@
-"""Set how torch computes on a GPU: the precision of its products, and whether the same inputs give the same bits.
+"""Set how torch computes on a GPU: the precision of its products, and whether the same inputs give
+the same bits.
 
-These are settings of the whole process. On a CPU there is nothing to set: products are fp32 or what autocast says, and the same
-number of threads gives the same bits.
+These are settings of the whole process. On a CPU there is nothing to set: products are fp32 or what
+autocast says, and the same number of threads gives the same bits.
 """
 
 import os
@@ -15,8 +16,9 @@ from bitfleet.trainer.engine.config import EngineConfig, resolve_precision
 def use_arithmetic(device: torch.device, config: EngineConfig) -> None:
     """Set torch up for the precision and the repeatability of a run.
 
-    Call it before CUDA is used and before the process group exists: cuBLAS reads its environment variable when it starts, and in
-    deterministic mode torch keeps NCCL from NVLS, whose sums have no fixed order. A later call may change the precision.
+    Call it before CUDA is used and before the process group exists: cuBLAS reads its environment
+    variable when it starts, and in deterministic mode torch keeps NCCL from NVLS, whose sums have
+    no fixed order. A later call may change the precision.
 
     Args:
         device: where the model runs; on a CPU nothing is set.
@@ -28,8 +30,9 @@ def use_arithmetic(device: torch.device, config: EngineConfig) -> None:
     precision = resolve_precision(config.precision, device.type)
     if device.type != "cuda":
         return
-    # These two names work without a warning in torch 2.11 to 2.14. Their successors (conv.fp32_precision and so on) do too, but
-    # then code that still reads these, as torch.compile does, gets an error about mixed settings.
+    # These two names work without a warning in torch 2.11 to 2.14. Their successors
+    # (conv.fp32_precision and so on) do too, but then code that still reads these, as torch.compile
+    # does, gets an error about mixed settings.
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
     # By default a product that is split over the GPU adds its parts in bf16 or fp16.
@@ -44,8 +47,9 @@ def _use_repeatable(deterministic: bool) -> None:
     """Choose algorithms that give the same bits each time, or the fastest ones."""
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
-    # Every operation of bitfleet's networks has a deterministic version; one of another network that has none gets a warning.
-    # It also makes torch.compile choose its reductions without timing them: they differ in their order of summation.
+    # Every operation of bitfleet's networks has a deterministic version; one of another network
+    # that has none gets a warning. It also makes torch.compile choose its reductions without timing
+    # them: they differ in their order of summation.
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     # Else it fills every torch.empty, to find bugs.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,8 +1,9 @@
 """BatchNorm's running statistics over replicas.
 
-Every replica (micro-batch) normalises with its own batch statistics and advances its own running ones; after each step the
-running statistics are the mean over all replicas, as Keras' are under the paper's MirroredStrategy. DeepSpeed never touches
-buffers: without this each rank would validate another network.
+Every replica (micro-batch) normalises with its own batch statistics and advances its own running
+ones; after each step the running statistics are the mean over all replicas, as Keras' are under the
+paper's MirroredStrategy. DeepSpeed never touches buffers: without this each rank would validate
+another network.
 """
 
 from collections.abc import Iterator
@@ -18,8 +19,8 @@ from bitfleet.trainer.ranks.collectives import gather_from_ranks
 class RunningStatistics:
     """Floating-point buffers of a model, read and written as one flat tensor.
 
-    They stay separate tensors: as views of one, torch.compile would have to treat them as aliases of each other. Run each
-    micro-batch inside `replica`, then call `end_step` once.
+    They stay separate tensors: as views of one, torch.compile would have to treat them as aliases
+    of each other. Run each micro-batch inside `replica`, then call `end_step` once.
     """
 
     def __init__(self, model: nn.Module, num_replicas: int) -> None:
@@ -51,7 +52,8 @@ class RunningStatistics:
 
     @contextmanager
     def replica(self) -> Iterator[None]:
-        """Start from the statistics of the start of the step, and keep those of this micro-batch for the mean."""
+        """Start from the statistics of the start of the step, and keep those of this micro-batch
+        for the mean."""
         with torch.no_grad():
             if self._start is None:
                 self._start = self._read()
@@ -63,11 +65,13 @@ class RunningStatistics:
 
     @torch.no_grad()
     def end_step(self, updated: bool | Tensor = True) -> None:
-        """Set the statistics to their mean over the replicas of all ranks, summed in the order of the gradients.
+        """Set the statistics to their mean over the replicas of all ranks, summed in the order of
+        the gradients.
 
         Args:
-            updated: whether the optimizer updated the network, known to the host or bool [] on the device. A skipped step leaves
-                the statistics as they were at its start: its batches may have put NaN into them.
+            updated: whether the optimizer updated the network, known to the host or bool [] on the
+                device. A skipped step leaves the statistics as they were at its start: its batches
+                may have put NaN into them.
         """
         assert self._start is not None
         num_here = len(self._replicas)

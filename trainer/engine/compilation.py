@@ -41,7 +41,8 @@ def is_compiled(compile: str, device: torch.device, sharding: str, was_compiled:
 
 
 def eager_on_real_weights(compiled: bool, device: torch.device, optimizer: Optimizer) -> AbstractContextManager[Any]:
-    """Run a compiled network in eager torch inside if its binary weights are still real: the kernels of a CPU know bits only.
+    """Run a compiled network in eager torch inside if its binary weights are still real: the
+    kernels of a CPU know bits only.
 
     Args:
         compiled: whether the network is.

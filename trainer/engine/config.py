@@ -11,7 +11,8 @@ from bitfleet.trainer.run.user_paths import users_path
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 """Precision of convolutions and matrix products (docs/precision.md)."""
 AUTOCAST: dict[str, str] = {"bf16": "bfloat16", "fp16": "float16"}
-"""Precision -> the dtype of torch that autocast gives to convolutions and matrix products; the other precisions need none."""
+"""Precision -> the dtype of torch that autocast gives to convolutions and matrix products; the
+other precisions need none."""
 
 OWNED = {
     "train_batch_size": "global_batch_size",
@@ -43,7 +44,8 @@ NESTED = {
     "data_types": "grad_accum_dtype buffer_dtype",
     "flops_profiler": "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file",
 }
-"""Keys of the sections in which DeepSpeed ignores a misspelt one; in the others it refuses them itself."""
+"""Keys of the sections in which DeepSpeed ignores a misspelt one; in the others it refuses them
+itself."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,32 +53,39 @@ class EngineConfig:
     """Settings of the ranks and of DeepSpeed."""
 
     sharding: Literal["bits", "none", "zero1", "zero2", "zero3"] = "bits"
-    """bits: bitfleet's own sharding (docs/sharding.md), binary weights travel as bits. none: every rank holds all state.
-    zero1, zero2, zero3: DeepSpeed's ZeRO shards the optimizer state, the gradients as well, the weights as well."""
+    """bits: bitfleet's own sharding (docs/sharding.md), binary weights travel as bits. none: every
+    rank holds all state. zero1, zero2, zero3: DeepSpeed's ZeRO shards the optimizer state, the
+    gradients as well, the weights as well."""
     grad_comm_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Dtype in which gradients travel between the ranks; sums are fp32. bf16 halves the traffic. For "bits" only."""
+    """Dtype in which gradients travel between the ranks; sums are fp32. bf16 halves the traffic.
+    For "bits" only."""
     max_grad_norm: float | None = None
-    """Clip the gradients of the full-precision parameters (only of those) to this norm. For "bits" only."""
+    """Clip the gradients of the full-precision parameters (only of those) to this norm. For "bits"
+    only."""
     check_every_steps: int | None = 1000
-    """Compare the weights of all ranks every N steps and stop on a difference. (The gather of any other step would have repaired
-    it.) For "bits" only."""
+    """Compare the weights of all ranks every N steps and stop on a difference. (The gather of any
+    other step would have repaired it.) For "bits" only."""
     on_nonfinite: Literal["skip", "stop"] = "skip"
-    """What to do when a gradient is not finite: skip the step and count it (20 in a row stop the run), or save the state before
-    it and stop, naming the parameters. For "bits" only; DeepSpeed's ZeRO always skips."""
+    """What to do when a gradient is not finite: skip the step and count it (20 in a row stop the
+    run), or save the state before it and stop, naming the parameters. For "bits" only; DeepSpeed's
+    ZeRO always skips."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """Precision of convolutions and matrix products; weights, gradients and moments stay fp32. auto: fp32 on a CPU, tf32 on a GPU,
-    and in a resumed run the precision that it was started with. fp32: no TF32 anywhere. tf32: operands rounded to 10 bits, sums in
-    fp32, so that binary layers are exact. bf16, fp16: autocast; fp16 only with sharding "bits"."""
+    """Precision of convolutions and matrix products; weights, gradients and moments stay fp32.
+    auto: fp32 on a CPU, tf32 on a GPU, and in a resumed run the precision that it was started with.
+    fp32: no TF32 anywhere. tf32: operands rounded to 10 bits, sums in fp32, so that binary layers
+    are exact. bf16, fp16: autocast; fp16 only with sharding "bits"."""
     deterministic: bool = True
-    """On a GPU: the same inputs give the same bits, as resuming exactly needs. False: algorithms are chosen by their time, equal
-    bits are not promised. On a CPU it changes nothing."""
+    """On a GPU: the same inputs give the same bits, as resuming exactly needs. False: algorithms
+    are chosen by their time, equal bits are not promised. On a CPU it changes nothing."""
     cuda_graph: bool = False
-    """Launch the whole step as two CUDA graphs: for small networks and batches, whose kernels run shorter than it takes to launch
-    them. A GPU and a single rank; for "bits" only."""
+    """Launch the whole step as two CUDA graphs: for small networks and batches, whose kernels run
+    shorter than it takes to launch them. A GPU and a single rank; for "bits" only."""
     collective_timeout_minutes: float = 5.0
-    """Minutes that ranks wait for each other, at the start and in every collective, before the job fails."""
+    """Minutes that ranks wait for each other, at the start and in every collective, before the job
+    fails."""
     deepspeed: Path | None = None
-    """JSON file of further DeepSpeed options (comms_logger, zero_optimization.reduce_bucket_size, ...)."""
+    """JSON file of further DeepSpeed options (comms_logger, zero_optimization.reduce_bucket_size,
+    ...)."""
 
     @property
     def stage(self) -> int:
@@ -104,17 +113,20 @@ class EngineConfig:
             )
         if self.precision == "fp16" and self.on_nonfinite == "stop":
             raise ValueError(
-                'engine.precision "fp16" finds its loss scale by steps that are not finite: use engine.on_nonfinite "skip", or '
+                'engine.precision "fp16" finds its loss scale by steps that are not finite: use '
+                'engine.on_nonfinite "skip", or '
                 "bf16"
             )
         if self.precision == "fp16" and self.sharding != "bits":
             raise ValueError(
-                f'engine.precision "fp16" needs engine.sharding "bits", which scales the loss, not "{self.sharding}": use bf16'
+                'engine.precision "fp16" needs engine.sharding "bits", which scales the loss, not '
+                f'"{self.sharding}": use bf16'
             )
 
 
 def resolve_precision(precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"], device_type: str) -> Precision:
-    """Return what `EngineConfig.precision` is on a device: "auto" is fp32 on a CPU and tf32 on a GPU.
+    """Return what `EngineConfig.precision` is on a device: "auto" is fp32 on a CPU and tf32 on a
+    GPU.
 
     Args:
         precision: as configured.
@@ -134,7 +146,8 @@ def read_deepspeed_options(path: Path) -> dict[str, Any]:
     """Read a user's DeepSpeed JSON.
 
     Raises:
-        ValueError: no JSON object, or a key that does not exist and that DeepSpeed itself would ignore silently.
+        ValueError: no JSON object, or a key that does not exist and that DeepSpeed itself would
+            ignore silently.
     """
     try:
         options = json.loads(path.read_text())
@@ -159,7 +172,8 @@ def _check_names(options: dict[str, Any], known: list[str], path: Path, prefix: 
 
 
 def merge(owned: dict[str, Any], options: dict[str, Any], path: Path | None, prefix: str = "") -> dict[str, Any]:
-    """`options` filled up with what bitfleet owns; a different value for the same key is a ValueError."""
+    """`options` filled up with what bitfleet owns; a different value for the same key is a
+    ValueError."""
     merged = dict(options)
     for key, value in owned.items():
         name = prefix + key
@@ -168,7 +182,8 @@ def merge(owned: dict[str, Any], options: dict[str, Any], path: Path | None, pre
         elif key in options and options[key] != value:
             field = OWNED.get(name, "engine.sharding")
             raise ValueError(
-                f'{path} sets the DeepSpeed option "{name}" to {options[key]!r}, but the configuration makes it {value!r} '
+                f'{path} sets the DeepSpeed option "{name}" to {options[key]!r}, but the configuration makes it '
+                f"{value!r} "
                 f"(the field is {field}): remove it from the file"
             )
         else:
@@ -198,7 +213,8 @@ def deepspeed_options(
             )
     options = _with_users_paths(options)
     options.setdefault("steps_per_print", 2**31)  # the progress bar prints
-    # On by default, and synchronised: it would drain the GPU twice per micro-batch for a figure that is not read.
+    # On by default, and synchronised: it would drain the GPU twice per micro-batch for a figure
+    # that is not read.
     options.setdefault("timers", {"throughput": {"enabled": False}})
     return merge(owned, options, config.deepspeed)
 

@@ -1,4 +1,5 @@
-"""Create and use DeepSpeed's engine, which orchestrates the ranks. The only file of trainer/ that imports DeepSpeed."""
+"""Create and use DeepSpeed's engine, which orchestrates the ranks. The only file of trainer/ that
+imports DeepSpeed."""
 
 import difflib
 import logging
@@ -20,7 +21,8 @@ from bitfleet.trainer.engine.config import AUTOCAST, EngineConfig
 
 
 def shard(optimizer: RoutedOptimizer, config: EngineConfig, num_replicas: int) -> RoutedOptimizer | ShardedOptimizer:
-    """Return the optimizer for the engine: sharded by bitfleet, or the plain one for DeepSpeed to shard."""
+    """Return the optimizer for the engine: sharded by bitfleet, or the plain one for DeepSpeed to
+    shard."""
     if config.sharding != "bits":
         return optimizer
     return ShardedOptimizer(
@@ -35,7 +37,8 @@ def shard(optimizer: RoutedOptimizer, config: EngineConfig, num_replicas: int) -
 
 
 def backward(engine: Any, loss: Tensor, optimizer: Optimizer) -> None:
-    """Run the backward pass of a micro-batch; a `ShardedOptimizer` reduces the gradients and divides by the replicas itself."""
+    """Run the backward pass of a micro-batch; a `ShardedOptimizer` reduces the gradients and
+    divides by the replicas itself."""
     if isinstance(optimizer, ShardedOptimizer):
         with engine.no_sync():
             engine.backward(scaled_loss(loss, optimizer), scale_wrt_gas=False)
@@ -50,7 +53,8 @@ def scaled_loss(loss: Tensor, optimizer: ShardedOptimizer) -> Tensor:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the autocast context of `EngineConfig.precision`, for forward passes outside of the engine."""
+    """Return the autocast context of `EngineConfig.precision`, for forward passes outside of the
+    engine."""
     dtype: torch.dtype = getattr(torch, AUTOCAST.get(precision, "bfloat16"))
     return torch.autocast(device.type, dtype, enabled=precision in AUTOCAST)
 
@@ -74,7 +78,8 @@ def create_engine(
 ) -> Any:
     """Wrap model, optimizer and schedules into a DeepSpeed engine; the process group must exist.
 
-    The engine broadcasts the parameters of rank 0, shards the optimizer, and steps the schedules with the optimizer.
+    The engine broadcasts the parameters of rank 0, shards the optimizer, and steps the schedules
+    with the optimizer.
 
     Raises:
         ValueError: an option that DeepSpeed refuses, or a device that it would not use.
@@ -86,7 +91,8 @@ def create_engine(
 
     logger.setLevel(logging.ERROR)  # "You are using ZeRO with an untested optimizer": it is tested here
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)  # DeepSpeed's own calls
-    # On the CPU, init would compile a C++ collective (25-60 s, fails without a compiler) that gloo does not need.
+    # On the CPU, init would compile a C++ collective (25-60 s, fails without a compiler) that gloo
+    # does not need.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     zero = options["zero_optimization"]
     if zero["stage"] > 0:
@@ -113,13 +119,15 @@ def create_engine(
         raise ValueError(
             f"DeepSpeed refuses the option {name!r} of engine.deepspeed ({error.title}): {first['msg']}{hint}"
         ) from error
-    # For fp16 DeepSpeed makes a torch.amp.GradScaler, whose step waits for the GPU. With sharding "bits" the optimizer scales.
+    # For fp16 DeepSpeed makes a torch.amp.GradScaler, whose step waits for the GPU. With sharding
+    # "bits" the optimizer scales.
     engine.torch_autocast_z0_gradscaler = None
     return engine
 
 
 def _place(device: torch.device, stage: int) -> SimpleNamespace | None:
-    """Return the argument that keeps DeepSpeed from using GPU number LOCAL_RANK, which a rank that sees one GPU does not have.
+    """Return the argument that keeps DeepSpeed from using GPU number LOCAL_RANK, which a rank that
+    sees one GPU does not have.
 
     Raises:
         ValueError: ZeRO 3 asks the environment again and again.
@@ -129,8 +137,10 @@ def _place(device: torch.device, stage: int) -> SimpleNamespace | None:
     local_rank = os.environ["LOCAL_RANK"]
     if stage == 3 and local_rank != str(device.index):
         raise ValueError(
-            f'engine.sharding "zero3" uses GPU number LOCAL_RANK, which is {local_rank}, but this rank sees its GPU as number '
-            f"{device.index}: let every rank see all GPUs of its machine (srun without --gpus-per-task), or use another sharding"
+            f'engine.sharding "zero3" uses GPU number LOCAL_RANK, which is {local_rank}, but this rank sees its '
+            "GPU as number "
+            f"{device.index}: let every rank see all GPUs of its machine (srun without --gpus-per-task), or use "
+            "another sharding"
         )
     return SimpleNamespace(device_rank=device.index)
 
@@ -142,7 +152,8 @@ def _models(base: type[pydantic.BaseModel]) -> list[type[pydantic.BaseModel]]:
 def load_engine(engine: Any, checkpoint: Path, tag: str) -> None:
     """Load DeepSpeed's own shards, on as many ranks as wrote them; every rank calls this.
 
-    DeepSpeed unpickles any object in a file. Here only tensors and the few plain classes of its own files are allowed.
+    DeepSpeed unpickles any object in a file. Here only tensors and the few plain classes of its own
+    files are allowed.
 
     Raises:
         ValueError: a file holds anything else.

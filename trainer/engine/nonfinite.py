@@ -1,4 +1,5 @@
-"""Steps without a finite gradient: how many a run tolerates, and what it says when it ends because of them."""
+"""Steps without a finite gradient: how many a run tolerates, and what it says when it ends because
+of them."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,18 +14,21 @@ from bitfleet.trainer.engine.config import EngineConfig
 MAX_SKIPPED_IN_A_ROW = 20
 """More steps without a finite gradient than an accident explains."""
 HALVINGS = int(math.log2(LARGEST / LEAST))
-"""Skipped steps in a row after which the loss scale of fp16 cannot be the reason: it is at its smallest."""
+"""Skipped steps in a row after which the loss scale of fp16 cannot be the reason: it is at its
+smallest."""
 MAX_NAMES = 3
 
 
 def must_stop(config: EngineConfig, sharded: ShardedOptimizer) -> bool:
-    """Return True if a step that was just skipped ends the run; fp16 skips steps to find its loss scale."""
+    """Return True if a step that was just skipped ends the run; fp16 skips steps to find its loss
+    scale."""
     most = HALVINGS + 1 if config.precision == "fp16" else MAX_SKIPPED_IN_A_ROW
     return config.on_nonfinite == "stop" or sharded.num_skipped_in_a_row >= most
 
 
 def does_nothing(config: EngineConfig, sharded: ShardedOptimizer) -> bool:
-    """Return True if a run ends because all steps since the last report were skipped: a single one is an accident.
+    """Return True if a run ends because all steps since the last report were skipped: a single one
+    is an accident.
 
     If weights are not finite, no loss scale of fp16 helps.
     """
@@ -33,7 +37,8 @@ def does_nothing(config: EngineConfig, sharded: ShardedOptimizer) -> bool:
 
 
 def did_nothing(config: EngineConfig, sharded: ShardedOptimizer, step: int, num_steps: int) -> bool:
-    """Return True if all `step` steps of a run that ends now were skipped; in fp16 only if that is its whole length."""
+    """Return True if all `step` steps of a run that ends now were skipped; in fp16 only if that is
+    its whole length."""
     is_over = config.precision != "fp16" or step == num_steps
     return step > 0 and sharded.num_skipped_steps == step and is_over
 
@@ -44,7 +49,8 @@ def weights_of(sharded: ShardedOptimizer) -> list[tuple[str, Tensor]]:
 
 
 def broken(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Return the names of tensors that hold values that are not finite; the host waits for the device."""
+    """Return the names of tensors that hold values that are not finite; the host waits for the
+    device."""
     return [name for name, tensor in named if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
 
 
@@ -55,7 +61,8 @@ def nonfinite_steps(
 
     Args:
         config: of the run.
-        sharded: its optimizer; it names no gradient where only the sum of finite ones has overflowed.
+        sharded: its optimizer; it names no gradient where only the sum of finite ones has
+            overflowed.
         step: the last optimizer step, from 1.
         init: file that the weights came from.
         bad_inputs: why pixels are not finite, "" if they are.
@@ -77,7 +84,8 @@ def nonfinite_steps(
 def nonfinite_loss(
     config: EngineConfig, loss: float, step: int, named: Iterable[tuple[str, Tensor]], init: Path | None
 ) -> FloatingPointError:
-    """Return the error that ends a run whose mean loss is not finite although its steps were made; `named` are its weights."""
+    """Return the error that ends a run whose mean loss is not finite although its steps were made;
+    `named` are its weights."""
     names = broken(named)
     cause = f", because values of {_list(names)} are not finite" if names else ""
     return FloatingPointError(f"the training loss is {loss} at step {step}{cause}: {_advice(config, names, init)}")

@@ -1,8 +1,10 @@
-"""Run the optimizer step as two CUDA graphs, for networks and batches so small that launching kernels takes longer than they run.
+"""Run the optimizer step as two CUDA graphs, for networks and batches so small that launching
+kernels takes longer than they run.
 
-The first graph holds everything up to the question whether all gradients are finite: forward and backward of every micro-batch,
-running statistics, meters, the reduction. The second holds the update. In between the host does what it does in an eager step:
-it learns whether the step before was skipped, counts, and sends the rates of this step. Both read nothing from the host.
+The first graph holds everything up to the question whether all gradients are finite: forward and
+backward of every micro-batch, running statistics, meters, the reduction. The second holds the
+update. In between the host does what it does in an eager step: it learns whether the step before
+was skipped, counts, and sends the rates of this step. Both read nothing from the host.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +20,8 @@ from bitfleet.trainer.ranks.collectives import Ranks
 
 Batch = tuple[Tensor, Tensor]
 WARM_UP_STEPS = 4
-"""Eager steps first: they compile kernels, choose convolution algorithms, and make the first update of every parameter."""
+"""Eager steps first: they compile kernels, choose convolution algorithms, and make the first update
+of every parameter."""
 
 
 class Graph(Protocol):
@@ -41,8 +44,8 @@ class Recorder(Protocol):
 class CudaRecorder:
     """Captures CUDA graphs on a separate stream, on which warm-up and replays run as well.
 
-    Autograd runs the accumulation of a gradient on the stream of the parameter's first use: had that been another one, the
-    capture would depend on work outside of it.
+    Autograd runs the accumulation of a gradient on the stream of the parameter's first use: had
+    that been another one, the capture would depend on work outside of it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,7 +55,8 @@ class CudaRecorder:
     def capture(self, work: Callable[[], None]) -> Graph:
         """Capture what `work` launches."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads (of the loader, of a save) may continue: only this one must launch nothing outside of the capture.
+        # Other threads (of the loader, of a save) may continue: only this one must launch nothing
+        # outside of the capture.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         return graph
@@ -63,7 +67,8 @@ class CudaRecorder:
 
 
 class _Joined:
-    """Context of a stream that starts after the current one and is waited for by it, both on the device."""
+    """Context of a stream that starts after the current one and is waited for by it, both on the
+    device."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream, self._inside = stream, torch.cuda.stream(stream)
@@ -95,7 +100,8 @@ def check_can_capture(ranks: Ranks, device: torch.device, optimizer: RoutedOptim
         if RULES[group["rule"]].numbers is None:
             able = ", ".join(name for name, rule in RULES.items() if rule.numbers)
             raise ValueError(
-                f"engine.cuda_graph cannot capture the rule {group['rule']}, which decides on the host: use one of {able}, "
+                f"engine.cuda_graph cannot capture the rule {group['rule']}, which decides on the host: use one "
+                f"of {able}, "
                 f"or leave it out"
             )
 
@@ -115,7 +121,8 @@ class Step(Protocol):
         """Run forward and backward of all micro-batches of a step, without DeepSpeed's engine."""
 
     def settle(self, updated: bool | Tensor) -> None:
-        """Set running statistics and meters to those after the step; `updated` says whether it was skipped."""
+        """Set running statistics and meters to those after the step; `updated` says whether it was
+        skipped."""
 
     def end_backward(self) -> None:
         """Note on the host that forward and backward are over."""
@@ -192,13 +199,15 @@ class GraphedStep:
         ]
         if unused:
             raise ValueError(
-                f"engine.cuda_graph needs a gradient of every parameter in every step, and {unused[0]} got none: leave it out"
+                f"engine.cuda_graph needs a gradient of every parameter in every step, and {unused[0]} got "
+                "none: leave it out"
             )
         self._optimizer.collect()
         self._step.settle(self._optimizer.finite)
 
     def _update_graph(self) -> Graph:
-        """Return the graph of the update, in a logging step with its observers; captured when it is first needed."""
+        """Return the graph of the update, in a logging step with its observers; captured when it is
+        first needed."""
         is_observed = bool(self._optimizer.observers)
         if is_observed not in self._updates:
             self._updates[is_observed] = self._captured(self._optimizer.update)

@@ -23,8 +23,8 @@ class Accuracy(NamedTuple):
 class AccuracyMeter:
     """Sums of loss and hits on the device; reading them is the only sync.
 
-    Losses are added as multiples of 2^-30 in float64: sums below 2^23 are exact, so they do not depend on their order, on the
-    number of ranks, or on an interruption.
+    Losses are added as multiples of 2^-30 in float64: sums below 2^23 are exact, so they do not
+    depend on their order, on the number of ranks, or on an interruption.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +33,8 @@ class AccuracyMeter:
 
     @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: loss (its mean over the batch, 0-dim, or that of each image [N]), logits [N, classes], labels [N]."""
+        """Count a batch: loss (its mean over the batch, 0-dim, or that of each image [N]), logits
+        [N, classes], labels [N]."""
         num_images = labels.numel()
         if num_images == 0:
             return
@@ -61,7 +62,8 @@ class AccuracyMeter:
             self._sums.copy_(self._kept)
 
     def peek(self) -> list[float]:
-        """Return the sums over all ranks since the last reading, for a checkpoint; every rank calls this."""
+        """Return the sums over all ranks since the last reading, for a checkpoint; every rank calls
+        this."""
         sums: list[float] = sum_over_ranks_(self._sums.clone()).tolist()
         return sums
 
@@ -70,11 +72,13 @@ class AccuracyMeter:
         self._sums.copy_(torch.tensor(sums, dtype=torch.float64))
 
     def read(self) -> Accuracy:
-        """Return the means over everything counted on all ranks since the last reading; every rank calls this."""
+        """Return the means over everything counted on all ranks since the last reading; every rank
+        calls this."""
         return self.read_with(self._sums[:0])[0]
 
     def read_with(self, counts: Tensor) -> tuple[Accuracy, list[int]]:
-        """Read, and in the same collective and host sync the sums over the ranks of `counts`, int64 [n], each below 2^53."""
+        """Read, and in the same collective and host sync the sums over the ranks of `counts`, int64
+        [n], each below 2^53."""
         sums = torch.cat([self._sums, counts.to(self._sums)])
         loss, top1, top5, num_images, *sums_of_counts = sum_over_ranks_(sums).tolist()
         self._sums.zero_()

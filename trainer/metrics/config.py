@@ -10,7 +10,8 @@ class MetricsConfig:
     every_steps: int = 10
     """Log every N optimizer steps; on all other steps metrics cost no host sync."""
     diagnostics: bool = False
-    """Also log diagnostics of the flips of binary weights (docs/diagnostics.md); needs engine.sharding bits."""
+    """Also log diagnostics of the flips of binary weights (docs/diagnostics.md); needs
+    engine.sharding bits."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:

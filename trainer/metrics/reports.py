@@ -20,15 +20,18 @@ from bitfleet.trainer.ranks.collectives import Ranks, from_first_rank
 FACTOR = 100.0
 """Two orders of magnitude."""
 SMALLEST_PART = 0.1
-"""Fraction of the loss of guessing below which a smaller loss does not lower the reference, or noise would count."""
+"""Fraction of the loss of guessing below which a smaller loss does not lower the reference, or
+noise would count."""
 
 
 class LossWatch:
     """Compares each reported loss with the smallest one before it, and with the loss of guessing.
 
     Args:
-        num_classes: guessing has the loss log(num_classes), with which a network starts or which it soon reaches.
-        earlier: losses that the run has reported before it was resumed; None for a report without images.
+        num_classes: guessing has the loss log(num_classes), with which a network starts or which it
+            soon reaches.
+        earlier: losses that the run has reported before it was resumed; None for a report without
+            images.
     """
 
     def __init__(self, num_classes: int, earlier: Iterable[float | None] = ()) -> None:
@@ -39,13 +42,15 @@ class LossWatch:
                 self.sentence(0, loss)
 
     def sentence(self, step: int, loss: float) -> str:
-        """Return a warning about the loss up to `step`, once per two orders of magnitude, else ""."""
+        """Return a warning about the loss up to `step`, once per two orders of magnitude, else
+        ""."""
         self._smallest = min(self._smallest, max(loss, self._floor))
         if not loss >= FACTOR * max(self._smallest, self._said):
             return ""
         self._said = loss
         return (
-            f"the training loss grew to {loss:.3g} at step {step:,}, {loss / self._smallest:,.0f} times the smallest before it "
+            f"the training loss grew to {loss:.3g} at step {step:,}, {loss / self._smallest:,.0f} times the "
+            "smallest before it "
             f"({self._smallest:.3g}): the run diverges, a lower learning rate or threshold schedule is needed"
         )
 
@@ -106,7 +111,8 @@ class Reports:
         return bool(from_first_rank(self.latest.get("validation", {}).get("step") == step))
 
     def train(self, step: int, report: StepReport, hyperparameters: Mapping[str, float]) -> None:
-        """Report training since the last report: means, what else was read, and the time that it took.
+        """Report training since the last report: means, what else was read, and the time that it
+        took.
 
         If every step was skipped there are no means: they are None.
         """

@@ -1,4 +1,5 @@
-"""Observe what steps cost and do: meters that every step feeds, read at a logging step with one host sync."""
+"""Observe what steps cost and do: meters that every step feeds, read at a logging step with one
+host sync."""
 
 import math
 import time
@@ -24,7 +25,8 @@ class StepReport(NamedTuple):
 
     train: Accuracy
     further: dict[str, Any]
-    """Flip ratios and facts, for the line of `train`; only the skipped steps without images, or when the loss is not finite."""
+    """Flip ratios and facts, for the line of `train`; only the skipped steps without images, or
+    when the loss is not finite."""
     diagnostics: dict[str, Any]
     seconds: float
     data_seconds: float
@@ -72,7 +74,8 @@ class StepObserver:
     def read(
         self, *, num_skipped_steps: Callable[[], int], num_replaced: int, log: Callable[[str], None]
     ) -> StepReport:
-        """Read all meters, with one host sync; every rank calls this after a step before which it called `flips.before_step`.
+        """Read all meters, with one host sync; every rank calls this after a step before which it
+        called `flips.before_step`.
 
         Args:
             num_skipped_steps: returns the skipped steps of the run so far; called after the sync.
@@ -118,10 +121,11 @@ class Stopwatch:
 
 
 class ComputeTimer:
-    """Measure the seconds that this rank needs for loading, forward and backward; after them ranks wait for each other.
+    """Measure the seconds that this rank needs for loading, forward and backward; after them ranks
+    wait for each other.
 
-    On a GPU the clock is that of its stream. With engine.sharding none and zero1 to zero3 DeepSpeed reduces inside of backward,
-    so the waiting is in it and the ranks look alike.
+    On a GPU the clock is that of its stream. With engine.sharding none and zero1 to zero3 DeepSpeed
+    reduces inside of backward, so the waiting is in it and the ranks look alike.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -254,7 +258,8 @@ def step_flips(
 
 
 class FlipCounter:
-    """Compares the signs of binary weights before and after a step (larq's flip_ratio), overall and per parameter."""
+    """Compares the signs of binary weights before and after a step (larq's flip_ratio), overall and
+    per parameter."""
 
     def __init__(self, model: nn.Module) -> None:
         self._params = [(name, param) for name, param in model.named_parameters() if is_binary(param)]
@@ -266,7 +271,8 @@ class FlipCounter:
         self._before = [param.detach().clone() for _, param in self._params]
 
     def take(self) -> Tensor:
-        """Count the weights of each parameter whose sign has changed since `before_step`, int64 [parameters]; 0 without that call."""
+        """Count the weights of each parameter whose sign has changed since `before_step`, int64
+        [parameters]; 0 without that call."""
         before, self._before = self._before, []
         self._sizes = [
             param.numel() for _, param in self._params
@@ -277,7 +283,8 @@ class FlipCounter:
         return torch.stack([((old >= 0) != (param.detach() >= 0)).sum() for old, (_, param) in pairs])
 
     def flip_ratios(self, counts: Sequence[int]) -> dict[str, float]:
-        """Return the ratios of counts of `take`: "flip_ratio" overall, "flip_ratio/<parameter>" each; empty without binary weights."""
+        """Return the ratios of counts of `take`: "flip_ratio" overall, "flip_ratio/<parameter>"
+        each; empty without binary weights."""
         if not self._params:
             return {}
         layers = {

@@ -32,7 +32,8 @@ class StragglerWatch:
         self._rank, self._in_a_row = -1, 0
 
     def facts(self, seconds: Sequence[float], log: Callable[[str], None]) -> dict[str, Any]:
-        """Return what the metrics report of the `seconds` of each rank; a straggler is also told to `log`."""
+        """Return what the metrics report of the `seconds` of each rank; a straggler is also told to
+        `log`."""
         if len(seconds) < 2:
             return {}
         found = spread(seconds)
@@ -48,6 +49,7 @@ class StragglerWatch:
         if self._in_a_row != REPORTS_IN_A_ROW:
             return ""
         return (
-            f"rank {found.slowest_rank} on {self._hosts[found.slowest_rank]} holds the others up: {found.slowest_seconds:.3f} s "
+            f"rank {found.slowest_rank} on {self._hosts[found.slowest_rank]} holds the others up: "
+            f"{found.slowest_seconds:.3f} s "
             f"per step for loading, forward and backward, {found.median_seconds:.3f} s on the median of the others"
         )

@@ -27,7 +27,8 @@ class MetricsWriter:
 
     Args:
         run: run folder.
-        start_step: what an earlier, interrupted part of the run logged after this step is dropped from both.
+        start_step: what an earlier, interrupted part of the run logged after this step is dropped
+            from both.
     """
 
     def __init__(self, run: Path, start_step: int) -> None:
@@ -42,7 +43,8 @@ class MetricsWriter:
         self._has_layout = False
 
     def write(self, kind: str, step: int, values: Mapping[str, float | str | None]) -> None:
-        """Log `values` of `kind` ("train" or "validation") after `step` optimizer steps; TensorBoard gets the numbers.
+        """Log `values` of `kind` ("train" or "validation") after `step` optimizer steps;
+        TensorBoard gets the numbers.
 
         None, and what is not finite, is null in metrics.jsonl.
         """
@@ -78,7 +80,8 @@ class MetricsWriter:
 
 
 def order_event_files(folder: Path, now: float) -> None:
-    """Rename event files that carry a time after `now`, as when the clock was set back: TensorBoard reads them by name."""
+    """Rename event files that carry a time after `now`, as when the clock was set back: TensorBoard
+    reads them by name."""
     found = sorted(folder.glob(EVENT_PREFIX + "*")) if folder.is_dir() else []
     if found and int(found[-1].name.removeprefix(EVENT_PREFIX).split(".")[0]) >= int(now):
         for number, path in enumerate(found):
@@ -87,7 +90,8 @@ def order_event_files(folder: Path, now: float) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl; a last line that was cut off by a crash is left out.
+    """Return the lines of a run's metrics.jsonl; a last line that was cut off by a crash is left
+    out.
 
     A value that was not finite is None.
     """
@@ -112,7 +116,8 @@ def show_diagnostics(writer: "SummaryWriter", step: int, values: Mapping[str, An
         writer: of the run.
         step: optimizer steps done.
         values: what metrics.jsonl gets.
-        with_layout: write also, once a file, which values the tab "custom scalars" shows in one chart.
+        with_layout: write also, once a file, which values the tab "custom scalars" shows in one
+            chart.
     """
     if with_layout:
         writer.add_custom_scalars({GROUP: {key: ["Multiline", [f"{key}/.*"]] for key in (*KEYS, PI)}})
@@ -124,7 +129,8 @@ def show_diagnostics(writer: "SummaryWriter", step: int, values: Mapping[str, An
 
 
 def _show_histogram(writer: "SummaryWriter", step: int, edges: Sequence[float], counts: Sequence[int]) -> None:
-    """Show counts between `edges`; moments, which TensorBoard asks for, are those of the bins' centres."""
+    """Show counts between `edges`; moments, which TensorBoard asks for, are those of the bins'
+    centres."""
     number, limit = np.array(counts, dtype=np.float64), np.array(edges)
     centre = (limit[1:] + limit[:-1]) / 2
     (occupied,) = number.nonzero()

@@ -1,4 +1,5 @@
-"""Compare every rank with rank 0 before training: the same bitfleet, libraries, configuration and data."""
+"""Compare every rank with rank 0 before training: the same bitfleet, libraries, configuration and
+data."""
 
 import hashlib
 import json
@@ -20,7 +21,8 @@ _SHOWN = 60
 def all_facts(
     ranks: Ranks, device: torch.device, versions: Mapping[str, str], config: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Return what must be equal on every rank: name -> value. The first difference is told: what explains others comes first.
+    """Return what must be equal on every rank: name -> value. The first difference is told: what
+    explains others comes first.
 
     Args:
         ranks: this process's place.
@@ -36,7 +38,8 @@ def all_facts(
 
 
 def source_files() -> dict[str, str]:
-    """Return the source files of bitfleet: name -> the first 12 digits of the sha256 of its contents."""
+    """Return the source files of bitfleet: name -> the first 12 digits of the sha256 of its
+    contents."""
     rooms = [path for path in Path(bitfleet.__file__).parent.iterdir() if path.is_dir() and path.name != "__pycache__"]
     return {
         f"{room.name}/{path.relative_to(room.resolve())}": hashlib.sha256(path.read_bytes()).hexdigest()[:12]
@@ -58,7 +61,8 @@ def agree(ranks: Ranks, facts: Mapping[str, str]) -> None:
     """Compare `facts` with those of rank 0; every rank calls this.
 
     Raises:
-        ValueError: a rank differs; the same sentence on every rank, about the first one that does and its first difference.
+        ValueError: a rank differs; the same sentence on every rank, about the first one that does
+            and its first difference.
     """
     if ranks.world_size == 1:
         return
@@ -66,7 +70,8 @@ def agree(ranks: Ranks, facts: Mapping[str, str]) -> None:
     expected, host = from_first_rank((dict(facts), socket.gethostname()), group)
     mine = difference(facts, expected)
     sentence = mine and (
-        f"rank {ranks.rank} on {socket.gethostname()} differs from rank 0 on {host} in {mine}: all hosts of a job need the same "
+        f"rank {ranks.rank} on {socket.gethostname()} differs from rank 0 on {host} in {mine}: all hosts of a "
+        "job need the same "
         "bitfleet, libraries, configuration and data"
     )
     if problems := [each for each in objects_from_ranks(sentence, group) if each]:
@@ -74,7 +79,8 @@ def agree(ranks: Ranks, facts: Mapping[str, str]) -> None:
 
 
 def difference(facts: Mapping[str, str], expected: Mapping[str, str]) -> str:
-    """Return the first fact, in the order of `expected`, that differs, with both values; "" if all are equal."""
+    """Return the first fact, in the order of `expected`, that differs, with both values; "" if all
+    are equal."""
     for name in [*expected, *facts]:
         here, there = facts.get(name, "nothing"), expected.get(name, "nothing")
         if here != there:

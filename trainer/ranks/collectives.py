@@ -24,12 +24,14 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=5)
 _timeout = COLLECTIVE_TIMEOUT
 _job_word: str | None = None
 SAVE_TIMEOUT = datetime.timedelta(minutes=30)
-"""Timeout of saves: a rank must not give up before a slower one has written a large checkpoint to a slow disk."""
+"""Timeout of saves: a rank must not give up before a slower one has written a large checkpoint to a
+slow disk."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ranks:
-    """Position of this process: `rank` of `world_size` in the job, `local_rank` of `local_world_size` on its machine."""
+    """Position of this process: `rank` of `world_size` in the job, `local_rank` of
+    `local_world_size` on its machine."""
 
     rank: int
     world_size: int
@@ -71,12 +73,14 @@ def choose_device(wanted: str, ranks: Ranks) -> torch.device:
 
 
 def gpu_uuid(device: torch.device) -> str:
-    """Return the UUID of a GPU, the same in all processes and under any device number; "" for a CPU."""
+    """Return the UUID of a GPU, the same in all processes and under any device number; "" for a
+    CPU."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
 def use_device(device: torch.device, ranks: Ranks, num_threads: int | None = None) -> None:
-    """Make `device` current and set the threads: `num_threads`, or this rank's share of the cores of the machine."""
+    """Make `device` current and set the threads: `num_threads`, or this rank's share of the cores
+    of the machine."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -87,8 +91,9 @@ def use_device(device: torch.device, ranks: Ranks, num_threads: int | None = Non
 def keep_freed_memory() -> None:
     """Let the C library keep freed memory for the next tensor, as CUDA's allocator does.
 
-    glibc returns large blocks to the system at once, and the next one is filled page by page: that was 45 % of a training step of
-    XNOR-Net on a CPU (docs/sharding.md). Other C libraries stay as they are.
+    glibc returns large blocks to the system at once, and the next one is filled page by page: that
+    was 45 % of a training step of XNOR-Net on a CPU (docs/sharding.md). Other C libraries stay as
+    they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -103,12 +108,15 @@ def process_group(
     timeout: datetime.timedelta = COLLECTIVE_TIMEOUT,
     store: Store | None = None,
 ) -> Iterator[None]:
-    """Create the default process group (NCCL on CUDA, else gloo), and destroy it at the end of the block.
+    """Create the default process group (NCCL on CUDA, else gloo), and destroy it at the end of the
+    block.
 
-    A process that failed must not wait for its peers, so on an exception the group is left to the end of the process.
+    A process that failed must not wait for its peers, so on an exception the group is left to the
+    end of the process.
 
-    NCCL's watchdog looks ten times a second and by default aborts the process when a peer is gone, before the heartbeat has said
-    which host that was. Here it only ends the communicators, so that the next collective raises: the heartbeat ends the process.
+    NCCL's watchdog looks ten times a second and by default aborts the process when a peer is gone,
+    before the heartbeat has said which host that was. Here it only ends the communicators, so that
+    the next collective raises: the heartbeat ends the process.
 
     Args:
         device: where the model runs.
@@ -136,10 +144,11 @@ def process_group(
 
 
 def connect(device: torch.device) -> None:
-    """Connect the ranks by NCCL, each with its GPU; on a CPU they are connected already. Every rank calls this.
+    """Connect the ranks by NCCL, each with its GPU; on a CPU they are connected already. Every rank
+    calls this.
 
-    `init_process_group(device_id=device)` ends with the same. Here it comes after the ranks have agreed: those that differ in
-    versions or device would hang in it.
+    `init_process_group(device_id=device)` ends with the same. Here it comes after the ranks have
+    agreed: those that differ in versions or device would hang in it.
     """
     if device.type != "cuda":
         return
@@ -150,7 +159,8 @@ def connect(device: torch.device) -> None:
 
 
 def job_word() -> str | None:
-    """Return a random word that the ranks of this job share, to find each other on a machine; None for a single rank."""
+    """Return a random word that the ranks of this job share, to find each other on a machine; None
+    for a single rank."""
     return _job_word
 
 
@@ -236,9 +246,11 @@ def _finish(tensor: Tensor) -> None:
 
 
 def cpu_group(name: str, timeout: datetime.timedelta | None = None) -> dist.ProcessGroup:
-    """Return a gloo group of all ranks, one per `name`: threads that share a group would mix up each other's collectives.
+    """Return a gloo group of all ranks, one per `name`: threads that share a group would mix up
+    each other's collectives.
 
-    Every rank asks for the same groups in the same order. `timeout` None: that of the process group.
+    Every rank asks for the same groups in the same order. `timeout` None: that of the process
+    group.
     """
     return _cpu_group(name, timeout or _timeout, dist.group.WORLD)
 

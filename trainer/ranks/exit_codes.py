@@ -4,7 +4,8 @@ import re
 
 CRASH, USER_ERROR = 1, 2
 REQUEUE = 75
-"""Exit code of a run that was asked to stop and saved its state: the same command continues it (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code of a run that was asked to stop and saved its state: the same command continues it
+(EX_TEMPFAIL of sysexits.h)."""
 _ERROR_LINE = re.compile(r"^bitfleet: error(?: \(rank [^)]*\))?: (.*)$", re.MULTILINE)
 
 

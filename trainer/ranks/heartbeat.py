@@ -1,8 +1,10 @@
-"""Notice in a thread of every rank when another rank is gone, even if the process itself waits in a collective.
+"""Notice in a thread of every rank when another rank is gone, even if the process itself waits in a
+collective.
 
-Every rank holds a TCP connection to rank 0 and sends each second which step it is in. A connection that closes, or that is silent
-for SILENT_SECONDS (a host without power, a cut cable, a stopped process), is a lost rank; rank 0 reports it and tells the others,
-and all exit. It does not depend on gloo or NCCL, whose own timeout has to be as long as the slowest step.
+Every rank holds a TCP connection to rank 0 and sends each second which step it is in. A connection
+that closes, or that is silent for SILENT_SECONDS (a host without power, a cut cable, a stopped
+process), is a lost rank; rank 0 reports it and tells the others, and all exit. It does not depend
+on gloo or NCCL, whose own timeout has to be as long as the slowest step.
 """
 
 import json
@@ -23,9 +25,11 @@ from bitfleet.trainer.ranks.rendezvous import in_ranks
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 20.0
 GATHER_SECONDS = 1.0
-"""Seconds that the first loss waits for further ones: when a host goes down, its ranks go one after another."""
+"""Seconds that the first loss waits for further ones: when a host goes down, its ranks go one after
+another."""
 GRACE_SECONDS = 10.0
-"""Seconds that the main thread of a rank has to exit by itself once the job is lost: a save may be in progress."""
+"""Seconds that the main thread of a rank has to exit by itself once the job is lost: a save may be
+in progress."""
 CLOSE_SECONDS = 2.0
 """Seconds that a rank which exits waits until the others have read its message."""
 
@@ -34,7 +38,8 @@ UNKNOWN = -1
 
 
 class HangReport(NamedTuple):
-    """Reason for the end of the job: exit code, and the sentence that was printed ("" if another rank prints it)."""
+    """Reason for the end of the job: exit code, and the sentence that was printed ("" if another
+    rank prints it)."""
 
     code: int
     sentence: str
@@ -145,12 +150,14 @@ class Heartbeat:
         self._leave(HangReport(0, ""), CLOSE_SECONDS)
 
     def leave(self, code: int) -> None:
-        """Tell the others that this rank fails and has printed why, so that they exit quietly with its exit code."""
+        """Tell the others that this rank fails and has printed why, so that they exit quietly with
+        its exit code."""
         if self.report is None:
             self._leave(HangReport(code, ""), CLOSE_SECONDS)
 
     def wait(self, seconds: float) -> HangReport | None:
-        """Wait up to `seconds` for the end of the job as the heartbeat sees it; None if it does not end."""
+        """Wait up to `seconds` for the end of the job as the heartbeat sees it; None if it does not
+        end."""
         self._ended.wait(seconds)
         return self.report
 
@@ -273,7 +280,8 @@ class Heartbeat:
             self._ended.set()
 
     def _close(self) -> None:
-        """Tell the others, wait until they have read it, then end the process if its main thread does not exit."""
+        """Tell the others, wait until they have read it, then end the process if its main thread
+        does not exit."""
         assert self.report is not None
         for peer in self._peers.values():
             peer.send(leaves=self.report.code)

@@ -1,4 +1,5 @@
-"""Join this process to the ranks of its job: meet them, compare with them, watch them, and leave them."""
+"""Join this process to the ranks of its job: meet them, compare with them, watch them, and leave
+them."""
 
 import dataclasses
 import datetime
@@ -48,13 +49,15 @@ class Membership:
         config: Mapping[str, Any],
         timeout: datetime.timedelta = COLLECTIVE_TIMEOUT,
     ) -> Iterator[Ranks]:
-        """Give the process group once all ranks have come and agree; inside, lost ranks are noticed.
+        """Give the process group once all ranks have come and agree; inside, lost ranks are
+        noticed.
 
         Args:
             ranks: this process's place.
             device: where the model runs.
             versions: package -> version; equal on every rank.
-            config: the resolved configuration as JSON types, equal on every rank; empty if there is none.
+            config: the resolved configuration as JSON types, equal on every rank; empty if there is
+                none.
             timeout: of the meeting, and of every collective.
 
         Yields:
@@ -82,7 +85,8 @@ class Membership:
             self._heartbeat.stop()
 
     def others_failed(self, seconds: float) -> int | None:
-        """Return the exit code of another rank that fails and prints why; None if none does within `seconds`."""
+        """Return the exit code of another rank that fails and prints why; None if none does within
+        `seconds`."""
         if self._heartbeat is None:
             time.sleep(seconds)
             return None

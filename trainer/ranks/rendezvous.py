@@ -1,7 +1,8 @@
 """Let the ranks of a job find each other, and tell the others if one fails before that.
 
-All ranks meet at torch's key-value store, which rank 0 (or torchrun's agent) serves at MASTER_ADDR and MASTER_PORT. The wait is
-bitfleet's own: it names missing ranks, and it ends within seconds when one of them has failed.
+All ranks meet at torch's key-value store, which rank 0 (or torchrun's agent) serves at MASTER_ADDR
+and MASTER_PORT. The wait is bitfleet's own: it names missing ranks, and it ends within seconds when
+one of them has failed.
 """
 
 import contextlib
@@ -23,7 +24,8 @@ POLL_SECONDS = 0.2
 QUIET_SECONDS = 10.0
 """Seconds that ranks wait for each other before one of them prints which ranks are missing."""
 TELL_SECONDS = 15.0
-"""Seconds that a rank which fails at the very start waits for the others, whose imports may take longer."""
+"""Seconds that a rank which fails at the very start waits for the others, whose imports may take
+longer."""
 
 
 class PeerFailed(Exception):
@@ -65,7 +67,8 @@ class Meeting:
                 )
             except dist.DistNetworkError as error:
                 raise ValueError(
-                    f"rank {self.rank} cannot {'serve' if serves else 'reach'} the meeting point {self.address}:{self.port} of "
+                    f"rank {self.rank} cannot {'serve' if serves else 'reach'} the meeting point "
+                    f"{self.address}:{self.port} of "
                     f"the job ({str(error).splitlines()[0]}): is another job using the port? Pass another --master_port"
                 ) from None
         return self._store
@@ -82,7 +85,8 @@ class Meeting:
                 if time.monotonic() > give_up:
                     raise ValueError(
                         f"rank {self.rank} has not reached rank 0 at {self.address}:{self.port} within "
-                        f"{in_words(timeout)} ({error.strerror or error}): has its host started, can this host reach it, and "
+                        f"{in_words(timeout)} ({error.strerror or error}): has its host started, can this host "
+                        "reach it, and "
                         "is --master_addr right?"
                     ) from None
                 if speaks and time.monotonic() > start + QUIET_SECONDS:
@@ -101,7 +105,8 @@ class Meeting:
             gpu: UUID of the GPU of this rank, which no other rank may have; "" for none.
 
         Raises:
-            ValueError: some have not come within `timeout`; they are named. Or another rank has the GPU.
+            ValueError: some have not come within `timeout`; they are named. Or another rank has the
+                GPU.
             PeerFailed: one of them has failed.
         """
         store = self.store(timeout)
@@ -129,7 +134,8 @@ class Meeting:
         return store
 
     def _claim(self, gpu: str, store: Store) -> None:
-        """Raise ValueError if another rank has the GPU, which NCCL would refuse with a traceback on every rank."""
+        """Raise ValueError if another rank has the GPU, which NCCL would refuse with a traceback on
+        every rank."""
         if not gpu:
             return
         owner = int(store.compare_set(f"bitfleet/gpu/{gpu}", "", str(self.rank)))
@@ -172,12 +178,14 @@ class Meeting:
     def _who_is_missing(self, store: Store, timeout: datetime.timedelta) -> str:
         missing, came = self._missing(store)
         return (
-            f"{in_ranks(missing)} of {self.world_size} did not come to {self.address}:{self.port} within {in_words(timeout)} "
+            f"{in_ranks(missing)} of {self.world_size} did not come to {self.address}:{self.port} within "
+            f"{in_words(timeout)} "
             f"(there: {came}): have all hosts started, and can they reach it?"
         )
 
     def tell_failure(self, code: int, timeout: datetime.timedelta) -> None:
-        """Tell the ranks that wait, or will come, that this one has failed; return when they know, or after TELL_SECONDS.
+        """Tell the ranks that wait, or will come, that this one has failed; return when they know,
+        or after TELL_SECONDS.
 
         Args:
             code: exit code of this process.
@@ -201,7 +209,8 @@ def _say(text: str) -> None:
 
 
 def loopback_hint() -> str:
-    """Return what to do if the name of this host resolves to an address that other hosts cannot use; "" if it is a good one.
+    """Return what to do if the name of this host resolves to an address that other hosts cannot
+    use; "" if it is a good one.
 
     gloo offers that address to the other ranks, NCCL does not. Debian's /etc/hosts has 127.0.1.1.
     """

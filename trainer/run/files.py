@@ -11,14 +11,16 @@ from typing import IO
 
 LOCK = ".lock"
 WAIT_SECONDS = 5.0
-"""Seconds to wait for a lock: a requeued run may start before the last process of its earlier part has exited."""
+"""Seconds to wait for a lock: a requeued run may start before the last process of its earlier part
+has exited."""
 
 
 @contextlib.contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
     """Give a path to write to, which becomes `path` when the block ends without an error.
 
-    Readers, and a restart after a crash of the machine, see either the old or the new content. The folder is created if missing.
+    Readers, and a restart after a crash of the machine, see either the old or the new content. The
+    folder is created if missing.
 
     Raises:
         OSError: the file cannot be written.
@@ -55,8 +57,9 @@ def flush_folder(folder: Path) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock file `path` during the block; other processes wait for it.
 
-    The kernel drops the lock when its holder dies, so a killed rank leaves nothing to clean up. The lock file stays: deleting it
-    would let a third process lock a new file of the same name next to a second one that waits on the old.
+    The kernel drops the lock when its holder dies, so a killed rank leaves nothing to clean up. The
+    lock file stays: deleting it would let a third process lock a new file of the same name next to
+    a second one that waits on the old.
 
     Raises:
         OSError: the file cannot be written.
@@ -67,7 +70,8 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def lock_run(run: Path, option: str = "--run_dir") -> IO[str]:
-    """Lock the folder of a run (or a sweep) for this job, until the returned file is closed or the process dies.
+    """Lock the folder of a run (or a sweep) for this job, until the returned file is closed or the
+    process dies.
 
     Args:
         run: the folder; it is created if missing.

@@ -19,7 +19,8 @@ CONFIG = "config.json"
 
 
 def write_config(path: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write config.json: the resolved configuration, `facts`, git revision, versions and the machine."""
+    """Write config.json: the resolved configuration, `facts`, git revision, versions and the
+    machine."""
     facts = {**facts, "git": git_revision(), "versions": versions(), "hardware": hardware()}
     content = {"config": config, **facts}
     write_atomically(path / CONFIG, to_json(content, indent=2) + "\n")

@@ -1,4 +1,5 @@
-"""Explain that memory ran out, of a GPU or of the machine: what was requested, what was free, and what to change."""
+"""Explain that memory ran out, of a GPU or of the machine: what was requested, what was free, and
+what to change."""
 
 import re
 import socket
@@ -12,14 +13,16 @@ _CPU = ("DefaultCPUAllocator", "Cannot allocate memory", "std::bad_alloc")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return True if `error` is about memory, of a GPU or of the machine; torch has an exception class for some of them only."""
+    """Return True if `error` is about memory, of a GPU or of the machine; torch has an exception
+    class for some of them only."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(part in str(error) for part in (*_GPU, *_CPU))
 
 
 def out_of_memory(error: BaseException) -> str:
-    """Return a clause with what was requested and what is free, without torch's advice on its allocator."""
+    """Return a clause with what was requested and what is free, without torch's advice on its
+    allocator."""
     text = " ".join(str(error).split())
     host = socket.gethostname()
     if isinstance(error, MemoryError) or any(part in text for part in _CPU):
@@ -61,7 +64,8 @@ def training_out_of_memory(
 
 
 def _more_replicas(images: int, num_replicas: int) -> list[str]:
-    """Return the next number of replicas that divides the batch, if micro-batches keep two images, as BatchNorm needs."""
+    """Return the next number of replicas that divides the batch, if micro-batches keep two images,
+    as BatchNorm needs."""
     parts = next((parts for parts in range(2, images // 2 + 1) if images % parts == 0), None)
     if parts is None:
         return []

@@ -1,4 +1,5 @@
-"""Stop a run on request (a signal, a file, or the death of the launcher), on all ranks after the same step."""
+"""Stop a run on request (a signal, a file, or the death of the launcher), on all ranks after the
+same step."""
 
 import os
 import select
@@ -19,11 +20,13 @@ FILE_SECONDS = 1.0
 AGREE_SECONDS = 0.25
 """Approximate seconds between exchanges of requests between the ranks."""
 MAX_STEPS = 100
-"""Largest number of steps between exchanges: the next steps may take longer than the measured ones."""
+"""Largest number of steps between exchanges: the next steps may take longer than the measured
+ones."""
 
 
 class StopWatcher:
-    """Notices requests to stop while it is entered; `after_step` and `agree` tell all ranks of a request that one has seen.
+    """Notices requests to stop while it is entered; `after_step` and `agree` tell all ranks of a
+    request that one has seen.
 
     A second SIGINT interrupts at once. Signal handlers are as before when it is left.
 
@@ -43,7 +46,8 @@ class StopWatcher:
         self._agreed_at = time.monotonic()
         self._ancestors: Callable[[], tuple[int, ...]] = launcher_processes if launched else tuple
         self._launcher = self._ancestors()
-        # On another machine, standard input is the ssh connection of the launching machine and ends with it.
+        # On another machine, standard input is the ssh connection of the launching machine and ends
+        # with it.
         self._input = input_from_launcher() if len(self._launcher) > 1 else None
         self._before: dict[signal.Signals, signal._HANDLER] = {}
 
@@ -77,9 +81,11 @@ class StopWatcher:
                 self._file.unlink(missing_ok=True)
 
     def after_step(self, flag: bool = False) -> tuple[str, bool]:
-        """Call `agree` every N steps, which take about AGREE_SECONDS; else return ("", False). Every rank calls this.
+        """Call `agree` every N steps, which take about AGREE_SECONDS; else return ("", False).
+        Every rank calls this.
 
-        On a GPU a step may take less time than the ranks need to agree. N is agreed on as well, so it is the same on every rank.
+        On a GPU a step may take less time than the ranks need to agree. N is agreed on as well, so
+        it is the same on every rank.
         """
         self._steps_left -= 1
         if self._steps_left > 0:
@@ -91,7 +97,8 @@ class StopWatcher:
         return self._agree(flag, wanted)
 
     def agree(self, flag: bool = False) -> tuple[str, bool]:
-        """Return the request that any rank has seen ("" for none), and whether `flag` is true on any; every rank calls this."""
+        """Return the request that any rank has seen ("" for none), and whether `flag` is true on
+        any; every rank calls this."""
         return self._agree(flag, self._interval)
 
     def _agree(self, flag: bool, wanted: int) -> tuple[str, bool]:
@@ -105,9 +112,11 @@ class StopWatcher:
 
 
 def launcher_processes() -> tuple[int, ...]:
-    """Return the process that started this one, and, if that is DeepSpeed's agent, the command that started the agent.
+    """Return the process that started this one, and, if that is DeepSpeed's agent, the command that
+    started the agent.
 
-    A child whose parent has died gets another parent, so the numbers change when a launcher dies. Linux only.
+    A child whose parent has died gets another parent, so the numbers change when a launcher dies.
+    Linux only.
     """
     parent = os.getppid()
     try:
@@ -121,7 +130,8 @@ def launcher_processes() -> tuple[int, ...]:
 
 
 def input_from_launcher() -> "select.poll | None":
-    """Return a poll for the end of standard input, without reading it; None if it is not a pipe or socket, or has ended."""
+    """Return a poll for the end of standard input, without reading it; None if it is not a pipe or
+    socket, or has ended."""
     try:
         mode = os.fstat(0).st_mode
     except OSError:

@@ -1,4 +1,5 @@
-"""JSON as its standard has it (RFC 8259): a number that is not finite is null, which Python would write as NaN."""
+"""JSON as its standard has it (RFC 8259): a number that is not finite is null, which Python would
+write as NaN."""
 
 import json
 import math
@@ -14,7 +15,8 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def finite_or_null(value: Any) -> Any:
-    """Return `value` with None in place of each float that is not finite, in lists and dictionaries as well."""
+    """Return `value` with None in place of each float that is not finite, in lists and dictionaries
+    as well."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -91,7 +91,8 @@ def compare_binary_sums(precision: Precision, channels: int, device: torch.devic
     torch.manual_seed(0)
     layer = QuantConv2d(channels, channels, 3, padding="valid", input_quantizer=ste_sign)
     images = torch.randn(4, channels, 8, 8)
-    # The filters agree with a window of the first image in a half to all of their terms: sums of every size.
+    # The filters agree with a window of the first image in a half to all of their terms: sums of
+    # every size.
     agreement = torch.linspace(0.5, 1.0, channels)[:, None, None, None]
     with torch.no_grad():
         layer.weight.copy_(ste_sign(agreement - torch.rand_like(layer.weight)) * ste_sign(images[0, :, :3, :3]))

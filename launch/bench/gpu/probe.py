@@ -71,7 +71,8 @@ def _flags() -> dict[str, Any]:
 
 
 def _tools() -> dict[str, Any]:
-    """Find what torch.compile needs: compilers, and the headers of Python (Triton builds a module)."""
+    """Find what torch.compile needs: compilers, and the headers of Python (Triton builds a
+    module)."""
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     compilers = {name: _output(name, "-dumpfullversion") for name in ("gcc", "g++")}
     return {**compilers, "nvcc": shutil.which("nvcc"), "Python.h": str(header) if header.exists() else None}

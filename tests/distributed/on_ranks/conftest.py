@@ -1,7 +1,8 @@
-"""Run these tests on every rank of a job: `torchrun --nproc_per_node 3 -m pytest -x tests/distributed/on_ranks`.
+"""Run these tests on every rank of a job: `torchrun --nproc_per_node 3 -m pytest -x
+tests/distributed/on_ranks`.
 
-Every rank runs the same tests in the same order and stops at its first failure, whose report names the rank. `make test` starts
-them from tests/distributed/test_on_ranks.py.
+Every rank runs the same tests in the same order and stops at its first failure, whose report names
+the rank. `make test` starts them from tests/distributed/test_on_ranks.py.
 """
 
 import os
@@ -71,6 +72,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Leave at once: gloo's destructors abort a process now and then, also after its group is destroyed."""
+    """Leave at once: gloo's destructors abort a process now and then, also after its group is
+    destroyed."""
     sys.stdout.flush()
     os._exit(config.stash.get(_exit_code, 1))

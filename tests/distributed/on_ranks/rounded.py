@@ -6,7 +6,8 @@ from torch import Tensor
 
 
 def rounded_sums(grads: Sequence[Tensor]) -> list[Tensor]:
-    """Return for each of 2^k ranks the sum as it arrives there: its own part plus the rounded sum of its partner.
+    """Return for each of 2^k ranks the sum as it arrives there: its own part plus the rounded sum
+    of its partner.
 
     Args:
         grads: gradient of each rank, fp32, of one shape.

@@ -1,4 +1,5 @@
-"""The diagnostics of bits, summed over the ranks, against counts over the weights of a plain optimizer."""
+"""The diagnostics of bits, summed over the ranks, against counts over the weights of a plain
+optimizer."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""The sharded optimizer against a plain one: the same bits, whatever the rule, the gradients and the number of ranks."""
+"""The sharded optimizer against a plain one: the same bits, whatever the rule, the gradients and
+the number of ranks."""
 
 import dataclasses
 import os
@@ -92,7 +93,8 @@ def test_weights_that_freeze_in_the_run() -> None:
 
 
 def test_frozen_and_tied_parameters() -> None:
-    """Frozen parameters among others keep their values; one that is used twice gets the sum of both gradients."""
+    """Frozen parameters among others keep their values; one that is used twice gets the sum of both
+    gradients."""
     twins = Twins(frozen=(0, 8))
     for step in range(10):
         grads = own_gradients(step)
@@ -133,7 +135,8 @@ def test_misuse_is_named() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_second_gradient_of_reentrant_checkpoints_is_refused(reentrant: bool) -> None:
-    """A module in two reentrant checkpoints gets a part of its gradient from each; the first may have left already."""
+    """A module in two reentrant checkpoints gets a part of its gradient from each; the first may
+    have left already."""
     shared, head = nn.Linear(8, 8), nn.Linear(8, 1)
     named = [(f"p{index}", param) for index, param in enumerate([*shared.parameters(), *head.parameters()])]
     group = {"params": named, "rule": "keras_adam", "lr": 1e-2, **KERAS_DEFAULTS}
@@ -247,7 +250,8 @@ def test_planted_flip_is_named() -> None:
 @FEW_RANKS
 @every_rule
 def test_saved_shard_continues_exactly(config: OptimConfig, folder: Path) -> None:
-    """The state of one optimizer, given to a fresh one with another hyperparameter, continues with the same bits."""
+    """The state of one optimizer, given to a fresh one with another hyperparameter, continues with
+    the same bits."""
     first, second = Twins(config), Twins(config)
     for _ in range(6):
         first.step(unused_somewhere)

@@ -26,7 +26,8 @@ LIVELY: dict[str, Any] = {
     "alpha": constant(1e-2),
     "latent_lr": constant(1e-2),
 }
-"""Hyperparameters with which weights flip in a few steps; those that are not here have their defaults."""
+"""Hyperparameters with which weights flip in a few steps; those that are not here have their
+defaults."""
 Gradient = Callable[[int, int, int], Tensor | None]
 """(step, replica, index of the parameter) -> its gradient."""
 
@@ -59,7 +60,8 @@ def generator(*key: int) -> torch.Generator:
 
 
 def make_params(seed: int, *, real: bool = False) -> list[nn.Parameter]:
-    """Make binary parameters of all SIZES, optionally real-valued at first, then the same shapes in full precision."""
+    """Make binary parameters of all SIZES, optionally real-valued at first, then the same shapes in
+    full precision."""
     signs = [torch.randint(0, 2, size, generator=generator(seed, i)).float() * 2 - 1 for i, size in enumerate(SIZES)]
     if real:
         signs = [sign * 0.1 * torch.rand(sign.shape, generator=generator(seed, 5, i)) for i, sign in enumerate(signs)]
@@ -87,7 +89,8 @@ def draw(step: int, replica: int, index: int) -> Tensor:
 
 
 def unused_somewhere(step: int, replica: int, index: int) -> Tensor | None:
-    """Leave out p1 but for every third step, p4 but for replica 0, p8 always, and p3 of odd replicas in even steps."""
+    """Leave out p1 but for every third step, p4 but for replica 0, p8 always, and p3 of odd
+    replicas in even steps."""
     left_out = (
         (index == 1 and step % 3)
         or (index == 4 and replica > 0)
@@ -104,7 +107,8 @@ def backward(params: Sequence[nn.Parameter], grads: Sequence[Tensor | None]) -> 
 
 
 def reduce(grads: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
-    """Return the mean over all replicas in the order of the tree; None if no replica has a gradient."""
+    """Return the mean over all replicas in the order of the tree; None if no replica has a
+    gradient."""
     if all(grad is None for grad in grads):
         return None
     return tree_sum([torch.zeros_like(like) if grad is None else grad for grad in grads]) / len(grads)

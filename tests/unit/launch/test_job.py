@@ -74,7 +74,8 @@ def test_a_gpu_without_memory_is_one_sentence() -> None:
 import torch
 from bitfleet.launch.job import run
 def main():
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79 GiB of which 1 MiB is free. And")
+    text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79 GiB of which 1 MiB is free. And"
+    raise torch.OutOfMemoryError(text)
 run(main)
 """
     done = subprocess.run(

@@ -67,7 +67,8 @@ def test_one_graph_of_float_convolutions(config: ModelConfig, monkeypatch: pytes
 
 
 def check_one_graph(config: ModelConfig) -> None:
-    """What torch.compile captures, run by eager operators: any graph break is an error, any other result as well."""
+    """What torch.compile captures, run by eager operators: any graph break is an error, any other
+    result as well."""
     torch.manual_seed(0)
     eager, compiled = create_model(config), create_model(config)
     compiled.load_state_dict(eager.state_dict())

@@ -1,4 +1,5 @@
-"""The counts over flips and moments against numpy on unpacked weights; on several ranks: tests/distributed."""
+"""The counts over flips and moments against numpy on unpacked weights; on several ranks:
+tests/distributed."""
 
 import dataclasses
 import math
@@ -66,7 +67,8 @@ def test_four_flips_make_an_oscillator_and_more_stay_one() -> None:
 
 
 def test_windows_of_a_hundred_steps() -> None:
-    """Against counts of every weight; the report of a step is about the last window that was over by then."""
+    """Against counts of every weight; the report of a step is about the last window that was over
+    by then."""
     param, sharded = make(BOP)
     diagnostics = BitDiagnostics(sharded)
     flips: list[Tensor] = []
@@ -102,7 +104,8 @@ def test_windows_of_a_hundred_steps() -> None:
     ids=lambda rule: rule.get("correction", "bop"),
 )
 def test_the_ratio_is_the_one_that_flips(rule: dict[str, Any]) -> None:
-    """A -1 with r < -threshold and a +1 with r > threshold flip, no other: so r is the rule's own."""
+    """A -1 with r < -threshold and a +1 with r > threshold flip, no other: so r is the rule's
+    own."""
     param, sharded = make(rule)
     diagnostics = BitDiagnostics(sharded)
     for number in range(1, 8):

@@ -93,7 +93,8 @@ def test_built_optimizer_trains_both_kinds() -> None:
 
 
 def test_weight_decay_is_coupled() -> None:
-    """As an L2 term of the loss: the gradient of a parameter with zero gradient is weight_decay * w."""
+    """As an L2 term of the loss: the gradient of a parameter with zero gradient is weight_decay *
+    w."""
     model = network()
     config = OptimConfig(weight_decay=1e-2, decayed=("0.weight",), lr=constant(0.1))
     optimizer, _ = build_optimizer(model, config, num_steps=10)

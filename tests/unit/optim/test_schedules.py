@@ -9,7 +9,8 @@ from bitfleet.optim import Bop2ndOrder, HyperparameterScheduler, Schedule, const
 def test_linear_is_keras_polynomial_decay() -> None:
     gamma = linear(1e-4, 1e-9, 125_113)
     assert gamma(0) == 1e-4
-    # The last of the paper's 125,100 XNOR-Net steps stops short of the end (decay_steps is 125,113).
+    # The last of the paper's 125,100 XNOR-Net steps stops short of the end (decay_steps is
+    # 125,113).
     assert gamma(125_099) == pytest.approx(1.22e-8, rel=1e-2)
     assert gamma(125_113) == gamma(10**9) == 1e-9
 

@@ -1,4 +1,5 @@
-"""Benchmarks of training loops: what they refuse before they start, their ratios, and the bytes of encoded flips."""
+"""Benchmarks of training loops: what they refuse before they start, their ratios, and the bytes of
+encoded flips."""
 
 from typing import Any
 

@@ -1,4 +1,5 @@
-"""`bitfleet checkpoint`: what it prints and writes of two small checkpoints, and what damage does."""
+"""`bitfleet checkpoint`: what it prints and writes of two small checkpoints, and what damage
+does."""
 
 from pathlib import Path
 
@@ -21,7 +22,8 @@ WEIGHT = "blocks.0.conv.weight"
 
 
 def save(run: Path, *, change: bool = False) -> tuple[Path, nn.Module]:
-    """A checkpoint of a network that has not been trained; `change` turns the sign of one weight."""
+    """A checkpoint of a network that has not been trained; `change` turns the sign of one
+    weight."""
     torch.manual_seed(0)
     model = create_model(ModelConfig(name="birealnet_small", width=8, num_classes=4))
     optimizer, _ = build_optimizer(model, OptimConfig(), num_steps=10)

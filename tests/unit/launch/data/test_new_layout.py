@@ -1,4 +1,5 @@
-"""A layout from one file, as docs/extending.md describes it: recognised, prepared, verified and read for training."""
+"""A layout from one file, as docs/extending.md describes it: recognised, prepared, verified and
+read for training."""
 
 import importlib.util
 import sys

@@ -1,4 +1,5 @@
-"""Pack: names, labels and order of the copy, what an interrupted one leaves, and what is refused."""
+"""Pack: names, labels and order of the copy, what an interrupted one leaves, and what is
+refused."""
 
 import fcntl
 import io
@@ -250,7 +251,8 @@ def save_ycck(image: Image.Image, path: Path) -> None:
 
 
 def far_apart(packed: Image.Image, reference: Image.Image) -> float:
-    """How far two images differ, seen from some distance: JPEG loses detail, most of all of colours."""
+    """How far two images differ, seen from some distance: JPEG loses detail, most of all of
+    colours."""
     return float(np.abs(np.asarray(packed.reduce(4)).astype(int) - np.asarray(reference.reduce(4))).mean())
 
 
@@ -377,7 +379,8 @@ def test_packed_again(source: Path, tmp_path: Path) -> None:
 
 
 def test_shards_of_others_become_class_folders(source: Path, tmp_path: Path) -> None:
-    """Keys that are unique in their shard only, members in folders, and class names that no folder can have."""
+    """Keys that are unique in their shard only, members in folders, and class names that no folder
+    can have."""
     originals = lists(source)
     packed: list[ImageList] = []
     for split, images in zip(("train", "val"), originals, strict=True):

@@ -29,7 +29,8 @@ def is_running(pid: int) -> bool:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait up to ten minutes: starting a worker imports torch, which takes a minute on a busy machine."""
+    """Wait up to ten minutes: starting a worker imports torch, which takes a minute on a busy
+    machine."""
     for _ in range(12_000):
         if condition():
             return

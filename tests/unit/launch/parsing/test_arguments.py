@@ -8,7 +8,9 @@ from bitfleet.optim import Schedule
 
 def test_overrides_reach_nested_fields() -> None:
     config = parse_train(
-        "--config fashion_quickstart --optim.gamma.start 1e-5 --data.crop_padding=2 --model.depths 1 2 --run_dir /x".split(),
+        (
+            "--config fashion_quickstart --optim.gamma.start 1e-5 --data.crop_padding=2 --model.depths 1 2 --run_dir /x"
+        ).split(),
         "t",
     )
     assert config.optim.gamma.start == 1e-5

@@ -20,7 +20,8 @@ COLUMNS = (
 def row(
     labels: Mapping[str, object], seed: int, top1: float, *, speed: float = 0.02, number: int = 8
 ) -> dict[str, str]:
-    """A finished run whose validations after 20, 40, ... steps approach `top1` at the rate `speed` a step."""
+    """A finished run whose validations after 20, 40, ... steps approach `top1` at the rate `speed`
+    a step."""
     steps = [20 * (index + 1) for index in range(number)]
     curve = [top1 * (1 - math.exp(-speed * step)) for step in steps[:-1]] + [top1]
     flips = [0.02 * math.exp(-speed * step) + 1e-4 for step in steps]
@@ -75,7 +76,8 @@ def write(
     figure: Figure | None = None,
     **facts: object,
 ) -> Path:
-    """Write a sweep folder of `rows`; the values on its axes are declared, and `facts` go into sweep.json."""
+    """Write a sweep folder of `rows`; the values on its axes are declared, and `facts` go into
+    sweep.json."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = [*COLUMNS[:3], *(f"axis.{axis}" for axis in axes), *COLUMNS[3:]]
     with (folder / "sweep.csv").open("w", newline="") as stream:
@@ -103,7 +105,8 @@ def values_of(rows: Sequence[Mapping[str, str]], axis: str) -> list[str] | list[
 
 
 def rules(folder: Path, number: int, seeds: int) -> Path:
-    """`number` rules with `seeds` seeds: the first is the best, each next one 1.5 points worse and slower."""
+    """`number` rules with `seeds` seeds: the first is the best, each next one 1.5 points worse and
+    slower."""
     rows = [
         row(
             {"rule": f"rule_{index}"},
@@ -118,7 +121,8 @@ def rules(folder: Path, number: int, seeds: int) -> Path:
 
 
 def grid(folder: Path, top1: Callable[[int, int], float] | None = None) -> Path:
-    """5 x 5 points over gamma and threshold, 3 seeds; one point failed, one has a seed that did not run."""
+    """5 x 5 points over gamma and threshold, 3 seeds; one point failed, one has a seed that did not
+    run."""
     rows = []
     for i in range(5):
         for j in range(5):
@@ -148,7 +152,8 @@ def one_at_a_time(folder: Path) -> Path:
 
 
 def star(folder: Path) -> Path:
-    """The same three axes, each point with all three values: 13 points around gamma 1e-7, sigma 1e-3, threshold 1e-6."""
+    """The same three axes, each point with all three values: 13 points around gamma 1e-7, sigma
+    1e-3, threshold 1e-6."""
     centre = {"gamma": -7, "sigma": -3, "threshold": -6}
     powers = [centre] + [centre | {axis: centre[axis] + k} for axis in centre for k in (-2, -1, 1, 2)]
     rows = []
@@ -170,7 +175,8 @@ def run_folder(
     rule: str = "bop2ndorder",
     more: float = 0.0,
 ) -> Path:
-    """A run with a line of training every 10 steps and a validation every 40, which ends at a top-1 of 0.7 + `more`."""
+    """A run with a line of training every 10 steps and a validation every 40, which ends at a top-1
+    of 0.7 + `more`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(_config(folder, seed, rule)))
     lines: list[dict[str, object]] = []

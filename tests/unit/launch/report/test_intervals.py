@@ -20,7 +20,8 @@ def test_the_interval_is_welchs() -> None:
     first, second = [0.88, 0.90, 0.92], [0.80, 0.86, 0.83, 0.81]
     difference = welch(first, second)
     assert difference is not None
-    # By hand: the variances of the means are 4e-4/3 and 7e-4/4 and 4.9782 degrees of freedom give t = 2.573974.
+    # By hand: the variances of the means are 4e-4/3 and 7e-4/4 and 4.9782 degrees of freedom give t
+    # = 2.573974.
     assert difference == pytest.approx((0.075, 0.0298025, 0.1201975), abs=1e-6)
     assert difference.is_clear
     # By hand: s = 1 and n = 2 twice: the error is 1, 2 degrees of freedom, t = 4.3027.
@@ -51,8 +52,8 @@ def test_steps_are_those_of_the_first_validation_that_reaches_the_level() -> Non
 
 def test_the_region_ends_where_the_straight_line_falls_a_point_below_the_best() -> None:
     settings = [1e-9, 1e-8, 1e-7, 1e-6, 1e-5]
-    # To the left 4 points are lost in a decade: a point in a quarter. To the right the next loses half a point, the one
-    # after it two more: half a point in a quarter of the second decade.
+    # To the left 4 points are lost in a decade: a point in a quarter. To the right the next loses
+    # half a point, the one after it two more: half a point in a quarter of the second decade.
     found = plateau(settings, [0.80, 0.84, 0.88, 0.875, 0.855])
     assert found is not None
     assert found.low == pytest.approx(10**-7.25)

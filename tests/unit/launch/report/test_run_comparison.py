@@ -1,4 +1,5 @@
-"""Several runs on one page: one table, and an answer in which seeds of one setting count together."""
+"""Several runs on one page: one table, and an answer in which seeds of one setting count
+together."""
 
 from pathlib import Path
 

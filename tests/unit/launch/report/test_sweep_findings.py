@@ -20,7 +20,8 @@ from tests.unit.launch.report import synthetic
 def test_the_answer_names_the_best_and_how_sure_that_is(tmp_path: Path) -> None:
     sentences = answer(read_sweep(synthetic.rules(tmp_path, 3, 3)))
     assert sentences[0] == "Best: rule_0 with 90.0 ± 0.4 % top-1 (mean ± standard deviation of 3 seeds)."
-    # Two spreads of 0.4 over 3 seeds: an error of 0.3266 points, 4 degrees of freedom, t = 2.7764: 1.5 +- 0.907.
+    # Two spreads of 0.4 over 3 seeds: an error of 0.3266 points, 4 degrees of freedom, t = 2.7764:
+    # 1.5 +- 0.907.
     assert "difference of 1.5 points (95 % interval +0.59 to +2.41, Welch) is more than" in sentences[1]
     assert sentences[2].startswith("All 2 other points")
     assert len(sentences) == 3
@@ -54,7 +55,8 @@ def test_what_is_missing_is_counted(tmp_path: Path) -> None:
 def test_convergence_counts_the_seeds_that_arrive(tmp_path: Path) -> None:
     results = read_sweep(synthetic.rules(tmp_path, 9, 3))
     assert levels(results) == [0.72, 0.81, 0.85]
-    # rule_0: 0.9 (1 - exp(-0.05 step)) is 0.778 after 40 steps, 0.855 after 60; for the worst seed 0.8514.
+    # rule_0: 0.9 (1 - exp(-0.05 step)) is 0.778 after 40 steps, 0.855 after 60; for the worst seed
+    # 0.8514.
     assert [speed.reached for speed in speeds(results.points[0], levels(results))] == [(40,) * 3, (60,) * 3, (60,) * 3]
     # rule_6 ends at 80.6, 81.0 and 81.4 %: its curve is 81 % or more at the last step for two.
     (speed,) = speeds(results.points[6], [0.81])
@@ -67,7 +69,8 @@ def test_convergence_counts_the_seeds_that_arrive(tmp_path: Path) -> None:
 
 def test_robustness_is_measured_along_each_axis_through_the_best(tmp_path: Path) -> None:
     gamma, threshold = slopes(read_sweep(synthetic.grid(tmp_path)))
-    # gamma loses 1.2 points in a decade: one point in 1/1.2 of it, on both sides; threshold loses one point in two.
+    # gamma loses 1.2 points in a decade: one point in 1/1.2 of it, on both sides; threshold loses
+    # one point in two.
     assert gamma.axis == "gamma"
     assert gamma.region.decades == pytest.approx(2 / 1.2)
     assert gamma.decades_of_seeds == pytest.approx((2 / 1.2,) * 3)
@@ -113,9 +116,11 @@ def test_around_a_centre_every_axis_is_measured_also_where_another_point_is_the_
     rows += [synthetic.row({**centre, axis: at}, 0, top1) for axis, each in away.items() for at, top1 in each.items()]
     figure = Figure(centre={"gamma": 1e-7, "threshold": 1e-6}, robustness=("gamma", "threshold"))
     gamma, threshold = slopes(read_sweep(synthetic.write(tmp_path, ["gamma", "threshold"], rows, figure)))
-    # The best point, threshold 1e-4, has no other gamma next to it: gamma is measured through the centre.
+    # The best point, threshold 1e-4, has no other gamma next to it: gamma is measured through the
+    # centre.
     assert [point.get("gamma") for point in gamma.points] == [1e-9, 1e-7, 1e-5]
-    # One point in half of the two decades that lose two, and the whole two decades that lose half a point.
+    # One point in half of the two decades that lose two, and the whole two decades that lose half a
+    # point.
     assert gamma.region.decades == pytest.approx(3.0)
     assert [point.get("threshold") for point in threshold.points] == [1e-8, 1e-6, 1e-4]
     assert threshold.region.decades == pytest.approx(1.0)

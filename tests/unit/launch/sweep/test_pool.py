@@ -32,7 +32,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_places_and_one_more_attempt(tmp_path: Path) -> None:
-    """ "b" fails the first time: it comes back behind "c", and its log keeps both attempts; "a" has its place all the time."""
+    """ "b" fails the first time: it comes back behind "c", and its log keeps both attempts; "a" has
+    its place all the time."""
     jobs = [
         shell(tmp_path, "a", "while ! test -e b3; do sleep 0.01; done; echo $PLACE"),
         shell(tmp_path, "b", "echo $PLACE; test -e b2 && touch b3 || { touch b2; exit 3; }"),
@@ -55,7 +56,8 @@ def test_two_places_and_one_more_attempt(tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def listening() -> Iterator[None]:
-    """SIGINT is heard, also where the tests run in the background of a shell, which has it ignored."""
+    """SIGINT is heard, also where the tests run in the background of a shell, which has it
+    ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -86,7 +88,8 @@ def test_request_stops_what_runs_and_starts_nothing_more(number: signal.Signals,
 
 
 def test_second_interrupt_kills(tmp_path: Path) -> None:
-    """Two that come before Python has looked at the first are one, so the second waits until the first has gone on."""
+    """Two that come before Python has looked at the first are one, so the second waits until the
+    first has gone on."""
     ready, asked = tmp_path / "ready", tmp_path / "asked"
     deaf = shell(tmp_path, "deaf", f"trap 'touch {asked}' TERM; touch {ready}; while :; do sleep 0.05; done")
     seen: list[int] = []

@@ -166,7 +166,10 @@ def test_folder_with_another_configuration_is_refused(tmp_path: Path) -> None:
     (run, *_) = planned(tmp_path)
     write_config(run.path, to_dict(run.config), {})
     check_folders([run])
-    moved = "--data.root /elsewhere --data.device gpu --data.stall_seconds 5 --device cpu --num_threads 3 --data.num_threads 2"
+    moved = (
+        "--data.root /elsewhere --data.device gpu --data.stall_seconds 5 --device cpu --num_threads 3 "
+        "--data.num_threads 2"
+    )
     check_folders(planned(tmp_path, *moved.split()))
     write_config(run.path, to_dict(with_precision(run.config, "cuda")), {})  # as a run on a GPU leaves it
     check_folders([run])

@@ -19,7 +19,8 @@ MACHINE: dict[str, Any] = {"num_cores": 8, "free_memory": 100 * GB, "bytes_of_la
 
 @pytest.fixture
 def slots_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Slots]:
-    """Return the slots on a machine of 8 cores and 100 GB for runs that take 1 GB per rank, with some changes."""
+    """Return the slots on a machine of 8 cores and 100 GB for runs that take 1 GB per rank, with
+    some changes."""
 
     def find(*, ranks: int = 1, threads: int | None = None, at_once: int | None = None, **change: object) -> Slots:
         for name, value in (MACHINE | change).items():
@@ -66,7 +67,8 @@ def test_memory_of_a_run_follows_its_batch() -> None:
 
 
 def test_memory_is_an_upper_bound_of_a_step() -> None:
-    """A forward and a backward keep less than the estimate; counted over every tensor that autograd saves."""
+    """A forward and a backward keep less than the estimate; counted over every tensor that autograd
+    saves."""
     config = load_config("fashion_small")
     model, saved = create_model(config.model), dict[int, int]()
 

@@ -34,7 +34,8 @@ def test_curves_and_ends_of_a_run() -> None:
 
 
 def test_what_is_not_finite_is_an_empty_cell_and_null() -> None:
-    """A validation whose loss was not finite, and a report of skipped steps, which has neither loss nor flips."""
+    """A validation whose loss was not finite, and a report of skipped steps, which has neither loss
+    nor flips."""
     skipped = {"kind": "train", "step": 20, "epoch": 1.0, "loss": None, "top1": None, "images_per_second": 0.0}
     row = curves([train(10, 2.0), {**skipped, "skipped_steps": 10}, {**validation(20, 0.25), "loss": None}])
     assert (row["end.loss"], row["end.train_loss"], row["end.train_top1"], row["end.skipped_steps"]) == ("", "", "", 10)

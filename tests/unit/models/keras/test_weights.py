@@ -107,9 +107,11 @@ def as_dict(layers: Variables) -> Layers:
 
 
 def write_nested(path: Path, models: dict[str, Layers], outer: str = "") -> None:
-    """As Keras 2's `save_weights` of a chain of nested models: all variables of a model stand in its group.
+    """As Keras 2's `save_weights` of a chain of nested models: all variables of a model stand in
+    its group.
 
-    `outer` is a model around each of them; weights that are not trained come last, as in `model.weights`.
+    `outer` is a model around each of them; weights that are not trained come last, as in
+    `model.weights`.
     """
     with h5py.File(path, "w") as file:
         file.attrs["layer_names"] = [name.encode() for name in models]
@@ -138,7 +140,8 @@ def write_colliding(path: Path, layers: Layers) -> None:
 
 
 def write_by_class(path: Path, layers: Layers, prefix: str = "layers/") -> None:
-    """As `save_weights("x.weights.h5")` of Keras 2.12 and later: classes are counted in the order of `model.layers`."""
+    """As `save_weights("x.weights.h5")` of Keras 2.12 and later: classes are counted in the order
+    of `model.layers`."""
     counts: dict[str, int] = {}
     with h5py.File(path, "w") as file:
         file["optimizer/vars/0"] = np.int64(7)
@@ -304,7 +307,8 @@ def write_layers_apart(path: Path, layers: Layers, classes: Sequence[str]) -> No
 
 
 def test_nested_models_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    """Eleven of one class, of which HDF5 lists the tenth before the second; of two classes the order is not in the file."""
+    """Eleven of one class, of which HDF5 lists the tenth before the second; of two classes the
+    order is not in the file."""
     layers, model = random_layers(), network()
     ordered = {"dropout": {}, **layers}
     write_layers_apart(tmp_path / "one.weights.h5", ordered, ["sequential"])
@@ -316,7 +320,8 @@ def test_nested_models_come_in_the_order_of_their_numbers(tmp_path: Path) -> Non
 
 
 def test_binarynet_with_layer_normalization_has_factors_and_offsets(tmp_path: Path) -> None:
-    """7,700 weights in full precision, as the official code's; its logits, computed here in Keras' layout."""
+    """7,700 weights in full precision, as the official code's; its logits, computed here in Keras'
+    layout."""
     model = timm.create_model("binarynet", norm="layer").eval()
     assert sum(p.numel() for p in model.parameters() if not getattr(p, "binary", False)) == 7700
     generator = np.random.default_rng(1)

@@ -28,7 +28,8 @@ SHAPES = [  # channels, outputs, kernel, stride, padding, height, width
 
 
 def wild(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Numbers on both sides of +-1, many of them exactly on it, zeros of both signs, channels_last."""
+    """Numbers on both sides of +-1, many of them exactly on it, zeros of both signs,
+    channels_last."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     for place, value in enumerate((0.0, -0.0, 1.0, -1.0, 1.0001, -1e-42, torch.inf, -torch.inf)):
         x.view(-1)[place::53] = value

@@ -103,7 +103,8 @@ def test_zeros_are_padded_after_the_sign() -> None:
     layer = QuantConv2d(1, 1, 3, input_quantizer=ste_sign)
     with torch.no_grad():
         layer.weight.fill_(1)
-    # Every pixel is 0, whose sign is +1: a corner sees four pixels, the rest of its window is padding.
+    # Every pixel is 0, whose sign is +1: a corner sees four pixels, the rest of its window is
+    # padding.
     assert layer(torch.zeros(1, 1, 4, 4))[0, 0, 0, 0] == 4
 
 

@@ -1,4 +1,5 @@
-"""A network is one file: what a stranger adds is built, trained, counted, saved and loaded like bitfleet's own."""
+"""A network is one file: what a stranger adds is built, trained, counted, saved and loaded like
+bitfleet's own."""
 
 import importlib.util
 import sys

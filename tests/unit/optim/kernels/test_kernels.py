@@ -30,8 +30,8 @@ PATHS = [
     "torch",
     *(["triton"] if triton.knobs.runtime.interpret else []),
 ]
-"""Triton's interpreter, which runs kernels on tensors of the CPU, has to be chosen before Triton is imported: see
-`test_under_the_interpreter_of_triton`."""
+"""Triton's interpreter, which runs kernels on tensors of the CPU, has to be chosen before Triton is
+imported: see `test_under_the_interpreter_of_triton`."""
 
 
 def update_interpreted(part: kernels.Slice, rates: kernels.Rates, finite: Tensor | None) -> None:
@@ -141,7 +141,8 @@ def test_sizes(numel: int) -> None:
 
 @pytest.mark.usefixtures("path")
 def test_ties_and_nans_become_plus_one() -> None:
-    """m = g and v = g^2, so the ratio is +-1 exactly; weights of both signs meet ratios of both signs, 0 and NaN."""
+    """m = g and v = g^2, so the ratio is +-1 exactly; weights of both signs meet ratios of both
+    signs, 0 and NaN."""
     grad = torch.tensor([1.0, -1.0, 0.0, float("nan")]).repeat(32)
     for threshold in (1.0, 0.0, 1.0 - 2**-24, 1.0 + 2**-23):
         twins = Twins(128, seed=1)
@@ -310,7 +311,8 @@ def test_packs_and_unpacks(path: str) -> None:
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="nothing is compiled under the interpreter")
 @pytest.mark.parametrize("corrected", [False, True])
 def test_triton_compiles_for_a_gpu_without_fused_multiply_adds(corrected: bool) -> None:
-    """As PTX for an H100, which needs no GPU: the operations that round as the CPU does, and 128-bit loads and stores."""
+    """As PTX for an H100, which needs no GPU: the operations that round as the CPU does, and
+    128-bit loads and stores."""
     kernel = triton_kernels._update
     pointers = ["*u8", "*fp32", "*fp32", "*fp32", *5 * ["*fp32"], "*i1"]
     types = dict(zip(kernel.arg_names, [*pointers, "i32", "fp32", *4 * ["constexpr"]], strict=True))

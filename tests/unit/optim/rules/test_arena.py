@@ -1,4 +1,5 @@
-"""The rules without golden vectors: against their formulas in float64, written down once more, and at ties."""
+"""The rules without golden vectors: against their formulas in float64, written down once more, and
+at ties."""
 
 import copy
 import math
@@ -34,7 +35,8 @@ def make(name: str, params: Any, **changes: float) -> RoutedOptimizer:
 
 
 def gradients() -> list[torch.Tensor]:
-    """Noise around a mean of its own for each weight, of which some are large: clipping is reached."""
+    """Noise around a mean of its own for each weight, of which some are large: clipping is
+    reached."""
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(SHAPE, generator=generator)
     return [0.5 * mean + torch.randn(SHAPE, generator=generator) for _ in range(STEPS)]
@@ -145,7 +147,8 @@ def test_ties() -> None:
 
 
 def test_sgdat_needs_more_for_every_flip() -> None:
-    """tau 1 and lr 1: M passes the threshold only when it is larger than the number of flips, not when it equals it."""
+    """tau 1 and lr 1: M passes the threshold only when it is larger than the number of flips, not
+    when it equals it."""
     weight, accumulator, flips = torch.tensor([1.0]), torch.zeros(1), torch.zeros(1)
     seen = []
     for grad in (0.0, 1.0, -2.0, -0.5, 3.5, 0.5):  # M = 0, -1, 1, 1.5, -2, -2.5
@@ -156,7 +159,8 @@ def test_sgdat_needs_more_for_every_flip() -> None:
 
 @pytest.mark.parametrize("name", ["latent_adam", "latent_sgd", "diode"])
 def test_state_begins_with_the_weight_that_is_there(name: str) -> None:
-    """Without a gradient and a learning rate the first update changes no weight, whatever its random number was."""
+    """Without a gradient and a learning rate the first update changes no weight, whatever its
+    random number was."""
     param = nn.Parameter(torch.ones(1 << 16) * torch.tensor([1.0, -1.0]).repeat(1 << 15))
     before = param.detach().clone()
     optimizer = make(name, [param])
@@ -168,7 +172,8 @@ def test_state_begins_with_the_weight_that_is_there(name: str) -> None:
 @pytest.mark.parametrize("name", GROUPS)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_cut_gives_the_state_of_the_whole(name: str, world_size: int) -> None:
-    """Slices cut within parameters, one of them without gradient in the first step; three updates."""
+    """Slices cut within parameters, one of them without gradient in the first step; three
+    updates."""
     shapes = [(13, 5, 2), (7,), (301,), (64, 3)]
     generator = torch.Generator().manual_seed(2)
     signs = [torch.randint(0, 2, shape, generator=generator).float() * 2 - 1 for shape in shapes]
@@ -259,7 +264,8 @@ def test_padding_of_a_foreign_slice_stays(name: str) -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
 def test_a_copy_begins_with_the_same_random_state(copied: Callable[[Any], Any]) -> None:
-    """The names, of which the random numbers are a function, go along; strange parameters are refused there too."""
+    """The names, of which the random numbers are a function, go along; strange parameters are
+    refused there too."""
     param = nn.Parameter(first_weight())
     optimizer = RoutedOptimizer([{"params": [("layer.weight", param)], "rule": "diode", **GROUPS["diode"]}])
     other_param, other = copied((param, optimizer))

@@ -68,7 +68,8 @@ def test_only_signs_begin_anew() -> None:
 
 
 def test_clipping_leaves_weights_that_become_binary_alone() -> None:
-    """By their mark: they travel as values. Neither are they scaled, nor do they count for the norm."""
+    """By their mark: they travel as values. Neither are they scaled, nor do they count for the
+    norm."""
     marked, bias, unmarked = nn.Parameter(signs(4, 5)), nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4))
     marked.binary = True  # type: ignore[attr-defined]
     adam = {"rule": "keras_adam", "betas": (0.9, 0.999), "eps": 1e-7, "lr": 0.1, "weight_decay": 0.0}
@@ -138,7 +139,8 @@ def test_wrong_options(options: dict[str, float], message: str) -> None:
 
 
 def test_a_short_run_ends_in_signs() -> None:
-    """A whole network through the sharded optimizer: real weights in [-1, 1], then +-1 from the step of the schedule on."""
+    """A whole network through the sharded optimizer: real weights in [-1, 1], then +-1 from the
+    step of the schedule on."""
     torch.manual_seed(0)
     model = create_model(ModelConfig(name="birealnet_small", num_classes=10, width=8))
     optimizer, schedules = build_optimizer(model, OptimConfig(rule="bnew", rho=0.1), num_steps=20)

@@ -96,7 +96,8 @@ def test_parameters_without_gradient_are_left_alone() -> None:
 
 
 def test_as_coded_is_the_biased_rule_with_another_threshold() -> None:
-    """paper.md section 1: at constant rates unbiased(threshold) is biased(threshold * gamma / sqrt(sigma))."""
+    """paper.md section 1: at constant rates unbiased(threshold) is biased(threshold * gamma /
+    sqrt(sigma))."""
     gamma, sigma, threshold = 2.0**-10, 2.0**-8, 1e-3
     biased, as_coded = signs(1000), signs(1000)
     moments = [torch.zeros(1000) for _ in range(4)]

@@ -1,4 +1,5 @@
-"""The reduction of a bucket over ranks that are threads: they swap through queues instead of a process group."""
+"""The reduction of a bucket over ranks that are threads: they swap through queues instead of a
+process group."""
 
 import queue
 import threading
@@ -90,7 +91,8 @@ def test_bf16_rounds_what_is_swapped_and_nothing_else(world_size: int, mail: dic
 
 
 def test_many_roundings_of_bf16_cost_little() -> None:
-    """Gradients of 64 ranks that are mostly noise, as they are: 2^-9 / sqrt(3) of a rounding, times sqrt(log2(64) / 2)."""
+    """Gradients of 64 ranks that are mostly noise, as they are: 2^-9 / sqrt(3) of a rounding, times
+    sqrt(log2(64) / 2)."""
     torch.manual_seed(0)
     grads = [torch.randn(10_000, dtype=torch.float64).float() for _ in range(64)]
     exact = torch.stack(grads).double().sum(0)

@@ -1,4 +1,5 @@
-"""State for weights from a file: nothing flips at once, and what is averaged is what noise would have left."""
+"""State for weights from a file: nothing flips at once, and what is averaged is what noise would
+have left."""
 
 import math
 from typing import Any

@@ -1,4 +1,5 @@
-"""A run that is continued by `Checkpoints`: from an older version, with TRS, and after a step that was taken back."""
+"""A run that is continued by `Checkpoints`: from an older version, with TRS, and after a step that
+was taken back."""
 
 import dataclasses
 import sys
@@ -106,7 +107,8 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 
 def without_new_fields(meta: dict[str, Any]) -> dict[str, Any]:
-    """As it was before schedules had shares and delays, before transitions, deterministic runs and compiled networks."""
+    """As it was before schedules had shares and delays, before transitions, deterministic runs and
+    compiled networks."""
 
     def older(value: Any) -> Any:
         if isinstance(value, dict):
@@ -172,7 +174,8 @@ def test_only_what_decodes_counts_of_the_loader(make: Make, monkeypatch: pytest.
     assert make(with_loader("memory")).checkpoints.resume(of("dali")) == 1
     with pytest.raises(ValueError, match="data.loader is 'torch'.*'dali'"):
         make(with_loader("memory")).checkpoints.resume(of("torch"))
-    # On a machine without DALI Pillow decodes what is kept in memory: the decoder of the checkpoint counts anyway.
+    # On a machine without DALI Pillow decodes what is kept in memory: the decoder of the checkpoint
+    # counts anyway.
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     assert make(with_loader("memory")).checkpoints.resume(of("torch")) == 1
     with pytest.raises(ValueError, match="data.loader is 'dali'.*'torch'"):
@@ -211,7 +214,8 @@ def test_transitions_go_through_a_checkpoint(make: Make) -> None:
 
 
 def test_real_initial_weights_go_through_a_checkpoint_before_their_first_update(make: Make) -> None:
-    """The first step is skipped, so that there is something to save before any update; a resumed run starts from signs."""
+    """The first step is skipped, so that there is something to save before any update; a resumed
+    run starts from signs."""
     config = config_of(gamma=constant(1e-2), threshold=constant(1e-3))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, initial_weights="real"))
     first, second = make(config), make(config, seed=1)
@@ -234,7 +238,8 @@ def test_real_initial_weights_go_through_a_checkpoint_before_their_first_update(
 
 
 def test_a_step_that_is_taken_back_ends_no_window(make: Make) -> None:
-    """The last step of a window is not finite and stops the run; it is made again after the resume, and ends the window once."""
+    """The last step of a window is not finite and stops the run; it is made again after the resume,
+    and ends the window once."""
     config = config_of(rule="bop", gamma=constant(0.5), threshold=constant(0.0))
     first, second = make(config), make(config, seed=1)
     first.sharded.num_steps = WINDOW - 8

@@ -1,4 +1,5 @@
-"""Checkpoint folders: hashes, what is kept, what is refused; tensors that are written on one rank and read back."""
+"""Checkpoint folders: hashes, what is kept, what is refused; tensors that are written on one rank
+and read back."""
 
 import json
 import os
@@ -225,7 +226,8 @@ def test_failed_save_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.usefixtures("process_group")
 def test_metrics_that_change_during_a_save_do_not_damage_it(tmp_path: Path) -> None:
-    """The dictionary of the latest metrics is the run's own: a validation writes into it while the files are written."""
+    """The dictionary of the latest metrics is the run's own: a validation writes into it while the
+    files are written."""
     model, optimizer = build(0, sharded=True)
     metrics: dict[str, dict[str, float]] = {"validation": {"step": 6}}
 

@@ -115,7 +115,8 @@ def test_only_committed_checkpoints_count(tmp_path: Path) -> None:
 
 
 def test_the_disk_is_that_of_the_checkpoints(tmp_path: Path) -> None:
-    """Their folder may be a link to another disk; what is not there yet will be on the disk of what is above it."""
+    """Their folder may be a link to another disk; what is not there yet will be on the disk of what
+    is above it."""
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     assert checkpoint_disk(run) == tmp_path
     run.mkdir()

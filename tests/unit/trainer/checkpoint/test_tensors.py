@@ -1,4 +1,5 @@
-"""The plans of two ranks, made in one process; tests/distributed/test_checkpoint.py has ranks that write and read."""
+"""The plans of two ranks, made in one process; tests/distributed/test_checkpoint.py has ranks that
+write and read."""
 
 from typing import Any
 

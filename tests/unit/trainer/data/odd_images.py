@@ -1,4 +1,5 @@
-"""Images of every odd kind with the pixels that each loader should give, and writers of files that Pillow does not write."""
+"""Images of every odd kind with the pixels that each loader should give, and writers of files that
+Pillow does not write."""
 
 import struct
 import zlib
@@ -31,7 +32,8 @@ def to_8_bits(pixels: Pixels, largest: int = 65535) -> npt.NDArray[np.uint8]:
 def write_png(
     path: Path, pixels: Pixels, colour: int, depth: int = 16, chunks: Sequence[tuple[bytes, bytes]] = ()
 ) -> None:
-    """Write [H, W] or [H, W, C] of 8 or 16 bits; `colour` is PNG's colour type, `chunks` stand before the pixels."""
+    """Write [H, W] or [H, W, C] of 8 or 16 bits; `colour` is PNG's colour type, `chunks` stand
+    before the pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -46,7 +48,8 @@ def write_png(
 
 
 def write_tiff(path: Path, pixels: Pixels, photometric: int, *, order: str = "<", planes: bool = False) -> None:
-    """Write [H, W] or [H, W, C] of any type, uncompressed, in one strip or one a channel; `order` is "<" or ">"."""
+    """Write [H, W] or [H, W, C] of any type, uncompressed, in one strip or one a channel; `order`
+    is "<" or ">"."""
     pixels = np.atleast_3d(pixels)
     height, width, channels = pixels.shape
     ordered = pixels.astype(pixels.dtype.newbyteorder(order))  # type: ignore[call-overload]
@@ -71,7 +74,8 @@ def write_tiff(path: Path, pixels: Pixels, photometric: int, *, order: str = "<"
 
 
 def write_tags(path: Path, entries: list[tuple[int, str, list[int]]], strips: list[bytes], order: str = "<") -> None:
-    """Write a TIFF of these tags (number, "H" or "I", values; the offsets of 273 are filled in) and strips."""
+    """Write a TIFF of these tags (number, "H" or "I", values; the offsets of 273 are filled in) and
+    strips."""
     directory = 8 + 2 + 12 * len(entries) + 4
     behind = sum(size for _, form, values in entries if (size := len(values) * struct.calcsize(form)) > 4)
     starts = np.cumsum([directory + behind, *map(len, strips)])[:-1].tolist()
@@ -119,7 +123,8 @@ def without_adobe_marker(jpeg: bytes) -> bytes:
 
 
 def write_odd_pixels(folder: Path) -> dict[str, npt.NDArray[np.uint8]]:
-    """Write images of every odd kind; returns the pixels [40, 36] or [40, 36, 3] of each, by name."""
+    """Write images of every odd kind; returns the pixels [40, 36] or [40, 36, 3] of each, by
+    name."""
     return {**_of_16_bits(folder), **_of_other_colours(folder), **_of_containers(folder)}
 
 

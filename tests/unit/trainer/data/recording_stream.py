@@ -13,7 +13,8 @@ class RecordingStream:
     """Copies are made when somebody waits for them, or at once.
 
     Args:
-        late: nothing is copied before `synchronize` of an event, or `finish`: memory that is filled again too early shows.
+        late: nothing is copied before `synchronize` of an event, or `finish`: memory that is filled
+            again too early shows.
     """
 
     device = torch.device("cpu")

@@ -181,7 +181,8 @@ def lose_its_end(path: Path) -> None:
 def test_a_broken_image_in_a_large_batch_does_not_crash_the_process(
     root: Path, loader: str, damage: Callable[[Path], None]
 ) -> None:
-    """DALI 2.4 by itself does crash at it, in about half of these iterations, from 32 images in a batch on."""
+    """DALI 2.4 by itself does crash at it, in about half of these iterations, from 32 images in a
+    batch on."""
     for index in range(NUM_VAL, 64):
         photo(60, 80, index).save(root / "val/a" / f"{index}.jpg")
     config = config_of(root, loader, val_batch_size=64)
@@ -208,7 +209,8 @@ def test_fail_names_the_image_and_the_ways_out(
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_disk_that_does_not_answer_is_named(root: Path, loader: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A named pipe that nobody writes to: opening it never returns, as on a network mount whose server is gone."""
+    """A named pipe that nobody writes to: opening it never returns, as on a network mount whose
+    server is gone."""
     monkeypatch.setattr("bitfleet.trainer.data.stall._PROBE_SECONDS", 0.5)
     config = config_of(root, loader, stall_seconds=1.0)
     dataset = open_dataset(config)
@@ -241,7 +243,8 @@ def answer(path: Path) -> None:
 
 
 def in_shards(root: Path, dest: Path) -> None:
-    """The data set `root` as uncompressed tars of 4 images, with a manifest in the order of the folders."""
+    """The data set `root` as uncompressed tars of 4 images, with a manifest in the order of the
+    folders."""
     dataset = open_dataset(DataConfig(root=str(root)))
     lists = []
     for split, images in (("train", dataset.train), ("val", dataset.val)):

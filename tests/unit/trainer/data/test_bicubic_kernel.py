@@ -1,4 +1,5 @@
-"""The Triton kernel of the official resize: its bits under Triton's interpreter, and what it becomes for a GPU."""
+"""The Triton kernel of the official resize: its bits under Triton's interpreter, and what it
+becomes for a GPU."""
 
 import os
 import re
@@ -60,7 +61,8 @@ def test_the_interpreted_kernel_has_the_bits_of_the_torch_version(tmp_path: Path
 
 
 def test_no_product_is_added_before_it_is_rounded(tmp_path: Path) -> None:
-    """As compiled for an H100, which takes no GPU: no fused multiply-add, no approximate division."""
+    """As compiled for an H100, which takes no GPU: no fused multiply-add, no approximate
+    division."""
     ptx = run(FOR_A_GPU, tmp_path)
     arithmetic = set(re.findall(r"\b(?:fma|mad|mul|div|add|sub|rcp)\.[a-z.]*f32", ptx))
     assert arithmetic == {"mul.rn.f32", "add.rn.f32", "sub.rn.f32", "div.rn.f32"}

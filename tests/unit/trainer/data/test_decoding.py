@@ -24,7 +24,8 @@ from tests.unit.trainer.data.test_images import photo
 
 
 def test_one_limit_for_large_images(tmp_path: Path) -> None:
-    """Pillow warns from 89 million pixels on and has an error from 179 million on; here there is one limit, and no warning."""
+    """Pillow warns from 89 million pixels on and has an error from 179 million on; here there is
+    one limit, and no warning."""
     path = tmp_path / "large.png"
     warnings.simplefilter("error")
     Image.new("1", (13_377, 13_377)).save(path)

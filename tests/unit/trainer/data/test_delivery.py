@@ -1,4 +1,5 @@
-"""Batches on their way to a GPU: pinned memory, copies one batch ahead, windows that the device resizes."""
+"""Batches on their way to a GPU: pinned memory, copies one batch ahead, windows that the device
+resizes."""
 
 import ctypes
 import dataclasses
@@ -161,7 +162,8 @@ def test_windows_of_the_official_preprocessing_travel_as_bytes(
 def test_batches_that_dali_decodes_on_the_gpu(
     root: str, streams: list[RecordingStream], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    """A DALI pipeline for the CPU stands in for that on the GPU, so the bytes are those for a model on the CPU."""
+    """A DALI pipeline for the CPU stands in for that on the GPU, so the bytes are those for a model
+    on the CPU."""
     outputs: list[Any] = []
 
     def next_output(pipeline: Any, stream: object) -> object:

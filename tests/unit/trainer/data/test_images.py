@@ -1,4 +1,5 @@
-"""Pixels: what DALI reads, crops and resizes against Pillow and torchvision, and images that cannot be read."""
+"""Pixels: what DALI reads, crops and resizes against Pillow and torchvision, and images that cannot
+be read."""
 
 import os
 from collections.abc import Callable
@@ -25,7 +26,8 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:
-    """An image with detail at every scale, as photographs have: noise of falling amplitude, enlarged."""
+    """An image with detail at every scale, as photographs have: noise of falling amplitude,
+    enlarged."""
     rng = np.random.default_rng(seed)
     pixels = np.zeros((height, width, 3))
     for cells in (4, 8, 16, 32, 64, 128):
@@ -73,7 +75,8 @@ def train_loader(config: DataConfig, batch_size: int) -> TrainLoader:
 
 @pytest.mark.parametrize(("size", "loader"), [(224, "dali"), (97, "dali"), (224, "torch"), (97, "torch")])
 def test_validation_is_that_of_torchvision(photos: str, size: int, loader: Literal["dali", "torch"]) -> None:
-    """Pillow resizes in 8-bit fixed point, DALI in float: a difference of 1 in some pixels, no shift."""
+    """Pillow resizes in 8-bit fixed point, DALI in float: a difference of 1 in some pixels, no
+    shift."""
     config = DataConfig(
         root=photos,
         augmentation="random_resized_crop",

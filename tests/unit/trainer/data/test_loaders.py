@@ -1,4 +1,5 @@
-"""The loaders through DALI: order and pixels on any number of ranks, resume, exact validation, clean ends."""
+"""The loaders through DALI: order and pixels on any number of ranks, resume, exact validation,
+clean ends."""
 
 import dataclasses
 import hashlib

@@ -250,7 +250,8 @@ def test_the_whole_stream_is_the_same_where_a_device_cuts(
 
 
 def test_on_a_device_nothing_is_read_back(cifar_like: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On meta, which has no numbers: whatever asked for one would fail. It stands for a GPU here."""
+    """On meta, which has no numbers: whatever asked for one would fail. It stands for a GPU
+    here."""
     meta = torch.device("meta")
     sent: list[torch.Size] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: sent.append(tensor.shape) or tensor)  # type: ignore[func-returns-value]
@@ -427,7 +428,8 @@ ValidationLoader(dataset, config, **place)
 
 @contextlib.contextmanager
 def ranks_on_a_machine(tmp_path: Path, root: str) -> Iterator[list["subprocess.Popen[str]"]]:
-    """Two processes that know the same word and have opened the data; a line tells each to go on."""
+    """Two processes that know the same word and have opened the data; a line tells each to go
+    on."""
     scratch = tmp_path / "tmp"
     scratch.mkdir()
     repository = Path(__file__).parents[4]

@@ -1,4 +1,5 @@
-"""Pixels of every odd kind of image: the right ones, with every loader, or a refusal that names the image."""
+"""Pixels of every odd kind of image: the right ones, with every loader, or a refusal that names the
+image."""
 
 import dataclasses
 import io
@@ -110,7 +111,8 @@ def test_what_no_loader_reads_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 def test_dali_learns_what_it_cannot_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A PNG without its end: DALI fails at it once, then Pillow reads it, in every later iteration too."""
+    """A PNG without its end: DALI fails at it once, then Pillow reads it, in every later iteration
+    too."""
     monkeypatch.setenv("BITFLEET_CACHE", str(tmp_path / "cache"))
     (tmp_path / "data/train/a").mkdir(parents=True)
     (tmp_path / "data/val").symlink_to(tmp_path / "data/train")

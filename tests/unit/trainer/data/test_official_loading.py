@@ -1,7 +1,9 @@
-"""The official preprocessing from file to batch, against TensorFlow, and the same for both loaders and any number of ranks.
+"""The official preprocessing from file to batch, against TensorFlow, and the same for both loaders
+and any number of ranks.
 
-tests/golden/official_jpeg.npz holds JPEG files and what tensorflow-cpu 2.21.0 makes of them in the official evaluation:
-decode_and_crop_jpeg with its defaults on larq-zoo 2.4.0's central window, then resize_bicubic; of size 224 every 16th row.
+tests/golden/official_jpeg.npz holds JPEG files and what tensorflow-cpu 2.21.0 makes of them in the
+official evaluation: decode_and_crop_jpeg with its defaults on larq-zoo 2.4.0's central window, then
+resize_bicubic; of size 224 every 16th row.
 """
 
 import dataclasses
@@ -45,7 +47,8 @@ def test_validation_has_the_bits_of_tensorflow(root: Path, name: str) -> None:
 
 
 def test_the_other_loader_differs_by_its_jpeg_decoder(root: Path) -> None:
-    """Pillow decodes with the accurate inverse transform, TensorFlow by default with the fast one."""
+    """Pillow decodes with the accurate inverse transform, TensorFlow by default with the fast
+    one."""
     batches = []
     for loader in ("dali", "torch"):
         config = dataclasses.replace(CONFIG, root=str(root), loader=loader)  # type: ignore[arg-type]

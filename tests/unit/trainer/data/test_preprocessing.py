@@ -1,9 +1,11 @@
 """The official preprocessing against TensorFlow itself.
 
-tests/golden/official_*.npz were recorded with tensorflow-cpu 2.21.0 on x86-64: tf.compat.v1.image.resize_bicubic(image, [size,
-size]) of recipe.ints(f"official/{h}x{w}", h * w * 3, 0, 255), of size 224 every 16th row; single windows of
-tf.raw_ops.SampleDistortedBoundingBoxV2 with their seeds; quantiles (0.05, 0.1, ... 0.95) of 20,000 windows of
-tf.image.sample_distorted_bounding_box that are not the whole image; the window of _center_crop(image, 224) in larq-zoo 2.4.0.
+tests/golden/official_*.npz were recorded with tensorflow-cpu 2.21.0 on x86-64:
+tf.compat.v1.image.resize_bicubic(image, [size, size]) of recipe.ints(f"official/{h}x{w}", h * w *
+3, 0, 255), of size 224 every 16th row; single windows of tf.raw_ops.SampleDistortedBoundingBoxV2
+with their seeds; quantiles (0.05, 0.1, ... 0.95) of 20,000 windows of
+tf.image.sample_distorted_bounding_box that are not the whole image; the window of
+_center_crop(image, 224) in larq-zoo 2.4.0.
 """
 
 import hashlib
@@ -110,7 +112,8 @@ def test_the_scalar_crop_is_tensorflow_s() -> None:
 
 
 class SampleDraws:
-    """The numbers that official_random_windows draws for one sample, handed out as the scalar code asks for them."""
+    """The numbers that official_random_windows draws for one sample, handed out as the scalar code
+    asks for them."""
 
     def __init__(self, seed: int, epoch: int, index: int) -> None:
         draws = sampler.uniforms(seed, epoch, sampler.OFFICIAL_CROP, np.array([index]), 40).reshape(4, 10)
@@ -147,7 +150,8 @@ def test_random_windows_are_distributed_as_in_tensorflow() -> None:
         assert (windows.starts >= 0).all()
         assert (windows.ends < [height, width])[h < height, 0].all()  # TensorFlow never draws the last offset
         ours = (h * w / (height * width), w / h, y / height, x / width)
-        # Sampling error of a quantile of 20,000 draws is about 0.003 on these scales, twice; a pixel of 64 is 0.016.
+        # Sampling error of a quantile of 20,000 draws is about 0.003 on these scales, twice; a
+        # pixel of 64 is 0.016.
         np.testing.assert_allclose(
             [np.quantile(part, np.linspace(0.05, 0.95, 19)) for part in ours], expected, atol=0.018
         )
@@ -172,7 +176,8 @@ def test_random_windows_do_not_depend_on_the_batch() -> None:
 
 
 def test_random_windows_are_those_that_checkpoints_were_written_with() -> None:
-    """A change here breaks the exact resume of every run that exists: it is a decision, not a refactoring."""
+    """A change here breaks the exact resume of every run that exists: it is a decision, not a
+    refactoring."""
     samples = np.arange(64)
     windows = official_random_windows(2**64 - 1, 1, samples, samples % 7 * 50 + 20, samples % 5 * 70 + 20, 224)
     digest = hashlib.sha256(windows.starts.astype("<i4").tobytes() + windows.ends.astype("<i4").tobytes())

@@ -143,7 +143,8 @@ def test_pillow_decodes_one_large_image_at_a_time(root: Path, monkeypatch: pytes
 
 
 def test_windows_do_not_wait_for_their_batch(root: Path) -> None:
-    """On a CPU each is resized by the thread that decoded it: those of three batches would be in memory."""
+    """On a CPU each is resized by the thread that decoded it: those of three batches would be in
+    memory."""
     config = DataConfig(
         root=str(root), augmentation="random_resized_crop", preprocessing="official", image_size=32, loader="torch"
     )

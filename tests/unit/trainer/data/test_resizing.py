@@ -19,7 +19,8 @@ from tests.unit.trainer.data.test_images import photo
 
 
 def request_of(count: int) -> Request:
-    """A request of `count` images, each mirrored; the list that they are of does not matter here."""
+    """A request of `count` images, each mirrored; the list that they are of does not matter
+    here."""
     images = ImageList(
         folder=None,  # type: ignore[arg-type]
         names=np.array([b"a"] * 9),

@@ -32,7 +32,8 @@ def sizes(count: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_the_stream_is_the_one_that_checkpoints_were_written_with() -> None:
-    """A change here breaks the exact resume of every run that exists: it is a decision, not a refactoring."""
+    """A change here breaks the exact resume of every run that exists: it is a decision, not a
+    refactoring."""
     samples = np.arange(64)
     heights, widths = samples % 7 * 50 + 20, samples % 5 * 70 + 20
     digest = hashlib.sha256()

@@ -1,4 +1,5 @@
-"""What a run sets in torch; on a CPU the flags of CUDA can be read as well, they only mean nothing."""
+"""What a run sets in torch; on a CPU the flags of CUDA can be read as well, they only mean
+nothing."""
 
 import os
 from collections.abc import Iterator
@@ -52,7 +53,8 @@ def test_precision_of_a_gpu(precision: Any, tf32: bool) -> None:
     found = flags()
     assert (found["conv"], found["matmul"]) == (tf32, tf32)
     assert (found["bf16 sums"], found["fp16 sums"]) == (False, False)
-    # What torch itself, torch.compile and DeepSpeed read: a mixture of old and new names would raise.
+    # What torch itself, torch.compile and DeepSpeed read: a mixture of old and new names would
+    # raise.
     assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
 
 

@@ -123,7 +123,8 @@ def test_misspelt_nested_keys_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def one_rank(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process group of one rank, where DeepSpeed builds an engine for the CPU; it remembers groups of earlier tests."""
+    """A process group of one rank, where DeepSpeed builds an engine for the CPU; it remembers
+    groups of earlier tests."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("LOCAL_RANK", "0")
     from deepspeed.utils import groups
@@ -133,7 +134,8 @@ def one_rank(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("one_rank")
 def test_device_is_the_one_that_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank that sees one GPU as number 0 keeps it, whatever LOCAL_RANK says; and DeepSpeed measures no throughput."""
+    """A rank that sees one GPU as number 0 keeps it, whatever LOCAL_RANK says; and DeepSpeed
+    measures no throughput."""
     monkeypatch.setenv("LOCAL_RANK", "3")
     from deepspeed.accelerator import get_accelerator
 

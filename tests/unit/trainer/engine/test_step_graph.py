@@ -1,4 +1,5 @@
-"""The graphed step against the eager one: equal bits, on a CPU with recorded operators in place of CUDA graphs."""
+"""The graphed step against the eager one: equal bits, on a CPU with recorded operators in place of
+CUDA graphs."""
 
 import contextlib
 import dataclasses
@@ -122,7 +123,8 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch, process_group: None) -> None:
 
 @pytest.mark.parametrize("network", ["birealnet_small", "binarynet"])
 def test_graphed_step_has_the_bits_of_the_eager_one(network: str) -> None:
-    """Over warm-up, capture, skipped steps (one, and two in a row) and steps whose flips are counted."""
+    """Over warm-up, capture, skipped steps (one, and two in a row) and steps whose flips are
+    counted."""
     eager, graphed = (Run(graphed=each, network=network) for each in (False, True))
     bad, logged = {6, 9, 10}, {7, 12, 13}
     streams = [run.batches(bad) for run in (eager, graphed)]

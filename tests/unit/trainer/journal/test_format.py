@@ -1,4 +1,5 @@
-"""The form of a flip journal's files: any density of flips comes back, and what was changed is noticed."""
+"""The form of a flip journal's files: any density of flips comes back, and what was changed is
+noticed."""
 
 from pathlib import Path
 
@@ -28,7 +29,8 @@ from bitfleet.trainer.journal.format import (
     [(1.0, BITMAP, 0.126), (0.5, BITMAP, 1.01), (0.1, BITMAP, 0.5), (0.03, GAPS, 0.21), (0.002, GAPS, 0.025)],
 )
 def test_flips_come_back(flip_ratio: float, kind: int, most: float) -> None:
-    """`most` of the bytes of a bitmap; the entropies are 0 (Huffman codes have no less than a bit), 1, 0.469, 0.194, 0.021."""
+    """`most` of the bytes of a bitmap; the entropies are 0 (Huffman codes have no less than a bit),
+    1, 0.469, 0.194, 0.021."""
     generator = np.random.default_rng(0)
     flips = np.packbits(generator.random(1 << 18) < flip_ratio, bitorder="little")
     signs = generator.integers(0, 256, flips.size, dtype=np.uint8)

@@ -1,4 +1,5 @@
-"""The flip journal of a small optimizer on one rank: every step's weights, what kills and disks do to it, and its commands."""
+"""The flip journal of a small optimizer on one rank: every step's weights, what kills and disks do
+to it, and its commands."""
 
 import dataclasses
 import errno
@@ -35,7 +36,8 @@ SHAPES = {"a": (10, 13), "b": (300, 70), "c": (5,)}
 
 
 class Loop:
-    """Three binary parameters in two buckets whose gradients are random; keeps the weights after every step."""
+    """Three binary parameters in two buckets whose gradients are random; keeps the weights after
+    every step."""
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(0)
@@ -98,7 +100,8 @@ def assert_same(run: Path, loop: Loop, steps: range) -> None:
 
 
 def test_every_step_comes_back(tmp_path: Path, loop: Loop) -> None:
-    """Also the first weights, and steps that were skipped: in a row, and the last before a flush."""
+    """Also the first weights, and steps that were skipped: in a row, and the last before a
+    flush."""
     writer = start(tmp_path, loop)
     loop.steps(50, skip=(3, 4, 10))
     writer.flush()
@@ -123,7 +126,8 @@ def test_every_step_comes_back(tmp_path: Path, loop: Loop) -> None:
 
 
 def test_next_part_takes_over(tmp_path: Path, loop: Loop) -> None:
-    """Resumed at 20, gone back to 5 (its checkpoint was damaged), continued without a journal, and with one again."""
+    """Resumed at 20, gone back to 5 (its checkpoint was damaged), continued without a journal, and
+    with one again."""
     for begin, end in ((0, 23), (20, 30), (5, 12)):
         loop.go_back(begin)
         writer = start(tmp_path, loop)
@@ -146,7 +150,8 @@ def test_next_part_takes_over(tmp_path: Path, loop: Loop) -> None:
 
 
 def test_a_step_that_was_skipped_is_made_again(tmp_path: Path, loop: Loop) -> None:
-    """As after a stop at a gradient that is not finite: the new part counts, whether the old one tells of the step or not."""
+    """As after a stop at a gradient that is not finite: the new part counts, whether the old one
+    tells of the step or not."""
     for begin, told in ((0, True), (5, False)):
         writer = start(tmp_path, loop)
         loop.steps(6, skip=(begin + 6,))
@@ -165,7 +170,8 @@ def test_a_step_that_was_skipped_is_made_again(tmp_path: Path, loop: Loop) -> No
 
 
 def test_cut_off_and_damaged_files(tmp_path: Path, loop: Loop) -> None:
-    """A kill cuts the last frame off; anything else is damage and named, and what lies before or behind it is still read."""
+    """A kill cuts the last frame off; anything else is damage and named, and what lies before or
+    behind it is still read."""
     writer = start(tmp_path, loop)
     loop.steps(40)
     writer.close()

@@ -36,7 +36,8 @@ def test_every_schedule_is_reported(rule: str) -> None:
 
 
 class HostReads(TorchDispatchMode):
-    """Counts what makes the host wait for a device: item(), tolist(), nonzero(), copies to the CPU."""
+    """Counts what makes the host wait for a device: item(), tolist(), nonzero(), copies to the
+    CPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +84,8 @@ def test_flip_ratio_counts_changed_binary_weights() -> None:
 
 
 def test_stopwatch_leaves_out_what_was_not_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images and seconds of a report are those of the same steps, also when a validation came between."""
+    """Images and seconds of a report are those of the same steps, also when a validation came
+    between."""
     now = 0.0
     monkeypatch.setattr("bitfleet.trainer.metrics.step_observer.time.perf_counter", lambda: now)
     watch = Stopwatch()
@@ -161,7 +163,8 @@ def test_a_broken_line_inside_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("process_group")
 def test_running_statistics_are_the_mean_over_replicas() -> None:
-    """Two replicas on one rank: each advances the step's first statistics by its own batch; the result is their mean."""
+    """Two replicas on one rank: each advances the step's first statistics by its own batch; the
+    result is their mean."""
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
     alone = nn.BatchNorm1d(3)
     statistics = RunningStatistics(model, num_replicas=2)

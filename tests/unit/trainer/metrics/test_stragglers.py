@@ -18,7 +18,8 @@ def test_straggler_is_said_once_after_three_reports_in_a_row() -> None:
     said = [watch.report(each) for each in (slow, slow, even, slow, slow, other, slow, slow, slow, slow)]
     assert [bool(each) for each in said] == [False] * 8 + [True, False]
     assert said[8] == (
-        "rank 2 on b holds the others up: 0.400 s per step for loading, forward and backward, 0.200 s on the median of the others"
+        "rank 2 on b holds the others up: 0.400 s per step for loading, forward and backward, 0.200 s on the "
+        "median of the others"
     )
 
 

@@ -1,4 +1,5 @@
-"""The device of a rank and how NCCL is started, where torch says it finds GPUs (there are none here)."""
+"""The device of a rank and how NCCL is started, where torch says it finds GPUs (there are none
+here)."""
 
 import os
 from types import SimpleNamespace
@@ -74,7 +75,8 @@ def test_nccl_connects_with_the_rank_s_gpu(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("process_group")
 def test_what_nccl_connects_with_is_torch_s() -> None:
-    """The names that `connect` uses, on gloo, where they do nothing; groups made afterwards work."""
+    """The names that `connect` uses, on gloo, where they do nothing; groups made afterwards
+    work."""
     world = dist.group.WORLD
     assert world is not None
     world._get_backend(torch.device("cpu")).eager_connect_single_device(torch.device("cpu"))

@@ -1,4 +1,5 @@
-"""Heartbeats between the threads of one process: who is lost, who says it, and with which exit code the others leave."""
+"""Heartbeats between the threads of one process: who is lost, who says it, and with which exit code
+the others leave."""
 
 import json
 import socket
@@ -74,7 +75,8 @@ def test_closed_connection_is_a_lost_rank(
     join(job[0]).close()
     assert job[0].wait(10) == HangReport(
         1,
-        "lost rank 3 on host-b in step 7: its process ended without a word (killed, out of memory, or its host went down)",
+        "lost rank 3 on host-b in step 7: its process ended without a word (killed, out of memory, or its host "
+        "went down)",
     )
     assert [each.wait(10) for each in job[1:]] == [HangReport(1, "")] * 2
     assert ended.event.wait(10)

@@ -112,7 +112,8 @@ def test_launcher_that_dies_is_a_request(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_deepspeeds_command_is_watched_behind_its_agent(tmp_path: Path) -> None:
-    """A process whose parent's command line has DeepSpeed's agent in it sees the parent of that as well."""
+    """A process whose parent's command line has DeepSpeed's agent in it sees the parent of that as
+    well."""
     child = "from bitfleet.trainer.run.stop import launcher_processes; print(*launcher_processes())"
     parent = (
         f"import os, subprocess, sys; print(os.getpid(), flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
@@ -127,7 +128,8 @@ def test_deepspeeds_command_is_watched_behind_its_agent(tmp_path: Path) -> None:
 
 
 def test_end_of_the_input_is_the_end_of_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a rank behind ssh sees when the launching machine is gone; an input that ended before says nothing."""
+    """What a rank behind ssh sees when the launching machine is gone; an input that ended before
+    says nothing."""
     monkeypatch.setattr(stop, "launcher_processes", lambda: (1, 2))
     saved = os.dup(0)
     try:

@@ -1,4 +1,5 @@
-"""That the comparisons of a device with the CPU find what differs; tests/gpu asserts that nothing does."""
+"""That the comparisons of a device with the CPU find what differs; tests/gpu asserts that nothing
+does."""
 
 import pytest
 import torch

@@ -50,7 +50,8 @@ def test_waits_for_the_device_are_counted(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_torchs_warnings_of_synchronisation_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mode is set on the way in and taken back on the way out; other warnings are nobody's synchronisation."""
+    """The mode is set on the way in and taken back on the way out; other warnings are nobody's
+    synchronisation."""
     modes: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     with host_waits(torch.device("cuda", 0)) as waits:
