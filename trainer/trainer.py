@@ -465,8 +465,10 @@ class Trainer:
         self.stop()
 
     def stop(self) -> None:
-        """Close what `start` opened."""
+        """Close what `start` opened, and release the run folder."""
         self.reports.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def _validation_is_due(self) -> bool:
         epoch, rest = divmod(self.step, self.loader.steps_per_epoch)

@@ -107,7 +107,7 @@ def test_an_image_that_vanishes_ends_the_job_or_is_replaced(root: Path, tiny: li
     code, output = data("verify", root, "--num_workers", "1")
     assert (code, "3 failed" in output) == (1, True), output
     resume = [*options, "--resume", "auto", "--stop_after_steps", str(STEPS + 1)]
-    failed(run_ranks(2, TRAIN, *resume), "set aside by bitfleet data verify since make another one")
+    failed(run_ranks(2, TRAIN, *resume), "bitfleet data verify, makes it another one")
     done = run_ranks(2, TRAIN, *options_for(tiny, root, tmp_path / "anew"))
     assert done.returncode == 0, done.stdout
     assert "198 training and 27 validation images of 4 classes" in done.stdout
@@ -193,10 +193,10 @@ def test_set_aside_on_the_command_line(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["prepare", "x"], "bitfleet data prepare takes 2 paths, not 1"),
-        (["verify", "{root}", "--num_wokers", "2"], "bitfleet data verify has no option '--num_wokers'"),
-        (["verify", "{root}", "--num_workers", "0"], "--num_workers must be a positive number, not '0'"),
-        (["prepare", "x", "y", "--on_bad_sample", "move"], "--on_bad_sample must be fail or quarantine, not 'move'"),
+        (["prepare", "x"], "bitfleet data prepare: PATH"),
+        (["verify", "{root}", "--num_wokers", "2"], "--num_wokers; did you mean --num_workers"),
+        (["verify", "{root}", "--num_workers", "0"], "--num_workers: must be a positive number, not '0'"),
+        (["prepare", "x", "y", "--on_bad_sample", "move"], "'move' for argument '--on_bad_sample'"),
         (["unpack", "x", "y"], "there is no command 'unpack' of bitfleet data"),
         (["pack", "{root}", "{root}"], "exists already"),
     ],

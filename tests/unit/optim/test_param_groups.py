@@ -159,7 +159,7 @@ def test_another_rule_keeps_what_both_have() -> None:
         ({"sigma": linear(1e-3, 2.0)}, "optim.sigma must stay in"),
         ({"gamma": Schedule(start=0.1, kind="exponential", rate=10.0)}, "optim.gamma must not grow by stairs"),
         ({"correction": "adam", "gamma": linear(1e-3, 0.0)}, "optim.gamma must not end at 0"),
-        ({"correction": "as_coded", "gamma": linear(0.0, 1e-3)}, "optim.gamma must not begin at 0"),
+        ({"correction": "as_coded", "gamma": linear(0.0, 1e-3)}, "optim.gamma must not start at 0"),
         ({"correction": "as-coded"}, "correction must be one of none, as_coded, adam, not 'as-coded'"),
         ({"weight_decay": -1.0}, "weight_decay must not be negative"),
         ({"weight_decay": 1e-6}, "go together"),
