@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from bitfleet.launch.job import command_line, is_first_rank, job, run
+from bitfleet.launch.job import command_line, is_main_rank, job, run
 from bitfleet.launch.parsing.commands import parse
 
 if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not wait for it
@@ -43,7 +43,7 @@ def evaluate(arguments: Sequence[str], prog: str = "bitfleet evaluate") -> None:
         found = evaluate_run(
             options.run, data_root=options.data_root, ranks=ranks, device=device, precisions=options.precision
         )
-        if is_first_rank():
+        if is_main_rank():
             print(format_evaluation(found))
 
 

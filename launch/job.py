@@ -85,7 +85,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def is_first_rank() -> bool:
+def is_main_rank() -> bool:
     """Return True if this process is rank 0 (or alone)."""
     return rank_of(os.environ) == 0
 
@@ -159,7 +159,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         main()
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else USER_ERROR if leaving.code else 0
-        if code and not is_first_rank():
+        if code and not is_main_rank():
             time.sleep(FIRST_RANK_SPEAKS_SECONDS)
         _leave(code)
     except KeyboardInterrupt:
@@ -172,14 +172,14 @@ def run(main: Callable[[], None]) -> NoReturn:
 def _fail(error: BaseException) -> NoReturn:
     error = _in_a_sentence(error)
     if isinstance(error, ValueError | FloatingPointError) or _is_full_disk(error) or _is_disagreement(error):
-        if not is_first_rank():
+        if not is_main_rank():
             _leave_with_others(FIRST_RANK_SPEAKS_SECONDS)
             _tell_others(USER_ERROR)
         message = " ".join(str(error).split())
         if os.environ.get("BITFLEET_DEBUG"):
             traceback.print_exception(error)
         print(error_line(message, _who()), file=sys.stderr, flush=True)
-        if is_first_rank():
+        if is_main_rank():
             _tell_others(USER_ERROR)
         _leave(USER_ERROR)
     from bitfleet.trainer.ranks.collectives import is_lost_peer
@@ -203,7 +203,7 @@ def _who() -> str:
     host."""
     if _is_on_many_hosts():
         return f" (rank {rank_of(os.environ)} on {socket.gethostname()})"
-    return "" if is_first_rank() else f" (rank {rank_of(os.environ)})"
+    return "" if is_main_rank() else f" (rank {rank_of(os.environ)})"
 
 
 def _is_on_many_hosts() -> bool:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from bitfleet.launch.job import is_first_rank
+from bitfleet.launch.job import is_main_rank
 from bitfleet.trainer.ranks.exit_codes import REQUEUE
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ def prepared_trainer(config: "TrainConfig", ranks: "Ranks", device: "torch.devic
     if config.preflight == "full":
         rehearse(config, ranks, device)
     trainer = Trainer(config, ranks, device)
-    if is_first_rank():
+    if is_main_rank():
         print(trainer.routing)
         print(f"data: {trainer.dataset.summary()}")
-        state = f"continues {trainer.begun.path}" if trainer.begun else "starts"
+        state = f"continues {trainer.resume_from.path}" if trainer.resume_from else "starts"
         if trainer.step >= trainer.num_steps:
             state = (
                 f"is finished (to continue from its weights, pass another --run_dir and --init {trainer.folder.path})"
@@ -43,7 +43,7 @@ def prepared_trainer(config: "TrainConfig", ranks: "Ranks", device: "torch.devic
         if device.type == "cuda" and not config.engine.deterministic:
             print("engine.deterministic is off: repeating or continuing the run may give other bits")
     cost = trainer.checkpoints.cost()
-    if is_first_rank():
+    if is_main_rank():
         preflight = Preflight(trainer)
         trainer.around_step = preflight.around_step
         print(cost, preflight.report(), sep="\n", end="\n\n", flush=True)
@@ -52,7 +52,7 @@ def prepared_trainer(config: "TrainConfig", ranks: "Ranks", device: "torch.devic
 
 def say_stopped(trainer: "Trainer", again: str = "the same command with --resume auto continues") -> None:
     """Say on rank 0 that the run was asked to stop, if it was, and what continues it."""
-    if is_first_rank() and trainer.stopped_by:
+    if is_main_rank() and trainer.stopped_by:
         print(
             f"\nbitfleet: stopped by {trainer.stopped_by} after step {trainer.step:,}; saved "
             f"{trainer.seconds_to_stop:.1f} s after it; exit code {REQUEUE}: {again}"

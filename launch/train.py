@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bitfleet.launch.job import command_line, is_first_rank, job, run
+from bitfleet.launch.job import command_line, is_main_rank, job, run
 from bitfleet.launch.parsing.arguments import HELP, parse_train
 from bitfleet.launch.parsing.commands import parse_with_run
 from bitfleet.launch.prepared import prepared_trainer, say_stopped
@@ -42,7 +42,7 @@ def train(arguments: Sequence[str], prog: str = "bitfleet train") -> None:
         trainer = prepared_trainer(config, ranks, device)
         trainer.train()
         say_stopped(trainer)
-        if is_first_rank():
+        if is_main_rank():
             print(next_commands(trainer.folder.path, arguments, ranks.world_size), flush=True)
     if trainer.stopped_by:
         sys.exit(REQUEUE)

@@ -191,7 +191,7 @@ class TransitionController:
         values = [[group[KEY].drives, group[RATE], group[group[KEY].drives]] for group in self.groups]
         return {"values": values, "flips": flips}
 
-    def load(self, state: dict[str, Any], *, is_first_rank: bool) -> None:
+    def load(self, state: dict[str, Any], *, is_main_rank: bool) -> None:
         """Continue from `state` on any number of ranks.
 
         Raises:
@@ -205,7 +205,7 @@ class TransitionController:
             )
         for group, (_, rate, value) in zip(self.groups, state["values"], strict=True):
             group[RATE], group[group[KEY].drives] = rate, value
-        self._flips.fill_(state["flips"] if is_first_rank else 0)
+        self._flips.fill_(state["flips"] if is_main_rank else 0)
 
 
 def controller_of(groups: Sequence[Group], numel: int, device: torch.device) -> TransitionController | None:

@@ -18,8 +18,8 @@ from bitfleet.trainer.engine.config import Precision, resolve_precision
 from bitfleet.trainer.engine.engine import autocast
 from bitfleet.trainer.engine.nonfinite import broken
 from bitfleet.trainer.metrics import Accuracy, AccuracyMeter
-from bitfleet.trainer.ranks.check_same import agree
-from bitfleet.trainer.ranks.collectives import Ranks, sum_of_numbers
+from bitfleet.trainer.ranks.check_same import check_same_on_all_ranks
+from bitfleet.trainer.ranks.collectives import Ranks, all_reduce_number
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def evaluate_run(
         data = dataclasses.replace(data, device="auto")
     config = dataclasses.replace(config, data=data)
     dataset = open_dataset(data)
-    agree(ranks, {f"the lists of images in {data.root} (sha256)": dataset.sha})
+    check_same_on_all_ranks(ranks, {f"the lists of images in {data.root} (sha256)": dataset.sha})
     classes = read_meta(checkpoint)["classes"]
     if list(dataset.classes) != classes:
         raise ValueError(
@@ -127,7 +127,7 @@ def evaluate_run(
         hook.remove()
     found = [torch.cat(each).cpu() if each else torch.empty(0) for each in predictions]  # a rank may have no image
     different = sum(((other != found[0]) for other in found[1:]), torch.zeros(len(found[0]))) > 0
-    return Evaluation(checkpoint, trained_in, accuracies, sum_of_numbers(int(different.sum())))
+    return Evaluation(checkpoint, trained_in, accuracies, all_reduce_number(int(different.sum())))
 
 
 def _validate_in(

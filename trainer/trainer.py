@@ -1,4 +1,4 @@
-"""The training loop, and everything that it is built of."""
+"""Train: the loop, and the objects that it is built of."""
 
 import math
 import time
@@ -20,13 +20,13 @@ from bitfleet.trainer.checkpoint import (
     TrainState,
     ValidCheckpoint,
     choose_run_folder,
+    create_and_lock,
     find_resume_checkpoint,
     identity,
     load_initial_weights,
     model_signature,
     seed_everything,
     seed_state,
-    take_folder,
     was_compiled,
 )
 from bitfleet.trainer.config import TrainConfig, resolve_replicas, to_dict, with_precision
@@ -41,9 +41,9 @@ from bitfleet.trainer.engine.nonfinite import did_nothing, does_nothing, must_st
 from bitfleet.trainer.engine.step_graph import CudaRecorder, GraphedStep, check_can_capture
 from bitfleet.trainer.evaluate import validate
 from bitfleet.trainer.metrics import Accuracy, Reports, StepObserver, hyperparameters_of, step_flips
-from bitfleet.trainer.ranks.check_same import agree
-from bitfleet.trainer.ranks.collectives import Ranks, from_first_rank
-from bitfleet.trainer.ranks.heartbeat import reached
+from bitfleet.trainer.ranks.check_same import check_same_on_all_ranks
+from bitfleet.trainer.ranks.collectives import Ranks, broadcast_object
+from bitfleet.trainer.ranks.heartbeat import report_step
 from bitfleet.trainer.run.folder import write_config
 from bitfleet.trainer.run.out_of_memory import is_out_of_memory, training_out_of_memory
 from bitfleet.trainer.run.stop import StopWatcher
@@ -139,14 +139,14 @@ class Trainer:
     def __init__(self, config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
         self.config, self.ranks, self.device = config, ranks, device
         self.folder = self._choose_folder()
-        self._lock = take_folder(self.folder) if self.folder.checkpoint and ranks.is_first else None
-        self.begun = begun = find_resume_checkpoint(self.folder, ranks)
-        """The checkpoint that it continues from."""
+        self._lock = create_and_lock(self.folder) if self.folder.checkpoint and ranks.is_main else None
+        self.resume_from = resume_from = find_resume_checkpoint(self.folder, ranks)
+        """Checkpoint to continue from; None for a new run."""
         self.config = config = with_precision(
-            config, device.type, begun.meta.get("engine.precision") if begun else None
+            config, device.type, resume_from.meta.get("engine.precision") if resume_from else None
         )
         use_arithmetic(device, config.engine)
-        self.num_replicas = self._like_before(begun)
+        self.num_replicas = self._resolve_replicas(resume_from)
         options = deepspeed_options(
             config.engine,
             global_batch_size=config.global_batch_size,
@@ -158,10 +158,10 @@ class Trainer:
 
         check_images(config.model, config.data.image_size, config.global_batch_size // self.num_replicas)
         seed_everything(config.seed)
-        self.model = self._create_model(begun).to(device)
-        before = was_compiled(begun.meta) if begun else None
+        self.model = self._create_model(resume_from).to(device)
+        before = was_compiled(resume_from.meta) if resume_from else None
         self.compiled = is_compiled(config.model.compile, device, config.engine.sharding, before)
-        """Whether the network is compiled."""
+        """True if the network is compiled."""
         if self.compiled:
             compile_network(self.model)
         # As the paper's code: decay_steps = epochs * images // batch, a little longer than the run
@@ -182,24 +182,24 @@ class Trainer:
         self.observer = StepObserver(ranks, device, flips, counts_replaced=config.data.on_bad_sample == "replace")
         state = TrainState(self.engine, self.model, self.sharded, signature, diagnostics)
         self.checkpoints = self._make_checkpoints(state)
-        self.step = self._resume(begun) if begun else 0
-        reached(self.step)
+        self.step = self._resume(resume_from) if resume_from else 0
+        report_step(self.step)
         # A new run takes its folder last: what is refused leaves none behind.
-        if ranks.is_first and self._lock is None:
-            self._lock = take_folder(self.folder)
+        if ranks.is_main and self._lock is None:
+            self._lock = create_and_lock(self.folder)
         self._make_step = self._step_maker()
         self.stopped_by = ""
-        """What asked for the stop before the end; "" for nothing."""
+        """Reason for an early stop, or ""."""
         self.around_step: Callable[[], AbstractContextManager[None]] = nullcontext
-        """Entered around each step by those who measure it."""
+        """Context manager wrapped around each step, for profilers."""
         self.after_validation: Callable[[int, Accuracy], str] = lambda step, accuracy: ""
-        """What is to be said after a validation: of the steps done and its accuracy."""
+        """Callback that returns a message to print after a validation, from steps and accuracy."""
 
     def _choose_folder(self) -> RunFolder:
         config = self.config
         runs = config.output / config.name
-        chosen = choose_run_folder(runs, config.run_dir, config.resume) if self.ranks.is_first else None
-        folder: RunFolder = from_first_rank(chosen)  # type: ignore[assignment]
+        chosen = choose_run_folder(runs, config.run_dir, config.resume) if self.ranks.is_main else None
+        folder: RunFolder = broadcast_object(chosen)  # type: ignore[assignment]
         return folder
 
     def _make_checkpoints(self, state: TrainState) -> Checkpoints:
@@ -221,11 +221,11 @@ class Trainer:
             global_batch_size=config.global_batch_size,
         )
 
-    def _create_model(self, begun: ValidCheckpoint | None) -> nn.Module:
+    def _create_model(self, resume_from: ValidCheckpoint | None) -> nn.Module:
         """Build the network, on the CPU; a checkpoint that is continued brings its weights
         later."""
         config = self.config
-        if begun is not None:
+        if resume_from is not None:
             # It says itself whether the binary weights are signs, or real values before their first
             # update.
             return create_model(replace(config.model, initial_weights="signs"))
@@ -235,15 +235,15 @@ class Trainer:
             load_initial_weights(model, config.model, config.init, config.init_scales, new_head=new_head)
         return model
 
-    def _like_before(self, begun: ValidCheckpoint | None) -> int:
-        """The number of replicas; where it is open, it and the threads of a rank are those of the
-        run that is continued."""
+    def _resolve_replicas(self, resume_from: ValidCheckpoint | None) -> int:
+        """Return the number of replicas. A resumed run keeps its number, and its number of threads,
+        unless they are set."""
         config = self.config
-        if begun is None:
+        if resume_from is None:
             return resolve_replicas(config, self.ranks.world_size)
         if config.num_threads is None and self.device.type == "cpu":
-            torch.set_num_threads(begun.meta["num_threads"])  # equal bits need equal threads
-        return resolve_replicas(config, self.ranks.world_size, begun.meta["num_replicas"])
+            torch.set_num_threads(resume_from.meta["num_threads"])  # equal bits need equal threads
+        return resolve_replicas(config, self.ranks.world_size, resume_from.meta["num_replicas"])
 
     def _step_maker(self) -> TrainStep | GraphedStep:
         config = self.config
@@ -269,7 +269,7 @@ class Trainer:
     def _open_data(self) -> None:
         config, ranks = self.config, self.ranks
         self.dataset = open_dataset(config.data)
-        agree(ranks, {f"the lists of images in {config.data.root} (sha256)": self.dataset.sha})
+        check_same_on_all_ranks(ranks, {f"the lists of images in {config.data.root} (sha256)": self.dataset.sha})
         if len(self.dataset.classes) != config.model.num_classes:
             raise ValueError(
                 f"model.num_classes is {config.model.num_classes}, but {config.data.root} has "
@@ -288,10 +288,10 @@ class Trainer:
         )
         self.validation_loader = ValidationLoader(self.dataset, config.data, device=self.device, **place)
 
-    def _resume(self, begun: ValidCheckpoint) -> int:
-        step = self.checkpoints.resume(begun)
-        if self.ranks.is_first:
-            self.observer.load([math.nan if each is None else each for each in begun.meta["meter"]])
+    def _resume(self, resume_from: ValidCheckpoint) -> int:
+        step = self.checkpoints.resume(resume_from)
+        if self.ranks.is_main:
+            self.observer.load([math.nan if each is None else each for each in resume_from.meta["meter"]])
         return step
 
     @property
@@ -305,7 +305,7 @@ class Trainer:
         self.checkpoints.save(self.step, meter=self.observer.meter.peek(), metrics=self.reports.latest)
 
     def train_step(self) -> None:
-        """One optimizer step over this rank's micro-batches.
+        """Make one optimizer step over this rank's micro-batches.
 
         Raises:
             FloatingPointError: a gradient is not finite, and `engine.on_nonfinite` is "stop".
@@ -315,7 +315,7 @@ class Trainer:
         if isinstance(self.sharded, ShardedOptimizer) and self.sharded.updated is False:
             self._check_skipped(self.sharded)
         self.step += 1
-        reached(self.step)
+        report_step(self.step)
 
     def _check_skipped(self, sharded: ShardedOptimizer) -> None:
         """The optimizer updated nothing: stop if that is wanted, or if it has been so for too
@@ -326,7 +326,7 @@ class Trainer:
             raise self._nonfinite_steps(sharded, self.step + 1, again=True)
 
     def _check_report(self, sharded: ShardedOptimizer) -> None:
-        """Every step since the last report was skipped: stop if that is no accident."""
+        """Stop if all steps since the last report were skipped, unless that is an accident."""
         if does_nothing(self.config.engine, sharded):
             self._save_and_wait()
             raise self._nonfinite_steps(sharded, self.step, again=False)
@@ -365,7 +365,7 @@ class Trainer:
     def start(self) -> None:
         """Open the run's reports and the stream of batches at the current step."""
         config, ranks = self.config, self.ranks
-        if ranks.is_first:
+        if ranks.is_main:
             facts = {"world_size": ranks.world_size, "num_replicas": self.num_replicas, "device": str(self.device)}
             write_config(self.folder.path, to_dict(config), facts)
         self.reports = Reports(
@@ -380,7 +380,7 @@ class Trainer:
             has_journal=config.journal.enabled,
             optimizer=self.sharded,
         )
-        if config.init and self.begun is None and config.optim.init_inertia and self.step == 0:
+        if config.init and self.resume_from is None and config.optim.init_inertia and self.step == 0:
             self._seed_state()
         self.batches = self.loader.batches(self.step)
         self.engine.train()
@@ -402,7 +402,7 @@ class Trainer:
         self.reports.say(f"began from {self.config.init}: {sentence}")
 
     def advance(self) -> None:
-        """One step; on a logging step also its host syncs and its report."""
+        """Make one step; on a logging step also sync with the device and report."""
         if (self.step + 1) % self.config.metrics.every_steps and self.step + 1 != self.num_steps:
             self.train_step()
             return

@@ -24,7 +24,7 @@ The points change the base's schedules and nothing else:
                    the sweep could not tell the others apart
 """
 
-from bitfleet.configs.sweeps.sweep import Point, Sweep, held
+from bitfleet.configs.sweeps.sweep import Point, Sweep, constants
 
 BIASED = ("--optim.rule", "bop2ndorder", "--optim.correction", "none")
 FROZEN = tuple(
@@ -36,10 +36,10 @@ def sweep() -> Sweep:
     """Return the sweep; the learning rate is that of the base."""
     variants = {
         "published": BIASED,
-        "threshold 0": (*BIASED, *held("threshold", 0.0)),
+        "threshold 0": (*BIASED, *constants("threshold", 0.0)),
         "frozen v": (*BIASED, *FROZEN),
-        "bop threshold 0": ("--optim.rule", "bop", "--optim.correction", "none", *held("threshold", 0.0)),
-        "threshold high": (*BIASED, *held("threshold", 0.1)),
+        "bop threshold 0": ("--optim.rule", "bop", "--optim.correction", "none", *constants("threshold", 0.0)),
+        "threshold high": (*BIASED, *constants("threshold", 0.1)),
     }
     return Sweep(
         name="regime",

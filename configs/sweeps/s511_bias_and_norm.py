@@ -11,10 +11,10 @@ command    bitfleet sweep s511_bias_and_norm
            --optim.lr.kind constant
 """
 
-from bitfleet.configs.sweeps.sweep import Figure, Point, Sweep, held
+from bitfleet.configs.sweeps.sweep import Figure, Point, Sweep, constants
 
 CORRECTIONS, NORMS = ("none", "as_coded", "adam"), ("batch", "layer")
-HELD = (*held("gamma", 1e-7), *held("sigma", 1e-3), *held("threshold", 1e-6))
+HELD = (*constants("gamma", 1e-7), *constants("sigma", 1e-3), *constants("threshold", 1e-6))
 
 
 def sweep() -> Sweep:

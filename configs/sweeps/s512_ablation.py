@@ -12,7 +12,7 @@ command    bitfleet sweep s512_ablation
            --optim.lr.kind constant
 """
 
-from bitfleet.configs.sweeps.sweep import EACH_AXIS, Figure, Point, Sweep, held
+from bitfleet.configs.sweeps.sweep import EACH_AXIS, Figure, Point, Sweep, constants
 
 CENTRE = {"gamma": 1e-7, "sigma": 1e-3, "threshold": 1e-6}
 VALUES = {
@@ -25,7 +25,7 @@ RULE = ("--optim.rule", "bop2ndorder", "--optim.correction", "as_coded")
 
 def point(values: dict[str, float]) -> Point:
     """Return the point with all three constant at `values`."""
-    return Point(dict(values), (*RULE, *(word for name, value in values.items() for word in held(name, value))))
+    return Point(dict(values), (*RULE, *(word for name, value in values.items() for word in constants(name, value))))
 
 
 def sweep() -> Sweep:

@@ -13,7 +13,7 @@ command    bitfleet sweep s514_schedulers
 """
 
 from bitfleet.configs.sweeps.s512_ablation import CENTRE, RULE
-from bitfleet.configs.sweeps.sweep import Point, Sweep, held
+from bitfleet.configs.sweeps.sweep import Point, Sweep, constants
 
 
 def staircase(name: str, start: float) -> tuple[str, ...]:
@@ -35,7 +35,7 @@ def scheduled(name: str | None, schedule: str) -> Point:
     words = list(RULE)
     for hyperparameter, start in CENTRE.items():
         form = schedule if hyperparameter == name else "none"
-        words += {"none": held, "staircase": staircase, "linear": linear}[form](hyperparameter, start)
+        words += {"none": constants, "staircase": staircase, "linear": linear}[form](hyperparameter, start)
     return Point({"scheduled": name or "nothing", "schedule": schedule}, tuple(words))
 
 

@@ -12,12 +12,12 @@ command    bitfleet sweep s52_optimizers
            on the paper's network: --config binarynet_cifar10
 """
 
-from bitfleet.configs.sweeps.sweep import Figure, Point, Sweep, held
+from bitfleet.configs.sweeps.sweep import Figure, Point, Sweep, constants
 
 
 def _rule(name: str, **held_values: float) -> str:
     return f"--optim.rule {name} " + " ".join(
-        word for hyperparameter, value in held_values.items() for word in held(hyperparameter, value)
+        word for hyperparameter, value in held_values.items() for word in constants(hyperparameter, value)
     )
 
 

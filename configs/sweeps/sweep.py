@@ -146,7 +146,7 @@ class PlannedRun:
         return (*self.words, "--seed", str(self.config.seed), "--run_dir", str(self.path), "--resume", "auto")
 
 
-def held(hyperparameter: str, value: float) -> tuple[str, ...]:
+def constants(hyperparameter: str, value: float) -> tuple[str, ...]:
     """Return the overrides that keep a scheduled hyperparameter of the optimizer at `value`."""
     return (f"--optim.{hyperparameter}.kind", "constant", f"--optim.{hyperparameter}.start", f"{value:g}")
 

@@ -23,11 +23,11 @@ from bitfleet.trainer.checkpoint.saver import Saver
 from bitfleet.trainer.checkpoint.tensors import MODEL, OPTIM, tensors_to_save, total_bytes
 from bitfleet.trainer.ranks.collectives import (
     Ranks,
+    all_gather_objects,
+    all_reduce_max,
+    all_reduce_number,
     barrier,
-    from_first_rank,
-    max_over_ranks,
-    objects_from_ranks,
-    sum_of_numbers,
+    broadcast_object,
 )
 
 NETWORKS = {"xnornet": 224, "birealnet18": 64, "birealnet_small": 28}
@@ -54,7 +54,7 @@ def bench_checkpoint(options: Checkpoint, ranks: Ranks, device: torch.device) ->
         ValueError: the folder cannot be written.
     """
     folder = ""
-    if ranks.is_first:  # an error here ends the job of all ranks
+    if ranks.is_main:  # an error here ends the job of all ranks
         try:
             options.folder.mkdir(parents=True, exist_ok=True)
             folder = tempfile.mkdtemp(prefix="bench-checkpoint-", dir=options.folder)
@@ -62,11 +62,11 @@ def bench_checkpoint(options: Checkpoint, ranks: Ranks, device: torch.device) ->
             raise ValueError(
                 f"--folder {options.folder} cannot be written: {error.strerror}; choose another"
             ) from error
-    folder = from_first_rank(folder)
+    folder = broadcast_object(folder)
     try:
         yield _measure(options, ranks, device, Path(folder))
     finally:
-        if ranks.is_first:
+        if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -100,7 +100,7 @@ def _measure(options: Checkpoint, ranks: Ranks, device: torch.device, folder: Pa
         saver.flush()
 
     def torch_save() -> None:
-        if ranks.is_first:
+        if ranks.is_main:
             other.mkdir()
             state = {"model": plain.model.state_dict(), "optimizer": plain.optimizer.state_dict()}
             torch.save(state, other / "state.pt")
@@ -119,12 +119,12 @@ def _measure(options: Checkpoint, ranks: Ranks, device: torch.device, folder: Pa
     costs = interleave(measured, 1 + options.rounds, warm_up=0)
     during = [_while_saving(train, start, saver) for _ in range(options.rounds)]
     assert saver.last is not None
-    if ranks.is_first:
+    if ranks.is_main:
         verify(saver.last)
     tensors = tensors_to_save(bits.model, bits.optimizer, ranks)
     real = {MODEL + name for name, parameter in bits.model.named_parameters() if not is_binary(parameter)}
     required = {name: tensor for name, tensor in tensors.items() if name in real or name.startswith(OPTIM)}
-    return _format(options, ranks, costs, during, sum_of_numbers(total_bytes(required)))
+    return _format(options, ranks, costs, during, all_reduce_number(total_bytes(required)))
 
 
 def _cost(save: Callable[[], object], saver: Saver, other: Path, ranks: Ranks) -> Cost:
@@ -144,9 +144,9 @@ def _cost(save: Callable[[], object], saver: Saver, other: Path, ranks: Ranks) -
         files = [path for path in saver.last.rglob("*") if path.is_file()]
     num_bytes = sum(path.stat().st_size for path in files)
     barrier()
-    if ranks.is_first:
+    if ranks.is_main:
         shutil.rmtree(other, ignore_errors=True)
-    return Cost(max(objects_from_ranks(stall)), max(objects_from_ranks(seconds)), num_bytes)
+    return Cost(max(all_gather_objects(stall)), max(all_gather_objects(seconds)), num_bytes)
 
 
 def _while_saving(train: Callable[[], None], start: Callable[[], None], saver: Saver) -> tuple[float, float]:
@@ -160,7 +160,7 @@ def _while_saving(train: Callable[[], None], start: Callable[[], None], saver: S
     before = saver.last
     start()
     during = []
-    while max_over_ranks([saver.last is before])[0]:
+    while all_reduce_max([saver.last is before])[0]:
         during.append(seconds(train))
     saver.flush()
     barrier()
@@ -170,7 +170,7 @@ def _while_saving(train: Callable[[], None], start: Callable[[], None], saver: S
     while saver.last is before:
         pause = max(pause, seconds(lambda: time.sleep(0.001)))
     saver.flush()
-    return statistics.median(during or alone) / statistics.median(alone), max(objects_from_ranks(pause))
+    return statistics.median(during or alone) / statistics.median(alone), max(all_gather_objects(pause))
 
 
 def _format(

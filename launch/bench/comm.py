@@ -25,7 +25,7 @@ from bitfleet.launch.preflight.tensor_bytes import TensorBytes
 from bitfleet.models import ModelConfig, QuantLinear, create_model, ste_sign
 from bitfleet.optim.rules.rule import Group, Rule, State, register
 from bitfleet.optim.sharding import reduction as sharding_exchange
-from bitfleet.trainer.ranks.collectives import Ranks, barrier, gather_from_ranks, numbers_from_ranks
+from bitfleet.trainer.ranks.collectives import Ranks, all_gather_numbers, all_gather_tensors, barrier
 
 TITLES: dict[Method, str] = {
     "bits": "bitfleet ShardedOptimizer",
@@ -171,7 +171,7 @@ def bench_comm(options: Comm, ranks: Ranks, device: torch.device) -> Iterator[st
                 step()
         sent = [counter.sent_bytes, *(wire_bytes(ranks) - before).tolist()]
         step.close()
-        return [sum(numbers_from_ranks(number)) / (options.steps * ranks.world_size * NUM_BINARY) for number in sent]
+        return [sum(all_gather_numbers(number)) / (options.steps * ranks.world_size * NUM_BINARY) for number in sent]
 
     yield titled(
         f"bytes that a rank sends per step and binary weight, {ranks.world_size} ranks on {_hosts(ranks)}, "
@@ -204,7 +204,7 @@ def bench_memory(options: Memory, ranks: Ranks, device: torch.device) -> Iterato
         # to be freed.
         largest = torch.stack([after.amin(), *(peak.amax() for peak in peaks)]) / numel
         step.close()
-        return torch.stack(gather_from_ranks(largest)).amax(0).tolist()
+        return torch.stack(all_gather_tensors(largest)).amax(0).tolist()
 
     yield titled(
         f"bytes of tensors per parameter on a rank, {ranks.world_size} ranks; a bucket of fp32 gradients is "
@@ -255,7 +255,7 @@ def bench_sharding(options: Sharding, ranks: Ranks, device: torch.device) -> Ite
             before = wire_bytes(ranks)
             turn = take_turn(step, options.steps, device)
             sent = float((wire_bytes(ranks) - before)[0])
-            return turn.seconds, sum(numbers_from_ranks(sent)) / ranks.world_size / options.steps
+            return turn.seconds, sum(all_gather_numbers(sent)) / ranks.world_size / options.steps
 
         turns = interleave({name: functools.partial(measure, step) for name, step in steps.items()}, options.rounds)
         for step in steps.values():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from bitfleet.launch.job import is_first_rank, job
+from bitfleet.launch.job import is_main_rank, job
 from bitfleet.launch.parsing.commands import Count, MaybeCount, parse, parse_with_run
 
 PartName = Literal["probe", "rule", "gradients", "update", "networks", "repeat", "trainer", "cifar", "dali"]
@@ -184,10 +184,10 @@ def bench(arguments: Sequence[str]) -> None:
         options = parse(benchmark, words, prog)
     measure = getattr(importlib.import_module(f"bitfleet.launch.bench.{MODULES.get(name, name)}"), f"bench_{name}")
     if name in OF_ONE_PROCESS:
-        for text in measure(options) if is_first_rank() else ():
+        for text in measure(options) if is_main_rank() else ():
             print(text, flush=True)
         return
     with job(config.device if config else "auto", config) as (ranks, device):
         for text in measure(options, *([config] if config else []), ranks, device):
-            if is_first_rank():
+            if is_main_rank():
                 print(text, flush=True)

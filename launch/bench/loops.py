@@ -29,7 +29,7 @@ from bitfleet.trainer.journal.config import JournalConfig
 from bitfleet.trainer.journal.format import FRAME_BYTES, SIGNS, apply_, encode, parse_frame
 from bitfleet.trainer.journal.writer import open_journal
 from bitfleet.trainer.metrics import JSONL
-from bitfleet.trainer.ranks.collectives import Ranks, barrier, from_first_rank, sum_of_numbers
+from bitfleet.trainer.ranks.collectives import Ranks, all_reduce_number, barrier, broadcast_object
 from bitfleet.trainer.trainer import Trainer
 
 FLIP_RATIOS = (0.5, 0.25, 0.1, 0.03, 0.01, 0.004, 0.0003)
@@ -48,7 +48,7 @@ def started(
         ValueError: the run has fewer than `num_steps` steps.
     """
     with tempfile.TemporaryDirectory() as folder:
-        run_dir = Path(from_first_rank(folder)) / "run"
+        run_dir = Path(broadcast_object(folder)) / "run"
         trainer = Trainer(dataclasses.replace(config, run_dir=run_dir, resume=None, **fields), ranks, device)
         if num_steps > trainer.num_steps:
             raise ValueError(
@@ -144,9 +144,7 @@ def bench_diagnostics(options: Diagnostics, config: TrainConfig, ranks: Ranks, d
             },
             options.rounds,
         )
-        lines = (
-            (measured.folder.path / JSONL).read_text().splitlines() if ranks.is_first else ['{"kind":"diagnostics"}']
-        )
+        lines = (measured.folder.path / JSONL).read_text().splitlines() if ranks.is_main else ['{"kind":"diagnostics"}']
     assert json.loads(lines[-1])["kind"] == "diagnostics", lines[-1]
     yield titled(
         f"{config.name}, {config.model.name}, {ranks.world_size} ranks, a report every {every} steps; "
@@ -181,8 +179,8 @@ def bench_journal(options: Journal, config: TrainConfig, ranks: Ranks, device: t
         files = [file for part in read_parts(run)[1:] for file in part.files if file.layout.rank == ranks.rank]
         frames = [frame for file in files for frame in file.frames if frame.kind != SIGNS]
         measured_steps = options.rounds * options.steps
-        flips = sum_of_numbers(sum(frame.num_flips for frame in frames)) / measured_steps
-        num_bytes = sum_of_numbers(sum(FRAME_BYTES + frame.length for frame in frames)) / measured_steps
+        flips = all_reduce_number(sum(frame.num_flips for frame in frames)) / measured_steps
+        num_bytes = all_reduce_number(sum(FRAME_BYTES + frame.length for frame in frames)) / measured_steps
         num_weights = sum(param.numel() for param in trainer.model.parameters() if is_binary(param))
     yield titled(
         f"{config.name} on {ranks.world_size} ranks, {num_weights:,} binary weights, median of {options.rounds} "
@@ -190,7 +188,7 @@ def bench_journal(options: Journal, config: TrainConfig, ranks: Ranks, device: t
         compare_turns(turns["without"], turns["with"]),
     )
     yield f"  flips per step {flips:,.0f} ({flips / num_weights:.4%}), bytes per step {num_bytes:,.0f}"
-    if ranks.is_first:
+    if ranks.is_main:
         heads = ["flip ratio", "bytes", "over entropy", "encode ms", "decode ms"]
         yield titled(
             f"random flips of {NUM_WEIGHTS:,} weights in one process, best of 3",

@@ -22,7 +22,7 @@ from bitfleet.optim.rules.rule import numbers_of
 from bitfleet.optim.sharding.buckets import make_buckets
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import normalize
-from bitfleet.trainer.ranks.collectives import Ranks, gather_from_ranks, objects_from_ranks, sum_over_ranks_
+from bitfleet.trainer.ranks.collectives import Ranks, all_gather_objects, all_gather_tensors, all_reduce_sum_
 from bitfleet.trainer.trainer import Trainer
 
 WIRE_NUMEL = 1 << 20
@@ -99,8 +99,8 @@ class _Probe:
         if world_size == 1:
             return 1e9, 1e-5
         few, many = torch.zeros(2, device=self.device), torch.zeros(WIRE_NUMEL, device=self.device)
-        latency = take_turn(lambda: sum_over_ranks_(few), 20, self.device).seconds
-        gather = self.seconds(lambda: gather_from_ranks(many), 4)
+        latency = take_turn(lambda: all_reduce_sum_(few), 20, self.device).seconds
+        gather = self.seconds(lambda: all_gather_tensors(many), 4)
         return 4 * WIRE_NUMEL * (world_size - 1) / gather, latency / math.log2(world_size)
 
     def rates(self) -> Rates:
@@ -168,7 +168,7 @@ def bench_plan(options: Plan, config: TrainConfig, ranks: Ranks, device: torch.d
             over the cores."""
             rates = probe.rates()
             turn = take_turn(trainer.advance, options.steps, device)
-            cpu_over_cores = sum(objects_from_ranks(turn.cpu_seconds)) / probe.cores
+            cpu_over_cores = sum(all_gather_objects(turn.cpu_seconds)) / probe.cores
             return rates, predict(rates).step, turn.seconds, cpu_over_cores
 
         rounds = interleave({"": measure}, options.rounds)[""]
@@ -186,7 +186,7 @@ def bench_plan(options: Plan, config: TrainConfig, ranks: Ranks, device: torch.d
     yield titled(
         f"{config.name} on {ranks.world_size} ranks, ms per step, median of {options.rounds} rounds", rows, "<<<"
     )
-    if options.output and ranks.is_first:
+    if options.output and ranks.is_main:
         write_rates(rates, options.output)
         yield f"rates written to {options.output}"
 

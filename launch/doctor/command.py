@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from bitfleet.launch.job import is_first_rank, job
+from bitfleet.launch.job import is_main_rank, job
 from bitfleet.launch.parsing.arguments import parse_train
 from bitfleet.launch.parsing.commands import parse_with_run
 
@@ -37,7 +37,7 @@ def doctor(arguments: Sequence[str]) -> None:
         from bitfleet.launch.doctor.doctor import examine, format_checks
 
         checks = examine(config, ranks, device)
-        if is_first_rank():
+        if is_main_rank():
             print(format_checks(checks), flush=True)
     if any(check.verdict == "FAIL" for check in checks):
         sys.exit(1)

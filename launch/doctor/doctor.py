@@ -22,7 +22,7 @@ from bitfleet.launch.doctor.network import Network, check_network, measure_netwo
 from bitfleet.launch.text import table
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import decoder_of
-from bitfleet.trainer.ranks.collectives import Ranks, barrier, from_first_rank, objects_from_ranks
+from bitfleet.trainer.ranks.collectives import Ranks, all_gather_objects, barrier, broadcast_object
 
 LINE = 120
 
@@ -36,7 +36,7 @@ def examine(config: TrainConfig | None, ranks: Ranks, device: torch.device) -> l
         ranks: this process's place.
         device: where kernels are tried and between which bandwidth is measured.
     """
-    facts = objects_from_ranks(collect_facts(config, ranks, device))
+    facts = all_gather_objects(collect_facts(config, ranks, device))
     sees = _sees_run_folder(facts[0], ranks)
     network = measure_network(ranks, device)
     wants_gpu = config is not None and config.device == "gpu"
@@ -70,8 +70,8 @@ def _sees_run_folder(first: Facts, ranks: Ranks) -> list[bool]:
     if first.free_run is None:
         return [True] * ranks.world_size
     prefix, parent = ".bitfleet-doctor-", first.run_folder
-    folder = tempfile.TemporaryDirectory(prefix=prefix, dir=parent) if ranks.is_first else None
-    seen = objects_from_ranks(Path(from_first_rank(folder.name if folder else "")).is_dir())
+    folder = tempfile.TemporaryDirectory(prefix=prefix, dir=parent) if ranks.is_main else None
+    seen = all_gather_objects(Path(broadcast_object(folder.name if folder else "")).is_dir())
     barrier()
     if folder:
         folder.cleanup()

@@ -10,7 +10,7 @@ import torch
 
 from bitfleet.launch.doctor.checks import Check, judge, who
 from bitfleet.launch.doctor.facts import Facts
-from bitfleet.trainer.ranks.collectives import Ranks, barrier, from_first_rank, gather_from_ranks, receive, send
+from bitfleet.trainer.ranks.collectives import Ranks, all_gather_tensors, barrier, broadcast_object, receive, send
 
 PING_COUNT, TRANSFER_COUNT = 7, 3
 TRANSFER_BYTES, LEAST_BYTES = 4 << 20, 1 << 16
@@ -59,7 +59,7 @@ def measure_network(ranks: Ranks, device: torch.device, clock: Callable[[], floa
     pairs: list[Pair] = []
     start = time.monotonic()
     for peer in range(1, ranks.world_size):
-        if ranks.is_first:
+        if ranks.is_main:
             is_late = time.monotonic() - start > BUDGET_SECONDS
             pair = _lead(peer, device, clock, leave_out=is_late)
             if pair is not None:
@@ -68,9 +68,9 @@ def measure_network(ranks: Ranks, device: torch.device, clock: Callable[[], floa
             _answer(device, clock)
     barrier()
     slowest = min((pair.bytes_per_second for pair in pairs), default=1e9)
-    num_bytes = from_first_rank(max(LEAST_BYTES, min(TRANSFER_BYTES, int(slowest * TRANSFER_SECONDS))) // 8 * 8)
+    num_bytes = broadcast_object(max(LEAST_BYTES, min(TRANSFER_BYTES, int(slowest * TRANSFER_SECONDS))) // 8 * 8)
     rates = [_ring(num_bytes // ranks.world_size // 8 * 8 + 8, ranks, device) for _ in range(TRANSFER_COUNT + 1)]
-    return from_first_rank(Network(pairs, statistics.median(rates[1:])))
+    return broadcast_object(Network(pairs, statistics.median(rates[1:])))
 
 
 def _lead(peer: int, device: torch.device, clock: Callable[[], float], *, leave_out: bool) -> Pair | None:
@@ -128,7 +128,7 @@ def _ring(num_bytes: int, ranks: Ranks, device: torch.device) -> float:
     own = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     barrier()
     start = time.perf_counter()
-    int(gather_from_ranks(own)[0][0])  # waits for the device
+    int(all_gather_tensors(own)[0][0])  # waits for the device
     return (ranks.world_size - 1) * num_bytes / (time.perf_counter() - start)
 
 

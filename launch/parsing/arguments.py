@@ -8,7 +8,7 @@ from typing import Any, get_args
 import tyro
 
 from bitfleet.configs import available, load_config
-from bitfleet.launch.job import is_first_rank
+from bitfleet.launch.job import is_main_rank
 from bitfleet.launch.parsing.commands import one_sentence, parse_with_run
 from bitfleet.optim import with_rule
 from bitfleet.optim.config import check_belongs
@@ -72,7 +72,7 @@ def override(default: TrainConfig, arguments: Sequence[str], *, prog: str, descr
             default=default,
             args=arguments,
             config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
-            console_outputs=is_first_rank(),
+            console_outputs=is_main_rank(),
         )
     return with_users_paths(config)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from bitfleet.launch.job import is_first_rank
+from bitfleet.launch.job import is_main_rank
 from bitfleet.trainer.run.user_paths import with_users_paths
 
 CONFIG = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
@@ -82,7 +82,7 @@ def _cli(command: Any, arguments: Sequence[str], prog: str, *, return_unknown_ar
         args=arguments,
         config=CONFIG,
         use_underscores=True,
-        console_outputs=is_first_rank(),
+        console_outputs=is_main_rank(),
         return_unknown_args=return_unknown_args,
     )
 

@@ -23,8 +23,8 @@ from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
 from bitfleet.trainer.checkpoint.run_folder import planned_folder
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.engine.engine import whole_weights
-from bitfleet.trainer.ranks.collectives import Ranks, barrier, from_first_rank, is_lost_peer, objects_from_ranks
-from bitfleet.trainer.ranks.heartbeat import reached
+from bitfleet.trainer.ranks.collectives import Ranks, all_gather_objects, barrier, broadcast_object, is_lost_peer
+from bitfleet.trainer.ranks.heartbeat import report_step
 from bitfleet.trainer.run.out_of_memory import is_out_of_memory, out_of_memory
 from bitfleet.trainer.trainer import Trainer
 
@@ -62,12 +62,12 @@ def rehearse(config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            reached(0)
+            report_step(0)
         barrier()
     finally:
-        if ranks.is_first:
+        if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)
-    if ranks.is_first:
+    if ranks.is_main:
         print("\n".join(f"preflight: {line}" for line in lines), flush=True)
 
 
@@ -89,10 +89,10 @@ def _make_folder(config: TrainConfig, ranks: Ranks) -> Path:
     parent = planned_folder(config.output / config.name, config.run_dir, config.resume).absolute().parent
     while not parent.exists():
         parent = parent.parent
-    made = tempfile.mkdtemp(prefix=".bitfleet-preflight-", dir=parent) if ranks.is_first else ""
-    folder = Path(from_first_rank(made))
-    if blind := [rank for rank, sees in enumerate(objects_from_ranks(folder.is_dir())) if not sees]:
-        if ranks.is_first:
+    made = tempfile.mkdtemp(prefix=".bitfleet-preflight-", dir=parent) if ranks.is_main else ""
+    folder = Path(broadcast_object(made))
+    if blind := [rank for rank, sees in enumerate(all_gather_objects(folder.is_dir())) if not sees]:
+        if ranks.is_main:
             folder.rmdir()
         raise ValueError(f"rank {blind[0]} does not see {folder}, which rank 0 made: the run needs a shared folder")
     return folder
@@ -101,7 +101,7 @@ def _make_folder(config: TrainConfig, ranks: Ranks) -> Path:
 def _raise_on_all_ranks(problem: str | None) -> None:
     """Raise ValueError on all ranks for a problem of one of them, so that they clean up together;
     every rank calls this."""
-    for rank, reported in enumerate(objects_from_ranks(problem)):
+    for rank, reported in enumerate(all_gather_objects(problem)):
         if reported:
             raise ValueError(f"{reported} (rank {rank})")
 
@@ -159,7 +159,7 @@ def _try_checkpoint(trainer: Trainer) -> list[str]:
         return [*lines, f"engine.sharding {sharding} keeps DeepSpeed's own shards: only as many ranks can read them"]
     others = [1, 2 * ranks.world_size] if isinstance(trainer.sharded, ShardedOptimizer) else [1]
     whole = _whole_tensors(trainer)
-    _raise_on_all_ranks(_problem_of_other_ranks(trainer, path, whole, others) if ranks.is_first else None)
+    _raise_on_all_ranks(_problem_of_other_ranks(trainer, path, whole, others) if ranks.is_main else None)
     return [*lines, f"read as {' and as '.join(map(_ranks, others))} would: equal bits"]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from bitfleet.launch.job import is_first_rank, job
+from bitfleet.launch.job import is_main_rank, job
 from bitfleet.launch.parsing.commands import parse_with_run
 from bitfleet.launch.prepared import prepared_trainer, say_stopped
 from bitfleet.launch.reproduce.papers import PAPERS, Paper, find_paper
@@ -52,7 +52,7 @@ def reproduce(arguments: Sequence[str]) -> None:
     """
     options, paper, recipe, config = parse_reproduce(arguments)
     if options.check is not None:
-        if is_first_rank() and _tell_verdict(options.check, paper, recipe):
+        if is_main_rank() and _tell_verdict(options.check, paper, recipe):
             sys.exit(1)
         return
     if config.resume == "auto" and config.run_dir is None:
@@ -62,12 +62,12 @@ def reproduce(arguments: Sequence[str]) -> None:
 
     with job(config.device, config) as (ranks, device):
         trainer = prepared_trainer(config, ranks, device)
-        if is_first_rank():
+        if is_main_rank():
             print(announcement(paper, recipe, config), end="\n\n", flush=True)
             trainer.after_validation = watcher(expected_curve(paper.config), config, trainer.loader.steps_per_epoch)
         trainer.train()
         say_stopped(trainer, "the same command continues")
-    if is_first_rank():
+    if is_main_rank():
         if trainer.step == trainer.num_steps:
             _tell_verdict(trainer.folder.path, paper, recipe)
         elif not trainer.stopped_by:

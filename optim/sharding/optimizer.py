@@ -451,7 +451,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def load_transition_state(self, state: dict[str, Any] | None) -> None:
         """Continue from `transition_state` of any number of ranks."""
         if self.transitions is not None and state is not None:
-            self.transitions.load(state, is_first_rank=self.rank == 0)
+            self.transitions.load(state, is_main_rank=self.rank == 0)
 
     def steps(self) -> dict[str, int]:
         """Updates that each parameter has had; the same on every rank. Waits for the last step."""

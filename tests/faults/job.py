@@ -120,7 +120,7 @@ def watch_steps() -> None:
         reach("step", self)
         time.sleep(float(os.environ.get("BITFLEET_STEP_SECONDS", "0")))
         method(self)
-        if self.ranks.is_first and "BITFLEET_PROGRESS" in os.environ:
+        if self.ranks.is_main and "BITFLEET_PROGRESS" in os.environ:
             Path(os.environ["BITFLEET_PROGRESS"]).write_text(str(self.step))
 
     Trainer.train_step = watched_step  # type: ignore[method-assign]

@@ -21,7 +21,7 @@ def main() -> None:
             with CollectiveCounter(ranks.world_size) as counter:
                 trainer.train_step()
                 stop.agree()
-        if ranks.is_first:
+        if ranks.is_main:
             print(f"predicted {preflight.sent_bytes:.1f} counted {counter.sent_bytes:.1f}", flush=True)
         trainer.stop()
 

@@ -92,7 +92,7 @@ def record(names: list[str], folder: Path, *, stop_at: int | None = None) -> dic
             for last in [stop_at, num_steps] if stop_at else [num_steps]:
                 Trainer(dataclasses.replace(config, stop_after_steps=last), ranks, device).train()
             assert config.run_dir is not None
-            found[name] = outcome(config.run_dir) if ranks.is_first else {}
+            found[name] = outcome(config.run_dir) if ranks.is_main else {}
     return found
 
 

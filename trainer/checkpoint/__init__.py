@@ -5,7 +5,7 @@ from bitfleet.trainer.checkpoint.config import CheckpointConfig
 from bitfleet.trainer.checkpoint.format import is_checkpoint, latest_checkpoint, model_signature, read_meta, verify
 from bitfleet.trainer.checkpoint.initial_weights import load_initial_weights, seed_everything, seed_state
 from bitfleet.trainer.checkpoint.loader import ValidCheckpoint, find_resume_checkpoint, load_model
-from bitfleet.trainer.checkpoint.run_folder import RunFolder, choose_run_folder, take_folder
+from bitfleet.trainer.checkpoint.run_folder import RunFolder, choose_run_folder, create_and_lock
 
 __all__ = [
     "CheckpointConfig",
@@ -14,6 +14,7 @@ __all__ = [
     "TrainState",
     "ValidCheckpoint",
     "choose_run_folder",
+    "create_and_lock",
     "find_resume_checkpoint",
     "identity",
     "is_checkpoint",
@@ -24,7 +25,6 @@ __all__ = [
     "read_meta",
     "seed_everything",
     "seed_state",
-    "take_folder",
     "verify",
     "was_compiled",
 ]

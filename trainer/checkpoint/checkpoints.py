@@ -26,7 +26,7 @@ from bitfleet.trainer.data import DataConfig, decoder_of
 from bitfleet.trainer.engine.config import EngineConfig
 from bitfleet.trainer.engine.engine import load_engine, whole_weights
 from bitfleet.trainer.metrics import read_metrics
-from bitfleet.trainer.ranks.collectives import Ranks, sum_of_numbers
+from bitfleet.trainer.ranks.collectives import Ranks, all_reduce_number
 from bitfleet.trainer.run.stop import AGREE_SECONDS
 
 ASSUMED_BYTES_PER_SECOND = 50e6
@@ -173,7 +173,7 @@ class Checkpoints:
     def by_time(self) -> bool:
         """Return True if the last checkpoint is older than `every_minutes` on rank 0."""
         minutes = self.config.every_minutes
-        return self.ranks.is_first and minutes is not None and time.monotonic() - self._last_time > 60 * minutes
+        return self.ranks.is_main and minutes is not None and time.monotonic() - self._last_time > 60 * minutes
 
     def by_step(self, step: int) -> bool:
         """Return True if a checkpoint is due after `step` steps."""
@@ -240,7 +240,7 @@ class Checkpoints:
         if self.state.own_optimizer is None:  # DeepSpeed's files hold weights and moments once more
             num_elements = sum(param.numel() for param in self.state.model.parameters())
             num_bytes += 12 * num_elements // self.ranks.world_size
-        size = sum_of_numbers(num_bytes)
+        size = all_reduce_number(num_bytes)
         config = self.config
         kept = config.keep_last + config.keep_best + 1  # before pruning there is one more
         text = f"checkpoints: {size / 1e6:,.1f} MB each, at most {kept} at a time ({kept * size / 1e6:,.1f} MB)"

@@ -22,7 +22,7 @@ from bitfleet.trainer.checkpoint.format import (
     verify,
 )
 from bitfleet.trainer.checkpoint.run_folder import RunFolder
-from bitfleet.trainer.ranks.collectives import Ranks, barrier, cpu_group, objects_from_ranks
+from bitfleet.trainer.ranks.collectives import Ranks, all_gather_objects, barrier, cpu_group
 
 DIAGNOSTICS_SINCE = "diagnostics_since"
 """Key of meta.json: number of steps done when the flip memory was started."""
@@ -57,12 +57,12 @@ def find_resume_checkpoint(folder: RunFolder, ranks: Ranks) -> ValidCheckpoint |
 def _newest_valid(run: Path, ranks: Ranks) -> ValidCheckpoint | None:
     problems = []
     # Each rank's view of a shared folder may lag behind. Rank 0 renames, so all use its list.
-    for path in objects_from_ranks(checkpoints(run)[::-1])[0]:
+    for path in all_gather_objects(checkpoints(run)[::-1])[0]:
         valid, problem = _verify_on_all_ranks(path, ranks)
         if valid:
             return valid
         problems.append(f"{path.name}: {problem}")
-        if ranks.is_first:
+        if ranks.is_main:
             renamed = set_aside(path)
             print(f"bitfleet: {path} is damaged ({problem}); renamed to {renamed.name}", file=sys.stderr, flush=True)
         barrier()
@@ -80,7 +80,7 @@ def _verify_on_all_ranks(checkpoint: Path, ranks: Ranks) -> tuple[ValidCheckpoin
         problem = damage(checkpoint, share) or foreign_file(checkpoint, meta)
     except ValueError as error:
         problem = str(error)
-    problem = next((text for text in objects_from_ranks(problem) if text), None)
+    problem = next((text for text in all_gather_objects(problem) if text), None)
     return (None, problem) if problem else (ValidCheckpoint(checkpoint, meta), None)
 
 
@@ -110,7 +110,7 @@ def load_diagnostics(diagnostics: BitDiagnostics, checkpoint: ValidCheckpoint, r
     since = meta.get(DIAGNOSTICS_SINCE)
     if since is not None:
         checkpoint_tensors.read_into(checkpoint_tensors.diagnostics_targets(diagnostics), path, cpu_group("control"))
-    elif ranks.is_first:
+    elif ranks.is_main:
         print(
             f"bitfleet: {path} was written without metrics.diagnostics: they start after step {meta['step']:,}",
             file=sys.stderr,

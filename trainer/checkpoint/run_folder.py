@@ -93,7 +93,7 @@ def planned_folder(runs: Path, run_dir: Path | None, resume: str | None) -> Path
     return run_dir or runs
 
 
-def take_folder(folder: RunFolder) -> IO[str]:
+def create_and_lock(folder: RunFolder) -> IO[str]:
     """Create the folder if missing and lock it for this process.
 
     Raises:

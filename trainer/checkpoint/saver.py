@@ -19,10 +19,10 @@ from bitfleet.trainer.checkpoint.tensors import Tensors, copy_mark
 from bitfleet.trainer.ranks.collectives import (
     SAVE_TIMEOUT,
     Ranks,
+    all_gather_objects,
+    broadcast_object,
     cpu_group,
-    from_first_rank,
     is_lost_peer,
-    objects_from_ranks,
 )
 from bitfleet.trainer.run.files import flush_folder
 
@@ -141,7 +141,7 @@ class Saver:
         if problem is None:
             self.last, self.seconds = committed, time.monotonic() - start
             return
-        if self.ranks.is_first:
+        if self.ranks.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         self._error = ValueError(
             f"the checkpoint of step {step} could not be written below {temporary.parent}: {problem}; "
@@ -150,9 +150,9 @@ class Saver:
 
     def _commit_on_first_rank(self, temporary: Path, committed: Path, meta: dict[str, Any]) -> str | None:
         """Hash, commit and prune; return None, or the problem, the same on every rank."""
-        hashed = objects_from_ranks(self.hash_files(temporary), self._group)
+        hashed = all_gather_objects(self.hash_files(temporary), self._group)
         problem: str | None = None
-        if self.ranks.is_first:
+        if self.ranks.is_main:
             try:
                 files = {name: entry for of_rank in hashed for name, entry in sorted(of_rank.items())}
                 self.write_meta(temporary, {**meta, "files": files})
@@ -160,18 +160,18 @@ class Saver:
                 self.prune()
             except OSError as error:
                 problem = _reason(error)
-        return from_first_rank(problem, self._group)
+        return broadcast_object(problem, self._group)
 
     def begin(self, temporary: Path) -> None:
         """Create the folder on rank 0; the others wait for it."""
         problem: str | None = None
-        if self.ranks.is_first:
+        if self.ranks.is_main:
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
             except OSError as error:
                 problem = _reason(error)
-        problem = from_first_rank(problem, cpu_group("control"))
+        problem = broadcast_object(problem, cpu_group("control"))
         if problem:
             raise ValueError(f"the checkpoint folder {temporary} cannot be created: {problem}")
 
@@ -182,7 +182,7 @@ class Saver:
     def hash_files(self, temporary: Path) -> dict[str, dict[str, Any]]:
         """Return name -> size and hash of this rank's files; on rank 0 also of the engine's."""
         files = list(temporary.glob(checkpoint_tensors.shard_files(self.ranks.rank)))
-        if self.ranks.is_first:
+        if self.ranks.is_main:
             files += [path for path in temporary.rglob("*") if path.is_file() and path.parent != temporary]
         return {str(path.relative_to(temporary)): file_facts(path) for path in files}
 

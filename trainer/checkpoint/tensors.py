@@ -92,7 +92,7 @@ def tensors_to_save(
     if isinstance(optimizer, ShardedOptimizer):
         tensors |= _marked(optimizer.chunks()) | _marked(optimizer.bit_chunks())
         in_chunks = in_bits(optimizer.buckets)
-    if not ranks.is_first:
+    if not ranks.is_main:
         return tensors
     binary = {name for name, param in model.named_parameters() if is_binary(param)}
     for name, tensor in model.state_dict().items():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfleet.optim.sharding.buckets import tree_sum, tree_sum_rows
-from bitfleet.trainer.ranks.collectives import gather_from_ranks
+from bitfleet.trainer.ranks.collectives import all_gather_tensors
 
 
 class RunningStatistics:
@@ -81,7 +81,7 @@ class RunningStatistics:
         else:
             mean = self._replicas[0]
             if self.num_replicas > 1:
-                mean = tree_sum_rows(torch.stack(gather_from_ranks(tree_sum(self._replicas)))).div_(self.num_replicas)
+                mean = tree_sum_rows(torch.stack(all_gather_tensors(tree_sum(self._replicas)))).div_(self.num_replicas)
             if isinstance(updated, Tensor):
                 self._write_(torch.where(updated, mean, self._start))
                 self._count_down_(num_here - updated.long())

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from bitfleet.models.compilation import problem_of_compiling
 from bitfleet.optim import ShardedOptimizer
 from bitfleet.optim.param_groups import starts_real
-from bitfleet.trainer.ranks.collectives import objects_from_ranks
+from bitfleet.trainer.ranks.collectives import all_gather_objects
 
 
 def is_compiled(compile: str, device: torch.device, sharding: str, was_compiled: bool | None) -> bool:
@@ -30,7 +30,7 @@ def is_compiled(compile: str, device: torch.device, sharding: str, was_compiled:
         wanted = device.type == "cuda" and sharding != "zero3" if was_compiled is None else was_compiled
     if not wanted:
         return False
-    problems = objects_from_ranks(problem_of_compiling(device))
+    problems = all_gather_objects(problem_of_compiling(device))
     bad = [(rank, problem) for rank, problem in enumerate(problems) if problem]
     if bad:
         rank, problem = bad[0]

@@ -29,7 +29,7 @@ from bitfleet.trainer.journal.format import (
     header,
     marker_name,
 )
-from bitfleet.trainer.ranks.collectives import Ranks, from_first_rank
+from bitfleet.trainer.ranks.collectives import Ranks, broadcast_object
 from bitfleet.trainer.run.files import flush_folder
 
 MAX_STEPS_BEHIND = 16
@@ -47,7 +47,7 @@ def open_journal(enabled: bool, run: Path, ranks: Ranks, optimizer: Optimizer) -
     """
     folder = run / FOLDER
     if not enabled:
-        if problem := from_first_rank(_mark_end(folder, optimizer) if ranks.is_first else ""):
+        if problem := broadcast_object(_mark_end(folder, optimizer) if ranks.is_main else ""):
             raise ValueError(problem)
         return None
     if not isinstance(optimizer, ShardedOptimizer) or not any(bucket.binary for bucket in optimizer.buckets):
@@ -56,13 +56,13 @@ def open_journal(enabled: bool, run: Path, ranks: Ranks, optimizer: Optimizer) -
             "--engine.sharding bits, a network with binary weights and a rule that flips them"
         )
     part, problem = 0, ""
-    if ranks.is_first:
+    if ranks.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             part = _next_part(folder)
         except OSError as error:
             problem = str(_unwritable(folder, error))
-    part, problem = from_first_rank((part, problem))
+    part, problem = broadcast_object((part, problem))
     if problem:
         raise ValueError(problem)
     path = folder / file_name(part, optimizer.num_steps, ranks.rank, ranks.world_size)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitfleet.trainer.ranks.collectives import sum_over_ranks_
+from bitfleet.trainer.ranks.collectives import all_reduce_sum_
 
 LOSS_GRID = 2.0**30
 
@@ -64,7 +64,7 @@ class AccuracyMeter:
     def peek(self) -> list[float]:
         """Return the sums over all ranks since the last reading, for a checkpoint; every rank calls
         this."""
-        sums: list[float] = sum_over_ranks_(self._sums.clone()).tolist()
+        sums: list[float] = all_reduce_sum_(self._sums.clone()).tolist()
         return sums
 
     def load(self, sums: Sequence[float]) -> None:
@@ -80,7 +80,7 @@ class AccuracyMeter:
         """Read, and in the same collective and host sync the sums over the ranks of `counts`, int64
         [n], each below 2^53."""
         sums = torch.cat([self._sums, counts.to(self._sums)])
-        loss, top1, top5, num_images, *sums_of_counts = sum_over_ranks_(sums).tolist()
+        loss, top1, top5, num_images, *sums_of_counts = all_reduce_sum_(sums).tolist()
         self._sums.zero_()
         count = max(num_images, 1.0)
         accuracy = Accuracy(loss / count, top1 / count, top5 / count, int(num_images))

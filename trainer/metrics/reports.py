@@ -15,7 +15,7 @@ from bitfleet.trainer.metrics.accuracy import Accuracy
 from bitfleet.trainer.metrics.progress import Progress
 from bitfleet.trainer.metrics.step_observer import StepReport
 from bitfleet.trainer.metrics.writer import MetricsWriter, read_metrics
-from bitfleet.trainer.ranks.collectives import Ranks, from_first_rank
+from bitfleet.trainer.ranks.collectives import Ranks, broadcast_object
 
 FACTOR = 100.0
 """Two orders of magnitude."""
@@ -93,7 +93,7 @@ class Reports:
         self._num_epochs, self._steps_per_epoch = num_epochs, num_steps // num_epochs
         self._scales_loss = scales_loss
         self._log: MetricsWriter | None = None
-        if ranks.is_first:
+        if ranks.is_main:
             self._log = MetricsWriter(path, step)
             self._log.write_text("config", (path / "config.json").read_text())
             self._log.write_text("routing", routing)
@@ -103,12 +103,12 @@ class Reports:
             self.latest = {line.pop("kind"): line for line in lines}
         self._journal = open_journal(has_journal, path, ranks, optimizer)
         self._progress = Progress(
-            start_step=step, num_steps=num_steps, steps_per_epoch=self._steps_per_epoch, visible=ranks.is_first
+            start_step=step, num_steps=num_steps, steps_per_epoch=self._steps_per_epoch, visible=ranks.is_main
         )
 
     def has_validation(self, step: int) -> bool:
         """Return True if the validation after `step` has been reported; every rank calls this."""
-        return bool(from_first_rank(self.latest.get("validation", {}).get("step") == step))
+        return bool(broadcast_object(self.latest.get("validation", {}).get("step") == step))
 
     def train(self, step: int, report: StepReport, hyperparameters: Mapping[str, float]) -> None:
         """Report training since the last report: means, what else was read, and the time that it

@@ -15,7 +15,7 @@ from bitfleet.optim.diagnostics import BitDiagnostics, FlipCounts
 from bitfleet.trainer.engine.engine import whole_weights
 from bitfleet.trainer.metrics.accuracy import Accuracy, AccuracyMeter
 from bitfleet.trainer.metrics.stragglers import StragglerWatch
-from bitfleet.trainer.ranks.collectives import Ranks, numbers_from_ranks
+from bitfleet.trainer.ranks.collectives import Ranks, all_gather_numbers
 
 Batch = tuple[Tensor, Tensor]
 
@@ -84,7 +84,7 @@ class StepObserver:
         """
         train, counts = self.meter.read_with(self.flips.take())
         # From here on nothing waits for the device: it is where the host is.
-        own_seconds = numbers_from_ranks(self._timer.read())
+        own_seconds = all_gather_numbers(self._timer.read())
         seconds, data_seconds = self.stopwatch.read()
         speed, self._num_earlier_images = (train.num_images - self._num_earlier_images) / seconds, 0
         facts: dict[str, Any] = {"skipped_steps": num_skipped_steps()}
@@ -92,7 +92,7 @@ class StepObserver:
             return StepReport(train, facts, {}, seconds, data_seconds, speed)
         flips = self.flips.report(counts)
         if self._counts_replaced:
-            facts["replaced_samples"] = int(sum(numbers_from_ranks(num_replaced)))
+            facts["replaced_samples"] = int(sum(all_gather_numbers(num_replaced)))
         facts |= self._stragglers.facts(own_seconds, log)
         return StepReport(train, flips.ratios | facts, flips.diagnostics, seconds, data_seconds, speed)
 
@@ -194,7 +194,7 @@ class WholeFlips:
     def before_step(self) -> None:
         """Copy the weights."""
         with whole_weights(self._engine):
-            if self._ranks.is_first:
+            if self._ranks.is_main:
                 self._counter.before_step()
 
     def take(self) -> Tensor:

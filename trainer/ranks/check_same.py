@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import bitfleet
-from bitfleet.trainer.ranks.collectives import Ranks, cpu_group, from_first_rank, objects_from_ranks
+from bitfleet.trainer.ranks.collectives import Ranks, all_gather_objects, broadcast_object, cpu_group
 
 MAY_DIFFER = {"data.root"}
 """Fields of a machine: the data may have another path on it; its contents are compared."""
@@ -57,7 +57,7 @@ def _flat(value: Any, name: str = "") -> dict[str, str]:
     return parts
 
 
-def agree(ranks: Ranks, facts: Mapping[str, str]) -> None:
+def check_same_on_all_ranks(ranks: Ranks, facts: Mapping[str, str]) -> None:
     """Compare `facts` with those of rank 0; every rank calls this.
 
     Raises:
@@ -67,14 +67,14 @@ def agree(ranks: Ranks, facts: Mapping[str, str]) -> None:
     if ranks.world_size == 1:
         return
     group = cpu_group("control")
-    expected, host = from_first_rank((dict(facts), socket.gethostname()), group)
+    expected, host = broadcast_object((dict(facts), socket.gethostname()), group)
     mine = difference(facts, expected)
     sentence = mine and (
         f"rank {ranks.rank} on {socket.gethostname()} differs from rank 0 on {host} in {mine}: all hosts of a "
         "job need the same "
         "bitfleet, libraries, configuration and data"
     )
-    if problems := [each for each in objects_from_ranks(sentence, group) if each]:
+    if problems := [each for each in all_gather_objects(sentence, group) if each]:
         raise ValueError(problems[0])
 
 

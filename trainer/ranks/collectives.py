@@ -46,7 +46,7 @@ class Ranks:
     """Host of every rank; empty for a single rank."""
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         """True on rank 0, which prints, and writes everything that is not sharded."""
         return self.rank == 0
 
@@ -136,7 +136,7 @@ def process_group(
         store=None if store is None else PrefixStore("group", store),
     )
     if ranks.world_size > 1:
-        _job_word = from_first_rank(secrets.token_hex(8), cpu_group("control"))
+        _job_word = broadcast_object(secrets.token_hex(8), cpu_group("control"))
     yield
     _job_word = None
     dist.barrier()
@@ -169,14 +169,14 @@ def barrier() -> None:
     dist.barrier()
 
 
-def sum_over_ranks_(tensor: Tensor) -> Tensor:
+def all_reduce_sum_(tensor: Tensor) -> Tensor:
     """Replace `tensor` by its sum over the ranks, and return it."""
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def gather_from_ranks(tensor: Tensor) -> list[Tensor]:
+def all_gather_tensors(tensor: Tensor) -> list[Tensor]:
     """Return `tensor` (flat) of every rank, in the order of ranks."""
     world_size = dist.get_world_size()
     if world_size == 1:
@@ -186,31 +186,31 @@ def gather_from_ranks(tensor: Tensor) -> list[Tensor]:
     return list(everyone.view(world_size, -1))
 
 
-def from_first_rank(value: T, group: dist.ProcessGroup | None = None) -> T:
+def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
     """Return `value` of rank 0 on every rank (pickled: strings and numbers only)."""
     box = [value]
     dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
-def objects_from_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Return `value` of every rank, in the order of ranks (pickled: strings and numbers only)."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value, group=group)
     return found
 
 
-def hosts_of_ranks() -> tuple[str, ...]:
+def all_gather_hosts() -> tuple[str, ...]:
     """Return the host name of every rank, in the order of ranks."""
-    return tuple(objects_from_ranks(socket.gethostname(), cpu_group("control")))
+    return tuple(all_gather_objects(socket.gethostname(), cpu_group("control")))
 
 
-def sum_of_numbers(value: int) -> int:
+def all_reduce_number(value: int) -> int:
     """Return the sum of `value` over the ranks."""
-    return sum(objects_from_ranks(value))
+    return sum(all_gather_objects(value))
 
 
-def numbers_from_ranks(value: float) -> list[float]:
+def all_gather_numbers(value: float) -> list[float]:
     """Return `value` of every rank, in the order of ranks, without waiting for a GPU."""
     if dist.get_world_size() == 1:
         return [value]
@@ -262,7 +262,7 @@ def _cpu_group(name: str, timeout: datetime.timedelta, _: object) -> dist.Proces
     return group
 
 
-def max_over_ranks(values: Sequence[int]) -> list[int]:
+def all_reduce_max(values: Sequence[int]) -> list[int]:
     """Return the elementwise maximum over the ranks, without waiting for a GPU."""
     if dist.get_world_size() == 1:
         return list(values)

@@ -49,7 +49,7 @@ class _Progress:
     step = 0
 
 
-def reached(step: int) -> None:
+def report_step(step: int) -> None:
     """Report that this rank has done `step` optimizer steps."""
     _Progress.step = step
 

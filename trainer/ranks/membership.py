@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from bitfleet.trainer.ranks.check_same import agree, all_facts
+from bitfleet.trainer.ranks.check_same import all_facts, check_same_on_all_ranks
 from bitfleet.trainer.ranks.collectives import (
     COLLECTIVE_TIMEOUT,
     Ranks,
+    all_gather_hosts,
+    broadcast_object,
     connect,
     cpu_group,
-    from_first_rank,
     gpu_uuid,
-    hosts_of_ranks,
     process_group,
 )
 from bitfleet.trainer.ranks.heartbeat import Heartbeat
@@ -77,9 +77,9 @@ class Membership:
         if ranks.local_rank == 0 and ranks.local_world_size < ranks.world_size and (hint := loopback_hint()):
             print(f"bitfleet: warning: {hint}", file=sys.stderr, flush=True)
         with process_group(device, ranks, timeout, store):
-            ranks = dataclasses.replace(ranks, hosts=hosts_of_ranks())
+            ranks = dataclasses.replace(ranks, hosts=all_gather_hosts())
             self._heartbeat = watch(ranks, self._meeting.address)
-            agree(ranks, all_facts(ranks, device, versions, config))
+            check_same_on_all_ranks(ranks, all_facts(ranks, device, versions, config))
             connect(device)
             yield ranks
             self._heartbeat.stop()
@@ -118,8 +118,8 @@ def watch(ranks: Ranks, address: str) -> Heartbeat:
         ValueError: rank 0 cannot be reached.
     """
     heartbeat = Heartbeat(ranks.rank, ranks.hosts, speaks=ranks.local_rank == 0)
-    port, token = from_first_rank(heartbeat.listen() if ranks.is_first else (0, ""), cpu_group("control"))
-    if not ranks.is_first:
+    port, token = broadcast_object(heartbeat.listen() if ranks.is_main else (0, ""), cpu_group("control"))
+    if not ranks.is_main:
         heartbeat.connect(address, port, token)
     heartbeat.start()
     return heartbeat

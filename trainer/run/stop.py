@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from bitfleet.trainer.ranks.collectives import Ranks, max_over_ranks
+from bitfleet.trainer.ranks.collectives import Ranks, all_reduce_max
 
 STOP_FILE = "STOP"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -52,7 +52,7 @@ class StopWatcher:
         self._before: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> "StopWatcher":
-        if self._ranks.is_first:
+        if self._ranks.is_main:
             self._file.unlink(missing_ok=True)  # meant for an earlier part of the run
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._on_signal)
@@ -74,7 +74,7 @@ class StopWatcher:
     def _look(self) -> None:
         if (self._launcher and self._ancestors() != self._launcher) or (self._input and self._input.poll(0)):
             self._request(5)
-        if self._ranks.is_first and time.monotonic() - self._looked_at >= FILE_SECONDS:
+        if self._ranks.is_main and time.monotonic() - self._looked_at >= FILE_SECONDS:
             self._looked_at = time.monotonic()
             if self._file.exists():
                 self._request(4)
@@ -104,7 +104,7 @@ class StopWatcher:
     def _agree(self, flag: bool, wanted: int) -> tuple[str, bool]:
         """Call `agree`, and agree on the fewest steps that a rank wants until the next time."""
         self._look()
-        reason, any_flag, fewest = max_over_ranks([self._seen, int(flag), -wanted])
+        reason, any_flag, fewest = all_reduce_max([self._seen, int(flag), -wanted])
         self._interval = self._steps_left = -fewest
         if reason:
             self._request(reason)

@@ -13,7 +13,7 @@ from bitfleet.optim.diagnostics import WINDOW, BitDiagnostics
 from bitfleet.optim.kernels.bits import pack_signs
 from bitfleet.optim.schedules import constant
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
-from bitfleet.trainer.ranks.collectives import sum_over_ranks_
+from bitfleet.trainer.ranks.collectives import all_reduce_sum_
 from tests.distributed.on_ranks.twins import EVERY_RULE, NUM_BINARY, Twins
 
 NUM_STEPS = WINDOW + 30
@@ -36,7 +36,7 @@ def test_counts_of_all_ranks_and_their_way_through_files(folder: Path) -> None:
         for name, param in binary.items():
             flips[name].append((before[name] != param.detach()).reshape(-1))
         if is_wanted:
-            values = diagnostics.values(sum_over_ranks_(diagnostics.take()).tolist())
+            values = diagnostics.values(all_reduce_sum_(diagnostics.take()).tolist())
             divisor, divisor_sq = 1 - (1 - gamma) ** step, 1 - (1 - sigma) ** step
             states = {name: twins.plain.state[param] for name, param in binary.items()}
             ratios = {

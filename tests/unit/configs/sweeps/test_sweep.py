@@ -10,7 +10,7 @@ from bitfleet.configs.sweeps.sweep import (
     PlannedRun,
     Point,
     Sweep,
-    held,
+    constants,
     plan_runs,
     with_seed,
     with_threads,
@@ -28,8 +28,8 @@ def make(*points: Point, seeds: tuple[int, ...] = (0, 1)) -> Sweep:
     return Sweep("s", "Title", "Question?", "fashion_small", values, points, seeds)
 
 
-A = Point({"gamma": 1e-7, "norm": "batch norm/x"}, held("gamma", 1e-7))
-B = Point({"gamma": 1e-3}, held("gamma", 1e-3))
+A = Point({"gamma": 1e-7, "norm": "batch norm/x"}, constants("gamma", 1e-7))
+B = Point({"gamma": 1e-3}, constants("gamma", 1e-3))
 
 
 def plan(sweep: Sweep, *common: str, threads: int = 1) -> list[PlannedRun]:

@@ -9,8 +9,8 @@ from bitfleet.trainer.checkpoint.run_folder import (
     RunFolder,
     checkpoint_disk,
     choose_run_folder,
+    create_and_lock,
     planned_folder,
-    take_folder,
 )
 
 NAME = "fashion_quickstart"
@@ -80,11 +80,11 @@ def test_resume_by_path_of_run_or_checkpoint(tmp_path: Path) -> None:
 
 def test_folder_that_was_used_meanwhile_is_not_taken(tmp_path: Path) -> None:
     chosen = choose(tmp_path, run_dir=tmp_path / "run", resume="auto")
-    take_folder(chosen).close()
+    create_and_lock(chosen).close()
     make_run(tmp_path / "run", 3)
     with pytest.raises(ValueError, match="another run has used .*run"):
-        take_folder(chosen)
-    take_folder(choose(tmp_path, run_dir=tmp_path / "run", resume="auto")).close()
+        create_and_lock(chosen)
+    create_and_lock(choose(tmp_path, run_dir=tmp_path / "run", resume="auto")).close()
 
 
 def test_branching_goes_into_a_folder_of_its_own(tmp_path: Path) -> None:

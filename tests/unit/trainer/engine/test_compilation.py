@@ -25,7 +25,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What two ranks find when they try to compile."""
     problems = ["", ""]
     monkeypatch.setattr(compilation, "problem_of_compiling", lambda device: problems)
-    monkeypatch.setattr(compilation, "objects_from_ranks", lambda mine: mine)
+    monkeypatch.setattr(compilation, "all_gather_objects", lambda mine: mine)
     return problems
 
 

@@ -43,7 +43,7 @@ def test_facts_begin_with_versions_and_end_with_files() -> None:
 
 @pytest.mark.usefixtures("process_group")
 def test_sentence_names_host_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement, "from_first_rank", lambda value, group: ({"seed": "0"}, "host-a"))
+    monkeypatch.setattr(agreement, "broadcast_object", lambda value, group: ({"seed": "0"}, "host-a"))
     monkeypatch.setattr(agreement.socket, "gethostname", lambda: "host-b")
     with pytest.raises(ValueError, match="^rank 1 on host-b .*rank 0 on host-a .*seed: 1 .*0 on rank 0"):
-        agreement.agree(Ranks(1, 2, 0, 1), {"seed": "1"})
+        agreement.check_same_on_all_ranks(Ranks(1, 2, 0, 1), {"seed": "1"})

@@ -52,7 +52,7 @@ def test_nccl_leaves_lost_ranks_to_the_heartbeat(device: str, backend: str, monk
     monkeypatch.setattr(dist, "barrier", lambda: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr("bitfleet.trainer.ranks.collectives.cpu_group", lambda name: None)
-    monkeypatch.setattr("bitfleet.trainer.ranks.collectives.from_first_rank", lambda value, group: value)
+    monkeypatch.setattr("bitfleet.trainer.ranks.collectives.broadcast_object", lambda value, group: value)
     with process_group(torch.device(device), LAST_OF_FOUR):
         pass
     assert started == [((backend, 7, 8, COLLECTIVE_TIMEOUT), "2" if backend == "nccl" else None)]

@@ -52,7 +52,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.asked, self.others = 0.0, [], [0, 0, -stop.MAX_STEPS]
         monkeypatch.setattr(stop.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(stop, "max_over_ranks", self.reduce)
+        monkeypatch.setattr(stop, "all_reduce_max", self.reduce)
 
     def reduce(self, values: list[int]) -> list[int]:
         self.asked.append(list(values))
