@@ -105,7 +105,6 @@ def job(device_name: str, config: "TrainConfig | None" = None) -> Iterator[tuple
             not come, or that differs from rank 0.
     """
     ranks = ranks_of_process()
-    from bitfleet.trainer.config import to_dict
     from bitfleet.trainer.engine.arithmetic import use_arithmetic
     from bitfleet.trainer.engine.config import EngineConfig
     from bitfleet.trainer.ranks.collectives import COLLECTIVE_TIMEOUT, choose_device, use_device
@@ -116,8 +115,20 @@ def job(device_name: str, config: "TrainConfig | None" = None) -> Iterator[tuple
     use_arithmetic(device, config.engine if config else EngineConfig())
     use_device(device, ranks, config.num_threads if config else None)
     timeout = datetime.timedelta(minutes=config.engine.collective_timeout_minutes) if config else COLLECTIVE_TIMEOUT
-    with membership.join(ranks, device, versions(), to_dict(config) if config else {}, timeout) as ranks:
+    with membership.join(ranks, device, versions(), same_on_all_hosts(config) if config else {}, timeout) as ranks:
         yield ranks, device
+
+
+def same_on_all_hosts(config: "TrainConfig") -> dict[str, Any]:
+    """Return `config` as JSON types, without the fields that may differ between hosts."""
+    from bitfleet.trainer.config import TrainConfig, to_dict
+    from bitfleet.trainer.run.roles import fields_with_role
+
+    resolved = to_dict(config)
+    for name in fields_with_role(TrainConfig, "host"):
+        section, _, key = name.partition(".")
+        del resolved[section][key]
+    return resolved
 
 
 class _Lasting(io.FileIO):

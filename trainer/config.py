@@ -17,13 +17,14 @@ from bitfleet.trainer.engine.config import EngineConfig, resolve_precision
 from bitfleet.trainer.journal.config import JournalConfig
 from bitfleet.trainer.metrics.config import MetricsConfig
 from bitfleet.trainer.run.folder import read_resolved
+from bitfleet.trainer.run.roles import role
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Configuration of a run."""
 
-    name: str
+    name: str = dataclasses.field(metadata=role("habit"))
     """Name of the configuration; runs are written below `output`/`name`."""
     epochs: int
     """Length of the run and of its schedules."""
@@ -34,18 +35,18 @@ class TrainConfig:
     ranks. None: one per rank."""
     seed: int = 0
     """Seed of the initial weights, the sample order, crops and flips."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    device: Literal["auto", "cpu", "gpu"] = dataclasses.field(default="auto", metadata=role("machine"))
     """Device of the model; auto is CUDA if torch finds it."""
-    num_threads: int | None = None
+    num_threads: int | None = dataclasses.field(default=None, metadata=role("machine"))
     """CPU threads per rank. None: the cores of the machine divided by its ranks. Results are
     bit-identical across numbers of ranks only if this is equal."""
-    validate_every_epochs: int = 1
+    validate_every_epochs: int = dataclasses.field(default=1, metadata=role("habit"))
     """Validate every N epochs, and at the end."""
-    output: Path = Path("runs")
+    output: Path = dataclasses.field(default=Path("runs"), metadata=role("place"))
     """Folder of all runs."""
-    run_dir: Path | None = None
+    run_dir: Path | None = dataclasses.field(default=None, metadata=role("place"))
     """Folder of this run. None: a new one, `output`/`name`/<date and time>."""
-    resume: str | None = None
+    resume: str | None = dataclasses.field(default=None, metadata=role("place"))
     """auto: continue the newest run (or `run_dir`) if there is one. A path: continue that run
     folder or checkpoint."""
     init: Path | None = None
@@ -58,9 +59,9 @@ class TrainConfig:
     init_scales: Literal["none", "larq-zoo"] = "none"
     """larq-zoo: binary kernels of the Keras file carry a scale per filter, which goes into the
     BatchNorm after it."""
-    stop_after_steps: int | None = None
+    stop_after_steps: int | None = dataclasses.field(default=None, metadata=role("habit"))
     """Stop with a checkpoint after N optimizer steps. The schedules keep their length."""
-    preflight: Literal["basic", "full"] = "basic"
+    preflight: Literal["basic", "full"] = dataclasses.field(default="basic", metadata=role("machine"))
     """Checks of the run. basic: the bytes sent per step are counted; memory and time are measured
     in the first steps. full: before that, two optimizer steps on its data, a save, and reading it
     back on this and on other numbers of ranks."""
@@ -68,9 +69,9 @@ class TrainConfig:
     data: DataConfig
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig)
-    journal: JournalConfig = dataclasses.field(default_factory=JournalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig, metadata=role("habit"))
+    metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig, metadata=role("habit"))
+    journal: JournalConfig = dataclasses.field(default_factory=JournalConfig, metadata=role("habit"))
 
     def __post_init__(self) -> None:
         for name in (

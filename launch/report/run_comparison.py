@@ -11,12 +11,12 @@ from bitfleet.launch.report.sweep_findings import answer
 from bitfleet.launch.report.sweep_results import SweepResults, SweepRun
 from bitfleet.launch.sweep.table import HOW, flatten
 from bitfleet.launch.text import percent
+from bitfleet.trainer.config import TrainConfig
+from bitfleet.trainer.run.roles import fields_with_role
 
 NAME = "runs-compared"
-HABITS = ("name", "stop_after_steps", "validate_every_epochs")
-PARTS_OF_HABITS = ("checkpoint.", "metrics.", "journal.")
-"""Fields, and parts of the configuration, that say how a run is kept and watched, not what it
-trains."""
+OTHERS = HOW | fields_with_role(TrainConfig, "habit") | {"seed"}
+"""Fields that do not decide what a run trains, and the seed."""
 PROGRESS = "progress"
 
 
@@ -73,9 +73,8 @@ def _differing(runs: Sequence[RunResults]) -> list[dict[str, str]]:
 def _settings(run: RunResults) -> dict[str, Any]:
     """Return dotted name -> value of the fields that decide the training of `run`, without its
     seed."""
-    others = (*HOW, *HABITS, "seed")
-    settings = {name: value for name, value in flatten(run.config).items() if not name.startswith(PARTS_OF_HABITS)}
-    return {name: value for name, value in settings.items() if name not in others} | _progress(run)
+    settings = {name: value for name, value in flatten(run.config).items() if name not in OTHERS}
+    return settings | _progress(run)
 
 
 def _progress(run: RunResults) -> dict[str, Any]:

@@ -301,4 +301,4 @@ def _setting(results: SweepResults, other: SweepResults) -> Any:
     hold it."""
     if "config" not in results.facts or "config" not in other.facts:
         return results.facts.get("options")
-    return {name: value for name, value in flatten(results.facts["config"]).items() if name not in (*HOW, "seed")}
+    return {name: value for name, value in flatten(results.facts["config"]).items() if name not in HOW | {"seed"}}

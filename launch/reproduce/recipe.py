@@ -6,16 +6,13 @@ from typing import Any, NamedTuple
 from bitfleet.launch.reproduce.curves import expected_curve
 from bitfleet.launch.reproduce.papers import Paper
 from bitfleet.trainer.config import TrainConfig, to_dict
+from bitfleet.trainer.data import DataConfig
+from bitfleet.trainer.run.roles import fields_with_role
 
 TOP = ("epochs", "global_batch_size", "init", "init_scales")
 ENGINE = ("precision", "grad_comm_dtype", "max_grad_norm", "deepspeed")
 EXACT = ("auto", "fp32", "tf32")
 """Precisions of the recipe: TensorFlow computes fp32 products in TF32 on GPUs that have it."""
-MACHINE = (
-    "root device num_threads loader memory_gib val_batch_size allow_incomplete on_bad_sample "
-    "max_bad_samples stall_seconds"
-).split()
-"""Fields of `data` that change at most the last bits; missing images show in the counts."""
 
 
 class Change(NamedTuple):
@@ -65,7 +62,9 @@ def announcement(paper: Paper, recipe: TrainConfig, config: TrainConfig) -> str:
 def recipe(config: TrainConfig) -> dict[str, Any]:
     """Return the fields of `config` that make the recipe: dotted name -> value."""
     resolved = to_dict(config)
-    data = {key: value for key, value in resolved["data"].items() if key not in MACHINE}
+    # Missing images show in the counts.
+    same = fields_with_role(DataConfig, "host", "machine", "execution")
+    data = {key: value for key, value in resolved["data"].items() if key not in same}
     engine = {key: resolved["engine"][key] for key in ENGINE}
     if engine["precision"] in EXACT:
         engine["precision"] = "fp32 or tf32"

@@ -101,7 +101,7 @@ def check_folders(runs: Sequence[PlannedRun]) -> None:
         if now["engine.precision"] == "auto":  # a continued run keeps the choice of its device
             now["engine.precision"] = before["engine.precision"]
         # The rule first: another one has other fields.
-        for field in sorted({*before, *now} - set(HOW), key=lambda name: (name != "optim.rule", name)):
+        for field in sorted({*before, *now} - HOW, key=lambda name: (name != "optim.rule", name)):
             if before.get(field) != now.get(field):
                 raise ValueError(
                     f"{run.path} holds a run whose {field} is {before.get(field)}, "

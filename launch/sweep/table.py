@@ -15,10 +15,10 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from bitfleet.configs.sweeps.sweep import PlannedRun, Sweep
-from bitfleet.trainer.checkpoint.config import MACHINE
 from bitfleet.trainer.config import TrainConfig, to_dict
 from bitfleet.trainer.metrics import read_metrics
 from bitfleet.trainer.run.files import write_atomically
+from bitfleet.trainer.run.roles import fields_with_role
 from bitfleet.trainer.run.strict_json import to_json
 from bitfleet.trainer.run.versions import git_revision, versions
 
@@ -26,9 +26,8 @@ CSV, JSON, OUTCOMES = "sweep.csv", "sweep.json", "outcomes.json"
 MAX_POINTS = 200
 """Points of a training curve; a longer one is thinned evenly up to its last point. Validation
 curves are complete."""
-PLACES = ("run_dir", "output", "resume")
-"""Fields of a configuration that name places; they do not change the training."""
-HOW = (*PLACES, "device", "num_threads", "preflight", *(f"data.{name}" for name in MACHINE))
+PLACES = fields_with_role(TrainConfig, "place")
+HOW = fields_with_role(TrainConfig, "place", "machine", "host")
 """Fields in which a run may differ from its earlier part, and from the same run on another
 machine."""
 END = {

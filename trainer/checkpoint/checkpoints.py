@@ -17,7 +17,7 @@ from bitfleet.optim import OptimConfig, RoutedOptimizer, ShardedOptimizer
 from bitfleet.optim.diagnostics import BitDiagnostics
 from bitfleet.optim.rules.rule import RULES
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
-from bitfleet.trainer.checkpoint.config import MACHINE, CheckpointConfig
+from bitfleet.trainer.checkpoint.config import CheckpointConfig
 from bitfleet.trainer.checkpoint.format import ENGINE, FOLDER, check_meta, check_model, latest_checkpoint, step_of
 from bitfleet.trainer.checkpoint.loader import DIAGNOSTICS_SINCE, ValidCheckpoint, load, load_diagnostics
 from bitfleet.trainer.checkpoint.run_folder import RunFolder, checkpoint_disk
@@ -27,6 +27,7 @@ from bitfleet.trainer.engine.config import EngineConfig
 from bitfleet.trainer.engine.engine import load_engine, whole_weights
 from bitfleet.trainer.metrics import read_metrics
 from bitfleet.trainer.ranks.collectives import Ranks, all_reduce_number
+from bitfleet.trainer.run.roles import fields_with_role
 from bitfleet.trainer.run.stop import AGREE_SECONDS
 
 ASSUMED_BYTES_PER_SECOND = 50e6
@@ -84,7 +85,8 @@ def identity(
         parts[section] = adapter.validate_python(config[section])
         sections[section] = json.loads(adapter.dump_json(parts[section]))
     data, engine = sections["data"], sections["engine"]
-    sections["data"] = {key: value for key, value in data.items() if key not in MACHINE}
+    changeable = fields_with_role(DataConfig, "host", "machine")
+    sections["data"] = {key: value for key, value in data.items() if key not in changeable}
     sections["data"]["loader"] = decoder_of(parts["data"])
     sections["engine"] = {key: engine[key] for key in ENGINE_FIELDS}
     sections["model"]["compile"] = "on" if compiled else "off"

@@ -1,20 +1,6 @@
-"""Options of checkpoints, and the fields of a configuration that a resumed run may change."""
+"""Options of checkpoints."""
 
 import dataclasses
-
-MACHINE = (
-    "root",
-    "device",
-    "num_threads",
-    "memory_gib",
-    "allow_incomplete",
-    "on_bad_sample",
-    "max_bad_samples",
-    "stall_seconds",
-)
-"""Fields of `data` that may differ in a resumed run: where the data is, which device decodes it,
-how faults are handled. The loader may change as well if the pixels do not
-(`checkpoints.identity`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,10 +1,11 @@
 """Configure the data set, its loader and its crops."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from bitfleet.trainer.data.fashion import SUBSET_ROOT
+from bitfleet.trainer.run.roles import role
 
 _LEAST = {"image_size": 1, "crop_padding": 0, "val_batch_size": 1, "num_threads": 1, "max_bad_samples": 0}
 _POSITIVE = ("memory_gib", "stall_seconds")
@@ -14,7 +15,7 @@ _POSITIVE = ("memory_gib", "stall_seconds")
 class DataConfig:
     """Data set, loader and crops. The defaults fit the embedded Fashion-MNIST subset."""
 
-    root: str = SUBSET_ROOT
+    root: str = field(default=SUBSET_ROOT, metadata=role("host"))
     """"fashion-mnist" (embedded subset), "fashion-mnist-full" (Debian's package
     dataset-fashion-mnist), a folder from `bitfleet data prepare`, or a folder with train/<class>/
     and val/<class>/, images at any depth (the ImageNet layout); valid/ and validation/ also mean
@@ -37,33 +38,33 @@ class DataConfig:
     """Mean of R, G, B on the scale 0..255, subtracted from the images (default: ImageNet's)."""
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     """Standard deviation of R, G, B on the scale 0..255, a divisor (default: ImageNet's)."""
-    val_batch_size: int = 100
+    val_batch_size: int = field(default=100, metadata=role("execution"))
     """Validation images per batch and rank."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    device: Literal["auto", "cpu", "gpu"] = field(default="auto", metadata=role("machine"))
     """Device that decodes images. auto: the one that the model runs on."""
-    num_threads: int | None = None
+    num_threads: int | None = field(default=None, metadata=role("machine"))
     """Decoding threads per rank. None: the cores of the machine divided by its ranks."""
-    loader: Literal["dali", "torch", "memory"] = "dali"
+    loader: Literal["dali", "torch", "memory"] = field(default="dali", metadata=role("execution"))
     """Library that reads images. torch: Pillow and torchvision, on the CPU; the same order, windows
     and flips, pixels that differ in the last bits, so a run cannot switch between the two. memory:
     every image is decoded once, at the start, and kept; its bytes equal dali's on a CPU, and a run
     may switch between these two."""
-    memory_gib: float = 4.0
+    memory_gib: float = field(default=4.0, metadata=role("machine"))
     """Most GiB that decoded images may take with loader="memory", training and validation together.
     The ranks of a machine share one copy. With pad_crop they lie on the GPU if they take at most a
     quarter of its memory."""
-    allow_incomplete: bool = False
+    allow_incomplete: bool = field(default=False, metadata=role("machine"))
     """Accept unprepared class folders in which classes have no validation image, or of which more
     than 1 % is left out (other file types, hidden files, links to nothing); a note at the start
     says so. `bitfleet data prepare` has an option of the same name."""
-    on_bad_sample: Literal["fail", "replace"] = "fail"
+    on_bad_sample: Literal["fail", "replace"] = field(default="fail", metadata=role("machine"))
     """Action for an image that cannot be read or decoded. fail: the run ends and names it. replace:
     training takes another image, a function of seed, epoch and sample, and validation leaves it
     out; both are counted and logged."""
-    max_bad_samples: int = 100
+    max_bad_samples: int = field(default=100, metadata=role("machine"))
     """With on_bad_sample="replace": stop the run when one rank has replaced more than this many
     distinct images."""
-    stall_seconds: float = 60.0
+    stall_seconds: float = field(default=60.0, metadata=role("machine"))
     """Seconds to wait for a batch. After that, probe its files: stop the run and name any that
     cannot be read; if all can be, wait once more."""
 
@@ -72,10 +73,10 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"data.{name}={value} must be at least {least}")
-        for field in fields(self):
-            choices, value = get_args(field.type), getattr(self, field.name)
-            if isinstance(field.default, str) and choices and value not in choices:
-                raise ValueError(f"data.{field.name}={value!r} must be one of {', '.join(choices)}")
+        for option in fields(self):
+            choices, value = get_args(option.type), getattr(self, option.name)
+            if isinstance(option.default, str) and choices and value not in choices:
+                raise ValueError(f"data.{option.name}={value!r} must be one of {', '.join(choices)}")
         for name, channels in (("mean", self.mean), ("std", self.std)):
             if len(channels) != 3 or not all(map(math.isfinite, channels)):
                 raise ValueError(f"data.{name}={channels} must be three finite numbers, for R, G and B")

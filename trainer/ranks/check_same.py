@@ -13,8 +13,6 @@ import torch
 import bitfleet
 from bitfleet.trainer.ranks.collectives import Ranks, all_gather_objects, broadcast_object, cpu_group
 
-MAY_DIFFER = {"data.root"}
-"""Fields of a machine: the data may have another path on it; its contents are compared."""
 _SHOWN = 60
 
 
@@ -28,12 +26,13 @@ def all_facts(
         ranks: this process's place.
         device: where the model runs.
         versions: package -> version.
-        config: the resolved configuration as JSON types; empty if there is none.
+        config: the resolved configuration as JSON types, without the fields that may differ between
+            hosts; empty if there is none.
     """
     facts = {f"the version of {name}": version for name, version in versions.items()}
     facts["the number of ranks on its host"] = str(ranks.local_world_size)
     facts["the device"] = device.type
-    facts |= {f"the field {name}": value for name, value in _flat(config).items() if name and name not in MAY_DIFFER}
+    facts |= {f"the field {name}": value for name, value in _flat(config).items() if name}
     return facts | {f"the source file {name}": sha for name, sha in source_files().items()}
 
 

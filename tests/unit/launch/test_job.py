@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bitfleet.configs import load_config
-from bitfleet.launch.job import _thread_failed, job, ranks_of_process
+from bitfleet.launch.job import _thread_failed, job, ranks_of_process, same_on_all_hosts
 from bitfleet.trainer.engine import arithmetic
 from bitfleet.trainer.engine.config import EngineConfig
 from bitfleet.trainer.ranks import collectives as distributed
@@ -120,3 +120,11 @@ def test_arithmetic_is_set_before_the_ranks_meet(monkeypatch: pytest.MonkeyPatch
         with pytest.raises((AttributeError, TypeError)), job("cpu", each):  # `join` is none
             pass
         assert order == [("cpu", expected), "device", "met"]
+
+
+def test_the_path_of_the_data_may_differ_between_hosts() -> None:
+    config = load_config("fashion_quickstart")
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, root="/elsewhere"))
+    assert same_on_all_hosts(config) == same_on_all_hosts(other)
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=64))
+    assert same_on_all_hosts(config) != same_on_all_hosts(other)
