@@ -7,8 +7,6 @@ from pathlib import Path
 from bitfleet.launch.parsing.arguments import parse_train
 from bitfleet.launch.parsing.commands import Count, MaybeCount, MaybeDecimal, parse_with_run
 
-IMAGENET_IMAGES = 1_281_167
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -48,12 +46,13 @@ def plan(arguments: Sequence[str]) -> None:
     """
     options: Plan
     options, rest = parse_with_run(Plan, arguments or ["--help"], "bitfleet plan")
+    config = parse_train(rest, "bitfleet plan")
     if (options.gpu is None) == (options.rates is None):
         raise ValueError("whose rates? Pass either --gpu NAME or --rates FILE")
     if options.network is None and options.nodes > 1:
         raise ValueError("how fast is the network? Pass --network, the Gbit/s of a node")
-    config = parse_train(rest, "bitfleet plan")
 
+    from bitfleet.launch.data.imagenet import ILSVRC2012
     from bitfleet.launch.plan.plan import Cluster, all_modes, other_shardings, scan
     from bitfleet.launch.plan.rates import published, read_rates
     from bitfleet.launch.plan.table import answer, format_plan
@@ -80,7 +79,7 @@ def plan(arguments: Sequence[str]) -> None:
         try:
             num_images = len(open_dataset(config.data).train)
         except ValueError:
-            num_images = IMAGENET_IMAGES
+            num_images = ILSVRC2012.train
     modes = all_modes(config, network, rates, cluster)
     print(format_plan(config, num_images, rates, cluster, estimates, shardings, modes))
     if options.output:
