@@ -1,6 +1,7 @@
 """The update rule of docs/extending.md, added as one file to a copy of the sources, through every
 command."""
 
+import json
 import os
 import re
 import shutil
@@ -57,8 +58,8 @@ def test_a_rule_of_one_file_goes_through_every_command(tmp_path: Path) -> None:
     bitfleet = (sys.executable, "-m", "bitfleet.launch")
     options = (
         "--config fashion_small --optim.rule vote --model.width 8 --epochs 1 --num_replicas 2 --num_threads 1 "
-        "--device cpu "
-        "--metrics.every_steps 4 --metrics.diagnostics True"
+        "--device cpu --metrics.every_steps 4 --metrics.diagnostics True --optim.gamma.start 0.1 "
+        "--optim.gamma.kind constant --optim.threshold.start 0.1 --optim.threshold.kind constant"
     ).split()
     moved, straight = str(tmp_path / "moved"), str(tmp_path / "straight")
     deepspeed = ("deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "launch/train.py")
@@ -68,9 +69,11 @@ def test_a_rule_of_one_file_goes_through_every_command(tmp_path: Path) -> None:
     assert "same bits" in run(checkout, *bitfleet, "checkpoint", "diff", moved, straight)
     assert "vote" in run(checkout, *bitfleet, "checkpoint", "inspect", moved)
     run(checkout, *bitfleet, "checkpoint", "weights", moved, str(tmp_path / "weights.safetensors"))
-    metrics = (Path(moved) / "metrics.jsonl").read_text()
-    assert '"threshold": 0.1' in metrics
-    assert '"kind": "diagnostics"' in metrics
+    records = [json.loads(line) for line in (Path(moved) / "metrics.jsonl").read_text().splitlines()]
+    trained = [record for record in records if record["kind"] == "train"]
+    assert [record["step"] for record in trained] == [4, 8, 12]
+    assert all(record["threshold"] == 0.1 and record["flip_ratio"] > 0 for record in trained)
+    assert any(record["kind"] == "diagnostics" for record in records)
 
     sweeps = str(tmp_path / "sweeps")
     run(checkout, *bitfleet, "sweep", "votes", "--output", sweeps, "--model.width", "8", "--epochs", "1")
