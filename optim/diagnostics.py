@@ -90,7 +90,7 @@ class FlipHistory:
         self.fours |= flips_of_four
 
     def end_window_(self) -> None:
-        """Keep who flipped at least four times, and count from 0."""
+        """Keep the weights that flipped at least four times, and count from 0."""
         self.oscillated, self.fours = self.fours, self.oscillated
         for digit in (self.ones, self.twos, self.fours):
             digit.zero_()

@@ -123,7 +123,7 @@ class ForkServer:
             arguments: those of the interpreter: a script or "-m" and a module, then the program's
                 own.
             environment: all of its variables; ranks have those of DeepSpeed's launcher besides.
-            num_ranks: None for one process; else a leader starts so many ranks and ends with the
+            num_ranks: None for one process; else a leader starts this many ranks and ends with the
                 code of the first that fails.
         """
         status, their_status = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -219,6 +219,6 @@ def images_of(dest: Path) -> dict[str, bytes]:
 
 
 def extracted() -> dict[str, bytes]:
-    """What images_of a prepared DEST are to be."""
+    """Return what images_of should give of a prepared DEST."""
     files = {f"train/{name}": data for name, data in train_photos().items()}
     return files | {f"val/{name}": data for name, data in val_by_class().items()}

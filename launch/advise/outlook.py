@@ -1,4 +1,4 @@
-"""What is known about a run before it starts, and one line of advice about it."""
+"""Predict facts about a run before it starts, and give one line of advice about it."""
 
 import dataclasses
 import functools

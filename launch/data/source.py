@@ -28,13 +28,13 @@ class Listing:
 
     manifest: Manifest
     omitted: Mapping[str, LeftOut] = field(default_factory=dict)
-    """What is there and not listed, by split and for "root"."""
+    """Files that are there and not listed, by split and for "root"."""
     unreadable: Mapping[str, str] = field(default_factory=dict)
     """Images whose headers cannot be read, listed with 0 x 0 pixels: name -> reason."""
     unread: Mapping[str, str] = field(default_factory=dict)
     """Folders and shards that cannot be read: path -> reason."""
     faults: tuple[str, ...] = ()
-    """What is missing, in words: errors unless an incomplete data set is allowed."""
+    """Sentences about missing parts: errors unless an incomplete data set is allowed."""
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Return what is there and not listed: split or "root" -> reason -> number."""

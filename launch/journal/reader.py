@@ -34,7 +34,7 @@ class RankFile(NamedTuple):
     layout: Layout
     frames: list[Frame]
     damage: str
-    """What ends it early, in words; "" also if only the last frame was cut off, as by a kill."""
+    """Reason why it ends early; "" also if only the last frame was cut off, as by a kill."""
 
     @property
     def last_step(self) -> int:
@@ -62,7 +62,7 @@ class Part(NamedTuple):
 
     @property
     def gap(self) -> str:
-        """What is missing of the steps that the part should have, or ""."""
+        """Steps that the part should have and has not, in words, or ""."""
         damage = [file.damage for file in self.files if file.damage and file.last_step < self.end_step]
         if self.problem or damage:
             return self.problem or damage[0]

@@ -38,9 +38,9 @@ class Curve:
 
     name: str
     recipe: str
-    """How the run was trained."""
+    """Description of the training."""
     comparable: str
-    """How far others can be compared with it, and the origin of the tolerances."""
+    """Limits of a comparison with it, and the origin of the tolerances."""
     source: str
     epochs: int
     """Length of the run."""

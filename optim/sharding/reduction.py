@@ -158,7 +158,7 @@ class Courier:
     def send(self, exchange: Exchange, total: Tensor) -> Flight:
         """Start `exchange` of `total`, after all that were started before; `total` now belongs to
         it."""
-        scratch = torch.empty_like(total, dtype=self._grad_dtype)  # here, where those who count memory see it
+        scratch = torch.empty_like(total, dtype=self._grad_dtype)  # here, where memory counters see it
         if self._stream is not None:
             return _Streamed(exchange, total, scratch, self._stream)
         if self._thread is None:

@@ -60,7 +60,7 @@ def load_built(source: Path, compiler: str, flags: tuple[str, ...]) -> ctypes.CD
 
 def _build(source: Path, compiler: str, flags: tuple[str, ...], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Several ranks may build at once: each renames a finished file of its own over the others'.
+    # Several ranks may build at once: each renames its own finished file over the others'.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
         compiled, linked = Path(folder, f"{source.stem}.o"), Path(folder, f"{source.stem}.so")
         for command in (
@@ -74,7 +74,7 @@ def _build(source: Path, compiler: str, flags: tuple[str, ...], path: Path) -> N
 
 
 def _cpu() -> str:
-    """What -march=native depends on; home folders are shared between different machines."""
+    """Identify the CPU as -march=native sees it; different machines may share a home folder."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     wanted = ("model name", "flags", "CPU part", "Features", "isa")

@@ -74,7 +74,7 @@ def test_folders_shards_and_the_other_loader_train_the_same_bits(root: Path, tin
     assert "keeps a copy of its own" not in done.stdout
     assert_same_bits(final_tensors(tmp_path / "a", STEPS), final_tensors(tmp_path / "m", STEPS))
     further = ["--resume", "auto", "--stop_after_steps", str(STEPS + 3)]
-    for run, loader in (("m", []), ("a", in_memory)):  # each goes on with the loader of the other
+    for run, loader in (("m", []), ("a", in_memory)):  # each continues with the loader of the other
         done = run_ranks(2, TRAIN, *options_for(tiny, root, tmp_path / run, *loader), *further)
         assert done.returncode == 0, done.stdout
     assert_same_bits(final_tensors(tmp_path / "a", STEPS + 3), final_tensors(tmp_path / "m", STEPS + 3))
@@ -108,7 +108,7 @@ def test_an_image_that_vanishes_ends_the_job_or_is_replaced(root: Path, tiny: li
     assert (code, "3 failed" in output) == (1, True), output
     resume = [*options, "--resume", "auto", "--stop_after_steps", str(STEPS + 1)]
     failed(run_ranks(2, TRAIN, *resume), "bitfleet data verify, makes it another one")
-    done = run_ranks(2, TRAIN, *options_for(tiny, root, tmp_path / "anew"))
+    done = run_ranks(2, TRAIN, *options_for(tiny, root, tmp_path / "again"))
     assert done.returncode == 0, done.stdout
     assert "198 training and 27 validation images of 4 classes" in done.stdout
     assert "3 that bitfleet data verify or prepare set aside are LEFT OUT" in done.stdout
@@ -116,7 +116,7 @@ def test_an_image_that_vanishes_ends_the_job_or_is_replaced(root: Path, tiny: li
 
 @pytest.mark.slow
 def test_ranks_with_different_data_do_not_train(root: Path, tiny: list[str], tmp_path: Path) -> None:
-    """Two nodes, each with a copy of its own: on one of them verify set an image aside."""
+    """Two nodes, each with its own copy: on one of them verify set an image aside."""
     for rank in "01":
         shutil.copytree(root, tmp_path / rank / "data")
     (tmp_path / "1/data/train/class1/0003.png").write_bytes(b"")

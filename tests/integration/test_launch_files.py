@@ -57,7 +57,7 @@ def test_scripts_parse_and_may_be_run(path: Path) -> None:
 
 @pytest.fixture
 def slurm_job() -> Iterator[Slurm]:
-    """Starts slurm.sh in a process group of its own, of which nothing outlives the test."""
+    """Starts slurm.sh in its own process group, of which nothing outlives the test."""
     jobs: list[subprocess.Popen[str]] = []
 
     def start(fakes: dict[str, str], *arguments: str) -> subprocess.Popen[str]:

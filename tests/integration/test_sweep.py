@@ -22,7 +22,7 @@ NUM_STEPS = 60 * 12
 
 
 def start(output: Path, tiny: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """The sweep `regime`, two runs at once, as in a terminal of its own."""
+    """The sweep `regime`, two runs at once, as in its own terminal."""
     options = f"--seeds 0 --at_once 2 --output {output} --epochs 60".split()
     at = tiny.index("--epochs")  # the options set another number
     command = [sys.executable, "-m", "bitfleet.launch", "sweep", "regime", *options, *tiny[:at], *tiny[at + 2 :]]

@@ -1,7 +1,7 @@
 """Hosts on one machine: network, process, mount, host name and IPC namespaces, joined by cables
 (veth pairs) at a switch.
 
-The switch is a bridge in a network namespace of its own, so nothing of the real machine's network
+The switch is a bridge in its own network namespace, so nothing of the real machine's network
 is touched, and no name can meet that of another lab. Every host has its own address, sshd, /dev/shm
 and /run; below /etc and ~/.ssh only its view is changed. A host lives as long as its process
 `unshare`, and that as long as this process: nothing is left behind, however the tests end.

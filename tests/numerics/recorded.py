@@ -1,6 +1,6 @@
 """Record what training must go on to compute: losses, and the bits of weights and optimizer state.
 
-`python -m tests.numerics.recorded` writes tests/golden/recorded.json anew; the commit says why
+`python -m tests.numerics.recorded` rewrites tests/golden/recorded.json; the commit says why
 training changed. As a job, `torchrun -m tests.numerics.recorded FOLDER [--stop_at STEP] NAME...`
 trains the named recordings on its ranks below FOLDER and writes FOLDER/found.json.
 """
@@ -56,8 +56,7 @@ RECORDINGS = RULES | CURVES | LONG
 
 
 def machine() -> str:
-    """What the bits of a floating-point sum depend on besides the program: CPU, its vector unit and
-    torch."""
+    """Describe what the bits of a sum depend on besides the program: CPU, vector unit, torch."""
     with Path("/proc/cpuinfo").open() as lines:
         facts = dict(line.split(":", 1) for line in lines if ":" in line)
     cpu = " ".join(value.strip() for key, value in facts.items() if key.strip() in ("model name", "cpu family"))

@@ -55,14 +55,14 @@ def test_beyond_the_bound_large_sums_are_rounded_and_small_ones_are_not(precisio
 
 
 def test_fp32_sums_are_exact_to_24_bits() -> None:
-    """What TF32 adds in too; so no fan-in of a network that fits in memory is too large for it."""
+    """TF32 sums in fp32 too; so no fan-in of a network that fits in memory is too large for it."""
     ones = torch.ones(1, 2**24 + 1)
     assert F.linear(ones[:, : 2**24], ones[:, : 2**24]).item() == 2**24
     assert F.linear(ones, ones).item() != 2**24 + 1
 
 
 def rounded_to_tf32(x: Tensor) -> Tensor:
-    """What a tensor core reads of fp32: 10 bits of the fraction, to the nearest, ties to even."""
+    """Round as a tensor core reads fp32: 10 bits of the fraction, to the nearest, ties to even."""
     bits = x.view(torch.int32)
     even = (bits >> 13) & 1
     return ((bits + 0xFFF + even) & ~0x1FFF).view(torch.float32)

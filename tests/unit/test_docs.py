@@ -169,7 +169,7 @@ def test_commands_and_their_options_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_examples_of_extending_run(name: str, tmp_path: Path) -> None:
-    """Each in a process of its own, since it extends a registry."""
+    """Each runs in its own process, since it extends a registry."""
     examples = dict(EXAMPLE.findall((REPOSITORY / "docs" / "extending.md").read_text()))
     assert examples.keys() == CHECKS.keys()
     source = f"{examples[name]}\n{CHECKS[name]}"

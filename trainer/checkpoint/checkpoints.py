@@ -51,7 +51,7 @@ class TrainState(NamedTuple):
     model: nn.Module
     optimizer: Optimizer
     signature: dict[str, list[int]]
-    """Of the model before the engine got it: zero3 partitions the weights."""
+    """Shapes of the model before the engine got it: zero3 partitions the weights."""
     diagnostics: BitDiagnostics | None = None
 
     @property

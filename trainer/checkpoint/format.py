@@ -106,7 +106,7 @@ def file_facts(path: Path) -> dict[str, Any]:
 
 
 def write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
-    """Write and flush meta.json, with a hash of its own content as the last key."""
+    """Write and flush meta.json, with a hash of its content as the last key."""
     meta = finite_or_null(meta)
     write_atomically(folder / META, to_json({**meta, "meta_sha256": _meta_sha(meta)}, indent=2) + "\n")
 

@@ -11,7 +11,7 @@ from bitfleet.trainer.data.image_list import ImageList
 from bitfleet.trainer.data.sampler import Ints, Windows
 
 Geometry = Literal["crop_resize", "resize_crop", "crop", "crop_bicubic", "whole"]
-"""How an image becomes the output.
+"""Way in which an image becomes the output.
 
 crop_resize: decode the window only, resize it. resize_crop: resize the whole image, take a window
 of the result. crop: take the window, black where it leaves the image. crop_bicubic: as crop_resize,

@@ -55,7 +55,7 @@ class ClassFolders:
     """Named "<class>/<file>", "<class>/<folder>/<file>", and so on."""
     labels: list[int] = field(default_factory=list)
     omitted: LeftOut = field(default_factory=LeftOut)
-    """What is in the folder and not listed."""
+    """Files that are in the folder and not listed."""
     unread: dict[str, str] = field(default_factory=dict)
     """Folders that cannot be read, and images that cannot be listed -> reason."""
 
@@ -83,7 +83,7 @@ class Scan:
     train: ClassFolders
     val: ClassFolders
     others: LeftOut
-    """What lies next to the folders of the splits."""
+    """Files next to the folders of the splits."""
     faults: tuple[str, ...]
     """Classes without images, in words: errors unless an incomplete data set is allowed."""
 

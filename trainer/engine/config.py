@@ -66,7 +66,7 @@ class EngineConfig:
     """Compare the weights of all ranks every N steps and stop on a difference. (The gather of any
     other step would have repaired it.) For "bits" only."""
     on_nonfinite: Literal["skip", "stop"] = "skip"
-    """What to do when a gradient is not finite: skip the step and count it (20 in a row stop the
+    """Action when a gradient is not finite: skip the step and count it (20 in a row stop the
     run), or save the state before it and stop, naming the parameters. For "bits" only; DeepSpeed's
     ZeRO always skips."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"

@@ -51,7 +51,7 @@ PARTS = {
     "cifar": Part("trainer", 60, 1e9, "BinaryNet on CIFAR-10 for as many epochs as fit; needs --cifar"),
     "dali": Part("dali", 20, 75, "decoding on the GPU: pixels, races, images/s, memory"),
 }
-"""In order of worth; the last ones get the time that is left."""
+"""Most valuable first; the last ones get the time that is left."""
 
 
 def bench_gpu(options: Gpu) -> Iterator[str]:

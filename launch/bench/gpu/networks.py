@@ -33,7 +33,7 @@ SETTINGS = [
     )
     for network in ("birealnet18", "xnornet", REFERENCE)
 ]
-"""In order of worth."""
+"""Most valuable first."""
 TINY = [Setting("birealnet_small", 2, "bf16", is_compiled=True), Setting(REFERENCE, 2, "fp32")]
 NUM_REPEATS = 3
 

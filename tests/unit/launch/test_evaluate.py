@@ -1,4 +1,4 @@
-"""What `bitfleet evaluate` prints."""
+"""Check what `bitfleet evaluate` prints."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Users whom the password file does not know, or who have no home folder."""
+"""Start as users that the password file does not know, or that have no home folder."""
 
 import os
 import sys
@@ -27,7 +27,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"HOME": "/proc"}, None, "made"),  # cannot be written, as the HOME=/ of a container
         ({}, "/nonexistent", "made"),  # nobody
         ({"HOME": "{tmp}"}, None, "{tmp}"),
-        ({"HOME": "/proc"}, "/nonexistent", "/proc"),  # who is known and says so
+        ({"HOME": "/proc"}, "/nonexistent", "/proc"),  # a known user with HOME set
         ({}, "{tmp}", None),
     ],
 )
@@ -60,7 +60,7 @@ def test_a_folder_of_somebody_else_is_not_used(temporary: Path, monkeypatch: pyt
 
 @pytest.mark.skipif(UID != 0, reason="only root can become another user")
 def test_a_user_without_name_and_home_has_both() -> None:
-    """The number of a user who is nowhere, in a process of its own."""
+    """Run as an unknown user id, in another process."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         # Imports first: the libraries may lie where that user cannot read.

@@ -1,4 +1,4 @@
-"""What a process sets before its ranks meet, and what its failures print."""
+"""Check what a process sets before its ranks meet, and what its failures print."""
 
 import dataclasses
 import errno

@@ -31,7 +31,7 @@ SIDES = {"xnornet": 224, "birealnet18": 64, "birealnet34": 64}
 
 @pytest.fixture(autouse=True)
 def dynamo() -> Iterator[None]:
-    """What one test compiles is not there for the next one."""
+    """Drop compiled code between tests."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -67,7 +67,7 @@ def test_one_graph_of_float_convolutions(config: ModelConfig, monkeypatch: pytes
 
 
 def check_one_graph(config: ModelConfig) -> None:
-    """What torch.compile captures, run by eager operators: any graph break is an error, any other
+    """Run what torch.compile captures by eager operators: any graph break is an error, any other
     result as well."""
     torch.manual_seed(0)
     eager, compiled = create_model(config), create_model(config)

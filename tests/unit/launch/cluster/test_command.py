@@ -1,4 +1,4 @@
-"""What `bitfleet launch deepspeed` starts on this machine."""
+"""Check the command that `bitfleet launch deepspeed` starts on this machine."""
 
 from collections.abc import Callable, Mapping, Sequence
 

@@ -1,5 +1,5 @@
-"""What `bitfleet launch --print` shows, read back by the launchers' own parsers where they are
-here."""
+"""Check what `bitfleet launch --print` shows, read back by the launchers' own parsers if they are
+installed."""
 
 import shlex
 import subprocess

@@ -1,4 +1,4 @@
-"""Which form lies in a folder, and the sentence where none, half of one, or two do."""
+"""Recognize the layout of a folder; none, half of one, or two are refused in a sentence."""
 
 import os
 from collections.abc import Callable

@@ -228,7 +228,7 @@ class Odd(NamedTuple):
     save: Callable[[Image.Image, Path], None]
     """Save a photo."""
     look: Callable[[Image.Image], Image.Image]
-    """What the packed photo should look like."""
+    """Return the expected packed photo."""
 
 
 def as_grey(image: Image.Image) -> Image.Image:
@@ -251,8 +251,7 @@ def save_ycck(image: Image.Image, path: Path) -> None:
 
 
 def far_apart(packed: Image.Image, reference: Image.Image) -> float:
-    """How far two images differ, seen from some distance: JPEG loses detail, most of all of
-    colours."""
+    """Return the difference of two images, seen from some distance: JPEG loses colour detail."""
     return float(np.abs(np.asarray(packed.reduce(4)).astype(int) - np.asarray(reference.reduce(4))).mean())
 
 

@@ -17,17 +17,17 @@ class Pack:
     """Pack images."""
 
     root: Positional[Path]
-    """What to read."""
+    """File to read."""
     num_workers: Count = 4
     """Processes."""
     images: MaybeCount = None
     """Images."""
     share: MaybeDecimal = None
-    """Of the memory."""
+    """Size of the memory."""
     shards: bool = False
     """Write shards."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What to do."""
+    """Action."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Verify:
     """Read images."""
 
     root: Positional[Path]
-    """What to read."""
+    """File to read."""
 
 
 def test_options_are_fields_and_a_leading_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:

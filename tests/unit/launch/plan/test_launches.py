@@ -109,7 +109,7 @@ def test_tensors_without_memory_run_the_operators_of_real_ones(
 ) -> None:
     monkeypatch.setattr(
         "bitfleet.models.layers.layers.can_pack", lambda *_: False
-    )  # a CPU's kernels on bits are no operators
+    )  # a CPU's kernels on bits are not operators
     model = create_model(ModelConfig(name=name, num_classes=10))
 
     def autocast() -> AbstractContextManager[Any]:

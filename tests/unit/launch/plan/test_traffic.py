@@ -20,7 +20,7 @@ from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
 from bitfleet.trainer.engine.config import EngineConfig
 from bitfleet.trainer.engine.engine import shard
 
-STOP_MESSAGE = Message("all_reduce", 24)  # of stop.py, which talks in a group of its own
+STOP_MESSAGE = Message("all_reduce", 24)  # of stop.py, which has its own process group
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def config_of(engine: EngineConfig) -> TrainConfig:
 
 
 def counted_bytes(config: TrainConfig, world_size: int) -> float:
-    """What the collectives of the second step of this configuration have to send."""
+    """Return the collectives that the second step of this configuration has to send."""
     model = create_model(config.model)
     optimizer = shard(build_optimizer(model, config.optim, num_steps=10)[0], config.engine, world_size)
     statistics = RunningStatistics(model, world_size)

@@ -1,4 +1,4 @@
-"""What preflight counts and compares, by hand."""
+"""Check what preflight counts and compares, by hand."""
 
 import dataclasses
 import re

@@ -67,7 +67,7 @@ def wild_grad(numel: int, generator: torch.Generator) -> Tensor:
     kinds = torch.randint(0, 400, (numel,), generator=generator)
     for kind, value in enumerate(extremes):
         grad[kinds == kind] = value
-    # Some that are always tiny, zero or ordinary: once infinite, a moment is a NaN for ever.
+    # Some that are always tiny, zero or ordinary: once infinite, a moment stays a NaN.
     grad[::7] = torch.randn(len(grad[::7]), generator=generator) * 1e-38
     grad[3::7] = 0.0
     grad[5::7] = torch.randn(len(grad[5::7]), generator=generator)

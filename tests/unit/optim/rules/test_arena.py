@@ -35,7 +35,7 @@ def make(name: str, params: Any, **changes: float) -> RoutedOptimizer:
 
 
 def gradients() -> list[torch.Tensor]:
-    """Noise around a mean of its own for each weight, of which some are large: clipping is
+    """Noise around a separate mean for each weight, of which some are large: clipping is
     reached."""
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(SHAPE, generator=generator)

@@ -1,4 +1,4 @@
-"""What observers of a sharded optimizer are told."""
+"""Check what observers of a sharded optimizer are told."""
 
 import torch
 from torch import Tensor, nn

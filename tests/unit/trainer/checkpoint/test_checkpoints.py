@@ -49,7 +49,7 @@ def config_of(**optim: Any) -> TrainConfig:
 
 
 class Run:
-    """What `Trainer` has, without data and without DeepSpeed."""
+    """The state of `Trainer`, without data and without DeepSpeed."""
 
     def __init__(self, folder: Path, config: TrainConfig, seed: int = 0) -> None:
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Which folder a run writes into, and which checkpoint it resumes from."""
+"""Choose the folder that a run writes into, and the checkpoint that it resumes from."""
 
 from pathlib import Path
 

@@ -22,7 +22,7 @@ class RecordingStream:
 
     def __init__(self, *, late: bool = False) -> None:
         self.calls: list[str] = []
-        """What was called, in order, with the number of the copy or event."""
+        """Calls in order, with the number of the copy or event."""
         self.num_copies = self.num_events = self.num_done = 0
         self.threads: set[str] = set()
         """Names of the threads that copied."""

@@ -43,7 +43,7 @@ print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).
 
 
 def run(code: str, tmp_path: Path, **environment: str) -> str:
-    """What a new process prints: Triton reads its settings when a kernel is defined."""
+    """Return what a new process prints: Triton reads its settings when a kernel is defined."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

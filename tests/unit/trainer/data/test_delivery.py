@@ -52,7 +52,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> list[RecordingStream]:
-    """Those that loaders for a GPU take; tensors stay on the CPU."""
+    """The same paths as loaders for a GPU; tensors stay on the CPU."""
     taken: list[RecordingStream] = []
 
     def stream(device: torch.device) -> RecordingStream:
@@ -120,7 +120,7 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("loader", ["dali", "torch"])
 @pytest.mark.parametrize("preprocessing", ["torchvision", "official"])
 def test_the_training_thread_does_nothing_to_a_batch(root: str, loader: str, preprocessing: str) -> None:
-    """Of a batch of 128 official windows on a GPU it used to queue 448 kernels and copies."""
+    """A batch of 128 official windows on a GPU used to queue 448 kernels and copies."""
     options: dict[str, Any] = {"augmentation": "random_resized_crop", "preprocessing": preprocessing, "loader": loader}
     config = configuration(root, **options)
     place = {"rank": 0, "world_size": 1, "local_world_size": 1, "device": GPU}
@@ -191,7 +191,7 @@ def test_batches_that_dali_decodes_on_the_gpu(
 
 
 class GpuOutput:
-    """What DALI gives for a batch that it decoded on a GPU, in memory of the CPU."""
+    """Imitate a batch that DALI decoded on a GPU, in memory of the CPU."""
 
     def __init__(self, images: list[Tensor]) -> None:
         self.images, self.arguments = images, []  # type: ignore[var-annotated]

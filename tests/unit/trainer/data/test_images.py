@@ -129,7 +129,7 @@ def test_random_resized_crop_is_that_of_pillow(photos: str, name: Literal["dali"
             if request.flips[index]:
                 theirs = theirs[:, ::-1]
             flips.add(int(request.flips[index]))
-            assert np.abs(ours - theirs).max() <= 2, request.path(index)  # a ROI of 4:2:0 may round chroma anew
+            assert np.abs(ours - theirs).max() <= 2, request.path(index)  # a ROI of 4:2:0 may round chroma again
             assert np.abs(ours - theirs).mean() <= 0.25, request.path(index)
     assert flips == {0, 1}
 

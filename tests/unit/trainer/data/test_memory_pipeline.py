@@ -68,7 +68,7 @@ def validation_loader(dataset: Dataset, config: DataConfig, rank: int = 0, world
 
 
 def digests(batches: Batches, count: int) -> list[str]:
-    """Of shapes, types and bytes."""
+    """Compare shapes, types and bytes."""
     return [
         hashlib.sha256(
             repr((images.shape, images.dtype, labels.dtype)).encode()
@@ -332,7 +332,7 @@ def test_without_dali_pillow_decodes_what_is_not_resized(
 
 
 def damage(dataset: Dataset) -> None:
-    """Break four training images, each in a way of its own, and two validation images."""
+    """Break four training images, each in a different way, and two validation images."""
     paths = [Path(dataset.train.path(index)) for index in (3, 17, 40, 41)]
     paths[0].unlink()
     os.truncate(paths[1], paths[1].stat().st_size // 2)
@@ -529,7 +529,7 @@ def test_a_process_that_cannot_be_seen_shares_nothing(
     """As in another container, where its number is that of another process, or of none."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("bitfleet.trainer.data.machine_memory._numbers", iter([0]))
-    (tmp_path / "bitfleet-word-0").write_text(f"{os.getpid()} 0 1\n")  # its descriptor 0 is no memory of ours
+    (tmp_path / "bitfleet-word-0").write_text(f"{os.getpid()} 0 1\n")  # its descriptor 0 is not our memory
     memory = MachineMemory(10, job="word", num_ranks=3)
     assert "copy" in capfd.readouterr().err
     assert memory.bytes.tolist() == [0] * 10

@@ -1,4 +1,4 @@
-"""What a run sets in torch; on a CPU the flags of CUDA can be read as well, they only mean
+"""Check what a run sets in torch; on a CPU the flags of CUDA can be read as well, they only mean
 nothing."""
 
 import os

@@ -22,7 +22,7 @@ def config_of(compile: Literal["auto", "on", "off"], sharding: Sharding = "bits"
 
 @pytest.fixture(autouse=True)
 def ranks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What two ranks find when they try to compile."""
+    """Return what two ranks find when they try to compile."""
     problems = ["", ""]
     monkeypatch.setattr(compilation, "problem_of_compiling", lambda device: problems)
     monkeypatch.setattr(compilation, "all_gather_objects", lambda mine: mine)

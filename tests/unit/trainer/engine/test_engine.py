@@ -111,7 +111,7 @@ def test_deepspeeds_files_cannot_run_code(tmp_path: Path) -> None:
 
 
 def test_misspelt_nested_keys_are_refused(tmp_path: Path) -> None:
-    """In these sections DeepSpeed itself would ignore them."""
+    """DeepSpeed itself would ignore unknown keys in these sections."""
     for section, key, near in (
         ("activation_checkpointing", "partition_activation", "partition_activations"),
         ("flops_profiler", "enabld", "enabled"),

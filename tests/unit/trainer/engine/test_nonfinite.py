@@ -81,7 +81,7 @@ def test_no_loss_scale_helps_broken_weights(make: Make) -> None:
 
 @pytest.mark.parametrize(("precision", "step", "nothing"), [("fp32", 2, True), ("fp32", 3, False), ("fp16", 2, False)])
 def test_a_run_of_skipped_steps_alone_did_nothing(precision: str, step: int, nothing: bool, make: Make) -> None:
-    """In fp16 only at the end of its whole length."""
+    """With fp16, whose first steps are often skipped, this is known only at the end of the run."""
     config = config_of(precision)
     sharded = make(config, 2)
     assert did_nothing(config.engine, sharded, step, num_steps=9) is nothing

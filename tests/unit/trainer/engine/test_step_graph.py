@@ -32,7 +32,7 @@ ALONE = Ranks(0, 1, 0, 1)
 
 
 class Engine:
-    """What a training step needs of DeepSpeed's engine."""
+    """The part of DeepSpeed's engine that a training step needs."""
 
     def __init__(self, model: nn.Module, optimizer: ShardedOptimizer, scheduler: HyperparameterScheduler) -> None:
         self._model, self._optimizer, self.lr_scheduler = model, optimizer, scheduler
@@ -115,7 +115,7 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def no_kernels(monkeypatch: pytest.MonkeyPatch, process_group: None) -> None:
-    """Their calls are no operators, so they cannot be recorded."""
+    """Their calls are not operators, so they cannot be recorded."""
     monkeypatch.setattr(kernels, "kernel_library", lambda: None)
     monkeypatch.setattr("bitfleet.optim.kernels.bits.kernel_library", lambda: None)
     monkeypatch.setattr("bitfleet.models.layers.layers.can_pack", lambda *_: False)

@@ -1,4 +1,4 @@
-"""What is read at a logging step of a run that was continued."""
+"""Check what is read at a logging step of a resumed run."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What the ranks compare at the start."""
+"""Check what the ranks compare at the start."""
 
 import dataclasses
 

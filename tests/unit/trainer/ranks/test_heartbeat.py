@@ -1,5 +1,5 @@
-"""Heartbeats between the threads of one process: who is lost, who says it, and with which exit code
-the others leave."""
+"""Heartbeats between the threads of one process: which rank is lost, which reports it, and with
+which exit code the others leave."""
 
 import json
 import socket
@@ -16,7 +16,7 @@ HOSTS = ["host-a", "host-a", "host-b", "host-b"]
 
 
 class Ended:
-    """In place of os._exit."""
+    """Stand in for os._exit."""
 
     def __init__(self) -> None:
         self.codes: list[int] = []

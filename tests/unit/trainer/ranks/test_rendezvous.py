@@ -30,7 +30,7 @@ def address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def together(*calls: Callable[[], object]) -> list[object]:
-    """What each call returns or raises, all run at once."""
+    """Run all calls at once; return what each returns or raises."""
     results: list[object] = [None] * len(calls)
 
     def run(index: int) -> None:

@@ -128,8 +128,8 @@ def test_deepspeeds_command_is_watched_behind_its_agent(tmp_path: Path) -> None:
 
 
 def test_end_of_the_input_is_the_end_of_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a rank behind ssh sees when the launching machine is gone; an input that ended before
-    says nothing."""
+    """A rank behind ssh sees the end of its input when the launching machine is gone; an input that
+    ended before says nothing."""
     monkeypatch.setattr(stop, "launcher_processes", lambda: (1, 2))
     saved = os.dup(0)
     try:

@@ -31,7 +31,7 @@ def test_paths_of_a_configuration_file(home: Path) -> None:
     config = dataclasses.replace(base, output=Path("~/runs"), data=dataclasses.replace(base.data, root="~"))
     expanded = with_users_paths(config)
     assert (expanded.output, expanded.data.root) == (home / "runs", str(home))
-    assert with_users_paths(base) is base  # "embedded:..." and "runs" are no such paths
+    assert with_users_paths(base) is base  # "embedded:..." and "runs" are not such paths
 
 
 def test_paths_in_deepspeeds_options(home: Path) -> None:
@@ -78,6 +78,6 @@ def test_every_command_names_the_path_below_home(command: str, home: Path, monke
 
 
 def test_evaluation_finds_a_run_below_home(home: Path) -> None:
-    """In another process, since it makes a process group."""
+    """Runs in another process, since it makes a process group."""
     done = run_bitfleet("evaluate", "~/gone")
     assert str(home / "gone") in done.stdout.splitlines()[-1]

@@ -22,7 +22,7 @@ def session(tmp_path: Path) -> Session:
 
 
 def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    """What runs instead of a part."""
+    """Stand in for a part."""
     monkeypatch.setattr(bench_gpu, "_CHILD", (sys.executable, "-c", code))
 
 
