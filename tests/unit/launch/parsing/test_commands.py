@@ -57,7 +57,7 @@ def test_options_of_the_run_are_left() -> None:
     ("words", "parts"),
     [
         ("verfy x", ("'verfy'", "pack, verify")),
-        ("pack", ("t pack", "What to read")),
+        ("pack", ("t pack", "File to read")),
         ("pack x y", ("'y'",)),
         ("pack x --num_worker 3", ("--num_worker;", "--num_workers")),
         ("pack x --num_workers 0", ("--num_workers", "positive number", "'0'")),
