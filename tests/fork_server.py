@@ -169,6 +169,8 @@ def _warden(file: int, output: int, status: socket.socket) -> list[str]:
     pid = os.fork()
     if pid:
         os.close(output)
+        while os.getsid(pid) != pid:  # callers may signal its process group as soon as they have its id
+            time.sleep(0.001)
         status.send(str(pid).encode())
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         with contextlib.suppress(OSError):  # the client may have gone

@@ -16,9 +16,13 @@ def expect(found: dict[str, Any]) -> None:
 
     On another machine sums are rounded in another way: the loss before the first update is equal to
     1e-4, then a weight whose average is near its threshold flips or does not, and the curves part
-    by up to 3 % (AVX2 in place of AVX-512).
+    by up to 3 % (AVX2 in place of AVX-512). Another torch may draw other initial weights:
+    trunc_normal_ of 2.14 does not draw what that of 2.11 does.
     """
     recorded = json.loads(RECORDED.read_text())
+    torch_of_record, torch_here = (place.rpartition(", ")[2] for place in (recorded["machine"], machine()))
+    if torch_of_record != torch_here:
+        pytest.skip(f"recorded with {torch_of_record}, this is {torch_here}: initial weights may differ")
     for name, outcome in found.items():
         expected = recorded["runs"][name]
         if recorded["machine"] == machine():
