@@ -112,22 +112,19 @@ class _Probe:
         # A GPU is done with two images before its host has launched the next kernel. On a CPU they
         # are work.
         launches = self.seconds(lambda: self.passes(2), 4) if is_gpu else batch - slope * self.micro_batch_size
-        num_kernels = self.network.passes.forward.eager + self.network.passes.backward.eager
         decode = self.decode_seconds()
         filled, updated = self.bucket_ns()
         sent, latency = self.wire()
         values = {
             "cores": self.cores,
             "flops_per_second": FLOP_PER_MAC * self.network.macs / slope,
-            "launch_seconds": max(launches, 1e-6) / num_kernels,
-            "graph_seconds": 10e-6,
+            "launch_seconds": max(launches, 1e-6) / self.network.num_operators,
             "node_seconds": 1e-6,
             "whole_ns": filled,
             "update_ns": updated,
             "plain_update_ns": 40 * updated,
             "decode_seconds": decode,
             "core_decode_seconds": decode,
-            "copy_bytes_per_second": 25e9,
             "local_bytes_per_second": sent,
             "latency_seconds": latency,
             "link_efficiency": 0.9,
@@ -137,9 +134,7 @@ class _Probe:
         sources = dict.fromkeys(values, here) | {
             "flops_per_second": f"{here}: {self.config.model.name}, {size} px, {1 / slope:,.1f} images/s",
             "plain_update_ns": "40 times update_ns (docs/sharding.md)",
-            "graph_seconds": "assumed",
             "node_seconds": "assumed",
-            "copy_bytes_per_second": "assumed: PCIe 4",
             "link_efficiency": "assumed",
         }
         if self.ranks.world_size == 1:
