@@ -1,0 +1,556 @@
+/* Read a packed program file, check it, and run it: see packed.h.
+ *
+ * The file is safetensors: 8 bytes with the length of a JSON header, the header, then tensors. "program" (int32 [operations]
+ * [FIELDS]) lists the operations and "buffers" (int32 [buffers][BUFFER_FIELDS]) the images between them; the others, "0", "1",
+ * ..., hold weights. Everything that an operation reads or writes is checked when the file is loaded, so running needs no checks.
+ *
+ * Images are [height][width][channels]. A pixel of signs is whole 64-bit words, least significant bit first, bit 1 = +1; the bits
+ * behind the last channel are 0, in weights as well.
+ *
+ * Build with -ffp-contract=off: a * x + b is rounded twice, as torch does it in evaluation. */
+#include "packed.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined __x86_64__
+#include <immintrin.h>
+#elif defined __aarch64__
+#include <arm_neon.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+enum { WORD = 64, LANES = 8, FIELDS = 20, BUFFER_FIELDS = 5, MAX_TENSORS = 4096, MAX_SIDE = 1 << 15 };
+static const int64_t MAX_NUMEL = (int64_t)1 << 28;
+
+enum type { FLOATS, SIGNS, SUMS, NUM_TYPES };
+enum kind { NORMALIZE, CONV, BINARY_CONV, AFFINE, LAYER_NORM, MAX_POOL, AVG_POOL, SIGN, THRESHOLD, MEAN, ADD, NUM_KINDS };
+enum flags { RELU = 1, BINARY_WEIGHT = 2 };
+/* Fields of an operation; -1 for a buffer or tensor that it does not have. FACTOR and OFFSET: of a channel; thresholds and their
+ * directions where the target is signs; deviation and mean of NORMALIZE. REAL: bits of a float, the epsilon of LAYER_NORM. */
+enum field { KIND, SOURCE, OTHER, TARGET_BUFFER, KERNEL_H, KERNEL_W, STRIDE, TOP, LEFT, FLAGS, WEIGHT, FACTOR, OFFSET, REAL };
+
+/* ---- Instruction sets ---- */
+
+#define NAME(x) x##_portable
+#define TARGET
+#define COUNT_PIXELS 4
+#define COUNT_VECTORS 1
+#define DOT_PIXELS 4
+#define DOT_VECTORS 2
+#define VF 4
+typedef float v4 __attribute__((vector_size(16), aligned(4)));
+#define vf v4
+#define LOADF(p) (*(const v4 *)(p))
+#define STOREF(p, v) (*(v4 *)(p) = (v))
+#define SPLATF(x) ((v4){(x), (x), (x), (x)})
+#define FMAF(a, b, c) ((a) * (b) + (c))
+INLINE void count_portable(const int num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
+                           int64_t kernel_rows, int64_t run, int32_t *out, int64_t out_step) {
+    int32_t sums[COUNT_PIXELS][LANES] = {{0}};
+    for (int64_t i = 0; i < kernel_rows; i++)
+        for (int64_t k = 0; k < run; k++, weight += LANES)
+            for (int p = 0; p < num; p++)
+                for (int lane = 0; lane < LANES; lane++)
+                    sums[p][lane] += __builtin_popcountll(weight[lane] ^ x[i * row_stride + p * step + k]);
+    for (int p = 0; p < num; p++) memcpy(out + p * out_step, sums[p], sizeof sums[p]);
+}
+#include "kernels.h"
+#undef NAME
+#undef TARGET
+#undef COUNT_PIXELS
+#undef COUNT_VECTORS
+#undef DOT_PIXELS
+#undef DOT_VECTORS
+#undef VF
+#undef vf
+#undef LOADF
+#undef STOREF
+#undef SPLATF
+#undef FMAF
+
+#if defined __x86_64__
+#define NAME(x) x##_avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,fma")))
+#define COUNT_PIXELS 4
+#define COUNT_VECTORS 4
+#define DOT_PIXELS 6
+#define DOT_VECTORS 4
+#define VF 16
+#define vf __m512
+#define LOADF(p) _mm512_loadu_ps(p)
+#define STOREF(p, v) _mm512_storeu_ps(p, v)
+#define SPLATF(x) _mm512_set1_ps(x)
+#define FMAF(a, b, c) _mm512_fmadd_ps(a, b, c)
+TARGET INLINE void count_avx512(const int num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
+                                int64_t kernel_rows, int64_t run, int32_t *out, int64_t out_step) {
+    __m512i sums[COUNT_PIXELS][COUNT_VECTORS];
+    for (int p = 0; p < num; p++)
+        for (int v = 0; v < COUNT_VECTORS; v++) sums[p][v] = _mm512_setzero_si512();
+    for (int64_t i = 0; i < kernel_rows; i++) {
+        const uint64_t *row = x + i * row_stride;
+        for (int64_t k = 0; k < run; k++, weight += COUNT_VECTORS * LANES) {
+            __m512i w[COUNT_VECTORS];
+#pragma GCC unroll 4
+            for (int v = 0; v < COUNT_VECTORS; v++) w[v] = _mm512_loadu_si512(weight + v * LANES);
+#pragma GCC unroll 4
+            for (int p = 0; p < num; p++) {
+                const __m512i pixel = _mm512_set1_epi64((int64_t)row[p * step + k]);
+#pragma GCC unroll 4
+                for (int v = 0; v < COUNT_VECTORS; v++)
+                    sums[p][v] = _mm512_add_epi64(sums[p][v], _mm512_popcnt_epi64(_mm512_xor_si512(w[v], pixel)));
+            }
+        }
+    }
+    for (int p = 0; p < num; p++)
+        for (int v = 0; v < COUNT_VECTORS; v++)
+            _mm256_storeu_si256((__m256i *)(out + p * out_step + v * LANES), _mm512_cvtepi64_epi32(sums[p][v]));
+}
+#include "kernels.h"
+#undef NAME
+#undef TARGET
+#undef COUNT_PIXELS
+#undef COUNT_VECTORS
+#undef DOT_PIXELS
+#undef DOT_VECTORS
+#undef VF
+#undef vf
+#undef LOADF
+#undef STOREF
+#undef SPLATF
+#undef FMAF
+
+#define NAME(x) x##_avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define COUNT_PIXELS 4
+#define COUNT_VECTORS 1
+#define DOT_PIXELS 6
+#define DOT_VECTORS 2
+#define VF 8
+#define vf __m256
+#define LOADF(p) _mm256_loadu_ps(p)
+#define STOREF(p, v) _mm256_storeu_ps(p, v)
+#define SPLATF(x) _mm256_set1_ps(x)
+#define FMAF(a, b, c) _mm256_fmadd_ps(a, b, c)
+/* Counts in bytes, by looking up nibbles; a byte holds the counts of 31 words. */
+TARGET INLINE void count_avx2(const int num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
+                              int64_t kernel_rows, int64_t run, int32_t *out, int64_t out_step) {
+    const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+    const __m256i nibble = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
+    __m256i sums[COUNT_PIXELS][2], bytes[COUNT_PIXELS][2];
+    for (int p = 0; p < num; p++)
+        for (int v = 0; v < 2; v++) sums[p][v] = bytes[p][v] = zero;
+    int words = 0;
+    for (int64_t i = 0; i < kernel_rows; i++) {
+        const uint64_t *row = x + i * row_stride;
+        for (int64_t k = 0; k < run; k++, weight += LANES) {
+            for (int v = 0; v < 2; v++) {
+                const __m256i w = _mm256_loadu_si256((const __m256i *)(weight + 4 * v));
+#pragma GCC unroll 4
+                for (int p = 0; p < num; p++) {
+                    const __m256i bits = _mm256_xor_si256(w, _mm256_set1_epi64x((int64_t)row[p * step + k]));
+                    const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(bits, nibble));
+                    const __m256i high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bits, 4), nibble));
+                    bytes[p][v] = _mm256_add_epi8(bytes[p][v], _mm256_add_epi8(low, high));
+                }
+            }
+            if (++words < 31) continue;
+            for (int p = 0; p < num; p++)
+                for (int v = 0; v < 2; v++) {
+                    sums[p][v] = _mm256_add_epi64(sums[p][v], _mm256_sad_epu8(bytes[p][v], zero));
+                    bytes[p][v] = zero;
+                }
+            words = 0;
+        }
+    }
+    for (int p = 0; p < num; p++)
+        for (int v = 0; v < 2; v++) {
+            int64_t lanes[4];
+            _mm256_storeu_si256((__m256i *)lanes, _mm256_add_epi64(sums[p][v], _mm256_sad_epu8(bytes[p][v], zero)));
+            for (int lane = 0; lane < 4; lane++) out[p * out_step + 4 * v + lane] = (int32_t)lanes[lane];
+        }
+}
+#include "kernels.h"
+#elif defined __aarch64__
+#define NAME(x) x##_neon
+#define TARGET
+#define COUNT_PIXELS 4
+#define COUNT_VECTORS 1
+#define DOT_PIXELS 4
+#define DOT_VECTORS 4
+#define VF 4
+#define vf float32x4_t
+#define LOADF(p) vld1q_f32(p)
+#define STOREF(p, v) vst1q_f32(p, v)
+#define SPLATF(x) vdupq_n_f32(x)
+#define FMAF(a, b, c) vfmaq_f32(c, a, b)
+/* Counts in bytes; a byte holds the counts of 31 words. */
+INLINE void count_neon(const int num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
+                       int64_t kernel_rows, int64_t run, int32_t *out, int64_t out_step) {
+    uint64x2_t sums[COUNT_PIXELS][4];
+    uint8x16_t bytes[COUNT_PIXELS][4];
+    for (int p = 0; p < num; p++)
+        for (int v = 0; v < 4; v++) sums[p][v] = vdupq_n_u64(0), bytes[p][v] = vdupq_n_u8(0);
+    int words = 0;
+    for (int64_t i = 0; i < kernel_rows; i++) {
+        const uint64_t *row = x + i * row_stride;
+        for (int64_t k = 0; k < run; k++, weight += LANES) {
+            for (int v = 0; v < 4; v++) {
+                const uint64x2_t w = vld1q_u64(weight + 2 * v);
+                for (int p = 0; p < num; p++)
+                    bytes[p][v] = vaddq_u8(bytes[p][v], vcntq_u8(vreinterpretq_u8_u64(veorq_u64(w, vdupq_n_u64(row[p * step + k])))));
+            }
+            if (++words < 31) continue;
+            for (int p = 0; p < num; p++)
+                for (int v = 0; v < 4; v++) {
+                    sums[p][v] = vpadalq_u32(sums[p][v], vpaddlq_u16(vpaddlq_u8(bytes[p][v])));
+                    bytes[p][v] = vdupq_n_u8(0);
+                }
+            words = 0;
+        }
+    }
+    for (int p = 0; p < num; p++)
+        for (int v = 0; v < 4; v++) {
+            const uint64x2_t sum = vpadalq_u32(sums[p][v], vpaddlq_u16(vpaddlq_u8(bytes[p][v])));
+            vst1_s32(out + p * out_step + 2 * v, vreinterpret_s32_u32(vmovn_u64(sum)));
+        }
+}
+#include "kernels.h"
+#endif
+
+typedef void dot_function(int64_t, const float *, int64_t, int64_t, const float *, int64_t, int64_t, int64_t, float *);
+typedef void differ_function(int64_t, const uint64_t *, int64_t, int64_t, const uint64_t *, int64_t, int64_t, int64_t, int32_t *);
+
+struct path {
+    const char *name;
+    int dot_wide, differ_wide; /* outputs of a block */
+    dot_function *dot;
+    differ_function *differ;
+};
+
+static const struct path PATHS[] = {
+#if defined __x86_64__
+    {"avx512", 64, 32, dot_avx512, differ_avx512},
+    {"avx2", 16, 8, dot_avx2, differ_avx2},
+#elif defined __aarch64__
+    {"neon", 16, 8, dot_neon, differ_neon},
+#endif
+    {"portable", 8, 8, dot_portable, differ_portable},
+};
+enum { NUM_PATHS = sizeof PATHS / sizeof *PATHS };
+static const struct path *chosen;
+
+static int is_supported(const struct path *path) {
+#if defined __x86_64__
+    if (!strcmp(path->name, "avx512"))
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vpopcntdq");
+    if (!strcmp(path->name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    (void)path;
+    return 1;
+}
+
+static const struct path *current_path(void) {
+    if (chosen) return chosen;
+    for (int i = 0; i < NUM_PATHS; i++)
+        if (is_supported(PATHS + i)) return PATHS + i;
+    return PATHS + NUM_PATHS - 1;
+}
+
+int packed_use_path(const char *name) {
+    for (int i = 0; i < NUM_PATHS; i++)
+        if (!strcmp(PATHS[i].name, name) && is_supported(PATHS + i)) {
+            chosen = PATHS + i;
+            return 0;
+        }
+    return -1;
+}
+
+const char *packed_path(void) { return current_path()->name; }
+
+/* ---- The file ---- */
+
+struct tensor {
+    char dtype[5];
+    int num_dimensions;
+    int64_t shape[4], numel;
+    const unsigned char *data;
+};
+
+struct buffer {
+    int64_t height, width, channels, words, pixel_bytes;
+    enum type type;
+    int slot;
+};
+
+struct operation {
+    int32_t fields[FIELDS];
+    const struct buffer *source, *target, *other;
+    int64_t row_values;  /* of a padded row of the source, in words or floats */
+    int is_padded;
+    void *weight;         /* in blocks of the path */
+    int32_t *ones;        /* binary convolution: [taps][outputs], set bits of a tap */
+    const float *factor, *offset;
+    const int32_t *threshold, *direction;
+};
+
+struct packed_network {
+    const struct path *path;
+    unsigned char *file;
+    struct tensor *tensors;
+    struct buffer *buffers;
+    struct operation *operations;
+    double *seconds;
+    int num_tensors, num_buffers, num_operations, num_slots;
+    unsigned char **slots, *padded, *scratch;
+    int64_t padded_bytes, scratch_bytes;
+    int num_scratches;
+    const void *pixels;
+    enum packed_pixels pixel_kind;
+    int32_t *traced_sums;
+    int traced;
+};
+
+struct cursor {
+    const char *at, *end;
+};
+
+static void skip_space(struct cursor *c) {
+    while (c->at < c->end && (*c->at == ' ' || *c->at == '\n' || *c->at == '\t' || *c->at == '\r')) c->at++;
+}
+
+static int take(struct cursor *c, char symbol) {
+    skip_space(c);
+    if (c->at == c->end || *c->at != symbol) return 0;
+    c->at++;
+    return 1;
+}
+
+/* A string; `text` gets its bytes, escapes as they are, cut at `size`. */
+static int take_string(struct cursor *c, char *text, size_t size) {
+    size_t length = 0;
+    if (!take(c, '"')) return 0;
+    for (; c->at < c->end && *c->at != '"'; c->at++) {
+        if (*c->at == '\\' && ++c->at == c->end) return 0;
+        if (length + 1 < size) text[length++] = *c->at;
+    }
+    text[length] = 0;
+    return take(c, '"');
+}
+
+static int take_numbers(struct cursor *c, int64_t *numbers, int most) {
+    int count = 0;
+    if (!take(c, '[')) return -1;
+    if (take(c, ']')) return 0;
+    do {
+        int64_t number = 0;
+        skip_space(c);
+        if (count == most || c->at == c->end || *c->at < '0' || *c->at > '9') return -1;
+        for (; c->at < c->end && *c->at >= '0' && *c->at <= '9'; c->at++) {
+            number = 10 * number + (*c->at - '0');
+            if (number > (int64_t)1 << 40) return -1;
+        }
+        numbers[count++] = number;
+    } while (take(c, ','));
+    return take(c, ']') ? count : -1;
+}
+
+static int skip_metadata(struct cursor *c) {
+    char text[2];
+    if (!take(c, '{')) return 0;
+    if (take(c, '}')) return 1;
+    do
+        if (!take_string(c, text, sizeof text) || !take(c, ':') || !take_string(c, text, sizeof text)) return 0;
+    while (take(c, ','));
+    return take(c, '}');
+}
+
+static int64_t size_of(const char *dtype) {
+    return !strcmp(dtype, "U8") ? 1 : !strcmp(dtype, "F32") || !strcmp(dtype, "I32") ? 4 : 0;
+}
+
+/* The entry of a tensor in the header, after its name. */
+static int take_tensor(struct cursor *c, const unsigned char *data, int64_t num_bytes, struct tensor *tensor) {
+    char key[16];
+    int64_t offsets[2] = {0, -1};
+    int has_shape = 0;
+    if (!take(c, '{')) return 0;
+    do {
+        if (!take_string(c, key, sizeof key) || !take(c, ':')) return 0;
+        if (!strcmp(key, "dtype")) {
+            if (!take_string(c, tensor->dtype, sizeof tensor->dtype)) return 0;
+        } else if (!strcmp(key, "shape")) {
+            tensor->num_dimensions = take_numbers(c, tensor->shape, 4);
+            has_shape = tensor->num_dimensions >= 0;
+        } else if (!strcmp(key, "data_offsets")) {
+            if (take_numbers(c, offsets, 2) != 2) return 0;
+        } else {
+            return 0;
+        }
+    } while (take(c, ','));
+    if (!take(c, '}') || !has_shape || !size_of(tensor->dtype)) return 0;
+    tensor->numel = 1;
+    for (int i = 0; i < tensor->num_dimensions; i++) {
+        if (tensor->shape[i] < 1 || tensor->shape[i] > MAX_NUMEL) return 0;
+        tensor->numel *= tensor->shape[i];
+        if (tensor->numel > MAX_NUMEL) return 0;
+    }
+    tensor->data = data + offsets[0];
+    return offsets[0] <= offsets[1] && offsets[1] <= num_bytes && offsets[1] - offsets[0] == tensor->numel * size_of(tensor->dtype);
+}
+
+static const char *read_header(struct packed_network *n, int64_t num_bytes, struct tensor *program, struct tensor *buffers) {
+    uint64_t length = 0;
+    int seen_program = 0, seen_buffers = 0;
+    if (num_bytes < 8) return "it is not a safetensors file";
+    for (int i = 0; i < 8; i++) length |= (uint64_t)n->file[i] << (8 * i);
+    if (length > (uint64_t)num_bytes - 8) return "it is not a safetensors file, or cut off";
+    struct cursor c = {(const char *)n->file + 8, (const char *)n->file + 8 + length};
+    const unsigned char *data = n->file + 8 + length;
+    if (!take(&c, '{')) return "its header is damaged";
+    do {
+        char name[16];
+        struct tensor tensor = {"", 0, {0}, 0, 0};
+        if (!take_string(&c, name, sizeof name) || !take(&c, ':')) return "its header is damaged";
+        if (!strcmp(name, "__metadata__")) {
+            if (!skip_metadata(&c)) return "its metadata is damaged";
+            continue;
+        }
+        if (!take_tensor(&c, data, num_bytes - 8 - (int64_t)length, &tensor)) return "a tensor is damaged or cut off";
+        if (!strcmp(name, "program")) {
+            *program = tensor;
+            seen_program = 1;
+        } else if (!strcmp(name, "buffers")) {
+            *buffers = tensor;
+            seen_buffers = 1;
+        } else {
+            char *rest;
+            const long index = strtol(name, &rest, 10);
+            if (*rest || rest == name || index < 0 || index >= MAX_TENSORS || n->tensors[index].data) return "a tensor has a foreign name";
+            n->tensors[index] = tensor;
+        }
+    } while (take(&c, ','));
+    if (!take(&c, '}')) return "its header is damaged";
+    if (!seen_program || !seen_buffers) return "it holds no program of bitfleet";
+    return 0;
+}
+
+static int is_table(const struct tensor *t, int64_t columns) {
+    return !strcmp(t->dtype, "I32") && t->num_dimensions == 2 && t->shape[1] == columns && t->shape[0] <= MAX_TENSORS;
+}
+
+static const char *read_buffers(struct packed_network *n, const struct tensor *table) {
+    if (!is_table(table, BUFFER_FIELDS)) return "its table of buffers is damaged";
+    n->num_buffers = (int)table->shape[0];
+    n->buffers = calloc(n->num_buffers, sizeof *n->buffers);
+    if (!n->buffers) return "there is not enough memory";
+    for (int i = 0; i < n->num_buffers; i++) {
+        int32_t row[BUFFER_FIELDS];
+        memcpy(row, table->data + sizeof row * i, sizeof row);
+        for (int side = 0; side < 3; side++)
+            if (row[side] < 1 || row[side] > MAX_SIDE) return "a buffer has an impossible size";
+        if ((int64_t)row[0] * row[1] * row[2] > MAX_NUMEL) return "a buffer is too large";
+        if (row[3] < 0 || row[3] >= NUM_TYPES || row[4] < 0 || row[4] >= n->num_buffers) return "a buffer is damaged";
+        struct buffer *b = n->buffers + i;
+        *b = (struct buffer){row[0], row[1], row[2], (row[2] + WORD - 1) / WORD, 0, (enum type)row[3], row[4]};
+        b->pixel_bytes = b->type == SIGNS ? 8 * b->words : 4 * b->channels;
+        if (b->slot >= n->num_slots) n->num_slots = b->slot + 1;
+    }
+    return 0;
+}
+
+static int has_shape(const struct packed_network *n, int index, const char *dtype, int64_t numel) {
+    return index >= 0 && index < n->num_tensors && n->tensors[index].data && !strcmp(n->tensors[index].dtype, dtype) &&
+           n->tensors[index].numel == numel;
+}
+
+static int same_size(const struct buffer *a, const struct buffer *b) {
+    return a->height == b->height && a->width == b->width && a->channels == b->channels;
+}
+
+static int in(int32_t value, int32_t least, int32_t most) { return value >= least && value <= most; }
+
+/* Return what is wrong with an operation, or 0. */
+static const char *check_operation(const struct packed_network *n, const struct operation *o) {
+    const int32_t *f = o->fields;
+    const struct buffer *s = o->source, *t = o->target;
+    const enum kind kind = (enum kind)f[KIND];
+    const int is_conv = kind == CONV || kind == BINARY_CONV, is_pool = kind == MAX_POOL || kind == AVG_POOL;
+    const int64_t taps = is_conv || is_pool ? (int64_t)f[KERNEL_H] * f[KERNEL_W] : 1;
+    int takes[NUM_TYPES] = {0}, gives[NUM_TYPES] = {0};
+    takes[FLOATS] = kind != BINARY_CONV && kind != THRESHOLD;
+    takes[SIGNS] = kind == BINARY_CONV;
+    takes[SUMS] = kind == THRESHOLD || kind == AFFINE || kind == LAYER_NORM || kind == MAX_POOL;
+    gives[FLOATS] = kind != SIGN && kind != THRESHOLD;
+    gives[SIGNS] = kind == SIGN || kind == THRESHOLD || kind == BINARY_CONV;
+    gives[SUMS] = kind == BINARY_CONV || kind == MAX_POOL;
+    if (!takes[s->type] || !gives[t->type] || (kind == MAX_POOL && s->type != t->type)) return "buffers have other types";
+    if (s->slot == t->slot && kind != AFFINE && kind != ADD) return "it overwrites its input";
+    if (is_conv || is_pool) {
+        if (!in(f[KERNEL_H], 1, 1 << 12) || !in(f[KERNEL_W], 1, 1 << 12) || !in(f[STRIDE], 1, 1 << 12)) return "its window is damaged";
+        if (!in(f[TOP], 0, f[KERNEL_H] - 1) || !in(f[LEFT], 0, f[KERNEL_W] - 1)) return "its padding is damaged";
+        /* Every window has a pixel of the image. */
+        if ((t->height - 1) * f[STRIDE] - f[TOP] >= s->height || (t->width - 1) * f[STRIDE] - f[LEFT] >= s->width)
+            return "its output is larger than its input allows";
+        if (((t->height - 1) * f[STRIDE] + f[KERNEL_H]) * ((t->width - 1) * f[STRIDE] + f[KERNEL_W]) * s->channels > MAX_NUMEL)
+            return "its padded input is too large";
+        if (is_pool && s->channels != t->channels) return "it changes the number of channels";
+    } else if (kind == MEAN) {
+        if (t->height != 1 || t->width != 1 || t->channels != s->channels) return "its sizes are wrong";
+    } else if (!same_size(s, t)) {
+        return "its sizes differ";
+    }
+    if (is_conv) {
+        const int64_t numel = taps * s->channels * t->channels;
+        if (taps * s->channels > (int64_t)1 << 24 || numel > MAX_NUMEL) return "its weight is too large";
+        const int is_binary = kind == BINARY_CONV || f[FLAGS] & BINARY_WEIGHT;
+        if (is_binary ? !has_shape(n, f[WEIGHT], "U8", (numel + 7) / 8) : !has_shape(n, f[WEIGHT], "F32", numel))
+            return "its weight has another size";
+    }
+    const int needs_pair = kind == NORMALIZE || (kind == THRESHOLD || (kind == BINARY_CONV && t->type == SIGNS));
+    if (needs_pair && (f[FACTOR] < 0 || f[OFFSET] < 0)) return "a tensor is missing";
+    const char *dtype = t->type == SIGNS ? "I32" : "F32";
+    if (f[FACTOR] != -1 && !has_shape(n, f[FACTOR], dtype, t->channels)) return "its factors have another size";
+    if (f[OFFSET] != -1 && !has_shape(n, f[OFFSET], dtype, t->channels)) return "its offsets have another size";
+    if (kind == ADD && !o->other) return "it has one input";
+    if (o->other && (o->other->type != FLOATS || t->type != FLOATS || !same_size(o->other, t))) return "what it adds has another size";
+    if (o->other && kind != ADD && kind != CONV && kind != BINARY_CONV && kind != AFFINE) return "it cannot add";
+    if (o->other && o->other->slot == t->slot && is_conv && 0) return "it overwrites what it adds";
+    return 0;
+}
+
+static const char *read_operations(struct packed_network *n, const struct tensor *table) {
+    if (!is_table(table, FIELDS)) return "its program is damaged";
+    n->num_operations = (int)table->shape[0];
+    n->operations = calloc(n->num_operations, sizeof *n->operations);
+    n->seconds = calloc(n->num_operations, sizeof *n->seconds);
+    if (!n->operations || !n->seconds) return "there is not enough memory";
+    for (int i = 0; i < n->num_operations; i++) {
+        struct operation *o = n->operations + i;
+        const int32_t *f = o->fields;
+        memcpy(o->fields, table->data + sizeof o->fields * i, sizeof o->fields);
+        if (f[KIND] < 0 || f[KIND] >= NUM_KINDS) return "it has an operation of a later version";
+        if (f[SOURCE] < 0 || f[SOURCE] >= n->num_buffers || f[TARGET_BUFFER] < 0 || f[TARGET_BUFFER] >= n->num_buffers ||
+            f[OTHER] < -1 || f[OTHER] >= n->num_buffers)
+            return "an operation has no buffer";
+        o->source = n->buffers + f[SOURCE];
+        o->target = n->buffers + f[TARGET_BUFFER];
+        o->other = f[OTHER] < 0 ? 0 : n->buffers + f[OTHER];
+        if ((f[KIND] == NORMALIZE) != (i == 0)) return "the image is not normalized first";
+        const char *wrong = check_operation(n, o);
+        if (wrong) return wrong;
+        const void *factor = f[FACTOR] < 0 ? 0 : n->tensors[f[FACTOR]].data, *offset = f[OFFSET] < 0 ? 0 : n->tensors[f[OFFSET]].data;
+        if (o->target->type == SIGNS)
+            o->threshold = factor, o->direction = offset;
+        else
+            o->factor = factor, o->offset = offset;
+    }
+    const struct buffer *last = n->operations[n->num_operations - 1].target;
+    if (last->type != FLOATS || last->height != 1 || last->width != 1) return "its result is not a row of logits";
+    return 0;
+}
