@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #if defined __x86_64__
 #include <immintrin.h>
 #elif defined __aarch64__
@@ -401,6 +402,7 @@ static int take_tensor(struct cursor *c, const unsigned char *data, int64_t num_
         if (tensor->numel > MAX_NUMEL) return 0;
     }
     tensor->data = data + offsets[0];
+    if ((uintptr_t)tensor->data % size_of(tensor->dtype)) return 0;
     return offsets[0] <= offsets[1] && offsets[1] <= num_bytes && offsets[1] - offsets[0] == tensor->numel * size_of(tensor->dtype);
 }
 
@@ -520,7 +522,6 @@ static const char *check_operation(const struct packed_network *n, const struct 
     if (kind == ADD && !o->other) return "it has one input";
     if (o->other && (o->other->type != FLOATS || t->type != FLOATS || !same_size(o->other, t))) return "what it adds has another size";
     if (o->other && kind != ADD && kind != CONV && kind != BINARY_CONV && kind != AFFINE) return "it cannot add";
-    if (o->other && o->other->slot == t->slot && is_conv && 0) return "it overwrites what it adds";
     return 0;
 }
 
@@ -553,4 +554,417 @@ static const char *read_operations(struct packed_network *n, const struct tensor
     const struct buffer *last = n->operations[n->num_operations - 1].target;
     if (last->type != FLOATS || last->height != 1 || last->width != 1) return "its result is not a row of logits";
     return 0;
+}
+
+/* ---- Weights in the order of the inner loops ---- */
+
+static int bit_of(const unsigned char *bits, int64_t index) { return bits[index / 8] >> (index % 8) & 1; }
+
+static int64_t rounded_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+/* File: [taps][channels][outputs] floats or signs. Memory: [outputs / wide][taps][channels][wide]. */
+static int prepare_floats(const struct packed_network *n, struct operation *o) {
+    const int64_t wide = n->path->dot_wide, taps = (int64_t)o->fields[KERNEL_H] * o->fields[KERNEL_W];
+    const int64_t outputs = o->target->channels, depth = taps * o->source->channels;
+    const unsigned char *data = n->tensors[o->fields[WEIGHT]].data;
+    float *weight = calloc(rounded_up(outputs, wide) * depth, sizeof *weight);
+    if (!weight) return 0;
+    for (int64_t k = 0; k < depth; k++)
+        for (int64_t output = 0; output < outputs; output++) {
+            const int64_t from = k * outputs + output;
+            weight[(output / wide * depth + k) * wide + output % wide] =
+                o->fields[FLAGS] & BINARY_WEIGHT ? (bit_of(data, from) ? 1.0f : -1.0f) : ((const float *)data)[from];
+        }
+    o->weight = weight;
+    return 1;
+}
+
+/* File: [outputs][taps][channels] signs. Memory: [outputs / wide][taps][words][wide]. */
+static int prepare_bits(const struct packed_network *n, struct operation *o) {
+    const int64_t wide = n->path->differ_wide, taps = (int64_t)o->fields[KERNEL_H] * o->fields[KERNEL_W];
+    const int64_t outputs = o->target->channels, channels = o->source->channels, words = o->source->words;
+    const unsigned char *data = n->tensors[o->fields[WEIGHT]].data;
+    uint64_t *weight = calloc(rounded_up(outputs, wide) * taps * words, sizeof *weight);
+    o->ones = calloc(taps * outputs, sizeof *o->ones);
+    o->weight = weight;
+    if (!weight || !o->ones) return 0;
+    for (int64_t output = 0; output < outputs; output++)
+        for (int64_t tap = 0; tap < taps; tap++)
+            for (int64_t c = 0; c < channels; c++) {
+                if (!bit_of(data, (output * taps + tap) * channels + c)) continue;
+                weight[((output / wide * taps + tap) * words + c / WORD) * wide + output % wide] |= (uint64_t)1 << (c % WORD);
+                o->ones[tap * outputs + output]++;
+            }
+    return 1;
+}
+
+static int prepare(struct packed_network *n, struct operation *o) {
+    const int32_t *f = o->fields;
+    const struct buffer *s = o->source, *t = o->target;
+    if (f[KIND] != CONV && f[KIND] != BINARY_CONV) return 1;
+    const int64_t rows = (t->height - 1) * f[STRIDE] + f[KERNEL_H], columns = (t->width - 1) * f[STRIDE] + f[KERNEL_W];
+    o->is_padded = f[TOP] || f[LEFT] || rows > s->height || columns > s->width;
+    o->row_values = (o->is_padded ? columns : s->width) * (f[KIND] == CONV ? s->channels : s->words);
+    const int64_t bytes = o->is_padded ? rows * o->row_values * (f[KIND] == CONV ? 4 : 8) : 0;
+    if (bytes > n->padded_bytes) n->padded_bytes = bytes;
+    const int64_t scratch = 4 * t->width * rounded_up(t->channels, WORD);
+    if (scratch > n->scratch_bytes) n->scratch_bytes = scratch;
+    return f[KIND] == CONV ? prepare_floats(n, o) : prepare_bits(n, o);
+}
+
+void packed_free(struct packed_network *n) {
+    if (!n) return;
+    for (int i = 0; n->operations && i < n->num_operations; i++) {
+        free(n->operations[i].weight);
+        free(n->operations[i].ones);
+    }
+    for (int i = 0; n->slots && i < n->num_slots; i++) free(n->slots[i]);
+    free(n->slots);
+    free(n->padded);
+    free(n->scratch);
+    free(n->operations);
+    free(n->seconds);
+    free(n->buffers);
+    free(n->tensors);
+    free(n->file);
+    free(n);
+}
+
+static const char *load(struct packed_network *n, const void *file, size_t num_bytes) {
+    struct tensor program, buffers;
+    if (num_bytes > (size_t)MAX_NUMEL * 4) return "it is too large";
+    n->path = current_path();
+    n->num_tensors = MAX_TENSORS;
+    n->tensors = calloc(MAX_TENSORS, sizeof *n->tensors);
+    n->file = malloc(num_bytes + 1);
+    if (!n->tensors || !n->file) return "there is not enough memory";
+    memcpy(n->file, file, num_bytes);
+    const char *wrong = read_header(n, (int64_t)num_bytes, &program, &buffers);
+    if (!wrong) wrong = read_buffers(n, &buffers);
+    if (!wrong) wrong = read_operations(n, &program);
+    if (wrong) return wrong;
+    for (int i = 0; i < n->num_operations; i++)
+        if (!prepare(n, n->operations + i)) return "there is not enough memory";
+    n->slots = calloc(n->num_slots, sizeof *n->slots);
+    if (!n->slots) return "there is not enough memory";
+    for (int slot = 0; slot < n->num_slots; slot++) {
+        int64_t most = 1;
+        for (int i = 0; i < n->num_buffers; i++) {
+            const struct buffer *b = n->buffers + i;
+            const int64_t bytes = b->height * b->width * b->pixel_bytes;
+            if (b->slot == slot && bytes > most) most = bytes;
+        }
+        n->slots[slot] = calloc(most, 1);
+        if (!n->slots[slot]) return "there is not enough memory";
+    }
+    n->padded = calloc(n->padded_bytes + 64, 1);
+    return n->padded ? 0 : "there is not enough memory";
+}
+
+struct packed_network *packed_load(const void *file, size_t num_bytes, char *error, size_t error_size) {
+    struct packed_network *n = calloc(1, sizeof *n);
+    const char *wrong = n ? load(n, file, num_bytes) : "there is not enough memory";
+    if (!wrong) return n;
+    if (error_size) snprintf(error, error_size, "%s", wrong);
+    packed_free(n);
+    return 0;
+}
+
+/* ---- Operations ---- */
+
+static void *values_of(const struct packed_network *n, const struct buffer *b) { return n->slots[b->slot]; }
+
+/* torch's sign of a NaN counts as +1. */
+INLINE int is_positive(float value) { return !(value < 0.0f); }
+
+/* A pixel of the source with zeros around it, at the start of `row`. */
+static void pad_row(const struct packed_network *n, const struct operation *o, int64_t row) {
+    const struct buffer *s = o->source;
+    const int64_t top = o->fields[TOP], left = o->fields[LEFT], value = o->fields[KIND] == CONV ? 4 : 8;
+    const int64_t pixel = s->pixel_bytes, bytes = o->row_values * value;
+    unsigned char *to = n->padded + row * bytes;
+    if (row < top || row - top >= s->height) {
+        memset(to, 0, bytes);
+        return;
+    }
+    int64_t copied = s->width * pixel;
+    if (copied > bytes - left * pixel) copied = bytes - left * pixel;
+    memset(to, 0, left * pixel);
+    memcpy(to + left * pixel, (unsigned char *)values_of(n, s) + (row - top) * s->width * pixel, copied);
+    memset(to + left * pixel + copied, 0, bytes - left * pixel - copied);
+}
+
+/* Set bits of the taps of a pixel that lie on padding, whose bits are 0 and look like -1: they are no products. */
+static void correct_border(const struct operation *o, int64_t y, int64_t x, int64_t first, int64_t num, int32_t *differing,
+                           int64_t *num_products) {
+    const struct buffer *s = o->source;
+    const int64_t top = y * o->fields[STRIDE] - o->fields[TOP], left = x * o->fields[STRIDE] - o->fields[LEFT];
+    const int64_t kernel_h = o->fields[KERNEL_H], kernel_w = o->fields[KERNEL_W], outputs = o->target->channels;
+    *num_products = kernel_h * kernel_w * s->channels;
+    if (top >= 0 && left >= 0 && top + kernel_h <= s->height && left + kernel_w <= s->width) return;
+    for (int64_t i = 0; i < kernel_h; i++)
+        for (int64_t j = 0; j < kernel_w; j++) {
+            if (top + i >= 0 && top + i < s->height && left + j >= 0 && left + j < s->width) continue;
+            const int32_t *ones = o->ones + (i * kernel_w + j) * outputs + first;
+            *num_products -= s->channels;
+            for (int64_t c = 0; c < num; c++) differing[c] -= ones[c];
+        }
+}
+
+/* Factor, offset, what is added, ReLU: `num` channels. In the order of torch's operators, each rounded. */
+INLINE void finish_floats(const struct operation *o, const float *values, const float *added, int64_t first, int64_t num, float *out) {
+    const float *factor = o->factor ? o->factor + first : 0, *offset = o->offset ? o->offset + first : 0;
+    if (factor && offset && added) {
+        for (int64_t c = 0; c < num; c++) out[c] = values[c] * factor[c] + offset[c] + added[c];
+    } else if (factor && offset) {
+        for (int64_t c = 0; c < num; c++) out[c] = values[c] * factor[c] + offset[c];
+    } else {
+        for (int64_t c = 0; c < num; c++) {
+            float value = values[c];
+            if (factor) value *= factor[c];
+            if (offset) value += offset[c];
+            if (added) value += added[c];
+            out[c] = value;
+        }
+    }
+    if (o->fields[FLAGS] & RELU)
+        for (int64_t c = 0; c < num; c++) out[c] = out[c] > 0.0f ? out[c] : out[c] != out[c] ? out[c] : 0.0f;
+}
+
+INLINE void compare(const struct operation *o, const int32_t *sums, int64_t first, int64_t num, uint64_t *bits) {
+    for (int64_t c = 0; c < num; c += WORD) {
+        const int64_t most = num - c < WORD ? num - c : WORD;
+        uint64_t word = 0;
+        for (int64_t i = 0; i < most; i++)
+            word |= (uint64_t)(sums[c + i] * o->direction[first + c + i] >= o->threshold[first + c + i]) << i;
+        bits[c / WORD] = word;
+    }
+}
+
+/* One row of the output of a convolution, `num` outputs from `first`, a multiple of 64. */
+static void convolve_row(struct packed_network *n, const struct operation *o, int64_t y, int64_t first, int64_t num,
+                         unsigned char *scratch) {
+    const struct buffer *s = o->source, *t = o->target;
+    const int32_t *f = o->fields;
+    const int64_t depth = f[KIND] == CONV ? s->channels : s->words, step = f[STRIDE] * depth, taps = (int64_t)f[KERNEL_H] * f[KERNEL_W];
+    const void *source = o->is_padded ? n->padded : values_of(n, s);
+    const int64_t at = y * f[STRIDE] * o->row_values, wide = f[KIND] == CONV ? n->path->dot_wide : n->path->differ_wide;
+    const int64_t padded = rounded_up(num, wide);
+    const float *added = o->other ? (const float *)values_of(n, o->other) : 0;
+    if (f[KIND] == CONV)
+        n->path->dot(t->width, (const float *)source + at, o->row_values, step, (const float *)o->weight + first * taps * depth,
+                     f[KERNEL_H], f[KERNEL_W] * depth, num, (float *)scratch);
+    else
+        n->path->differ(t->width, (const uint64_t *)source + at, o->row_values, step,
+                        (const uint64_t *)o->weight + first * taps * depth, f[KERNEL_H], f[KERNEL_W] * depth, num, (int32_t *)scratch);
+    for (int64_t x = 0; x < t->width; x++) {
+        const int64_t pixel = y * t->width + x;
+        float *values = (float *)scratch + x * padded;
+        const float *add = added ? added + pixel * t->channels + first : 0;
+        if (f[KIND] == BINARY_CONV) {
+            int32_t *sums = (int32_t *)scratch + x * padded;
+            int64_t num_products;
+            correct_border(o, y, x, first, num, sums, &num_products);
+            for (int64_t c = 0; c < num; c++) sums[c] = (int32_t)num_products - 2 * sums[c];
+            if (n->traced_sums && n->operations + n->traced == o)
+                memcpy(n->traced_sums + pixel * t->channels + first, sums, num * sizeof *sums);
+            if (t->type == SUMS) {
+                memcpy((int32_t *)values_of(n, t) + pixel * t->channels + first, sums, num * sizeof *sums);
+                continue;
+            }
+            if (t->type == SIGNS) {
+                compare(o, sums, first, num, (uint64_t *)values_of(n, t) + pixel * t->words + first / WORD);
+                continue;
+            }
+            for (int64_t c = 0; c < num; c++) values[c] = (float)sums[c];
+        }
+        finish_floats(o, values, add, first, num, (float *)values_of(n, t) + pixel * t->channels + first);
+    }
+}
+
+static void run_convolution(struct packed_network *n, const struct operation *o, int num_threads) {
+    const struct buffer *t = o->target;
+    const int64_t rows = (t->height - 1) * o->fields[STRIDE] + o->fields[KERNEL_H];
+    const int64_t blocks = (t->channels + WORD - 1) / WORD;
+    /* A few rows: divide the outputs as well. */
+    const int64_t parts = t->height >= 4 * num_threads ? 1 : blocks < num_threads ? blocks : num_threads;
+#pragma omp parallel num_threads(num_threads)
+    {
+        unsigned char *scratch = n->scratch;
+#ifdef _OPENMP
+        scratch += omp_get_thread_num() * n->scratch_bytes;
+#endif
+        if (o->is_padded) {
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < rows; row++) pad_row(n, o, row);
+        }
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < t->height * parts; task++) {
+            const int64_t part = task % parts, first = blocks * part / parts * WORD, last = blocks * (part + 1) / parts * WORD;
+            convolve_row(n, o, task / parts, first, (last < t->channels ? last : t->channels) - first, scratch);
+        }
+    }
+}
+
+static void run_pixel(struct packed_network *n, const struct operation *o, int64_t pixel) {
+    const int64_t c_num = o->source->channels, at = pixel * c_num;
+    float *out = (float *)values_of(n, o->target) + (o->target->type == FLOATS ? at : 0);
+    const float *in = (const float *)values_of(n, o->source) + at;
+    const int32_t *sums = (const int32_t *)values_of(n, o->source) + at;
+    uint64_t *bits = (uint64_t *)values_of(n, o->target) + pixel * o->target->words;
+    const float *added = o->other ? (const float *)values_of(n, o->other) + at : 0;
+    switch (o->fields[KIND]) {
+    case NORMALIZE:
+        for (int64_t c = 0; c < c_num; c++) {
+            const float value = n->pixel_kind == PACKED_UINT8 ? ((const unsigned char *)n->pixels)[at + c] : ((const float *)n->pixels)[at + c];
+            out[c] = (value - o->offset[c]) / o->factor[c];
+        }
+        break;
+    case AFFINE:
+        if (o->source->type == SUMS)
+            for (int64_t c = 0; c < c_num; c++) out[c] = (float)sums[c];
+        finish_floats(o, o->source->type == SUMS ? out : in, added, 0, c_num, out);
+        break;
+    case ADD:
+        for (int64_t c = 0; c < c_num; c++) out[c] = in[c] + added[c];
+        break;
+    case SIGN:
+        for (int64_t c = 0; c < c_num; c += WORD) {
+            const int64_t most = c_num - c < WORD ? c_num - c : WORD;
+            uint64_t word = 0;
+            for (int64_t i = 0; i < most; i++) word |= (uint64_t)is_positive(in[c + i]) << i;
+            bits[c / WORD] = word;
+        }
+        break;
+    case THRESHOLD:
+        compare(o, sums, 0, c_num, bits);
+        break;
+    case LAYER_NORM: {
+        double mean = 0, variance = 0;
+        float epsilon;
+        memcpy(&epsilon, &o->fields[REAL], sizeof epsilon);
+        for (int64_t c = 0; c < c_num; c++) out[c] = o->source->type == SUMS ? (float)sums[c] : in[c];
+        for (int64_t c = 0; c < c_num; c++) mean += out[c];
+        mean /= (double)c_num;
+        for (int64_t c = 0; c < c_num; c++) variance += (out[c] - mean) * (out[c] - mean);
+        const float scale = (float)(1.0 / sqrt(variance / (double)c_num + epsilon));
+        for (int64_t c = 0; c < c_num; c++) out[c] = (float)(out[c] - mean) * scale;
+        finish_floats(o, out, added, 0, c_num, out);
+        break;
+    }
+    }
+}
+
+static void pool_pixel(struct packed_network *n, const struct operation *o, int64_t y, int64_t x) {
+    const struct buffer *s = o->source, *t = o->target;
+    const int64_t top = y * o->fields[STRIDE] - o->fields[TOP], left = x * o->fields[STRIDE] - o->fields[LEFT], channels = s->channels;
+    const int64_t y0 = top > 0 ? top : 0, y1 = top + o->fields[KERNEL_H] < s->height ? top + o->fields[KERNEL_H] : s->height;
+    const int64_t x0 = left > 0 ? left : 0, x1 = left + o->fields[KERNEL_W] < s->width ? left + o->fields[KERNEL_W] : s->width;
+    float *out = (float *)values_of(n, t) + (y * t->width + x) * channels;
+    int32_t *best = (int32_t *)out;
+    for (int64_t i = y0; i < y1; i++)
+        for (int64_t j = x0; j < x1; j++) {
+            const float *in = (const float *)values_of(n, s) + (i * s->width + j) * channels;
+            const int32_t *sums = (const int32_t *)in;
+            const int is_first = i == y0 && j == x0;
+            if (is_first)
+                memcpy(out, in, channels * sizeof *out);
+            else if (o->fields[KIND] == AVG_POOL)
+                for (int64_t c = 0; c < channels; c++) out[c] += in[c];
+            else if (s->type == SUMS)
+                for (int64_t c = 0; c < channels; c++) best[c] = best[c] > sums[c] ? best[c] : sums[c];
+            else
+                for (int64_t c = 0; c < channels; c++) out[c] = in[c] > out[c] || in[c] != in[c] ? in[c] : out[c];
+        }
+    const float count = (float)((y1 - y0) * (x1 - x0));
+    if (o->fields[KIND] == AVG_POOL)
+        for (int64_t c = 0; c < channels; c++) out[c] /= count;
+}
+
+static void run_mean(struct packed_network *n, const struct operation *o) {
+    const int64_t channels = o->source->channels, pixels = o->source->height * o->source->width;
+    const float *in = values_of(n, o->source);
+    float *out = values_of(n, o->target);
+    for (int64_t c = 0; c < channels; c++) out[c] = in[c];
+    for (int64_t pixel = 1; pixel < pixels; pixel++)
+        for (int64_t c = 0; c < channels; c++) out[c] += in[pixel * channels + c];
+    for (int64_t c = 0; c < channels; c++) out[c] /= (float)pixels;
+}
+
+static void run_operation(struct packed_network *n, const struct operation *o, int num_threads) {
+    const struct buffer *t = o->target;
+    switch (o->fields[KIND]) {
+    case CONV:
+    case BINARY_CONV:
+        run_convolution(n, o, num_threads);
+        break;
+    case MAX_POOL:
+    case AVG_POOL:
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+        for (int64_t y = 0; y < t->height; y++)
+            for (int64_t x = 0; x < t->width; x++) pool_pixel(n, o, y, x);
+        break;
+    case MEAN:
+        run_mean(n, o);
+        break;
+    default:
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+        for (int64_t y = 0; y < t->height; y++)
+            for (int64_t x = 0; x < t->width; x++) run_pixel(n, o, y * t->width + x);
+    }
+}
+
+static double now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+int packed_run(struct packed_network *n, const void *pixels, enum packed_pixels kind, float *logits, int num_threads) {
+    if (num_threads < 1) num_threads = 1;
+    if (num_threads > n->num_scratches) {
+        unsigned char *scratch = realloc(n->scratch, num_threads * n->scratch_bytes + 64);
+        if (!scratch) return -1;
+        n->scratch = scratch;
+        n->num_scratches = num_threads;
+    }
+    n->pixels = pixels;
+    n->pixel_kind = kind;
+    double before = now();
+    for (int i = 0; i < n->num_operations; i++) {
+        run_operation(n, n->operations + i, num_threads);
+        const double after = now();
+        n->seconds[i] = after - before;
+        before = after;
+    }
+    const struct buffer *last = n->operations[n->num_operations - 1].target;
+    memcpy(logits, values_of(n, last), last->channels * sizeof *logits);
+    return 0;
+}
+
+void packed_image_size(const struct packed_network *n, int size[3]) {
+    const struct buffer *image = n->operations[0].source;
+    size[0] = (int)image->height, size[1] = (int)image->width, size[2] = (int)image->channels;
+}
+
+int packed_num_classes(const struct packed_network *n) { return (int)n->operations[n->num_operations - 1].target->channels; }
+int packed_num_operations(const struct packed_network *n) { return n->num_operations; }
+const double *packed_seconds(const struct packed_network *n) { return n->seconds; }
+
+size_t packed_sums_size(const struct packed_network *n, int index) {
+    if (index < 0 || index >= n->num_operations || n->operations[index].fields[KIND] != BINARY_CONV) return 0;
+    const struct buffer *t = n->operations[index].target;
+    return (size_t)(t->height * t->width * t->channels);
+}
+
+int packed_sums(struct packed_network *n, const void *pixels, enum packed_pixels kind, int index, int32_t *sums, int num_threads) {
+    if (!packed_sums_size(n, index)) return -1;
+    float *logits = malloc(packed_num_classes(n) * sizeof *logits);
+    if (!logits) return -1;
+    n->traced = index;
+    n->traced_sums = sums;
+    const int result = packed_run(n, pixels, kind, logits, num_threads);
+    n->traced_sums = 0;
+    free(logits);
+    return result;
 }
