@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+PORTABLE_FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing", "-fPIC", "-fopenmp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC")
 
 
@@ -46,26 +47,44 @@ def load_c_library(source: Path) -> ctypes.CDLL:
     raise CLibraryError(problem)
 
 
-def load_built(source: Path, compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
+def load_portable_c_library(source: Path) -> ctypes.CDLL:
+    """Load the functions of `source`, which choose instructions themselves; torch is not needed.
+
+    Raises:
+        CLibraryError: there is no compiler, it fails, or the cache folder cannot be used.
+    """
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise CLibraryError("no C compiler (cc or gcc) on the PATH")
+    try:
+        return load_built(source, compiler, PORTABLE_FLAGS, ("-fopenmp", "-lm"))
+    except subprocess.CalledProcessError as error:
+        raise CLibraryError(f"{' '.join(error.cmd)}: {_last_line(error.stderr)}") from error
+    except (OSError, RuntimeError) as error:
+        raise CLibraryError(f"{error} ($BITFLEET_CACHE may name another folder)") from error
+
+
+def load_built(source: Path, compiler: str, flags: tuple[str, ...], libraries: tuple[str, ...] = ()) -> ctypes.CDLL:
     """Load what `compiler` makes of `source` with `flags`, from the cache folder if it is there."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256("\0".join([source.read_text(), compiler, version, *flags, _cpu()]).encode()).hexdigest()
+    texts = [file.read_text() for file in (source, *sorted(source.parent.glob("*.h")))]
+    key = hashlib.sha256("\0".join([*texts, compiler, version, *flags, *libraries, _cpu()]).encode()).hexdigest()
     path = _cache_folder() / f"{source.stem}-{key[:16]}.so"
     if path.exists():
         with contextlib.suppress(OSError):  # damaged: built again
             return ctypes.CDLL(str(path))
-    _build(source, compiler, flags, path)
+    _build(source, compiler, flags, libraries, path)
     return ctypes.CDLL(str(path))
 
 
-def _build(source: Path, compiler: str, flags: tuple[str, ...], path: Path) -> None:
+def _build(source: Path, compiler: str, flags: tuple[str, ...], libraries: tuple[str, ...], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Several ranks may build at once: each renames its own finished file over the others'.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
         compiled, linked = Path(folder, f"{source.stem}.o"), Path(folder, f"{source.stem}.so")
         for command in (
             [compiler, *flags, "-c", str(source), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), "-o", str(linked)],
+            [compiler, "-shared", str(compiled), "-o", str(linked), *libraries],
         ):
             subprocess.run(command, capture_output=True, text=True, check=True)
         with linked.open("rb") as file:
