@@ -1,10 +1,10 @@
-/* The two inner loops, included once per instruction set by packed.c with
+/* The inner loops, included once per instruction set by packed.c with
  *   NAME(x)          the name of a function of this set
  *   TARGET           attribute that lets the compiler use it
  *   COUNT_PIXELS, COUNT_VECTORS  block of `count`: pixels, and vectors of 8 outputs
  *   DOT_PIXELS, DOT_VECTORS      block of `dot`: pixels, and vectors of outputs
  *   vf, VF           vector of VF floats: LOADF, STOREF, SPLATF, FMAF
- *   and a body of NAME(count).
+ *   and a body of NAME(count) and NAME(mask).
  * A window is `kernel_rows` rows, `row_stride` apart, of `run` words or values; pixels are `step` apart. */
 
 /* Sums over windows: out[p][n] = sum x * w. weight: [kernel_rows * run][DOT_VECTORS * VF]. */
@@ -60,3 +60,24 @@ TARGET static void NAME(differ)(int64_t num, const uint64_t *x, int64_t row_stri
             NAME(count)(1, x + p * step, row_stride, step, weight, kernel_rows, run, out + p * padded + n, padded);
     }
 }
+
+TARGET static void NAME(convolve_row)(struct packed_network *n, const struct operation *o, int64_t y, int64_t first, int64_t num,
+                                      void *scratch) {
+    const int64_t wide = o->fields[KIND] == BINARY_CONV ? COUNT_VECTORS * LANES : DOT_VECTORS * VF;
+    convolve_row(n, o, y, first, num, scratch, wide, NAME(dot), NAME(differ), NAME(mask));
+}
+
+TARGET static void NAME(map_row)(struct packed_network *n, const struct operation *o, int64_t y) { map_row(n, o, y, NAME(mask)); }
+
+#undef NAME
+#undef TARGET
+#undef COUNT_PIXELS
+#undef COUNT_VECTORS
+#undef DOT_PIXELS
+#undef DOT_VECTORS
+#undef VF
+#undef vf
+#undef LOADF
+#undef STOREF
+#undef SPLATF
+#undef FMAF

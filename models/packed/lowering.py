@@ -373,9 +373,15 @@ def _fuse(operations: list[Operation]) -> list[Operation]:
                     raise AssertionError
             else:
                 fused.append(Operation(Kind.THRESHOLD, producer.source, operation.target, factor=threshold, offset=direction))
+        elif operation.kind is Kind.SIGN and (maker := _maker(fused, operation.source)) is not None and maker.signs is None:
+            maker.signs = operation.target
         else:
             fused.append(operation)
     return fused
+
+
+def _maker(fused: Sequence[Operation], buffer: Buffer) -> Operation | None:
+    return next((o for o in fused if o.target is buffer), None)
 
 
 def _readers(operations: Sequence[Operation], buffer: Buffer) -> int:
@@ -386,11 +392,13 @@ def _only_reader(operations: Sequence[Operation], fused: Sequence[Operation], re
     """Return the operation that makes the source of `reader`, if nothing else reads it."""
     if _readers(operations, reader.source) > 1:
         return None
-    return next((o for o in fused if o.target is reader.source), None)
+    return _maker(fused, reader.source)
 
 
 def _takes_affine(producer: Operation, affine: Operation) -> bool:
-    if producer.kind not in (Kind.CONV, Kind.BINARY_CONV, Kind.AFFINE) or producer.other is not None or Flag.RELU in producer.flags:
+    if producer.signs is not None or producer.other is not None or Flag.RELU in producer.flags:
+        return False
+    if producer.kind not in (Kind.CONV, Kind.BINARY_CONV, Kind.AFFINE, Kind.LAYER_NORM):
         return False
     # values * factor + offset: a factor must not come after an offset.
     return (affine.factor is None or (producer.factor is None and producer.offset is None)) and (
@@ -403,6 +411,7 @@ def _adder(operations: Sequence[Operation], fused: Sequence[Operation], add: Ope
     for operation in reversed(fused):
         if operation.target is add.source or operation.target is add.other:
             can = operation.kind in (Kind.CONV, Kind.BINARY_CONV, Kind.AFFINE) and operation.other is None
+            can = can and operation.signs is None
             if can and Flag.RELU not in operation.flags and _readers(operations, operation.target) == 1:
                 return operation
             if operation.kind not in (Kind.CONV, Kind.BINARY_CONV, Kind.AFFINE):

@@ -32,247 +32,21 @@ enum type { FLOATS, SIGNS, SUMS, NUM_TYPES };
 enum kind { NORMALIZE, CONV, BINARY_CONV, AFFINE, LAYER_NORM, MAX_POOL, AVG_POOL, SIGN, THRESHOLD, MEAN, ADD, NUM_KINDS };
 enum flags { RELU = 1, BINARY_WEIGHT = 2 };
 /* Fields of an operation; -1 for a buffer or tensor that it does not have. FACTOR and OFFSET: of a channel; thresholds and their
- * directions where the target is signs; deviation and mean of NORMALIZE. REAL: bits of a float, the epsilon of LAYER_NORM. */
-enum field { KIND, SOURCE, OTHER, TARGET_BUFFER, KERNEL_H, KERNEL_W, STRIDE, TOP, LEFT, FLAGS, WEIGHT, FACTOR, OFFSET, REAL };
+ * directions where the target is signs; deviation and mean of NORMALIZE. REAL: bits of a float, the epsilon of LAYER_NORM.
+ * SIGNS_OF: a buffer for the signs of the result, which are packed along the way. */
+enum field { KIND, SOURCE, OTHER, TARGET_BUFFER, KERNEL_H, KERNEL_W, STRIDE, TOP, LEFT, FLAGS, WEIGHT, FACTOR, OFFSET, REAL, SIGNS_OF };
 
-/* ---- Instruction sets ---- */
+struct packed_network;
+struct operation;
 
-#define NAME(x) x##_portable
-#define TARGET
-#define COUNT_PIXELS 4
-#define COUNT_VECTORS 1
-#define DOT_PIXELS 4
-#define DOT_VECTORS 2
-#define VF 4
-typedef float v4 __attribute__((vector_size(16), aligned(4)));
-#define vf v4
-#define LOADF(p) (*(const v4 *)(p))
-#define STOREF(p, v) (*(v4 *)(p) = (v))
-#define SPLATF(x) ((v4){(x), (x), (x), (x)})
-#define FMAF(a, b, c) ((a) * (b) + (c))
-INLINE void count_portable(const int num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
-                           int64_t kernel_rows, int64_t run, int32_t *out, int64_t out_step) {
-    int32_t sums[COUNT_PIXELS][LANES] = {{0}};
-    for (int64_t i = 0; i < kernel_rows; i++)
-        for (int64_t k = 0; k < run; k++, weight += LANES)
-            for (int p = 0; p < num; p++)
-                for (int lane = 0; lane < LANES; lane++)
-                    sums[p][lane] += __builtin_popcountll(weight[lane] ^ x[i * row_stride + p * step + k]);
-    for (int p = 0; p < num; p++) memcpy(out + p * out_step, sums[p], sizeof sums[p]);
-}
-#include "kernels.h"
-#undef NAME
-#undef TARGET
-#undef COUNT_PIXELS
-#undef COUNT_VECTORS
-#undef DOT_PIXELS
-#undef DOT_VECTORS
-#undef VF
-#undef vf
-#undef LOADF
-#undef STOREF
-#undef SPLATF
-#undef FMAF
-
-#if defined __x86_64__
-#define NAME(x) x##_avx512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,fma")))
-#define COUNT_PIXELS 4
-#define COUNT_VECTORS 4
-#define DOT_PIXELS 6
-#define DOT_VECTORS 4
-#define VF 16
-#define vf __m512
-#define LOADF(p) _mm512_loadu_ps(p)
-#define STOREF(p, v) _mm512_storeu_ps(p, v)
-#define SPLATF(x) _mm512_set1_ps(x)
-#define FMAF(a, b, c) _mm512_fmadd_ps(a, b, c)
-TARGET INLINE void count_avx512(const int num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
-                                int64_t kernel_rows, int64_t run, int32_t *out, int64_t out_step) {
-    __m512i sums[COUNT_PIXELS][COUNT_VECTORS];
-    for (int p = 0; p < num; p++)
-        for (int v = 0; v < COUNT_VECTORS; v++) sums[p][v] = _mm512_setzero_si512();
-    for (int64_t i = 0; i < kernel_rows; i++) {
-        const uint64_t *row = x + i * row_stride;
-        for (int64_t k = 0; k < run; k++, weight += COUNT_VECTORS * LANES) {
-            __m512i w[COUNT_VECTORS];
-#pragma GCC unroll 4
-            for (int v = 0; v < COUNT_VECTORS; v++) w[v] = _mm512_loadu_si512(weight + v * LANES);
-#pragma GCC unroll 4
-            for (int p = 0; p < num; p++) {
-                const __m512i pixel = _mm512_set1_epi64((int64_t)row[p * step + k]);
-#pragma GCC unroll 4
-                for (int v = 0; v < COUNT_VECTORS; v++)
-                    sums[p][v] = _mm512_add_epi64(sums[p][v], _mm512_popcnt_epi64(_mm512_xor_si512(w[v], pixel)));
-            }
-        }
-    }
-    for (int p = 0; p < num; p++)
-        for (int v = 0; v < COUNT_VECTORS; v++)
-            _mm256_storeu_si256((__m256i *)(out + p * out_step + v * LANES), _mm512_cvtepi64_epi32(sums[p][v]));
-}
-#include "kernels.h"
-#undef NAME
-#undef TARGET
-#undef COUNT_PIXELS
-#undef COUNT_VECTORS
-#undef DOT_PIXELS
-#undef DOT_VECTORS
-#undef VF
-#undef vf
-#undef LOADF
-#undef STOREF
-#undef SPLATF
-#undef FMAF
-
-#define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2,fma")))
-#define COUNT_PIXELS 4
-#define COUNT_VECTORS 1
-#define DOT_PIXELS 6
-#define DOT_VECTORS 2
-#define VF 8
-#define vf __m256
-#define LOADF(p) _mm256_loadu_ps(p)
-#define STOREF(p, v) _mm256_storeu_ps(p, v)
-#define SPLATF(x) _mm256_set1_ps(x)
-#define FMAF(a, b, c) _mm256_fmadd_ps(a, b, c)
-/* Counts in bytes, by looking up nibbles; a byte holds the counts of 31 words. */
-TARGET INLINE void count_avx2(const int num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
-                              int64_t kernel_rows, int64_t run, int32_t *out, int64_t out_step) {
-    const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
-    const __m256i nibble = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
-    __m256i sums[COUNT_PIXELS][2], bytes[COUNT_PIXELS][2];
-    for (int p = 0; p < num; p++)
-        for (int v = 0; v < 2; v++) sums[p][v] = bytes[p][v] = zero;
-    int words = 0;
-    for (int64_t i = 0; i < kernel_rows; i++) {
-        const uint64_t *row = x + i * row_stride;
-        for (int64_t k = 0; k < run; k++, weight += LANES) {
-            for (int v = 0; v < 2; v++) {
-                const __m256i w = _mm256_loadu_si256((const __m256i *)(weight + 4 * v));
-#pragma GCC unroll 4
-                for (int p = 0; p < num; p++) {
-                    const __m256i bits = _mm256_xor_si256(w, _mm256_set1_epi64x((int64_t)row[p * step + k]));
-                    const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(bits, nibble));
-                    const __m256i high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bits, 4), nibble));
-                    bytes[p][v] = _mm256_add_epi8(bytes[p][v], _mm256_add_epi8(low, high));
-                }
-            }
-            if (++words < 31) continue;
-            for (int p = 0; p < num; p++)
-                for (int v = 0; v < 2; v++) {
-                    sums[p][v] = _mm256_add_epi64(sums[p][v], _mm256_sad_epu8(bytes[p][v], zero));
-                    bytes[p][v] = zero;
-                }
-            words = 0;
-        }
-    }
-    for (int p = 0; p < num; p++)
-        for (int v = 0; v < 2; v++) {
-            int64_t lanes[4];
-            _mm256_storeu_si256((__m256i *)lanes, _mm256_add_epi64(sums[p][v], _mm256_sad_epu8(bytes[p][v], zero)));
-            for (int lane = 0; lane < 4; lane++) out[p * out_step + 4 * v + lane] = (int32_t)lanes[lane];
-        }
-}
-#include "kernels.h"
-#elif defined __aarch64__
-#define NAME(x) x##_neon
-#define TARGET
-#define COUNT_PIXELS 4
-#define COUNT_VECTORS 1
-#define DOT_PIXELS 4
-#define DOT_VECTORS 4
-#define VF 4
-#define vf float32x4_t
-#define LOADF(p) vld1q_f32(p)
-#define STOREF(p, v) vst1q_f32(p, v)
-#define SPLATF(x) vdupq_n_f32(x)
-#define FMAF(a, b, c) vfmaq_f32(c, a, b)
-/* Counts in bytes; a byte holds the counts of 31 words. */
-INLINE void count_neon(const int num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
-                       int64_t kernel_rows, int64_t run, int32_t *out, int64_t out_step) {
-    uint64x2_t sums[COUNT_PIXELS][4];
-    uint8x16_t bytes[COUNT_PIXELS][4];
-    for (int p = 0; p < num; p++)
-        for (int v = 0; v < 4; v++) sums[p][v] = vdupq_n_u64(0), bytes[p][v] = vdupq_n_u8(0);
-    int words = 0;
-    for (int64_t i = 0; i < kernel_rows; i++) {
-        const uint64_t *row = x + i * row_stride;
-        for (int64_t k = 0; k < run; k++, weight += LANES) {
-            for (int v = 0; v < 4; v++) {
-                const uint64x2_t w = vld1q_u64(weight + 2 * v);
-                for (int p = 0; p < num; p++)
-                    bytes[p][v] = vaddq_u8(bytes[p][v], vcntq_u8(vreinterpretq_u8_u64(veorq_u64(w, vdupq_n_u64(row[p * step + k])))));
-            }
-            if (++words < 31) continue;
-            for (int p = 0; p < num; p++)
-                for (int v = 0; v < 4; v++) {
-                    sums[p][v] = vpadalq_u32(sums[p][v], vpaddlq_u16(vpaddlq_u8(bytes[p][v])));
-                    bytes[p][v] = vdupq_n_u8(0);
-                }
-            words = 0;
-        }
-    }
-    for (int p = 0; p < num; p++)
-        for (int v = 0; v < 4; v++) {
-            const uint64x2_t sum = vpadalq_u32(sums[p][v], vpaddlq_u16(vpaddlq_u8(bytes[p][v])));
-            vst1_s32(out + p * out_step + 2 * v, vreinterpret_s32_u32(vmovn_u64(sum)));
-        }
-}
-#include "kernels.h"
-#endif
-
-typedef void dot_function(int64_t, const float *, int64_t, int64_t, const float *, int64_t, int64_t, int64_t, float *);
-typedef void differ_function(int64_t, const uint64_t *, int64_t, int64_t, const uint64_t *, int64_t, int64_t, int64_t, int32_t *);
-
+/* The functions of an instruction set. */
 struct path {
     const char *name;
-    int dot_wide, differ_wide; /* outputs of a block */
-    dot_function *dot;
-    differ_function *differ;
+    int dot_wide, differ_wide; /* outputs of a block of weights */
+    void (*convolve_row)(struct packed_network *, const struct operation *, int64_t y, int64_t first, int64_t num, void *scratch);
+    void (*map_row)(struct packed_network *, const struct operation *, int64_t y);
 };
-
-static const struct path PATHS[] = {
-#if defined __x86_64__
-    {"avx512", 64, 32, dot_avx512, differ_avx512},
-    {"avx2", 16, 8, dot_avx2, differ_avx2},
-#elif defined __aarch64__
-    {"neon", 16, 8, dot_neon, differ_neon},
-#endif
-    {"portable", 8, 8, dot_portable, differ_portable},
-};
-enum { NUM_PATHS = sizeof PATHS / sizeof *PATHS };
-static const struct path *chosen;
-
-static int is_supported(const struct path *path) {
-#if defined __x86_64__
-    if (!strcmp(path->name, "avx512"))
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vpopcntdq");
-    if (!strcmp(path->name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-    (void)path;
-    return 1;
-}
-
-static const struct path *current_path(void) {
-    if (chosen) return chosen;
-    for (int i = 0; i < NUM_PATHS; i++)
-        if (is_supported(PATHS + i)) return PATHS + i;
-    return PATHS + NUM_PATHS - 1;
-}
-
-int packed_use_path(const char *name) {
-    for (int i = 0; i < NUM_PATHS; i++)
-        if (!strcmp(PATHS[i].name, name) && is_supported(PATHS + i)) {
-            chosen = PATHS + i;
-            return 0;
-        }
-    return -1;
-}
-
-const char *packed_path(void) { return current_path()->name; }
+static const struct path *current_path(void);
 
 /* ---- The file ---- */
 
@@ -291,10 +65,10 @@ struct buffer {
 
 struct operation {
     int32_t fields[FIELDS];
-    const struct buffer *source, *target, *other;
+    const struct buffer *source, *target, *other, *signs;
     int64_t row_values;  /* of a padded row of the source, in words or floats */
     int is_padded;
-    void *weight;         /* in blocks of the path */
+    void *weight;         /* in blocks of the path; NORMALIZE: means and deviations of a row */
     int32_t *ones;        /* binary convolution: [taps][outputs], set bits of a tap */
     const float *factor, *offset;
     const int32_t *threshold, *direction;
@@ -522,6 +296,9 @@ static const char *check_operation(const struct packed_network *n, const struct 
     if (kind == ADD && !o->other) return "it has one input";
     if (o->other && (o->other->type != FLOATS || t->type != FLOATS || !same_size(o->other, t))) return "what it adds has another size";
     if (o->other && kind != ADD && kind != CONV && kind != BINARY_CONV && kind != AFFINE) return "it cannot add";
+    if (o->signs && (o->signs->type != SIGNS || t->type != FLOATS || !same_size(o->signs, t) || o->signs->slot == t->slot ||
+                     o->signs->slot == s->slot || (o->other && o->signs->slot == o->other->slot)))
+        return "its signs have another size";
     return 0;
 }
 
@@ -537,11 +314,12 @@ static const char *read_operations(struct packed_network *n, const struct tensor
         memcpy(o->fields, table->data + sizeof o->fields * i, sizeof o->fields);
         if (f[KIND] < 0 || f[KIND] >= NUM_KINDS) return "it has an operation of a later version";
         if (f[SOURCE] < 0 || f[SOURCE] >= n->num_buffers || f[TARGET_BUFFER] < 0 || f[TARGET_BUFFER] >= n->num_buffers ||
-            f[OTHER] < -1 || f[OTHER] >= n->num_buffers)
+            f[OTHER] < -1 || f[OTHER] >= n->num_buffers || f[SIGNS_OF] < -1 || f[SIGNS_OF] >= n->num_buffers)
             return "an operation has no buffer";
         o->source = n->buffers + f[SOURCE];
         o->target = n->buffers + f[TARGET_BUFFER];
         o->other = f[OTHER] < 0 ? 0 : n->buffers + f[OTHER];
+        o->signs = f[SIGNS_OF] < 0 ? 0 : n->buffers + f[SIGNS_OF];
         if ((f[KIND] == NORMALIZE) != (i == 0)) return "the image is not normalized first";
         const char *wrong = check_operation(n, o);
         if (wrong) return wrong;
@@ -601,6 +379,16 @@ static int prepare_bits(const struct packed_network *n, struct operation *o) {
 static int prepare(struct packed_network *n, struct operation *o) {
     const int32_t *f = o->fields;
     const struct buffer *s = o->source, *t = o->target;
+    if (f[KIND] == NORMALIZE) {
+        const int64_t numel = s->width * s->channels;
+        float *rows = malloc(2 * numel * sizeof *rows);
+        o->weight = rows;
+        for (int64_t i = 0; rows && i < numel; i++) {
+            rows[i] = o->offset[i % s->channels];
+            rows[numel + i] = o->factor[i % s->channels];
+        }
+        return rows != 0;
+    }
     if (f[KIND] != CONV && f[KIND] != BINARY_CONV) return 1;
     const int64_t rows = (t->height - 1) * f[STRIDE] + f[KERNEL_H], columns = (t->width - 1) * f[STRIDE] + f[KERNEL_W];
     o->is_padded = f[TOP] || f[LEFT] || rows > s->height || columns > s->width;
@@ -670,12 +458,428 @@ struct packed_network *packed_load(const void *file, size_t num_bytes, char *err
     return 0;
 }
 
-/* ---- Operations ---- */
+/* ---- Rows of operations, compiled once per instruction set ---- */
+
+typedef void dot_function(int64_t, const float *, int64_t, int64_t, const float *, int64_t, int64_t, int64_t, float *);
+typedef void differ_function(int64_t, const uint64_t *, int64_t, int64_t, const uint64_t *, int64_t, int64_t, int64_t, int32_t *);
+typedef uint64_t mask_function(const int32_t *);
 
 static void *values_of(const struct packed_network *n, const struct buffer *b) { return n->slots[b->slot]; }
 
+/* Words whose bits are 1 where a value is not negative. */
+INLINE void pack_ints(const int32_t *values, int64_t num, uint64_t *bits, mask_function *mask) {
+    for (int64_t c = 0; c < num; c += WORD) {
+        int32_t rest[WORD];
+        if (num - c >= WORD) {
+            bits[c / WORD] = ~mask(values + c);
+        } else {
+            for (int i = 0; i < WORD; i++) rest[i] = c + i < num ? values[c + i] : -1;
+            bits[c / WORD] = ~mask(rest);
+        }
+    }
+}
+
 /* torch's sign of a NaN counts as +1. */
-INLINE int is_positive(float value) { return !(value < 0.0f); }
+INLINE void pack_floats(const float *values, int64_t num, uint64_t *bits, mask_function *mask) {
+    for (int64_t c = 0; c < num; c += WORD) {
+        int32_t negative[WORD];
+        if (num - c >= WORD)
+            for (int i = 0; i < WORD; i++) negative[i] = -(values[c + i] < 0.0f);
+        else
+            for (int i = 0; i < WORD; i++) negative[i] = c + i < num ? -(values[c + i] < 0.0f) : -1;
+        bits[c / WORD] = ~mask(negative);
+    }
+}
+
+/* Set bits of the taps of a pixel that lie on padding, whose bits are 0 and look like -1: they are no products. */
+INLINE int32_t correct_border(const struct operation *o, int64_t y, int64_t x, int64_t first, int64_t num, int32_t *differing) {
+    const struct buffer *s = o->source;
+    const int64_t top = y * o->fields[STRIDE] - o->fields[TOP], left = x * o->fields[STRIDE] - o->fields[LEFT];
+    const int64_t kernel_h = o->fields[KERNEL_H], kernel_w = o->fields[KERNEL_W], outputs = o->target->channels;
+    int64_t num_products = kernel_h * kernel_w * s->channels;
+    if (top >= 0 && left >= 0 && top + kernel_h <= s->height && left + kernel_w <= s->width) return (int32_t)num_products;
+    for (int64_t i = 0; i < kernel_h; i++)
+        for (int64_t j = 0; j < kernel_w; j++) {
+            if (top + i >= 0 && top + i < s->height && left + j >= 0 && left + j < s->width) continue;
+            const int32_t *ones = o->ones + (i * kernel_w + j) * outputs + first;
+            num_products -= s->channels;
+            for (int64_t c = 0; c < num; c++) differing[c] -= ones[c];
+        }
+    return (int32_t)num_products;
+}
+
+/* Factor, offset, what is added, ReLU: `num` channels, in the order of torch's operators, each rounded. */
+INLINE void finish(const struct operation *o, const float *values, const float *added, int64_t first, int64_t num, float *out) {
+    const float *factor = o->factor ? o->factor + first : 0, *offset = o->offset ? o->offset + first : 0;
+    if (factor && offset && added) {
+        for (int64_t c = 0; c < num; c++) out[c] = values[c] * factor[c] + offset[c] + added[c];
+    } else if (factor && offset) {
+        for (int64_t c = 0; c < num; c++) out[c] = values[c] * factor[c] + offset[c];
+    } else {
+        for (int64_t c = 0; c < num; c++) out[c] = values[c];
+        if (factor)
+            for (int64_t c = 0; c < num; c++) out[c] *= factor[c];
+        if (offset)
+            for (int64_t c = 0; c < num; c++) out[c] += offset[c];
+        if (added)
+            for (int64_t c = 0; c < num; c++) out[c] += added[c];
+    }
+    if (o->fields[FLAGS] & RELU)
+        for (int64_t c = 0; c < num; c++) out[c] = out[c] < 0.0f ? 0.0f : out[c];
+}
+
+INLINE void compare(const struct operation *o, const int32_t *sums, int64_t first, int64_t num, uint64_t *bits, mask_function *mask) {
+    for (int64_t c = 0; c < num; c += WORD) {
+        int32_t above[WORD];
+        const int64_t most = num - c < WORD ? num - c : WORD;
+        for (int64_t i = 0; i < most; i++) above[i] = sums[c + i] * o->direction[first + c + i] - o->threshold[first + c + i];
+        pack_ints(above, most, bits + c / WORD, mask);
+    }
+}
+
+/* Row y of a convolution, `num` outputs from `first`, a multiple of 64. */
+INLINE void convolve_row(struct packed_network *n, const struct operation *o, int64_t y, int64_t first, int64_t num, void *scratch,
+                         const int64_t wide, dot_function *dot, differ_function *differ, mask_function *mask) {
+    const struct buffer *s = o->source, *t = o->target;
+    const int32_t *f = o->fields;
+    const int is_binary = f[KIND] == BINARY_CONV;
+    const int64_t depth = is_binary ? s->words : s->channels, step = f[STRIDE] * depth, taps = (int64_t)f[KERNEL_H] * f[KERNEL_W];
+    const void *source = o->is_padded ? n->padded : values_of(n, s);
+    const int64_t at = y * f[STRIDE] * o->row_values, padded = (num + wide - 1) / wide * wide;
+    const float *added = o->other ? (const float *)values_of(n, o->other) : 0;
+    if (is_binary)
+        differ(t->width, (const uint64_t *)source + at, o->row_values, step, (const uint64_t *)o->weight + first * taps * depth,
+               f[KERNEL_H], f[KERNEL_W] * depth, num, scratch);
+    else
+        dot(t->width, (const float *)source + at, o->row_values, step, (const float *)o->weight + first * taps * depth, f[KERNEL_H],
+            f[KERNEL_W] * depth, num, scratch);
+    for (int64_t x = 0; x < t->width; x++) {
+        const int64_t pixel = y * t->width + x, to = pixel * t->channels + first;
+        float *values = (float *)scratch + x * padded;
+        if (is_binary) {
+            int32_t *sums = (int32_t *)scratch + x * padded;
+            const int32_t num_products = correct_border(o, y, x, first, num, sums);
+            for (int64_t c = 0; c < num; c++) sums[c] = num_products - 2 * sums[c];
+            if (n->traced_sums && n->operations + n->traced == o) memcpy(n->traced_sums + to, sums, num * sizeof *sums);
+            if (t->type == SUMS) {
+                memcpy((int32_t *)values_of(n, t) + to, sums, num * sizeof *sums);
+                continue;
+            }
+            if (t->type == SIGNS) {
+                compare(o, sums, first, num, (uint64_t *)values_of(n, t) + pixel * t->words + first / WORD, mask);
+                continue;
+            }
+            for (int64_t c = 0; c < num; c++) values[c] = (float)sums[c];
+        }
+        float *out = (float *)values_of(n, t) + to;
+        finish(o, values, added ? added + to : 0, first, num, out);
+        if (o->signs) pack_floats(out, num, (uint64_t *)values_of(n, o->signs) + pixel * t->words + first / WORD, mask);
+    }
+}
+
+INLINE void normalize_pixel(const struct packed_network *n, const struct operation *o, float *values) {
+    double mean = 0, variance = 0;
+    float epsilon;
+    const int64_t num = o->source->channels;
+    (void)n;
+    memcpy(&epsilon, &o->fields[REAL], sizeof epsilon);
+    for (int64_t c = 0; c < num; c++) mean += values[c];
+    mean /= (double)num;
+    for (int64_t c = 0; c < num; c++) variance += (values[c] - mean) * (values[c] - mean);
+    const float scale = (float)(1.0 / sqrt(variance / (double)num + epsilon)), center = (float)mean;
+    for (int64_t c = 0; c < num; c++) values[c] = (values[c] - center) * scale;
+}
+
+INLINE void pool_pixel(struct packed_network *n, const struct operation *o, int64_t y, int64_t x) {
+    const struct buffer *s = o->source, *t = o->target;
+    const int64_t top = y * o->fields[STRIDE] - o->fields[TOP], left = x * o->fields[STRIDE] - o->fields[LEFT], channels = s->channels;
+    const int64_t y0 = top > 0 ? top : 0, y1 = top + o->fields[KERNEL_H] < s->height ? top + o->fields[KERNEL_H] : s->height;
+    const int64_t x0 = left > 0 ? left : 0, x1 = left + o->fields[KERNEL_W] < s->width ? left + o->fields[KERNEL_W] : s->width;
+    float *restrict out = (float *)values_of(n, t) + (y * t->width + x) * channels;
+    int32_t *best = (int32_t *)out;
+    for (int64_t i = y0; i < y1; i++)
+        for (int64_t j = x0; j < x1; j++) {
+            const float *restrict in = (const float *)values_of(n, s) + (i * s->width + j) * channels;
+            const int32_t *sums = (const int32_t *)in;
+            if (i == y0 && j == x0)
+                memcpy(out, in, channels * sizeof *out);
+            else if (o->fields[KIND] == AVG_POOL)
+                for (int64_t c = 0; c < channels; c++) out[c] += in[c];
+            else if (s->type == SUMS)
+                for (int64_t c = 0; c < channels; c++) best[c] = best[c] > sums[c] ? best[c] : sums[c];
+            else
+                for (int64_t c = 0; c < channels; c++) out[c] = in[c] <= out[c] ? out[c] : in[c];
+        }
+    const float count = (float)((y1 - y0) * (x1 - x0));
+    if (o->fields[KIND] == AVG_POOL)
+        for (int64_t c = 0; c < channels; c++) out[c] /= count;
+}
+
+/* Row y of any other operation. */
+INLINE void map_row(struct packed_network *n, const struct operation *o, int64_t y, mask_function *mask) {
+    const struct buffer *s = o->source, *t = o->target;
+    const int64_t num = s->channels, row = y * s->width * num;
+    if (o->fields[KIND] == NORMALIZE) {
+        const int64_t numel = s->width * num;
+        const float *mean = o->weight, *deviation = mean + numel;
+        float *out = (float *)values_of(n, t) + row;
+        if (n->pixel_kind == PACKED_UINT8)
+            for (int64_t i = 0; i < numel; i++) out[i] = ((float)((const uint8_t *)n->pixels)[row + i] - mean[i]) / deviation[i];
+        else
+            for (int64_t i = 0; i < numel; i++) out[i] = (((const float *)n->pixels)[row + i] - mean[i]) / deviation[i];
+        return;
+    }
+    for (int64_t x = 0; x < t->width; x++) {
+        const int64_t pixel = y * t->width + x, at = pixel * num;
+        float *out = (float *)values_of(n, t) + (t->type == FLOATS ? at : 0);
+        const float *in = (const float *)values_of(n, s) + at, *added = o->other ? (const float *)values_of(n, o->other) + at : 0;
+        const int32_t *sums = (const int32_t *)in;
+        uint64_t *bits = (uint64_t *)values_of(n, t) + pixel * t->words;
+        switch (o->fields[KIND]) {
+        case MAX_POOL:
+        case AVG_POOL:
+            pool_pixel(n, o, y, x);
+            break;
+        case SIGN:
+            pack_floats(in, num, bits, mask);
+            break;
+        case THRESHOLD:
+            compare(o, sums, 0, num, bits, mask);
+            break;
+        default: /* AFFINE, LAYER_NORM, ADD */
+            if (s->type == SUMS)
+                for (int64_t c = 0; c < num; c++) out[c] = (float)sums[c];
+            else if (o->fields[KIND] == LAYER_NORM)
+                memmove(out, in, num * sizeof *out);
+            if (o->fields[KIND] == LAYER_NORM) normalize_pixel(n, o, out);
+            finish(o, s->type == SUMS || o->fields[KIND] == LAYER_NORM ? out : in, added, 0, num, out);
+        }
+        if (o->signs) pack_floats(out, num, (uint64_t *)values_of(n, o->signs) + pixel * t->words, mask);
+    }
+}
+
+/* ---- Instruction sets ---- */
+
+#define NAME(x) x##_portable
+#define TARGET
+#define COUNT_PIXELS 4
+#define COUNT_VECTORS 1
+#define DOT_PIXELS 4
+#define DOT_VECTORS 2
+#define VF 4
+typedef float v4 __attribute__((vector_size(16), aligned(4)));
+#define vf v4
+#define LOADF(p) (*(const v4 *)(p))
+#define STOREF(p, v) (*(v4 *)(p) = (v))
+#define SPLATF(x) ((v4){(x), (x), (x), (x)})
+#define FMAF(a, b, c) ((a) * (b) + (c))
+INLINE uint64_t mask_portable(const int32_t *values) {
+    uint64_t mask = 0;
+    for (int i = 0; i < WORD; i++) mask |= (uint64_t)((uint32_t)values[i] >> 31) << i;
+    return mask;
+}
+INLINE void count_portable(const int num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
+                           int64_t kernel_rows, int64_t run, int32_t *out, int64_t out_step) {
+    int32_t sums[COUNT_PIXELS][LANES] = {{0}};
+    for (int64_t i = 0; i < kernel_rows; i++)
+        for (int64_t k = 0; k < run; k++, weight += LANES)
+            for (int p = 0; p < num; p++)
+                for (int lane = 0; lane < LANES; lane++)
+                    sums[p][lane] += __builtin_popcountll(weight[lane] ^ x[i * row_stride + p * step + k]);
+    for (int p = 0; p < num; p++) memcpy(out + p * out_step, sums[p], sizeof sums[p]);
+}
+#include "kernels.h"
+
+#if defined __x86_64__
+#define NAME(x) x##_avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,fma")))
+#define COUNT_PIXELS 4
+#define COUNT_VECTORS 4
+#define DOT_PIXELS 6
+#define DOT_VECTORS 4
+#define VF 16
+#define vf __m512
+#define LOADF(p) _mm512_loadu_ps(p)
+#define STOREF(p, v) _mm512_storeu_ps(p, v)
+#define SPLATF(x) _mm512_set1_ps(x)
+#define FMAF(a, b, c) _mm512_fmadd_ps(a, b, c)
+TARGET INLINE uint64_t mask_avx512(const int32_t *values) {
+    uint64_t mask = 0;
+    for (int i = 0; i < 4; i++) mask |= (uint64_t)_mm512_movepi32_mask(_mm512_loadu_si512(values + 16 * i)) << (16 * i);
+    return mask;
+}
+TARGET INLINE void count_avx512(const int num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
+                                int64_t kernel_rows, int64_t run, int32_t *out, int64_t out_step) {
+    __m512i sums[COUNT_PIXELS][COUNT_VECTORS];
+    for (int p = 0; p < num; p++)
+        for (int v = 0; v < COUNT_VECTORS; v++) sums[p][v] = _mm512_setzero_si512();
+    for (int64_t i = 0; i < kernel_rows; i++) {
+        const uint64_t *row = x + i * row_stride;
+        for (int64_t k = 0; k < run; k++, weight += COUNT_VECTORS * LANES) {
+            __m512i w[COUNT_VECTORS];
+#pragma GCC unroll 4
+            for (int v = 0; v < COUNT_VECTORS; v++) w[v] = _mm512_loadu_si512(weight + v * LANES);
+#pragma GCC unroll 4
+            for (int p = 0; p < num; p++) {
+                const __m512i pixel = _mm512_set1_epi64((int64_t)row[p * step + k]);
+#pragma GCC unroll 4
+                for (int v = 0; v < COUNT_VECTORS; v++)
+                    sums[p][v] = _mm512_add_epi64(sums[p][v], _mm512_popcnt_epi64(_mm512_xor_si512(w[v], pixel)));
+            }
+        }
+    }
+    for (int p = 0; p < num; p++)
+        for (int v = 0; v < COUNT_VECTORS; v++)
+            _mm256_storeu_si256((__m256i *)(out + p * out_step + v * LANES), _mm512_cvtepi64_epi32(sums[p][v]));
+}
+#include "kernels.h"
+
+#define NAME(x) x##_avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define COUNT_PIXELS 4
+#define COUNT_VECTORS 1
+#define DOT_PIXELS 6
+#define DOT_VECTORS 2
+#define VF 8
+#define vf __m256
+#define LOADF(p) _mm256_loadu_ps(p)
+#define STOREF(p, v) _mm256_storeu_ps(p, v)
+#define SPLATF(x) _mm256_set1_ps(x)
+#define FMAF(a, b, c) _mm256_fmadd_ps(a, b, c)
+TARGET INLINE uint64_t mask_avx2(const int32_t *values) {
+    uint64_t mask = 0;
+    for (int i = 0; i < 8; i++) mask |= (uint64_t)(uint32_t)_mm256_movemask_ps(_mm256_loadu_ps((const float *)values + 8 * i)) << (8 * i);
+    return mask;
+}
+/* Counts in bytes, by looking up nibbles; a byte holds the counts of 31 words. */
+TARGET INLINE void count_avx2(const int num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
+                              int64_t kernel_rows, int64_t run, int32_t *out, int64_t out_step) {
+    const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+    const __m256i nibble = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
+    __m256i sums[COUNT_PIXELS][2], bytes[COUNT_PIXELS][2];
+    for (int p = 0; p < num; p++)
+        for (int v = 0; v < 2; v++) sums[p][v] = bytes[p][v] = zero;
+    int words = 0;
+    for (int64_t i = 0; i < kernel_rows; i++) {
+        const uint64_t *row = x + i * row_stride;
+        for (int64_t k = 0; k < run; k++, weight += LANES) {
+            for (int v = 0; v < 2; v++) {
+                const __m256i w = _mm256_loadu_si256((const __m256i *)(weight + 4 * v));
+#pragma GCC unroll 4
+                for (int p = 0; p < num; p++) {
+                    const __m256i bits = _mm256_xor_si256(w, _mm256_set1_epi64x((int64_t)row[p * step + k]));
+                    const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(bits, nibble));
+                    const __m256i high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bits, 4), nibble));
+                    bytes[p][v] = _mm256_add_epi8(bytes[p][v], _mm256_add_epi8(low, high));
+                }
+            }
+            if (++words < 31) continue;
+            for (int p = 0; p < num; p++)
+                for (int v = 0; v < 2; v++) {
+                    sums[p][v] = _mm256_add_epi64(sums[p][v], _mm256_sad_epu8(bytes[p][v], zero));
+                    bytes[p][v] = zero;
+                }
+            words = 0;
+        }
+    }
+    for (int p = 0; p < num; p++)
+        for (int v = 0; v < 2; v++) {
+            int64_t lanes[4];
+            _mm256_storeu_si256((__m256i *)lanes, _mm256_add_epi64(sums[p][v], _mm256_sad_epu8(bytes[p][v], zero)));
+            for (int lane = 0; lane < 4; lane++) out[p * out_step + 4 * v + lane] = (int32_t)lanes[lane];
+        }
+}
+#include "kernels.h"
+#elif defined __aarch64__
+#define NAME(x) x##_neon
+#define TARGET
+#define COUNT_PIXELS 4
+#define COUNT_VECTORS 1
+#define DOT_PIXELS 4
+#define DOT_VECTORS 4
+#define VF 4
+#define vf float32x4_t
+#define LOADF(p) vld1q_f32(p)
+#define STOREF(p, v) vst1q_f32(p, v)
+#define SPLATF(x) vdupq_n_f32(x)
+#define FMAF(a, b, c) vfmaq_f32(c, a, b)
+#define mask_neon mask_portable
+/* Counts in bytes; a byte holds the counts of 31 words. */
+INLINE void count_neon(const int num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
+                       int64_t kernel_rows, int64_t run, int32_t *out, int64_t out_step) {
+    uint64x2_t sums[COUNT_PIXELS][4];
+    uint8x16_t bytes[COUNT_PIXELS][4];
+    for (int p = 0; p < num; p++)
+        for (int v = 0; v < 4; v++) sums[p][v] = vdupq_n_u64(0), bytes[p][v] = vdupq_n_u8(0);
+    int words = 0;
+    for (int64_t i = 0; i < kernel_rows; i++) {
+        const uint64_t *row = x + i * row_stride;
+        for (int64_t k = 0; k < run; k++, weight += LANES) {
+            for (int v = 0; v < 4; v++) {
+                const uint64x2_t w = vld1q_u64(weight + 2 * v);
+                for (int p = 0; p < num; p++)
+                    bytes[p][v] = vaddq_u8(bytes[p][v], vcntq_u8(vreinterpretq_u8_u64(veorq_u64(w, vdupq_n_u64(row[p * step + k])))));
+            }
+            if (++words < 31) continue;
+            for (int p = 0; p < num; p++)
+                for (int v = 0; v < 4; v++) {
+                    sums[p][v] = vpadalq_u32(sums[p][v], vpaddlq_u16(vpaddlq_u8(bytes[p][v])));
+                    bytes[p][v] = vdupq_n_u8(0);
+                }
+            words = 0;
+        }
+    }
+    for (int p = 0; p < num; p++)
+        for (int v = 0; v < 4; v++) {
+            const uint64x2_t sum = vpadalq_u32(sums[p][v], vpaddlq_u16(vpaddlq_u8(bytes[p][v])));
+            vst1_s32(out + p * out_step + 2 * v, vreinterpret_s32_u32(vmovn_u64(sum)));
+        }
+}
+#include "kernels.h"
+#endif
+
+static const struct path PATHS[] = {
+#if defined __x86_64__
+    {"avx512", 64, 32, convolve_row_avx512, map_row_avx512},
+    {"avx2", 16, 8, convolve_row_avx2, map_row_avx2},
+#elif defined __aarch64__
+    {"neon", 16, 8, convolve_row_neon, map_row_neon},
+#endif
+    {"portable", 8, 8, convolve_row_portable, map_row_portable},
+};
+enum { NUM_PATHS = sizeof PATHS / sizeof *PATHS };
+static const struct path *chosen;
+
+static int is_supported(const struct path *path) {
+#if defined __x86_64__
+    if (!strcmp(path->name, "avx512"))
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vpopcntdq");
+    if (!strcmp(path->name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    (void)path;
+    return 1;
+}
+
+static const struct path *current_path(void) {
+    if (chosen) return chosen;
+    for (int i = 0; i < NUM_PATHS; i++)
+        if (is_supported(PATHS + i)) return PATHS + i;
+    return PATHS + NUM_PATHS - 1;
+}
+
+int packed_use_path(const char *name) {
+    for (int i = 0; i < NUM_PATHS; i++)
+        if (!strcmp(PATHS[i].name, name) && is_supported(PATHS + i)) {
+            chosen = PATHS + i;
+            return 0;
+        }
+    return -1;
+}
+
+const char *packed_path(void) { return current_path()->name; }
+
+/* ---- Running ---- */
 
 /* A pixel of the source with zeros around it, at the start of `row`. */
 static void pad_row(const struct packed_network *n, const struct operation *o, int64_t row) {
@@ -692,94 +896,6 @@ static void pad_row(const struct packed_network *n, const struct operation *o, i
     memset(to, 0, left * pixel);
     memcpy(to + left * pixel, (unsigned char *)values_of(n, s) + (row - top) * s->width * pixel, copied);
     memset(to + left * pixel + copied, 0, bytes - left * pixel - copied);
-}
-
-/* Set bits of the taps of a pixel that lie on padding, whose bits are 0 and look like -1: they are no products. */
-static void correct_border(const struct operation *o, int64_t y, int64_t x, int64_t first, int64_t num, int32_t *differing,
-                           int64_t *num_products) {
-    const struct buffer *s = o->source;
-    const int64_t top = y * o->fields[STRIDE] - o->fields[TOP], left = x * o->fields[STRIDE] - o->fields[LEFT];
-    const int64_t kernel_h = o->fields[KERNEL_H], kernel_w = o->fields[KERNEL_W], outputs = o->target->channels;
-    *num_products = kernel_h * kernel_w * s->channels;
-    if (top >= 0 && left >= 0 && top + kernel_h <= s->height && left + kernel_w <= s->width) return;
-    for (int64_t i = 0; i < kernel_h; i++)
-        for (int64_t j = 0; j < kernel_w; j++) {
-            if (top + i >= 0 && top + i < s->height && left + j >= 0 && left + j < s->width) continue;
-            const int32_t *ones = o->ones + (i * kernel_w + j) * outputs + first;
-            *num_products -= s->channels;
-            for (int64_t c = 0; c < num; c++) differing[c] -= ones[c];
-        }
-}
-
-/* Factor, offset, what is added, ReLU: `num` channels. In the order of torch's operators, each rounded. */
-INLINE void finish_floats(const struct operation *o, const float *values, const float *added, int64_t first, int64_t num, float *out) {
-    const float *factor = o->factor ? o->factor + first : 0, *offset = o->offset ? o->offset + first : 0;
-    if (factor && offset && added) {
-        for (int64_t c = 0; c < num; c++) out[c] = values[c] * factor[c] + offset[c] + added[c];
-    } else if (factor && offset) {
-        for (int64_t c = 0; c < num; c++) out[c] = values[c] * factor[c] + offset[c];
-    } else {
-        for (int64_t c = 0; c < num; c++) {
-            float value = values[c];
-            if (factor) value *= factor[c];
-            if (offset) value += offset[c];
-            if (added) value += added[c];
-            out[c] = value;
-        }
-    }
-    if (o->fields[FLAGS] & RELU)
-        for (int64_t c = 0; c < num; c++) out[c] = out[c] > 0.0f ? out[c] : out[c] != out[c] ? out[c] : 0.0f;
-}
-
-INLINE void compare(const struct operation *o, const int32_t *sums, int64_t first, int64_t num, uint64_t *bits) {
-    for (int64_t c = 0; c < num; c += WORD) {
-        const int64_t most = num - c < WORD ? num - c : WORD;
-        uint64_t word = 0;
-        for (int64_t i = 0; i < most; i++)
-            word |= (uint64_t)(sums[c + i] * o->direction[first + c + i] >= o->threshold[first + c + i]) << i;
-        bits[c / WORD] = word;
-    }
-}
-
-/* One row of the output of a convolution, `num` outputs from `first`, a multiple of 64. */
-static void convolve_row(struct packed_network *n, const struct operation *o, int64_t y, int64_t first, int64_t num,
-                         unsigned char *scratch) {
-    const struct buffer *s = o->source, *t = o->target;
-    const int32_t *f = o->fields;
-    const int64_t depth = f[KIND] == CONV ? s->channels : s->words, step = f[STRIDE] * depth, taps = (int64_t)f[KERNEL_H] * f[KERNEL_W];
-    const void *source = o->is_padded ? n->padded : values_of(n, s);
-    const int64_t at = y * f[STRIDE] * o->row_values, wide = f[KIND] == CONV ? n->path->dot_wide : n->path->differ_wide;
-    const int64_t padded = rounded_up(num, wide);
-    const float *added = o->other ? (const float *)values_of(n, o->other) : 0;
-    if (f[KIND] == CONV)
-        n->path->dot(t->width, (const float *)source + at, o->row_values, step, (const float *)o->weight + first * taps * depth,
-                     f[KERNEL_H], f[KERNEL_W] * depth, num, (float *)scratch);
-    else
-        n->path->differ(t->width, (const uint64_t *)source + at, o->row_values, step,
-                        (const uint64_t *)o->weight + first * taps * depth, f[KERNEL_H], f[KERNEL_W] * depth, num, (int32_t *)scratch);
-    for (int64_t x = 0; x < t->width; x++) {
-        const int64_t pixel = y * t->width + x;
-        float *values = (float *)scratch + x * padded;
-        const float *add = added ? added + pixel * t->channels + first : 0;
-        if (f[KIND] == BINARY_CONV) {
-            int32_t *sums = (int32_t *)scratch + x * padded;
-            int64_t num_products;
-            correct_border(o, y, x, first, num, sums, &num_products);
-            for (int64_t c = 0; c < num; c++) sums[c] = (int32_t)num_products - 2 * sums[c];
-            if (n->traced_sums && n->operations + n->traced == o)
-                memcpy(n->traced_sums + pixel * t->channels + first, sums, num * sizeof *sums);
-            if (t->type == SUMS) {
-                memcpy((int32_t *)values_of(n, t) + pixel * t->channels + first, sums, num * sizeof *sums);
-                continue;
-            }
-            if (t->type == SIGNS) {
-                compare(o, sums, first, num, (uint64_t *)values_of(n, t) + pixel * t->words + first / WORD);
-                continue;
-            }
-            for (int64_t c = 0; c < num; c++) values[c] = (float)sums[c];
-        }
-        finish_floats(o, values, add, first, num, (float *)values_of(n, t) + pixel * t->channels + first);
-    }
 }
 
 static void run_convolution(struct packed_network *n, const struct operation *o, int num_threads) {
@@ -801,84 +917,9 @@ static void run_convolution(struct packed_network *n, const struct operation *o,
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < t->height * parts; task++) {
             const int64_t part = task % parts, first = blocks * part / parts * WORD, last = blocks * (part + 1) / parts * WORD;
-            convolve_row(n, o, task / parts, first, (last < t->channels ? last : t->channels) - first, scratch);
+            n->path->convolve_row(n, o, task / parts, first, (last < t->channels ? last : t->channels) - first, scratch);
         }
     }
-}
-
-static void run_pixel(struct packed_network *n, const struct operation *o, int64_t pixel) {
-    const int64_t c_num = o->source->channels, at = pixel * c_num;
-    float *out = (float *)values_of(n, o->target) + (o->target->type == FLOATS ? at : 0);
-    const float *in = (const float *)values_of(n, o->source) + at;
-    const int32_t *sums = (const int32_t *)values_of(n, o->source) + at;
-    uint64_t *bits = (uint64_t *)values_of(n, o->target) + pixel * o->target->words;
-    const float *added = o->other ? (const float *)values_of(n, o->other) + at : 0;
-    switch (o->fields[KIND]) {
-    case NORMALIZE:
-        for (int64_t c = 0; c < c_num; c++) {
-            const float value = n->pixel_kind == PACKED_UINT8 ? ((const unsigned char *)n->pixels)[at + c] : ((const float *)n->pixels)[at + c];
-            out[c] = (value - o->offset[c]) / o->factor[c];
-        }
-        break;
-    case AFFINE:
-        if (o->source->type == SUMS)
-            for (int64_t c = 0; c < c_num; c++) out[c] = (float)sums[c];
-        finish_floats(o, o->source->type == SUMS ? out : in, added, 0, c_num, out);
-        break;
-    case ADD:
-        for (int64_t c = 0; c < c_num; c++) out[c] = in[c] + added[c];
-        break;
-    case SIGN:
-        for (int64_t c = 0; c < c_num; c += WORD) {
-            const int64_t most = c_num - c < WORD ? c_num - c : WORD;
-            uint64_t word = 0;
-            for (int64_t i = 0; i < most; i++) word |= (uint64_t)is_positive(in[c + i]) << i;
-            bits[c / WORD] = word;
-        }
-        break;
-    case THRESHOLD:
-        compare(o, sums, 0, c_num, bits);
-        break;
-    case LAYER_NORM: {
-        double mean = 0, variance = 0;
-        float epsilon;
-        memcpy(&epsilon, &o->fields[REAL], sizeof epsilon);
-        for (int64_t c = 0; c < c_num; c++) out[c] = o->source->type == SUMS ? (float)sums[c] : in[c];
-        for (int64_t c = 0; c < c_num; c++) mean += out[c];
-        mean /= (double)c_num;
-        for (int64_t c = 0; c < c_num; c++) variance += (out[c] - mean) * (out[c] - mean);
-        const float scale = (float)(1.0 / sqrt(variance / (double)c_num + epsilon));
-        for (int64_t c = 0; c < c_num; c++) out[c] = (float)(out[c] - mean) * scale;
-        finish_floats(o, out, added, 0, c_num, out);
-        break;
-    }
-    }
-}
-
-static void pool_pixel(struct packed_network *n, const struct operation *o, int64_t y, int64_t x) {
-    const struct buffer *s = o->source, *t = o->target;
-    const int64_t top = y * o->fields[STRIDE] - o->fields[TOP], left = x * o->fields[STRIDE] - o->fields[LEFT], channels = s->channels;
-    const int64_t y0 = top > 0 ? top : 0, y1 = top + o->fields[KERNEL_H] < s->height ? top + o->fields[KERNEL_H] : s->height;
-    const int64_t x0 = left > 0 ? left : 0, x1 = left + o->fields[KERNEL_W] < s->width ? left + o->fields[KERNEL_W] : s->width;
-    float *out = (float *)values_of(n, t) + (y * t->width + x) * channels;
-    int32_t *best = (int32_t *)out;
-    for (int64_t i = y0; i < y1; i++)
-        for (int64_t j = x0; j < x1; j++) {
-            const float *in = (const float *)values_of(n, s) + (i * s->width + j) * channels;
-            const int32_t *sums = (const int32_t *)in;
-            const int is_first = i == y0 && j == x0;
-            if (is_first)
-                memcpy(out, in, channels * sizeof *out);
-            else if (o->fields[KIND] == AVG_POOL)
-                for (int64_t c = 0; c < channels; c++) out[c] += in[c];
-            else if (s->type == SUMS)
-                for (int64_t c = 0; c < channels; c++) best[c] = best[c] > sums[c] ? best[c] : sums[c];
-            else
-                for (int64_t c = 0; c < channels; c++) out[c] = in[c] > out[c] || in[c] != in[c] ? in[c] : out[c];
-        }
-    const float count = (float)((y1 - y0) * (x1 - x0));
-    if (o->fields[KIND] == AVG_POOL)
-        for (int64_t c = 0; c < channels; c++) out[c] /= count;
 }
 
 static void run_mean(struct packed_network *n, const struct operation *o) {
@@ -892,25 +933,17 @@ static void run_mean(struct packed_network *n, const struct operation *o) {
 }
 
 static void run_operation(struct packed_network *n, const struct operation *o, int num_threads) {
-    const struct buffer *t = o->target;
     switch (o->fields[KIND]) {
     case CONV:
     case BINARY_CONV:
         run_convolution(n, o, num_threads);
-        break;
-    case MAX_POOL:
-    case AVG_POOL:
-#pragma omp parallel for num_threads(num_threads) schedule(static)
-        for (int64_t y = 0; y < t->height; y++)
-            for (int64_t x = 0; x < t->width; x++) pool_pixel(n, o, y, x);
         break;
     case MEAN:
         run_mean(n, o);
         break;
     default:
 #pragma omp parallel for num_threads(num_threads) schedule(static)
-        for (int64_t y = 0; y < t->height; y++)
-            for (int64_t x = 0; x < t->width; x++) run_pixel(n, o, y * t->width + x);
+        for (int64_t y = 0; y < o->target->height; y++) n->path->map_row(n, o, y);
     }
 }
 

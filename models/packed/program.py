@@ -88,6 +88,13 @@ class Operation:
     """Per channel: float32; NORMALIZE: mean; target SIGNS: int32 directions."""
     real: float = 0.0
     """Epsilon of LAYER_NORM."""
+    signs: Buffer | None = None
+    """Gets the signs of the result, which are packed along the way."""
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        """All buffers that it reads or writes."""
+        return [b for b in (self.source, self.other, self.target, self.signs) if b is not None]
 
     @property
     def num_weight_bits(self) -> int:
@@ -108,16 +115,15 @@ def assign_slots(operations: Sequence[Operation]) -> list[Buffer]:
     buffers: list[Buffer] = []
     last: dict[int, int] = {}
     for index, operation in enumerate(operations):
-        for buffer in (operation.source, operation.other, operation.target):
-            if buffer is not None:
-                if all(buffer is not other for other in buffers):
-                    buffers.append(buffer)
-                last[id(buffer)] = index
+        for buffer in operation.buffers:
+            if all(buffer is not other for other in buffers):
+                buffers.append(buffer)
+            last[id(buffer)] = index
     free: list[int] = []
     num_slots = 0
     alive: list[Buffer] = []
     for index, operation in enumerate(operations):
-        for buffer in (operation.source, operation.target):
+        for buffer in operation.buffers:
             if buffer.slot < 0:
                 buffer.slot = free.pop() if free else num_slots
                 num_slots = max(num_slots, buffer.slot + 1)
@@ -146,6 +152,7 @@ def tensors_of(program: Program) -> dict[str, Array]:
         other = -1 if o.other is None else index[id(o.other)]
         fields = [o.kind, index[id(o.source)], other, index[id(o.target)], *o.kernel, o.stride, o.top, o.left, o.flags]
         fields += [add(o.weight), add(o.factor), add(o.offset), int(np.float32(o.real).view(np.int32))]
+        fields.append(-1 if o.signs is None else index[id(o.signs)])
         row[: len(fields)] = fields
     table = [[b.height, b.width, b.channels, b.type, b.slot] for b in buffers]
     return {"program": rows, "buffers": np.array(table, np.int32), **tensors}
