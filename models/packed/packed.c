@@ -462,33 +462,19 @@ struct packed_network *packed_load(const void *file, size_t num_bytes, char *err
 
 typedef void dot_function(int64_t, const float *, int64_t, int64_t, const float *, int64_t, int64_t, int64_t, float *);
 typedef void differ_function(int64_t, const uint64_t *, int64_t, int64_t, const uint64_t *, int64_t, int64_t, int64_t, int32_t *);
-typedef uint64_t mask_function(const int32_t *);
+typedef uint64_t mask_function(const float *);
 
 static void *values_of(const struct packed_network *n, const struct buffer *b) { return n->slots[b->slot]; }
 
-/* Words whose bits are 1 where a value is not negative. */
-INLINE void pack_ints(const int32_t *values, int64_t num, uint64_t *bits, mask_function *mask) {
-    for (int64_t c = 0; c < num; c += WORD) {
-        int32_t rest[WORD];
-        if (num - c >= WORD) {
-            bits[c / WORD] = ~mask(values + c);
-        } else {
-            for (int i = 0; i < WORD; i++) rest[i] = c + i < num ? values[c + i] : -1;
-            bits[c / WORD] = ~mask(rest);
-        }
-    }
-}
-
-/* torch's sign of a NaN counts as +1. */
-INLINE void pack_floats(const float *values, int64_t num, uint64_t *bits, mask_function *mask) {
-    for (int64_t c = 0; c < num; c += WORD) {
-        int32_t negative[WORD];
-        if (num - c >= WORD)
-            for (int i = 0; i < WORD; i++) negative[i] = -(values[c + i] < 0.0f);
-        else
-            for (int i = 0; i < WORD; i++) negative[i] = c + i < num ? -(values[c + i] < 0.0f) : -1;
-        bits[c / WORD] = ~mask(negative);
-    }
+/* Words whose bits are 1 where a value is not negative; torch's sign of a NaN counts as +1. `mask` has the bits of 64 values that
+ * are. */
+INLINE void pack(const float *values, int64_t num, uint64_t *bits, mask_function *mask) {
+    int64_t c = 0;
+    for (; c + WORD <= num; c += WORD) bits[c / WORD] = ~mask(values + c);
+    if (c == num) return;
+    float rest[WORD];
+    for (int i = 0; i < WORD; i++) rest[i] = c + i < num ? values[c + i] : -1.0f;
+    bits[c / WORD] = ~mask(rest);
 }
 
 /* Set bits of the taps of a pixel that lie on padding, whose bits are 0 and look like -1: they are no products. */
@@ -508,32 +494,46 @@ INLINE int32_t correct_border(const struct operation *o, int64_t y, int64_t x, i
     return (int32_t)num_products;
 }
 
-/* Factor, offset, what is added, ReLU: `num` channels, in the order of torch's operators, each rounded. */
-INLINE void finish(const struct operation *o, const float *values, const float *added, int64_t first, int64_t num, float *out) {
-    const float *factor = o->factor ? o->factor + first : 0, *offset = o->offset ? o->offset + first : 0;
-    if (factor && offset && added) {
-        for (int64_t c = 0; c < num; c++) out[c] = values[c] * factor[c] + offset[c] + added[c];
-    } else if (factor && offset) {
-        for (int64_t c = 0; c < num; c++) out[c] = values[c] * factor[c] + offset[c];
-    } else {
-        for (int64_t c = 0; c < num; c++) out[c] = values[c];
-        if (factor)
-            for (int64_t c = 0; c < num; c++) out[c] *= factor[c];
-        if (offset)
-            for (int64_t c = 0; c < num; c++) out[c] += offset[c];
-        if (added)
-            for (int64_t c = 0; c < num; c++) out[c] += added[c];
-    }
+/* Factor, offset, what is added, ReLU of up to 64 channels, in the order of torch's operators, each rounded. */
+INLINE void finish_word(const struct operation *o, float *restrict word, const float *restrict added, int64_t first, const int64_t num) {
+    const float *restrict factor = o->factor ? o->factor + first : 0, *restrict offset = o->offset ? o->offset + first : 0;
+    if (factor)
+        for (int64_t c = 0; c < num; c++) word[c] *= factor[c];
+    if (offset)
+        for (int64_t c = 0; c < num; c++) word[c] += offset[c];
+    if (added)
+        for (int64_t c = 0; c < num; c++) word[c] += added[c];
     if (o->fields[FLAGS] & RELU)
-        for (int64_t c = 0; c < num; c++) out[c] = out[c] < 0.0f ? 0.0f : out[c];
+        for (int64_t c = 0; c < num; c++) word[c] = word[c] < 0.0f ? 0.0f : word[c];
 }
 
-INLINE void compare(const struct operation *o, const int32_t *sums, int64_t first, int64_t num, uint64_t *bits, mask_function *mask) {
+/* A pixel of FLOATS. `added` and `bits` may be NULL. */
+INLINE void finish(const struct operation *o, const float *values, const float *added, int64_t first, int64_t num, float *out,
+                   uint64_t *bits, mask_function *mask) {
     for (int64_t c = 0; c < num; c += WORD) {
-        int32_t above[WORD];
+        float word[WORD]; /* values may be out itself */
         const int64_t most = num - c < WORD ? num - c : WORD;
-        for (int64_t i = 0; i < most; i++) above[i] = sums[c + i] * o->direction[first + c + i] - o->threshold[first + c + i];
-        pack_ints(above, most, bits + c / WORD, mask);
+        if (most == WORD) {
+            memcpy(word, values + c, sizeof word);
+            finish_word(o, word, added ? added + c : 0, first + c, WORD);
+            memcpy(out + c, word, sizeof word);
+        } else {
+            memcpy(word, values + c, most * sizeof *word);
+            finish_word(o, word, added ? added + c : 0, first + c, most);
+            memcpy(out + c, word, most * sizeof *word);
+        }
+        if (bits) pack(word, most, bits + c / WORD, mask);
+    }
+}
+
+/* Both sides are below 2^24 or beyond every sum, so floats hold them. */
+INLINE void compare(const struct operation *o, const int32_t *sums, int64_t first, int64_t num, uint64_t *bits, mask_function *mask) {
+    const int32_t *direction = o->direction + first, *threshold = o->threshold + first;
+    for (int64_t c = 0; c < num; c += WORD) {
+        float above[WORD];
+        const int64_t most = num - c < WORD ? num - c : WORD;
+        for (int64_t i = 0; i < most; i++) above[i] = (float)(sums[c + i] * direction[c + i] - threshold[c + i]);
+        pack(above, most, bits + c / WORD, mask);
     }
 }
 
@@ -559,7 +559,11 @@ INLINE void convolve_row(struct packed_network *n, const struct operation *o, in
         if (is_binary) {
             int32_t *sums = (int32_t *)scratch + x * padded;
             const int32_t num_products = correct_border(o, y, x, first, num, sums);
-            for (int64_t c = 0; c < num; c++) sums[c] = num_products - 2 * sums[c];
+            if (t->type == FLOATS && !n->traced_sums) {
+                for (int64_t c = 0; c < num; c++) values[c] = (float)(num_products - 2 * sums[c]);
+            } else {
+                for (int64_t c = 0; c < num; c++) sums[c] = num_products - 2 * sums[c];
+            }
             if (n->traced_sums && n->operations + n->traced == o) memcpy(n->traced_sums + to, sums, num * sizeof *sums);
             if (t->type == SUMS) {
                 memcpy((int32_t *)values_of(n, t) + to, sums, num * sizeof *sums);
@@ -569,11 +573,12 @@ INLINE void convolve_row(struct packed_network *n, const struct operation *o, in
                 compare(o, sums, first, num, (uint64_t *)values_of(n, t) + pixel * t->words + first / WORD, mask);
                 continue;
             }
-            for (int64_t c = 0; c < num; c++) values[c] = (float)sums[c];
+            if (n->traced_sums)
+                for (int64_t c = 0; c < num; c++) values[c] = (float)sums[c];
         }
         float *out = (float *)values_of(n, t) + to;
-        finish(o, values, added ? added + to : 0, first, num, out);
-        if (o->signs) pack_floats(out, num, (uint64_t *)values_of(n, o->signs) + pixel * t->words + first / WORD, mask);
+        uint64_t *bits = o->signs ? (uint64_t *)values_of(n, o->signs) + pixel * t->words + first / WORD : 0;
+        finish(o, values, added ? added + to : 0, first, num, out, bits, mask);
     }
 }
 
@@ -635,13 +640,15 @@ INLINE void map_row(struct packed_network *n, const struct operation *o, int64_t
         const float *in = (const float *)values_of(n, s) + at, *added = o->other ? (const float *)values_of(n, o->other) + at : 0;
         const int32_t *sums = (const int32_t *)in;
         uint64_t *bits = (uint64_t *)values_of(n, t) + pixel * t->words;
+        uint64_t *signs = o->signs ? (uint64_t *)values_of(n, o->signs) + pixel * t->words : 0;
         switch (o->fields[KIND]) {
         case MAX_POOL:
         case AVG_POOL:
             pool_pixel(n, o, y, x);
+            if (signs) pack(out, num, signs, mask);
             break;
         case SIGN:
-            pack_floats(in, num, bits, mask);
+            pack(in, num, bits, mask);
             break;
         case THRESHOLD:
             compare(o, sums, 0, num, bits, mask);
@@ -652,9 +659,8 @@ INLINE void map_row(struct packed_network *n, const struct operation *o, int64_t
             else if (o->fields[KIND] == LAYER_NORM)
                 memmove(out, in, num * sizeof *out);
             if (o->fields[KIND] == LAYER_NORM) normalize_pixel(n, o, out);
-            finish(o, s->type == SUMS || o->fields[KIND] == LAYER_NORM ? out : in, added, 0, num, out);
+            finish(o, s->type == SUMS || o->fields[KIND] == LAYER_NORM ? out : in, added, 0, num, out, signs, mask);
         }
-        if (o->signs) pack_floats(out, num, (uint64_t *)values_of(n, o->signs) + pixel * t->words, mask);
     }
 }
 
@@ -673,9 +679,9 @@ typedef float v4 __attribute__((vector_size(16), aligned(4)));
 #define STOREF(p, v) (*(v4 *)(p) = (v))
 #define SPLATF(x) ((v4){(x), (x), (x), (x)})
 #define FMAF(a, b, c) ((a) * (b) + (c))
-INLINE uint64_t mask_portable(const int32_t *values) {
+INLINE uint64_t mask_portable(const float *values) {
     uint64_t mask = 0;
-    for (int i = 0; i < WORD; i++) mask |= (uint64_t)((uint32_t)values[i] >> 31) << i;
+    for (int i = 0; i < WORD; i++) mask |= (uint64_t)(values[i] < 0.0f) << i;
     return mask;
 }
 INLINE void count_portable(const int num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
@@ -703,9 +709,11 @@ INLINE void count_portable(const int num, const uint64_t *x, int64_t row_stride,
 #define STOREF(p, v) _mm512_storeu_ps(p, v)
 #define SPLATF(x) _mm512_set1_ps(x)
 #define FMAF(a, b, c) _mm512_fmadd_ps(a, b, c)
-TARGET INLINE uint64_t mask_avx512(const int32_t *values) {
+TARGET INLINE uint64_t mask_avx512(const float *values) {
     uint64_t mask = 0;
-    for (int i = 0; i < 4; i++) mask |= (uint64_t)_mm512_movepi32_mask(_mm512_loadu_si512(values + 16 * i)) << (16 * i);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        mask |= (uint64_t)_mm512_cmp_ps_mask(_mm512_loadu_ps(values + 16 * i), _mm512_setzero_ps(), _CMP_LT_OQ) << (16 * i);
     return mask;
 }
 TARGET INLINE void count_avx512(const int num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
@@ -719,7 +727,7 @@ TARGET INLINE void count_avx512(const int num, const uint64_t *x, int64_t row_st
             __m512i w[COUNT_VECTORS];
 #pragma GCC unroll 4
             for (int v = 0; v < COUNT_VECTORS; v++) w[v] = _mm512_loadu_si512(weight + v * LANES);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int p = 0; p < num; p++) {
                 const __m512i pixel = _mm512_set1_epi64((int64_t)row[p * step + k]);
 #pragma GCC unroll 4
@@ -728,9 +736,10 @@ TARGET INLINE void count_avx512(const int num, const uint64_t *x, int64_t row_st
             }
         }
     }
+    const __m512i low = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     for (int p = 0; p < num; p++)
-        for (int v = 0; v < COUNT_VECTORS; v++)
-            _mm256_storeu_si256((__m256i *)(out + p * out_step + v * LANES), _mm512_cvtepi64_epi32(sums[p][v]));
+        for (int v = 0; v < COUNT_VECTORS; v += 2)
+            _mm512_storeu_si512(out + p * out_step + v * LANES, _mm512_permutex2var_epi32(sums[p][v], low, sums[p][v + 1]));
 }
 #include "kernels.h"
 
@@ -746,9 +755,12 @@ TARGET INLINE void count_avx512(const int num, const uint64_t *x, int64_t row_st
 #define STOREF(p, v) _mm256_storeu_ps(p, v)
 #define SPLATF(x) _mm256_set1_ps(x)
 #define FMAF(a, b, c) _mm256_fmadd_ps(a, b, c)
-TARGET INLINE uint64_t mask_avx2(const int32_t *values) {
+TARGET INLINE uint64_t mask_avx2(const float *values) {
     uint64_t mask = 0;
-    for (int i = 0; i < 8; i++) mask |= (uint64_t)(uint32_t)_mm256_movemask_ps(_mm256_loadu_ps((const float *)values + 8 * i)) << (8 * i);
+    for (int i = 0; i < 8; i++) {
+        const __m256 negative = _mm256_cmp_ps(_mm256_loadu_ps(values + 8 * i), _mm256_setzero_ps(), _CMP_LT_OQ);
+        mask |= (uint64_t)(uint32_t)_mm256_movemask_ps(negative) << (8 * i);
+    }
     return mask;
 }
 /* Counts in bytes, by looking up nibbles; a byte holds the counts of 31 words. */
