@@ -163,7 +163,9 @@ class _Lowering:
         groups: int = 1,
     ) -> _Value:
         if groups != 1 or set(dilation) != {1} or len(set(stride)) != 1:
-            raise ValueError("the network cannot be exported: it has a grouped, dilated or unevenly strided convolution")
+            raise ValueError(
+                "the network cannot be exported: it has a grouped, dilated or unevenly strided convolution"
+            )
         left, right, top, bottom = source.padding
         vertical, horizontal = padding[0], padding[-1]
         pads = (left + horizontal, right + horizontal, top + vertical, bottom + vertical)
@@ -246,11 +248,11 @@ class _Lowering:
             raise ValueError("the network cannot be exported: a LayerNorm is not over channels")
         target = Buffer(buffer.height, buffer.width, buffer.channels)
         factor, offset = (None if value is None else value.numpy() for value in (weight, bias))
-        return _Value(
-            self.add(Operation(Kind.LAYER_NORM, buffer, target, factor=factor, offset=offset, real=eps))
-        )
+        return _Value(self.add(Operation(Kind.LAYER_NORM, buffer, target, factor=factor, offset=offset, real=eps)))
 
-    def pool(self, kind: Kind, source: _Value, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> _Value:
+    def pool(
+        self, kind: Kind, source: _Value, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+    ) -> _Value:
         buffer, shape = self.floats_or_sums(source), self.node.meta["val"].shape
         if len(set(stride)) != 1:
             raise ValueError("the network cannot be exported: it has an unevenly strided pool")
@@ -363,7 +365,9 @@ def _fuse(operations: list[Operation]) -> list[Operation]:
             fused.remove(adder)  # after what it adds
             fused.append(adder)
         elif operation.kind is Kind.SIGN and producer is not None and _is_affine_of_sums(producer):
-            threshold, direction = thresholds(producer.factor, producer.offset, bool(producer.flags & Flag.RELU), producer.source.channels)
+            threshold, direction = thresholds(
+                producer.factor, producer.offset, bool(producer.flags & Flag.RELU), producer.source.channels
+            )
             fused.remove(producer)
             if producer.kind is Kind.BINARY_CONV:
                 fused.append(producer)
@@ -372,8 +376,14 @@ def _fuse(operations: list[Operation]) -> list[Operation]:
                 if len(threshold) != producer.target.channels:
                     raise AssertionError
             else:
-                fused.append(Operation(Kind.THRESHOLD, producer.source, operation.target, factor=threshold, offset=direction))
-        elif operation.kind is Kind.SIGN and (maker := _maker(fused, operation.source)) is not None and maker.signs is None:
+                fused.append(
+                    Operation(Kind.THRESHOLD, producer.source, operation.target, factor=threshold, offset=direction)
+                )
+        elif (
+            operation.kind is Kind.SIGN
+            and (maker := _maker(fused, operation.source)) is not None
+            and maker.signs is None
+        ):
             maker.signs = operation.target
         else:
             fused.append(operation)
