@@ -113,7 +113,7 @@ class _Lowering:
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 continue
-            arguments = [self.values.get(arg, arg) if isinstance(arg, Node) else arg for arg in node.args]
+            arguments: list[Any] = [self.values.get(arg, arg) if isinstance(arg, Node) else arg for arg in node.args]
             if node.op == "output":
                 (result,) = node.args[0]
                 last = self.values[result]
@@ -200,7 +200,7 @@ class _Lowering:
                 self.add(Operation(Kind.AFFINE, sums, target, offset=offset))
             return _Value(target)
         values = weight.permute(2, 3, 1, 0).reshape(-1, channels, outputs).numpy()
-        flags = Flag.BINARY_WEIGHT if is_binary else Flag(0)
+        flags = Flag.BINARY_WEIGHT if is_binary else Flag.NONE
         stored = values > 0 if is_binary else values.astype(np.float32)
         target = Buffer(height, width, outputs)
         self.add(Operation(Kind.CONV, source, target, weight=stored, offset=offset, flags=flags, **common))
@@ -353,7 +353,8 @@ def _fuse(operations: list[Operation]) -> list[Operation]:
     """Merge operations into the ones whose only readers they are, in the order of the operators."""
     fused: list[Operation] = []
     for operation in operations:
-        producer = _only_reader(operations, fused, operation)
+        maker = _maker(fused, operation.source)
+        producer = maker if _readers(operations, operation.source) == 1 else None
         if operation.kind is Kind.AFFINE and producer is not None and _takes_affine(producer, operation):
             producer.factor = operation.factor if producer.factor is None else producer.factor
             producer.offset = operation.offset if producer.offset is None else producer.offset
@@ -365,29 +366,21 @@ def _fuse(operations: list[Operation]) -> list[Operation]:
             fused.remove(adder)  # after what it adds
             fused.append(adder)
         elif operation.kind is Kind.SIGN and producer is not None and _is_affine_of_sums(producer):
-            threshold, direction = thresholds(
-                producer.factor, producer.offset, bool(producer.flags & Flag.RELU), producer.source.channels
-            )
-            fused.remove(producer)
-            if producer.kind is Kind.BINARY_CONV:
-                fused.append(producer)
-                producer.target, producer.flags = operation.target, Flag(0)
-                producer.factor, producer.offset = threshold, direction
-                if len(threshold) != producer.target.channels:
-                    raise AssertionError
-            else:
-                fused.append(
-                    Operation(Kind.THRESHOLD, producer.source, operation.target, factor=threshold, offset=direction)
-                )
-        elif (
-            operation.kind is Kind.SIGN
-            and (maker := _maker(fused, operation.source)) is not None
-            and maker.signs is None
-        ):
+            _compare_sums(producer, operation.target)
+        elif operation.kind is Kind.SIGN and maker is not None and maker.signs is None:
             maker.signs = operation.target
         else:
             fused.append(operation)
     return fused
+
+
+def _compare_sums(producer: Operation, target: Buffer) -> None:
+    """Make the operation that ends in floats of sums end in their signs."""
+    channels, relu = producer.target.channels, Flag.RELU in producer.flags
+    producer.factor, producer.offset = thresholds(producer.factor, producer.offset, relu, channels)
+    producer.target, producer.flags = target, Flag.NONE
+    if producer.kind is Kind.AFFINE:
+        producer.kind = Kind.THRESHOLD
 
 
 def _maker(fused: Sequence[Operation], buffer: Buffer) -> Operation | None:
@@ -396,13 +389,6 @@ def _maker(fused: Sequence[Operation], buffer: Buffer) -> Operation | None:
 
 def _readers(operations: Sequence[Operation], buffer: Buffer) -> int:
     return sum((o.source is buffer) + (o.other is buffer) for o in operations)
-
-
-def _only_reader(operations: Sequence[Operation], fused: Sequence[Operation], reader: Operation) -> Operation | None:
-    """Return the operation that makes the source of `reader`, if nothing else reads it."""
-    if _readers(operations, reader.source) > 1:
-        return None
-    return _maker(fused, reader.source)
 
 
 def _takes_affine(producer: Operation, affine: Operation) -> bool:

@@ -50,6 +50,7 @@ class Kind(enum.IntEnum):
 class Flag(enum.IntFlag):
     """Options of an operation."""
 
+    NONE = 0
     RELU = 1
     BINARY_WEIGHT = 2
 
@@ -78,7 +79,7 @@ class Operation:
     stride: int = 1
     top: int = 0
     left: int = 0
-    flags: Flag = Flag(0)
+    flags: Flag = Flag.NONE
     weight: Array | None = None
     """float32 [taps, channels, outputs]; of binary weights bool, of BINARY_CONV [outputs, taps,
     channels]."""
