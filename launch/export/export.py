@@ -1,0 +1,172 @@
+"""Load a trained network, lower it, and compare the packed program with it."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bitfleet.launch.checkpoint.tools import find
+from bitfleet.launch.parsing.arguments import parse_train
+from bitfleet.launch.text import megabytes, percent
+from bitfleet.models import create_model
+from bitfleet.packed.lowering import lower
+from bitfleet.packed.program import Array, to_bytes
+from bitfleet.packed.runner import PackedNetwork
+from bitfleet.trainer.checkpoint import load_initial_weights, load_model, read_meta
+from bitfleet.trainer.config import TrainConfig, read_config
+from bitfleet.trainer.data import DataConfig, normalize, open_dataset
+from bitfleet.trainer.metrics import read_metrics
+from bitfleet.trainer.run.files import written_atomically
+
+NUM_CHECKED = 16
+"""Random images on which a program is compared with its network."""
+TOLERANCE = 1e-4
+"""Largest difference of logits, relative to the largest logit."""
+MOST_TIES = NUM_CHECKED // 2
+"""A value within rounding of 0 may have another sign in the program; it changes logits by more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A network with weights, and what is known of it."""
+
+    model: nn.Module
+    config: TrainConfig
+    description: dict[str, Any]
+
+
+def export_packed(source: Path, output: Path, image_size: int | None, rest: Sequence[str]) -> str:
+    """Write the packed program of a network; return what was written, in words.
+
+    Args:
+        source: run folder, checkpoint or file of weights.
+        output: the file.
+        image_size: height and width; None: the run's.
+        rest: options of the run, for a file of weights.
+
+    Raises:
+        ValueError: bad input, a network that cannot be exported, or a program that disagrees.
+    """
+    trained = load_trained(source, rest)
+    data = trained.config.data
+    if image_size is not None:
+        data = dataclasses.replace(data, image_size=image_size)
+    description = trained.description | {"preprocessing": preprocessing_of(data)}
+    try:
+        program = lower(trained.model, data.image_size, data.mean, data.std, description)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the network {trained.config.model.name} cannot be exported for images of {data.image_size} pixels: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    content = to_bytes(program)
+    checked = compare(trained.model, PackedNetwork(content, description), data)
+    try:
+        with written_atomically(output) as path:
+            path.write_bytes(content)
+    except OSError as error:
+        raise ValueError(f"cannot write {output}: {error.strerror or error}") from error
+    bits = sum(p.numel() for p in trained.model.parameters() if getattr(p, "binary", False))
+    floats = sum(t.numel() for t in [*trained.model.parameters(), *trained.model.buffers()] if t.is_floating_point())
+    whole = 4 * floats
+    return "\n".join(
+        [
+            f"{output}: {megabytes(len(content))}, {bits:,} weights as bits; in fp32 {megabytes(whole)}, "
+            f"{whole / len(content):.1f} times as much",
+            *([f"accuracy of the run: top-1 {percent(trained.description['top1'])}"] * ("top1" in trained.description)),
+            checked,
+            f"try: bitfleet run {output} IMAGE...",
+        ]
+    )
+
+
+def load_trained(source: Path, rest: Sequence[str]) -> Trained:
+    """Return the network of a run, a checkpoint, or a file of weights with the options of a run.
+
+    Raises:
+        ValueError: there is none, it is damaged or does not fit, or options where a run has them.
+    """
+    if source.is_file():
+        config = parse_train(rest, "bitfleet export")
+        model = create_model(dataclasses.replace(config.model, initial_weights="signs"))
+        load_initial_weights(model, config.model, source, config.init_scales, new_head=False)
+        try:
+            classes = list(open_dataset(config.data).classes)
+        except ValueError:  # the data are not here
+            classes = []
+        if len(classes) != config.model.num_classes:
+            classes = [str(label) for label in range(config.model.num_classes)]
+        return Trained(model, config, {"network": config.model.name, "classes": classes, "source": source.name})
+    if not source.exists():
+        raise ValueError(f"there is no run, checkpoint or file of weights at {source}")
+    if rest:
+        raise ValueError(f"bitfleet export takes no {rest[0]} for a run, whose configuration is in its folder")
+    checkpoint = find(source)
+    config, meta = read_config(checkpoint.parents[1]), read_meta(checkpoint)
+    model = create_model(dataclasses.replace(config.model, initial_weights="signs"))
+    load_model(model, checkpoint)
+    description = {
+        "network": config.model.name,
+        "classes": meta["classes"],
+        "source": f"{config.name}, step {meta['step']}",
+    }
+    for record in read_metrics(checkpoint.parents[1]):
+        if record["kind"] == "validation" and record["step"] == meta["step"]:
+            description["top1"] = record["top1"]
+    return Trained(model, config, description)
+
+
+def preprocessing_of(data: DataConfig) -> dict[str, Any]:
+    """Return how the evaluation of a run crops and resizes."""
+    geometry = "crop" if data.augmentation == "pad_crop" else "resize_crop"
+    if data.preprocessing == "official":
+        geometry = "official"
+    return {"geometry": geometry, "image_size": data.image_size}
+
+
+def compare(model: nn.Module, packed: PackedNetwork, data: DataConfig) -> str:
+    """Run both on random images; return how far their logits agree, in words.
+
+    Raises:
+        ValueError: they differ on more images than values within rounding of 0 can explain.
+    """
+    shape = (NUM_CHECKED, data.image_size, data.image_size, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    expected, found = logits_of(model, images, data), packed(images)
+    if not np.isfinite(expected).all():
+        raise ValueError("the network predicts nothing: its logits are not finite; export an earlier checkpoint")
+    differences = np.abs(found - expected).max(1) / np.abs(expected).max()
+    num_ties = int((differences > TOLERANCE).sum())
+    if num_ties > MOST_TIES:
+        raise ValueError(
+            f"the program disagrees with the network on {num_ties} of {NUM_CHECKED} random images, by up to "
+            f"{differences.max():.1e} of the largest logit: this is a defect of bitfleet; please report it"
+        )
+    agreeing = differences[differences <= TOLERANCE].max()
+    text = f"checked on {NUM_CHECKED} random images: logits within {agreeing:.0e} of the largest"
+    if num_ties:
+        text += f" on {NUM_CHECKED - num_ties}; on {num_ties} a value within rounding of 0 has another sign"
+    return text
+
+
+def logits_of(model: nn.Module, images: Array, data: DataConfig) -> Array:
+    """Return the logits of the trainer's own network in fp32.
+
+    Args:
+        model: on the CPU, in any mode; it is left as it was.
+        images: uint8 or float32 [N, H, W, 3].
+        data: mean and std.
+    """
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        rows = [model(normalize(torch.from_numpy(image[None]), data.mean, data.std)) for image in images]
+    model.train(was_training)
+    found: Array = torch.cat(rows).numpy()
+    assert math.prod(found.shape) > 0
+    return found
