@@ -73,12 +73,12 @@ def export_packed(source: Path, output: Path, image_size: int | None, rest: Sequ
         raise ValueError(f"cannot write {output}: {error.strerror or error}") from error
     bits = sum(p.numel() for p in trained.model.parameters() if getattr(p, "binary", False))
     floats = sum(t.numel() for t in [*trained.model.parameters(), *trained.model.buffers()] if t.is_floating_point())
-    whole = 4 * floats
+    whole, top1 = 4 * floats, trained.description.get("top1")
     return "\n".join(
         [
             f"{output}: {megabytes(len(content))}, {bits:,} weights as bits; in fp32 {megabytes(whole)}, "
             f"{whole / len(content):.1f} times as much",
-            *([f"accuracy of the run: top-1 {percent(trained.description['top1'])}"] * ("top1" in trained.description)),
+            *([] if top1 is None else [f"accuracy of the run: top-1 {percent(top1)}"]),
             checked,
             f"try: bitfleet run {output} IMAGE...",
         ]

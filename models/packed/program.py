@@ -159,9 +159,9 @@ def tensors_of(program: Program) -> dict[str, Array]:
     return {"program": rows, "buffers": np.array(table, np.int32), **tensors}
 
 
-def digest(tensors: Mapping[str, Array]) -> str:
-    """Return the sha256 of all tensors, with names and shapes."""
-    found = hashlib.sha256()
+def digest(tensors: Mapping[str, Array], description: Mapping[str, Any]) -> str:
+    """Return the sha256 of all tensors, with names and shapes, and of the description."""
+    found = hashlib.sha256(json.dumps(dict(description), sort_keys=True).encode())
     for name in sorted(tensors):
         found.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
         found.update(np.ascontiguousarray(tensors[name]).tobytes())
@@ -171,8 +171,9 @@ def digest(tensors: Mapping[str, Array]) -> str:
 def to_bytes(program: Program) -> bytes:
     """Return the file of `program`."""
     tensors = tensors_of(program)
-    description = {"format": FORMAT, **program.description, "sha256": digest(tensors)}
-    content: bytes = safetensors.numpy.save(tensors, metadata={"bitfleet": json.dumps(description)})
+    description = {"format": FORMAT, **program.description}
+    text = json.dumps({**description, "sha256": digest(tensors, description)})
+    content: bytes = safetensors.numpy.save(tensors, metadata={"bitfleet": text})
     return content
 
 
@@ -193,9 +194,14 @@ def read_description(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a packed program of bitfleet, or cut off ({error})") from None
     if text is None:
         raise ValueError(f"{path} is not a packed program of bitfleet: make one with bitfleet export RUN OUT")
-    description: dict[str, Any] = json.loads(text)
+    try:
+        description = json.loads(text)
+    except json.JSONDecodeError:
+        description = None
+    if not isinstance(description, dict):
+        raise ValueError(f"{path} is damaged: its description is not JSON")
     if description.get("format") != FORMAT:
         raise ValueError(f"{path} has format {description.get('format')}, this bitfleet reads {FORMAT}: update it")
-    if description.get("sha256") != digest(tensors):
+    if description.pop("sha256", None) != digest(tensors, description):
         raise ValueError(f"{path} is damaged: its sha256 is not the one that it was written with")
     return description

@@ -27,7 +27,8 @@ def network(name: str, seed: int = 0, **options: Any) -> nn.Module:
     model: nn.Module = timm.create_model(name, **options)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            assert module.running_mean is not None and module.running_var is not None
+            assert module.running_mean is not None
+            assert module.running_var is not None
             module.running_mean.normal_(0, 1)
             module.running_var.uniform_(0.5, 20)
     for param in model.parameters():
@@ -51,7 +52,8 @@ def make_exact(model: nn.Module) -> nn.Module:
 
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            assert module.running_mean is not None and module.running_var is not None
+            assert module.running_mean is not None
+            assert module.running_var is not None
             module.running_mean.copy_(choose(module.running_mean, -2, 0, 1))
             module.running_var.fill_(1 - module.eps)
             if module.weight is not None:
@@ -91,7 +93,7 @@ def lowered(model: nn.Module, size: int) -> Program:
 def expected_logits(model: nn.Module, images: Images) -> NDArray[np.float32]:
     """Return the logits of the trainer's network, an image at a time."""
     with torch.no_grad():
-        rows = [model(normalize(torch.from_numpy(image[None]), MEAN, STD)) for image in images]
+        rows = [model(normalize(torch.tensor(image[None]), MEAN, STD)) for image in images]
     return torch.cat(rows).numpy()
 
 
