@@ -21,8 +21,9 @@ def trained(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def accuracies(output: str) -> tuple[str, str]:
-    (found,) = re.findall(r"top-1 ([\d.]+)%  top-5 ([\d.]+)%", output)
-    return found
+    found: list[tuple[str, str]] = re.findall(r"top-1 ([\d.]+)%  top-5 ([\d.]+)%", output)
+    assert len(found) == 1, output
+    return found[0]
 
 
 def test_exported_run_predicts_what_the_run_predicts(trained: Path, tiny_images: Path, tmp_path: Path) -> None:
