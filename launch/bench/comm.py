@@ -6,10 +6,9 @@ and acknowledgements included.
 """
 
 import functools
-import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfleet.launch.bench.command import Comm, Memory, Sharding
+from bitfleet.launch.bench.results import Row, titled
 from bitfleet.launch.bench.step import compiled_rule
-from bitfleet.launch.bench.timing import interleave, ratio, take_turn, titled
-from bitfleet.launch.bench.training import GradDtype, Method, RankStep
+from bitfleet.launch.bench.timing import interleave, ratio, take_turn
+from bitfleet.launch.bench.training import GradDtype, Method, TrainingStep
 from bitfleet.launch.preflight.tensor_bytes import TensorBytes
 from bitfleet.models import ModelConfig, QuantLinear, create_model, ste_sign
 from bitfleet.optim.rules.rule import Group, Rule, State, register
@@ -43,6 +43,12 @@ SETTLE_SECONDS = 0.05
 NETWORKS = {"birealnet18": 64, "xnornet": 224}
 """Network -> pixels of a side."""
 COMPILED = "bop2ndorder_compiled"
+CONTENDERS: dict[str, tuple[Method, str]] = {
+    "bits": ("bits", "bitfleet"),
+    "DDP": ("ddp", "DDP, compiled rule"),
+    "zero1": ("zero1", "DeepSpeed ZeRO-1, compiled rule"),
+}
+"""Contenders of `bench sharding`."""
 
 
 def binary_stack() -> nn.Sequential:
@@ -144,10 +150,13 @@ def _hosts(ranks: Ranks) -> str:
     return f"{num_hosts} host{'s' * (num_hosts > 1)}"
 
 
-def _rows(measure: Callable[[Method, GradDtype], Iterable[float]]) -> Iterator[list[str]]:
-    for grad_dtype in GRAD_DTYPES:
-        for method, title in TITLES.items():
-            yield [title, grad_dtype, *(f"{number:.3f}" for number in measure(method, grad_dtype))]
+def _method_rows(measure: Callable[[Method, GradDtype], Sequence[float]], *names: str) -> list[Row]:
+    """Measure every method with every dtype of gradients."""
+    return [
+        {"what": f"{title}, {grad_dtype}", **dict(zip(names, measure(method, grad_dtype), strict=True))}
+        for grad_dtype in GRAD_DTYPES
+        for method, title in TITLES.items()
+    ]
 
 
 def bench_comm(options: Comm, ranks: Ranks, device: torch.device) -> Iterator[str]:
@@ -162,7 +171,8 @@ def bench_comm(options: Comm, ranks: Ranks, device: torch.device) -> Iterator[st
         )
 
     def measure(method: Method, grad_dtype: GradDtype) -> list[float]:
-        step = RankStep(method, binary_stack(), torch.randn(1, WIDTH, device=device), ranks, grad_dtype=grad_dtype)
+        images = torch.randn(1, WIDTH, device=device)
+        step = TrainingStep(method, binary_stack(), images, ranks.world_size, grad_dtype=grad_dtype)
         for _ in range(2):  # the first one allocates state
             step()
         before = wire_bytes(ranks)
@@ -176,19 +186,19 @@ def bench_comm(options: Comm, ranks: Ranks, device: torch.device) -> Iterator[st
     yield titled(
         f"bytes that a rank sends per step and binary weight, {ranks.world_size} ranks on {_hosts(ranks)}, "
         f"{NUM_BINARY:,} binary weights",
-        [["", "gradients", "calls", "on the wire", "between hosts"], *_rows(measure)],
-        "<<",
+        _method_rows(measure, "calls", "on the wire", "between hosts"),
     )
 
 
 def bench_memory(options: Memory, ranks: Ranks, device: torch.device) -> Iterator[str]:
     """Count bytes per parameter on the rank that has most, after two steps of warm-up."""
+    images, bucket_numel = torch.randn(1, WIDTH, device=device), DEPTH // NUM_BUCKETS * WIDTH**2
 
     def measure(method: Method, grad_dtype: GradDtype) -> list[float]:
         samples = []
         with TensorBytes() as count:
-            images, bucket_numel = torch.randn(1, WIDTH, device=device), DEPTH // NUM_BUCKETS * WIDTH**2
-            step = RankStep(method, binary_stack(), images, ranks, grad_dtype=grad_dtype, bucket_numel=bucket_numel)
+            sizes: Any = {"world_size": ranks.world_size, "bucket_numel": bucket_numel}
+            step = TrainingStep(method, binary_stack(), images, grad_dtype=grad_dtype, **sizes)
             numel = sum(param.numel() for param in step.model.parameters())
             for _ in range(2 + options.steps):  # the first one allocates the state
                 count.take_peak()
@@ -204,13 +214,13 @@ def bench_memory(options: Memory, ranks: Ranks, device: torch.device) -> Iterato
         # to be freed.
         largest = torch.stack([after.amin(), *(peak.amax() for peak in peaks)]) / numel
         step.close()
-        return torch.stack(all_gather_tensors(largest)).amax(0).tolist()
+        per_parameter: list[float] = torch.stack(all_gather_tensors(largest)).amax(0).tolist()
+        return per_parameter
 
     yield titled(
         f"bytes of tensors per parameter on a rank, {ranks.world_size} ranks; a bucket of fp32 gradients is "
         f"{4 / NUM_BUCKETS:g}",
-        [["", "gradients", "after the step", "peak in backward", "peak in step"], *_rows(measure)],
-        "<<",
+        _method_rows(measure, "after the step", "peak in backward", "peak in step"),
     )
 
 
@@ -223,33 +233,26 @@ def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
 register(Rule(name=COMPILED, update_=_update_, state_keys=("exp_avg", "exp_avg_sq")))
 
 
-CONTENDERS: dict[str, tuple[Method, str]] = {
-    "bits": ("bits", "bitfleet"),
-    "DDP": ("ddp", "DDP, compiled rule"),
-    "zero1": ("zero1", "DeepSpeed ZeRO-1, compiled rule"),
-}
-
-
 def bench_sharding(options: Sharding, ranks: Ranks, device: torch.device) -> Iterator[str]:
     """Time steps and count bytes in turns; for fp32 weights the rule is compiled.
 
     Raises:
         ValueError: an unknown contender.
     """
-    contenders = options.contender.split(",")
-    if unknown := [name for name in contenders if name not in CONTENDERS]:
+    names = options.contender.split(",")
+    if unknown := [name for name in names if name not in CONTENDERS]:
         raise ValueError(f"--contender {unknown[0]!r} is not a contender; there are: {', '.join(CONTENDERS)}")
     for network in [options.network] if options.network else NETWORKS:
         size = NETWORKS[network]
         images = torch.randn(options.micro_batch_size, 3, size, size, device=device)
         images = images.to(memory_format=torch.channels_last)
         steps = {}
-        for name in contenders:
+        for name in names:
             torch.manual_seed(0)
             model = create_model(ModelConfig(name=network))
-            steps[name] = RankStep(CONTENDERS[name][0], model, images, ranks, rule=COMPILED)
+            steps[name] = TrainingStep(CONTENDERS[name][0], model, images, ranks.world_size, rule=COMPILED)
 
-        def measure(step: RankStep) -> tuple[float, float]:
+        def measure(step: TrainingStep) -> tuple[float, float]:
             """Return seconds and bytes per step, bytes of the interfaces of all machines divided by
             the ranks."""
             before = wire_bytes(ranks)
@@ -260,25 +263,26 @@ def bench_sharding(options: Sharding, ranks: Ranks, device: torch.device) -> Ite
         turns = interleave({name: functools.partial(measure, step) for name, step in steps.items()}, options.rounds)
         for step in steps.values():
             step.close()
-        steps.clear()
-        gc.collect()
-        yield _sharding_table(network, ranks, options, turns)
+        yield titled(
+            f"{network}, {size} px, {ranks.world_size} ranks x {options.micro_batch_size} images on {_hosts(ranks)}, "
+            f"per step, median of {options.rounds} rounds",
+            _sharding_rows(turns),
+        )
 
 
-def _sharding_table(network: str, ranks: Ranks, options: Sharding, turns: dict[str, list[tuple[float, float]]]) -> str:
-    rows = [["", "ms", "MB sent", "bitfleet / it: time", "bytes"]]
+def _sharding_rows(turns: dict[str, list[tuple[float, float]]]) -> list[Row]:
+    """Return a row per contender, with the ratios of the first one to it."""
+    rows = []
+    first_seconds, first_sent = zip(*next(iter(turns.values())), strict=True)
     for name, values in turns.items():
         seconds, sent = zip(*values, strict=True)
-        row = [CONTENDERS[name][1], f"{1e3 * statistics.median(seconds):,.1f}", f"{statistics.median(sent) / 1e6:,.1f}"]
-        if "bits" in turns:
-            own_seconds, own_sent = zip(*turns["bits"], strict=True)
-            row += [
-                f"{ratio(own_seconds, seconds):.3f}",
-                f"{ratio(own_sent, [max(num_bytes, 1.0) for num_bytes in sent]):.3f}",
-            ]
-        rows.append(row)
-    return titled(
-        f"{network}, {NETWORKS[network]} px, {ranks.world_size} ranks x {options.micro_batch_size} images on "
-        f"{_hosts(ranks)}, per step, median of {options.rounds} rounds",
-        rows,
-    )
+        rows.append(
+            {
+                "what": CONTENDERS[name][1],
+                "ms": 1e3 * statistics.median(seconds),
+                "MB sent": statistics.median(sent) / 1e6,
+                "first / it: time": ratio(first_seconds, seconds),
+                "bytes": ratio(first_sent, [max(num_bytes, 1.0) for num_bytes in sent]),
+            }
+        )
+    return rows

@@ -122,12 +122,10 @@ class Journal(Steps, Rounds):
 
 @dataclasses.dataclass(frozen=True)
 class Loader(Rounds):
-    """Compare loaders of photos with torchvision, timm and, if installed, WebDataset and FFCV."""
+    """Compare loaders of photos with torchvision and timm: images/s, CPU time."""
 
     memory: bool = False
     """Instead: images of 32 pixels with data.loader dali, torch and memory."""
-    manifest: bool = False
-    """Instead: seconds to the first batch and memory with a manifest of ImageNet's length."""
     root: Path | None = None
     """Data set to take photos from. Default: synthetic photos, which stay in the cache folder."""
     images: MaybeCount = None

@@ -1,64 +1,21 @@
-"""Time training steps of a network against timm's resnet18 on the same images, in turns."""
+"""Time training steps of networks against timm's resnet18, and compare their gradients with the
+CPU's."""
 
 import functools
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 
 from bitfleet.launch.bench.command import Networks
-from bitfleet.launch.bench.timing import interleave, ratios, seconds_per_call, titled
-from bitfleet.launch.bench.training import REFERENCE, Setting, TrainingStep
+from bitfleet.launch.bench.results import Row, titled
+from bitfleet.launch.bench.timing import interleave, ratios, seconds_per_call
+from bitfleet.launch.bench.training import REFERENCE, Setting, TrainingStep, setting_step
 from bitfleet.trainer.engine.config import Precision
 from bitfleet.trainer.ranks.collectives import Ranks
 
 IMAGE_SIZES = {"binarynet": 32, "birealnet_small": 32}
 """Pixels of a side; 224 for other networks."""
-
-
-class Speed(NamedTuple):
-    """A network in one setting."""
-
-    setting: Setting
-    first_seconds: float
-    """Time of the first step, which compiles."""
-    rates: list[float]
-    """Images/s, one value per round."""
-    peak_MB: float | None
-    """Memory of a GPU that the network holds between steps, and what a step adds."""
-    loss: float
-    """Loss of the first step."""
-
-
-def measure_settings(
-    settings: Sequence[Setting], image_size: int, device: torch.device, *, num_rounds: int, num_steps: int, warm_up: int
-) -> list[Speed]:
-    """Time the settings in turns; all their networks are in memory at the same time."""
-    steps, allocated, first_seconds, losses = [], [_allocated(device)], [], []
-    for setting in settings:
-        steps.append(TrainingStep(setting, image_size, device))
-        first_seconds.append(seconds_per_call(lambda: losses.append(float(steps[-1]())), 1, device))
-        allocated.append(_allocated(device))
-    turns = {f"{i}": functools.partial(seconds_per_call, step, num_steps, device) for i, step in enumerate(steps)}
-    seconds = list(interleave(turns, num_rounds, warm_up).values())
-    speeds = []
-    for i, (setting, step) in enumerate(zip(settings, steps, strict=True)):
-        peak = None
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            held = allocated[i + 1] - allocated[i] - _allocated(device)
-            seconds_per_call(step, 1, device)
-            peak = (held + torch.cuda.max_memory_allocated(device)) / 1e6
-        rates = [setting.batch_size / each for each in seconds[i]]
-        speeds.append(Speed(setting, first_seconds[i], rates, peak, losses[i]))
-    for step in steps:
-        step.close()
-    return speeds
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def bench_networks(options: Networks, ranks: Ranks, device: torch.device) -> Iterator[str]:
@@ -69,37 +26,72 @@ def bench_networks(options: Networks, ranks: Ranks, device: torch.device) -> Ite
     """
     if ranks.world_size > 1:
         raise ValueError(f"bench networks measures one process, but there are {ranks.world_size} ranks: start one")
-    batch_size = 50 if options.network == "binarynet" else 128 if device.type == "cuda" else 8
-    batch_size = options.batch_size or batch_size
-    precisions: tuple[Precision, ...] = (options.precision,) if options.precision else ("fp32", "bf16")
+    default = 50 if options.network == "binarynet" else 128 if device.type == "cuda" else 8
+    batch_size, image_size = options.batch_size or default, IMAGE_SIZES.get(options.network, 224)
     kinds, names = (False, True) if options.compiled else (False,), (REFERENCE, options.network)
+    precisions: tuple[Precision, ...] = (options.precision,) if options.precision else ("fp32", "bf16")
     for precision in precisions:
-        yield f"{' and '.join(names)}, {precision}: first steps ..."
         settings = [Setting(name, batch_size, precision, is_compiled) for is_compiled in kinds for name in names]
-        counts = {"num_rounds": options.rounds, "num_steps": options.steps, "warm_up": 1}
-        speeds = measure_settings(settings, IMAGE_SIZES.get(options.network, 224), device, **counts)
         yield titled(
-            f"training steps of {batch_size} images, {precision}, {device.type} ({torch.get_num_threads()} threads), "
-            f"median of {options.rounds} rounds",
-            network_rows(speeds),
-            "<<",
+            f"training steps of {batch_size} images, {device.type} ({torch.get_num_threads()} threads), median of "
+            f"{options.rounds} rounds",
+            measure_settings(settings, image_size, device, num_rounds=options.rounds, num_steps=options.steps),
         )
 
 
-def network_rows(speeds: Sequence[Speed]) -> list[list[str]]:
-    """Return the cells of a table; resnet18 in the same setting comes right before each network."""
-    rows = [["", "", "images/s", f"of {REFERENCE}", "least to most", "first step s", "peak MB"]]
-    for index, speed in enumerate(speeds):
-        quotients = ratios(speed.rates, speeds[index - index % 2].rates)
+def measure_settings(
+    settings: Sequence[Setting], image_size: int, device: torch.device, *, num_rounds: int, num_steps: int
+) -> list[Row]:
+    """Time the settings in turns; all their networks are in memory at the same time.
+
+    Args:
+        settings: each network after the reference that it is compared with.
+        image_size: pixels of a side.
+        device: where the networks are.
+        num_rounds: turns of each setting.
+        num_steps: steps per turn.
+
+    Returns:
+        A row per setting. peak_MB is what the network holds on a GPU between steps, and what a step
+        adds; the first step compiles.
+    """
+    steps, held, first_seconds = [], [], []
+    for setting in settings:
+        before = _allocated(device)
+        steps.append(setting_step(setting, image_size, device))
+        first_seconds.append(seconds_per_call(steps[-1], 1, device))
+        held.append(_allocated(device) - before)
+    turns = {f"{i}": functools.partial(seconds_per_call, step, num_steps, device) for i, step in enumerate(steps)}
+    seconds = list(interleave(turns, num_rounds).values())
+    rows: list[Row] = []
+    reference = seconds[0]
+    for i, setting in enumerate(settings):
+        reference = seconds[i] if setting.network == REFERENCE else reference
+        quotients = ratios(reference, seconds[i])
         rows.append(
-            [
-                speed.setting.network,
-                "compiled" if speed.setting.is_compiled else "eager",
-                f"{statistics.median(speed.rates):,.1f}",
-                f"{statistics.median(quotients):.3f}",
-                f"{min(quotients):.3f} to {max(quotients):.3f}",
-                f"{speed.first_seconds:.1f}",
-                "" if speed.peak_MB is None else f"{speed.peak_MB:,.0f}",
-            ]
+            {
+                "what": setting.network,
+                **setting._asdict(),
+                "images_per_second": setting.batch_size / statistics.median(seconds[i]),
+                "of_resnet18": statistics.median(quotients),
+                "least": min(quotients),
+                "most": max(quotients),
+                "peak_MB": (held[i] + _added(steps[i], device)) / 1e6 if device.type == "cuda" else None,
+                "first_step_seconds": first_seconds[i],
+            }
         )
+    for step in steps:
+        step.close()
     return rows
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _added(step: TrainingStep, device: torch.device) -> int:
+    """Return the bytes that a step adds, at its peak, to what is held between steps."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = _allocated(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - before

@@ -1,14 +1,12 @@
-"""Time contenders in turns: interleaved rounds, medians, ratios round by round, one table."""
+"""Time contenders in turns: interleaved rounds, and ratios round by round."""
 
 import statistics
-import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
 
-from bitfleet.launch.text import table
 from bitfleet.trainer.ranks.collectives import barrier
 
 T = TypeVar("T")
@@ -93,14 +91,3 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[f
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
     """Return the median over the rounds of the ratio of two series."""
     return statistics.median(ratios(numerators, denominators))
-
-
-def spread(values: Sequence[float], form: str = ",.1f") -> str:
-    """Format the median with the extremes: "2.1 (1.9 - 2.4)"."""
-    middle, least, most = (format(value, form) for value in (statistics.median(values), min(values), max(values)))
-    return f"{middle} ({least} - {most})"
-
-
-def titled(title: str, rows: Sequence[Sequence[str]], align: str = "<") -> str:
-    """Return a table for a terminal, indented below its title."""
-    return f"{title}\n{textwrap.indent(table(rows, align), '  ')}"

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from bitfleet.configs import load_config
 from bitfleet.launch.bench.gpu.trainer import Loader, Variant, varied
-from bitfleet.launch.bench.gpu.waits import PageableCopies, host_waits
 from bitfleet.optim import ShardedOptimizer
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
 from bitfleet.trainer.checkpoint.format import checkpoints
 from bitfleet.trainer.ranks.collectives import Ranks
 from bitfleet.trainer.trainer import Trainer
+from tests.gpu.waits import PageableCopies, host_waits
 from tests.integration.runs import assert_same_bits
 
 pytestmark = pytest.mark.gpu

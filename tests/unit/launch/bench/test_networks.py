@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bitfleet.launch.bench.networks import Speed, measure_settings, network_rows
+from bitfleet.launch.bench import networks
+from bitfleet.launch.bench.networks import measure_settings
 from bitfleet.launch.bench.training import Setting
 
 CPU = torch.device("cpu")
@@ -29,19 +30,29 @@ def test_every_setting_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         for is_compiled in (False, True)
         for name in ("resnet18", "birealnet_small")
     ]
-    speeds = measure_settings(settings, 32, CPU, num_rounds=2, num_steps=1, warm_up=1)
-    assert [speed.setting for speed in speeds] == settings
+    rows = measure_settings(settings, 32, CPU, num_rounds=2, num_steps=1)
+    assert [(row["what"], row["is_compiled"]) for row in rows] == [(name, kind) for name, _, _, kind, _ in settings]
     assert compiled == ["ResNet", "BiRealNet"]
-    assert [len(speed.rates) for speed in speeds] == [2] * 4
-    assert min(rate for speed in speeds for rate in speed.rates) > 0
-    assert {speed.peak_MB for speed in speeds} == {None}
+    assert min(row["images_per_second"] for row in rows) > 0
+    assert {row["peak_MB"] for row in rows} == {None}
 
 
-def test_table() -> None:
-    speeds = [
-        Speed(Setting("resnet18", 8, "fp32"), 1.0, [10.0, 20.0, 10.0], 2.0, 7.0),
-        Speed(Setting("xnornet", 8, "fp32"), 2.0, [15.0, 20.0, 40.0], 3.0, 7.0),
-    ]
-    _, reference, other = network_rows(speeds)
-    assert reference == ["resnet18", "eager", "10.0", "1.000", "1.000 to 1.000", "1.0", "2"]
-    assert other == ["xnornet", "eager", "20.0", "1.500", "1.000 to 4.000", "2.0", "3"]
+class Step:
+    """A training step that takes the seconds that it is given, one value per turn."""
+
+    def __init__(self, *seconds: float) -> None:
+        self.seconds = iter(seconds)
+
+    def close(self) -> None:
+        pass
+
+
+def test_networks_are_compared_with_the_reference_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The first step, a round to warm up, and three rounds that count.
+    steps = {"resnet18": Step(5.0, 9.0, 1.0, 2.0, 1.0), "xnornet": Step(5.0, 9.0, 2.0, 2.0, 4.0)}
+    monkeypatch.setattr(networks, "setting_step", lambda setting, *_: steps[setting.network])
+    monkeypatch.setattr(networks, "seconds_per_call", lambda step, *_: next(step.seconds))
+    settings = [Setting("resnet18", 8, "fp32"), Setting("xnornet", 8, "fp32")]
+    reference, other = measure_settings(settings, 32, CPU, num_rounds=3, num_steps=1)
+    assert (reference["images_per_second"], reference["of_resnet18"], reference["first_step_seconds"]) == (8.0, 1.0, 5)
+    assert (other["images_per_second"], other["of_resnet18"], other["least"], other["most"]) == (4.0, 0.5, 0.25, 1.0)

@@ -13,7 +13,7 @@ import torch
 from bitfleet.launch.bench.command import PartName, bench
 from bitfleet.launch.bench.gpu import command as bench_gpu
 from bitfleet.launch.bench.gpu.command import PARTS, run_part
-from bitfleet.launch.bench.gpu.session import Session, read_rows
+from bitfleet.launch.bench.results import Session, read_rows
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from bitfleet.launch.bench.gpu.session import Row, Session, append_row, format_rows, read_rows
+from bitfleet.launch.bench.results import Row, Session, append_row, format_rows, read_rows, spread, titled
 
 
 @pytest.fixture
 def session(tmp_path: Path) -> Session:
-    return Session("rule", str(tmp_path / "out.jsonl"), time.monotonic() + 100, tiny=True)
+    return Session("rule", str(tmp_path / "out.jsonl"), time.monotonic() + 100)
 
 
 def test_rows_survive_a_cut_off_file(tmp_path: Path) -> None:
@@ -80,3 +80,8 @@ def test_what_no_longer_fits_is_skipped(session: Session) -> None:
     (row,) = read_rows(Path(session.output))
     assert row["what"] == "long"
     assert row["skipped"].startswith("200 s needed, ")
+
+
+def test_a_table_stands_below_its_title() -> None:
+    rows: list[Row] = [{"what": "a", "ms": 1.5, "images/s": spread([800.0, 1000.0, 900.0])}]
+    assert titled("title", rows).split("\n") == ["title", "      ms           images/s", "  a  1.5  900 (800 - 1,000)"]
