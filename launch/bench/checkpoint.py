@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -29,15 +28,9 @@ BLOCKING = "Saver, blocking"
 CPU = torch.device("cpu")
 
 
-class Cost(NamedTuple):
-    """One checkpoint, on the slowest rank."""
-
-    stall_seconds: float
-    """Seconds until training may continue."""
-    seconds: float
-    """Seconds until it is flushed to the disk; for the Saver also hashed and committed."""
-    num_bytes: int
-    """All files of all ranks."""
+Cost = tuple[float, float, int]
+"""Of one checkpoint, on the slowest rank: seconds until training may continue; seconds until it is
+flushed to the disk, for the Saver also hashed and committed; bytes of all files of all ranks."""
 
 
 def bench_checkpoint(options: Checkpoint, ranks: Ranks, device: torch.device) -> Iterator[str]:
@@ -129,7 +122,7 @@ def _cost(save: Callable[[], object], saver: Saver, other: Path, ranks: Ranks) -
     barrier()
     if ranks.is_main:
         shutil.rmtree(other, ignore_errors=True)
-    return Cost(max(all_gather_numbers(stall)), max(all_gather_numbers(seconds)), num_bytes)
+    return max(all_gather_numbers(stall)), max(all_gather_numbers(seconds)), num_bytes
 
 
 def _slow_down(step: TrainingStep, device: torch.device, start: Callable[[], None], saver: Saver) -> float:
@@ -151,18 +144,11 @@ def _slow_down(step: TrainingStep, device: torch.device, start: Callable[[], Non
 
 
 def _rows(costs: dict[str, list[Cost]], world_size: int) -> list[Row]:
+    blocking, _, _ = zip(*costs[BLOCKING], strict=True)
     rows = []
-    blocking = [cost.stall_seconds for cost in costs[BLOCKING]]
     for title, rounds in costs.items():
-        stall, seconds, num_bytes = (statistics.median(values) for values in zip(*rounds, strict=True))
-        rows.append(
-            {
-                "what": title,
-                "stall s": stall,
-                "to blocking": ratio([cost.stall_seconds for cost in rounds], blocking),
-                "on disk s": seconds,
-                "MB": num_bytes / 1e6,
-                "MB/s per rank": num_bytes / 1e6 / world_size / seconds,
-            }
-        )
+        stalls, seconds, num_bytes = zip(*rounds, strict=True)
+        on_disk, megabytes = statistics.median(seconds), num_bytes[-1] / 1e6
+        figures = {"stall s": statistics.median(stalls), "to blocking": ratio(stalls, blocking), "on disk s": on_disk}
+        rows.append({"what": title, **figures, "MB": megabytes, "MB/s per rank": megabytes / world_size / on_disk})
     return rows

@@ -8,13 +8,14 @@ and acknowledgements included.
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, get_args
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bitfleet.launch.bench.command import Comm, Memory, Sharding
 from bitfleet.launch.bench.results import Row, titled
@@ -25,7 +26,7 @@ from bitfleet.launch.preflight.tensor_bytes import TensorBytes
 from bitfleet.models import ModelConfig, QuantLinear, create_model, ste_sign
 from bitfleet.optim.rules.rule import Group, Rule, State, register
 from bitfleet.optim.sharding import reduction as sharding_exchange
-from bitfleet.trainer.ranks.collectives import Ranks, all_gather_numbers, all_gather_tensors, barrier
+from bitfleet.trainer.ranks.collectives import Ranks, all_gather_numbers, barrier
 
 TITLES: dict[Method, str] = {
     "bits": "bitfleet ShardedOptimizer",
@@ -43,12 +44,7 @@ SETTLE_SECONDS = 0.05
 NETWORKS = {"birealnet18": 64, "xnornet": 224}
 """Network -> pixels of a side."""
 COMPILED = "bop2ndorder_compiled"
-CONTENDERS: dict[str, tuple[Method, str]] = {
-    "bits": ("bits", "bitfleet"),
-    "DDP": ("ddp", "DDP, compiled rule"),
-    "zero1": ("zero1", "DeepSpeed ZeRO-1, compiled rule"),
-}
-"""Contenders of `bench sharding`."""
+CONTENDERS: dict[str, Method] = {"bits": "bits", "DDP": "ddp", "zero1": "zero1", "zero2": "zero2", "none": "none"}
 
 
 def binary_stack() -> nn.Sequential:
@@ -62,14 +58,9 @@ def binary_stack() -> nn.Sequential:
 
 SHARES = {
     "allreduce_": 2,  # a reduce-scatter and an all-gather
-    "alltoall_base_": 1,
-    "_allgather_base_": 1,
-    "allgather_": 1,
-    "allgather_into_tensor_coalesced_": 1,
-    "_reduce_scatter_base_": 1,
-    "reduce_scatter_": 1,
+    **dict.fromkeys(("alltoall_base_", "_allgather_base_", "allgather_", "allgather_into_tensor_coalesced_"), 1),
+    **dict.fromkeys(("_reduce_scatter_base_", "reduce_scatter_", "broadcast_"), 1),
     "reduce_": 1,  # every rank but one sends all of it: on average as much as in a reduce-scatter
-    "broadcast_": 1,
     "barrier": 0,
 }
 """Collective -> bytes that a rank must send, as a multiple of (N - 1) / N of the tensor."""
@@ -113,34 +104,21 @@ class CollectiveCounter(TorchDispatchMode):
             name = func._schema.name.removeprefix("c10d::")
             assert name in SHARES, f"no rule for the collective {name}"
             # The full tensor is the output of an all-gather, and the input of a reduce-scatter.
-            largest = max(sum(tensor.nbytes for tensor in _tensors(argument)) for argument in args)
+            tensors = ([leaf for leaf in tree_leaves(arg) if isinstance(leaf, Tensor)] for arg in args)
+            largest = max(sum(tensor.nbytes for tensor in each) for each in tensors)
             self._called_bytes += SHARES[name] * (self.world_size - 1) / self.world_size * largest
         return func(*args, **(kwargs or {}))
 
 
-def _tensors(argument: Any) -> Iterable[Tensor]:
-    if isinstance(argument, Tensor):
-        yield argument
-    elif isinstance(argument, (list, tuple)):
-        for item in argument:
-            yield from _tensors(item)
-
-
-def interface_bytes() -> dict[str, int]:
-    """Return the bytes that each interface of this network namespace has sent.
-
-    From /proc/net/dev: /sys/class/net has the same counters, but of the namespace in which /sys was
-    mounted.
-    """
-    lines = Path("/proc/net/dev").read_text().splitlines()[2:]  # without the titles
-    fields = {name.strip(): values.split() for name, _, values in (line.partition(":") for line in lines)}
-    return {name: int(values[8]) for name, values in fields.items()}
-
-
 def wire_bytes(ranks: Ranks) -> Tensor:
-    """Return the bytes sent by this machine, all and without the loopback, on its first rank."""
+    """Return the bytes that the interfaces of this network namespace have sent, on its first rank.
+
+    Returns:
+        fp64 [2]: of all interfaces, and of all but the loopback.
+    """
     barrier()
-    sent = interface_bytes() if ranks.local_rank == 0 else {}
+    counters = psutil.net_io_counters(pernic=True, nowrap=False) if ranks.local_rank == 0 else {}
+    sent = {name: counter.bytes_sent for name, counter in counters.items()}
     barrier()
     return torch.tensor([sum(sent.values()), sum(sent.values()) - sent.get("lo", 0)], dtype=torch.float64)
 
@@ -202,25 +180,21 @@ def bench_memory(options: Memory, ranks: Ranks, device: torch.device) -> Iterato
             numel = sum(param.numel() for param in step.model.parameters())
             for _ in range(2 + options.steps):  # the first one allocates the state
                 count.take_peak()
-                step.backward()
-                peak_backward = count.take_peak()
-                step.update()
-                peak_step = count.take_peak()
+                step()
+                peak = count.take_peak()
                 barrier()
                 time.sleep(SETTLE_SECONDS)
-                samples.append((count.live, peak_backward, peak_step))
-        after, *peaks = torch.tensor(samples[2:], dtype=torch.float64, device=device).T
+                samples.append((count.live, peak))
+        step.close()
+        after, peaks = zip(*samples[2:], strict=True)
         # Bytes held between steps are there after every step; more than the least of them is about
         # to be freed.
-        largest = torch.stack([after.amin(), *(peak.amax() for peak in peaks)]) / numel
-        step.close()
-        per_parameter: list[float] = torch.stack(all_gather_tensors(largest)).amax(0).tolist()
-        return per_parameter
+        return [max(all_gather_numbers(num_bytes)) / numel for num_bytes in (min(after), max(peaks))]
 
     yield titled(
         f"bytes of tensors per parameter on a rank, {ranks.world_size} ranks; a bucket of fp32 gradients is "
         f"{4 / NUM_BUCKETS:g}",
-        _method_rows(measure, "after the step", "peak in backward", "peak in step"),
+        _method_rows(measure, "after the step", "peak"),
     )
 
 
@@ -250,7 +224,7 @@ def bench_sharding(options: Sharding, ranks: Ranks, device: torch.device) -> Ite
         for name in names:
             torch.manual_seed(0)
             model = create_model(ModelConfig(name=network))
-            steps[name] = TrainingStep(CONTENDERS[name][0], model, images, ranks.world_size, rule=COMPILED)
+            steps[name] = TrainingStep(CONTENDERS[name], model, images, ranks.world_size, rule=COMPILED)
 
         def measure(step: TrainingStep) -> tuple[float, float]:
             """Return seconds and bytes per step, bytes of the interfaces of all machines divided by
@@ -272,17 +246,12 @@ def bench_sharding(options: Sharding, ranks: Ranks, device: torch.device) -> Ite
 
 def _sharding_rows(turns: dict[str, list[tuple[float, float]]]) -> list[Row]:
     """Return a row per contender, with the ratios of the first one to it."""
-    rows = []
     first_seconds, first_sent = zip(*next(iter(turns.values())), strict=True)
+    rows = []
     for name, values in turns.items():
         seconds, sent = zip(*values, strict=True)
-        rows.append(
-            {
-                "what": CONTENDERS[name][1],
-                "ms": 1e3 * statistics.median(seconds),
-                "MB sent": statistics.median(sent) / 1e6,
-                "first / it: time": ratio(first_seconds, seconds),
-                "bytes": ratio(first_sent, [max(num_bytes, 1.0) for num_bytes in sent]),
-            }
-        )
+        figures = {"ms": 1e3 * statistics.median(seconds), "MB sent": statistics.median(sent) / 1e6}
+        bytes_ratio = ratio(first_sent, [max(num_bytes, 1.0) for num_bytes in sent])
+        ratios = {"first / it: time": ratio(first_seconds, seconds), "bytes": bytes_ratio}
+        rows.append({"what": TITLES[CONTENDERS[name]], **figures, **ratios})
     return rows

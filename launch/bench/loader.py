@@ -57,8 +57,14 @@ def bench_loader(options: Loader) -> Iterator[str]:
     if options.memory and options.root:
         raise ValueError("bench loader --memory does not take --root: its images are synthetic")
     num_workers = options.num_workers or num_cores()
+    prepare = _prepare_small if options.memory else _prepare_photos
+    batch_size, unit = (options.batch_size or 50, "us") if options.memory else (options.batch_size or 64, "ms")
     with tempfile.TemporaryDirectory(prefix="bitfleet-bench-loader-") as folder:
-        yield (measure_small if options.memory else measure_photos)(options, num_workers, Path(folder))
+        title, loaders = prepare(options, batch_size, num_workers, Path(folder))
+        turns = {name: functools.partial(take_loader_turn, *entry, batch_size) for name, entry in loaders.items()}
+        rows = _rows(interleave(turns, options.rounds, warm_up=0), unit)
+    details = f"batches of {batch_size}, {num_workers} threads or workers, median of {options.rounds} rounds"
+    yield titled(f"{title}, {details} (least - most)", rows)
 
 
 class CpuClock:
@@ -135,28 +141,26 @@ def _take(batches: Iterator[object], count: int) -> None:
         next(batches)
 
 
-def _rows(turns: Mapping[str, list[Turn]], unit: str, reference: str) -> list[Row]:
-    """Return a row per loader; CPU time in `unit`, and over that of the loader `reference`."""
+def _rows(turns: Mapping[str, list[Turn]], unit: str) -> list[Row]:
+    """Return a row per loader; CPU time in `unit`, and over that of the first loader."""
     scale = {"us": 1e6, "ms": 1e3}[unit]
     costs = {title: [scale * turn.cpu_seconds for turn in values] for title, values in turns.items()}
+    first = next(iter(turns))
     return [
         {
             "what": title,
             "images/s": spread([1 / turn.seconds for turn in values]),
             f"CPU {unit}/image": spread(costs[title]),
-            f"CPU to {reference}": ratio(costs[title], costs[reference]),
+            f"CPU to {first}": ratio(costs[title], costs[first]),
         }
         for title, values in turns.items()
     ]
 
 
-def measure_photos(options: Loader, num_workers: int, folder: Path) -> str:
-    """Compare loaders that give ImageNet's training transform.
-
-    That is a random window of 8-100 % of the area, resized to 224 x 224 with antialiasing, half of
-    them mirrored.
-    """
-    batch_size = options.batch_size or 64
+def _prepare_photos(
+    options: Loader, batch_size: int, num_workers: int, folder: Path
+) -> tuple[str, dict[str, tuple[Start, int]]]:
+    """Write photos, and return a title and the loaders with the batches to take in a turn."""
     photos = find_photos(options.root, options.images or 512, num_workers)
     if len(photos) < batch_size:
         raise ValueError(
@@ -167,41 +171,28 @@ def measure_photos(options: Loader, num_workers: int, folder: Path) -> str:
     originals = write_class_folders(photos, folder / "originals")
     num_batches = max(len(photos) // batch_size, 4 * num_workers)
     num_batches += -num_batches % num_workers  # as many for each worker, so that they end together
-    loaders = contenders(originals, small, batch_size, num_workers)
-    turns = interleave(
-        {
-            title: functools.partial(take_loader_turn, start, num_batches, batch_size)
-            for title, start in loaders.items()
-        },
-        options.rounds,
-        warm_up=0,
-    )
     kilobytes = statistics.mean(len(photo.encoded) for photo in photos) / 1e3
-    return titled(
-        f"{len(photos)} {'' if options.root else 'synthetic '}photos of {kilobytes:.0f} kB, batches of {batch_size}, "
-        f"{num_workers} threads or workers, median of {options.rounds} rounds (least - most)",
-        _rows(turns, "ms", BITFLEET),
-    )
+    starts = contenders(originals, small, batch_size, num_workers)
+    title = f"{len(photos)} {'' if options.root else 'synthetic '}photos of {kilobytes:.0f} kB"
+    return title, {name: (start, num_batches) for name, start in starts.items()}
 
 
-def measure_small(options: Loader, num_workers: int, folder: Path) -> str:
-    """Compare data.loader dali, torch and memory on PNGs with the windows of binarynet_cifar10."""
-    num_images, batch_size = options.images or 5000, options.batch_size or 50
+def _prepare_small(
+    options: Loader, batch_size: int, num_workers: int, folder: Path
+) -> tuple[str, dict[str, tuple[Start, int]]]:
+    """The same for small PNGs with the windows of binarynet_cifar10."""
+    num_images = options.images or 5000
     if batch_size > num_images:
         raise ValueError(
             f"--batch_size {batch_size} must not exceed --images {num_images}; lower it, or raise --images"
         )
     torch.set_num_threads(num_workers)
     write_small_images(folder, num_images)
-    turns = {}
+    loaders = {}
     for loader in ("dali", "torch", "memory"):
         start = _bitfleet(folder, batch_size, num_workers, SMALL_SIZE, loader=loader, augmentation="pad_crop")
-        turns[loader] = functools.partial(take_loader_turn, start, _batches_per_turn(start), batch_size)
-    return titled(
-        f"{num_images:,} images of {SMALL_SIZE} pixels, batches of {batch_size}, {num_workers} threads, median of "
-        f"{options.rounds} rounds (least - most)",
-        _rows(interleave(turns, options.rounds, warm_up=0), "us", "dali"),
-    )
+        loaders[loader] = start, _batches_per_turn(start)
+    return f"{num_images:,} images of {SMALL_SIZE} pixels", loaders
 
 
 def _batches_per_turn(start: Start) -> int:
@@ -216,9 +207,10 @@ def _batches_per_turn(start: Start) -> int:
 
 
 def contenders(originals: Path, small: Path, batch_size: int, num_workers: int) -> dict[str, Start]:
-    """Return the loaders to compare, each an endless stream of shuffled training batches.
+    """Return loaders with ImageNet's training transform, endless streams of shuffled batches.
 
-    timm's is the one inside its PrefetchLoader: images as uint8, normalized later.
+    That is a random window of 8-100 % of the area, resized to 224 x 224 with antialiasing, half of
+    them mirrored. timm's is the loader inside its PrefetchLoader: uint8, normalized later.
     """
     sizes = batch_size, num_workers
     return {

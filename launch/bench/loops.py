@@ -8,7 +8,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,16 +17,14 @@ from bitfleet.launch.bench.command import Diagnostics, Journal, Train
 from bitfleet.launch.bench.results import Row, titled
 from bitfleet.launch.bench.timing import Turn, interleave, ratio, ratios, take_turn
 from bitfleet.launch.bench.training import TrainingStep
-from bitfleet.launch.journal.reader import read_parts
 from bitfleet.models import compile_network, create_model
-from bitfleet.optim import ShardedOptimizer, is_binary
+from bitfleet.optim import ShardedOptimizer
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import normalize
 from bitfleet.trainer.engine.engine import autocast
 from bitfleet.trainer.journal.config import JournalConfig
-from bitfleet.trainer.journal.format import FRAME_BYTES, SIGNS, encode
-from bitfleet.trainer.journal.writer import open_journal
-from bitfleet.trainer.ranks.collectives import Ranks, all_reduce_number, barrier, broadcast_object
+from bitfleet.trainer.journal.format import encode
+from bitfleet.trainer.ranks.collectives import Ranks, barrier, broadcast_object
 from bitfleet.trainer.trainer import Trainer
 
 FLIP_RATIOS = (0.5, 0.1, 0.03, 0.01, 0.004)
@@ -90,28 +88,51 @@ def bench_train(options: Train, config: TrainConfig, ranks: Ranks, device: torch
         steps: dict[str, Callable[[], object]] = {"bitfleet": trainer.advance, "bare torch loop": lambda: next(bare)}
         contenders = {title: functools.partial(take_turn, step, options.steps, device) for title, step in steps.items()}
         turns = interleave(contenders, options.rounds)
-    seconds = {title: [turn.seconds for turn in values] for title, values in turns.items()}
-    rows = [
-        {
-            "what": title,
-            "images/s": config.global_batch_size / statistics.median(values),
-            "ratio": ratio(seconds["bare torch loop"], values),
-        }
-        for title, values in seconds.items()
-    ]
-    yield titled(f"{config.name} on {ranks.world_size} ranks ({device.type}), median of {options.rounds} rounds", rows)
+    bitfleet, bare_loop = ([config.global_batch_size / turn.seconds for turn in values] for values in turns.values())
+    rates = {"bitfleet": statistics.median(bitfleet), "bare torch loop": statistics.median(bare_loop)}
+    yield titled(
+        f"{config.name} on {ranks.world_size} ranks ({device.type}), median of {options.rounds} rounds",
+        [{"what": "images/s", **rates, "ratio": ratio(bitfleet, bare_loop)}],
+    )
 
 
-def compare_turns(without: Sequence[Turn], with_it: Sequence[Turn]) -> list[Row]:
-    """Return rows of ms per step and CPU ms, without and with something, and their ratio."""
-    rows = []
-    for title, name in (("ms", "seconds"), ("CPU ms of rank 0", "cpu_seconds")):
-        first, second = ([1e3 * getattr(turn, name) for turn in turns] for turns in (without, with_it))
-        quotients = ratios(second, first)
-        low, middle, high = statistics.quantiles(quotients, method="inclusive") if len(quotients) > 1 else 3 * quotients
-        figures = {"without": statistics.median(first), "with": statistics.median(second), "ratio": middle}
-        rows.append({"what": f"{title} per step", **figures, "lower quartile": low, "upper": high})
-    return rows
+def compare_turns(without: Sequence[Turn], with_it: Sequence[Turn]) -> Row:
+    """Return CPU ms per step, without and with something, and the quartiles of their ratio."""
+    first, second = ([1e3 * turn.cpu_seconds for turn in turns] for turns in (without, with_it))
+    quotients = ratios(second, first)
+    low, middle, high = statistics.quantiles(quotients, method="inclusive") if len(quotients) > 1 else 3 * quotients
+    figures = {"without": statistics.median(first), "with": statistics.median(second), "ratio": middle}
+    return {"what": "CPU ms of rank 0 per step", **figures, "lower quartile": low, "upper": high}
+
+
+def _compare_runs(
+    options: Diagnostics | Journal,
+    config: TrainConfig,
+    ranks: Ranks,
+    device: torch.device,
+    step: Literal["train_step", "advance"],
+    **enabled: Any,
+) -> str:
+    """Compare `step` of a run without and with the fields `enabled`; files are flushed."""
+    num_steps = (options.rounds + 1) * options.steps
+    with (
+        started(config, ranks, device, num_steps) as plain,
+        started(config, ranks, device, num_steps, **enabled) as other,
+    ):
+        turns = interleave(
+            {
+                title: functools.partial(
+                    take_turn, getattr(trainer, step), options.steps, device, finish=trainer.reports.flush
+                )
+                for title, trainer in {"without": plain, "with": other}.items()
+            },
+            options.rounds,
+        )
+    return titled(
+        f"{config.name}, {config.model.name}, {ranks.world_size} ranks, median of {options.rounds} rounds of "
+        f"{options.steps} steps",
+        [compare_turns(turns["without"], turns["with"])],
+    )
 
 
 def bench_diagnostics(options: Diagnostics, config: TrainConfig, ranks: Ranks, device: torch.device) -> Iterator[str]:
@@ -125,67 +146,20 @@ def bench_diagnostics(options: Diagnostics, config: TrainConfig, ranks: Ranks, d
     if options.steps % every:
         raise ValueError(f"--steps is {options.steps}, expected a multiple of metrics.every_steps, which is {every}")
     without, with_them = (dataclasses.replace(config.metrics, diagnostics=diagnostics) for diagnostics in (False, True))
-    num_steps = (options.rounds + 1) * options.steps
-    with (
-        started(config, ranks, device, num_steps, metrics=without) as plain,
-        started(config, ranks, device, num_steps, metrics=with_them) as measured,
-    ):
-        trainers = {"without": plain, "with": measured}
-        turns = interleave(
-            {
-                title: functools.partial(take_turn, each.advance, options.steps, device)
-                for title, each in trainers.items()
-            },
-            options.rounds,
-        )
-    yield titled(
-        f"{config.name}, {config.model.name}, {ranks.world_size} ranks, a report every {every} steps; "
-        f"medians of {options.rounds} rounds",
-        compare_turns(turns["without"], turns["with"]),
-    )
+    plain = dataclasses.replace(config, metrics=without)
+    yield _compare_runs(options, plain, ranks, device, "advance", metrics=with_them)
 
 
 def bench_journal(options: Journal, config: TrainConfig, ranks: Ranks, device: torch.device) -> Iterator[str]:
-    """Compare steps with and without a flip journal, and encode random flips.
-
-    Steps with a journal end when it is flushed to the disk. They are `Trainer.train_step`, without
-    logging steps, which might fall on one side more often.
-    """
-    num_steps = 2 * (options.rounds + 1) * options.steps
-    with started(config, ranks, device, num_steps, journal=JournalConfig()) as trainer:
-        run = trainer.folder.path
-
-        def with_journal() -> Turn:
-            journal = open_journal(True, run, ranks, trainer.sharded)
-            assert journal is not None
-            turn = take_turn(trainer.train_step, options.steps, device, finish=journal.flush)
-            journal.close()
-            return turn
-
-        plain: Callable[[], Turn] = functools.partial(take_turn, trainer.train_step, options.steps, device)
-        turns = interleave({"without": plain, "with": with_journal}, options.rounds)
-        barrier()
-        files = [file for part in read_parts(run)[1:] for file in part.files if file.layout.rank == ranks.rank]
-        frames = [frame for file in files for frame in file.frames if frame.kind != SIGNS]
-        measured_steps = options.rounds * options.steps
-        flips = all_reduce_number(sum(frame.num_flips for frame in frames)) / measured_steps
-        num_bytes = all_reduce_number(sum(FRAME_BYTES + frame.length for frame in frames)) / measured_steps
-        num_weights = sum(param.numel() for param in trainer.model.parameters() if is_binary(param))
-    yield titled(
-        f"{config.name} on {ranks.world_size} ranks, {num_weights:,} binary weights, median of {options.rounds} "
-        f"rounds of {options.steps} steps",
-        compare_turns(turns["without"], turns["with"]),
-    )
-    yield f"  flips per step {flips:,.0f} ({flips / num_weights:.4%}), bytes per step {num_bytes:,.0f}"
+    """Compare steps, without logging, with and without a flip journal, and encode random flips."""
+    plain = dataclasses.replace(config, journal=JournalConfig())
+    yield _compare_runs(options, plain, ranks, device, "train_step", journal=JournalConfig(enabled=True))
     if ranks.is_main:
         yield titled(f"random flips of {NUM_WEIGHTS:,} weights", encode_flips())
 
 
 def encode_flips(num_weights: int = NUM_WEIGHTS, flip_ratios: Sequence[float] = FLIP_RATIOS) -> list[Row]:
     """Encode a step of independent flips of `num_weights` weights, a multiple of 8."""
-    generator = np.random.default_rng(0)
-    rows = []
-    for flip_ratio in flip_ratios:
-        flips = np.packbits(generator.random(num_weights) < flip_ratio, bitorder="little")
-        rows.append({"what": f"{flip_ratio:.2%} flip", "bytes per step": len(encode(1, flips))})
-    return rows
+    draws = np.random.default_rng(0).random(num_weights)
+    packed = {flip_ratio: np.packbits(draws < flip_ratio, bitorder="little") for flip_ratio in flip_ratios}
+    return [{"what": f"{flip_ratio:.2%} flip", "bytes": len(encode(1, flips))} for flip_ratio, flips in packed.items()]

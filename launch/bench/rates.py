@@ -5,6 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from bitfleet.launch.bench.results import spread, titled
 from bitfleet.launch.bench.timing import interleave, ratios, take_turn
 from bitfleet.launch.bench.training import TrainingStep
 from bitfleet.launch.job import num_cores
-from bitfleet.launch.plan.plan import Cluster, Estimate, estimate
-from bitfleet.launch.plan.rates import FLOP_PER_MAC, Rates, numbers, read_rates, write_rates
+from bitfleet.launch.plan.plan import Cluster, estimate
+from bitfleet.launch.plan.rates import FLOP_PER_MAC, Rates, numbers, write_rates
 from bitfleet.launch.plan.traffic import describe
 from bitfleet.models import compile_network, create_model
 from bitfleet.optim import build_optimizer
@@ -149,19 +150,11 @@ class _Probe:
 
 
 def bench_plan(options: Plan, config: TrainConfig, ranks: Ranks, device: torch.device) -> Iterator[str]:
-    """Measure in turns the rates and training steps; every rank calls this.
-
-    Raises:
-        ValueError: --rates is not a file of rates.
-    """
-    given = read_rates(options.rates) if options.rates else None
+    """Measure in turns the rates and training steps; every rank calls this."""
     with started(config, ranks, device) as trainer:
         probe = _Probe(config, trainer)
-        cores = given.cores if given else probe.cores
-        cluster = Cluster(num_nodes=1, ranks_per_node=ranks.world_size, link_bytes_per_second=1.0, cores=cores)
-
-        def predict(rates: Rates) -> Estimate:
-            return estimate(config, probe.network, given or rates, cluster)
+        nodes: Any = {"num_nodes": 1, "ranks_per_node": ranks.world_size}
+        cluster = Cluster(**nodes, link_bytes_per_second=1.0, cores=probe.cores)
 
         def measure() -> tuple[Rates, float]:
             """Return rates and the seconds of a training step."""
@@ -169,20 +162,18 @@ def bench_plan(options: Plan, config: TrainConfig, ranks: Ranks, device: torch.d
 
         rounds = interleave({"": measure}, options.rounds)[""]
     all_rates, measured = zip(*rounds, strict=True)
-    rates, predicted = medians(all_rates), [predict(each).step for each in all_rates]
-    estimated = predict(rates)
-    parts = {name: 1e3 * getattr(estimated, name) for name in ("data", "compute", "launches", "network", "update")}
-    row = {
-        "predicted": 1e3 * estimated.step,
+    predicted = [estimate(config, probe.network, rates, cluster).step for rates in all_rates]
+    figures = {
+        "predicted": 1e3 * statistics.median(predicted),
         "measured": 1e3 * statistics.median(measured),
         "ratio": spread(ratios(predicted, measured)),
     }
     yield titled(
-        f"{config.name} on {ranks.world_size} ranks, ms per step, median of {options.rounds} rounds",
-        [{"what": "step", **row}, {"what": "parts of the prediction", **parts}],
+        f"{config.name} on {ranks.world_size} ranks, median of {options.rounds} rounds",
+        [{"what": "ms per step", **figures}],
     )
     if options.output and ranks.is_main:
-        write_rates(rates, options.output)
+        write_rates(medians(all_rates), options.output)
         yield f"rates written to {options.output}"
 
 

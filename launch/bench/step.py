@@ -3,7 +3,7 @@
 import functools
 import statistics
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,6 @@ CPU = torch.device("cpu")
 REFERENCE, ON_BITS, COPY = "AdamW fused", "kernel on bits, fp32 gradients", "copy_"
 
 
-class Contender(NamedTuple):
-    """An operation to time, with the bytes that it has to move per weight."""
-
-    bytes_per_weight: float
-    run: Callable[[], object]
-
-
 def bench_step(options: Step) -> Iterator[str]:
     """Yield a table per size."""
     for size in SIZES:
@@ -39,13 +32,9 @@ def bench_step(options: Step) -> Iterator[str]:
 def measure_step(
     numel: int, num_rounds: int, device: torch.device = CPU, *, weights_per_turn: int = 50_000_000
 ) -> list[Row]:
-    """Time every contender on `device` in turns; all work on the same gradients and moments.
+    """Time every contender in turns; all work on the same gradients and moments.
 
-    Args:
-        numel: number of weights, a multiple of 64.
-        num_rounds: turns of each contender.
-        device: where the weights are.
-        weights_per_turn: about the calls per turn times the weights per call; 0 in a dry run.
+    A turn is about `weights_per_turn` / `numel` calls.
 
     Raises:
         ValueError: a CPU without a C compiler.
@@ -54,32 +43,36 @@ def measure_step(
         raise ValueError("the benchmark of the step needs a C and a C++ compiler (gcc and g++) on the PATH")
     num_calls = max(2 if device.type == "cpu" else 5, weights_per_turn // numel)
     entries = contenders(numel, device)
+    runs = {name: run for name, (_, run) in entries.items()}
 
     def turn(run: Callable[[], object]) -> float:
         run()
         return seconds_per_call(run, num_calls, device)
 
-    seconds = interleave({name: functools.partial(turn, entry.run) for name, entry in entries.items()}, num_rounds)
-    copied_bytes = entries[COPY].bytes_per_weight
+    seconds = interleave({name: functools.partial(turn, run) for name, run in runs.items()}, num_rounds)
+    copied_bytes, _ = entries[COPY]
     return [
         {
             "what": name,
             "ns_per_weight": statistics.median(seconds[name]) / numel * 1e9,
             "time_to_adamw": ratio(seconds[name], seconds[REFERENCE]),
-            "of_copy_bandwidth": ratio(seconds[COPY], seconds[name]) * entry.bytes_per_weight / copied_bytes,
+            "of_copy_bandwidth": ratio(seconds[COPY], seconds[name]) * num_bytes / copied_bytes,
         }
-        for name, entry in entries.items()
+        for name, (num_bytes, _) in entries.items()
     ]
 
 
-def contenders(numel: int, device: torch.device = CPU) -> dict[str, Contender]:
-    """Return the lines of the table, over shared buffers of `numel` weights on `device`."""
+def contenders(numel: int, device: torch.device = CPU) -> dict[str, tuple[float, Callable[[], object]]]:
+    """Return the bytes that each contender has to move per weight, and the contender itself.
+
+    They share buffers of `numel` weights on `device`.
+    """
     generator = torch.Generator(device).manual_seed(0)
     grad = torch.randn(numel, generator=generator, device=device) * 1e-3
     exp_avg, exp_avg_sq = grad.clone(), grad.square()
     weight = torch.where(torch.randn(numel, generator=generator, device=device) < 0, -1.0, 1.0)
     bits = pack_signs(weight)
-    grad_bf16, scratch = grad.bfloat16(), torch.empty_like(grad)
+    scratch = torch.empty_like(grad)
     rates = {key: torch.tensor(value, device=device) for key, value in RATES.items()}
     parameter = nn.Parameter(weight)
     parameter.grad = grad
@@ -98,13 +91,13 @@ def contenders(numel: int, device: torch.device = CPU) -> dict[str, Contender]:
         return optimizer.step
 
     return {
-        REFERENCE: Contender(28, adamw("fused")),
-        "AdamW foreach": Contender(28, adamw("foreach")),
-        ON_BITS: Contender(20.25, on_bits(grad)),
-        "kernel on bits, bf16 gradients": Contender(18.25, on_bits(grad_bf16)),
-        "compiled rule on fp32 weights": Contender(28, on_weights(compiled_rule(), rates)),
-        "eager rule on fp32 weights": Contender(28, on_weights(bop2ndorder_step_, RATES)),
-        COPY: Contender(8, lambda: scratch.copy_(grad)),
+        REFERENCE: (28, adamw("fused")),
+        "AdamW foreach": (28, adamw("foreach")),
+        ON_BITS: (20.25, on_bits(grad)),
+        "kernel on bits, bf16 gradients": (18.25, on_bits(grad.bfloat16())),
+        "compiled rule on fp32 weights": (28, on_weights(compiled_rule(), rates)),
+        "eager rule on fp32 weights": (28, on_weights(bop2ndorder_step_, RATES)),
+        COPY: (8, lambda: scratch.copy_(grad)),
     }
 
 

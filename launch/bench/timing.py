@@ -24,10 +24,7 @@ class Turn(NamedTuple):
 def interleave(contenders: Mapping[str, Callable[[], T]], num_rounds: int, warm_up: int = 1) -> dict[str, list[T]]:
     """Call every contender once per round, in an order that rotates, and return what each returned.
 
-    Args:
-        contenders: by title.
-        num_rounds: rounds that count.
-        warm_up: rounds before them that do not.
+    The first `warm_up` rounds do not count.
     """
     titles = list(contenders)
     results: dict[str, list[T]] = {title: [] for title in titles}

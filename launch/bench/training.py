@@ -1,13 +1,19 @@
-"""Training steps for benchmarks: a network, its optimizer and random images."""
+"""Training steps for benchmarks, and those of networks against timm's resnet18."""
 
+import functools
 import gc
-from typing import Any, Literal, NamedTuple, get_args
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from bitfleet.launch.bench.command import Networks
+from bitfleet.launch.bench.results import Row, titled
+from bitfleet.launch.bench.timing import interleave, ratios, seconds_per_call
 from bitfleet.models import ModelConfig, compile_network, create_model
 from bitfleet.optim import HyperparameterScheduler, OptimConfig, ShardedOptimizer, build_optimizer, linear
 from bitfleet.optim.sharding.optimizer import BUCKET_NUMEL
@@ -15,10 +21,12 @@ from bitfleet.trainer.data import normalize
 from bitfleet.trainer.engine.arithmetic import use_arithmetic
 from bitfleet.trainer.engine.config import EngineConfig, Precision, deepspeed_options
 from bitfleet.trainer.engine.engine import autocast, backward, create_engine
+from bitfleet.trainer.ranks.collectives import Ranks
 
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 REFERENCE = "resnet18"
 """timm's, which `setting_step` gives fused AdamW."""
+IMAGE_SIZES = {"binarynet": 32, "birealnet_small": 32}
+"""Pixels of a side; 224 for other networks."""
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 RATES = OptimConfig(
     gamma=linear(1e-4, 1e-9), sigma=linear(1e-5, 1e-2), threshold=linear(1e-8, 1e-5), lr=linear(2.5e-3, 5e-6)
@@ -165,3 +173,66 @@ def setting_step(setting: Setting, image_size: int, device: torch.device, method
     shape = (setting.batch_size, image_size, image_size, 3)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     return TrainingStep(method, model, images, context=context)
+
+
+def bench_networks(options: Networks, ranks: Ranks, device: torch.device) -> Iterator[str]:
+    """Yield a table per precision.
+
+    Raises:
+        ValueError: there are several ranks.
+    """
+    if ranks.world_size > 1:
+        raise ValueError(f"bench networks measures one process, but there are {ranks.world_size} ranks: start one")
+    default = 50 if options.network == "binarynet" else 128 if device.type == "cuda" else 8
+    batch_size, image_size = options.batch_size or default, IMAGE_SIZES.get(options.network, 224)
+    kinds, names = (False, True) if options.compiled else (False,), (REFERENCE, options.network)
+    precisions: tuple[Precision, ...] = (options.precision,) if options.precision else ("fp32", "bf16")
+    for precision in precisions:
+        settings = [Setting(name, batch_size, precision, is_compiled) for is_compiled in kinds for name in names]
+        yield titled(
+            f"training steps of {batch_size} images, {device.type} ({torch.get_num_threads()} threads), median of "
+            f"{options.rounds} rounds",
+            measure_settings(settings, image_size, device, num_rounds=options.rounds, num_steps=options.steps),
+        )
+
+
+def measure_settings(
+    settings: Sequence[Setting], image_size: int, device: torch.device, *, num_rounds: int, num_steps: int
+) -> list[Row]:
+    """Time the settings in turns, each network after the reference that it is compared with.
+
+    All networks are in memory at the same time. peak_MB is what one holds on a GPU between steps,
+    and what a step adds.
+    """
+    steps, held = [], []
+    for setting in settings:
+        before = _allocated(device)
+        steps.append(setting_step(setting, image_size, device))
+        steps[-1]()  # compiles
+        held.append(_allocated(device) - before)
+    turns = {f"{i}": functools.partial(seconds_per_call, step, num_steps, device) for i, step in enumerate(steps)}
+    seconds = list(interleave(turns, num_rounds).values())
+    rows: list[Row] = []
+    reference = seconds[0]
+    for i, setting in enumerate(settings):
+        reference = seconds[i] if setting.network == REFERENCE else reference
+        quotients = ratios(reference, seconds[i])
+        rate, middle = setting.batch_size / statistics.median(seconds[i]), statistics.median(quotients)
+        figures = {"images_per_second": rate, "of_resnet18": middle, "least": min(quotients), "most": max(quotients)}
+        peak_MB = (held[i] + _added(steps[i], device)) / 1e6 if device.type == "cuda" else None
+        rows.append({"what": setting.network, **setting._asdict(), **figures, "peak_MB": peak_MB})
+    for step in steps:
+        step.close()
+    return rows
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _added(step: TrainingStep, device: torch.device) -> int:
+    """Return the bytes that a step adds, at its peak, to what is held between steps."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = _allocated(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - before

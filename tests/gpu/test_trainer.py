@@ -33,7 +33,7 @@ def started(variant: Variant, run: Path, ranks: Ranks, device: torch.device, is_
     config = load_config("fashion_quickstart")
     metrics = dataclasses.replace(config.metrics, every_steps=1000)
     fields: dict[str, Any] = {"global_batch_size": 8 if is_dry else config.global_batch_size, "metrics": metrics}
-    trainer = Trainer(varied(config, variant, run, Path(), **fields), ranks, device)
+    trainer = Trainer(varied(config, variant, run, **fields), ranks, device)
     trainer.start()
     try:
         yield trainer

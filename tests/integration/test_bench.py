@@ -12,19 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bitfleet.configs import load_config
 from bitfleet.launch.bench.comm import (
     GRAD_DTYPES,
     TITLES,
     CollectiveCounter,
     bench_comm,
     bench_sharding,
-    interface_bytes,
+    wire_bytes,
 )
-from bitfleet.launch.bench.command import Comm, Plan, Sharding, bench
+from bitfleet.launch.bench.command import Comm, Sharding, bench
 from bitfleet.launch.bench.loader import BITFLEET, BITFLEET_SMALL, contenders
 from bitfleet.launch.bench.photos import find_photos, write_class_folders
-from bitfleet.launch.bench.rates import bench_plan
 from bitfleet.launch.bench.training import Method
 from bitfleet.launch.plan.rates import read_rates
 from bitfleet.launch.preflight.tensor_bytes import TensorBytes
@@ -74,16 +72,11 @@ def test_plan_predicts_a_step_and_measures_it(tiny: list[str], tmp_path: Path) -
         2, "-m", "bitfleet.launch", "bench", "plan", "--rounds", "1", "--steps", "2", "--output", file, *tiny
     )
     assert done.returncode == 0, done.stdout
-    (row,) = re.findall(r"^  step +([\d.]+) +([\d.]+) +([\d.]+) ", done.stdout, re.MULTILINE)
+    (row,) = re.findall(r"^  ms per step +([\d.]+) +([\d.]+) +([\d.]+) ", done.stdout, re.MULTILINE)
     predicted, measured, ratio = map(float, row)
     assert ratio == pytest.approx(predicted / measured, rel=0.05)  # of one round
     rates = read_rates(file)
     assert (rates.device, rates.cores) == ("cpu", len(os.sched_getaffinity(0)))
-    again = run_ranks(
-        2, "-m", "bitfleet.launch", "bench", "plan", "--rounds", "1", "--steps", "2", "--rates", file, *tiny
-    )
-    assert again.returncode == 0, again.stdout
-    assert re.findall(r"^  step +([\d.]+) ", again.stdout, re.MULTILINE) == [row[0]]
 
 
 @pytest.mark.slow
@@ -101,13 +94,13 @@ def test_memory_of_two_ranks_stays_in_bounds(deepspeed: Launch) -> None:
     assert done.returncode == 0, done.stdout
     rows = parse(done.stdout)
     for grad_dtype in GRAD_DTYPES:
-        after_step, *peaks = rows["bits", grad_dtype]
+        after_step, peak = rows["bits", grad_dtype]
         # Weights, two moments of half of them, and the slice as bits; the real weights of the bits
         # are the rest.
         assert after_step == pytest.approx(4 + 8 / 2 + 1 / 16, abs=0.01)
-        assert max(peaks) <= 8 + 8 / 2 + 2 * 0.5
+        assert peak <= 8 + 8 / 2 + 2 * 0.5
         assert after_step < rows["zero1", grad_dtype][0] < rows["none", grad_dtype][0]
-        assert max(peaks) < max(rows["zero1", grad_dtype][1:])
+        assert peak < rows["zero1", grad_dtype][1]
 
 
 @pytest.mark.slow
@@ -148,7 +141,7 @@ def test_loaders_of_small_images_are_measured_in_turns(
     monkeypatch.setattr("bitfleet.launch.bench.loader._TURN_SECONDS", 0.02)
     bench(["loader", "--memory", "--images", "40", "--rounds", "1", "--batch_size", "5", "--num_workers", "1"])
     output = capsys.readouterr().out
-    assert "40 images of 32 pixels, batches of 5, 1 threads, median of 1 rounds" in output
+    assert "40 images of 32 pixels, batches of 5, 1 threads or workers, median of 1 rounds" in output
     for loader in ("dali", "torch", "memory"):
         (row,) = re.findall(rf"^  {loader}  +(\d.*)$", output, re.MULTILINE)
         assert re.fullmatch(r"[\d,.]+ \(.* - .*\) +[\d,.]+ \(.* - .*\) +[\d.]+", row), row
@@ -263,8 +256,10 @@ def test_tensor_bytes_count_every_storage_while_it_lives() -> None:
         assert count.live == 40
 
 
+@pytest.mark.usefixtures("process_group")
 def test_interface_counters_are_read() -> None:
-    assert interface_bytes()["lo"] >= 0
+    everything, without_loopback = wire_bytes(Ranks(0, 1, 0, 1)).tolist()
+    assert everything >= without_loopback >= 0
 
 
 @pytest.mark.parametrize(
@@ -294,5 +289,3 @@ def test_bad_input_of_a_job() -> None:
         next(bench_comm(Comm(), ranks, device))
     with pytest.raises(ValueError, match="'fsdp'.*bits, DDP, zero1"):
         next(bench_sharding(Sharding(contender="fsdp"), ranks, device))
-    with pytest.raises(ValueError, match="rates nowhere.json"):
-        next(bench_plan(Plan(rates=Path("nowhere.json")), load_config("fashion_quickstart"), ranks, device))

@@ -48,10 +48,10 @@ PARTS = {
     "networks": Part(30, 180, "images/s and peak memory of the networks, against timm's resnet18"),
     "repeat": Part(15, 45, "bits of a step that is repeated"),
     "trainer": Part(30, 120, "ms per step of the trainer, and where it waits for the GPU"),
-    "cifar": Part(60, 1e9, "BinaryNet on CIFAR-10 for as many epochs as fit; needs --cifar"),
     "dali": Part(20, 75, "decoding on the GPU: pixels, races, images/s, memory"),
+    "cifar": Part(60, 1e9, "BinaryNet on CIFAR-10 for as many epochs as fit; needs --cifar"),
 }
-"""Most valuable first; the last ones get the time that is left."""
+"""Most valuable first; the last one gets the time that is left."""
 
 
 def bench_gpu(options: Gpu) -> Iterator[str]:
@@ -73,20 +73,17 @@ def bench_gpu(options: Gpu) -> Iterator[str]:
     if options.tiny:
         yield "--tiny: a dry run, no figure means anything"
     deadline = time.monotonic() + options.seconds - _RESERVED_SECONDS
-    roots = (str(root) if root else None for root in (options.cifar, options.imagenet))
-    session = Session("", str(path), deadline, options.tiny, *roots)
-    names = [name for name in get_args(PartName) if not options.only or name in options.only]
-    for name in names:
-        later = PARTS["dali"].least_seconds if name == "cifar" and "dali" in names and not options.tiny else 0.0
-        yield run_part(dataclasses.replace(session, part=name), seconds_for_later_parts=later)
+    roots = [str(root) if root else None for root in (options.cifar, options.imagenet)]
+    for name in get_args(PartName):
+        if not options.only or name in options.only:
+            yield run_part(Session(name, str(path), deadline, options.tiny, *roots))
     yield format_targets(read_rows(path))
 
 
-def run_part(session: Session, *, seconds_for_later_parts: float = 0.0) -> str:
+def run_part(session: Session) -> str:
     """Run a part in its own process and return its table; its failure is a result."""
     name, output = session.part, Path(session.output)
-    part, start = PARTS[name], time.monotonic()
-    left = session.seconds_left() - seconds_for_later_parts
+    part, start, left = PARTS[name], time.monotonic(), session.seconds_left()
     num_before = len(read_rows(output))
     if left < part.least_seconds and not session.tiny:
         append_row(output, name, "the part", skipped=f"{part.least_seconds} s needed, {max(left, 0):.0f} s left")

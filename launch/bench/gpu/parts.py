@@ -1,8 +1,10 @@
 """What the parts of `bitfleet bench gpu` measure: `measure_NAME` writes the results of a part."""
 
 import importlib.metadata
+import multiprocessing
 import os
 import platform
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ class Recorder:
 
 
 def run_tests(session: Session, file: str, expression: str) -> None:
-    """Run tests of tests/gpu in this process, and write a row per test.
+    """Run tests of tests/gpu in a process of their own, and write a row per test.
 
     Raises:
         RuntimeError: pytest could not run them.
@@ -49,13 +51,20 @@ def run_tests(session: Session, file: str, expression: str) -> None:
     if not TESTS.is_dir():
         session.add(file, skipped=f"{TESTS} is not there: run this in the source tree")
         return
-    import pytest
-
     os.environ |= {"BITFLEET_GPU_DRY_RUN": "1"} if session.tiny else {}
     os.environ |= {"BITFLEET_GPU_PHOTOS": session.imagenet} if session.imagenet else {}
     options = ["-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", expression, f"{TESTS}/{file}"]
-    if (code := pytest.main(options, plugins=[Recorder(session)])) not in (0, 1):
-        raise RuntimeError(f"pytest ended with code {code}")
+    process = multiprocessing.get_context("spawn").Process(target=_run_pytest, args=(session, options))
+    process.start()
+    process.join()
+    if process.exitcode not in (0, 1):
+        raise RuntimeError(f"pytest ended with code {process.exitcode}")
+
+
+def _run_pytest(session: Session, options: list[str]) -> None:
+    import pytest
+
+    sys.exit(pytest.main(options, plugins=[Recorder(session)]))
 
 
 def measure_probe(session: Session) -> None:
@@ -100,8 +109,7 @@ def measure_update(session: Session) -> None:
 
 def measure_networks(session: Session) -> None:
     """Write down networks against resnet18 in every setting for which there is time."""
-    from bitfleet.launch.bench.networks import measure_settings
-    from bitfleet.launch.bench.training import REFERENCE, Setting
+    from bitfleet.launch.bench.training import REFERENCE, Setting, measure_settings
 
     size, num_rounds, num_steps = (32, 1, 1) if session.tiny else (224, 8, 3)
 
@@ -150,7 +158,7 @@ def measure_dali(session: Session) -> None:
 
 
 def measure_trainer(session: Session) -> None:
-    """Write down ms per step of two configurations, and look for waits between logging steps."""
+    """Write down ms per step of BinaryNet, and look for waits between logging steps."""
     from bitfleet.launch.bench.gpu.trainer import measure_steps
 
     run_tests(session, "test_trainer.py", "wait or pinned")

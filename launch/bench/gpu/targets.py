@@ -7,7 +7,7 @@ from bitfleet.launch.bench.results import Row
 from bitfleet.launch.bench.step import ON_BITS
 from bitfleet.launch.text import table
 
-BINARYNET_STEP = "binarynet_cifar10, loader memory, CUDA graph"
+BINARYNET_STEP = "loader memory, CUDA graph"
 FASTEST = {"batch_size": 256, "precision": "bf16", "is_compiled": True, "deterministic": False}
 LARGE = {"numel": 62_000_000}
 

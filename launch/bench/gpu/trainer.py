@@ -1,33 +1,31 @@
-"""The real Trainer on one rank and one GPU: ms per step, and a run in the time that is left."""
+"""BinaryNet's run on one rank and one GPU: ms per step, and as many epochs as there is time for."""
 
 import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
-
 from bitfleet.configs import load_config
 from bitfleet.launch.bench.loops import started
 from bitfleet.launch.bench.photos import write_small_images
-from bitfleet.launch.bench.results import Session
+from bitfleet.launch.bench.results import Session, read_rows
 from bitfleet.launch.bench.timing import seconds_per_call, synchronize
 from bitfleet.launch.job import job
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.data.fashion import SUBSET_ROOT
+from bitfleet.trainer.data import open_dataset
 from bitfleet.trainer.metrics import Accuracy
 from bitfleet.trainer.ranks.collectives import Ranks
 from bitfleet.trainer.trainer import Trainer
 
 Loader = Literal["dali", "torch", "memory"]
-_VALIDATION_COST = 0.5
-"""Cost of a validation image in training images; a guess, to choose the number of epochs."""
-_SHARE_FOR_EPOCHS = 0.85
-"""Of the time left; the rest is for building the trainer once more and for a bad guess."""
+SECONDS_PER_STEP = 0.003
+"""Of BinaryNet, if the part "trainer" has not measured it."""
+SHARE_FOR_EPOCHS = 0.75
+"""Part of the time left that steps may take; validation, saves and the start take the rest."""
 
 
 class Variant(NamedTuple):
@@ -37,106 +35,69 @@ class Variant(NamedTuple):
     cuda_graph: bool = False
 
 
-VARIANTS = (Variant("memory", cuda_graph=True), Variant("memory"), Variant("torch"))
-"""The fastest first."""
-
-
-def variants_of(device: torch.device) -> Sequence[Variant]:
-    """Return those of VARIANTS that `device` can have: a CPU has no CUDA graph."""
-    return [variant for variant in VARIANTS if device.type == "cuda" or not variant.cuda_graph]
-
-
-def varied(config: TrainConfig, variant: Variant, run_dir: Path, root: Path, **fields: Any) -> TrainConfig:
-    """Return `config` as `variant`; it reads `root` unless its images are embedded.
-
-    Raises:
-        ValueError: the fields contradict each other.
-    """
-    images = config.data.root if config.data.root == SUBSET_ROOT else str(root)
-    fields["data"] = dataclasses.replace(config.data, loader=variant.loader, root=images)
-    fields["engine"] = dataclasses.replace(config.engine, cuda_graph=variant.cuda_graph)
-    return dataclasses.replace(config, run_dir=run_dir, resume=None, **fields)
+def varied(config: TrainConfig, variant: Variant, run_dir: Path, **fields: Any) -> TrainConfig:
+    """Return `config` as `variant` in a new run, with other `fields`."""
+    data = dataclasses.replace(config.data, loader=variant.loader)
+    engine = dataclasses.replace(config.engine, cuda_graph=variant.cuda_graph)
+    return dataclasses.replace(config, data=data, engine=engine, run_dir=run_dir, resume=None, **fields)
 
 
 @contextmanager
-def _job(session: Session) -> Iterator[tuple[Ranks, Callable[..., TrainConfig]]]:
-    """Give the only rank of a job, and a function that makes a configuration `varied`.
+def _runs(session: Session) -> Iterator[tuple[Ranks, Callable[..., TrainConfig]]]:
+    """Give the only rank of a job, and a function that returns BinaryNet's run as a `Variant`.
 
     The images are those of --cifar; without it they are random.
     """
     with job("auto") as (ranks, _), tempfile.TemporaryDirectory(prefix="bitfleet-bench-gpu-") as name:
-        folder = Path(name)
+        folder, config = Path(name), load_config("binarynet_cifar10")
         root = session.cifar or write_small_images(folder / "images", 20 if session.tiny else 2000)
-
-        def make(config: TrainConfig, variant: Variant, **fields: Any) -> TrainConfig:
-            if session.tiny:
-                fields |= {"global_batch_size": 10, "metrics": dataclasses.replace(config.metrics, every_steps=2)}
-            return varied(config, variant, folder / "run", Path(root), **fields)
-
-        yield ranks, make
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(root)))
+        fields: dict[str, Any] = {"run_dir": folder / "run"}
+        if session.tiny:
+            fields |= {"global_batch_size": 10, "metrics": dataclasses.replace(config.metrics, every_steps=2)}
+        yield ranks, functools.partial(varied, config, **fields)
 
 
 def measure_steps(session: Session) -> None:
-    """Write down ms per step of two configurations, with every loader."""
+    """Write down ms per step of BinaryNet, with every way to get images and to launch a step."""
     warm_up, timed = (1, 1) if session.tiny else (30, 200)
 
     def measure(what: str, config: TrainConfig, ranks: Ranks) -> None:
-        start = time.perf_counter()
         with started(config, ranks, session.device) as trainer:
             for _ in range(warm_up):
                 trainer.advance()  # a graph of a logging step is captured when the first one comes
             synchronize(session.device)
-            seconds_to_start = time.perf_counter() - start
             seconds = seconds_per_call(trainer.advance, timed, session.device)
-        rate = config.global_batch_size / seconds
-        session.add("step", run=what, ms=seconds * 1e3, images_per_second=rate, seconds_to_start=seconds_to_start)
+        session.add("step", run=what, ms=seconds * 1e3, images_per_second=config.global_batch_size / seconds)
 
-    with _job(session) as (ranks, make):
-        for name in ("binarynet_cifar10", "fashion_quickstart"):
-            for variant in variants_of(session.device):
-                what = f"{name}, loader {variant.loader}{', CUDA graph' * variant.cuda_graph}"
-                config = make(load_config(name), variant)
-                session.attempt(what, measure, what, config, ranks, needs_seconds=15.0)
+    variants = [Variant("memory"), Variant("torch")]
+    with _runs(session) as (ranks, run_as):
+        for variant in [Variant("memory", cuda_graph=True), *variants] if session.is_cuda else variants:
+            what = f"loader {variant.loader}{', CUDA graph' * variant.cuda_graph}"
+            session.attempt(what, measure, what, run_as(variant), ranks, needs_seconds=15.0)
 
 
 def train_epochs_that_fit(session: Session) -> None:
-    """Train BinaryNet on CIFAR-10 with the fastest variant that works.
+    """Train BinaryNet on CIFAR-10, and write down the accuracy after every epoch.
 
     The schedules have the length of these epochs, so a short run ends with the hyperparameters of a
     long one.
     """
-    config = load_config("binarynet_cifar10")
-    with _job(session) as (ranks, make):
-        for variant in variants_of(session.device):
-            create = functools.partial(make, config, variant)
-            seconds = session.attempt(f"loader {variant.loader}", _seconds_per_epoch, session, create(), ranks)
-            if seconds is not None:
-                epochs = int(_SHARE_FOR_EPOCHS * session.seconds_left() / seconds)
-                epochs = 2 if session.tiny else max(1, min(config.epochs, epochs))
-                session.add("epochs that fit", **variant._asdict(), seconds_per_epoch=seconds, epochs=epochs)
-                _train(session, create(epochs=epochs), ranks)
-                return
+    with _runs(session) as (ranks, run_as):
+        config = run_as(Variant("memory", cuda_graph=session.is_cuda))
+        steps = [row["ms"] for row in read_rows(Path(session.output)) if row["what"] == "step" and "ms" in row]
+        seconds_per_step = min(steps) / 1e3 if steps else SECONDS_PER_STEP
+        num_images = len(open_dataset(config.data).train)
+        seconds_per_epoch = seconds_per_step * num_images / config.global_batch_size
+        epochs = 2 if session.tiny else int(SHARE_FOR_EPOCHS * session.seconds_left() / seconds_per_epoch)
+        config = dataclasses.replace(config, epochs=min(max(epochs, 1), config.epochs))
+        trainer = Trainer(config, ranks, session.device)
+        start = time.monotonic()
 
+        def after_validation(step: int, accuracy: Accuracy) -> str:
+            epoch, seconds = step // trainer.loader.steps_per_epoch, time.monotonic() - start
+            session.add("epoch", epoch=epoch, of=config.epochs, top1=accuracy.top1, seconds=seconds)
+            return ""
 
-def _seconds_per_epoch(session: Session, config: TrainConfig, ranks: Ranks) -> float:
-    """Estimate the time of training and validation from a few steps."""
-    warm_up, timed = (1, 1) if session.tiny else (30, 100)
-    with started(config, ranks, session.device) as trainer:
-        seconds_per_call(trainer.advance, warm_up, session.device)
-        seconds = seconds_per_call(trainer.advance, timed, session.device)
-    num_images = len(trainer.dataset.train) + _VALIDATION_COST * len(trainer.dataset.val)
-    return seconds * num_images / trainer.config.global_batch_size
-
-
-def _train(session: Session, config: TrainConfig, ranks: Ranks) -> None:
-    trainer = Trainer(config, ranks, session.device)
-    start = time.monotonic()
-
-    def after_validation(step: int, accuracy: Accuracy) -> str:
-        epoch, seconds = step // trainer.loader.steps_per_epoch, time.monotonic() - start
-        quality = {"top1": accuracy.top1, "validation_loss": accuracy.loss}
-        session.add("epoch", epoch=epoch, of=config.epochs, **quality, seconds=seconds)
-        return ""
-
-    trainer.after_validation = after_validation
-    trainer.train()
+        trainer.after_validation = after_validation
+        trainer.train()

@@ -31,7 +31,7 @@ OTHERS: list[tuple[str, str, dict[str, Any]]] = [
     ("rule", "packing has the bits of the cpu", {"failed": 1}),
     ("update", ON_BITS, {"numel": 12_000_000, "of_copy_bandwidth": 0.1, "time_to_adamw": 2.0}),
     ("networks", "birealnet18", {"of_resnet18": 0.1, **COMPILED, "is_compiled": False}),
-    ("trainer", "step", {"run": "binarynet_cifar10, loader torch", "ms": 100.0}),
+    ("trainer", "step", {"run": "loader torch", "ms": 100.0}),
 ]
 """Results that no target is about."""
 
