@@ -13,7 +13,7 @@ import torch
 
 from bitfleet.launch.bench.command import Checkpoint
 from bitfleet.launch.bench.results import Row, titled
-from bitfleet.launch.bench.timing import interleave, ratio, seconds_per_call, synchronize
+from bitfleet.launch.bench.timing import interleave, ratio, seconds_per_call
 from bitfleet.launch.bench.training import TrainingStep
 from bitfleet.models import ModelConfig, create_model
 from bitfleet.trainer.checkpoint.config import CheckpointConfig
@@ -25,7 +25,6 @@ from bitfleet.trainer.ranks.collectives import Ranks, all_gather_numbers, all_re
 NETWORKS = {"xnornet": 224, "birealnet18": 64, "birealnet_small": 28}
 """Network -> pixels of a side."""
 BLOCKING = "Saver, blocking"
-CPU = torch.device("cpu")
 
 
 Cost = tuple[float, float, int]
@@ -127,18 +126,13 @@ def _cost(save: Callable[[], object], saver: Saver, other: Path, ranks: Ranks) -
 
 def _slow_down(step: TrainingStep, device: torch.device, start: Callable[[], None], saver: Saver) -> float:
     """Return the time of a training step during a save over that of one without."""
-
-    def train() -> None:
-        step()
-        synchronize(device)
-
     barrier()
-    alone = [seconds_per_call(train, 1, CPU) for _ in range(5)]
+    alone = [seconds_per_call(step, 1, device) for _ in range(5)]
     before = saver.last
     start()
     during = []
     while all_reduce_max([saver.last is before])[0]:
-        during.append(seconds_per_call(train, 1, CPU))
+        during.append(seconds_per_call(step, 1, device))
     saver.flush()
     return statistics.median(during or alone) / statistics.median(alone)
 

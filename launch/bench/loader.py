@@ -45,6 +45,8 @@ _END_SECONDS = 10.0
 _TURN_SECONDS = 0.5  # of small images
 Start = Callable[[], Iterator[object]]
 """Start a loader; deleting the iterator and gc.collect() end its threads and processes."""
+Entries = dict[str, tuple[Start, int]]
+"""Title -> loader, and the batches to take from it in a turn."""
 
 
 def bench_loader(options: Loader) -> Iterator[str]:
@@ -157,15 +159,15 @@ def _rows(turns: Mapping[str, list[Turn]], unit: str) -> list[Row]:
     ]
 
 
-def _prepare_photos(
-    options: Loader, batch_size: int, num_workers: int, folder: Path
-) -> tuple[str, dict[str, tuple[Start, int]]]:
-    """Write photos, and return a title and the loaders with the batches to take in a turn."""
+def _check_size(batch_size: int, num_images: int) -> None:
+    if batch_size > num_images:
+        raise ValueError(f"--batch_size {batch_size} must not exceed the {num_images} images: raise --images")
+
+
+def _prepare_photos(options: Loader, batch_size: int, num_workers: int, folder: Path) -> tuple[str, Entries]:
+    """Write photos, and return a title and the loaders."""
     photos = find_photos(options.root, options.images or 512, num_workers)
-    if len(photos) < batch_size:
-        raise ValueError(
-            f"--batch_size {batch_size} must not exceed the {len(photos)} photos; lower it, or raise --images"
-        )
+    _check_size(batch_size, len(photos))
     with ThreadPoolExecutor(num_workers) as pool:
         small = write_class_folders(list(pool.map(shrink, photos)), folder / "small")
     originals = write_class_folders(photos, folder / "originals")
@@ -177,15 +179,10 @@ def _prepare_photos(
     return title, {name: (start, num_batches) for name, start in starts.items()}
 
 
-def _prepare_small(
-    options: Loader, batch_size: int, num_workers: int, folder: Path
-) -> tuple[str, dict[str, tuple[Start, int]]]:
+def _prepare_small(options: Loader, batch_size: int, num_workers: int, folder: Path) -> tuple[str, Entries]:
     """The same for small PNGs with the windows of binarynet_cifar10."""
     num_images = options.images or 5000
-    if batch_size > num_images:
-        raise ValueError(
-            f"--batch_size {batch_size} must not exceed --images {num_images}; lower it, or raise --images"
-        )
+    _check_size(batch_size, num_images)
     torch.set_num_threads(num_workers)
     write_small_images(folder, num_images)
     loaders = {}

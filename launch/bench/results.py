@@ -15,28 +15,20 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 
 from bitfleet.launch.text import table
 
-T = TypeVar("T")
 Row = dict[str, Any]
 WIDTH, PROSE_WIDTH, SHOWN_ERROR, SHOWN_TRACEBACK = 160, 130, 300, 1500
 
 
-class Spread(NamedTuple):
-    """Median and extremes of the rounds."""
-
-    median: float
-    least: float
-    most: float
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Summarize the values of all rounds."""
-    return Spread(statistics.median(values), min(values), max(values))
+def spread(values: Sequence[float]) -> str:
+    """Format the median with the extremes: "2.1 (1.9 - 2.4)"."""
+    median, least, most = map(_format_value, (statistics.median(values), min(values), max(values)))
+    return f"{median} ({least} - {most})"
 
 
 def titled(title: str, rows: Sequence[Row]) -> str:
@@ -86,9 +78,6 @@ def _format_value(value: Any) -> str:
             return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
         case int():
             return f"{value:,}"
-        case Spread():
-            median, least, most = map(_format_value, value)
-            return f"{median} ({least} - {most})"
         case dict():
             return ", ".join(f"{key} {_format_value(item)}" for key, item in value.items()) or "none"
         case list():
@@ -145,23 +134,22 @@ class Session:
         """Write one result."""
         append_row(Path(self.output), self.part, what, **figures)
 
-    def attempt(self, what: str, run: Callable[..., T], *arguments: Any, needs_seconds: float = 0.0) -> T | None:
-        """Call `run(*arguments)`; write a failure or too little time as a result and return None.
+    def attempt(self, what: str, run: Callable[..., object], *arguments: Any, needs_seconds: float = 0.0) -> None:
+        """Call `run(*arguments)`; a failure, or too little time, is a result.
 
         Raises:
             Exception: the GPU's context is broken, so that nothing more can run in this process.
         """
         if self.seconds_left() < needs_seconds and not self.tiny:
             self.add(what, skipped=f"{needs_seconds:.0f} s needed, {max(self.seconds_left(), 0):.0f} s left")
-            return None
+            return
         try:
-            return run(*arguments)
+            run(*arguments)
         except Exception as error:
             where = traceback.format_exc()[-SHOWN_TRACEBACK:]
             self.add(what, error=f"{type(error).__name__}: {error}", where=where)
             if "CUDA error" in str(error):
                 raise
-            return None
         finally:
             gc.collect()
             if self.is_cuda:

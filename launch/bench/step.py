@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from bitfleet.launch.bench.command import Step
-from bitfleet.launch.bench.results import Row, Session, titled
+from bitfleet.launch.bench.results import Row, titled
 from bitfleet.launch.bench.timing import interleave, ratio, seconds_per_call
 from bitfleet.optim import bop2ndorder_step_
 from bitfleet.optim.kernels.bits import pack_signs
-from bitfleet.optim.kernels.kernels import bop2ndorder_bits_, kernel_library, on_gpu
+from bitfleet.optim.kernels.kernels import bop2ndorder_bits_, kernel_library
 
 SIZES = (12_000_000, 62_000_000)
 """Weights of a Bi-Real Net 18 and of an XNOR-Net."""
@@ -41,7 +41,7 @@ def measure_step(
     """
     if device.type == "cpu" and kernel_library() is None:
         raise ValueError("the benchmark of the step needs a C and a C++ compiler (gcc and g++) on the PATH")
-    num_calls = max(2 if device.type == "cpu" else 5, weights_per_turn // numel)
+    num_calls = max(2 if device.type == "cpu" else 20, weights_per_turn // numel)
     entries = contenders(numel, device)
     runs = {name: run for name, (_, run) in entries.items()}
 
@@ -106,18 +106,3 @@ def compiled_rule() -> Callable[..., None]:
     """Return the rule in one graph; its rates must be tensors, so that none becomes a constant."""
     compiled: Callable[..., None] = torch.compile(bop2ndorder_step_, fullgraph=True, dynamic=True)
     return compiled
-
-
-def measure_update(session: Session) -> None:
-    """Write down the contenders on the device, the larger size first."""
-
-    def measure(numel: int, num_rounds: int, weights_per_turn: int) -> None:
-        for row in measure_step(numel, num_rounds, session.device, weights_per_turn=weights_per_turn):
-            session.add(**row, numel=numel)
-
-    for numel in (6400,) if session.tiny else sorted(SIZES, reverse=True):
-        rounds_and_work = (1, 0) if session.tiny else (11, 50_000_000)
-        session.attempt(f"{numel:,} weights", measure, numel, *rounds_and_work, needs_seconds=15.0)  # compiles
-    if session.is_cuda:
-        runs_in = "Triton" if on_gpu(lambda triton: None) else "eager torch, the fallback"
-        session.add("kernel on bits", runs_in=runs_in)

@@ -54,24 +54,13 @@ def take_turn(
 
 
 def seconds_per_call(run: Callable[[], object], num_calls: int, device: torch.device) -> float:
-    """Call `run` `num_calls` times in a row and return the mean seconds per call.
-
-    On a GPU this is the time between two events of the current stream: gaps in which the GPU waits
-    for the host to launch count, the launch of the first call does not.
-    """
-    if device.type != "cuda":
-        start = time.perf_counter()
-        for _ in range(num_calls):
-            run()
-        return (time.perf_counter() - start) / num_calls
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
+    """Return the mean seconds of `num_calls` calls in a row, in one process."""
+    synchronize(device)
+    start = time.perf_counter()
     for _ in range(num_calls):
         run()
-    end.record()
-    end.synchronize()
-    milliseconds: float = begin.elapsed_time(end)
-    return milliseconds / 1e3 / num_calls
+    synchronize(device)
+    return (time.perf_counter() - start) / num_calls
 
 
 def synchronize(device: torch.device) -> None:

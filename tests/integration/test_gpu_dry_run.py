@@ -73,9 +73,7 @@ def dry_run_bench(path: str, output: Path, *arguments: str) -> tuple[list[Row], 
 
 def test_parts_need_no_more_than_they_use(tmp_path: Path) -> None:
     """On a bare machine: torch, timm, tyro, pydantic and pytest."""
-    path = missing(
-        tmp_path / "bare", "deepspeed", "psutil", "tensorboard", "h5py", "scipy", "matplotlib", "jinja2", "webdataset"
-    )
+    path = missing(tmp_path / "bare", "deepspeed", "psutil", "tensorboard", "h5py", "scipy", "matplotlib", "jinja2")
     rows, printed = dry_run_bench(path, tmp_path / "out.jsonl", "--only", "probe", "rule", "update")
     assert [row for row in rows if "error" in row] == []
     assert {row["part"] for row in rows} == {"probe", "rule", "update"}
@@ -85,7 +83,7 @@ def test_parts_need_no_more_than_they_use(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_part_runs_on_the_cpu(tmp_path: Path) -> None:
-    path = missing(tmp_path / "bare", "h5py", "scipy", "matplotlib", "jinja2", "webdataset")
+    path = missing(tmp_path / "bare", "h5py", "scipy", "matplotlib", "jinja2")
     rows, printed = dry_run_bench(path, tmp_path / "out.jsonl")
     assert [row for row in rows if "error" in row] == []
     assert {row["part"] for row in rows if "skipped" not in row} == set(PARTS)

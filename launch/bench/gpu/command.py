@@ -31,7 +31,7 @@ _CHILD = (sys.executable, "-m", "bitfleet.launch.bench.gpu.command")
 
 
 class Part(NamedTuple):
-    """One process: it calls `measure_NAME` of parts.py."""
+    """One process."""
 
     least_seconds: float
     """With less time left it is not started."""
@@ -127,9 +127,9 @@ def main() -> None:
     session = Session(**json.loads(sys.argv[1]))
     if session.tiny and not session.is_cuda:
         torch.compiler.set_stance("force_eager")  # compiling C++ would take most of a dry run
-    from bitfleet.launch.bench.gpu import parts
+    from bitfleet.launch.bench.gpu.parts import measure
 
-    run(lambda: getattr(parts, f"measure_{session.part}")(session))
+    run(lambda: measure(session))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the parts of `bitfleet bench gpu` measure: `measure_NAME` writes the results of a part."""
+"""What the parts of `bitfleet bench gpu` do: run tests of tests/gpu, and measure."""
 
 import importlib.metadata
 import multiprocessing
@@ -18,8 +18,16 @@ from bitfleet.launch.job import num_cores
 from bitfleet.trainer.data import DataConfig, open_dataset
 
 PACKAGES = "torch torchvision triton timm numpy deepspeed nvidia-dali-cuda130 nvidia-dali-cuda120 pytest".split()
-TESTS = Path(__file__).resolve().parents[3] / "tests" / "gpu"
-"""Tests that need a GPU, which are in the source tree only."""
+TESTS_FOLDER = Path(__file__).resolve().parents[3] / "tests" / "gpu"
+"""It is in the source tree only."""
+TESTS = {
+    "rule": ("test_rule.py", ""),
+    "gradients": ("test_networks.py", "gradients or sums"),
+    "repeat": ("test_networks.py", "twice"),
+    "trainer": ("test_trainer.py", "wait or pinned"),
+    "dali": ("test_data.py", "decodes or busy"),
+}
+"""Part -> file of tests, and the expression that selects those of the part."""
 
 
 class Recorder:
@@ -48,12 +56,12 @@ def run_tests(session: Session, file: str, expression: str) -> None:
     Raises:
         RuntimeError: pytest could not run them.
     """
-    if not TESTS.is_dir():
-        session.add(file, skipped=f"{TESTS} is not there: run this in the source tree")
+    if not TESTS_FOLDER.is_dir():
+        session.add(file, skipped=f"{TESTS_FOLDER} is not there: run this in the source tree")
         return
     os.environ |= {"BITFLEET_GPU_DRY_RUN": "1"} if session.tiny else {}
     os.environ |= {"BITFLEET_GPU_PHOTOS": session.imagenet} if session.imagenet else {}
-    options = ["-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", expression, f"{TESTS}/{file}"]
+    options = ["-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", expression, f"{TESTS_FOLDER}/{file}"]
     process = multiprocessing.get_context("spawn").Process(target=_run_pytest, args=(session, options))
     process.start()
     process.join()
@@ -77,21 +85,6 @@ def measure_probe(session: Session) -> None:
         session.add("card", name=card.name, memory_GB=memory, capability=capability, **versions)
     installed = {package.name: package.version for package in importlib.metadata.distributions()}
     session.add("packages", versions={name: installed.get(name, "not installed") for name in PACKAGES})
-
-
-def measure_rule(session: Session) -> None:
-    """Compare the bits of the update rules with the CPU's and with recorded ones."""
-    run_tests(session, "test_rule.py", "")
-
-
-def measure_gradients(session: Session) -> None:
-    """Compare gradients and sums of binary convolutions with the CPU's."""
-    run_tests(session, "test_networks.py", "gradients or sums")
-
-
-def measure_repeat(session: Session) -> None:
-    """Compare the bits of a step that is repeated."""
-    run_tests(session, "test_networks.py", "twice")
 
 
 def measure_update(session: Session) -> None:
@@ -136,8 +129,7 @@ def measure_networks(session: Session) -> None:
 
 
 def measure_dali(session: Session) -> None:
-    """Compare DALI's decoding on the GPU with its CPU path, and write down images/s and memory."""
-    run_tests(session, "test_data.py", "decodes or busy")
+    """Write down images/s and memory of DALI's decoding, on the GPU and on the CPU."""
     num_photos, batch_size, num_batches = (8, 4, 2) if session.tiny else (512, 128, 15)
 
     def speed(folder: Path, preprocessing: str, decoder: str) -> None:
@@ -158,18 +150,35 @@ def measure_dali(session: Session) -> None:
 
 
 def measure_trainer(session: Session) -> None:
-    """Write down ms per step of BinaryNet, and look for waits between logging steps."""
+    """Write down ms per step of BinaryNet."""
     from bitfleet.launch.bench.gpu.trainer import measure_steps
 
-    run_tests(session, "test_trainer.py", "wait or pinned")
     measure_steps(session)
 
 
 def measure_cifar(session: Session) -> None:
     """Train BinaryNet on CIFAR-10 for as many epochs as fit."""
-    if session.cifar is None and not session.tiny:
-        session.add("BinaryNet", skipped="--cifar names no class folders of CIFAR-10")
-        return
     from bitfleet.launch.bench.gpu.trainer import train_epochs_that_fit
 
-    train_epochs_that_fit(session)
+    if session.cifar is None and not session.tiny:
+        session.add("BinaryNet", skipped="--cifar names no class folders of CIFAR-10")
+    else:
+        train_epochs_that_fit(session)
+
+
+MEASURES = {
+    "probe": measure_probe,
+    "update": measure_update,
+    "networks": measure_networks,
+    "trainer": measure_trainer,
+    "dali": measure_dali,
+    "cifar": measure_cifar,
+}
+
+
+def measure(session: Session) -> None:
+    """Run the tests of a part, then its measurements."""
+    if session.part in TESTS:
+        run_tests(session, *TESTS[session.part])
+    if session.part in MEASURES:
+        MEASURES[session.part](session)

@@ -13,7 +13,7 @@ from bitfleet.configs import load_config
 from bitfleet.launch.bench.loops import started
 from bitfleet.launch.bench.photos import write_small_images
 from bitfleet.launch.bench.results import Session, read_rows
-from bitfleet.launch.bench.timing import seconds_per_call, synchronize
+from bitfleet.launch.bench.timing import seconds_per_call
 from bitfleet.launch.job import job
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import open_dataset
@@ -66,7 +66,6 @@ def measure_steps(session: Session) -> None:
         with started(config, ranks, session.device) as trainer:
             for _ in range(warm_up):
                 trainer.advance()  # a graph of a logging step is captured when the first one comes
-            synchronize(session.device)
             seconds = seconds_per_call(trainer.advance, timed, session.device)
         session.add("step", run=what, ms=seconds * 1e3, images_per_second=config.global_batch_size / seconds)
 

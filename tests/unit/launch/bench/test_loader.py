@@ -124,8 +124,8 @@ def test_rates_and_ratios_of_cpu_time() -> None:
         "timm": [Turn(1 / rate, cpu) for rate, cpu in ((500, 0.004), (600, 0.0044), (500, 0.0042))],
     }
     bitfleet, timm = loader._rows(turns, "ms")
-    assert bitfleet["images/s"] == pytest.approx((900, 800, 1000))
-    assert bitfleet["CPU ms/image"] == pytest.approx((2.1, 2.0, 2.2))
-    assert timm["CPU ms/image"] == pytest.approx((4.2, 4.0, 4.4))
+    assert bitfleet["images/s"] == "900 (800 - 1,000)"
+    assert bitfleet["CPU ms/image"] == "2.1 (2 - 2.2)"
+    assert timm["CPU ms/image"] == "4.2 (4 - 4.4)"
     assert (bitfleet["CPU to bitfleet"], timm["CPU to bitfleet"]) == pytest.approx((1.0, 2.0))
-    assert loader._rows(turns, "us")[0]["CPU us/image"] == pytest.approx((2100, 2000, 2200))
+    assert loader._rows(turns, "us")[0]["CPU us/image"] == "2,100 (2,000 - 2,200)"
