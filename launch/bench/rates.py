@@ -114,14 +114,13 @@ class _Probe:
         # A GPU is done with two images before its host has launched the next kernel. On a CPU they
         # are work.
         launches = self.passes(2) if is_gpu else batch - slope * self.micro_batch_size
-        num_kernels = self.network.passes.forward.eager + self.network.passes.backward.eager
         decode = self.decode_seconds()
         filled, updated = self.bucket_ns()
         sent, latency = self.wire()
         measured = {
             "cores": self.cores,
             "flops_per_second": FLOP_PER_MAC * self.network.macs / slope,
-            "launch_seconds": max(launches, 1e-6) / num_kernels,
+            "launch_seconds": max(launches, 1e-6) / self.network.num_operators,
             "whole_ns": filled,
             "update_ns": updated,
             "plain_update_ns": 40 * updated,
@@ -130,18 +129,12 @@ class _Probe:
             "local_bytes_per_second": sent,
             "latency_seconds": latency,
         }
-        assumed = {
-            "graph_seconds": 10e-6,
-            "node_seconds": 1e-6,
-            "copy_bytes_per_second": 25e9,
-            "link_efficiency": 0.9,
-        }
+        assumed = {"node_seconds": 1e-6, "link_efficiency": 0.9}
         here = f"measured with {self.ranks.world_size} ranks at work, for {'a GPU' if is_gpu else 'a core'}"
         size = self.config.data.image_size
         sources = dict.fromkeys(measured, here) | dict.fromkeys(assumed, "assumed")
         sources["flops_per_second"] = f"{here}: {self.config.model.name}, {size} px, {1 / slope:,.1f} images/s"
         sources["plain_update_ns"] = "40 times update_ns (docs/sharding.md)"
-        sources["copy_bytes_per_second"] = "assumed: PCIe 4"
         if self.ranks.world_size == 1:
             sources |= dict.fromkeys(("local_bytes_per_second", "latency_seconds"), "assumed: one rank sends nothing")
         kind = "gpu" if is_gpu else "cpu"

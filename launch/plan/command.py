@@ -10,10 +10,9 @@ from bitfleet.launch.parsing.commands import Count, MaybeCount, MaybeDecimal, pa
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Predict the time of a step on a cluster, what binds it, how many nodes are worth having, and
-    what a CUDA graph saves.
+    """Predict the time of a step on a cluster, what binds it, and how many nodes are worth having.
 
-    Nothing is run: the kernels of a step are counted on tensors without memory. The options of the
+    Nothing is run: bytes and operators are counted on tensors without memory. The options of the
     run follow: --config NAME [--section.field value ...].
     """
 
@@ -53,9 +52,9 @@ def plan(arguments: Sequence[str]) -> None:
         raise ValueError("how fast is the network? Pass --network, the Gbit/s of a node")
 
     from bitfleet.launch.data.imagenet import ILSVRC2012
-    from bitfleet.launch.plan.plan import Cluster, all_modes, other_shardings, scan
+    from bitfleet.launch.plan.plan import Cluster, alternatives, scan
     from bitfleet.launch.plan.rates import published, read_rates
-    from bitfleet.launch.plan.table import answer, format_plan
+    from bitfleet.launch.plan.table import answer, draw_plan, format_plan
     from bitfleet.launch.plan.traffic import describe
     from bitfleet.trainer.data import open_dataset
     from bitfleet.trainer.engine.config import resolve_precision
@@ -71,7 +70,8 @@ def plan(arguments: Sequence[str]) -> None:
         cores=options.cores or rates.cores,
     )
     network = describe(config)
-    estimates, shardings = scan(config, network, rates, cluster), other_shardings(config, network, rates, cluster)
+    estimates = scan(config, network, rates, cluster)
+    others = alternatives(config, network, rates, cluster)
     if options.network is None:
         estimates = estimates[:1]  # nothing is known about several nodes
     num_images = options.images
@@ -80,12 +80,9 @@ def plan(arguments: Sequence[str]) -> None:
             num_images = len(open_dataset(config.data).train)
         except ValueError:
             num_images = ILSVRC2012.train
-    modes = all_modes(config, network, rates, cluster)
-    print(format_plan(config, num_images, rates, cluster, estimates, shardings, modes))
+    print(format_plan(config, num_images, rates, cluster, estimates, others))
     if options.output:
-        from bitfleet.launch.plan.plot import plot_plan
-
         (asked,) = [e for e in estimates if e.num_nodes == options.nodes]
         sentences = answer(config, num_images, estimates, asked, "GPU" if rates.device == "gpu" else "rank")
-        plot_plan(config.name, sentences, estimates, options.nodes, options.output)
+        draw_plan("\n".join([config.name, *sentences]), estimates, options.output)
         print(f"\ndrawn in {options.output}")

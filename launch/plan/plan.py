@@ -1,11 +1,11 @@
 """Predict the time of a training step on a cluster, and what binds it, from a run's configuration
 and a machine's rates.
 
-What overlaps is as in the trainer. Images are decoded during the step before, and a bucket of
-gradients travels during backward; agreement, update, weights and running statistics come after, one
-after the other. Meanwhile the host of a GPU launches the kernels to come. On a CPU decoding,
-launches and copies inside a node share the cores, so only what crosses a link between nodes
-overlaps.
+What overlaps is as in the trainer. Images are decoded and copied during the step before, and a
+bucket of gradients travels during backward; agreement, update, weights and running statistics come
+after, one after the other. Meanwhile the host of a GPU launches the kernels to come. On a CPU
+decoding, launches and copies inside a node share the cores, so only what crosses a link between
+nodes overlaps.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from bitfleet.launch.plan.launches import Launches, count_launches
 from bitfleet.launch.plan.rates import FLOP_PER_MAC, Rates
 from bitfleet.launch.plan.traffic import Message, Network, traffic
 from bitfleet.trainer.config import TrainConfig, resolve_replicas
@@ -29,6 +28,9 @@ LEAST_GAIN, LEAST_EFFICIENCY = 0.05, 0.5
 of each node's images/s."""
 SCAN_LIMIT = 1024
 """Largest number of nodes that is looked at."""
+KERNELS_PER_TENSOR, KERNELS_PER_STEP = 2, 60
+"""Assumed launches besides forward and backward: a gradient into its bucket and its share of the
+update; finite check, metrics, statistics and collectives."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,20 +50,16 @@ class Cluster:
         """Number of ranks."""
         return self.num_nodes * self.ranks_per_node
 
-
-class Mode(NamedTuple):
-    """Way in which a rank runs its kernels."""
-
-    compiled: bool
-    """The network runs through torch.compile."""
-    cuda_graph: bool
-    """The step is launched as one CUDA graph."""
-
-
-def mode_of(config: TrainConfig, rates: Rates) -> Mode:
-    """Return how `config` runs its kernels on a device of `rates`."""
-    compiled = config.model.compile == "on" or (config.model.compile == "auto" and rates.device == "gpu")
-    return Mode(compiled=compiled, cuda_graph=config.engine.cuda_graph)
+    def message_seconds(self, message: Message, rates: Rates) -> float:
+        """Return the seconds of one collective: its rounds, and the slower of the link between
+        nodes and the ways inside of one."""
+        between = message.between_bytes(self.num_nodes, self.ranks_per_node)
+        within = self.ranks_per_node * message.sent_bytes(self.world_size) - between
+        devices = self.ranks_per_node if rates.device == "gpu" else self.cores
+        return rates.latency_seconds * math.log2(self.world_size) + max(
+            between / (self.link_bytes_per_second * rates.link_efficiency),
+            within / (devices * rates.local_bytes_per_second),
+        )
 
 
 class Estimate(NamedTuple):
@@ -73,15 +71,14 @@ class Estimate(NamedTuple):
     data: float
     """Decoding; hidden behind the rest on a GPU."""
     compute: float
-    """Forward and backward, and copies of images from the cores to the GPU."""
+    """Forward and backward."""
     launches: float
     """Python and kernel launches; on a GPU hidden behind all that the device does."""
     gradients: float
     """Exchange of gradients, all of it."""
-    exposed: float
-    """The part of `gradients` that backward does not hide."""
-    after: float
-    """Exchange of agreement, weights and running statistics."""
+    network: float
+    """Part of `gradients` that backward does not hide; agreement, weights and running
+    statistics."""
     update: float
     step: float
     images_per_second: float
@@ -91,50 +88,40 @@ class Estimate(NamedTuple):
     """Bytes that each node sends to others."""
     binding: Resource
     """The resource that dominates the step."""
-    kernels: Launches
-
-    @property
-    def network(self) -> float:
-        """Seconds that the network adds to the step."""
-        return self.exposed + self.after
 
 
-def estimate(
-    config: TrainConfig, network: Network, rates: Rates, cluster: Cluster, mode: Mode | None = None
-) -> Estimate:
-    """Predict a step; kernels are run in `mode`, or as the configuration says.
+def estimate(config: TrainConfig, network: Network, rates: Rates, cluster: Cluster) -> Estimate:
+    """Predict a step.
 
     Raises:
         ValueError: batch, replicas and ranks do not divide, or the sharding's traffic is not known.
     """
-    world_size, ranks_per_node = cluster.world_size, cluster.ranks_per_node
+    world_size, on_gpu = cluster.world_size, rates.device == "gpu"
     num_micro_batches = resolve_replicas(config, world_size) // world_size
     images_per_rank = config.global_batch_size // world_size
-    on_gpu = rates.device == "gpu"
-    share = 1.0 if on_gpu else ranks_per_node / cluster.cores  # ranks per device
-    data, copy = _data_seconds(config, rates, cluster, images_per_rank)
-    compute = share * images_per_rank * network.macs * FLOP_PER_MAC / rates.flops_per_second + copy
-    mode = mode or mode_of(config, rates)
-    kernels = count_launches(network.passes, network.groups, config, world_size, compiled=mode.compiled)
-    launches = share * _launch_seconds(kernels, rates, mode.cuda_graph)
+    share = 1.0 if on_gpu else cluster.ranks_per_node / cluster.cores  # ranks per device
+    data = _data_seconds(config, rates, cluster, images_per_rank)
+    compute = share * images_per_rank * network.macs * FLOP_PER_MAC / rates.flops_per_second
+    launches = share * _launch_seconds(config, network, rates, num_micro_batches)
     passes = compute if on_gpu else compute + launches
 
     messages = traffic(network, config, world_size)
+    hides = on_gpu or cluster.num_nodes > 1
     gradients, exposed = _gradient_seconds(
-        messages.gradients, BACKWARD_SHARE * passes / num_micro_batches, rates, cluster
+        [(cluster.message_seconds(message, rates), message.ready if hides else 1.0) for message in messages.gradients],
+        BACKWARD_SHARE * passes / num_micro_batches,
     )
-    after = sum(message_seconds(message, rates, cluster) for message in messages.after)
+    sent = exposed + sum(cluster.message_seconds(message, rates) for message in messages.after)
     owned = network.num_parameters / (1 if config.engine.sharding == "none" else world_size)
     rule_ns = rates.update_ns if config.engine.sharding == "bits" else rates.plain_update_ns
     update = share * 1e-9 * (network.num_parameters * rates.whole_ns + owned * rule_ns)
 
-    rest = passes + exposed + after + update
+    rest = passes + sent + update
     step = max(data, launches, rest) if on_gpu else data + rest
-    on_device: dict[Resource, float] = {"network": exposed + after, "update": update, "compute": compute}
+    on_device: dict[Resource, float] = {"network": sent, "update": update, "compute": compute}
     by_host: dict[Resource, float] = {"data": data, "launches": launches}
-    hides_host = on_gpu and max(data, launches) <= rest
-    candidates = on_device if hides_host else by_host if on_gpu else on_device | by_host
-    everything = (*messages.gradients, *messages.after)
+    hidden_host = on_gpu and max(data, launches) <= rest
+    candidates = on_device if hidden_host else by_host if on_gpu else on_device | by_host
     return Estimate(
         num_nodes=cluster.num_nodes,
         world_size=world_size,
@@ -143,67 +130,54 @@ def estimate(
         compute=compute,
         launches=launches,
         gradients=gradients,
-        exposed=exposed,
-        after=after,
+        network=sent,
         update=update,
         step=step,
         images_per_second=config.global_batch_size / step,
         sent_bytes=messages.sent_bytes(world_size),
-        between_bytes=sum(message.between_bytes(cluster.num_nodes, ranks_per_node) for message in everything),
+        between_bytes=sum(
+            message.between_bytes(cluster.num_nodes, cluster.ranks_per_node)
+            for message in (*messages.gradients, *messages.after)
+        ),
         binding=max(candidates, key=candidates.__getitem__),
-        kernels=kernels,
     )
 
 
-def _launch_seconds(kernels: Launches, rates: Rates, cuda_graph: bool) -> float:
-    """Return the time in which a step's kernels are launched, by a host or as one CUDA graph.
+def _launch_seconds(config: TrainConfig, network: Network, rates: Rates, num_micro_batches: int) -> float:
+    """Return the time in which a step's kernels are launched, by a host or in one CUDA graph.
 
-    On a CPU the update is left out: its rate contains what it costs to start.
+    On a CPU only forward and backward: the update's rate contains what it costs to start.
     """
-    if cuda_graph:
-        return rates.graph_seconds + kernels.step * rates.node_seconds
-    num_kernels = kernels.step if rates.device == "gpu" else kernels.num_micro_batches * kernels.micro_batch
-    return num_kernels * rates.launch_seconds
+    kernels = num_micro_batches * network.num_operators
+    if rates.device == "gpu":
+        kernels += KERNELS_PER_TENSOR * len(network.ready) + KERNELS_PER_STEP
+    return kernels * (rates.node_seconds if config.engine.cuda_graph else rates.launch_seconds)
 
 
-def _data_seconds(config: TrainConfig, rates: Rates, cluster: Cluster, images_per_rank: int) -> tuple[float, float]:
-    """Return the seconds of decoding, and of copying images from the cores to the GPU."""
+def _data_seconds(config: TrainConfig, rates: Rates, cluster: Cluster, images_per_rank: int) -> float:
+    """Return the seconds in which the next batch of a rank is decoded."""
     ranks_per_core = cluster.ranks_per_node / cluster.cores
     if rates.device == "cpu":
-        return ranks_per_core * images_per_rank * rates.decode_seconds, 0.0
+        return ranks_per_core * images_per_rank * rates.decode_seconds
     if config.data.loader == "memory":
-        return 0.0, 0.0
+        return 0.0
     if config.data.device == "cpu" or config.data.loader == "torch":
-        copied_bytes = images_per_rank * 3 * config.data.image_size**2
-        data = ranks_per_core * images_per_rank * rates.core_decode_seconds
-        return data, copied_bytes / rates.copy_bytes_per_second
-    return images_per_rank * rates.decode_seconds, 0.0
+        return ranks_per_core * images_per_rank * rates.core_decode_seconds
+    return images_per_rank * rates.decode_seconds
 
 
-def _gradient_seconds(
-    messages: Sequence[Message], backward: float, rates: Rates, cluster: Cluster
-) -> tuple[float, float]:
+def _gradient_seconds(messages: Sequence[tuple[float, float]], backward: float) -> tuple[float, float]:
     """Return the seconds of the exchange of gradients, and the part that `backward`, in seconds,
-    does not hide."""
-    hidden = rates.device == "gpu" or cluster.num_nodes > 1
-    total = ends_at = 0.0
-    for message in messages:
-        seconds = message_seconds(message, rates, cluster)
-        total += seconds
-        ends_at = max(ends_at, message.ready * backward if hidden else backward) + seconds
-    return total, max(0.0, ends_at - backward)
+    does not hide.
 
-
-def message_seconds(message: Message, rates: Rates, cluster: Cluster) -> float:
-    """Return the seconds of one collective: its rounds, and the slower of the link between nodes
-    and the ways inside of one."""
-    between = message.between_bytes(cluster.num_nodes, cluster.ranks_per_node)
-    within = cluster.ranks_per_node * message.sent_bytes(cluster.world_size) - between
-    devices = cluster.ranks_per_node if rates.device == "gpu" else cluster.cores
-    return rates.latency_seconds * math.log2(cluster.world_size) + max(
-        between / (cluster.link_bytes_per_second * rates.link_efficiency),
-        within / (devices * rates.local_bytes_per_second),
-    )
+    Args:
+        messages: seconds of each message, and the part of backward after which it may leave.
+        backward: seconds of the last micro-batch's backward.
+    """
+    ends_at = 0.0
+    for seconds, ready in messages:
+        ends_at = max(ends_at, ready * backward) + seconds
+    return sum(seconds for seconds, _ in messages), max(0.0, ends_at - backward)
 
 
 def scan(config: TrainConfig, network: Network, rates: Rates, cluster: Cluster) -> list[Estimate]:
@@ -222,25 +196,22 @@ def scan(config: TrainConfig, network: Network, rates: Rates, cluster: Cluster) 
     return [estimates[num_nodes] for num_nodes in sorted(estimates)]
 
 
-def all_modes(config: TrainConfig, network: Network, rates: Rates, cluster: Cluster) -> dict[Mode, Estimate]:
-    """Return the step of `cluster` eager and compiled, each launched by its host and as a CUDA
-    graph."""
-    modes = [Mode(compiled, cuda_graph) for compiled in (False, True) for cuda_graph in (False, True)]
-    return {mode: estimate(config, network, rates, cluster, mode) for mode in modes}
-
-
-def other_shardings(config: TrainConfig, network: Network, rates: Rates, cluster: Cluster) -> dict[str, Estimate]:
+def alternatives(config: TrainConfig, network: Network, rates: Rates, cluster: Cluster) -> dict[str, Estimate]:
     """Return the estimate with each option that could be passed instead."""
     options = {
         "--engine.grad_comm_dtype bf16": EngineConfig(grad_comm_dtype="bf16"),
         "--engine.sharding none": EngineConfig(sharding="none"),
         "--engine.sharding zero1": EngineConfig(sharding="zero1"),
     }
-    return {
+    results = {
         option: estimate(dataclasses.replace(config, engine=engine), network, rates, cluster)
         for option, engine in options.items()
         if (engine.sharding, engine.grad_comm_dtype) != (config.engine.sharding, config.engine.grad_comm_dtype)
     }
+    if rates.device == "gpu" and not config.engine.cuda_graph:
+        graphed = dataclasses.replace(rates, launch_seconds=rates.node_seconds)
+        results["--engine.cuda_graph True"] = estimate(config, network, graphed, cluster)
+    return results
 
 
 def find_limit(estimates: Sequence[Estimate]) -> tuple[int, str]:
@@ -252,7 +223,7 @@ def find_limit(estimates: Sequence[Estimate]) -> tuple[int, str]:
         gain = (following.images_per_second / current.images_per_second) ** (1 / doublings) - 1
         efficiency = efficiency_of(following, first)
         if gain < LEAST_GAIN:
-            change = f"{gain:.0%} more" if gain > 0 else f"{-gain:.0%} less"
+            change = "no more" if abs(gain) < 0.005 else f"{gain:.0%} more" if gain > 0 else f"{-gain:.0%} less"
             return current.num_nodes, f"{following.num_nodes} give {change} images/s"
         if efficiency < LEAST_EFFICIENCY:
             reason = f"with {following.num_nodes} a node does {efficiency:.0%} of what {first.num_nodes} alone does"

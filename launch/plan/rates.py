@@ -33,8 +33,6 @@ class Rates:
     """Forward and backward together, FLOP_PER_MAC per multiply-accumulate."""
     launch_seconds: float
     """Time of the host per kernel: Python, autograd, torch's dispatcher, the driver."""
-    graph_seconds: float
-    """Time of the host per CUDA graph, whatever is in it."""
     node_seconds: float
     """Time of a GPU between two kernels of a graph."""
     whole_ns: float
@@ -49,8 +47,6 @@ class Rates:
     """Time per image to decode, crop and resize it on the device: the GPU's, or the core's."""
     core_decode_seconds: float
     """The same on a core of a GPU machine."""
-    copy_bytes_per_second: float
-    """Bandwidth from the node's memory to a GPU."""
     local_bytes_per_second: float
     """Bandwidth per device to ranks of the same node."""
     latency_seconds: float
@@ -120,14 +116,12 @@ def published(gpu: str, precision: Literal["fp32", "tf32", "bf16", "fp16"], imag
         "cores": row["cores"],
         "flops_per_second": row["bf16" if precision == "fp16" else precision],
         "launch_seconds": (10e-6, "assumed; on two cores of an EPYC 16 us with the CPU's kernels, 2 images of 16 px"),
-        "graph_seconds": (10e-6, "assumed: one call of the driver, and what torch does around it"),
         "node_seconds": (1e-6, "assumed: from the end of a kernel to the start of the next"),
         "whole_ns": passes(16, "16 bytes per weight"),
         "update_ns": passes(20.25, "20.25 bytes per weight (docs/sharding.md)"),
         "plain_update_ns": passes(100, "100 bytes per weight, the eager rule's temporaries,"),
         "decode_seconds": (photo / images_per_second, decode_source + smaller),
         "core_decode_seconds": (photo * 2.7e-3, f"bench loader on 500x375 photos, AVX-512 cores: 2.7 ms{smaller}"),
-        "copy_bytes_per_second": (row["copy"], "assumed: 80 % of a PCIe x16 slot, of generation 4 (A100) or 5 (H100)"),
         "local_bytes_per_second": row["local"],
         "latency_seconds": (10e-6, "assumed"),
         "link_efficiency": (0.9, "assumed: headers, and collectives that do not fill the link all the time"),
@@ -151,7 +145,6 @@ GPUS: dict[str, dict[str, Any]] = {
         "memory": (2.04e12, "NVIDIA's data sheet, A100 80 GB SXM"),
         "decode": (16_621 / 8, f"{_DLE}: AMP with DALI 16,621 images/s on 8 GPUs, at least"),
         "local": (235e9, "assumed: NCCL over NVLink 3, of 300 GB/s each way in the data sheet"),
-        "copy": 25e9,
         "cores": (128.0, "DGX A100: two processors of 64 cores"),
     },
     "h100": {
@@ -161,7 +154,6 @@ GPUS: dict[str, dict[str, Any]] = {
         "memory": (3.35e12, "NVIDIA's data sheet, H100 SXM"),
         "decode": (57_383 / 8, "MLPerf training 4.0, ResNet-50, 8 H100: 57,383 images/s, DALI and JPEG hardware"),
         "local": (350e9, "assumed: NCCL over NVLink 4, of 450 GB/s each way in the data sheet"),
-        "copy": 50e9,
         "cores": (112.0, "DGX H100: two processors of 56 cores"),
     },
 }

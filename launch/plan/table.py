@@ -1,30 +1,30 @@
-"""Write a plan as text: the answer in sentences, a table over node counts, kernel launches, and the
-source of every rate."""
+"""Write a plan: the answer in sentences, a table over node counts, the source of every rate, and a
+picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from bitfleet.launch.plan.plan import (
     LEAST_EFFICIENCY,
     LEAST_GAIN,
     Cluster,
     Estimate,
-    Mode,
     Resource,
     efficiency_of,
     find_limit,
-    mode_of,
 )
 from bitfleet.launch.plan.rates import Rates, numbers
 from bitfleet.launch.text import table
 from bitfleet.trainer.config import TrainConfig
 
-WORDS: dict[Resource, str] = {
-    "data": "decoding images",
-    "compute": "forward and backward",
-    "launches": "Python and kernel launches",
-    "network": "the network",
-    "update": "the optimizer's update",
+RESOURCES: dict[Resource, tuple[str, str]] = {
+    "data": ("decoding images binds", "#756bb1"),
+    "compute": ("forward and backward bind", "#2c7fb8"),
+    "launches": ("Python and kernel launches bind", "#2f9c86"),
+    "network": ("the network binds", "#d94801"),
+    "update": ("the optimizer's update binds", "#969696"),
 }
+"""Resource -> what an answer says of it, its color."""
 
 
 def num_hours(config: TrainConfig, num_images: int, estimate: Estimate) -> float:
@@ -45,7 +45,7 @@ def answer(
         f"{_nodes(asked.num_nodes)} with {asked.world_size // asked.num_nodes} {unit}s each: "
         f"{asked.images_per_second:,.0f} images/s, {1e3 * asked.step:,.1f} ms per step, "
         f"{num_hours(config, num_images, asked):,.1f} hours for {config.epochs} epochs of {num_images:,} images; "
-        f"{_binds(asked)}.",
+        f"{RESOURCES[asked.binding][0]}.",
         more,
     ]
 
@@ -54,24 +54,18 @@ def _nodes(count: int) -> str:
     return f"{count} node{'s' * (count > 1)}"
 
 
-def _binds(estimate: Estimate) -> str:
-    return f"{WORDS[estimate.binding]} bind{'' if estimate.binding in ('compute', 'launches') else 's'}"
-
-
 def format_plan(
     config: TrainConfig,
     num_images: int,
     rates: Rates,
     cluster: Cluster,
     estimates: Sequence[Estimate],
-    shardings: dict[str, Estimate],
-    modes: dict[Mode, Estimate],
+    others: Mapping[str, Estimate],
 ) -> str:
-    """Return the whole report: results of `scan`, `other_shardings` and `all_modes`."""
+    """Return the whole report: results of `scan` and `alternatives`."""
     on_gpu = rates.device == "gpu"
     unit = "GPU" if on_gpu else "rank"
     (asked,) = [e for e in estimates if e.num_nodes == cluster.num_nodes]
-    others = ", ".join(f"{option} {e.images_per_second:,.0f}" for option, e in shardings.items())
     step = (
         "step is the longest of data, of launches, and of compute + network + update"
         if on_gpu
@@ -84,7 +78,7 @@ def format_plan(
             f"and {cluster.cores:g} cores per node",
             "",
             *answer(config, num_images, estimates, asked, unit),
-            f"Other options instead, images/s: {others}.",
+            f"Other options, images/s: {', '.join(f'{k} {e.images_per_second:,.0f}' for k, e in others.items())}.",
             "",
             _format_scan(config, num_images, estimates, asked, unit),
             "",
@@ -94,7 +88,6 @@ def format_plan(
             f"less than {LEAST_EFFICIENCY:.0%} of those of the first line. Validation, checkpoints and logging are not "
             "counted.",
             "",
-            *([*format_launches(modes, mode_of(config, rates)), ""] if on_gpu else []),
             "rates",
             table([(name, f"{value:.4g}", rates.sources[name]) for name, value in numbers(rates).items()], "<><"),
         ]
@@ -126,25 +119,42 @@ def _format_scan(
     return table(rows, ">" * 15 + "<")
 
 
-def format_launches(modes: dict[Mode, Estimate], configured: Mode) -> list[str]:
-    """Return lines about the kernels per rank, eager and compiled, and what a CUDA graph of the
-    step saves.
+def draw_plan(title: str, estimates: Sequence[Estimate], output: Path) -> None:
+    """Draw images/s and the ms per step of each resource over the number of nodes, as a PNG.
 
-    The line of the mode that is `configured` is marked.
+    Raises:
+        ValueError: the file cannot be written.
     """
-    parts = ("forward", "backward", "rest", "update", "exchange", "step")
-    rows = [["kernels per rank", *parts, "launch ms", "step ms", "graph launch ms", "graph step ms"]]
-    for compiled in (False, True):
-        host, graph = modes[Mode(compiled, False)], modes[Mode(compiled, True)]
-        name = "> " * (compiled == configured.compiled) + ("compiled, estimated" if compiled else "eager")
-        seconds = (host.launches, host.step, graph.launches, graph.step)
-        rows.append([name, *(str(getattr(host.kernels, part)) for part in parts), *(f"{1e3 * s:.2f}" for s in seconds)])
-    host, graph = modes[Mode(configured.compiled, False)], modes[Mode(configured.compiled, True)]
-    saved = host.step - graph.step
-    return [
-        *table(rows, "<").splitlines(),
-        f"forward, backward and rest: per micro-batch ({host.kernels.num_micro_batches} per step).",
-        f"A CUDA graph launches the step in {1e3 * graph.launches:.2f} ms instead of {1e3 * host.launches:.2f}, and "
-        f"saves {1e3 * saved:.2f} of {1e3 * host.step:.2f} ms per step ({saved / host.step:.0%}): {_binds(host)} "
-        f"without it, {_binds(graph)} with it.",
-    ]
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
+    figure = Figure(figsize=(11, 4.5), constrained_layout=True)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    nodes, rates = [e.num_nodes for e in estimates], [e.images_per_second for e in estimates]
+    speed, parts = figure.subplots(1, 2)
+    speed.plot(nodes, [rates[0] * n / nodes[0] for n in nodes], color="#bbbbbb", ls="--", label="as fast as the first")
+    speed.plot(nodes, rates, color="black", label="predicted")
+    speed.set_ylim(min(rates) / 2, max(rates) * 2)
+    for name, (_, color) in RESOURCES.items():
+        bound = [e for e in estimates if e.binding == name]
+        x, y = [e.num_nodes for e in bound], [e.images_per_second for e in bound]
+        speed.plot(x, y, "o", color=color, label=f"bound by {name}" if bound else None)
+        parts.plot(nodes, [1e3 * getattr(e, name) for e in estimates], color=color, marker=".", label=name)
+    steps = [1e3 * e.step for e in estimates]
+    parts.plot(nodes, steps, color="black", linewidth=2.5, label="step")
+    parts.set_ylim(min(steps) / 300, max(steps) * 1.5)
+    for axis, title in ((speed, "images/s"), (parts, "ms per step")):
+        axis.set(xscale="log", yscale="log", xlabel="nodes", title=title)
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xticks(nodes, map(str, nodes))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:,.6g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.grid(alpha=0.25)
+    speed.legend(frameon=False, fontsize=8, loc="lower right")
+    parts.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=90)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot write the picture {output}: {error}") from error

@@ -1,7 +1,6 @@
-"""Messages that a training step sends, and the facts about a network that a plan needs.
+"""Count what a training step of a network sends, computes and launches, on tensors without memory.
 
-The layout is the optimizer's (`make_buckets` on parameters without storage), so padding and order
-are those of the run.
+The layout is the optimizer's (`make_buckets`), so padding and order are those of the run.
 """
 
 import dataclasses
@@ -10,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitfleet.launch.plan.launches import Passes, count_passes
 from bitfleet.models import create_model
 from bitfleet.models.size import layer_macs
 from bitfleet.optim import build_optimizer
@@ -81,9 +80,15 @@ class Network:
     is there."""
 
     @functools.cached_property
-    def passes(self) -> Passes:
-        """Kernels that a micro-batch launches."""
-        return count_passes(self.model, self.config)
+    def num_operators(self) -> int:
+        """Operators of an eager forward and backward; a CUDA kernel each, or nearly."""
+        size = self.config.data.image_size
+        self.model.train()
+        counter = _OperatorCounter()
+        with counter:
+            torch.autograd.backward(self.model(torch.empty((2, 3, size, size), device="meta")).sum())
+        self.model.zero_grad()
+        return counter.count
 
     @property
     def num_statistics(self) -> int:
@@ -94,6 +99,17 @@ class Network:
     def num_parameters(self) -> int:
         """Elements of all trained parameters."""
         return sum(param.numel() for group in self.groups for param in group["params"])
+
+
+class _OperatorCounter(TorchDispatchMode):
+    """Count the operators that run inside, without views and allocations."""
+
+    count: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator `func`."""
+        self.count += not (func.is_view or torch.Tag.inplace_view in func.tags or "empty" in func._schema.name)
+        return func(*args, **(kwargs or {}))
 
 
 def describe(config: TrainConfig) -> Network:

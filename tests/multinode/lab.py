@@ -190,16 +190,16 @@ class Lab:
         return subprocess.run(self.command(host, *command), capture_output=True, text=True, timeout=60)
 
     def processes(self, host: str, word: str) -> list[int]:
-        """Return the processes of a host with `word` in their command line (ids of this
-        machine)."""
+        """Return the processes of a host with `word` in their command line (ids of this machine),
+        the oldest first: ids begin again when they have come to the highest."""
         space = os.readlink(f"/proc/{self._first_process(host)}/ns/pid")
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
                 inside = entry.name.isdecimal() and os.readlink(entry / "ns/pid") == space
                 if inside and word in (entry / "cmdline").read_bytes().decode(errors="replace"):
-                    found.append(int(entry.name))
-        return found
+                    found.append((_start(entry), int(entry.name)))
+        return [pid for _, pid in sorted(found)]
 
     def clear(self, word: str) -> None:
         """Kill processes of a job that a failed test has left on the hosts."""
@@ -241,6 +241,11 @@ class Lab:
 
     def _ip(self, name: str, *arguments: str) -> None:
         self._in_network(name, "ip", *arguments)
+
+
+def _start(process: Path) -> int:
+    """Return when a process of /proc started, in clock ticks since boot."""
+    return int((process / "stat").read_text().rpartition(")")[2].split()[19])
 
 
 def _run(*command: str) -> str:

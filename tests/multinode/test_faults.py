@@ -65,7 +65,7 @@ def signal_rank(hosts: Lab) -> None:
 
 
 def end_ssh(hosts: Lab) -> None:
-    """Return the ssh session that started the ranks of a host, not its server."""
+    """Kill the ssh session that started the ranks of a host, not the server, its oldest sshd."""
     for pid in hosts.processes(B, "sshd")[1:]:
         os.kill(pid, signal.SIGKILL)
 
