@@ -6,26 +6,27 @@ and acknowledgements included.
 """
 
 import functools
-import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, get_args
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bitfleet.launch.bench.command import Comm, Memory, Sharding
+from bitfleet.launch.bench.results import Row, titled
 from bitfleet.launch.bench.step import compiled_rule
-from bitfleet.launch.bench.timing import interleave, ratio, take_turn, titled
-from bitfleet.launch.bench.training import GradDtype, Method, RankStep
+from bitfleet.launch.bench.timing import interleave, ratio, take_turn
+from bitfleet.launch.bench.training import GradDtype, Method, TrainingStep
 from bitfleet.launch.preflight.tensor_bytes import TensorBytes
 from bitfleet.models import ModelConfig, QuantLinear, create_model, ste_sign
 from bitfleet.optim.rules.rule import Group, Rule, State, register
 from bitfleet.optim.sharding import reduction as sharding_exchange
-from bitfleet.trainer.ranks.collectives import Ranks, all_gather_numbers, all_gather_tensors, barrier
+from bitfleet.trainer.ranks.collectives import Ranks, all_gather_numbers, barrier
 
 TITLES: dict[Method, str] = {
     "bits": "bitfleet ShardedOptimizer",
@@ -43,6 +44,7 @@ SETTLE_SECONDS = 0.05
 NETWORKS = {"birealnet18": 64, "xnornet": 224}
 """Network -> pixels of a side."""
 COMPILED = "bop2ndorder_compiled"
+CONTENDERS: dict[str, Method] = {"bits": "bits", "DDP": "ddp", "zero1": "zero1", "zero2": "zero2", "none": "none"}
 
 
 def binary_stack() -> nn.Sequential:
@@ -56,14 +58,9 @@ def binary_stack() -> nn.Sequential:
 
 SHARES = {
     "allreduce_": 2,  # a reduce-scatter and an all-gather
-    "alltoall_base_": 1,
-    "_allgather_base_": 1,
-    "allgather_": 1,
-    "allgather_into_tensor_coalesced_": 1,
-    "_reduce_scatter_base_": 1,
-    "reduce_scatter_": 1,
+    **dict.fromkeys(("alltoall_base_", "_allgather_base_", "allgather_", "allgather_into_tensor_coalesced_"), 1),
+    **dict.fromkeys(("_reduce_scatter_base_", "reduce_scatter_", "broadcast_"), 1),
     "reduce_": 1,  # every rank but one sends all of it: on average as much as in a reduce-scatter
-    "broadcast_": 1,
     "barrier": 0,
 }
 """Collective -> bytes that a rank must send, as a multiple of (N - 1) / N of the tensor."""
@@ -107,34 +104,21 @@ class CollectiveCounter(TorchDispatchMode):
             name = func._schema.name.removeprefix("c10d::")
             assert name in SHARES, f"no rule for the collective {name}"
             # The full tensor is the output of an all-gather, and the input of a reduce-scatter.
-            largest = max(sum(tensor.nbytes for tensor in _tensors(argument)) for argument in args)
+            tensors = ([leaf for leaf in tree_leaves(arg) if isinstance(leaf, Tensor)] for arg in args)
+            largest = max(sum(tensor.nbytes for tensor in each) for each in tensors)
             self._called_bytes += SHARES[name] * (self.world_size - 1) / self.world_size * largest
         return func(*args, **(kwargs or {}))
 
 
-def _tensors(argument: Any) -> Iterable[Tensor]:
-    if isinstance(argument, Tensor):
-        yield argument
-    elif isinstance(argument, (list, tuple)):
-        for item in argument:
-            yield from _tensors(item)
-
-
-def interface_bytes() -> dict[str, int]:
-    """Return the bytes that each interface of this network namespace has sent.
-
-    From /proc/net/dev: /sys/class/net has the same counters, but of the namespace in which /sys was
-    mounted.
-    """
-    lines = Path("/proc/net/dev").read_text().splitlines()[2:]  # without the titles
-    fields = {name.strip(): values.split() for name, _, values in (line.partition(":") for line in lines)}
-    return {name: int(values[8]) for name, values in fields.items()}
-
-
 def wire_bytes(ranks: Ranks) -> Tensor:
-    """Return the bytes sent by this machine, all and without the loopback, on its first rank."""
+    """Return the bytes that the interfaces of this network namespace have sent, on its first rank.
+
+    Returns:
+        fp64 [2]: of all interfaces, and of all but the loopback.
+    """
     barrier()
-    sent = interface_bytes() if ranks.local_rank == 0 else {}
+    counters = psutil.net_io_counters(pernic=True, nowrap=False) if ranks.local_rank == 0 else {}
+    sent = {name: counter.bytes_sent for name, counter in counters.items()}
     barrier()
     return torch.tensor([sum(sent.values()), sum(sent.values()) - sent.get("lo", 0)], dtype=torch.float64)
 
@@ -144,10 +128,13 @@ def _hosts(ranks: Ranks) -> str:
     return f"{num_hosts} host{'s' * (num_hosts > 1)}"
 
 
-def _rows(measure: Callable[[Method, GradDtype], Iterable[float]]) -> Iterator[list[str]]:
-    for grad_dtype in GRAD_DTYPES:
-        for method, title in TITLES.items():
-            yield [title, grad_dtype, *(f"{number:.3f}" for number in measure(method, grad_dtype))]
+def _method_rows(measure: Callable[[Method, GradDtype], Sequence[float]], *names: str) -> list[Row]:
+    """Measure every method with every dtype of gradients."""
+    return [
+        {"what": f"{title}, {grad_dtype}", **dict(zip(names, measure(method, grad_dtype), strict=True))}
+        for grad_dtype in GRAD_DTYPES
+        for method, title in TITLES.items()
+    ]
 
 
 def bench_comm(options: Comm, ranks: Ranks, device: torch.device) -> Iterator[str]:
@@ -162,7 +149,8 @@ def bench_comm(options: Comm, ranks: Ranks, device: torch.device) -> Iterator[st
         )
 
     def measure(method: Method, grad_dtype: GradDtype) -> list[float]:
-        step = RankStep(method, binary_stack(), torch.randn(1, WIDTH, device=device), ranks, grad_dtype=grad_dtype)
+        images = torch.randn(1, WIDTH, device=device)
+        step = TrainingStep(method, binary_stack(), images, ranks.world_size, grad_dtype=grad_dtype)
         for _ in range(2):  # the first one allocates state
             step()
         before = wire_bytes(ranks)
@@ -176,41 +164,37 @@ def bench_comm(options: Comm, ranks: Ranks, device: torch.device) -> Iterator[st
     yield titled(
         f"bytes that a rank sends per step and binary weight, {ranks.world_size} ranks on {_hosts(ranks)}, "
         f"{NUM_BINARY:,} binary weights",
-        [["", "gradients", "calls", "on the wire", "between hosts"], *_rows(measure)],
-        "<<",
+        _method_rows(measure, "calls", "on the wire", "between hosts"),
     )
 
 
 def bench_memory(options: Memory, ranks: Ranks, device: torch.device) -> Iterator[str]:
     """Count bytes per parameter on the rank that has most, after two steps of warm-up."""
+    images, bucket_numel = torch.randn(1, WIDTH, device=device), DEPTH // NUM_BUCKETS * WIDTH**2
 
     def measure(method: Method, grad_dtype: GradDtype) -> list[float]:
         samples = []
         with TensorBytes() as count:
-            images, bucket_numel = torch.randn(1, WIDTH, device=device), DEPTH // NUM_BUCKETS * WIDTH**2
-            step = RankStep(method, binary_stack(), images, ranks, grad_dtype=grad_dtype, bucket_numel=bucket_numel)
+            sizes: Any = {"world_size": ranks.world_size, "bucket_numel": bucket_numel}
+            step = TrainingStep(method, binary_stack(), images, grad_dtype=grad_dtype, **sizes)
             numel = sum(param.numel() for param in step.model.parameters())
             for _ in range(2 + options.steps):  # the first one allocates the state
                 count.take_peak()
-                step.backward()
-                peak_backward = count.take_peak()
-                step.update()
-                peak_step = count.take_peak()
+                step()
+                peak = count.take_peak()
                 barrier()
                 time.sleep(SETTLE_SECONDS)
-                samples.append((count.live, peak_backward, peak_step))
-        after, *peaks = torch.tensor(samples[2:], dtype=torch.float64, device=device).T
+                samples.append((count.live, peak))
+        step.close()
+        after, peaks = zip(*samples[2:], strict=True)
         # Bytes held between steps are there after every step; more than the least of them is about
         # to be freed.
-        largest = torch.stack([after.amin(), *(peak.amax() for peak in peaks)]) / numel
-        step.close()
-        return torch.stack(all_gather_tensors(largest)).amax(0).tolist()
+        return [max(all_gather_numbers(num_bytes)) / numel for num_bytes in (min(after), max(peaks))]
 
     yield titled(
         f"bytes of tensors per parameter on a rank, {ranks.world_size} ranks; a bucket of fp32 gradients is "
         f"{4 / NUM_BUCKETS:g}",
-        [["", "gradients", "after the step", "peak in backward", "peak in step"], *_rows(measure)],
-        "<<",
+        _method_rows(measure, "after the step", "peak"),
     )
 
 
@@ -223,33 +207,26 @@ def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
 register(Rule(name=COMPILED, update_=_update_, state_keys=("exp_avg", "exp_avg_sq")))
 
 
-CONTENDERS: dict[str, tuple[Method, str]] = {
-    "bits": ("bits", "bitfleet"),
-    "DDP": ("ddp", "DDP, compiled rule"),
-    "zero1": ("zero1", "DeepSpeed ZeRO-1, compiled rule"),
-}
-
-
 def bench_sharding(options: Sharding, ranks: Ranks, device: torch.device) -> Iterator[str]:
     """Time steps and count bytes in turns; for fp32 weights the rule is compiled.
 
     Raises:
         ValueError: an unknown contender.
     """
-    contenders = options.contender.split(",")
-    if unknown := [name for name in contenders if name not in CONTENDERS]:
+    names = options.contender.split(",")
+    if unknown := [name for name in names if name not in CONTENDERS]:
         raise ValueError(f"--contender {unknown[0]!r} is not a contender; there are: {', '.join(CONTENDERS)}")
     for network in [options.network] if options.network else NETWORKS:
         size = NETWORKS[network]
         images = torch.randn(options.micro_batch_size, 3, size, size, device=device)
         images = images.to(memory_format=torch.channels_last)
         steps = {}
-        for name in contenders:
+        for name in names:
             torch.manual_seed(0)
             model = create_model(ModelConfig(name=network))
-            steps[name] = RankStep(CONTENDERS[name][0], model, images, ranks, rule=COMPILED)
+            steps[name] = TrainingStep(CONTENDERS[name], model, images, ranks.world_size, rule=COMPILED)
 
-        def measure(step: RankStep) -> tuple[float, float]:
+        def measure(step: TrainingStep) -> tuple[float, float]:
             """Return seconds and bytes per step, bytes of the interfaces of all machines divided by
             the ranks."""
             before = wire_bytes(ranks)
@@ -260,25 +237,21 @@ def bench_sharding(options: Sharding, ranks: Ranks, device: torch.device) -> Ite
         turns = interleave({name: functools.partial(measure, step) for name, step in steps.items()}, options.rounds)
         for step in steps.values():
             step.close()
-        steps.clear()
-        gc.collect()
-        yield _sharding_table(network, ranks, options, turns)
+        yield titled(
+            f"{network}, {size} px, {ranks.world_size} ranks x {options.micro_batch_size} images on {_hosts(ranks)}, "
+            f"per step, median of {options.rounds} rounds",
+            _sharding_rows(turns),
+        )
 
 
-def _sharding_table(network: str, ranks: Ranks, options: Sharding, turns: dict[str, list[tuple[float, float]]]) -> str:
-    rows = [["", "ms", "MB sent", "bitfleet / it: time", "bytes"]]
+def _sharding_rows(turns: dict[str, list[tuple[float, float]]]) -> list[Row]:
+    """Return a row per contender, with the ratios of the first one to it."""
+    first_seconds, first_sent = zip(*next(iter(turns.values())), strict=True)
+    rows = []
     for name, values in turns.items():
         seconds, sent = zip(*values, strict=True)
-        row = [CONTENDERS[name][1], f"{1e3 * statistics.median(seconds):,.1f}", f"{statistics.median(sent) / 1e6:,.1f}"]
-        if "bits" in turns:
-            own_seconds, own_sent = zip(*turns["bits"], strict=True)
-            row += [
-                f"{ratio(own_seconds, seconds):.3f}",
-                f"{ratio(own_sent, [max(num_bytes, 1.0) for num_bytes in sent]):.3f}",
-            ]
-        rows.append(row)
-    return titled(
-        f"{network}, {NETWORKS[network]} px, {ranks.world_size} ranks x {options.micro_batch_size} images on "
-        f"{_hosts(ranks)}, per step, median of {options.rounds} rounds",
-        rows,
-    )
+        figures = {"ms": 1e3 * statistics.median(seconds), "MB sent": statistics.median(sent) / 1e6}
+        bytes_ratio = ratio(first_sent, [max(num_bytes, 1.0) for num_bytes in sent])
+        ratios = {"first / it: time": ratio(first_seconds, seconds), "bytes": bytes_ratio}
+        rows.append({"what": TITLES[CONTENDERS[name]], **figures, **ratios})
+    return rows

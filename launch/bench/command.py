@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from bitfleet.launch.job import is_main_rank, job
 from bitfleet.launch.parsing.commands import Count, MaybeCount, parse, parse_with_run
 
-PartName = Literal["probe", "rule", "gradients", "update", "networks", "repeat", "trainer", "cifar", "dali"]
+PartName = Literal["probe", "rule", "gradients", "update", "networks", "repeat", "trainer", "dali", "cifar"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +84,6 @@ class Plan(Steps, Rounds):
     """Measure rates for `bitfleet plan --rates FILE`, and check its prediction. Needs --config."""
 
     steps: Count = 10
-    rates: Path | None = None
-    """File of rates to predict with. Default: those that are measured."""
     output: Path | None = None
     """File to write the measured rates to."""
 
@@ -122,12 +120,10 @@ class Journal(Steps, Rounds):
 
 @dataclasses.dataclass(frozen=True)
 class Loader(Rounds):
-    """Compare loaders of photos with torchvision, timm and, if installed, WebDataset and FFCV."""
+    """Compare loaders of photos with torchvision and timm: images/s, CPU time."""
 
     memory: bool = False
     """Instead: images of 32 pixels with data.loader dali, torch and memory."""
-    manifest: bool = False
-    """Instead: seconds to the first batch and memory with a manifest of ImageNet's length."""
     root: Path | None = None
     """Data set to take photos from. Default: synthetic photos, which stay in the cache folder."""
     images: MaybeCount = None
@@ -161,7 +157,7 @@ Benchmark = (
 )
 OF_A_RUN, OF_ONE_PROCESS = ("train", "plan", "diagnostics", "journal"), ("step", "loader", "gpu")
 MODULES = {"train": "loops", "diagnostics": "loops", "journal": "loops", "memory": "comm", "sharding": "comm"}
-MODULES |= {"plan": "rates", "gpu": "gpu.command"}
+MODULES |= {"plan": "rates", "networks": "training", "gpu": "gpu.command"}
 
 
 def bench(arguments: Sequence[str]) -> None:

@@ -1,44 +1,38 @@
 """Compare training loops: with a bare torch loop, with and without diagnostics or flip journal."""
 
+import contextlib
 import dataclasses
 import functools
-import json
-import math
+import itertools
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from bitfleet.launch.bench.command import Diagnostics, Journal, Train
-from bitfleet.launch.bench.timing import Turn, interleave, ratio, ratios, take_turn, titled
-from bitfleet.launch.journal.reader import read_parts
+from bitfleet.launch.bench.results import Row, titled
+from bitfleet.launch.bench.timing import Turn, interleave, ratio, ratios, take_turn
+from bitfleet.launch.bench.training import TrainingStep
 from bitfleet.models import compile_network, create_model
-from bitfleet.optim import HyperparameterScheduler, ShardedOptimizer, build_optimizer, is_binary
+from bitfleet.optim import ShardedOptimizer
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import normalize
 from bitfleet.trainer.engine.engine import autocast
 from bitfleet.trainer.journal.config import JournalConfig
-from bitfleet.trainer.journal.format import FRAME_BYTES, SIGNS, apply_, encode, parse_frame
-from bitfleet.trainer.journal.writer import open_journal
-from bitfleet.trainer.metrics import JSONL
-from bitfleet.trainer.ranks.collectives import Ranks, all_reduce_number, barrier, broadcast_object
+from bitfleet.trainer.journal.format import encode
+from bitfleet.trainer.ranks.collectives import Ranks, barrier, broadcast_object
 from bitfleet.trainer.trainer import Trainer
 
-FLIP_RATIOS = (0.5, 0.25, 0.1, 0.03, 0.01, 0.004, 0.0003)
-"""From the first step to the last; arXiv 2104.05124's schedules with Gaussian gradients."""
+FLIP_RATIOS = (0.5, 0.1, 0.03, 0.01, 0.004)
 NUM_WEIGHTS = 10_985_472
 """Binary weights of Bi-Real Net 18."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def started(
     config: TrainConfig, ranks: Ranks, device: torch.device, num_steps: int = 0, **fields: Any
 ) -> Iterator[Trainer]:
@@ -71,27 +65,20 @@ def bare_steps(trainer: Trainer, config: TrainConfig) -> Iterator[None]:
     The same network and plain optimizer, DistributedDataParallel on more than one rank; images
     decoded and normalized before the first step, no augmentation, no metrics.
     """
+    device = trainer.device
     loaded = [next(trainer.batches) for _ in range(min(trainer.loader.steps_per_epoch, 64))]
     batches = [
-        (normalize(images.to(trainer.device), config.data.mean, config.data.std), labels.to(trainer.device))
+        (normalize(images.to(device), config.data.mean, config.data.std), labels.to(device))
         for images, labels in loaded
     ]
-    model: nn.Module = create_model(config.model).to(trainer.device)
+    model = create_model(config.model).to(device)
     if trainer.compiled:
         compile_network(model)
-    optimizer, schedules = build_optimizer(model, config.optim, num_steps=trainer.num_steps)
-    scheduler = HyperparameterScheduler(optimizer, schedules)
-    wrapped = DistributedDataParallel(model) if trainer.ranks.world_size > 1 else model
-    while True:
-        for images, labels in batches:
-            with autocast(trainer.device, trainer.config.engine.precision):
-                logits: Tensor = wrapped(images)
-            loss = nn.functional.cross_entropy(logits.float(), labels)
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            optimizer.step()
-            scheduler.step()
-            yield
+    context = autocast(device, trainer.config.engine.precision)
+    step = TrainingStep("ddp", model, batches[0][0], trainer.ranks.world_size, optim=config.optim, context=context)
+    for step.images, step.labels in itertools.cycle(batches):
+        step()
+        yield
 
 
 def bench_train(options: Train, config: TrainConfig, ranks: Ranks, device: torch.device) -> Iterator[str]:
@@ -101,24 +88,51 @@ def bench_train(options: Train, config: TrainConfig, ranks: Ranks, device: torch
         steps: dict[str, Callable[[], object]] = {"bitfleet": trainer.advance, "bare torch loop": lambda: next(bare)}
         contenders = {title: functools.partial(take_turn, step, options.steps, device) for title, step in steps.items()}
         turns = interleave(contenders, options.rounds)
-    rates = {title: [config.global_batch_size / turn.seconds for turn in values] for title, values in turns.items()}
-    rows = [[title, f"{statistics.median(values):,.0f}"] for title, values in rates.items()]
+    bitfleet, bare_loop = ([config.global_batch_size / turn.seconds for turn in values] for values in turns.values())
+    rates = {"bitfleet": statistics.median(bitfleet), "bare torch loop": statistics.median(bare_loop)}
     yield titled(
-        f"{config.name} on {ranks.world_size} ranks ({device.type}), images/s, median of {options.rounds} rounds",
-        [*rows, ["ratio", f"{ratio(*rates.values()):.3f}"]],
+        f"{config.name} on {ranks.world_size} ranks ({device.type}), median of {options.rounds} rounds",
+        [{"what": "images/s", **rates, "ratio": ratio(bitfleet, bare_loop)}],
     )
 
 
-def compare_turns(without: Sequence[Turn], with_it: Sequence[Turn]) -> list[list[str]]:
-    """Return rows of ms per step and CPU ms, without and with something, and their ratio."""
-    rows = [["per step", "without", "with", "ratio", "middle half of the rounds"]]
-    for title, name in (("ms", "seconds"), ("CPU ms of rank 0", "cpu_seconds")):
-        first, second = ([1e3 * getattr(turn, name) for turn in turns] for turns in (without, with_it))
-        quotients = ratios(second, first)
-        low, _, high = statistics.quantiles(quotients, method="inclusive") if len(quotients) > 1 else 3 * quotients
-        medians = (f"{statistics.median(values):,.2f}" for values in (first, second))
-        rows.append([title, *medians, f"{statistics.median(quotients):.4f}", f"{low:.3f} to {high:.3f}"])
-    return rows
+def compare_turns(without: Sequence[Turn], with_it: Sequence[Turn]) -> Row:
+    """Return CPU ms per step, without and with something, and the quartiles of their ratio."""
+    first, second = ([1e3 * turn.cpu_seconds for turn in turns] for turns in (without, with_it))
+    quotients = ratios(second, first)
+    low, middle, high = statistics.quantiles(quotients, method="inclusive") if len(quotients) > 1 else 3 * quotients
+    figures = {"without": statistics.median(first), "with": statistics.median(second), "ratio": middle}
+    return {"what": "CPU ms of rank 0 per step", **figures, "lower quartile": low, "upper": high}
+
+
+def _compare_runs(
+    options: Diagnostics | Journal,
+    config: TrainConfig,
+    ranks: Ranks,
+    device: torch.device,
+    step: Literal["train_step", "advance"],
+    **enabled: Any,
+) -> str:
+    """Compare `step` of a run without and with the fields `enabled`; files are flushed."""
+    num_steps = (options.rounds + 1) * options.steps
+    with (
+        started(config, ranks, device, num_steps) as plain,
+        started(config, ranks, device, num_steps, **enabled) as other,
+    ):
+        turns = interleave(
+            {
+                title: functools.partial(
+                    take_turn, getattr(trainer, step), options.steps, device, finish=trainer.reports.flush
+                )
+                for title, trainer in {"without": plain, "with": other}.items()
+            },
+            options.rounds,
+        )
+    return titled(
+        f"{config.name}, {config.model.name}, {ranks.world_size} ranks, median of {options.rounds} rounds of "
+        f"{options.steps} steps",
+        [compare_turns(turns["without"], turns["with"])],
+    )
 
 
 def bench_diagnostics(options: Diagnostics, config: TrainConfig, ranks: Ranks, device: torch.device) -> Iterator[str]:
@@ -132,95 +146,20 @@ def bench_diagnostics(options: Diagnostics, config: TrainConfig, ranks: Ranks, d
     if options.steps % every:
         raise ValueError(f"--steps is {options.steps}, expected a multiple of metrics.every_steps, which is {every}")
     without, with_them = (dataclasses.replace(config.metrics, diagnostics=diagnostics) for diagnostics in (False, True))
-    num_steps = (options.rounds + 1) * options.steps
-    with (
-        started(config, ranks, device, num_steps, metrics=without) as plain,
-        started(config, ranks, device, num_steps, metrics=with_them) as measured,
-    ):
-        turns = interleave(
-            {
-                "without": lambda: take_turn(plain.advance, options.steps, device),
-                "with": lambda: take_turn(measured.advance, options.steps, device),
-            },
-            options.rounds,
-        )
-        lines = (measured.folder.path / JSONL).read_text().splitlines() if ranks.is_main else ['{"kind":"diagnostics"}']
-    assert json.loads(lines[-1])["kind"] == "diagnostics", lines[-1]
-    yield titled(
-        f"{config.name}, {config.model.name}, {ranks.world_size} ranks, a report every {every} steps; "
-        f"medians of {options.rounds} rounds",
-        compare_turns(turns["without"], turns["with"]),
-    )
-    yield f"  a line of diagnostics in metrics.jsonl: {len(lines[-1]):,} bytes"
+    plain = dataclasses.replace(config, metrics=without)
+    yield _compare_runs(options, plain, ranks, device, "advance", metrics=with_them)
 
 
 def bench_journal(options: Journal, config: TrainConfig, ranks: Ranks, device: torch.device) -> Iterator[str]:
-    """Compare steps with and without a flip journal, and encode random flips.
-
-    Steps with a journal end when it is flushed to the disk. They are `Trainer.train_step`, without
-    logging steps, which might fall on one side more often.
-    """
-    num_steps = 2 * (options.rounds + 1) * options.steps
-    with started(config, ranks, device, num_steps, journal=JournalConfig()) as trainer:
-        run = trainer.folder.path
-
-        def with_journal() -> Turn:
-            journal = open_journal(True, run, ranks, trainer.sharded)
-            assert journal is not None
-            turn = take_turn(trainer.train_step, options.steps, device, finish=journal.flush)
-            journal.close()
-            return turn
-
-        turns = interleave(
-            {"without": lambda: take_turn(trainer.train_step, options.steps, device), "with": with_journal},
-            options.rounds,
-        )
-        barrier()
-        files = [file for part in read_parts(run)[1:] for file in part.files if file.layout.rank == ranks.rank]
-        frames = [frame for file in files for frame in file.frames if frame.kind != SIGNS]
-        measured_steps = options.rounds * options.steps
-        flips = all_reduce_number(sum(frame.num_flips for frame in frames)) / measured_steps
-        num_bytes = all_reduce_number(sum(FRAME_BYTES + frame.length for frame in frames)) / measured_steps
-        num_weights = sum(param.numel() for param in trainer.model.parameters() if is_binary(param))
-    yield titled(
-        f"{config.name} on {ranks.world_size} ranks, {num_weights:,} binary weights, median of {options.rounds} "
-        f"rounds of {options.steps} steps",
-        compare_turns(turns["without"], turns["with"]),
-    )
-    yield f"  flips per step {flips:,.0f} ({flips / num_weights:.4%}), bytes per step {num_bytes:,.0f}"
+    """Compare steps, without logging, with and without a flip journal, and encode random flips."""
+    plain = dataclasses.replace(config, journal=JournalConfig())
+    yield _compare_runs(options, plain, ranks, device, "train_step", journal=JournalConfig(enabled=True))
     if ranks.is_main:
-        heads = ["flip ratio", "bytes", "over entropy", "encode ms", "decode ms"]
-        yield titled(
-            f"random flips of {NUM_WEIGHTS:,} weights in one process, best of 3",
-            [heads, *([f"{row[0]:.4%}", f"{row[1]:,.0f}", *(f"{x:.3f}" for x in row[2:])] for row in encode_flips())],
-            ">",
-        )
+        yield titled(f"random flips of {NUM_WEIGHTS:,} weights", encode_flips())
 
 
-def encode_flips(num_weights: int = NUM_WEIGHTS, flip_ratios: Sequence[float] = FLIP_RATIOS) -> list[list[float]]:
-    """Encode a step of independent flips of `num_weights` weights, a multiple of 8; best of three.
-
-    Returns:
-        For each of `flip_ratios`: it, bytes, bytes over the entropy, ms to encode, ms to decode.
-    """
-    generator = np.random.default_rng(0)
-    rows = []
-    for flip_ratio in flip_ratios:
-        flips = np.packbits(generator.random(num_weights) < flip_ratio, bitorder="little")
-        encode_seconds, decode_seconds = [], []
-        for _ in range(3):
-            start = time.perf_counter()
-            frame = encode(1, flips)
-            encode_seconds.append(time.perf_counter() - start)
-            header = parse_frame(frame[:FRAME_BYTES], 0)
-            assert header is not None
-            signs = np.zeros_like(flips)
-            start = time.perf_counter()
-            apply_(signs, header.kind, header.num_flips, frame[FRAME_BYTES:])
-            decode_seconds.append(time.perf_counter() - start)
-            assert np.array_equal(signs, flips), flip_ratio
-        bits = -(flip_ratio * math.log2(flip_ratio) + (1 - flip_ratio) * math.log2(1 - flip_ratio))
-        over_entropy = len(frame) / (bits * num_weights / 8)
-        milliseconds = (1e3 * min(seconds) for seconds in (encode_seconds, decode_seconds))
-        rows.append([flip_ratio, len(frame), over_entropy, *milliseconds])
-    return rows
+def encode_flips(num_weights: int = NUM_WEIGHTS, flip_ratios: Sequence[float] = FLIP_RATIOS) -> list[Row]:
+    """Encode a step of independent flips of `num_weights` weights, a multiple of 8."""
+    draws = np.random.default_rng(0).random(num_weights)
+    packed = {flip_ratio: np.packbits(draws < flip_ratio, bitorder="little") for flip_ratio in flip_ratios}
+    return [{"what": f"{flip_ratio:.2%} flip", "bytes": len(encode(1, flips))} for flip_ratio, flips in packed.items()]

@@ -1,34 +1,39 @@
-"""Photos to measure loaders on: from a data set or synthetic, in class folders, and shrunk."""
+"""Images to measure loaders on: photos, synthetic or of a data set, and small images."""
 
 import io
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
-from bitfleet.launch.data.manifest import write_manifest
-from bitfleet.trainer.data import DataConfig, open_dataset
-from bitfleet.trainer.data.cache import cache_folder, exclusive
-from bitfleet.trainer.data.image_list import FILE, ImageList, Manifest
+from bitfleet.trainer.data import DataConfig, TrainLoader, open_dataset
+from bitfleet.trainer.data.cache import cache_folder
+from bitfleet.trainer.data.dataset import Dataset
+from bitfleet.trainer.data.request import Batch
+from bitfleet.trainer.run.files import write_atomically
 
 SHORT_SIDE, SMALL_SIZE = 256, 32
+ONE_RANK: dict[str, Any] = {"rank": 0, "world_size": 1, "local_world_size": 1}
 _SIZES = [(500, 375), (500, 375), (375, 500), (500, 333), (480, 360), (500, 375), (333, 500), (400, 300)]
 """Width and height."""
-Size = tuple[int, int, int]
-"""Height and width in pixels, and bytes, of a file."""
 
 
-class Photos(NamedTuple):
-    """Photos and the names of their classes."""
+class Photo(NamedTuple):
+    """A JPEG and its class."""
 
-    train: ImageList
-    classes: tuple[str, ...]
-    synthetic: bool
+    class_name: str
+    encoded: bytes
+
+
+def train_batches(dataset: Dataset, config: DataConfig, batch_size: int, device: torch.device) -> Iterator[Batch]:
+    """Return the training batches of a run on one rank."""
+    sizes = {"global_batch_size": batch_size, "num_replicas": 1}
+    return TrainLoader(dataset, config, seed=0, device=device, **sizes, **ONE_RANK).batches()
 
 
 def make_photo(index: int) -> bytes:
@@ -52,98 +57,37 @@ def make_photo(index: int) -> bytes:
     return _jpeg(image, 95, "4:4:4" if index % 25 < 19 else "4:2:0")
 
 
-def find_photos(root: str | None, num_images: int, num_workers: int) -> Photos:
+def _jpeg(image: Image.Image, quality: int, subsampling: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
+    return buffer.getvalue()
+
+
+def find_photos(root: str | Path | None, num_images: int, num_workers: int) -> list[Photo]:
     """Choose JPEGs evenly among the training images of `root`; None: synthetic ones in the cache.
 
     Raises:
         ValueError: `root` is not a data set, or has no JPEG in grey or RGB among the chosen images.
     """
-    dataset = open_dataset(DataConfig(root=root or str(_synthetic_photos(num_images, num_workers))))
     if root is None:
-        return Photos(dataset.train.select(np.arange(num_images)), dataset.classes, True)
-    positions = np.unique(np.linspace(0, len(dataset.train) - 1, num_images).astype(np.int64))
-    chosen = [index for index in positions.tolist() if _is_plain_jpeg(dataset.train.read(index))]
-    if not chosen:
+        with ThreadPoolExecutor(num_workers) as pool:
+            return [Photo("a", encoded) for encoded in pool.map(_cached_photo, range(num_images))]
+    dataset = open_dataset(DataConfig(root=str(root)))
+    images = dataset.train
+    positions = np.unique(np.linspace(0, len(images) - 1, num_images).astype(np.int64)).tolist()
+    photos = [Photo(dataset.classes[images.labels[index]], images.read(index)) for index in positions]
+    if not (plain := [photo for photo in photos if _is_plain_jpeg(photo.encoded)]):
         raise ValueError(
             f"--root {root} has no JPEG in grey or RGB among {len(positions)} training images; bench loader needs them"
         )
-    return Photos(dataset.train.select(np.array(chosen)), dataset.classes, False)
+    return plain
 
 
-def write_class_folders(photos: Photos, folder: Path) -> Photos:
-    """Copy the photos to `folder`/train/CLASS/ with a manifest, and so into the page cache.
-
-    Classes without a photo are left out, since other loaders refuse empty folders.
-    """
-    images = photos.train
-    labels = np.unique(images.labels)
-    classes = tuple(photos.classes[label] for label in labels.tolist())
-    names = [f"train/{photos.classes[label]}/{index:07d}.jpg" for index, label in enumerate(images.labels.tolist())]
-    sizes = []
-    for index, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        sizes.append(write_jpeg(f"{folder}/{name}", images.read(index)))
-    copied = image_list(folder, names, np.searchsorted(labels, images.labels), sizes)
-    return _with_manifest(copied, classes, photos.synthetic)
-
-
-def write_small_copies(photos: Photos, folder: Path, num_workers: int) -> Photos:
-    """Write copies with a short side of SHORT_SIDE pixels as JPEGs of quality 90."""
-    images = photos.train
-    for class_name in photos.classes:
-        (folder / "train" / class_name).mkdir(parents=True)
-    names = [images.name(index) for index in range(len(images))]
-    targets = [f"{folder}/{name}" for name in names]
-    with ThreadPoolExecutor(num_workers) as pool:
-        sizes = list(pool.map(_shrink, map(images.path, range(len(images))), targets))
-    return _with_manifest(image_list(folder, names, images.labels, sizes), photos.classes, photos.synthetic)
-
-
-def write_jpeg(path: str, encoded: bytes) -> Size:
-    """Write an encoded image."""
-    Path(path).write_bytes(encoded)
-    with Image.open(io.BytesIO(encoded)) as image:
-        return image.height, image.width, len(encoded)
-
-
-def image_list(folder: Path, names: Sequence[str], labels: npt.NDArray[np.int64], sizes: Sequence[Size]) -> ImageList:
-    """Return the list of the files `folder`/name."""
-    heights, widths, num_bytes = np.array(sizes, np.int64).T
-    return ImageList(
-        folder=folder,
-        names=np.array([os.fsencode(name) for name in names]),
-        labels=labels,
-        heights=heights.astype(np.int32),
-        widths=widths.astype(np.int32),
-        sizes=num_bytes,
-    )
-
-
-def _synthetic_photos(num_images: int, num_workers: int) -> Path:
-    folder = cache_folder() / "bench-photos"
-    with exclusive(folder):
-        if not (folder / FILE).exists() or len(open_dataset(DataConfig(root=str(folder))).train) < num_images:
-            (folder / "train" / "a").mkdir(parents=True, exist_ok=True)
-            print("making synthetic photos, once ...", flush=True)
-            names = [f"train/a/{index:07d}.jpg" for index in range(num_images)]
-            targets = [f"{folder}/{name}" for name in names]
-            with ThreadPoolExecutor(num_workers) as pool:
-                sizes = list(pool.map(write_jpeg, targets, pool.map(make_photo, range(num_images))))
-            _with_manifest(image_list(folder, names, np.zeros(num_images, np.int64), sizes), ("a",), True)
-    return folder
-
-
-def _shrink(source: str, target: str) -> Size:
-    with Image.open(source) as image:
-        size = (image.width * SHORT_SIDE // min(image.size), image.height * SHORT_SIDE // min(image.size))
-        small = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    return write_jpeg(target, _jpeg(small, 90, "4:2:0"))
-
-
-def _jpeg(image: Image.Image, quality: int, subsampling: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
-    return buffer.getvalue()
+def _cached_photo(index: int) -> bytes:
+    file = cache_folder() / "bench-photos" / f"{index:07d}.jpg"
+    if not file.exists():
+        write_atomically(file, make_photo(index))
+    return file.read_bytes()
 
 
 def _is_plain_jpeg(encoded: bytes) -> bool:
@@ -151,10 +95,23 @@ def _is_plain_jpeg(encoded: bytes) -> bool:
         return image.format == "JPEG" and image.mode in ("L", "RGB")
 
 
-def _with_manifest(images: ImageList, classes: tuple[str, ...], synthetic: bool) -> Photos:
-    val = images.select(np.arange(1))  # a data set must have one; nothing is validated
-    write_manifest(Manifest(train=images, val=val, classes=classes, layout="bench loader"), images.folder)
-    return Photos(images, classes, synthetic)
+def write_class_folders(photos: list[Photo], folder: Path) -> Path:
+    """Write the photos to `folder`/train/CLASS/, so into the page cache, one per class to val."""
+    for index, (class_name, encoded) in enumerate(photos):
+        for split, name in (("train", f"{index:07d}.jpg"), ("val", "first.jpg")):
+            file = folder / split / class_name / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if not file.exists():
+                file.write_bytes(encoded)
+    return folder
+
+
+def shrink(photo: Photo) -> Photo:
+    """Return a copy with a short side of SHORT_SIDE pixels and quality 90."""
+    with Image.open(io.BytesIO(photo.encoded)) as image:
+        size = (image.width * SHORT_SIDE // min(image.size), image.height * SHORT_SIDE // min(image.size))
+        small = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    return photo._replace(encoded=_jpeg(small, 90, "4:2:0"))
 
 
 def write_small_images(root: Path, num_images: int) -> Path:

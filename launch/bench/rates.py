@@ -5,16 +5,19 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitfleet.launch.bench.command import Plan
 from bitfleet.launch.bench.loops import started
-from bitfleet.launch.bench.timing import interleave, ratios, spread, take_turn, titled
+from bitfleet.launch.bench.results import spread, titled
+from bitfleet.launch.bench.timing import interleave, ratios, take_turn
+from bitfleet.launch.bench.training import TrainingStep
 from bitfleet.launch.job import num_cores
-from bitfleet.launch.plan.plan import Cluster, Estimate, estimate
-from bitfleet.launch.plan.rates import FLOP_PER_MAC, Rates, numbers, read_rates, write_rates
+from bitfleet.launch.plan.plan import Cluster, estimate
+from bitfleet.launch.plan.rates import FLOP_PER_MAC, Rates, numbers, write_rates
 from bitfleet.launch.plan.traffic import describe
 from bitfleet.models import compile_network, create_model
 from bitfleet.optim import build_optimizer
@@ -22,7 +25,7 @@ from bitfleet.optim.rules.rule import numbers_of
 from bitfleet.optim.sharding.buckets import make_buckets
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import normalize
-from bitfleet.trainer.ranks.collectives import Ranks, all_gather_objects, all_gather_tensors, all_reduce_sum_
+from bitfleet.trainer.ranks.collectives import Ranks, all_gather_tensors, all_reduce_sum_
 from bitfleet.trainer.trainer import Trainer
 
 WIRE_NUMEL = 1 << 20
@@ -34,19 +37,18 @@ class _Probe:
 
     def __init__(self, config: TrainConfig, trainer: Trainer) -> None:
         self.config, self.ranks, self.device = config, trainer.ranks, trainer.device
-        self.network = describe(config)
+        self.network, self.cores = describe(config), float(num_cores())
         torch.manual_seed(0)
-        self.model, twin = (create_model(config.model).to(self.device) for _ in "12")
+        model, twin = (create_model(config.model).to(self.device) for _ in "12")
         if trainer.compiled:
-            compile_network(self.model)
+            compile_network(model)
         self.micro_batch_size = max(2, config.global_batch_size // trainer.num_replicas)
         shape = (self.micro_batch_size, config.data.image_size, config.data.image_size, 3)
         images = torch.zeros(shape, dtype=torch.uint8, device=self.device).random_()
         self.images = normalize(images, config.data.mean, config.data.std)
-        self.labels = torch.zeros(self.micro_batch_size, dtype=torch.int64, device=self.device)
+        self.step = TrainingStep("ddp", model, self.images)
         self.batches = trainer.batches
         self.buckets = make_buckets(build_optimizer(twin, config.optim, num_steps=1)[0].param_groups, 1 << 23, 0, 1)
-        self.cores = float(num_cores())
 
     def seconds(self, work: Callable[[], object], times: int) -> float:
         """Return the seconds of `work` on a GPU, or its CPU time, which other jobs hardly
@@ -54,10 +56,11 @@ class _Probe:
         turn = take_turn(work, times, self.device)
         return turn.seconds if self.device.type == "cuda" else turn.cpu_seconds
 
-    def passes(self, num_images: int) -> None:
-        """Run forward and backward of a micro-batch."""
-        loss = nn.functional.cross_entropy(self.model(self.images[:num_images]), self.labels[:num_images])
-        torch.autograd.backward(loss)
+    def passes(self, num_images: int) -> float:
+        """Return the seconds of forward and backward of a micro-batch."""
+        self.step.images = self.images[:num_images]
+        self.step.labels = torch.zeros(num_images, dtype=torch.int64, device=self.device)
+        return self.seconds(self.step.backward, 4)
 
     def decode_seconds(self, num_batches: int = 4) -> float:
         """Return the CPU time per image, over all threads of this process."""
@@ -106,20 +109,18 @@ class _Probe:
     def rates(self) -> Rates:
         """Measure everything once."""
         few, is_gpu = max(1, self.micro_batch_size // 4), self.device.type == "cuda"
-        batch = self.seconds(lambda: self.passes(self.micro_batch_size), 4)
-        part = self.seconds(lambda: self.passes(few), 4)
+        batch, part = self.passes(self.micro_batch_size), self.passes(few)
         slope = max((batch - part) / (self.micro_batch_size - few), 0.1 * batch / self.micro_batch_size)
         # A GPU is done with two images before its host has launched the next kernel. On a CPU they
         # are work.
-        launches = self.seconds(lambda: self.passes(2), 4) if is_gpu else batch - slope * self.micro_batch_size
+        launches = self.passes(2) if is_gpu else batch - slope * self.micro_batch_size
         decode = self.decode_seconds()
         filled, updated = self.bucket_ns()
         sent, latency = self.wire()
-        values = {
+        measured = {
             "cores": self.cores,
             "flops_per_second": FLOP_PER_MAC * self.network.macs / slope,
             "launch_seconds": max(launches, 1e-6) / self.network.num_operators,
-            "node_seconds": 1e-6,
             "whole_ns": filled,
             "update_ns": updated,
             "plain_update_ns": 40 * updated,
@@ -127,62 +128,45 @@ class _Probe:
             "core_decode_seconds": decode,
             "local_bytes_per_second": sent,
             "latency_seconds": latency,
-            "link_efficiency": 0.9,
         }
+        assumed = {"node_seconds": 1e-6, "link_efficiency": 0.9}
         here = f"measured with {self.ranks.world_size} ranks at work, for {'a GPU' if is_gpu else 'a core'}"
         size = self.config.data.image_size
-        sources = dict.fromkeys(values, here) | {
-            "flops_per_second": f"{here}: {self.config.model.name}, {size} px, {1 / slope:,.1f} images/s",
-            "plain_update_ns": "40 times update_ns (docs/sharding.md)",
-            "node_seconds": "assumed",
-            "link_efficiency": "assumed",
-        }
+        sources = dict.fromkeys(measured, here) | dict.fromkeys(assumed, "assumed")
+        sources["flops_per_second"] = f"{here}: {self.config.model.name}, {size} px, {1 / slope:,.1f} images/s"
+        sources["plain_update_ns"] = "40 times update_ns (docs/sharding.md)"
         if self.ranks.world_size == 1:
             sources |= dict.fromkeys(("local_bytes_per_second", "latency_seconds"), "assumed: one rank sends nothing")
         kind = "gpu" if is_gpu else "cpu"
+        values = measured | assumed
         return Rates(name=f"this machine ({kind})", device=kind, sources=sources, **values)  # type: ignore[arg-type]
 
 
 def bench_plan(options: Plan, config: TrainConfig, ranks: Ranks, device: torch.device) -> Iterator[str]:
-    """Measure in turns the rates and training steps; every rank calls this.
-
-    Raises:
-        ValueError: --rates is not a file of rates.
-    """
-    given = read_rates(options.rates) if options.rates else None
+    """Measure in turns the rates and training steps; every rank calls this."""
     with started(config, ranks, device) as trainer:
         probe = _Probe(config, trainer)
-        cores = given.cores if given else probe.cores
-        cluster = Cluster(num_nodes=1, ranks_per_node=ranks.world_size, link_bytes_per_second=1.0, cores=cores)
+        nodes: Any = {"num_nodes": 1, "ranks_per_node": ranks.world_size}
+        cluster = Cluster(**nodes, link_bytes_per_second=1.0, cores=probe.cores)
 
-        def predict(rates: Rates) -> Estimate:
-            return estimate(config, probe.network, given or rates, cluster)
-
-        def measure() -> tuple[Rates, float, float, float]:
-            """Return rates and seconds per step: predicted, measured, and CPU time of all ranks
-            over the cores."""
-            rates = probe.rates()
-            turn = take_turn(trainer.advance, options.steps, device)
-            cpu_over_cores = sum(all_gather_objects(turn.cpu_seconds)) / probe.cores
-            return rates, predict(rates).step, turn.seconds, cpu_over_cores
+        def measure() -> tuple[Rates, float]:
+            """Return rates and the seconds of a training step."""
+            return probe.rates(), take_turn(trainer.advance, options.steps, device).seconds
 
         rounds = interleave({"": measure}, options.rounds)[""]
-    all_rates, predicted, measured, cpu_over_cores = zip(*rounds, strict=True)
-    rates = medians(all_rates)
-    parts = predict(rates)
-    shares = ("data", "compute", "launches", "network", "update")
-    rows = [
-        ["predicted", f"{1e3 * parts.step:,.1f}", ", ".join(f"{x} {1e3 * getattr(parts, x):,.1f}" for x in shares)],
-        ["measured", f"{1e3 * statistics.median(measured):,.1f}"],
-        ["ratio", spread(ratios(predicted, measured), ".3f")],
-        ["CPU time / cores", f"{1e3 * statistics.median(cpu_over_cores):,.1f}"],
-        ["ratio to that", spread(ratios(predicted, cpu_over_cores), ".3f")],
-    ]
+    all_rates, measured = zip(*rounds, strict=True)
+    predicted = [estimate(config, probe.network, rates, cluster).step for rates in all_rates]
+    figures = {
+        "predicted": 1e3 * statistics.median(predicted),
+        "measured": 1e3 * statistics.median(measured),
+        "ratio": spread(ratios(predicted, measured)),
+    }
     yield titled(
-        f"{config.name} on {ranks.world_size} ranks, ms per step, median of {options.rounds} rounds", rows, "<<<"
+        f"{config.name} on {ranks.world_size} ranks, median of {options.rounds} rounds",
+        [{"what": "ms per step", **figures}],
     )
     if options.output and ranks.is_main:
-        write_rates(rates, options.output)
+        write_rates(medians(all_rates), options.output)
         yield f"rates written to {options.output}"
 
 

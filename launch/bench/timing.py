@@ -1,14 +1,12 @@
-"""Time contenders in turns: interleaved rounds, medians, ratios round by round, one table."""
+"""Time contenders in turns: interleaved rounds, and ratios round by round."""
 
 import statistics
-import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
 
-from bitfleet.launch.text import table
 from bitfleet.trainer.ranks.collectives import barrier
 
 T = TypeVar("T")
@@ -26,10 +24,7 @@ class Turn(NamedTuple):
 def interleave(contenders: Mapping[str, Callable[[], T]], num_rounds: int, warm_up: int = 1) -> dict[str, list[T]]:
     """Call every contender once per round, in an order that rotates, and return what each returned.
 
-    Args:
-        contenders: by title.
-        num_rounds: rounds that count.
-        warm_up: rounds before them that do not.
+    The first `warm_up` rounds do not count.
     """
     titles = list(contenders)
     results: dict[str, list[T]] = {title: [] for title in titles}
@@ -59,24 +54,13 @@ def take_turn(
 
 
 def seconds_per_call(run: Callable[[], object], num_calls: int, device: torch.device) -> float:
-    """Call `run` `num_calls` times in a row and return the mean seconds per call.
-
-    On a GPU this is the time between two events of the current stream: gaps in which the GPU waits
-    for the host to launch count, the launch of the first call does not.
-    """
-    if device.type != "cuda":
-        start = time.perf_counter()
-        for _ in range(num_calls):
-            run()
-        return (time.perf_counter() - start) / num_calls
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
+    """Return the mean seconds of `num_calls` calls in a row, in one process."""
+    synchronize(device)
+    start = time.perf_counter()
     for _ in range(num_calls):
         run()
-    end.record()
-    end.synchronize()
-    milliseconds: float = begin.elapsed_time(end)
-    return milliseconds / 1e3 / num_calls
+    synchronize(device)
+    return (time.perf_counter() - start) / num_calls
 
 
 def synchronize(device: torch.device) -> None:
@@ -93,14 +77,3 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[f
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
     """Return the median over the rounds of the ratio of two series."""
     return statistics.median(ratios(numerators, denominators))
-
-
-def spread(values: Sequence[float], form: str = ",.1f") -> str:
-    """Format the median with the extremes: "2.1 (1.9 - 2.4)"."""
-    middle, least, most = (format(value, form) for value in (statistics.median(values), min(values), max(values)))
-    return f"{middle} ({least} - {most})"
-
-
-def titled(title: str, rows: Sequence[Sequence[str]], align: str = "<") -> str:
-    """Return a table for a terminal, indented below its title."""
-    return f"{title}\n{textwrap.indent(table(rows, align), '  ')}"

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from bitfleet.launch.bench.gpu.waits import host_waits
 from bitfleet.trainer.data import DataConfig, TrainLoader, open_dataset
 from bitfleet.trainer.data.delivery import resize_on_device
 from bitfleet.trainer.data.preprocessing import resize_windows, window_table
 from bitfleet.trainer.data.request import Batch
+from tests.gpu.waits import host_waits
 from tests.unit.trainer.data.test_images import photo
 
 pytestmark = pytest.mark.gpu

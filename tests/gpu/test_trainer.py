@@ -13,12 +13,12 @@ from torch import Tensor
 
 from bitfleet.configs import load_config
 from bitfleet.launch.bench.gpu.trainer import Loader, Variant, varied
-from bitfleet.launch.bench.gpu.waits import PageableCopies, host_waits
 from bitfleet.optim import ShardedOptimizer
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
 from bitfleet.trainer.checkpoint.format import checkpoints
 from bitfleet.trainer.ranks.collectives import Ranks
 from bitfleet.trainer.trainer import Trainer
+from tests.gpu.waits import PageableCopies, host_waits
 from tests.integration.runs import assert_same_bits
 
 pytestmark = pytest.mark.gpu
@@ -33,7 +33,7 @@ def started(variant: Variant, run: Path, ranks: Ranks, device: torch.device, is_
     config = load_config("fashion_quickstart")
     metrics = dataclasses.replace(config.metrics, every_steps=1000)
     fields: dict[str, Any] = {"global_batch_size": 8 if is_dry else config.global_batch_size, "metrics": metrics}
-    trainer = Trainer(varied(config, variant, run, Path(), **fields), ranks, device)
+    trainer = Trainer(varied(config, variant, run, **fields), ranks, device)
     trainer.start()
     try:
         yield trainer

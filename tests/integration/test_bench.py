@@ -12,22 +12,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bitfleet.configs import load_config
 from bitfleet.launch.bench.comm import (
     GRAD_DTYPES,
     TITLES,
     CollectiveCounter,
     bench_comm,
     bench_sharding,
-    interface_bytes,
+    wire_bytes,
 )
-from bitfleet.launch.bench.command import Comm, Plan, Sharding, bench
-from bitfleet.launch.bench.loader import BITFLEET, BITFLEET_SMALL, TIMM, TORCHVISION_UINT8, contenders, sampler_alone
+from bitfleet.launch.bench.command import Comm, Sharding, bench
+from bitfleet.launch.bench.loader import BITFLEET, BITFLEET_SMALL, contenders
 from bitfleet.launch.bench.photos import find_photos, write_class_folders
-from bitfleet.launch.bench.rates import bench_plan
 from bitfleet.launch.bench.training import Method
 from bitfleet.launch.plan.rates import read_rates
 from bitfleet.launch.preflight.tensor_bytes import TensorBytes
+from bitfleet.models import ModelConfig, create_model
 from bitfleet.optim.sharding.reduction import all_gather_single
 from bitfleet.trainer.ranks.collectives import Ranks
 from tests.conftest import REPOSITORY, Launch, run_bitfleet, run_command, run_ranks
@@ -41,7 +40,7 @@ def parse(output: str) -> Table:
     rows: Table = {}
     for method, title in TITLES.items():
         for grad_dtype in GRAD_DTYPES:
-            (numbers,) = re.findall(rf"^ *{re.escape(title)} +{grad_dtype} +(.*)$", output, re.MULTILINE)
+            (numbers,) = re.findall(rf"^ *{re.escape(title)}, {grad_dtype} +(.*)$", output, re.MULTILINE)
             rows[method, grad_dtype] = [float(number.replace(",", "")) for number in numbers.split()]
     return rows
 
@@ -73,30 +72,20 @@ def test_plan_predicts_a_step_and_measures_it(tiny: list[str], tmp_path: Path) -
         2, "-m", "bitfleet.launch", "bench", "plan", "--rounds", "1", "--steps", "2", "--output", file, *tiny
     )
     assert done.returncode == 0, done.stdout
-    numbers = {
-        word: float(re.findall(rf"^ *{word} +([\d.,]+)", done.stdout, re.MULTILINE)[0].replace(",", ""))
-        for word in ("predicted", "measured", "ratio", "ratio to that")
-    }
-    assert all(number > 0 for number in numbers.values())
-    assert numbers["ratio"] == pytest.approx(numbers["predicted"] / numbers["measured"], rel=0.05)  # of one round
+    (row,) = re.findall(r"^  ms per step +([\d.]+) +([\d.]+) +([\d.]+) ", done.stdout, re.MULTILINE)
+    predicted, measured, ratio = map(float, row)
+    assert ratio == pytest.approx(predicted / measured, rel=0.05)  # of one round
     rates = read_rates(file)
     assert (rates.device, rates.cores) == ("cpu", len(os.sched_getaffinity(0)))
-    again = run_ranks(
-        2, "-m", "bitfleet.launch", "bench", "plan", "--rounds", "1", "--steps", "2", "--rates", file, *tiny
-    )
-    assert again.returncode == 0, again.stdout
-    (predicted,) = re.findall(r"^ *predicted +([\d.,]+)", again.stdout, re.MULTILINE)
-    assert float(predicted.replace(",", "")) == numbers["predicted"]
 
 
 @pytest.mark.slow
 def test_diagnostics_are_measured_with_and_without(tiny: list[str]) -> None:
     done = run_bitfleet("bench", "diagnostics", "--rounds", "1", "--steps", "5", *tiny)
     assert done.returncode == 0, done.stdout
-    (row,) = re.findall(r"^  CPU ms of rank 0 +([\d.]+) +([\d.]+) +([\d.]+) ", done.stdout, re.MULTILINE)
+    (row,) = re.findall(r"^  CPU ms of rank 0 per step +([\d.]+) +([\d.]+) +([\d.]+) ", done.stdout, re.MULTILINE)
     without, with_them, ratio = map(float, row)
     assert ratio == pytest.approx(with_them / without, rel=0.01)  # of one round
-    assert re.search(r"metrics\.jsonl: 2,\d{3} bytes", done.stdout)
 
 
 @pytest.mark.slow
@@ -105,13 +94,13 @@ def test_memory_of_two_ranks_stays_in_bounds(deepspeed: Launch) -> None:
     assert done.returncode == 0, done.stdout
     rows = parse(done.stdout)
     for grad_dtype in GRAD_DTYPES:
-        after_step, *peaks = rows["bits", grad_dtype]
+        after_step, peak = rows["bits", grad_dtype]
         # Weights, two moments of half of them, and the slice as bits; the real weights of the bits
         # are the rest.
         assert after_step == pytest.approx(4 + 8 / 2 + 1 / 16, abs=0.01)
-        assert max(peaks) <= 8 + 8 / 2 + 2 * 0.5
+        assert peak <= 8 + 8 / 2 + 2 * 0.5
         assert after_step < rows["zero1", grad_dtype][0] < rows["none", grad_dtype][0]
-        assert max(peaks) < max(rows["zero1", grad_dtype][1:])
+        assert peak < rows["zero1", grad_dtype][1]
 
 
 @pytest.mark.slow
@@ -123,10 +112,10 @@ def test_checkpoint_writes_what_it_should(tmp_path: Path) -> None:
     sizes = {}
     for title in ("in the background", "blocking", "save_checkpoint", "rank 0"):
         (numbers,) = re.findall(rf"^  .*{title} +(\d.*)$", done.stdout, re.MULTILINE)
-        sizes[title] = float(numbers.split()[2].replace(",", ""))
-    (required,) = re.findall(r"full-precision parameters: ([\d,.]+) MB", done.stdout)
-    assert sizes["in the background"] == pytest.approx(sizes["blocking"], abs=0.002)
-    assert sizes["in the background"] <= 1.03 * float(required.replace(",", ""))  # the signs, BatchNorm's statistics
+        sizes[title] = float(numbers.split()[3].replace(",", ""))
+    num_weights = sum(parameter.numel() for parameter in create_model(ModelConfig(name="birealnet18")).parameters())
+    assert sizes["in the background"] == pytest.approx(sizes["blocking"], abs=0.01)
+    assert sizes["in the background"] <= 1.06 * 8 * num_weights / 1e6  # two moments, the signs, BatchNorm's statistics
     assert sizes["in the background"] < sizes["rank 0"] < sizes["save_checkpoint"]
     assert list(folder.iterdir()) == []
 
@@ -135,22 +124,14 @@ LOADER = ["loader", "--images", "8", "--rounds", "1", "--batch_size", "4", "--nu
 
 
 @pytest.mark.slow
-def test_loader_measures_all_that_are_installed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_loaders_of_photos_are_measured_in_turns(capsys: pytest.CaptureFixture[str]) -> None:
     before = psutil.Process().children()  # the tests' fork server
     bench(LOADER)
     output = capsys.readouterr().out
     assert "8 synthetic photos of" in output
-    for title in (
-        BITFLEET,
-        TORCHVISION_UINT8,
-        "torchvision, PIL, float32",
-        TIMM,
-        "decoding alone, .*?",
-        BITFLEET_SMALL,
-    ):
-        (row,) = re.findall(rf"^  {title}  +(\d.*)$", output, re.MULTILINE)
-        assert re.fullmatch(r"[\d,]+ \(.* - .*\) +[\d.]+ \(.* - .*\) +[\d.]+", row), row
-    assert len(re.findall(r"\(at (least|most) [\d.]+( %)?\)$", output, re.MULTILINE)) == 4
+    for title in contenders(Path(), Path(), 4, 1):
+        (row,) = re.findall(rf"^  {re.escape(title)}  +(\d.*)$", output, re.MULTILINE)
+        assert re.fullmatch(r"[\d,.]+ \(.* - .*\) +[\d.]+ \(.* - .*\) +[\d.]+", row), row
     assert psutil.Process().children() == before
 
 
@@ -160,17 +141,17 @@ def test_loaders_of_small_images_are_measured_in_turns(
     monkeypatch.setattr("bitfleet.launch.bench.loader._TURN_SECONDS", 0.02)
     bench(["loader", "--memory", "--images", "40", "--rounds", "1", "--batch_size", "5", "--num_workers", "1"])
     output = capsys.readouterr().out
-    assert "40 images of 32 pixels, batches of 5, 1 threads, median of 1 rounds" in output
+    assert "40 images of 32 pixels, batches of 5, 1 threads or workers, median of 1 rounds" in output
     for loader in ("dali", "torch", "memory"):
         (row,) = re.findall(rf"^  {loader}  +(\d.*)$", output, re.MULTILINE)
-        assert re.fullmatch(r"[\d,]+ \(.* - .*\) +[\d.]+ \(.* - .*\) +[\d.]+", row), row
+        assert re.fullmatch(r"[\d,.]+ \(.* - .*\) +[\d,.]+ \(.* - .*\) +[\d.]+", row), row
 
 
 def test_every_loader_gives_the_same_kind_of_batches(tmp_path: Path) -> None:
     write_class_folders(find_photos(None, 8, num_workers=1), tmp_path / "originals")
     shapes = {}
     for title, start in contenders(tmp_path / "originals", tmp_path / "small", 4, 1).items():
-        if title != BITFLEET_SMALL and not title.startswith("decoding alone"):
+        if title != BITFLEET_SMALL:
             gc.collect()  # see take_loader_turn
             batches = start()
             for _ in range(5):  # more than an epoch
@@ -182,25 +163,7 @@ def test_every_loader_gives_the_same_kind_of_batches(tmp_path: Path) -> None:
     assert shapes.pop("bitfleet, preprocessing=official") == ((4, 224, 224, 3), "torch.float32")
     assert shapes.pop("torchvision, PIL, float32") == ((4, 3, 224, 224), "torch.float32")
     assert set(shapes.values()) == {((4, 3, 224, 224), "torch.uint8")}
-    assert {TIMM, TORCHVISION_UINT8} <= shapes.keys()
-
-
-def test_the_sampler_is_measured(tmp_path: Path) -> None:
-    write_class_folders(find_photos(None, 8, num_workers=1), tmp_path / "originals")
-    assert 0 < sampler_alone(tmp_path / "originals", 4, 1) < 5e-3
-
-
-@pytest.mark.slow
-def test_a_long_manifest_is_opened_in_new_processes(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bitfleet.launch.bench.loader.NUM_TRAIN", 200_000)
-    monkeypatch.setattr("bitfleet.launch.bench.loader.NUM_VAL", 1000)
-    bench(["loader", "--manifest", "--rounds", "1", "--num_workers", "1"])
-    output = capsys.readouterr().out
-    assert "201,000 lines" in output
-    (megabytes,) = re.findall(r"data set and loader +(\d+) MB", output)
-    assert 10 < float(megabytes) < 60  # names, label, height, width and bytes of 200,000 images are 13 MB
+    assert len(shapes) == 2  # torchvision's and timm's
 
 
 @pytest.mark.multinode
@@ -293,8 +256,10 @@ def test_tensor_bytes_count_every_storage_while_it_lives() -> None:
         assert count.live == 40
 
 
+@pytest.mark.usefixtures("process_group")
 def test_interface_counters_are_read() -> None:
-    assert interface_bytes()["lo"] >= 0
+    everything, without_loopback = wire_bytes(Ranks(0, 1, 0, 1)).tolist()
+    assert everything >= without_loopback >= 0
 
 
 @pytest.mark.parametrize(
@@ -305,10 +270,10 @@ def test_interface_counters_are_read() -> None:
         ("checkpoint --steps 3", "bench checkpoint.*--steps"),
         ("checkpoint --network lenet", "'lenet'.*--network.*'birealnet_small'"),
         ("loader --steps 3", "bench loader.*--steps"),
-        ("loader --manifest --images 3", "--manifest.*--images"),
+        ("loader --manifest", "bench loader.*--manifest"),
         ("loader --memory --root x", "--memory.*--root"),
-        ("loader --memory --images 8 --batch_size 9", "--batch_size 9 .*--images 8"),
-        ("loader --images 8 --batch_size 9", "--batch_size 9 .*8 photos"),
+        ("loader --memory --images 8 --batch_size 9", "--batch_size 9 .*8 images"),
+        ("loader --images 8 --batch_size 9", "--batch_size 9 .*8 images"),
         ("comm --steps 0", "--steps.*'0'"),
         ("wire", "'wire'.*train, "),
     ],
@@ -324,5 +289,3 @@ def test_bad_input_of_a_job() -> None:
         next(bench_comm(Comm(), ranks, device))
     with pytest.raises(ValueError, match="'fsdp'.*bits, DDP, zero1"):
         next(bench_sharding(Sharding(contender="fsdp"), ranks, device))
-    with pytest.raises(ValueError, match="rates nowhere.json"):
-        next(bench_plan(Plan(rates=Path("nowhere.json")), load_config("fashion_quickstart"), ranks, device))

@@ -6,7 +6,6 @@ not end the others.
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import signal
@@ -17,9 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
 
+import torch
+
 from bitfleet.launch.bench.command import Gpu, PartName
-from bitfleet.launch.bench.gpu.session import Session, append_row, format_rows, read_rows
 from bitfleet.launch.bench.gpu.targets import format_targets
+from bitfleet.launch.bench.results import Session, append_row, format_rows, read_rows
 from bitfleet.launch.job import run
 
 _RESERVED_SECONDS = 5.0
@@ -30,9 +31,8 @@ _CHILD = (sys.executable, "-m", "bitfleet.launch.bench.gpu.command")
 
 
 class Part(NamedTuple):
-    """One process: it calls `measure_NAME` of its module."""
+    """One process."""
 
-    module: str
     least_seconds: float
     """With less time left it is not started."""
     most_seconds: float
@@ -41,17 +41,17 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "probe": Part("probe", 3, 40, "the card, versions, tools"),
-    "rule": Part("rule", 15, 80, "bits of the update rules against the CPU's and the recorded ones"),
-    "gradients": Part("networks", 15, 60, "gradients of the networks against the CPU's; sums of binary convolutions"),
-    "update": Part("networks", 30, 90, "ns per weight and GB/s of the update, against fused AdamW and a copy"),
-    "networks": Part("networks", 30, 180, "images/s and peak memory of the networks, against timm's resnet18"),
-    "repeat": Part("networks", 15, 45, "bits of a step that is repeated"),
-    "trainer": Part("trainer", 30, 120, "ms per step of the trainer, and where it waits for the GPU"),
-    "cifar": Part("trainer", 60, 1e9, "BinaryNet on CIFAR-10 for as many epochs as fit; needs --cifar"),
-    "dali": Part("dali", 20, 75, "decoding on the GPU: pixels, races, images/s, memory"),
+    "probe": Part(3, 40, "the card and versions"),
+    "rule": Part(15, 80, "bits of the update rules against the CPU's and the recorded ones"),
+    "gradients": Part(15, 60, "gradients of the networks against the CPU's; sums of binary convolutions"),
+    "update": Part(30, 90, "ns per weight of the update, against fused AdamW and a copy"),
+    "networks": Part(30, 180, "images/s and peak memory of the networks, against timm's resnet18"),
+    "repeat": Part(15, 45, "bits of a step that is repeated"),
+    "trainer": Part(30, 120, "ms per step of the trainer, and where it waits for the GPU"),
+    "dali": Part(20, 75, "decoding on the GPU: pixels, races, images/s, memory"),
+    "cifar": Part(60, 1e9, "BinaryNet on CIFAR-10 for as many epochs as fit; needs --cifar"),
 }
-"""Most valuable first; the last ones get the time that is left."""
+"""Most valuable first; the last one gets the time that is left."""
 
 
 def bench_gpu(options: Gpu) -> Iterator[str]:
@@ -63,7 +63,7 @@ def bench_gpu(options: Gpu) -> Iterator[str]:
     for option, root in (("--cifar", options.cifar), ("--imagenet", options.imagenet)):
         if root is not None and not root.is_dir():
             raise ValueError(f"{option} {root} is not a folder; it should hold train/<class>/ and val/<class>/")
-    if not options.tiny and not _has_gpu():
+    if not options.tiny and not torch.cuda.is_available():
         raise ValueError("bench gpu measures a GPU, and torch finds no CUDA device: --tiny is a dry run without one")
     path = options.output or Path("runs") / f"bench-gpu-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     if path.exists():
@@ -73,20 +73,17 @@ def bench_gpu(options: Gpu) -> Iterator[str]:
     if options.tiny:
         yield "--tiny: a dry run, no figure means anything"
     deadline = time.monotonic() + options.seconds - _RESERVED_SECONDS
-    roots = (str(root) if root else None for root in (options.cifar, options.imagenet))
-    session = Session("", str(path), deadline, options.tiny, *roots)
-    names = [name for name in get_args(PartName) if not options.only or name in options.only]
-    for name in names:
-        later = PARTS["dali"].least_seconds if name == "cifar" and "dali" in names and not options.tiny else 0.0
-        yield run_part(dataclasses.replace(session, part=name), seconds_for_later_parts=later)
+    roots = [str(root) if root else None for root in (options.cifar, options.imagenet)]
+    for name in get_args(PartName):
+        if not options.only or name in options.only:
+            yield run_part(Session(name, str(path), deadline, options.tiny, *roots))
     yield format_targets(read_rows(path))
 
 
-def run_part(session: Session, *, seconds_for_later_parts: float = 0.0) -> str:
+def run_part(session: Session) -> str:
     """Run a part in its own process and return its table; its failure is a result."""
     name, output = session.part, Path(session.output)
-    part, start = PARTS[name], time.monotonic()
-    left = session.seconds_left() - seconds_for_later_parts
+    part, start, left = PARTS[name], time.monotonic(), session.seconds_left()
     num_before = len(read_rows(output))
     if left < part.least_seconds and not session.tiny:
         append_row(output, name, "the part", skipped=f"{part.least_seconds} s needed, {max(left, 0):.0f} s left")
@@ -95,41 +92,30 @@ def run_part(session: Session, *, seconds_for_later_parts: float = 0.0) -> str:
         child = dataclasses.replace(session, deadline=start + allowed)
         with _log(output).open("a") as log:
             print(f"== {name}", file=log, flush=True)
-            code = _run_process([*_CHILD, json.dumps(dataclasses.asdict(child))], log.fileno(), allowed)
-        if code != 0:
+            failure = _run_process([*_CHILD, json.dumps(dataclasses.asdict(child))], log.fileno(), allowed)
+        if failure:
             last = _log(output).read_text(errors="replace").splitlines()[-_LAST_LINES:]
-            append_row(output, name, "the part", error=_reason(code, allowed), where="\n".join(last))
+            append_row(output, name, "the part", error=failure, where="\n".join(last))
     title = f"\n== {name}: {part.purpose} ({time.monotonic() - start:.0f} s)"
     return f"{title}\n{format_rows(read_rows(output)[num_before:])}"
 
 
-def _run_process(command: Sequence[str], log: int, seconds: float) -> int | None:
-    """Run a command in its own process group; return its exit code, or None if it took too long."""
+def _run_process(command: Sequence[str], log: int, seconds: float) -> str:
+    """Run a command in its own process group; return what went wrong, or ""."""
     alone = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # a machine without a network has no other
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=alone | os.environ | path, start_new_session=True
     )
     try:
-        return process.wait(max(seconds, 1.0))
+        code = process.wait(max(seconds, 1.0))
     except subprocess.TimeoutExpired:
-        return None
+        return f"not done after {seconds:.0f} s, ended"
     finally:
         with contextlib.suppress(ProcessLookupError):  # its group, in which workers may outlive it
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def _reason(code: int | None, seconds: float) -> str:
-    if code is None:
-        return f"not done after {seconds:.0f} s, ended"
-    return f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+    return f"ended by signal {-code}" if code < 0 else f"exit code {code}" if code else ""
 
 
 def _log(output: Path) -> Path:
@@ -139,12 +125,11 @@ def _log(output: Path) -> Path:
 def main() -> None:
     """Run one part: the entry point of its process, whose argument is its `Session` as JSON."""
     session = Session(**json.loads(sys.argv[1]))
-    import torch
-
     if session.tiny and not session.is_cuda:
         torch.compiler.set_stance("force_eager")  # compiling C++ would take most of a dry run
-    module = importlib.import_module(f"bitfleet.launch.bench.gpu.{PARTS[session.part].module}")
-    run(lambda: getattr(module, f"measure_{session.part}")(session))
+    from bitfleet.launch.bench.gpu.parts import measure
+
+    run(lambda: measure(session))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`bitfleet bench loader` counts the right CPU time, and its manifest has files."""
+"""`bitfleet bench loader` counts the right CPU time."""
 
 import queue
 import subprocess
@@ -6,17 +6,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
-from PIL import Image
 
 from bitfleet.launch.bench import loader
-from bitfleet.launch.bench.loader import CpuClock, take_loader_turn, write_long_manifest
+from bitfleet.launch.bench.loader import CpuClock, take_loader_turn
 from bitfleet.launch.bench.timing import Turn
-from bitfleet.trainer.data import DataConfig, open_dataset
 
 BURN = """
 import sys, time
@@ -122,26 +118,14 @@ def test_a_worker_left_behind_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     started[0].communicate()
 
 
-def test_a_long_manifest_names_files_that_are_there(tmp_path: Path) -> None:
-    write_long_manifest(tmp_path / "long", 3007, 1200)
-    dataset = open_dataset(DataConfig(root=str(tmp_path / "long")))
-    assert (len(dataset.train), len(dataset.val), len(dataset.classes)) == (3007, 1200, 1000)
-    for images in (dataset.train, dataset.val):
-        assert len(np.unique(images.names)) == len(images)
-        assert np.unique(images.labels).tolist() == list(range(1000))
-        for index in (0, 1, len(images) - 1):
-            with Image.open(images.path(index)) as image:
-                assert image.size == (images.widths[index], images.heights[index])
-    assert {len(name) for name in dataset.train.names.tolist()} == {len("train/n01440764/n01440764_10026.JPEG")}
-    assert len({path.stat().st_ino for path in (tmp_path / "long" / "photos").iterdir()}) == 16
-
-
 def test_rates_and_ratios_of_cpu_time() -> None:
     turns = {
         "bitfleet": [Turn(1 / rate, cpu) for rate, cpu in ((800, 0.002), (1000, 0.0022), (900, 0.0021))],
         "timm": [Turn(1 / rate, cpu) for rate, cpu in ((500, 0.004), (600, 0.0044), (500, 0.0042))],
     }
-    _, bitfleet, timm = loader._rate_rows(turns, "ms", "bitfleet")
-    assert bitfleet == ["bitfleet", "900 (800 - 1,000)", "2.10 (2.00 - 2.20)", "1.00"]
-    assert timm == ["timm", "500 (500 - 600)", "4.20 (4.00 - 4.40)", "2.00"]
-    assert loader._rate_rows(turns, "us", "timm")[1][2:] == ["2100.0 (2000.0 - 2200.0)", "0.50"]
+    bitfleet, timm = loader._rows(turns, "ms")
+    assert bitfleet["images/s"] == "900 (800 - 1,000)"
+    assert bitfleet["CPU ms/image"] == "2.1 (2 - 2.2)"
+    assert timm["CPU ms/image"] == "4.2 (4 - 4.4)"
+    assert (bitfleet["CPU to bitfleet"], timm["CPU to bitfleet"]) == pytest.approx((1.0, 2.0))
+    assert loader._rows(turns, "us")[0]["CPU us/image"] == "2,100 (2,000 - 2,200)"

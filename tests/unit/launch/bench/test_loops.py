@@ -40,16 +40,15 @@ def test_run_that_is_too_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_turns_are_compared() -> None:
-    without = [Turn(seconds, 0.05) for seconds in (0.1, 0.2, 0.4)]
-    with_it = [Turn(seconds, 0.06) for seconds in (0.11, 0.24, 0.4)]
-    _, step, cpu = loops.compare_turns(without, with_it)
-    assert step == ["ms", "200.00", "240.00", "1.1000", "1.050 to 1.150"]
-    assert cpu == ["CPU ms of rank 0", "50.00", "60.00", "1.2000", "1.200 to 1.200"]
+    without = [Turn(0.5, seconds) for seconds in (0.1, 0.2, 0.4)]
+    with_it = [Turn(0.6, seconds) for seconds in (0.11, 0.24, 0.4)]
+    _, *figures = loops.compare_turns(without, with_it).values()
+    assert figures == pytest.approx([200.0, 240.0, 1.1, 1.05, 1.15])
+    assert list(loops.compare_turns(without[:1], with_it[:1]).values())[1:] == pytest.approx([100.0, 110.0] + 3 * [1.1])
 
 
 def test_encodings_are_near_the_entropy() -> None:
     rows = loops.encode_flips(1 << 20, (0.5, 0.03, 0.002))
-    assert [row[0] for row in rows] == [0.5, 0.03, 0.002]
-    for _, _, over_entropy, *_ in rows:
-        assert 0.95 < over_entropy < 1.15
-    assert rows[0][1] == pytest.approx((1 << 20) / 8, rel=0.01)
+    assert [row["what"] for row in rows] == ["50.00% flip", "3.00% flip", "0.20% flip"]
+    for row, bits_per_weight in zip(rows, (1.0, 0.1944, 0.0208), strict=True):
+        assert 0.95 < row["bytes"] / (bits_per_weight * (1 << 20) / 8) < 1.15

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bitfleet.launch.bench.photos import find_photos, make_photo, write_class_folders, write_small_copies
+from bitfleet.launch.bench.photos import Photo, find_photos, make_photo, shrink, write_class_folders
 from bitfleet.trainer.data import DataConfig, open_dataset
 
 
@@ -37,31 +37,25 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_photos_of_a_root_are_copied_and_shrunk(root: Path, tmp_path: Path) -> None:
-    found = find_photos(str(root), num_images=15, num_workers=1)
-    assert not found.synthetic
-    copied = write_class_folders(found, tmp_path / "originals")
-    assert copied.classes == ("a", "c")
-    assert copied.train.labels.tolist() == [0] * 6 + [1] * 3
-    assert copied.train.read(7) == (root / "train/c/1.JPEG").read_bytes()
-    small = write_small_copies(copied, tmp_path / "small", num_workers=1)
-    assert small.train.labels.tolist() == copied.train.labels.tolist()
-    for photos in (copied, small):
-        opened = open_dataset(DataConfig(root=str(photos.train.folder)))
-        assert opened.classes == photos.classes
-        for index in range(len(opened.train)):
-            with Image.open(opened.train.path(index)) as image:
-                assert image.size == (opened.train.widths[index], opened.train.heights[index])
-    assert np.minimum(small.train.heights, small.train.widths).tolist() == [256] * 9
-    assert len(find_photos(str(root), num_images=4, num_workers=1).train) == 3  # one of the four is a PNG
+    photos = find_photos(root, num_images=15, num_workers=1)
+    assert [photo.class_name for photo in photos] == ["a"] * 6 + ["c"] * 3
+    for name, copies in (("originals", photos), ("small", list(map(shrink, photos)))):
+        write_class_folders(copies, tmp_path / name)
+        dataset = open_dataset(DataConfig(root=str(tmp_path / name)))
+        assert dataset.classes == ("a", "c")
+        assert dataset.train.labels.tolist() == [0] * 6 + [1] * 3
+        assert [dataset.train.read(index) for index in range(9)] == [photo.encoded for photo in copies]
+        short_sides = np.minimum(dataset.train.heights, dataset.train.widths).tolist()
+        assert short_sides == ([256] * 9 if name == "small" else [300, 301, 302, 303, 304, 305, 280, 280, 280])
+    assert len(find_photos(root, num_images=4, num_workers=1)) == 3  # one of the four is a PNG
 
 
 def test_photos_without_a_root_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITFLEET_CACHE", str(tmp_path))
-    found = find_photos(None, num_images=3, num_workers=1)
-    assert found.synthetic
-    assert [found.train.read(index) for index in range(3)] == [make_photo(index) for index in range(3)]
+    photos = find_photos(None, num_images=3, num_workers=1)
+    assert photos == [Photo("a", make_photo(index)) for index in range(3)]
     monkeypatch.setattr("bitfleet.launch.bench.photos.make_photo", None)
-    assert len(find_photos(None, num_images=2, num_workers=1).train) == 2
+    assert find_photos(None, num_images=2, num_workers=1) == photos[:2]
 
 
 def test_a_root_without_photos_is_refused() -> None:

@@ -1,6 +1,6 @@
-"""Rounds, ratios and tables of the benchmarks."""
+"""Rounds and ratios of the benchmarks."""
 
-from bitfleet.launch.bench.timing import interleave, ratio, ratios, spread, titled
+from bitfleet.launch.bench.timing import interleave, ratio, ratios
 
 
 def test_contenders_take_turns_in_an_order_that_rotates() -> None:
@@ -19,8 +19,3 @@ def test_contenders_take_turns_in_an_order_that_rotates() -> None:
 def test_ratios_are_taken_round_by_round() -> None:
     assert ratios([1.0, 2.0, 40.0], [1.0, 4.0, 10.0]) == [1.0, 0.5, 4.0]
     assert ratio([1.0, 2.0, 40.0], [1.0, 4.0, 10.0]) == 1.0
-    assert spread([800.0, 1000.0, 900.0], ",.0f") == "900 (800 - 1,000)"
-
-
-def test_a_table_stands_below_its_title() -> None:
-    assert titled("title", [["", "ms"], ["a", "1.5"]]) == "title\n      ms\n  a  1.5"

@@ -13,7 +13,7 @@ import torch
 from bitfleet.launch.bench.command import PartName, bench
 from bitfleet.launch.bench.gpu import command as bench_gpu
 from bitfleet.launch.bench.gpu.command import PARTS, run_part
-from bitfleet.launch.bench.gpu.session import Session, read_rows
+from bitfleet.launch.bench.results import Session, read_rows
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_part_that_hangs_is_ended_with_its_workers(
 
 def test_a_part_without_time_is_skipped(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     child(monkeypatch, "raise SystemExit(3)")
-    run_part(dataclasses.replace(session, part="cifar"), seconds_for_later_parts=30.0)
+    run_part(dataclasses.replace(session, part="cifar", deadline=time.monotonic() + 30))
     (row,) = read_rows(Path(session.output))
     assert row["part"] == "cifar"
     assert re.fullmatch(r"60 s needed, (29|30) s left", row["skipped"])

@@ -1,21 +1,17 @@
-"""Part "rule" of `bitfleet bench gpu`: compare the bits of the update rules with the CPU's.
+"""Compare the bits of the update rules on a device with the CPU's.
 
 Both forms of the rule are compared, on fp32 weights and on packed bits, with fp32 and bf16
 gradients: over the trajectories that were recorded from the paper's own code, and over gradients
-with denormals, infinities and NaN. tests/gpu asserts what is only written down here.
+with denormals, infinities and NaN.
 """
 
-import importlib.util
 import itertools
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bitfleet.launch.bench.gpu.session import Session
 from bitfleet.launch.bench.training import RATES
 from bitfleet.models import ModelConfig, create_model
 from bitfleet.optim import (
@@ -28,6 +24,8 @@ from bitfleet.optim import (
 )
 from bitfleet.optim.kernels.bits import pack_signs, popcount, unpack_signs
 from bitfleet.optim.kernels.kernels import bop2ndorder_bits_, bop_bits_
+from tests.conftest import REPOSITORY
+from tests.golden import recipe
 
 Variant = Literal["bop", "none", "as_coded", "adam"]
 """Bop, or Bop2ndOrder with one of its corrections."""
@@ -36,8 +34,8 @@ Form = Literal["weights", "bits"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 FORMS: tuple[Form, ...] = get_args(Form)
 GRAD_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-GOLDEN = Path(__file__).resolve().parents[3] / "tests" / "golden"
-"""The recorded trajectories, which are in the source tree only."""
+GOLDEN = REPOSITORY / "tests" / "golden"
+"""Recorded trajectories."""
 RECORDED_VARIANTS: dict[str, Variant] = {
     "bop": "bop",
     "bop2": "none",
@@ -75,12 +73,30 @@ class RuleState:
             return self.weights.sign().cpu()
         return unpack_signs(self.weights.cpu(), torch.empty(len(self.exp_avg)))
 
-    def note_differences(self, other: "RuleState", step: int, first_difference: dict[str, int]) -> None:
-        """Add the tensors whose bits differ from those of `other` for the first time."""
-        for name in ("weights", "exp_avg", *(["exp_avg_sq"] if self.variant != "bop" else [])):
-            pair = getattr(self, name).cpu(), getattr(other, name).cpu()
-            if name not in first_difference and num_different(*pair):
-                first_difference[name] = step
+    def tensors(self) -> dict[str, Tensor]:
+        """Return weights and moments on the CPU; Bop has only one moment."""
+        names = ("weights", "exp_avg") if self.variant == "bop" else ("weights", "exp_avg", "exp_avg_sq")
+        return {name: getattr(self, name).cpu() for name in names}
+
+
+class Twins:
+    """The same weights, updated on the CPU and on a device."""
+
+    def __init__(self, weights: Tensor, variant: Variant, form: Form, device: torch.device) -> None:
+        self.here, self.there = (RuleState(weights, variant, form, place) for place in (CPU, device))
+        self.step = 0
+        self.first_difference: dict[str, int] = {}
+        """Tensor -> first step after which its bits differ."""
+
+    def update(self, grad: Tensor, **rates: float) -> None:
+        """Update both with a gradient [n] on the CPU, and compare their bits."""
+        self.step += 1
+        for state in (self.here, self.there):
+            state.update(grad, step=self.step, **rates)
+        others = self.there.tensors()
+        for name, tensor in self.here.tensors().items():
+            if name not in self.first_difference and num_different(tensor, others[name]):
+                self.first_difference[name] = self.step
 
 
 def num_different(a: Tensor, b: Tensor) -> int:
@@ -92,23 +108,13 @@ def num_different(a: Tensor, b: Tensor) -> int:
     return int((differ & ~(a.isnan() & b.isnan())).sum())
 
 
-def load_recipe(golden: Path) -> ModuleType:
-    """Import the module that makes the inputs of the recorded trajectories."""
-    spec = importlib.util.spec_from_file_location("bitfleet_golden_recipe", golden / "recipe.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def suits(trajectory: dict[str, Any], form: Form) -> bool:
     """Return whether a trajectory can start in this form: real initial weights are not bits."""
     return form == "weights" or trajectory["w0"] != "real"
 
 
 def compare_trajectory(
-    trajectory: dict[str, Any], golden: Path, form: Form, grad_dtype: str, device: torch.device, max_steps: int = 200
+    trajectory: dict[str, Any], form: Form, grad_dtype: str, device: torch.device, max_steps: int = 200
 ) -> dict[str, Any]:
     """Run an entry of the recipe's TRAJ on `device` and on the CPU, for at most 200 steps.
 
@@ -116,26 +122,24 @@ def compare_trajectory(
         num_steps; steps_with_other_flips than recorded, None with bf16, which rounds the gradients;
         first_difference: tensor -> first step after which its bits differ from the CPU's.
     """
-    recipe = load_recipe(golden)
-    recorded = np.load(golden / f"opt_{trajectory['name']}.npz")
+    recorded = np.load(GOLDEN / f"opt_{trajectory['name']}.npz")
     weights = torch.from_numpy(recipe.w0(trajectory)).reshape(-1)
     is_exact = torch.ones(len(weights), dtype=torch.bool)
     is_exact[torch.from_numpy(recorded["near_tie"].astype(np.int64))] = False
-    variant = RECORDED_VARIANTS[trajectory["variant"]]
-    here, there = RuleState(weights, variant, form, CPU), RuleState(weights, variant, form, device)
-    first_difference: dict[str, int] = {}
-    other_flips = step = 0
-    for step, gradient in enumerate(itertools.islice(recipe.grads(trajectory), max_steps), start=1):
-        gamma, sigma, threshold = recorded["hyper"][step - 1].tolist()
-        grad = torch.from_numpy(gradient).reshape(-1).to(GRAD_DTYPES[grad_dtype])
-        before = there.signs()  # the start may be real
-        for state in (here, there):
-            state.update(grad, gamma=gamma, sigma=sigma, threshold=threshold, step=step)
-        flips = int((before != there.signs())[is_exact].sum())
-        other_flips += flips != int(recorded["flips_excl"][step - 1])
-        here.note_differences(there, step, first_difference)
+    twins = Twins(weights, RECORDED_VARIANTS[trajectory["variant"]], form, device)
+    other_flips = 0
+    for index, gradient in enumerate(itertools.islice(recipe.grads(trajectory), max_steps)):
+        rates = dict(zip(("gamma", "sigma", "threshold"), recorded["hyper"][index].tolist(), strict=True))
+        before = twins.there.signs()  # the start may be real
+        twins.update(torch.from_numpy(gradient).reshape(-1).to(GRAD_DTYPES[grad_dtype]), **rates)
+        flips = int((before != twins.there.signs())[is_exact].sum())
+        other_flips += flips != int(recorded["flips_excl"][index])
     flips_or_none = other_flips if grad_dtype == "fp32" else None
-    return {"num_steps": step, "steps_with_other_flips": flips_or_none, "first_difference": first_difference}
+    return {
+        "num_steps": twins.step,
+        "steps_with_other_flips": flips_or_none,
+        "first_difference": twins.first_difference,
+    }
 
 
 def compare_wild(
@@ -148,19 +152,15 @@ def compare_wild(
     """
     generator = torch.Generator().manual_seed(3)
     weights = torch.randint(0, 2, (numel,), generator=generator).float() * 2 - 1
-    here, there = RuleState(weights, variant, form, CPU), RuleState(weights, variant, form, device)
-    first_difference: dict[str, int] = {}
+    twins = Twins(weights, variant, form, device)
     for step in range(1, num_steps + 1):
         grad = torch.randn(numel, generator=generator) * 10.0 ** torch.randint(-30, 3, (numel,), generator=generator)
         kinds = torch.randint(0, 40 * len(WILD), (numel,), generator=generator)
         for kind, value in enumerate(WILD):
             grad[kinds == kind] = value
         threshold = {"bop": 1e-5, "as_coded": 2.0}.get(variant, 0.02) / step
-        for state in (here, there):
-            rates = {"gamma": 0.03 / step, "sigma": 0.01, "threshold": threshold}
-            state.update(grad.to(GRAD_DTYPES[grad_dtype]), **rates, step=step)
-        here.note_differences(there, step, first_difference)
-    return first_difference
+        twins.update(grad.to(GRAD_DTYPES[grad_dtype]), gamma=0.03 / step, sigma=0.01, threshold=threshold)
+    return twins.first_difference
 
 
 def compare_packing(dtype: torch.dtype, device: torch.device, *, numel: int) -> dict[str, int]:
@@ -223,39 +223,3 @@ class _Trained:
     def weights(self, *, binary: bool) -> Tensor:
         """Return all binary or all other weights, flat, on the CPU."""
         return torch.cat([p.detach().reshape(-1).cpu() for p in self.model.parameters() if is_binary(p) == binary])
-
-
-def measure_rule(session: Session) -> None:
-    """Write down every comparison."""
-    for dtype in (torch.float32, torch.bfloat16):
-        session.attempt("pack, unpack, popcount", _measure_packing, session, dtype)
-    session.attempt("recorded trajectories", _measure_trajectories, session)
-    session.attempt("wild gradients", _measure_wild, session)
-    num_steps, name = 5 if session.tiny else 60, "sharded optimizer, one rank"
-    session.attempt(name, lambda: session.add(name, **compare_sharded(session.device, num_steps)))
-
-
-def _measure_packing(session: Session, dtype: torch.dtype) -> None:
-    numel = 1 << (12 if session.tiny else 22)
-    different = compare_packing(dtype, session.device, numel=numel)
-    session.add("pack, unpack, popcount", weights=str(dtype).removeprefix("torch."), numel=numel, different=different)
-
-
-def _measure_trajectories(session: Session) -> None:
-    if not (GOLDEN / "recipe.py").exists():
-        session.add("recorded trajectories", skipped=f"{GOLDEN} is not there: run this in the source tree")
-        return
-    for trajectory, grad_dtype, form in itertools.product(load_recipe(GOLDEN).TRAJ, GRAD_DTYPES, FORMS):
-        if suits(trajectory, form):
-            steps = 10 if session.tiny else 200
-            result = compare_trajectory(trajectory, GOLDEN, form, grad_dtype, session.device, steps)
-            names = {"trajectory": trajectory["name"], "form": form, "gradients": grad_dtype}
-            session.add("recorded trajectory", **names, **result)
-
-
-def _measure_wild(session: Session) -> None:
-    sizes = {"numel": 2048, "num_steps": 3} if session.tiny else {"numel": 262_144, "num_steps": 20}
-    for variant, grad_dtype, form in itertools.product(VARIANTS, GRAD_DTYPES, FORMS):
-        first_difference = compare_wild(variant, form, grad_dtype, session.device, **sizes)
-        names = {"variant": variant, "form": form, "gradients": grad_dtype}
-        session.add("wild gradients", **names, **sizes, first_difference=first_difference)

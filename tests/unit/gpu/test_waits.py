@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bitfleet.launch.bench.gpu.waits import PageableCopies, host_waits, place_of
+from tests.gpu.waits import PageableCopies, host_waits, place_of
 
 CPU = torch.device("cpu")
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitfleet.launch.bench.gpu import rule as bench_gpu_rule
-from bitfleet.launch.bench.gpu.networks import compare_binary_sums
-from bitfleet.launch.bench.gpu.rule import GOLDEN, RuleState, compare_trajectory, compare_wild, num_different
+from tests.golden import recipe
+from tests.gpu import rule
+from tests.gpu.rule import RuleState, compare_trajectory, compare_wild, num_different
+from tests.gpu.test_networks import compare_binary_sums
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
@@ -44,10 +45,10 @@ def other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("other_bits")
-@pytest.mark.parametrize("form", bench_gpu_rule.FORMS)
-def test_other_bits_are_found(form: bench_gpu_rule.Form) -> None:
-    trajectory = bench_gpu_rule.load_recipe(GOLDEN).TRAJ[1]
-    found = compare_trajectory(trajectory, GOLDEN, form, "fp32", CPU, max_steps=6)
+@pytest.mark.parametrize("form", rule.FORMS)
+def test_other_bits_are_found(form: rule.Form) -> None:
+    trajectory = recipe.TRAJ[1]
+    found = compare_trajectory(trajectory, form, "fp32", CPU, max_steps=6)
     assert (found["num_steps"], found["first_difference"]) == (6, {"exp_avg": 3})
     assert found["steps_with_other_flips"] == 0
 
@@ -59,9 +60,9 @@ def test_other_bits_of_wild_gradients_are_found() -> None:
 
 
 def test_other_flips_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_gpu_rule, "bop2ndorder_step_", lambda *tensors, **rates: None)
-    trajectory = bench_gpu_rule.load_recipe(GOLDEN).TRAJ[1]
-    found = compare_trajectory(trajectory, GOLDEN, "weights", "fp32", CPU, max_steps=6)
+    monkeypatch.setattr(rule, "bop2ndorder_step_", lambda *tensors, **rates: None)
+    trajectory = recipe.TRAJ[1]
+    found = compare_trajectory(trajectory, "weights", "fp32", CPU, max_steps=6)
     assert found["steps_with_other_flips"] == 6
     assert found["first_difference"] == {}
 

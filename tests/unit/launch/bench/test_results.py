@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from bitfleet.launch.bench.gpu.session import Row, Session, append_row, format_rows, read_rows
+from bitfleet.launch.bench.results import Row, Session, append_row, format_rows, read_rows, spread, titled
 
 
 @pytest.fixture
 def session(tmp_path: Path) -> Session:
-    return Session("rule", str(tmp_path / "out.jsonl"), time.monotonic() + 100, tiny=True)
+    return Session("rule", str(tmp_path / "out.jsonl"), time.monotonic() + 100)
 
 
 def test_rows_survive_a_cut_off_file(tmp_path: Path) -> None:
@@ -53,12 +53,14 @@ def test_wide_rows_are_written_one_fact_below_the_other() -> None:
 
 
 def test_an_error_is_a_result(session: Session) -> None:
-    assert session.attempt("sum", lambda a, b: a + b, 2, 3) == 5
+    sums: list[int] = []
+    session.attempt("sum", lambda a, b: sums.append(a + b), 2, 3)
+    assert sums == [5]
 
     def fail() -> None:
         raise ValueError("no such thing")
 
-    assert session.attempt("failing", fail) is None
+    session.attempt("failing", fail)
     (row,) = read_rows(Path(session.output))
     assert (row["part"], row["what"], row["error"]) == ("rule", "failing", "ValueError: no such thing")
     assert "in fail" in row["where"]
@@ -80,3 +82,8 @@ def test_what_no_longer_fits_is_skipped(session: Session) -> None:
     (row,) = read_rows(Path(session.output))
     assert row["what"] == "long"
     assert row["skipped"].startswith("200 s needed, ")
+
+
+def test_a_table_stands_below_its_title() -> None:
+    rows: list[Row] = [{"what": "a", "ms": 1.5, "images/s": spread([800.0, 1000.0, 900.0])}]
+    assert titled("title", rows).split("\n") == ["title", "      ms           images/s", "  a  1.5  900 (800 - 1,000)"]

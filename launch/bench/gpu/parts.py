@@ -1,0 +1,184 @@
+"""What the parts of `bitfleet bench gpu` do: run tests of tests/gpu, and measure."""
+
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitfleet.launch.bench.photos import find_photos, train_batches, write_class_folders
+from bitfleet.launch.bench.results import SHOWN_TRACEBACK, Session
+from bitfleet.launch.bench.timing import seconds_per_call
+from bitfleet.launch.job import num_cores
+from bitfleet.trainer.data import DataConfig, open_dataset
+
+PACKAGES = "torch torchvision triton timm numpy deepspeed nvidia-dali-cuda130 nvidia-dali-cuda120 pytest".split()
+TESTS_FOLDER = Path(__file__).resolve().parents[3] / "tests" / "gpu"
+"""It is in the source tree only."""
+TESTS = {
+    "rule": ("test_rule.py", ""),
+    "gradients": ("test_networks.py", "gradients or sums"),
+    "repeat": ("test_networks.py", "twice"),
+    "trainer": ("test_trainer.py", "wait or pinned"),
+    "dali": ("test_data.py", "decodes or busy"),
+}
+"""Part -> file of tests, and the expression that selects those of the part."""
+
+
+class Recorder:
+    """A plugin of pytest that writes a row per test, with the figures that the test recorded."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Write the row of a test that has run, that failed at any time, or that was skipped."""
+        name, _, case = report.location[2].removeprefix("test_").replace("_", " ").partition("[")
+        figures = {"case": case.rstrip("]"), "failed": int(report.failed)}
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            figures["error"] = f"{figures['case']}: {crash.message if crash else report.longrepr}"
+            self.session.add(name, **figures, where=report.longreprtext[-SHOWN_TRACEBACK:])
+        elif report.skipped:
+            self.session.add(name, skipped=f"{figures['case']}: {report.longrepr[2]}")
+        elif report.when == "call":
+            self.session.add(name, **figures, **dict(report.user_properties))
+
+
+def run_tests(session: Session, file: str, expression: str) -> None:
+    """Run tests of tests/gpu in a process of their own, and write a row per test.
+
+    Raises:
+        RuntimeError: pytest could not run them.
+    """
+    if not TESTS_FOLDER.is_dir():
+        session.add(file, skipped=f"{TESTS_FOLDER} is not there: run this in the source tree")
+        return
+    os.environ |= {"BITFLEET_GPU_DRY_RUN": "1"} if session.tiny else {}
+    os.environ |= {"BITFLEET_GPU_PHOTOS": session.imagenet} if session.imagenet else {}
+    options = ["-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", expression, f"{TESTS_FOLDER}/{file}"]
+    process = multiprocessing.get_context("spawn").Process(target=_run_pytest, args=(session, options))
+    process.start()
+    process.join()
+    if process.exitcode not in (0, 1):
+        raise RuntimeError(f"pytest ended with code {process.exitcode}")
+
+
+def _run_pytest(session: Session, options: list[str]) -> None:
+    import pytest
+
+    sys.exit(pytest.main(options, plugins=[Recorder(session)]))
+
+
+def measure_probe(session: Session) -> None:
+    """Write down the card and the versions; `bitfleet doctor` tells more."""
+    session.add("machine", name=platform.machine(), cores=num_cores(), python=platform.python_version())
+    if session.is_cuda:
+        card = torch.cuda.get_device_properties(session.device)
+        versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        capability, memory = f"{card.major}.{card.minor}", card.total_memory / 1e9
+        session.add("card", name=card.name, memory_GB=memory, capability=capability, **versions)
+    installed = {package.name: package.version for package in importlib.metadata.distributions()}
+    session.add("packages", versions={name: installed.get(name, "not installed") for name in PACKAGES})
+
+
+def measure_update(session: Session) -> None:
+    """Write down the contenders of `bitfleet bench step` on the device, the larger size first."""
+    from bitfleet.launch.bench.step import SIZES, measure_step
+
+    def measure(numel: int, num_rounds: int, weights_per_turn: int) -> None:
+        for row in measure_step(numel, num_rounds, session.device, weights_per_turn=weights_per_turn):
+            session.add(**row, numel=numel)
+
+    for numel in (6400,) if session.tiny else sorted(SIZES, reverse=True):
+        rounds_and_work = (1, 0) if session.tiny else (11, 50_000_000)
+        session.attempt(f"{numel:,} weights", measure, numel, *rounds_and_work, needs_seconds=15.0)  # compiles
+
+
+def measure_networks(session: Session) -> None:
+    """Write down networks against resnet18 in every setting for which there is time."""
+    from bitfleet.launch.bench.training import REFERENCE, Setting, measure_settings
+
+    size, num_rounds, num_steps = (32, 1, 1) if session.tiny else (224, 8, 3)
+
+    def measure(network: str, reference: Setting) -> None:
+        torch.compiler.reset()  # the limit of recompilations counts over all networks of a process
+        settings = [reference, reference._replace(network=network)]
+        for row in measure_settings(settings, size, session.device, num_rounds=num_rounds, num_steps=num_steps):
+            session.add(**row)
+
+    references = [
+        Setting(REFERENCE, 256, "bf16", is_compiled=False, deterministic=True),
+        Setting(REFERENCE, 256, "bf16", is_compiled=True, deterministic=False),  # the targets: as fast as both can be
+        Setting(REFERENCE, 256, "tf32", is_compiled=False, deterministic=True),
+        Setting(REFERENCE, 256, "bf16", is_compiled=True, deterministic=True),
+        Setting(REFERENCE, 256, "fp32", is_compiled=False, deterministic=True),
+    ]
+    networks = ["birealnet18", "xnornet"]
+    if session.tiny:
+        references, networks = [Setting(REFERENCE, 2, "bf16", is_compiled=True)], ["birealnet_small"]
+    for reference in references:
+        for network in networks:
+            needs_seconds = 100.0 if reference.is_compiled else 25.0
+            session.attempt(network, measure, network, reference, needs_seconds=needs_seconds)
+
+
+def measure_dali(session: Session) -> None:
+    """Write down images/s and memory of DALI's decoding, on the GPU and on the CPU."""
+    num_photos, batch_size, num_batches = (8, 4, 2) if session.tiny else (512, 128, 15)
+
+    def speed(folder: Path, preprocessing: str, decoder: str) -> None:
+        options: Any = {"preprocessing": preprocessing, "device": decoder}
+        config = DataConfig(root=str(folder), image_size=224, augmentation="random_resized_crop", **options)
+        free = torch.cuda.mem_get_info()[0] if session.is_cuda else 0
+        stream = train_batches(open_dataset(config), config, batch_size, session.device)
+        seconds_per_call(lambda: next(stream), 3, session.device)
+        seconds = seconds_per_call(lambda: next(stream), num_batches, session.device)
+        taken = (free - torch.cuda.mem_get_info()[0]) / 1e6 if session.is_cuda else None
+        session.add("speed", **options, images_per_second=batch_size / seconds, gpu_MB_taken=taken)
+
+    with tempfile.TemporaryDirectory(prefix="bitfleet-bench-gpu-") as name:
+        folder = write_class_folders(find_photos(session.imagenet, num_photos, num_cores()), Path(name))
+        for preprocessing in ("torchvision", "official"):
+            for decoder in ("gpu", "cpu") if session.is_cuda else ("cpu",):
+                session.attempt("speed", speed, folder, preprocessing, decoder, needs_seconds=10.0)
+
+
+def measure_trainer(session: Session) -> None:
+    """Write down ms per step of BinaryNet."""
+    from bitfleet.launch.bench.gpu.trainer import measure_steps
+
+    measure_steps(session)
+
+
+def measure_cifar(session: Session) -> None:
+    """Train BinaryNet on CIFAR-10 for as many epochs as fit."""
+    from bitfleet.launch.bench.gpu.trainer import train_epochs_that_fit
+
+    if session.cifar is None and not session.tiny:
+        session.add("BinaryNet", skipped="--cifar names no class folders of CIFAR-10")
+    else:
+        train_epochs_that_fit(session)
+
+
+MEASURES = {
+    "probe": measure_probe,
+    "update": measure_update,
+    "networks": measure_networks,
+    "trainer": measure_trainer,
+    "dali": measure_dali,
+    "cifar": measure_cifar,
+}
+
+
+def measure(session: Session) -> None:
+    """Run the tests of a part, then its measurements."""
+    if session.part in TESTS:
+        run_tests(session, *TESTS[session.part])
+    if session.part in MEASURES:
+        MEASURES[session.part](session)
