@@ -135,6 +135,17 @@ class Loader(Rounds):
 
 
 @dataclasses.dataclass(frozen=True)
+class Packed(Rounds):
+    """Time an exported network on one CPU core against torch and ONNX Runtime."""
+
+    network: Literal["birealnet18", "birealnet34", "xnornet"] = "birealnet18"
+    """Network, with random weights."""
+    size: Count = 224
+    """Height and width of the image."""
+    rounds: Count = 9
+
+
+@dataclasses.dataclass(frozen=True)
 class Gpu:
     """Measure one GPU against the targets of docs/gpu.md, each part in its own process."""
 
@@ -153,9 +164,21 @@ class Gpu:
 
 
 Benchmark = (
-    Train | Comm | Step | Networks | Sharding | Plan | Diagnostics | Memory | Checkpoint | Journal | Loader | Gpu
+    Train
+    | Comm
+    | Step
+    | Networks
+    | Sharding
+    | Plan
+    | Diagnostics
+    | Memory
+    | Checkpoint
+    | Journal
+    | Loader
+    | Packed
+    | Gpu
 )
-OF_A_RUN, OF_ONE_PROCESS = ("train", "plan", "diagnostics", "journal"), ("step", "loader", "gpu")
+OF_A_RUN, OF_ONE_PROCESS = ("train", "plan", "diagnostics", "journal"), ("step", "loader", "packed", "gpu")
 MODULES = {"train": "loops", "diagnostics": "loops", "journal": "loops", "memory": "comm", "sharding": "comm"}
 MODULES |= {"plan": "rates", "networks": "training", "gpu": "gpu.command"}
 

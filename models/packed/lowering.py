@@ -106,8 +106,8 @@ class _Lowering:
             "mul": self.product_of,
             "pad": self.pad,
             "mean": self.mean,
+            "adaptive_avg_pool2d": self.adaptive_avg_pool2d,
             "relu": self.relu,
-            "relu_": self.relu,
             "flatten": self.flatten,
         }
         for node in self.graph.nodes:
@@ -125,7 +125,8 @@ class _Lowering:
                 if node.args[1] == 0:
                     self.values[node] = arguments[0]
                 continue
-            name = node.target._schema.name.partition("::")[2]
+            in_place = node.target._schema.name.endswith("_")
+            name = node.target._schema.name.partition("::")[2].removesuffix("_")
             if isinstance(arguments[0], Tensor) and name in ("view", "reshape", "flatten", "unsqueeze"):
                 self.values[node] = arguments[0]  # a weight in another shape, which its reader gives it
                 if node.args[0] in self.binary_nodes:
@@ -135,6 +136,8 @@ class _Lowering:
             else:
                 self.node = node
                 self.values[node] = handlers[name](*arguments, **node.kwargs)
+                if in_place:  # what reads the changed tensor later
+                    self.values[node.args[0]] = self.values[node]
         raise AssertionError("a graph without output")
 
     def view(self, name: str, node: Node, arguments: list[Any]) -> _Value:
@@ -334,6 +337,11 @@ class _Lowering:
             raise ValueError("the network cannot be exported: a mean is not over all pixels")
         buffer = self.as_floats(source.buffer)
         return _Value(self.add(Operation(Kind.MEAN, buffer, Buffer(1, 1, buffer.channels))))
+
+    def adaptive_avg_pool2d(self, source: _Value, size: int | Sequence[int]) -> _Value:
+        if any(side != 1 for side in ([size] if isinstance(size, int) else size)):
+            raise ValueError("the network cannot be exported: it has an adaptive pool to more than one pixel")
+        return self.mean(source, (2, 3))
 
     def relu(self, source: _Value) -> _Value:
         target = Buffer(source.buffer.height, source.buffer.width, source.buffer.channels)

@@ -507,18 +507,28 @@ INLINE void finish_word(const struct operation *o, float *restrict word, const f
         for (int64_t c = 0; c < num; c++) word[c] = word[c] < 0.0f ? 0.0f : word[c];
 }
 
-/* A pixel of FLOATS. `added` and `bits` may be NULL. */
-INLINE void finish(const struct operation *o, const float *values, const float *added, int64_t first, int64_t num, float *out,
-                   uint64_t *bits, mask_function *mask) {
+/* Up to 64 values of a pixel: floats, or sums of `num_products` signs of which `differing` are -1. */
+INLINE void take_word(float *restrict word, const float *values, const int32_t *differing, int32_t num_products, const int64_t num) {
+    if (differing)
+        for (int64_t c = 0; c < num; c++) word[c] = (float)(num_products - 2 * differing[c]);
+    else
+        memcpy(word, values, num * sizeof *word);
+}
+
+/* A pixel of FLOATS from `values`, or from `differing`. `added` and `bits` may be NULL. */
+INLINE void finish(const struct operation *o, const float *values, const int32_t *differing, int32_t num_products, const float *added,
+                   int64_t first, int64_t num, float *out, uint64_t *bits, mask_function *mask) {
     for (int64_t c = 0; c < num; c += WORD) {
-        float word[WORD]; /* values may be out itself */
+        float word[WORD]; /* values and added may be out itself */
         const int64_t most = num - c < WORD ? num - c : WORD;
-        if (most == WORD) {
-            memcpy(word, values + c, sizeof word);
+        const float *from = values ? values + c : 0;
+        const int32_t *counts = differing ? differing + c : 0;
+        if (most == WORD) { /* a constant, for loops without ends */
+            take_word(word, from, counts, num_products, WORD);
             finish_word(o, word, added ? added + c : 0, first + c, WORD);
             memcpy(out + c, word, sizeof word);
         } else {
-            memcpy(word, values + c, most * sizeof *word);
+            take_word(word, from, counts, num_products, most);
             finish_word(o, word, added ? added + c : 0, first + c, most);
             memcpy(out + c, word, most * sizeof *word);
         }
@@ -555,16 +565,14 @@ INLINE void convolve_row(struct packed_network *n, const struct operation *o, in
             f[KERNEL_W] * depth, num, scratch);
     for (int64_t x = 0; x < t->width; x++) {
         const int64_t pixel = y * t->width + x, to = pixel * t->channels + first;
-        float *values = (float *)scratch + x * padded;
+        const float *values = (const float *)scratch + x * padded;
+        int32_t *sums = is_binary ? (int32_t *)scratch + x * padded : 0, num_products = 0;
         if (is_binary) {
-            int32_t *sums = (int32_t *)scratch + x * padded;
-            const int32_t num_products = correct_border(o, y, x, first, num, sums);
-            if (t->type == FLOATS && !n->traced_sums) {
-                for (int64_t c = 0; c < num; c++) values[c] = (float)(num_products - 2 * sums[c]);
-            } else {
+            num_products = correct_border(o, y, x, first, num, sums);
+            if (t->type != FLOATS)
                 for (int64_t c = 0; c < num; c++) sums[c] = num_products - 2 * sums[c];
-            }
-            if (n->traced_sums && n->operations + n->traced == o) memcpy(n->traced_sums + to, sums, num * sizeof *sums);
+            if (n->traced_sums && n->operations + n->traced == o)
+                for (int64_t c = 0; c < num; c++) n->traced_sums[to + c] = t->type == FLOATS ? num_products - 2 * sums[c] : sums[c];
             if (t->type == SUMS) {
                 memcpy((int32_t *)values_of(n, t) + to, sums, num * sizeof *sums);
                 continue;
@@ -573,12 +581,10 @@ INLINE void convolve_row(struct packed_network *n, const struct operation *o, in
                 compare(o, sums, first, num, (uint64_t *)values_of(n, t) + pixel * t->words + first / WORD, mask);
                 continue;
             }
-            if (n->traced_sums)
-                for (int64_t c = 0; c < num; c++) values[c] = (float)sums[c];
         }
         float *out = (float *)values_of(n, t) + to;
         uint64_t *bits = o->signs ? (uint64_t *)values_of(n, o->signs) + pixel * t->words + first / WORD : 0;
-        finish(o, values, added ? added + to : 0, first, num, out, bits, mask);
+        finish(o, is_binary ? 0 : values, sums, num_products, added ? added + to : 0, first, num, out, bits, mask);
     }
 }
 
@@ -659,7 +665,7 @@ INLINE void map_row(struct packed_network *n, const struct operation *o, int64_t
             else if (o->fields[KIND] == LAYER_NORM)
                 memmove(out, in, num * sizeof *out);
             if (o->fields[KIND] == LAYER_NORM) normalize_pixel(n, o, out);
-            finish(o, s->type == SUMS || o->fields[KIND] == LAYER_NORM ? out : in, added, 0, num, out, signs, mask);
+            finish(o, s->type == SUMS || o->fields[KIND] == LAYER_NORM ? out : in, 0, 0, added, 0, num, out, signs, mask);
         }
     }
 }

@@ -112,7 +112,11 @@ class Program:
 
 
 def assign_slots(operations: Sequence[Operation]) -> list[Buffer]:
-    """Give buffers that are not alive at the same time the same memory; return all buffers."""
+    """Give buffers that are not alive at the same time the same memory; return all buffers.
+
+    A sum takes the place of what it adds, if nothing else reads that: half the memory to walk
+    through.
+    """
     buffers: list[Buffer] = []
     last: dict[int, int] = {}
     for index, operation in enumerate(operations):
@@ -124,6 +128,11 @@ def assign_slots(operations: Sequence[Operation]) -> list[Buffer]:
     num_slots = 0
     alive: list[Buffer] = []
     for index, operation in enumerate(operations):
+        added = operation.other
+        if added is not None and last[id(added)] == index and operation.target.slot < 0:
+            operation.target.slot = added.slot
+            alive.remove(added)
+            alive.append(operation.target)
         for buffer in operation.buffers:
             if buffer.slot < 0:
                 buffer.slot = free.pop() if free else num_slots

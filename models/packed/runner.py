@@ -46,6 +46,8 @@ class PackedNetwork:
         handle = self._library.packed_load(content, ctypes.c_size_t(len(content)), error, ctypes.c_size_t(256))
         if not handle:
             raise ValueError(f"not a packed program of bitfleet: {error.value.decode()}")
+        self.instructions: str = self._library.packed_path().decode()
+        """Path that runs it."""
         self._handle = ctypes.c_void_p(handle)
         size = (ctypes.c_int * 3)()
         self._library.packed_image_size(self._handle, size)
