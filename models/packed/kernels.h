@@ -4,7 +4,7 @@
  *   COUNT_PIXELS, COUNT_VECTORS  block of `count`: pixels, and vectors of 8 outputs
  *   DOT_PIXELS, DOT_VECTORS      block of `dot`: pixels, and vectors of outputs
  *   vf, VF           vector of VF floats: LOADF, STOREF, SPLATF, FMAF
- *   and a body of NAME(count) and NAME(mask).
+ *   and a body of NAME(count) and NAME(mask); with HAS_FUSED also of NAME(fused).
  * A window is `kernel_rows` rows, `row_stride` apart, of `run` words or values; pixels are `step` apart. */
 
 /* Sums over windows: out[p][n] = sum x * w. weight: [kernel_rows * run][DOT_VECTORS * VF]. */
@@ -64,7 +64,11 @@ TARGET static void NAME(differ)(int64_t num, const uint64_t *x, int64_t row_stri
 TARGET static void NAME(convolve_row)(struct packed_network *n, const struct operation *o, int64_t y, int64_t first, int64_t num,
                                       void *scratch) {
     const int64_t wide = o->fields[KIND] == BINARY_CONV ? COUNT_VECTORS * LANES : DOT_VECTORS * VF;
-    convolve_row(n, o, y, first, num, scratch, wide, NAME(dot), NAME(differ), NAME(mask));
+#ifdef HAS_FUSED
+    convolve_row(n, o, y, first, num, scratch, wide, NAME(dot), NAME(differ), NAME(fused), NAME(mask));
+#else
+    convolve_row(n, o, y, first, num, scratch, wide, NAME(dot), NAME(differ), 0, NAME(mask));
+#endif
 }
 
 TARGET static void NAME(map_row)(struct packed_network *n, const struct operation *o, int64_t y) { map_row(n, o, y, NAME(mask)); }
@@ -81,3 +85,4 @@ TARGET static void NAME(map_row)(struct packed_network *n, const struct operatio
 #undef STOREF
 #undef SPLATF
 #undef FMAF
+#undef HAS_FUSED

@@ -463,6 +463,9 @@ struct packed_network *packed_load(const void *file, size_t num_bytes, char *err
 typedef void dot_function(int64_t, const float *, int64_t, int64_t, const float *, int64_t, int64_t, int64_t, float *);
 typedef void differ_function(int64_t, const uint64_t *, int64_t, int64_t, const uint64_t *, int64_t, int64_t, int64_t, int32_t *);
 typedef uint64_t mask_function(const float *);
+struct epilogue;
+typedef void fused_function(int64_t, const uint64_t *, int64_t, int64_t, const uint64_t *, int64_t, int64_t, int64_t,
+                            const struct epilogue *);
 
 static void *values_of(const struct packed_network *n, const struct buffer *b) { return n->slots[b->slot]; }
 
@@ -547,26 +550,32 @@ INLINE void compare(const struct operation *o, const int32_t *sums, int64_t firs
     }
 }
 
-/* Row y of a convolution, `num` outputs from `first`, a multiple of 64. */
-INLINE void convolve_row(struct packed_network *n, const struct operation *o, int64_t y, int64_t first, int64_t num, void *scratch,
-                         const int64_t wide, dot_function *dot, differ_function *differ, mask_function *mask) {
-    const struct buffer *s = o->source, *t = o->target;
-    const int32_t *f = o->fields;
-    const int is_binary = f[KIND] == BINARY_CONV;
-    const int64_t depth = is_binary ? s->words : s->channels, step = f[STRIDE] * depth, taps = (int64_t)f[KERNEL_H] * f[KERNEL_W];
-    const void *source = o->is_padded ? n->padded : values_of(n, s);
-    const int64_t at = y * f[STRIDE] * o->row_values, padded = (num + wide - 1) / wide * wide;
+/* Where `differ` gets its input for the row y of a convolution, and writes. */
+struct row {
+    const void *source, *weight;
+    int64_t step, run;
+    float *scratch;
+};
+
+/* Outputs `first` to `first + num` of the pixels `begin` to `end` of row y; `first` is a multiple of 64. */
+INLINE void convolve_pixels(struct packed_network *n, const struct operation *o, int64_t y, int64_t begin, int64_t end, int64_t first,
+                            int64_t num, const struct row *row, const int64_t wide, dot_function *dot, differ_function *differ,
+                            mask_function *mask) {
+    const struct buffer *t = o->target;
+    const int64_t padded = (num + wide - 1) / wide * wide;
+    const int is_binary = o->fields[KIND] == BINARY_CONV;
     const float *added = o->other ? (const float *)values_of(n, o->other) : 0;
+    if (begin >= end) return;
     if (is_binary)
-        differ(t->width, (const uint64_t *)source + at, o->row_values, step, (const uint64_t *)o->weight + first * taps * depth,
-               f[KERNEL_H], f[KERNEL_W] * depth, num, scratch);
+        differ(end - begin, (const uint64_t *)row->source + begin * row->step, o->row_values, row->step, row->weight,
+               o->fields[KERNEL_H], row->run, num, (int32_t *)row->scratch);
     else
-        dot(t->width, (const float *)source + at, o->row_values, step, (const float *)o->weight + first * taps * depth, f[KERNEL_H],
-            f[KERNEL_W] * depth, num, scratch);
-    for (int64_t x = 0; x < t->width; x++) {
+        dot(end - begin, (const float *)row->source + begin * row->step, o->row_values, row->step, row->weight, o->fields[KERNEL_H],
+            row->run, num, row->scratch);
+    for (int64_t x = begin; x < end; x++) {
         const int64_t pixel = y * t->width + x, to = pixel * t->channels + first;
-        const float *values = (const float *)scratch + x * padded;
-        int32_t *sums = is_binary ? (int32_t *)scratch + x * padded : 0, num_products = 0;
+        const float *values = row->scratch + (x - begin) * padded;
+        int32_t *sums = is_binary ? (int32_t *)row->scratch + (x - begin) * padded : 0, num_products = 0;
         if (is_binary) {
             num_products = correct_border(o, y, x, first, num, sums);
             if (t->type != FLOATS)
@@ -586,6 +595,70 @@ INLINE void convolve_row(struct packed_network *n, const struct operation *o, in
         uint64_t *bits = o->signs ? (uint64_t *)values_of(n, o->signs) + pixel * t->words + first / WORD : 0;
         finish(o, is_binary ? 0 : values, sums, num_products, added ? added + to : 0, first, num, out, bits, mask);
     }
+}
+
+/* The last steps of pixels without a detour through memory: for FLOATS of whole blocks of channels. Pointers are those of the first
+ * pixel and of output `first`. */
+struct epilogue {
+    const float *factor, *offset, *added;
+    const int32_t *correction; /* of differing bits at a border, or NULL */
+    float *out;
+    uint64_t *bits;
+    int64_t channels, words;
+    int32_t num_products;
+    int has_relu;
+};
+
+/* Pixels `begin` to `end` of row y, which lack the same taps. */
+INLINE void fuse_pixels(struct packed_network *n, const struct operation *o, int64_t y, int64_t begin, int64_t end, int64_t first,
+                        int64_t num, const struct row *row, fused_function *fused) {
+    const struct buffer *t = o->target;
+    const int64_t pixel = y * t->width + begin, to = pixel * t->channels + first;
+    const int32_t all = (int32_t)(o->fields[KERNEL_H] * o->fields[KERNEL_W] * o->source->channels);
+    int32_t *correction = (int32_t *)row->scratch;
+    if (begin >= end) return;
+    memset(correction, 0, num * sizeof *correction);
+    const int32_t num_products = correct_border(o, y, begin, first, num, correction);
+    const struct epilogue e = {
+        .factor = o->factor ? o->factor + first : 0,
+        .offset = o->offset ? o->offset + first : 0,
+        .added = o->other ? (const float *)values_of(n, o->other) + to : 0,
+        .correction = num_products == all ? 0 : correction,
+        .out = (float *)values_of(n, t) + to,
+        .bits = o->signs ? (uint64_t *)values_of(n, o->signs) + pixel * t->words + first / WORD : 0,
+        .channels = t->channels,
+        .words = t->words,
+        .num_products = num_products,
+        .has_relu = o->fields[FLAGS] & RELU,
+    };
+    fused(end - begin, (const uint64_t *)row->source + begin * row->step, o->row_values, row->step, row->weight, o->fields[KERNEL_H],
+          row->run, num, &e);
+}
+
+/* Row y of a convolution; `fused` is NULL where an instruction set has none. */
+INLINE void convolve_row(struct packed_network *n, const struct operation *o, int64_t y, int64_t first, int64_t num, void *scratch,
+                         const int64_t wide, dot_function *dot, differ_function *differ, fused_function *fused, mask_function *mask) {
+    const struct buffer *s = o->source, *t = o->target;
+    const int32_t *f = o->fields;
+    const int is_binary = f[KIND] == BINARY_CONV;
+    const int64_t depth = is_binary ? s->words : s->channels, value = is_binary ? sizeof(uint64_t) : sizeof(float);
+    const unsigned char *source = o->is_padded ? n->padded : values_of(n, s);
+    const struct row row = {
+        source + y * f[STRIDE] * o->row_values * value,
+        (const unsigned char *)o->weight + first * f[KERNEL_H] * f[KERNEL_W] * depth * value,
+        f[STRIDE] * depth,
+        f[KERNEL_W] * depth,
+        scratch,
+    };
+    if (!fused || !is_binary || t->type != FLOATS || n->traced_sums || num % wide) {
+        convolve_pixels(n, o, y, 0, t->width, first, num, &row, wide, dot, differ, mask);
+        return;
+    }
+    const int64_t before = (f[LEFT] + f[STRIDE] - 1) / f[STRIDE], inside = (s->width + f[LEFT] - f[KERNEL_W]) / f[STRIDE] + 1;
+    const int64_t begin = before < t->width ? before : t->width, end = inside < begin ? begin : inside < t->width ? inside : t->width;
+    for (int64_t x = 0; x < begin; x++) fuse_pixels(n, o, y, x, x + 1, first, num, &row, fused);
+    fuse_pixels(n, o, y, begin, end, first, num, &row, fused);
+    for (int64_t x = end; x < t->width; x++) fuse_pixels(n, o, y, x, x + 1, first, num, &row, fused);
 }
 
 INLINE void normalize_pixel(const struct packed_network *n, const struct operation *o, float *values) {
@@ -705,7 +778,7 @@ INLINE void count_portable(const int num, const uint64_t *x, int64_t row_stride,
 #if defined __x86_64__
 #define NAME(x) x##_avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,fma")))
-#define COUNT_PIXELS 4
+#define COUNT_PIXELS 6
 #define COUNT_VECTORS 4
 #define DOT_PIXELS 6
 #define DOT_VECTORS 4
@@ -722,8 +795,24 @@ TARGET INLINE uint64_t mask_avx512(const float *values) {
         mask |= (uint64_t)_mm512_cmp_ps_mask(_mm512_loadu_ps(values + 16 * i), _mm512_setzero_ps(), _CMP_LT_OQ) << (16 * i);
     return mask;
 }
-TARGET INLINE void count_avx512(const int num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
-                                int64_t kernel_rows, int64_t run, int32_t *out, int64_t out_step) {
+/* 16 outputs from `at` of pixel `p`. */
+TARGET INLINE void finish_avx512(const struct epilogue *e, int64_t p, int64_t at, __m512i differing) {
+    const int64_t to = p * e->channels + at;
+    if (e->correction) differing = _mm512_add_epi32(differing, _mm512_loadu_si512(e->correction + at));
+    __m512 values = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(e->num_products), _mm512_slli_epi32(differing, 1)));
+    if (e->factor) values = _mm512_mul_ps(values, _mm512_loadu_ps(e->factor + at));
+    if (e->offset) values = _mm512_add_ps(values, _mm512_loadu_ps(e->offset + at));
+    if (e->added) values = _mm512_add_ps(values, _mm512_loadu_ps(e->added + to));
+    const __mmask16 negative = _mm512_cmp_ps_mask(values, _mm512_setzero_ps(), _CMP_LT_OQ);
+    if (e->has_relu) values = _mm512_maskz_mov_ps((__mmask16)~negative, values);
+    _mm512_storeu_ps(e->out + to, values);
+    const uint16_t signs = (uint16_t)(e->has_relu ? 0xffff : ~negative);
+    if (e->bits) memcpy((unsigned char *)(e->bits + p * e->words) + at / 8, &signs, sizeof signs);
+}
+/* To `out`, or through `e`, whose first pixel is the first of these, to outputs from `at`. */
+TARGET INLINE void count_or_finish(const int num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
+                                   int64_t kernel_rows, int64_t run, int32_t *out, int64_t out_step, const struct epilogue *e,
+                                   int64_t first_pixel, int64_t at) {
     __m512i sums[COUNT_PIXELS][COUNT_VECTORS];
     for (int p = 0; p < num; p++)
         for (int v = 0; v < COUNT_VECTORS; v++) sums[p][v] = _mm512_setzero_si512();
@@ -743,10 +832,36 @@ TARGET INLINE void count_avx512(const int num, const uint64_t *x, int64_t row_st
         }
     }
     const __m512i low = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#pragma GCC unroll 8
     for (int p = 0; p < num; p++)
-        for (int v = 0; v < COUNT_VECTORS; v += 2)
-            _mm512_storeu_si512(out + p * out_step + v * LANES, _mm512_permutex2var_epi32(sums[p][v], low, sums[p][v + 1]));
+#pragma GCC unroll 4
+        for (int v = 0; v < COUNT_VECTORS; v += 2) {
+            const __m512i differing = _mm512_permutex2var_epi32(sums[p][v], low, sums[p][v + 1]);
+            if (e)
+                finish_avx512(e, first_pixel + p, at + v * LANES, differing);
+            else
+                _mm512_storeu_si512(out + p * out_step + v * LANES, differing);
+        }
 }
+TARGET INLINE void count_avx512(const int num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
+                                int64_t kernel_rows, int64_t run, int32_t *out, int64_t out_step) {
+    count_or_finish(num, x, row_stride, step, weight, kernel_rows, run, out, out_step, 0, 0, 0);
+}
+/* `num` pixels of a row that lack the same taps, all outputs. */
+TARGET static void fused_avx512(int64_t num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
+                                int64_t kernel_rows, int64_t run, int64_t outputs, const struct epilogue *e) {
+    const int64_t wide = COUNT_VECTORS * LANES;
+    for (int64_t n = 0; n < outputs; n += wide, weight += kernel_rows * run * wide) {
+        int64_t p = 0;
+        for (; p + COUNT_PIXELS <= num; p += COUNT_PIXELS)
+            count_or_finish(COUNT_PIXELS, x + p * step, row_stride, step, weight, kernel_rows, run, 0, 0, e, p, n);
+        for (; p + 4 <= num; p += 4) count_or_finish(4, x + p * step, row_stride, step, weight, kernel_rows, run, 0, 0, e, p, n);
+        for (; p + 2 <= num; p += 2)
+            count_or_finish(2, x + p * step, row_stride, step, weight, kernel_rows, run, 0, 0, e, p, n);
+        for (; p < num; p++) count_or_finish(1, x + p * step, row_stride, step, weight, kernel_rows, run, 0, 0, e, p, n);
+    }
+}
+#define HAS_FUSED
 #include "kernels.h"
 
 #define NAME(x) x##_avx2
