@@ -25,8 +25,11 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-enum { WORD = 64, LANES = 8, FIELDS = 20, BUFFER_FIELDS = 5, MAX_TENSORS = 4096, MAX_SIDE = 1 << 15 };
+enum { WORD = 64, LANES = 8, FIELDS = 20, BUFFER_FIELDS = 5, MAX_TENSORS = 4096, MAX_SIDE = 1 << 15, MAX_THREADS = 256 };
+enum { MAX_THRESHOLD = 1 << 30 };
 static const int64_t MAX_NUMEL = (int64_t)1 << 28;
+/* Bytes of images and weights; a file of a few kB may ask for any number. */
+static const int64_t MAX_MEMORY = (int64_t)1 << 30;
 
 enum type { FLOATS, SIGNS, SUMS, NUM_TYPES };
 enum kind { NORMALIZE, CONV, BINARY_CONV, AFFINE, LAYER_NORM, MAX_POOL, AVG_POOL, SIGN, THRESHOLD, MEAN, ADD, NUM_KINDS };
@@ -83,7 +86,8 @@ struct packed_network {
     double *seconds;
     int num_tensors, num_buffers, num_operations, num_slots;
     unsigned char **slots, *padded, *scratch;
-    int64_t padded_bytes, scratch_bytes;
+    int *holders; /* 1 + the buffer that is in a slot, while operations are checked */
+    int64_t memory, padded_bytes, scratch_bytes;
     int num_scratches;
     const void *pixels;
     enum packed_pixels pixel_kind;
@@ -175,9 +179,9 @@ static int take_tensor(struct cursor *c, const unsigned char *data, int64_t num_
         tensor->numel *= tensor->shape[i];
         if (tensor->numel > MAX_NUMEL) return 0;
     }
+    if (offsets[0] > offsets[1] || offsets[1] > num_bytes || offsets[1] - offsets[0] != tensor->numel * size_of(tensor->dtype)) return 0;
     tensor->data = data + offsets[0];
-    if ((uintptr_t)tensor->data % size_of(tensor->dtype)) return 0;
-    return offsets[0] <= offsets[1] && offsets[1] <= num_bytes && offsets[1] - offsets[0] == tensor->numel * size_of(tensor->dtype);
+    return (uintptr_t)tensor->data % size_of(tensor->dtype) == 0;
 }
 
 static const char *read_header(struct packed_network *n, int64_t num_bytes, struct tensor *program, struct tensor *buffers) {
@@ -249,6 +253,17 @@ static int same_size(const struct buffer *a, const struct buffer *b) {
     return a->height == b->height && a->width == b->width && a->channels == b->channels;
 }
 
+/* Comparisons of sums must not overflow. */
+static int are_thresholds(const struct packed_network *n, const struct operation *o) {
+    const int32_t *threshold = (const int32_t *)n->tensors[o->fields[FACTOR]].data;
+    const int32_t *direction = (const int32_t *)n->tensors[o->fields[OFFSET]].data;
+    for (int64_t c = 0; c < o->target->channels; c++)
+        if ((direction[c] != 1 && direction[c] != -1) || threshold[c] > MAX_THRESHOLD || threshold[c] < -MAX_THRESHOLD) return 0;
+    return 1;
+}
+
+static int holds(const struct packed_network *n, const struct buffer *b) { return n->holders[b->slot] == b - n->buffers + 1; }
+
 static int in(int32_t value, int32_t least, int32_t most) { return value >= least && value <= most; }
 
 /* Return what is wrong with an operation, or 0. */
@@ -293,12 +308,14 @@ static const char *check_operation(const struct packed_network *n, const struct 
     const char *dtype = t->type == SIGNS ? "I32" : "F32";
     if (f[FACTOR] != -1 && !has_shape(n, f[FACTOR], dtype, t->channels)) return "its factors have another size";
     if (f[OFFSET] != -1 && !has_shape(n, f[OFFSET], dtype, t->channels)) return "its offsets have another size";
+    if (needs_pair && t->type == SIGNS && !are_thresholds(n, o)) return "its thresholds are damaged";
     if (kind == ADD && !o->other) return "it has one input";
     if (o->other && (o->other->type != FLOATS || t->type != FLOATS || !same_size(o->other, t))) return "what it adds has another size";
     if (o->other && kind != ADD && kind != CONV && kind != BINARY_CONV && kind != AFFINE) return "it cannot add";
     if (o->signs && (o->signs->type != SIGNS || t->type != FLOATS || !same_size(o->signs, t) || o->signs->slot == t->slot ||
                      o->signs->slot == s->slot || (o->other && o->signs->slot == o->other->slot)))
         return "its signs have another size";
+    if ((kind != NORMALIZE && !holds(n, s)) || (o->other && !holds(n, o->other))) return "it reads what no operation has written";
     return 0;
 }
 
@@ -307,7 +324,8 @@ static const char *read_operations(struct packed_network *n, const struct tensor
     n->num_operations = (int)table->shape[0];
     n->operations = calloc(n->num_operations, sizeof *n->operations);
     n->seconds = calloc(n->num_operations, sizeof *n->seconds);
-    if (!n->operations || !n->seconds) return "there is not enough memory";
+    n->holders = calloc(n->num_slots, sizeof *n->holders);
+    if (!n->operations || !n->seconds || !n->holders) return "there is not enough memory";
     for (int i = 0; i < n->num_operations; i++) {
         struct operation *o = n->operations + i;
         const int32_t *f = o->fields;
@@ -323,6 +341,8 @@ static const char *read_operations(struct packed_network *n, const struct tensor
         if ((f[KIND] == NORMALIZE) != (i == 0)) return "the image is not normalized first";
         const char *wrong = check_operation(n, o);
         if (wrong) return wrong;
+        n->holders[o->target->slot] = f[TARGET_BUFFER] + 1;
+        if (o->signs) n->holders[o->signs->slot] = f[SIGNS_OF] + 1;
         const void *factor = f[FACTOR] < 0 ? 0 : n->tensors[f[FACTOR]].data, *offset = f[OFFSET] < 0 ? 0 : n->tensors[f[OFFSET]].data;
         if (o->target->type == SIGNS)
             o->threshold = factor, o->direction = offset;
@@ -340,11 +360,18 @@ static int bit_of(const unsigned char *bits, int64_t index) { return bits[index 
 
 static int64_t rounded_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
+/* Count memory before it is allocated; 0 if a network of this size is refused. */
+static int reserve(struct packed_network *n, int64_t bytes) {
+    n->memory += bytes;
+    return n->memory <= MAX_MEMORY;
+}
+
 /* File: [taps][channels][outputs] floats or signs. Memory: [outputs / wide][taps][channels][wide]. */
-static int prepare_floats(const struct packed_network *n, struct operation *o) {
+static int prepare_floats(struct packed_network *n, struct operation *o) {
     const int64_t wide = n->path->dot_wide, taps = (int64_t)o->fields[KERNEL_H] * o->fields[KERNEL_W];
     const int64_t outputs = o->target->channels, depth = taps * o->source->channels;
     const unsigned char *data = n->tensors[o->fields[WEIGHT]].data;
+    if (!reserve(n, rounded_up(outputs, wide) * depth * (int64_t)sizeof(float))) return 0;
     float *weight = calloc(rounded_up(outputs, wide) * depth, sizeof *weight);
     if (!weight) return 0;
     for (int64_t k = 0; k < depth; k++)
@@ -358,10 +385,11 @@ static int prepare_floats(const struct packed_network *n, struct operation *o) {
 }
 
 /* File: [outputs][taps][channels] signs. Memory: [outputs / wide][taps][words][wide]. */
-static int prepare_bits(const struct packed_network *n, struct operation *o) {
+static int prepare_bits(struct packed_network *n, struct operation *o) {
     const int64_t wide = n->path->differ_wide, taps = (int64_t)o->fields[KERNEL_H] * o->fields[KERNEL_W];
     const int64_t outputs = o->target->channels, channels = o->source->channels, words = o->source->words;
     const unsigned char *data = n->tensors[o->fields[WEIGHT]].data;
+    if (!reserve(n, rounded_up(outputs, wide) * taps * words * 8 + taps * outputs * 4)) return 0;
     uint64_t *weight = calloc(rounded_up(outputs, wide) * taps * words, sizeof *weight);
     o->ones = calloc(taps * outputs, sizeof *o->ones);
     o->weight = weight;
@@ -381,7 +409,7 @@ static int prepare(struct packed_network *n, struct operation *o) {
     const struct buffer *s = o->source, *t = o->target;
     if (f[KIND] == NORMALIZE) {
         const int64_t numel = s->width * s->channels;
-        float *rows = malloc(2 * numel * sizeof *rows);
+        float *rows = reserve(n, 8 * numel) ? malloc(2 * numel * sizeof *rows) : 0;
         o->weight = rows;
         for (int64_t i = 0; rows && i < numel; i++) {
             rows[i] = o->offset[i % s->channels];
@@ -408,6 +436,7 @@ void packed_free(struct packed_network *n) {
     }
     for (int i = 0; n->slots && i < n->num_slots; i++) free(n->slots[i]);
     free(n->slots);
+    free(n->holders);
     free(n->padded);
     free(n->scratch);
     free(n->operations);
@@ -420,7 +449,7 @@ void packed_free(struct packed_network *n) {
 
 static const char *load(struct packed_network *n, const void *file, size_t num_bytes) {
     struct tensor program, buffers;
-    if (num_bytes > (size_t)MAX_NUMEL * 4) return "it is too large";
+    if (num_bytes > (size_t)MAX_MEMORY) return "it is too large";
     n->path = current_path();
     n->num_tensors = MAX_TENSORS;
     n->tensors = calloc(MAX_TENSORS, sizeof *n->tensors);
@@ -432,7 +461,7 @@ static const char *load(struct packed_network *n, const void *file, size_t num_b
     if (!wrong) wrong = read_operations(n, &program);
     if (wrong) return wrong;
     for (int i = 0; i < n->num_operations; i++)
-        if (!prepare(n, n->operations + i)) return "there is not enough memory";
+        if (!prepare(n, n->operations + i)) return "it needs more memory than there is, or than 1 GiB";
     n->slots = calloc(n->num_slots, sizeof *n->slots);
     if (!n->slots) return "there is not enough memory";
     for (int slot = 0; slot < n->num_slots; slot++) {
@@ -442,11 +471,11 @@ static const char *load(struct packed_network *n, const void *file, size_t num_b
             const int64_t bytes = b->height * b->width * b->pixel_bytes;
             if (b->slot == slot && bytes > most) most = bytes;
         }
-        n->slots[slot] = calloc(most, 1);
-        if (!n->slots[slot]) return "there is not enough memory";
+        n->slots[slot] = reserve(n, most) ? calloc(most, 1) : 0;
+        if (!n->slots[slot]) return "it needs more memory than there is, or than 1 GiB";
     }
-    n->padded = calloc(n->padded_bytes + 64, 1);
-    return n->padded ? 0 : "there is not enough memory";
+    n->padded = reserve(n, n->padded_bytes + n->scratch_bytes) ? calloc(n->padded_bytes + 64, 1) : 0;
+    return n->padded ? 0 : "it needs more memory than there is, or than 1 GiB";
 }
 
 struct packed_network *packed_load(const void *file, size_t num_bytes, char *error, size_t error_size) {
@@ -632,6 +661,8 @@ INLINE void map_row(struct packed_network *n, const struct operation *o, int64_t
             for (int64_t i = 0; i < numel; i++) out[i] = ((float)((const uint8_t *)n->pixels)[row + i] - mean[i]) / deviation[i];
         else
             for (int64_t i = 0; i < numel; i++) out[i] = (((const float *)n->pixels)[row + i] - mean[i]) / deviation[i];
+        for (int64_t x = 0; o->signs && x < s->width; x++)
+            pack(out + x * num, num, (uint64_t *)values_of(n, o->signs) + (y * s->width + x) * t->words, mask);
         return;
     }
     for (int64_t x = 0; x < t->width; x++) {
@@ -860,13 +891,13 @@ static const struct path PATHS[] = {
     {"portable", 8, 8, convolve_row_portable, map_row_portable},
 };
 enum { NUM_PATHS = sizeof PATHS / sizeof *PATHS };
-static const struct path *chosen;
+static const struct path *_Atomic chosen;
 
 static int is_supported(const struct path *path) {
 #if defined __x86_64__
     if (!strcmp(path->name, "avx512"))
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vpopcntdq");
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("fma");
     if (!strcmp(path->name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
     (void)path;
@@ -874,7 +905,8 @@ static int is_supported(const struct path *path) {
 }
 
 static const struct path *current_path(void) {
-    if (chosen) return chosen;
+    const struct path *path = chosen;
+    if (path) return path;
     for (int i = 0; i < NUM_PATHS; i++)
         if (is_supported(PATHS + i)) return PATHS + i;
     return PATHS + NUM_PATHS - 1;
@@ -942,6 +974,7 @@ static void run_mean(struct packed_network *n, const struct operation *o) {
     for (int64_t pixel = 1; pixel < pixels; pixel++)
         for (int64_t c = 0; c < channels; c++) out[c] += in[pixel * channels + c];
     for (int64_t c = 0; c < channels; c++) out[c] /= (float)pixels;
+    if (o->signs) pack(out, channels, values_of(n, o->signs), mask_portable);
 }
 
 static void run_operation(struct packed_network *n, const struct operation *o, int num_threads) {
@@ -966,7 +999,11 @@ static double now(void) {
 }
 
 int packed_run(struct packed_network *n, const void *pixels, enum packed_pixels kind, float *logits, int num_threads) {
+#ifndef _OPENMP
+    num_threads = 1;
+#endif
     if (num_threads < 1) num_threads = 1;
+    if (num_threads > MAX_THREADS) num_threads = MAX_THREADS;
     if (num_threads > n->num_scratches) {
         unsigned char *scratch = realloc(n->scratch, num_threads * n->scratch_bytes + 64);
         if (!scratch) return -1;
