@@ -59,7 +59,7 @@ CFLAGS ?= -O3
 OPENMP ?= -fopenmp
 PACKED := models/packed
 # The first two decide how floats are rounded: as in training.
-PACKED_FLAGS = -std=c11 -ffp-contract=off -fno-math-errno -fno-strict-aliasing -fPIC -Wall -Wextra -Werror $(CFLAGS) $(OPENMP)
+PACKED_FLAGS = -std=c11 -ffp-contract=off -fno-math-errno -fno-strict-aliasing -fPIC -Wall -Wextra -Wno-unknown-pragmas -Werror $(CFLAGS) $(OPENMP)
 
 libbitfleet_packed: $(BUILD)/libbitfleet_packed.so $(BUILD)/libbitfleet_packed.a $(BUILD)/packed_example
 
