@@ -26,7 +26,7 @@ static void *counted_realloc(void *block, size_t bytes) { return may_allocate(by
 #undef realloc
 
 enum { MAX_PROGRAMS = 64, MOST_MUTATIONS = 3, TABLES = 1 << 21 };
-static const int64_t MOST_WORK = 1 << 22;
+static const int64_t MOST_WORK = 1 << 21;
 
 struct program {
     unsigned char *bytes;
@@ -71,23 +71,30 @@ static struct program read_program(const char *path) {
 }
 
 static int32_t extreme(void) {
-    static const int32_t values[] = {INT32_MIN, -65536, -2, -1, 0, 1, 2, 3, 4, 5, 7, 8, 11, 63, 64, 65, 4095, 4096,
+    static const int32_t values[] = {INT32_MIN, -65536, -2, -1, 0, 1, 2, 3, 4, 5, 7, 8, 11, 63, 64, 65, 200, 1000, 3000, 4095, 4096, 9000,
                                      32767, 32768, 65535, 65536, 1 << 20, 1 << 24, 1 << 28, 1 << 30, INT32_MAX};
     return values[random_number(sizeof values / sizeof *values)];
 }
 
-/* A field of a table becomes an extreme, its neighbour, or the same field of another row. */
+/* A field of a table becomes an extreme, its neighbour, or the same field of another row; in all rows that have the same value, or
+ * in one. */
 static void change_table(const struct program *p, unsigned char *bytes) {
     const size_t table = random_number(2), columns = table ? BUFFER_FIELDS : FIELDS, at = random_number(p->sizes[table]);
-    int32_t value;
+    const int is_one = random_number(2) == 0;
+    int32_t value, before;
     memcpy(&value, bytes + p->tables[table] + 4 * at, 4);
-    switch (random_number(4)) {
-    case 0: value = extreme(); break;
-    case 1: value = (int32_t)((uint32_t)value + (random_number(2) ? 1u : UINT32_MAX)); break;
-    case 2: value = (int32_t)((uint32_t)value * 2u); break;
+    switch (random_number(5)) {
+    case 0:
+    case 1: value = extreme(); break;
+    case 2: value = (int32_t)((uint32_t)value + (random_number(2) ? 1u : UINT32_MAX)); break;
+    case 3: value = (int32_t)((uint32_t)value * 2u); break;
     default: memcpy(&value, bytes + p->tables[table] + 4 * (random_number(p->sizes[table] / columns) * columns + at % columns), 4);
     }
-    memcpy(bytes + p->tables[table] + 4 * at, &value, 4);
+    memcpy(&before, bytes + p->tables[table] + 4 * at, 4);
+    for (size_t i = 0; i < p->sizes[table]; i++) {
+        unsigned char *field = bytes + p->tables[table] + 4 * i;
+        if (is_one ? i == at : i % columns == at % columns && !memcmp(field, &before, 4)) memcpy(field, &value, 4);
+    }
 }
 
 /* A byte of the JSON becomes another, or digits do. */
@@ -112,11 +119,11 @@ static size_t mutate(const struct program *p, unsigned char *bytes) {
     size_t size = p->size;
     for (uint64_t left = 1 + random_number(MOST_MUTATIONS); left > 0; left--) {
         const uint64_t way = random_number(16);
-        if (way < 7)
+        if (way < 9)
             change_table(p, bytes);
-        else if (way < 10)
+        else if (way < 11)
             change_header(p, bytes);
-        else if (way < 12)
+        else if (way == 11)
             bytes[random_number(p->size)] ^= (unsigned char)(1 << random_number(8));
         else if (way == 12)
             bytes[random_number(8)] = (unsigned char)random_number(256); /* length of the header */
