@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 # Files and folders to test: all; with an older torch the parts that depend on it.
 TESTS = $(if $(TORCH),tests/unit tests/numerics tests/distributed)
 
-.PHONY: train test test-slow test-gpu lint types format setup clean
+.PHONY: train test test-slow test-gpu lint types format setup libbitfleet_packed clean
 
 # The main job: a small Bi-Real Net on the embedded images, three minutes on two cores. Options: make train ARGS="--epochs 4"
 train: $(READY)
@@ -51,6 +51,30 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dali-cu13,dev]"
 	touch $(READY)
+
+# The C library that runs exported networks, shared and static, and an example: build/packed_example PROGRAM IMAGE.ppm
+# For a device: make libbitfleet_packed CC=aarch64-linux-gnu-gcc; OPENMP= where the compiler has none: one thread.
+BUILD ?= build
+CFLAGS ?= -O3
+OPENMP ?= -fopenmp
+PACKED := models/packed
+# The first two decide how floats are rounded: as in training.
+PACKED_FLAGS = -std=c11 -ffp-contract=off -fno-math-errno -fno-strict-aliasing -fPIC -Wall -Wextra -Wno-unknown-pragmas -Werror $(CFLAGS) $(OPENMP)
+
+libbitfleet_packed: $(BUILD)/libbitfleet_packed.so $(BUILD)/libbitfleet_packed.a $(BUILD)/packed_example
+
+$(BUILD)/packed.o: $(PACKED)/packed.c $(wildcard $(PACKED)/*.h)
+	mkdir -p $(BUILD)
+	$(CC) $(PACKED_FLAGS) -c $< -o $@
+
+$(BUILD)/libbitfleet_packed.so: $(BUILD)/packed.o
+	$(CC) -shared $(CFLAGS) $(OPENMP) $< -o $@ $(filter-out -static,$(LDFLAGS)) -lm
+
+$(BUILD)/libbitfleet_packed.a: $(BUILD)/packed.o
+	$(AR) rcs $@ $<
+
+$(BUILD)/packed_example: $(PACKED)/example.c $(PACKED)/packed.h $(BUILD)/libbitfleet_packed.a
+	$(CC) $(PACKED_FLAGS) $< $(BUILD)/libbitfleet_packed.a -o $@ $(LDFLAGS) -lm
 
 clean:
 	rm -rf .venv .venv-torch* build dist *.egg-info src/*.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -8,6 +8,7 @@
  * behind the last channel are 0, in weights as well.
  *
  * Build with -ffp-contract=off: a * x + b is rounded twice, as torch does it in evaluation. */
+#define _POSIX_C_SOURCE 200809L /* clock_gettime */
 #include "packed.h"
 
 #include <math.h>
@@ -25,8 +26,15 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-enum { WORD = 64, LANES = 8, FIELDS = 20, BUFFER_FIELDS = 5, MAX_TENSORS = 4096, MAX_SIDE = 1 << 15 };
+enum { WORD = 64, LANES = 8, FIELDS = 20, BUFFER_FIELDS = 5, MAX_TENSORS = 4096, MAX_SIDE = 1 << 15, MAX_THREADS = 256 };
+enum { FORMAT = 1, MAX_THRESHOLD = 1 << 30 };
 static const int64_t MAX_NUMEL = (int64_t)1 << 28;
+/* Bytes of the file, weights and images; a file of a few kB may ask for any number. */
+static const int64_t MAX_MEMORY = (int64_t)1 << 30;
+/* Comparisons of words, products of floats and values that pools and maps read, for an image: about a minute at worst. */
+static const int64_t MAX_WORK = (int64_t)1 << 36;
+/* Work of an operation that is divided among threads; on less they would wait for each other longer than they save. */
+static const int64_t DIVIDED_WORK = 1 << 18;
 
 enum type { FLOATS, SIGNS, SUMS, NUM_TYPES };
 enum kind { NORMALIZE, CONV, BINARY_CONV, AFFINE, LAYER_NORM, MAX_POOL, AVG_POOL, SIGN, THRESHOLD, MEAN, ADD, NUM_KINDS };
@@ -66,7 +74,8 @@ struct buffer {
 struct operation {
     int32_t fields[FIELDS];
     const struct buffer *source, *target, *other, *signs;
-    int64_t row_values;  /* of a padded row of the source, in words or floats */
+    int64_t row_values;   /* of a padded row of the source, in words or floats */
+    int64_t work;
     int is_padded;
     void *weight;         /* in blocks of the path; NORMALIZE: means and deviations of a row */
     int32_t *ones;        /* binary convolution: [taps][outputs], set bits of a tap */
@@ -77,19 +86,27 @@ struct operation {
 struct packed_network {
     const struct path *path;
     unsigned char *file;
+    char *description; /* JSON */
     struct tensor *tensors;
     struct buffer *buffers;
     struct operation *operations;
     double *seconds;
     int num_tensors, num_buffers, num_operations, num_slots;
     unsigned char **slots, *padded, *scratch;
-    int64_t padded_bytes, scratch_bytes;
+    int *holders; /* 1 + the buffer that is in a slot, while operations are checked */
+    int64_t memory, work, padded_bytes, scratch_bytes;
     int num_scratches;
     const void *pixels;
     enum packed_pixels pixel_kind;
     int32_t *traced_sums;
     int traced;
 };
+
+/* Count memory before it is allocated; 0 if a network of this size is refused. */
+static int reserve(struct packed_network *n, int64_t bytes) {
+    n->memory += bytes;
+    return n->memory <= MAX_MEMORY;
+}
 
 struct cursor {
     const char *at, *end;
@@ -106,16 +123,74 @@ static int take(struct cursor *c, char symbol) {
     return 1;
 }
 
-/* A string; `text` gets its bytes, escapes as they are, cut at `size`. */
-static int take_string(struct cursor *c, char *text, size_t size) {
-    size_t length = 0;
-    if (!take(c, '"')) return 0;
-    for (; c->at < c->end && *c->at != '"'; c->at++) {
-        if (*c->at == '\\' && ++c->at == c->end) return 0;
-        if (length + 1 < size) text[length++] = *c->at;
+static int32_t take_hex(struct cursor *c) {
+    int32_t number = 0;
+    if (c->end - c->at < 4) return -1;
+    for (int i = 0; i < 4; i++, c->at++) {
+        const char *digits = "0123456789abcdef", symbol = *c->at >= 'A' && *c->at <= 'F' ? (char)(*c->at + 32) : *c->at;
+        const char *digit = symbol ? strchr(digits, symbol) : 0;
+        if (!digit) return -1;
+        number = 16 * number + (int32_t)(digit - digits);
     }
-    text[length] = 0;
-    return take(c, '"');
+    return number;
+}
+
+/* A character behind a backslash, as UTF-8; returns its length, or 0. */
+static int take_escape(struct cursor *c, char bytes[4]) {
+    static const char *symbols = "\"\\/bfnrt", *values = "\"\\/\b\f\n\r\t";
+    const char symbol = c->at < c->end ? *c->at++ : 0, *found = symbol ? strchr(symbols, symbol) : 0;
+    if (found) {
+        bytes[0] = values[found - symbols];
+        return 1;
+    }
+    int32_t point = symbol == 'u' ? take_hex(c) : -1;
+    if (point >= 0xd800 && point < 0xdc00) { /* the first half of a pair */
+        if (c->end - c->at < 2 || c->at[0] != '\\' || c->at[1] != 'u') return 0;
+        c->at += 2;
+        const int32_t second = take_hex(c);
+        if (second < 0xdc00 || second > 0xdfff) return 0;
+        point = 0x10000 + ((point - 0xd800) << 10) + (second - 0xdc00);
+    }
+    if (point <= 0) return 0;
+    const int length = point < 0x80 ? 1 : point < 0x800 ? 2 : point < 0x10000 ? 3 : 4;
+    for (int i = length - 1; i > 0; i--, point >>= 6) bytes[i] = (char)(0x80 | (point & 0x3f));
+    bytes[0] = (char)(length == 1 ? point : (0xf00 >> length & 0xf0) | point);
+    return length;
+}
+
+/* A string; `text` gets as many of its characters as fit into `size`. Returns the size of all of it, or 0 if it is damaged. */
+static size_t take_string(struct cursor *c, char *text, size_t size) {
+    size_t length = 0, written = 0;
+    if (!take(c, '"')) return 0;
+    while (c->at < c->end && *c->at != '"') {
+        char bytes[4] = {*c->at++};
+        const int num = bytes[0] == '\\' ? take_escape(c, bytes) : 1;
+        if (!num) return 0;
+        if (written == length && length + (size_t)num < size) {
+            memcpy(text + length, bytes, (size_t)num);
+            written += (size_t)num;
+        }
+        length += (size_t)num;
+    }
+    if (size) text[written] = 0;
+    return take(c, '"') ? length + 1 : 0;
+}
+
+/* A key of an object and its colon. */
+static int take_key(struct cursor *c, char *text, size_t size) {
+    const size_t needed = take_string(c, text, size);
+    return needed && needed <= size && take(c, ':');
+}
+
+static int64_t take_number(struct cursor *c) {
+    int64_t number = 0;
+    skip_space(c);
+    if (c->at == c->end || *c->at < '0' || *c->at > '9') return -1;
+    for (; c->at < c->end && *c->at >= '0' && *c->at <= '9'; c->at++) {
+        number = 10 * number + (*c->at - '0');
+        if (number > (int64_t)1 << 40) return -1;
+    }
+    return number;
 }
 
 static int take_numbers(struct cursor *c, int64_t *numbers, int most) {
@@ -123,25 +198,65 @@ static int take_numbers(struct cursor *c, int64_t *numbers, int most) {
     if (!take(c, '[')) return -1;
     if (take(c, ']')) return 0;
     do {
-        int64_t number = 0;
-        skip_space(c);
-        if (count == most || c->at == c->end || *c->at < '0' || *c->at > '9') return -1;
-        for (; c->at < c->end && *c->at >= '0' && *c->at <= '9'; c->at++) {
-            number = 10 * number + (*c->at - '0');
-            if (number > (int64_t)1 << 40) return -1;
-        }
+        const int64_t number = take_number(c);
+        if (count == most || number < 0) return -1;
         numbers[count++] = number;
     } while (take(c, ','));
     return take(c, ']') ? count : -1;
 }
 
-static int skip_metadata(struct cursor *c) {
-    char text[2];
+/* A value of any type: words and strings up to the bracket that closes the first. */
+static int skip_value(struct cursor *c) {
+    int64_t depth = 0;
+    do {
+        skip_space(c);
+        if (c->at == c->end) return 0;
+        const char symbol = *c->at;
+        if (symbol == '"') {
+            if (!take_string(c, 0, 0)) return 0;
+        } else if (symbol == '[' || symbol == '{') {
+            depth++, c->at++;
+        } else if (memchr("]},:", symbol, 4)) {
+            if (depth == 0) return 0;
+            depth -= symbol == ']' || symbol == '}';
+            c->at++;
+        } else {
+            while (c->at < c->end && !memchr(" \n\t\r\"[]{},:", *c->at, 11)) c->at++;
+        }
+    } while (depth > 0);
+    return 1;
+}
+
+/* The value of a key of the description; nothing if there is none. */
+static struct cursor find(const char *description, const char *name) {
+    struct cursor c = {description, description + strlen(description)};
+    char key[16];
+    if (!take(&c, '{')) return (struct cursor){0, 0};
+    do {
+        const size_t size = take_string(&c, key, sizeof key);
+        if (!size || !take(&c, ':')) break;
+        if (size <= sizeof key && !strcmp(key, name)) return c;
+        if (!skip_value(&c)) break;
+    } while (take(&c, ','));
+    return (struct cursor){0, 0};
+}
+
+/* The metadata are strings; the one of bitfleet is kept. */
+static int take_metadata(struct packed_network *n, struct cursor *c) {
+    char key[16];
     if (!take(c, '{')) return 0;
     if (take(c, '}')) return 1;
-    do
-        if (!take_string(c, text, sizeof text) || !take(c, ':') || !take_string(c, text, sizeof text)) return 0;
-    while (take(c, ','));
+    do {
+        const size_t size = take_string(c, key, sizeof key);
+        if (!size || !take(c, ':')) return 0;
+        struct cursor value = *c;
+        const size_t needed = take_string(c, 0, 0);
+        if (!needed) return 0;
+        if (size > sizeof key || strcmp(key, "bitfleet") || n->description) continue;
+        n->description = reserve(n, (int64_t)needed) ? malloc(needed) : 0;
+        if (!n->description) return 0;
+        take_string(&value, n->description, needed);
+    } while (take(c, ','));
     return take(c, '}');
 }
 
@@ -156,9 +271,10 @@ static int take_tensor(struct cursor *c, const unsigned char *data, int64_t num_
     int has_shape = 0;
     if (!take(c, '{')) return 0;
     do {
-        if (!take_string(c, key, sizeof key) || !take(c, ':')) return 0;
+        if (!take_key(c, key, sizeof key)) return 0;
         if (!strcmp(key, "dtype")) {
-            if (!take_string(c, tensor->dtype, sizeof tensor->dtype)) return 0;
+            const size_t size = take_string(c, tensor->dtype, sizeof tensor->dtype);
+            if (!size || size > sizeof tensor->dtype) return 0;
         } else if (!strcmp(key, "shape")) {
             tensor->num_dimensions = take_numbers(c, tensor->shape, 4);
             has_shape = tensor->num_dimensions >= 0;
@@ -175,14 +291,21 @@ static int take_tensor(struct cursor *c, const unsigned char *data, int64_t num_
         tensor->numel *= tensor->shape[i];
         if (tensor->numel > MAX_NUMEL) return 0;
     }
+    if (offsets[0] > offsets[1] || offsets[1] > num_bytes || offsets[1] - offsets[0] != tensor->numel * size_of(tensor->dtype)) return 0;
     tensor->data = data + offsets[0];
-    if ((uintptr_t)tensor->data % size_of(tensor->dtype)) return 0;
-    return offsets[0] <= offsets[1] && offsets[1] <= num_bytes && offsets[1] - offsets[0] == tensor->numel * size_of(tensor->dtype);
+    return (uintptr_t)tensor->data % size_of(tensor->dtype) == 0;
+}
+
+/* The number that is the name of a weight, or -1. */
+static int index_of(const char *name) {
+    int index = 0;
+    if (!*name || strlen(name) > 4) return -1;
+    for (; *name >= '0' && *name <= '9'; name++) index = 10 * index + (*name - '0');
+    return *name || index >= MAX_TENSORS ? -1 : index;
 }
 
 static const char *read_header(struct packed_network *n, int64_t num_bytes, struct tensor *program, struct tensor *buffers) {
     uint64_t length = 0;
-    int seen_program = 0, seen_buffers = 0;
     if (num_bytes < 8) return "it is not a safetensors file";
     for (int i = 0; i < 8; i++) length |= (uint64_t)n->file[i] << (8 * i);
     if (length > (uint64_t)num_bytes - 8) return "it is not a safetensors file, or cut off";
@@ -191,29 +314,21 @@ static const char *read_header(struct packed_network *n, int64_t num_bytes, stru
     if (!take(&c, '{')) return "its header is damaged";
     do {
         char name[16];
-        struct tensor tensor = {"", 0, {0}, 0, 0};
-        if (!take_string(&c, name, sizeof name) || !take(&c, ':')) return "its header is damaged";
+        if (!take_key(&c, name, sizeof name)) return "its header is damaged";
         if (!strcmp(name, "__metadata__")) {
-            if (!skip_metadata(&c)) return "its metadata is damaged";
+            if (!take_metadata(n, &c)) return "its metadata is damaged";
             continue;
         }
-        if (!take_tensor(&c, data, num_bytes - 8 - (int64_t)length, &tensor)) return "a tensor is damaged or cut off";
-        if (!strcmp(name, "program")) {
-            *program = tensor;
-            seen_program = 1;
-        } else if (!strcmp(name, "buffers")) {
-            *buffers = tensor;
-            seen_buffers = 1;
-        } else {
-            char *rest;
-            const long index = strtol(name, &rest, 10);
-            if (*rest || rest == name || index < 0 || index >= MAX_TENSORS || n->tensors[index].data) return "a tensor has a foreign name";
-            n->tensors[index] = tensor;
-        }
+        const int is_program = !strcmp(name, "program"), is_buffers = !strcmp(name, "buffers"), index = index_of(name);
+        if (!is_program && !is_buffers && index < 0) return "a tensor has a foreign name";
+        struct tensor *tensor = is_program ? program : is_buffers ? buffers : n->tensors + index;
+        if (tensor->data) return "a tensor is there twice";
+        if (!take_tensor(&c, data, num_bytes - 8 - (int64_t)length, tensor)) return "a tensor is damaged or cut off";
     } while (take(&c, ','));
     if (!take(&c, '}')) return "its header is damaged";
-    if (!seen_program || !seen_buffers) return "it holds no program of bitfleet";
-    return 0;
+    if (!program->data || !buffers->data || !n->description) return "it holds no program of bitfleet";
+    struct cursor format = find(n->description, "format");
+    return take_number(&format) == FORMAT ? 0 : "it is of another version of bitfleet";
 }
 
 static int is_table(const struct tensor *t, int64_t columns) {
@@ -249,6 +364,17 @@ static int same_size(const struct buffer *a, const struct buffer *b) {
     return a->height == b->height && a->width == b->width && a->channels == b->channels;
 }
 
+/* Comparisons of sums must not overflow. */
+static int are_thresholds(const struct packed_network *n, const struct operation *o) {
+    const int32_t *threshold = (const int32_t *)n->tensors[o->fields[FACTOR]].data;
+    const int32_t *direction = (const int32_t *)n->tensors[o->fields[OFFSET]].data;
+    for (int64_t c = 0; c < o->target->channels; c++)
+        if ((direction[c] != 1 && direction[c] != -1) || threshold[c] > MAX_THRESHOLD || threshold[c] < -MAX_THRESHOLD) return 0;
+    return 1;
+}
+
+static int holds(const struct packed_network *n, const struct buffer *b) { return n->holders[b->slot] == b - n->buffers + 1; }
+
 static int in(int32_t value, int32_t least, int32_t most) { return value >= least && value <= most; }
 
 /* Return what is wrong with an operation, or 0. */
@@ -266,7 +392,7 @@ static const char *check_operation(const struct packed_network *n, const struct 
     gives[SIGNS] = kind == SIGN || kind == THRESHOLD || kind == BINARY_CONV;
     gives[SUMS] = kind == BINARY_CONV || kind == MAX_POOL;
     if (!takes[s->type] || !gives[t->type] || (kind == MAX_POOL && s->type != t->type)) return "buffers have other types";
-    if (s->slot == t->slot && kind != AFFINE && kind != ADD) return "it overwrites its input";
+    if (s->slot == t->slot || (o->other && o->other->slot == t->slot)) return "it overwrites its input";
     if (is_conv || is_pool) {
         if (!in(f[KERNEL_H], 1, 1 << 12) || !in(f[KERNEL_W], 1, 1 << 12) || !in(f[STRIDE], 1, 1 << 12)) return "its window is damaged";
         if (!in(f[TOP], 0, f[KERNEL_H] - 1) || !in(f[LEFT], 0, f[KERNEL_W] - 1)) return "its padding is damaged";
@@ -293,13 +419,25 @@ static const char *check_operation(const struct packed_network *n, const struct 
     const char *dtype = t->type == SIGNS ? "I32" : "F32";
     if (f[FACTOR] != -1 && !has_shape(n, f[FACTOR], dtype, t->channels)) return "its factors have another size";
     if (f[OFFSET] != -1 && !has_shape(n, f[OFFSET], dtype, t->channels)) return "its offsets have another size";
+    if (needs_pair && t->type == SIGNS && !are_thresholds(n, o)) return "its thresholds are damaged";
     if (kind == ADD && !o->other) return "it has one input";
     if (o->other && (o->other->type != FLOATS || t->type != FLOATS || !same_size(o->other, t))) return "what it adds has another size";
     if (o->other && kind != ADD && kind != CONV && kind != BINARY_CONV && kind != AFFINE) return "it cannot add";
     if (o->signs && (o->signs->type != SIGNS || t->type != FLOATS || !same_size(o->signs, t) || o->signs->slot == t->slot ||
                      o->signs->slot == s->slot || (o->other && o->signs->slot == o->other->slot)))
         return "its signs have another size";
+    if ((kind != NORMALIZE && !holds(n, s)) || (o->other && !holds(n, o->other))) return "it reads what no operation has written";
     return 0;
+}
+
+static int64_t work_of(const struct operation *o) {
+    const int32_t *f = o->fields;
+    const struct buffer *s = o->source, *t = o->target;
+    const int64_t results = t->height * t->width * t->channels, taps = (int64_t)f[KERNEL_H] * f[KERNEL_W];
+    if (f[KIND] == MAX_POOL || f[KIND] == AVG_POOL) return results * taps;
+    if (f[KIND] != CONV && f[KIND] != BINARY_CONV) return s->height * s->width * s->channels;
+    const int64_t rows = (t->height - 1) * f[STRIDE] + f[KERNEL_H], columns = (t->width - 1) * f[STRIDE] + f[KERNEL_W];
+    return (results * taps + rows * columns) * (f[KIND] == CONV ? s->channels : s->words);
 }
 
 static const char *read_operations(struct packed_network *n, const struct tensor *table) {
@@ -307,7 +445,8 @@ static const char *read_operations(struct packed_network *n, const struct tensor
     n->num_operations = (int)table->shape[0];
     n->operations = calloc(n->num_operations, sizeof *n->operations);
     n->seconds = calloc(n->num_operations, sizeof *n->seconds);
-    if (!n->operations || !n->seconds) return "there is not enough memory";
+    n->holders = calloc(n->num_slots, sizeof *n->holders);
+    if (!n->operations || !n->seconds || !n->holders) return "there is not enough memory";
     for (int i = 0; i < n->num_operations; i++) {
         struct operation *o = n->operations + i;
         const int32_t *f = o->fields;
@@ -323,6 +462,11 @@ static const char *read_operations(struct packed_network *n, const struct tensor
         if ((f[KIND] == NORMALIZE) != (i == 0)) return "the image is not normalized first";
         const char *wrong = check_operation(n, o);
         if (wrong) return wrong;
+        o->work = work_of(o);
+        n->work += o->work;
+        if (n->work > MAX_WORK) return "it needs too much work for an image";
+        n->holders[o->target->slot] = f[TARGET_BUFFER] + 1;
+        if (o->signs) n->holders[o->signs->slot] = f[SIGNS_OF] + 1;
         const void *factor = f[FACTOR] < 0 ? 0 : n->tensors[f[FACTOR]].data, *offset = f[OFFSET] < 0 ? 0 : n->tensors[f[OFFSET]].data;
         if (o->target->type == SIGNS)
             o->threshold = factor, o->direction = offset;
@@ -341,10 +485,11 @@ static int bit_of(const unsigned char *bits, int64_t index) { return bits[index 
 static int64_t rounded_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 /* File: [taps][channels][outputs] floats or signs. Memory: [outputs / wide][taps][channels][wide]. */
-static int prepare_floats(const struct packed_network *n, struct operation *o) {
+static int prepare_floats(struct packed_network *n, struct operation *o) {
     const int64_t wide = n->path->dot_wide, taps = (int64_t)o->fields[KERNEL_H] * o->fields[KERNEL_W];
     const int64_t outputs = o->target->channels, depth = taps * o->source->channels;
     const unsigned char *data = n->tensors[o->fields[WEIGHT]].data;
+    if (!reserve(n, rounded_up(outputs, wide) * depth * (int64_t)sizeof(float))) return 0;
     float *weight = calloc(rounded_up(outputs, wide) * depth, sizeof *weight);
     if (!weight) return 0;
     for (int64_t k = 0; k < depth; k++)
@@ -358,10 +503,11 @@ static int prepare_floats(const struct packed_network *n, struct operation *o) {
 }
 
 /* File: [outputs][taps][channels] signs. Memory: [outputs / wide][taps][words][wide]. */
-static int prepare_bits(const struct packed_network *n, struct operation *o) {
+static int prepare_bits(struct packed_network *n, struct operation *o) {
     const int64_t wide = n->path->differ_wide, taps = (int64_t)o->fields[KERNEL_H] * o->fields[KERNEL_W];
     const int64_t outputs = o->target->channels, channels = o->source->channels, words = o->source->words;
     const unsigned char *data = n->tensors[o->fields[WEIGHT]].data;
+    if (!reserve(n, rounded_up(outputs, wide) * taps * words * 8 + taps * outputs * 4)) return 0;
     uint64_t *weight = calloc(rounded_up(outputs, wide) * taps * words, sizeof *weight);
     o->ones = calloc(taps * outputs, sizeof *o->ones);
     o->weight = weight;
@@ -381,7 +527,7 @@ static int prepare(struct packed_network *n, struct operation *o) {
     const struct buffer *s = o->source, *t = o->target;
     if (f[KIND] == NORMALIZE) {
         const int64_t numel = s->width * s->channels;
-        float *rows = malloc(2 * numel * sizeof *rows);
+        float *rows = reserve(n, 8 * numel) ? malloc(2 * numel * sizeof *rows) : 0;
         o->weight = rows;
         for (int64_t i = 0; rows && i < numel; i++) {
             rows[i] = o->offset[i % s->channels];
@@ -408,19 +554,21 @@ void packed_free(struct packed_network *n) {
     }
     for (int i = 0; n->slots && i < n->num_slots; i++) free(n->slots[i]);
     free(n->slots);
+    free(n->holders);
     free(n->padded);
     free(n->scratch);
     free(n->operations);
     free(n->seconds);
     free(n->buffers);
     free(n->tensors);
+    free(n->description);
     free(n->file);
     free(n);
 }
 
 static const char *load(struct packed_network *n, const void *file, size_t num_bytes) {
-    struct tensor program, buffers;
-    if (num_bytes > (size_t)MAX_NUMEL * 4) return "it is too large";
+    struct tensor program = {"", 0, {0}, 0, 0}, buffers = program;
+    if (num_bytes > (size_t)MAX_MEMORY || !reserve(n, (int64_t)num_bytes)) return "it is larger than 1 GiB";
     n->path = current_path();
     n->num_tensors = MAX_TENSORS;
     n->tensors = calloc(MAX_TENSORS, sizeof *n->tensors);
@@ -432,7 +580,7 @@ static const char *load(struct packed_network *n, const void *file, size_t num_b
     if (!wrong) wrong = read_operations(n, &program);
     if (wrong) return wrong;
     for (int i = 0; i < n->num_operations; i++)
-        if (!prepare(n, n->operations + i)) return "there is not enough memory";
+        if (!prepare(n, n->operations + i)) return "it needs more memory than there is, or than 1 GiB";
     n->slots = calloc(n->num_slots, sizeof *n->slots);
     if (!n->slots) return "there is not enough memory";
     for (int slot = 0; slot < n->num_slots; slot++) {
@@ -442,11 +590,11 @@ static const char *load(struct packed_network *n, const void *file, size_t num_b
             const int64_t bytes = b->height * b->width * b->pixel_bytes;
             if (b->slot == slot && bytes > most) most = bytes;
         }
-        n->slots[slot] = calloc(most, 1);
-        if (!n->slots[slot]) return "there is not enough memory";
+        n->slots[slot] = reserve(n, most) ? calloc(most, 1) : 0;
+        if (!n->slots[slot]) return "it needs more memory than there is, or than 1 GiB";
     }
-    n->padded = calloc(n->padded_bytes + 64, 1);
-    return n->padded ? 0 : "there is not enough memory";
+    n->padded = reserve(n, n->padded_bytes + n->scratch_bytes) ? calloc(n->padded_bytes + 64, 1) : 0;
+    return n->padded ? 0 : "it needs more memory than there is, or than 1 GiB";
 }
 
 struct packed_network *packed_load(const void *file, size_t num_bytes, char *error, size_t error_size) {
@@ -711,6 +859,8 @@ INLINE void map_row(struct packed_network *n, const struct operation *o, int64_t
             for (int64_t i = 0; i < numel; i++) out[i] = ((float)((const uint8_t *)n->pixels)[row + i] - mean[i]) / deviation[i];
         else
             for (int64_t i = 0; i < numel; i++) out[i] = (((const float *)n->pixels)[row + i] - mean[i]) / deviation[i];
+        for (int64_t x = 0; o->signs && x < s->width; x++)
+            pack(out + x * num, num, (uint64_t *)values_of(n, o->signs) + (y * s->width + x) * t->words, mask);
         return;
     }
     for (int64_t x = 0; x < t->width; x++) {
@@ -981,13 +1131,13 @@ static const struct path PATHS[] = {
     {"portable", 8, 8, convolve_row_portable, map_row_portable},
 };
 enum { NUM_PATHS = sizeof PATHS / sizeof *PATHS };
-static const struct path *chosen;
+static const struct path *_Atomic chosen;
 
 static int is_supported(const struct path *path) {
 #if defined __x86_64__
     if (!strcmp(path->name, "avx512"))
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vpopcntdq");
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("fma");
     if (!strcmp(path->name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
     (void)path;
@@ -995,13 +1145,18 @@ static int is_supported(const struct path *path) {
 }
 
 static const struct path *current_path(void) {
-    if (chosen) return chosen;
+    const struct path *path = chosen;
+    if (path) return path;
     for (int i = 0; i < NUM_PATHS; i++)
         if (is_supported(PATHS + i)) return PATHS + i;
     return PATHS + NUM_PATHS - 1;
 }
 
 int packed_use_path(const char *name) {
+    if (!name) {
+        chosen = NULL;
+        return 0;
+    }
     for (int i = 0; i < NUM_PATHS; i++)
         if (!strcmp(PATHS[i].name, name) && is_supported(PATHS + i)) {
             chosen = PATHS + i;
@@ -1063,9 +1218,11 @@ static void run_mean(struct packed_network *n, const struct operation *o) {
     for (int64_t pixel = 1; pixel < pixels; pixel++)
         for (int64_t c = 0; c < channels; c++) out[c] += in[pixel * channels + c];
     for (int64_t c = 0; c < channels; c++) out[c] /= (float)pixels;
+    if (o->signs) pack(out, channels, values_of(n, o->signs), mask_portable);
 }
 
 static void run_operation(struct packed_network *n, const struct operation *o, int num_threads) {
+    if (o->work < DIVIDED_WORK) num_threads = 1;
     switch (o->fields[KIND]) {
     case CONV:
     case BINARY_CONV:
@@ -1087,9 +1244,16 @@ static double now(void) {
 }
 
 int packed_run(struct packed_network *n, const void *pixels, enum packed_pixels kind, float *logits, int num_threads) {
+#ifndef _OPENMP
+    num_threads = 1;
+#endif
     if (num_threads < 1) num_threads = 1;
+    if (num_threads > MAX_THREADS) num_threads = MAX_THREADS;
+    /* One scratch is reserved. */
+    const int64_t others = n->scratch_bytes ? (MAX_MEMORY - n->memory) / n->scratch_bytes : MAX_THREADS;
+    if (num_threads > 1 + others) num_threads = 1 + (int)others;
     if (num_threads > n->num_scratches) {
-        unsigned char *scratch = realloc(n->scratch, num_threads * n->scratch_bytes + 64);
+        unsigned char *scratch = realloc(n->scratch, (size_t)(num_threads * n->scratch_bytes + 64));
         if (!scratch) return -1;
         n->scratch = scratch;
         n->num_scratches = num_threads;
@@ -1114,6 +1278,15 @@ void packed_image_size(const struct packed_network *n, int size[3]) {
 }
 
 int packed_num_classes(const struct packed_network *n) { return (int)n->operations[n->num_operations - 1].target->channels; }
+
+int packed_class_name(const struct packed_network *n, int index, char *name, size_t size) {
+    struct cursor c = find(n->description, "classes");
+    if (index < 0 || !take(&c, '[')) return -1;
+    for (int i = 0; i < index; i++)
+        if (!take_string(&c, 0, 0) || !take(&c, ',')) return -1;
+    return take_string(&c, name, size) ? 0 : -1;
+}
+
 int packed_num_operations(const struct packed_network *n) { return n->num_operations; }
 const double *packed_seconds(const struct packed_network *n) { return n->seconds; }
 

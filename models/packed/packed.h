@@ -18,8 +18,8 @@ struct packed_network;
 
 enum packed_pixels { PACKED_UINT8, PACKED_FLOAT32 }; /* both on the scale 0..255 */
 
-/* Read a program file; it is copied. Returns NULL for a file that is foreign, cut off or inconsistent, with a sentence in
- * `error`. The hash of the file is not checked here. */
+/* Read a program file; it is copied. Returns NULL for a file that is foreign, cut off or inconsistent, or that needs more than
+ * 1 GiB of memory or 2^36 steps of work, with a sentence in `error`. The hash of the file is not checked here. */
 struct packed_network *packed_load(const void *file, size_t num_bytes, char *error, size_t error_size);
 void packed_free(struct packed_network *network);
 
@@ -27,11 +27,16 @@ void packed_free(struct packed_network *network);
 void packed_image_size(const struct packed_network *network, int size[3]);
 int packed_num_classes(const struct packed_network *network);
 
-/* Compute the logits of one image on `num_threads` threads. Returns 0, or -1 if there is not enough memory. */
+/* Name of a class, in UTF-8, cut to `size` bytes. Returns 0, or -1 if the file does not name it. */
+int packed_class_name(const struct packed_network *network, int index, char *name, size_t size);
+
+/* Compute the logits of one image on `num_threads` threads; small operations run on one of them. Returns 0, or -1 if there is not
+ * enough memory. */
 int packed_run(struct packed_network *network, const void *pixels, enum packed_pixels kind, float *logits, int num_threads);
 
-/* Instruction sets: every one gives the same integers in binary layers. The best of this CPU is used unless another is chosen by
- * its name: "avx512", "avx2", "neon", "portable". Returns 0, or -1 if the CPU or this build does not have it. */
+/* Instruction sets: every one gives the same integers in binary layers. Networks that are loaded from now on use the one with this
+ * name: "avx512", "avx2", "neon", "portable"; NULL: the best of this CPU, as at the start. Returns 0, or -1 if the CPU or this
+ * build does not have it. */
 int packed_use_path(const char *name);
 const char *packed_path(void);
 

@@ -40,7 +40,7 @@ class PackedNetwork:
 
     def __init__(self, content: bytes, description: dict[str, Any], path: str | None = None) -> None:
         self._library, self.description = library(), description
-        if path is not None and self._library.packed_use_path(path.encode()):
+        if self._library.packed_use_path(None if path is None else path.encode()):
             raise ValueError(f"this CPU does not have the path {path!r}")
         error = ctypes.create_string_buffer(256)
         handle = self._library.packed_load(content, ctypes.c_size_t(len(content)), error, ctypes.c_size_t(256))
