@@ -392,7 +392,7 @@ static const char *check_operation(const struct packed_network *n, const struct 
     gives[SIGNS] = kind == SIGN || kind == THRESHOLD || kind == BINARY_CONV;
     gives[SUMS] = kind == BINARY_CONV || kind == MAX_POOL;
     if (!takes[s->type] || !gives[t->type] || (kind == MAX_POOL && s->type != t->type)) return "buffers have other types";
-    if (s->slot == t->slot || (o->other && o->other->slot == t->slot)) return "it overwrites its input";
+    if (s->slot == t->slot) return "it overwrites its input"; /* what it adds may be: pixel by pixel it is read first */
     if (is_conv || is_pool) {
         if (!in(f[KERNEL_H], 1, 1 << 12) || !in(f[KERNEL_W], 1, 1 << 12) || !in(f[STRIDE], 1, 1 << 12)) return "its window is damaged";
         if (!in(f[TOP], 0, f[KERNEL_H] - 1) || !in(f[LEFT], 0, f[KERNEL_W] - 1)) return "its padding is damaged";
@@ -745,7 +745,7 @@ INLINE void convolve_pixels(struct packed_network *n, const struct operation *o,
     }
 }
 
-/* The last steps of pixels without a detour through memory: for FLOATS of whole blocks of channels. Pointers are those of the first
+/* The last steps of pixels without a detour through memory: for FLOATS of whole words of channels. Pointers are those of the first
  * pixel and of output `first`. */
 struct epilogue {
     const float *factor, *offset, *added;
@@ -798,7 +798,7 @@ INLINE void convolve_row(struct packed_network *n, const struct operation *o, in
         f[KERNEL_W] * depth,
         scratch,
     };
-    if (!fused || !is_binary || t->type != FLOATS || n->traced_sums || num % wide) {
+    if (!fused || !is_binary || t->type != FLOATS || n->traced_sums || num % WORD) {
         convolve_pixels(n, o, y, 0, t->width, first, num, &row, wide, dot, differ, mask);
         return;
     }

@@ -129,7 +129,8 @@ def assign_slots(operations: Sequence[Operation]) -> list[Buffer]:
     alive: list[Buffer] = []
     for index, operation in enumerate(operations):
         added = operation.other
-        if added is not None and last[id(added)] == index and operation.target.slot < 0:
+        if added not in (None, operation.source) and last[id(added)] == index and operation.target.slot < 0:
+            assert added is not None
             operation.target.slot = added.slot
             alive.remove(added)
             alive.append(operation.target)
