@@ -138,8 +138,8 @@ class Loader(Rounds):
 class Packed(Rounds):
     """Time an exported network on one CPU core against torch and ONNX Runtime."""
 
-    network: Literal["birealnet18", "birealnet34", "xnornet"] = "birealnet18"
-    """Network, with random weights."""
+    network: str = "birealnet18"
+    """Network, with random weights: birealnet18, xnornet, ..."""
     size: Count = 224
     """Height and width of the image."""
     rounds: Count = 9

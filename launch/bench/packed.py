@@ -43,7 +43,8 @@ def bench_packed(options: Packed) -> Iterator[str]:
     program = lower(model, options.size, MEAN, STD)
     content = to_bytes(program)
     network = PackedNetwork(content, {})
-    runs, missing = contenders(model, network, image, options)
+    others, missing = resnet_runs(image)
+    runs = network_runs(model, network, image) | others
     seconds = interleave({name: functools.partial(_turn, run) for name, run in runs.items()}, options.rounds)
     rows = [
         {
@@ -70,33 +71,34 @@ def _turn(run: Callable[[], object]) -> float:
     return seconds_per_call(run, max(1, round(SECONDS_PER_TURN / max(seconds_per_call(run, 1, CPU), 1e-6))), CPU)
 
 
-def contenders(
-    model: nn.Module, network: PackedNetwork, image: Array, options: Packed
-) -> tuple[dict[str, Callable[[], object]], list[Row]]:
-    """Return the contenders, each a call that classifies `image`, and rows of those that are
-    missing."""
-    batch = normalize(torch.from_numpy(image), MEAN, STD)
-
-    def torch_run(net: nn.Module) -> Callable[[], object]:
-        def run() -> Tensor:
-            with torch.inference_mode():
-                logits: Tensor = net(batch)
-                return logits
-
-        return run
-
-    runs: dict[str, Callable[[], object]] = {
+def network_runs(model: nn.Module, network: PackedNetwork, image: Array) -> dict[str, Callable[[], object]]:
+    """Return what computes the logits of `model` for `image`; each is a contender."""
+    return {
         PACKED: lambda: network(image),
         f"{PACKED}, 2 threads": lambda: network(image, 2),
-        REFERENCE: torch_run(with_float_convolutions(model)),
-        "torch, bitfleet's evaluation on bits": torch_run(model),
+        REFERENCE: _torch_run(with_float_convolutions(model), image),
+        "torch, bitfleet's evaluation on bits": _torch_run(model, image),
     }
-    if importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnx") is None:
-        return runs, [{"what": "ONNX Runtime", "skipped": 'pip install ".[export]"'}]
+
+
+def _torch_run(model: nn.Module, image: Array) -> Callable[[], object]:
+    batch = normalize(torch.from_numpy(image), MEAN, STD)
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = model(batch)
+            return logits
+
+    return run
+
+
+def resnet_runs(image: Array) -> tuple[dict[str, Callable[[], object]], list[Row]]:
+    """Return the ResNet 18 that people would use instead, and rows of what is missing."""
     resnet = timm.create_model("resnet18").eval()
-    runs["resnet18, torch fp32"] = torch_run(resnet)
-    runs |= onnx_runs(lower(resnet, options.size, MEAN, STD), image)
-    return runs, []
+    runs = {"resnet18, torch fp32": _torch_run(resnet, image)}
+    if importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnx") is None:
+        return runs, [{"what": "resnet18, ONNX Runtime", "skipped": 'pip install ".[export]"'}]
+    return runs | onnx_runs(lower(resnet, image.shape[1], MEAN, STD), image), []
 
 
 class _FloatConv2d(nn.Module):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from bitfleet.packed.program import Array, Kind, Operation, to_bytes
-from bitfleet.packed.runner import PackedNetwork, library
+from bitfleet.packed.runner import PackedNetwork
+from tests.unit.models.packed.networks import PATHS
 from tests.unit.models.packed.programs import random_image, random_program
 from tests.unit.models.packed.reference import Results, run
 
@@ -36,12 +37,8 @@ def cases() -> list[Case]:
     return found
 
 
-@pytest.mark.parametrize("path", ["avx512", "avx2", "neon", "portable"])
+@pytest.mark.parametrize("path", PATHS)
 def test_random_programs(path: str, cases: list[Case]) -> None:
-    is_missing = library().packed_use_path(path.encode())
-    library().packed_use_path(None)
-    if is_missing:
-        pytest.skip(f"this CPU does not have {path}")
     for number, case in enumerate(cases):
         network = PackedNetwork(case.content, {}, path)
         binary = [index for index, o in enumerate(case.operations) if o.kind is Kind.BINARY_CONV]
