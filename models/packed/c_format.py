@@ -23,6 +23,8 @@ WIDTH = 120
 class CSource:
     """The two files of a network, and what they take of a device."""
 
+    stem: str
+    """Name of the files without .h and .c."""
     name: str
     """Prefix of the names in the header."""
     header: str
@@ -33,7 +35,7 @@ class CSource:
     """Buffers between operations, in RAM; the pixels and logits of the caller are not counted."""
 
 
-def to_c(program: Program, name: str) -> CSource:
+def to_c(program: Program, stem: str) -> CSource:
     """Return the C files of `program`.
 
     The header declares `void NAME_run(const uint8_t *pixels, float *logits)` for one image
@@ -41,19 +43,20 @@ def to_c(program: Program, name: str) -> CSource:
 
     Args:
         program: from `lower`.
-        name: of the files; what C does not allow in names becomes "_".
+        stem: name of the files without .h and .c; NAME is the same with "_" for what C does not
+            allow in names.
 
     Raises:
         ValueError: it has an operation that is unknown here.
     """
-    prefix = re.sub(r"\W", "_", name, flags=re.ASCII)
-    prefix = prefix if re.match("[A-Za-z]", prefix) else f"network_{prefix}"
-    return _Writer(program, prefix).files()
+    return _Writer(program, stem).files()
 
 
 class _Writer:
-    def __init__(self, program: Program, name: str) -> None:
-        self.program, self.name = program, name
+    def __init__(self, program: Program, stem: str) -> None:
+        name = re.sub(r"\W", "_", stem, flags=re.ASCII)
+        self.program, self.stem = program, stem
+        self.name = name if re.match("[A-Za-z]", name) else f"network_{name}"
         self.constants: list[str] = []
         self.structs: list[str] = []
         self.calls: list[str] = []
@@ -172,8 +175,8 @@ class _Writer:
         )
         kernels = needed_kernels(run)
         text = [
-            f"/* The network of {self.name}.h. Written by bitfleet export. */",
-            f'#include "{self.name}.h"' + ("\n#include <math.h>" if "layer_norm(" in run else ""),
+            "/* Written by bitfleet export; the header says what it is. */",
+            f'#include "{self.stem}.h"' + ("\n#include <math.h>" if "layer_norm(" in run else ""),
             *kernels,
             *self.constants,
             "\n".join(f"static union value slot_{slot}[{size}];" for slot, size in self.slots.items()),
@@ -181,7 +184,7 @@ class _Writer:
             run,
         ]
         source = "\n\n".join(text) + "\n"
-        return CSource(self.name, self.header(buffer_bytes), source, self.constant_bytes, buffer_bytes)
+        return CSource(self.stem, self.name, self.header(buffer_bytes), source, self.constant_bytes, buffer_bytes)
 
     def header(self, buffer_bytes: int) -> str:
         image, upper = self.program.operations[0].source, self.name.upper()
@@ -193,12 +196,12 @@ class _Writer:
         }
         defines = "\n".join(f"#define {upper}_{key} {value}" for key, value in sizes.items())
         return (
-            f"/* Written by bitfleet export: {self.constant_bytes:,} bytes of constants, {buffer_bytes:,} bytes of buffers.\n"
+            f"/* Written by bitfleet export: {self.constant_bytes:,} bytes of constants, {buffer_bytes:,} of buffers.\n"
             f" * {_comment(self.program.description)} */\n"
             f"#ifndef {upper}_H\n#define {upper}_H\n#include <stdint.h>\n\n{defines}\n\n"
             '#ifdef __cplusplus\nextern "C" {\n#endif\n'
-            "/* Compute the logits of one image, [height][width][channels] on the scale 0..255. Not from two threads at once:\n"
-            " * the buffers are static. */\n"
+            "/* Compute the logits of one image, [height][width][channels] on the scale 0..255.\n"
+            " * Not from two threads at once: the buffers are static. */\n"
             f"void {self.name}_run(const uint8_t *pixels, float *logits);\n"
             "#ifdef __cplusplus\n}\n#endif\n#endif\n"
         )
