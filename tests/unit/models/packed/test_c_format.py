@@ -18,8 +18,10 @@ from bitfleet.launch.export.c_export import CNetwork, compile_c
 from bitfleet.models import create_model
 from bitfleet.packed.c_format import CSource, needed_kernels, to_c
 from bitfleet.packed.program import Buffer, Kind, Operation, Program, Type
+from tests.unit.models.packed.mixed import SIZE, mixed
 from tests.unit.models.packed.networks import (
     exact_images,
+    expected_logits,
     expected_sums,
     lowered,
     make_exact,
@@ -98,6 +100,17 @@ def test_same_bits_as_the_portable_path(name: str, size: int, options: dict[str,
     program, images = lowered(network(name, **options), size), random_images(2, size)
     _, found = build(program)
     np.testing.assert_array_equal(found(images), packed(program, "portable")(images))
+
+
+def test_every_operation(build: Compile) -> None:
+    model, images = mixed(), exact_images(8, SIZE)
+    program, expected = lowered(model, SIZE), expected_logits(model, images)
+    assert len(np.unique(expected, axis=0)) > 4
+    _, found = build(program)
+    np.testing.assert_array_equal(found(images), expected)
+    index = max(index for index, o in enumerate(program.operations) if o.kind is Kind.BINARY_CONV)
+    _, found = build(sums_of(program, index))
+    np.testing.assert_array_equal(found(images[:1])[0], expected_sums(model, images[0])[-1])
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from bitfleet.packed.onnx_format import to_onnx
 from bitfleet.packed.program import Program
+from tests.unit.models.packed.mixed import SIZE, mixed
 from tests.unit.models.packed.networks import (
     exact_images,
     expected_logits,
@@ -68,6 +69,13 @@ def test_networks_with_values_of_exactly_0(name: str, size: int, options: dict[s
 def test_layer_norm(name: str, size: int, options: dict[str, Any]) -> None:
     model, images = network(name, **options), random_images(2, size)
     assert_close(run(to_onnx(lowered(model, size)), images), expected_logits(model, images))
+
+
+def test_every_operation() -> None:
+    model, images = mixed(), exact_images(8, SIZE)
+    program, expected = lowered(model, SIZE), expected_logits(model, images)
+    assert len(np.unique(expected, axis=0)) > 4
+    np.testing.assert_array_equal(run(to_onnx(program), images), expected)
 
 
 @pytest.mark.slow
