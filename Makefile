@@ -49,7 +49,7 @@ setup: $(READY)
 # The pins are tested; DS_BUILD_OPS=0: no compiled DeepSpeed op is used. Done again when the requirements change.
 $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dali-cu13,dev]"
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dali-cu13,dev,export]"
 	touch $(READY)
 
 # The C library that runs exported networks, shared and static, and an example: build/packed_example PROGRAM IMAGE.ppm

@@ -11,7 +11,7 @@ COMMANDS = {
     "sweep": "run a sweep of configs/sweeps/, or list them with their questions; `bitfleet sweep --help`",
     "reproduce": "run the paper's experiments and judge them against its numbers; `bitfleet reproduce --help`",
     "evaluate": "print top-1 and top-5 of a run over every validation image, in one precision or several",
-    "export": "write the network of a run as a packed program for devices; `bitfleet export --help`",
+    "export": "write the network of a run for devices, as bits, ONNX or C; `bitfleet export --help`",
     "run": "classify images with an exported network, or evaluate it; `bitfleet run --help`",
     "data": "prepare, verify, resize and compare images; `bitfleet data --help`",
     "checkpoint": "inspect, verify and compare checkpoints, write the model alone; `bitfleet checkpoint --help`",

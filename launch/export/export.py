@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from bitfleet.launch.parsing.arguments import parse_train
 from bitfleet.launch.text import megabytes, percent
 from bitfleet.models import create_model
 from bitfleet.packed.lowering import lower
-from bitfleet.packed.program import Array, to_bytes
+from bitfleet.packed.program import Array, Program, to_bytes
 from bitfleet.packed.runner import PackedNetwork
 from bitfleet.trainer.checkpoint import load_initial_weights, load_model, read_meta
 from bitfleet.trainer.config import TrainConfig, read_config
@@ -52,37 +52,59 @@ def export_packed(source: Path, output: Path, image_size: int | None, rest: Sequ
     Raises:
         ValueError: bad input, a network that cannot be exported, or a program that disagrees.
     """
+    trained, program = lower_trained(source, image_size, rest)
+    content = to_bytes(program)
+    checked = compare(trained, PackedNetwork(content, program.description), "the program")
+    write(output, content)
+    bits = sum(p.numel() for p in trained.model.parameters() if getattr(p, "binary", False))
+    floats = sum(t.numel() for t in [*trained.model.parameters(), *trained.model.buffers()] if t.is_floating_point())
+    whole = 4 * floats
+    return "\n".join(
+        [
+            f"{output}: {megabytes(len(content))}, {bits:,} weights as bits; in fp32 {megabytes(whole)}, "
+            f"{whole / len(content):.1f} times as much",
+            *accuracy(trained),
+            checked,
+            f"try: bitfleet run {output} IMAGE...",
+        ]
+    )
+
+
+def lower_trained(source: Path, image_size: int | None, rest: Sequence[str]) -> tuple[Trained, Program]:
+    """Return a network and its program, as `export_packed`; `trained.config` has `image_size`."""
     trained = load_trained(source, rest)
-    data = trained.config.data
+    config = trained.config
     if image_size is not None:
-        data = dataclasses.replace(data, image_size=image_size)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=image_size))
+        trained = dataclasses.replace(trained, config=config)
+    data = config.data
     description = trained.description | {"preprocessing": preprocessing_of(data)}
     try:
-        program = lower(trained.model, data.image_size, data.mean, data.std, description)
+        return trained, lower(trained.model, data.image_size, data.mean, data.std, description)
     except RuntimeError as error:
         raise ValueError(
-            f"the network {trained.config.model.name} cannot be exported for images of {data.image_size} pixels: "
+            f"the network {config.model.name} cannot be exported for images of {data.image_size} pixels: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    content = to_bytes(program)
-    checked = compare(trained.model, PackedNetwork(content, description), data)
+
+
+def write(output: Path, content: bytes) -> None:
+    """Write a file atomically.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
     try:
         with written_atomically(output) as path:
             path.write_bytes(content)
     except OSError as error:
         raise ValueError(f"cannot write {output}: {error.strerror or error}") from error
-    bits = sum(p.numel() for p in trained.model.parameters() if getattr(p, "binary", False))
-    floats = sum(t.numel() for t in [*trained.model.parameters(), *trained.model.buffers()] if t.is_floating_point())
-    whole, top1 = 4 * floats, trained.description.get("top1")
-    return "\n".join(
-        [
-            f"{output}: {megabytes(len(content))}, {bits:,} weights as bits; in fp32 {megabytes(whole)}, "
-            f"{whole / len(content):.1f} times as much",
-            *([] if top1 is None else [f"accuracy of the run: top-1 {percent(top1)}"]),
-            checked,
-            f"try: bitfleet run {output} IMAGE...",
-        ]
-    )
+
+
+def accuracy(trained: Trained) -> list[str]:
+    """Return the line that says the accuracy of the run, if it is known."""
+    top1 = trained.description.get("top1")
+    return [] if top1 is None else [f"accuracy of the run: top-1 {percent(top1)}"]
 
 
 def load_trained(source: Path, rest: Sequence[str]) -> Trained:
@@ -129,22 +151,28 @@ def preprocessing_of(data: DataConfig) -> dict[str, Any]:
     return {"geometry": geometry, "image_size": data.image_size}
 
 
-def compare(model: nn.Module, packed: PackedNetwork, data: DataConfig) -> str:
+def compare(trained: Trained, exported: Callable[[Array], Array], name: str) -> str:
     """Run both on random images; return how far their logits agree, in words.
+
+    Args:
+        trained: the network.
+        exported: logits of images uint8 [N, H, W, 3] by what was made of it.
+        name: of that, in words.
 
     Raises:
         ValueError: they differ on more images than values within rounding of 0 can explain.
     """
+    data = trained.config.data
     shape = (NUM_CHECKED, data.image_size, data.image_size, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    expected, found = logits_of(model, images, data), packed(images)
+    expected, found = logits_of(trained.model, images, data), exported(images)
     if not np.isfinite(expected).all():
         raise ValueError("the network predicts nothing: its logits are not finite; export an earlier checkpoint")
     differences = np.abs(found - expected).max(1) / np.abs(expected).max()
-    num_ties = int((differences > TOLERANCE).sum())
+    num_ties = int((~(differences <= TOLERANCE)).sum())  # or not a number
     if num_ties > MOST_TIES:
         raise ValueError(
-            f"the program disagrees with the network on {num_ties} of {NUM_CHECKED} random images, by up to "
+            f"{name} disagrees with the network on {num_ties} of {NUM_CHECKED} random images, by up to "
             f"{differences.max():.1e} of the largest logit: this is a defect of bitfleet; please report it"
         )
     agreeing = differences[differences <= TOLERANCE].max()

@@ -140,7 +140,7 @@ class OnnxGraph:
         return self.node("Div", [value, deviation], operation.target)
 
     def convolution(self, operation: Operation) -> str:
-        """Multiply and add floats, or signs: those sums are integers, which float32 holds exactly."""
+        """Multiply and add floats, or signs, whose sums are integers that float32 holds exactly."""
         o, weight = operation, operation.weight
         assert weight is not None
         outputs, channels = o.target.channels, o.source.channels
@@ -150,8 +150,7 @@ class OnnxGraph:
             name = self.binary_weight(np.where(values, np.float32(1), np.float32(-1)))
         else:
             name = self.constant("weight", values)
-        sizes = {"kernel_shape": o.kernel, "strides": [o.stride] * 2, "pads": _pads(o)}
-        return self.node("Conv", [self.source(o), name], o.target, **sizes)
+        return self.node("Conv", [self.source(o), name], o.target, **_window(o))
 
     def layer_norm(self, operation: Operation) -> str:
         """Normalize over the channels of each pixel."""
@@ -172,8 +171,7 @@ class OnnxGraph:
     def pool(self, operation: Operation) -> str:
         """Maximum or mean of the pixels inside the image."""
         kind = "MaxPool" if operation.kind is Kind.MAX_POOL else "AveragePool"
-        sizes = {"kernel_shape": operation.kernel, "strides": [operation.stride] * 2, "pads": _pads(operation)}
-        return self.node(kind, [self.source(operation)], operation.target, **sizes)
+        return self.node(kind, [self.source(operation)], operation.target, **_window(operation))
 
     def signs_of_sums(self, value: str, operation: Operation) -> str:
         """Return +1 exactly where value * direction >= threshold; SIGN has neither."""
@@ -195,7 +193,9 @@ class OnnxGraph:
 
     def node(self, kind: str, inputs: Sequence[str], target: Buffer, dtype: int = 1, **attributes: Any) -> str:
         """Append a node whose output, of the size of `target`, is returned."""
-        name = f"{self.prefix}_{kind.lower()}_{len(self.nodes)}"
+        name = f"{self.prefix}_{kind.lower()}"
+        others = sum(node.name.startswith(name) for node in self.nodes)
+        name += f"_{others + 1}" if others else ""
         domain = attributes.pop("domain", "")
         self.nodes.append(self.onnx.helper.make_node(kind, inputs, [name], name, domain=domain, **attributes))
         shape = [self.batch, target.channels, target.height, target.width]
@@ -224,8 +224,12 @@ class OnnxGraph:
         return self.onnx.helper.make_tensor_value_info(name, kind, shape)
 
 
-def _pads(o: Operation) -> list[int]:
-    """Top, left, bottom and right; a negative bottom means rows that no window reaches."""
+def _window(o: Operation) -> dict[str, Any]:
+    """Return the attributes of a convolution or pool.
+
+    Rows that no window reaches would be a negative padding; ONNX leaves them out without it.
+    """
     bottom = (o.target.height - 1) * o.stride + o.kernel[0] - o.source.height - o.top
     right = (o.target.width - 1) * o.stride + o.kernel[1] - o.source.width - o.left
-    return [o.top, o.left, max(bottom, 0), max(right, 0)]
+    pads = [o.top, o.left, max(bottom, 0), max(right, 0)]
+    return {"kernel_shape": o.kernel, "strides": [o.stride] * 2, "pads": pads}

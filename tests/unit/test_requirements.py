@@ -22,8 +22,8 @@ def pins(file: str) -> dict[str, str]:
 
 def requirements() -> dict[str, Requirement]:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["dali-cu13"]
-    return {each.name: each for each in map(Requirement, wanted + project["optional-dependencies"]["dev"])}
+    extras = [each for name in ("dali-cu13", "dev", "export") for each in project["optional-dependencies"][name]]
+    return {each.name: each for each in map(Requirement, project["dependencies"] + extras)}
 
 
 @pytest.mark.parametrize("file", [NEWEST, OLDEST])

@@ -1,0 +1,120 @@
+"""ONNX models compute the trainer's logits in onnxruntime."""
+
+import json
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+
+from bitfleet.packed.onnx_format import to_onnx
+from bitfleet.packed.program import Program
+from tests.unit.models.packed.mixed import SIZE, mixed
+from tests.unit.models.packed.networks import (
+    exact_images,
+    expected_logits,
+    lowered,
+    make_exact,
+    network,
+    random_images,
+)
+
+SMALL = {"num_classes": 7, "width": 12}
+EXACT: list[tuple[str, int, dict[str, Any]]] = [
+    ("birealnet_small", 32, SMALL),
+    ("birealnet_small", 28, SMALL | {"norm": "none", "binarizer": "approx"}),
+    ("birealnet_small", 31, SMALL | {"residual": "single", "binarizer": "hardtanh_tanh"}),
+    ("birealnet_small", 45, SMALL | {"norm": "none", "residual": "single", "binarizer": "ste"}),
+    ("birealnet18", 64, SMALL),
+    ("birealnet18", 97, SMALL | {"norm": "none"}),
+    ("birealnet34", 64, SMALL),
+    ("binarynet", 32, {}),
+]
+"""Network, image size, options; many values before a sign are exactly 0."""
+LAYER_NORM: list[tuple[str, int, dict[str, Any]]] = [
+    ("birealnet_small", 29, SMALL | {"norm": "layer"}),
+    ("birealnet18", 64, SMALL | {"norm": "layer", "residual": "single"}),
+    ("birealnet34", 64, SMALL | {"norm": "layer"}),
+    ("binarynet", 32, {"norm": "layer"}),
+]
+
+
+def name_of(value: object) -> str | None:
+    return "-".join(map(str, value.values())) if isinstance(value, dict) else None
+
+
+def run(content: bytes, images: NDArray[Any]) -> NDArray[np.float32]:
+    """Compute the logits of a batch in onnxruntime."""
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    logits: NDArray[np.float32] = session.run(["logits"], {"pixels": images.transpose(0, 3, 1, 2)})[0]
+    return logits
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    """Compare logits to 1e-4 of the largest."""
+    assert found.shape == expected.shape
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("name", "size", "options"), EXACT, ids=name_of)
+def test_networks_with_values_of_exactly_0(name: str, size: int, options: dict[str, Any]) -> None:
+    model, images = make_exact(network(name, **options)), exact_images(3, size)
+    assert_close(run(to_onnx(lowered(model, size)), images), expected_logits(model, images))
+
+
+@pytest.mark.parametrize(("name", "size", "options"), LAYER_NORM, ids=name_of)
+def test_layer_norm(name: str, size: int, options: dict[str, Any]) -> None:
+    model, images = network(name, **options), random_images(2, size)
+    assert_close(run(to_onnx(lowered(model, size)), images), expected_logits(model, images))
+
+
+def test_every_operation() -> None:
+    model, images = mixed(), exact_images(8, SIZE)
+    program, expected = lowered(model, SIZE), expected_logits(model, images)
+    assert len(np.unique(expected, axis=0)) > 4
+    np.testing.assert_array_equal(run(to_onnx(program), images), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_xnornet(norm: str) -> None:
+    model, images = make_exact(network("xnornet", norm=norm)), exact_images(2, 224)
+    assert_close(run(to_onnx(lowered(model, 224)), images), expected_logits(model, images))
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    result = lowered(make_exact(network("birealnet_small", **SMALL)), 32)
+    result.description.update(classes=["ant", "bee"])
+    return result
+
+
+def test_models_are_valid_and_say_what_they_are(program: Program) -> None:
+    model = onnx.load_from_string(to_onnx(program))
+    onnx.checker.check_model(model, full_check=True)
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    assert {each.name: each for each in inferred.graph.value_info} == {
+        each.name: each for each in model.graph.value_info
+    }
+    assert "Sign" not in {node.op_type for node in model.graph.node}
+    (batch, *sides), (_, classes) = (
+        [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (model.graph.input[0], model.graph.output[0])
+    )
+    assert (batch, sides, classes) == ("N", [3, 32, 32], 7)
+    assert json.loads(model.metadata_props[0].value) == program.description
+
+
+def test_pixels_may_be_floats(program: Program) -> None:
+    images = exact_images(5, 32)
+    found = run(to_onnx(program, np.float32), images.astype(np.float32))
+    np.testing.assert_array_equal(found, run(to_onnx(program), images))
+
+
+def test_every_batch_size_gives_the_same(program: Program) -> None:
+    content, images = to_onnx(program), exact_images(5, 32)
+    together = run(content, images)
+    np.testing.assert_array_equal(np.concatenate([run(content, image[None]) for image in images]), together)
