@@ -1,9 +1,9 @@
 """Small programs for tests: networks of models/, and random operations of every kind."""
 
+import numpy as np
 import torch
 from torch import nn
 
-import numpy as np
 from bitfleet.models import ModelConfig, create_model
 from bitfleet.packed.lowering import lower
 from bitfleet.packed.program import Array, Buffer, Flag, Kind, Operation, Program, Type
