@@ -65,8 +65,10 @@ def bench_loader(options: Loader) -> Iterator[str]:
         title, loaders = prepare(options, batch_size, num_workers, Path(folder))
         turns = {name: functools.partial(take_loader_turn, *entry, batch_size) for name, entry in loaders.items()}
         rows = _rows(interleave(turns, options.rounds, warm_up=0), unit)
-    details = f"batches of {batch_size}, {num_workers} threads or workers, median of {options.rounds} rounds"
-    yield titled(f"{title}, {details} (least - most)", rows)
+    details = (
+        f"batches of {batch_size}, {num_workers} threads or workers, median of {options.rounds} rounds (quartiles)"
+    )
+    yield titled(f"{title}, {details}", rows)
 
 
 class CpuClock:
@@ -80,16 +82,9 @@ class CpuClock:
         self._reading = 0.0
 
     def seconds(self) -> float:
-        """Return user and system time since some moment.
-
-        Raises:
-            RuntimeError: a worker process has ended, and its time with it.
-        """
+        """Return user and system time since some moment; a worker that has ended is an error."""
         start = time.thread_time()
-        try:
-            workers = [worker.cpu_times() for worker in self._workers]
-        except psutil.NoSuchProcess as error:
-            raise RuntimeError(f"a worker process ended while it was measured: {error}") from None
+        workers = [worker.cpu_times() for worker in self._workers]
         own = time.process_time()
         self._reading += time.thread_time() - start
         return own - self._reading + float(sum(times.user + times.system for times in workers))

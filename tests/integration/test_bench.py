@@ -17,10 +17,9 @@ from bitfleet.launch.bench.comm import (
     TITLES,
     CollectiveCounter,
     bench_comm,
-    bench_sharding,
     wire_bytes,
 )
-from bitfleet.launch.bench.command import Comm, Sharding, bench
+from bitfleet.launch.bench.command import Comm, bench
 from bitfleet.launch.bench.loader import BITFLEET, BITFLEET_SMALL, contenders
 from bitfleet.launch.bench.photos import find_photos, write_class_folders
 from bitfleet.launch.bench.training import Method
@@ -266,6 +265,7 @@ def test_interface_counters_are_read() -> None:
     ("words", "message"),
     [
         ("memory --width 3", "bench memory.*--width"),
+        ("sharding --contender fsdp", "'fsdp'.*bits"),
         ("sharding --network lenet", "'lenet'.*--network.*'xnornet'"),
         ("checkpoint --steps 3", "bench checkpoint.*--steps"),
         ("checkpoint --network lenet", "'lenet'.*--network.*'birealnet_small'"),
@@ -287,5 +287,3 @@ def test_bad_input_of_a_job() -> None:
     ranks, device = Ranks(0, 1, 0, 1), torch.device("cpu")
     with pytest.raises(ValueError, match="one rank.*several"):
         next(bench_comm(Comm(), ranks, device))
-    with pytest.raises(ValueError, match="'fsdp'.*bits, DDP, zero1"):
-        next(bench_sharding(Sharding(contender="fsdp"), ranks, device))

@@ -58,7 +58,7 @@ def _runs(session: Session) -> Iterator[tuple[Ranks, Callable[..., TrainConfig]]
         yield ranks, functools.partial(varied, config, **fields)
 
 
-def measure_steps(session: Session) -> None:
+def measure_trainer(session: Session) -> None:
     """Write down ms per step of BinaryNet, with every way to get images and to launch a step."""
     warm_up, timed = (1, 1) if session.tiny else (30, 200)
 
@@ -76,12 +76,15 @@ def measure_steps(session: Session) -> None:
             session.attempt(what, measure, what, run_as(variant), ranks, needs_seconds=15.0)
 
 
-def train_epochs_that_fit(session: Session) -> None:
+def measure_cifar(session: Session) -> None:
     """Train BinaryNet on CIFAR-10, and write down the accuracy after every epoch.
 
     The schedules have the length of these epochs, so a short run ends with the hyperparameters of a
     long one.
     """
+    if session.cifar is None and not session.tiny:
+        session.add("BinaryNet", skipped="--cifar names no class folders of CIFAR-10")
+        return
     with _runs(session) as (ranks, run_as):
         config = run_as(Variant("memory", cuda_graph=session.is_cuda))
         steps = [row["ms"] for row in read_rows(Path(session.output)) if row["what"] == "step" and "ms" in row]

@@ -42,9 +42,10 @@ def test_run_that_is_too_short(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_turns_are_compared() -> None:
     without = [Turn(0.5, seconds) for seconds in (0.1, 0.2, 0.4)]
     with_it = [Turn(0.6, seconds) for seconds in (0.11, 0.24, 0.4)]
-    _, *figures = loops.compare_turns(without, with_it).values()
-    assert figures == pytest.approx([200.0, 240.0, 1.1, 1.05, 1.15])
-    assert list(loops.compare_turns(without[:1], with_it[:1]).values())[1:] == pytest.approx([100.0, 110.0] + 3 * [1.1])
+    row = loops.compare_turns(without, with_it)
+    assert (row["without"], row["with"]) == pytest.approx((200.0, 240.0))
+    assert row["ratio"] == "1.1 (1.05 - 1.15)"
+    assert loops.compare_turns(without[:1], with_it[:1])["ratio"] == "1.1 (1.1 - 1.1)"
 
 
 def test_encodings_are_near_the_entropy() -> None:
