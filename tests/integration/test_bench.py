@@ -134,10 +134,7 @@ def test_loaders_of_photos_are_measured_in_turns(capsys: pytest.CaptureFixture[s
     assert psutil.Process().children() == before
 
 
-def test_loaders_of_small_images_are_measured_in_turns(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bitfleet.launch.bench.loader._TURN_SECONDS", 0.02)
+def test_loaders_of_small_images_are_measured_in_turns(capsys: pytest.CaptureFixture[str]) -> None:
     bench(["loader", "--memory", "--images", "40", "--rounds", "1", "--batch_size", "5", "--num_workers", "1"])
     output = capsys.readouterr().out
     assert "40 images of 32 pixels, batches of 5, 1 threads or workers, median of 1 rounds" in output

@@ -53,11 +53,7 @@ PARTS = {
     "probe": Part(3, 40, "the card and versions"),
     "rule": Part(15, 80, "bits of the update rules against the CPU's and the recorded ones", "test_rule.py"),
     "gradients": Part(
-        15,
-        60,
-        "gradients of the networks against the CPU's; sums of binary convolutions",
-        "test_networks.py",
-        "gradients or sums",
+        15, 60, "gradients, and sums of bits, against the CPU's", "test_networks.py", "gradients or sums"
     ),
     "update": Part(30, 90, "ns per weight of the update, against fused AdamW and a copy"),
     "networks": Part(30, 180, "images/s and peak memory of the networks, against timm's resnet18"),
