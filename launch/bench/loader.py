@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from bitfleet.trainer.data import DataConfig, open_dataset
 BITFLEET, BITFLEET_SMALL = "bitfleet", "bitfleet, files of 256 pixels"
 SIZE = 224
 _QUIET_SECONDS = 0.3
+_POLL_SECONDS = 0.01  # reading the clocks of workers takes 0.1 ms of each
 _QUIET_CPU_SECONDS = 0.015  # more than one tick of the kernel's clock, which counts in steps of 0.01 s
 _LONGEST_WAIT_SECONDS = 120.0
 _END_SECONDS = 10.0
@@ -83,39 +84,31 @@ def bench_loader(options: Loader) -> Iterator[str]:
     yield titled(f"{title}, {details}, median of {options.rounds} rounds (quartiles)", rows)
 
 
-class CpuClock:
-    """CPU time of this process and of all its descendants, without the time that reading it takes.
+def cpu_seconds(workers: Iterable[psutil.Process]) -> float:
+    """Return user and system time of this process and of `workers`, which must be alive."""
+    times = [worker.cpu_times() for worker in workers]
+    return time.process_time() + float(sum(each.user + each.system for each in times))
 
-    The descendants are found once and must live as long as the clock is read.
+
+def wait_for_rest(workers: Iterable[psutil.Process]) -> float:
+    """Wait until next to no CPU time is used; return the perf_counter() at which that began.
+
+    Raises:
+        RuntimeError: it takes longer than two minutes.
     """
 
-    def __init__(self, ignored: set[psutil.Process] | None = None) -> None:
-        self._workers = [p for p in psutil.Process().children(recursive=True) if p not in (ignored or set())]
-        self._reading = 0.0
+    def used_by_others() -> float:  # not by this thread, which reads the clocks
+        return cpu_seconds(workers) - time.thread_time()
 
-    def seconds(self) -> float:
-        """Return user and system time since some moment; a worker that has ended is an error."""
-        start = time.thread_time()
-        workers = [worker.cpu_times() for worker in self._workers]
-        own = time.process_time()
-        self._reading += time.thread_time() - start
-        return own - self._reading + float(sum(times.user + times.system for times in workers))
-
-    def wait_for_rest(self) -> float:
-        """Wait until next to no CPU time is used; return the perf_counter() at which that began.
-
-        Raises:
-            RuntimeError: it takes longer than two minutes.
-        """
-        first = last = time.perf_counter()
-        used = self.seconds()
-        while (now := time.perf_counter()) - last < _QUIET_SECONDS:
-            if now - first > _LONGEST_WAIT_SECONDS:
-                raise RuntimeError("a loader does not come to rest: it works although nothing is taken from it")
-            time.sleep(0.005)
-            if self.seconds() - used > _QUIET_CPU_SECONDS:
-                last, used = time.perf_counter(), self.seconds()
-        return last
+    first = last = time.perf_counter()
+    used = used_by_others()
+    while (now := time.perf_counter()) - last < _QUIET_SECONDS:
+        if now - first > _LONGEST_WAIT_SECONDS:
+            raise RuntimeError("a loader does not come to rest: it works although nothing is taken from it")
+        time.sleep(_POLL_SECONDS)
+        if used_by_others() - used > _QUIET_CPU_SECONDS:
+            last, used = time.perf_counter(), used_by_others()
+    return last
 
 
 def take_loader_turn(start: Start, num_batches: int, batch_size: int) -> Turn:
@@ -129,20 +122,19 @@ def take_loader_turn(start: Start, num_batches: int, batch_size: int) -> Turn:
     before = set(psutil.Process().children(recursive=True))
     batches = start()
     _take(batches, 2)
-    clock = CpuClock(before)
-    clock.wait_for_rest()
-    begin, cpu_begin = time.perf_counter(), clock.seconds()
+    workers = set(psutil.Process().children(recursive=True)) - before
+    wait_for_rest(workers)
+    begin, cpu_begin = time.perf_counter(), cpu_seconds(workers)
     _take(batches, num_batches)
-    end = clock.wait_for_rest()
-    cpu_seconds = clock.seconds() - cpu_begin
+    end = wait_for_rest(workers)
+    used = cpu_seconds(workers) - cpu_begin
     del batches
     gc.collect()
-    started = set(psutil.Process().children(recursive=True)) - before
-    _, alive = psutil.wait_procs(started, timeout=_END_SECONDS)
+    _, alive = psutil.wait_procs(workers, timeout=_END_SECONDS)
     if alive:
         raise RuntimeError(f"worker processes of a loader are still there: {alive}")
     num_images = num_batches * batch_size
-    return Turn((end - begin) / num_images, cpu_seconds / num_images)
+    return Turn((end - begin) / num_images, used / num_images)
 
 
 def _take(batches: Iterator[object], count: int) -> None:
