@@ -9,10 +9,11 @@ import contextlib
 import gc
 import itertools
 import json
+import statistics
 import textwrap
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bitfleet.launch.bench.timing import ratios
 from bitfleet.launch.text import table
 
 Row = dict[str, Any]
@@ -30,6 +32,12 @@ def spread(values: Sequence[float]) -> str:
     """Format the median with the quartiles: "2.1 (1.9 - 2.4)"."""
     low, median, high = map(_format_value, np.quantile(values, (0.25, 0.5, 0.75)))
     return f"{median} ({low} - {high})"
+
+
+def compare(what: str, series: Mapping[str, Sequence[float]]) -> Row:
+    """Return the medians of two series, and the first over the second round by round."""
+    medians = {name: statistics.median(values) for name, values in series.items()}
+    return {"what": what, **medians, "ratio": spread(ratios(*series.values()))}
 
 
 def titled(title: str, rows: Sequence[Row]) -> str:

@@ -83,7 +83,7 @@ def test_diagnostics_are_measured_with_and_without(tiny: list[str]) -> None:
     done = run_bitfleet("bench", "diagnostics", "--rounds", "1", "--steps", "5", *tiny)
     assert done.returncode == 0, done.stdout
     (row,) = re.findall(r"^  CPU ms of rank 0 per step +([\d.]+) +([\d.]+) +([\d.]+) ", done.stdout, re.MULTILINE)
-    without, with_them, ratio = map(float, row)
+    with_them, without, ratio = map(float, row)
     assert ratio == pytest.approx(with_them / without, rel=0.01)  # of one round
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bitfleet.launch.bench.results import Row, Session, append_row, format_rows, read_rows, spread, titled
+from bitfleet.launch.bench.results import Row, Session, append_row, compare, format_rows, read_rows, spread, titled
 
 
 @pytest.fixture
@@ -80,3 +80,9 @@ def test_what_no_longer_fits_is_skipped(session: Session) -> None:
 def test_a_table_stands_below_its_title() -> None:
     rows: list[Row] = [{"what": "a", "ms": 1.5, "images/s": spread([800.0, 1000.0, 900.0])}]
     assert titled("title", rows).split("\n") == ["title", "      ms         images/s", "  a  1.5  900 (850 - 950)"]
+
+
+def test_two_series_are_compared_round_by_round() -> None:
+    row = compare("ms", {"with": [110.0, 240.0, 400.0], "without": [100.0, 200.0, 400.0]})
+    assert row == {"what": "ms", "with": 240.0, "without": 200.0, "ratio": "1.1 (1.05 - 1.15)"}
+    assert compare("ms", {"with": [110.0], "without": [100.0]})["ratio"] == "1.1 (1.1 - 1.1)"
