@@ -38,20 +38,14 @@ def bench_checkpoint(options: Checkpoint, ranks: Ranks, device: torch.device) ->
     Raises:
         ValueError: the folder cannot be written.
     """
-    folder = ""
-    if ranks.is_main:  # an error here ends the job of all ranks
-        try:
-            options.folder.mkdir(parents=True, exist_ok=True)
-            folder = tempfile.mkdtemp(prefix="bench-checkpoint-", dir=options.folder)
-        except OSError as error:
-            reason = f"cannot be written: {error.strerror}; choose another"
-            raise ValueError(f"--folder {options.folder} {reason}") from error
-    folder = broadcast_object(folder)
     try:
-        yield from _measure(options, ranks, device, Path(folder))
-    finally:
-        if ranks.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
+        options.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror}; choose another"
+        raise ValueError(f"--folder {options.folder} {reason}") from error
+    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=options.folder) as folder:
+        yield from _measure(options, ranks, device, Path(broadcast_object(folder)))
+        barrier()
 
 
 def _measure(options: Checkpoint, ranks: Ranks, device: torch.device, folder: Path) -> Iterator[str]:

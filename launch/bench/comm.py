@@ -44,7 +44,6 @@ SETTLE_SECONDS = 0.05
 NETWORKS = {"birealnet18": 64, "xnornet": 224}
 """Network -> pixels of a side."""
 COMPILED = "bop2ndorder_compiled"
-CONTENDERS: dict[str, Method] = {"bits": "bits", "DDP": "ddp", "zero1": "zero1", "zero2": "zero2", "none": "none"}
 
 
 def binary_stack() -> nn.Sequential:
@@ -208,23 +207,16 @@ register(Rule(name=COMPILED, update_=_update_, state_keys=("exp_avg", "exp_avg_s
 
 
 def bench_sharding(options: Sharding, ranks: Ranks, device: torch.device) -> Iterator[str]:
-    """Time steps and count bytes in turns; for fp32 weights the rule is compiled.
-
-    Raises:
-        ValueError: an unknown contender.
-    """
-    names = options.contender.split(",")
-    if unknown := [name for name in names if name not in CONTENDERS]:
-        raise ValueError(f"--contender {unknown[0]!r} is not a contender; there are: {', '.join(CONTENDERS)}")
+    """Time steps and count bytes in turns; for fp32 weights the rule is compiled."""
     for network in [options.network] if options.network else NETWORKS:
         size = NETWORKS[network]
         images = torch.randn(options.micro_batch_size, 3, size, size, device=device)
         images = images.to(memory_format=torch.channels_last)
-        steps = {}
-        for name in names:
+        steps: dict[Method, TrainingStep] = {}
+        for method in options.contender:
             torch.manual_seed(0)
             model = create_model(ModelConfig(name=network))
-            steps[name] = TrainingStep(CONTENDERS[name], model, images, ranks.world_size, rule=COMPILED)
+            steps[method] = TrainingStep(method, model, images, ranks.world_size, rule=COMPILED)
 
         def measure(step: TrainingStep) -> tuple[float, float]:
             """Return seconds and bytes per step, bytes of the interfaces of all machines divided by
@@ -234,7 +226,7 @@ def bench_sharding(options: Sharding, ranks: Ranks, device: torch.device) -> Ite
             sent = float((wire_bytes(ranks) - before)[0])
             return turn.seconds, sum(all_gather_numbers(sent)) / ranks.world_size / options.steps
 
-        turns = interleave({name: functools.partial(measure, step) for name, step in steps.items()}, options.rounds)
+        turns = interleave({method: functools.partial(measure, step) for method, step in steps.items()}, options.rounds)
         for step in steps.values():
             step.close()
         yield titled(
@@ -244,14 +236,14 @@ def bench_sharding(options: Sharding, ranks: Ranks, device: torch.device) -> Ite
         )
 
 
-def _sharding_rows(turns: dict[str, list[tuple[float, float]]]) -> list[Row]:
+def _sharding_rows(turns: dict[Method, list[tuple[float, float]]]) -> list[Row]:
     """Return a row per contender, with the ratios of the first one to it."""
     first_seconds, first_sent = zip(*next(iter(turns.values())), strict=True)
     rows = []
-    for name, values in turns.items():
+    for method, values in turns.items():
         seconds, sent = zip(*values, strict=True)
         figures = {"ms": 1e3 * statistics.median(seconds), "MB sent": statistics.median(sent) / 1e6}
         bytes_ratio = ratio(first_sent, [max(num_bytes, 1.0) for num_bytes in sent])
         ratios = {"first / it: time": ratio(first_seconds, seconds), "bytes": bytes_ratio}
-        rows.append({"what": TITLES[CONTENDERS[name]], **figures, **ratios})
+        rows.append({"what": TITLES[method], **figures, **ratios})
     return rows

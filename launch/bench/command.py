@@ -9,7 +9,9 @@ from typing import Literal, get_args
 from bitfleet.launch.job import is_main_rank, job
 from bitfleet.launch.parsing.commands import Count, MaybeCount, parse, parse_with_run
 
-PartName = Literal["probe", "rule", "gradients", "update", "networks", "repeat", "trainer", "dali", "cifar"]
+PartName = Literal[
+    "probe", "rule", "gradients", "update", "networks", "repeat", "waits", "trainer", "pixels", "dali", "cifar"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +74,8 @@ class Sharding(Steps, Rounds):
 
     network: Literal["birealnet18", "xnornet"] | None = None
     """The only network to measure. Default: both."""
-    contender: str = "bits,DDP,zero1"
-    """Contenders, separated by commas; fewer where the memory does not hold three networks."""
+    contender: tuple[Literal["bits", "ddp", "zero1", "zero2", "none"], ...] = ("bits", "ddp", "zero1")
+    """Contenders; fewer where the memory does not hold three networks."""
     micro_batch_size: Count = 8
     """Images per rank."""
     steps: Count = 3
@@ -160,7 +162,7 @@ class Gpu:
     cifar: Path | None = None
     """Class folders of CIFAR-10, for cifar and trainer."""
     imagenet: Path | None = None
-    """Data set of photos for dali. Default: synthetic photos."""
+    """Data set of photos for pixels and dali. Default: synthetic photos."""
 
 
 Benchmark = (

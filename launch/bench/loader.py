@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,12 @@ from bitfleet.trainer.data import DataConfig, open_dataset
 BITFLEET, BITFLEET_SMALL = "bitfleet", "bitfleet, files of 256 pixels"
 SIZE = 224
 _QUIET_SECONDS = 0.3
+_POLL_SECONDS = 0.01  # reading the clocks of workers takes 0.1 ms of each
 _QUIET_CPU_SECONDS = 0.015  # more than one tick of the kernel's clock, which counts in steps of 0.01 s
 _LONGEST_WAIT_SECONDS = 120.0
 _END_SECONDS = 10.0
-_TURN_SECONDS = 0.5  # of small images
 Start = Callable[[], Iterator[object]]
 """Start a loader; deleting the iterator and gc.collect() end its threads and processes."""
-Entries = dict[str, tuple[Start, int]]
-"""Title -> loader, and the batches to take from it in a turn."""
 
 
 def bench_loader(options: Loader) -> Iterator[str]:
@@ -59,56 +57,58 @@ def bench_loader(options: Loader) -> Iterator[str]:
     if options.memory and options.root:
         raise ValueError("bench loader --memory does not take --root: its images are synthetic")
     num_workers = options.num_workers or num_cores()
-    prepare = _prepare_small if options.memory else _prepare_photos
-    batch_size, unit = (options.batch_size or 50, "us") if options.memory else (options.batch_size or 64, "ms")
+    sizes, epochs, unit = ((50, 5000), 4, "us") if options.memory else ((64, 512), 1, "ms")
+    batch_size, num_images = options.batch_size or sizes[0], options.images or sizes[1]
+    if batch_size > num_images:
+        raise ValueError(f"--batch_size {batch_size} must not exceed the {num_images} images: raise --images")
+    num_batches = max(epochs * (num_images // batch_size), 4 * num_workers)
+    num_batches += -num_batches % num_workers  # as many for each worker, so that they end together
     with tempfile.TemporaryDirectory(prefix="bitfleet-bench-loader-") as folder:
-        title, loaders = prepare(options, batch_size, num_workers, Path(folder))
-        turns = {name: functools.partial(take_loader_turn, *entry, batch_size) for name, entry in loaders.items()}
+        if options.memory:
+            title = f"{num_images:,} images of {SMALL_SIZE} pixels"
+            loaders = small_contenders(write_small_images(Path(folder), num_images), batch_size, num_workers)
+        else:
+            photos = find_photos(options.root, num_images, num_workers)
+            kilobytes = statistics.mean(len(photo.encoded) for photo in photos) / 1e3
+            title = f"{len(photos)} {'' if options.root else 'synthetic '}photos of {kilobytes:.0f} kB"
+            with ThreadPoolExecutor(num_workers) as pool:
+                small = write_class_folders(list(pool.map(shrink, photos)), Path(folder) / "small")
+            loaders = contenders(
+                write_class_folders(photos, Path(folder) / "originals"), small, batch_size, num_workers
+            )
+        turns = {
+            name: functools.partial(take_loader_turn, start, num_batches, batch_size) for name, start in loaders.items()
+        }
         rows = _rows(interleave(turns, options.rounds, warm_up=0), unit)
-    details = f"batches of {batch_size}, {num_workers} threads or workers, median of {options.rounds} rounds"
-    yield titled(f"{title}, {details} (least - most)", rows)
+    details = f"batches of {batch_size}, {num_workers} threads or workers"
+    yield titled(f"{title}, {details}, median of {options.rounds} rounds (quartiles)", rows)
 
 
-class CpuClock:
-    """CPU time of this process and of all its descendants, without the time that reading it takes.
+def cpu_seconds(workers: Iterable[psutil.Process]) -> float:
+    """Return user and system time of this process and of `workers`, which must be alive."""
+    times = [worker.cpu_times() for worker in workers]
+    return time.process_time() + float(sum(each.user + each.system for each in times))
 
-    The descendants are found once and must live as long as the clock is read.
+
+def wait_for_rest(workers: Iterable[psutil.Process]) -> float:
+    """Wait until next to no CPU time is used; return the perf_counter() at which that began.
+
+    Raises:
+        RuntimeError: it takes longer than two minutes.
     """
 
-    def __init__(self, ignored: set[psutil.Process] | None = None) -> None:
-        self._workers = [p for p in psutil.Process().children(recursive=True) if p not in (ignored or set())]
-        self._reading = 0.0
+    def used_by_others() -> float:  # not by this thread, which reads the clocks
+        return cpu_seconds(workers) - time.thread_time()
 
-    def seconds(self) -> float:
-        """Return user and system time since some moment.
-
-        Raises:
-            RuntimeError: a worker process has ended, and its time with it.
-        """
-        start = time.thread_time()
-        try:
-            workers = [worker.cpu_times() for worker in self._workers]
-        except psutil.NoSuchProcess as error:
-            raise RuntimeError(f"a worker process ended while it was measured: {error}") from None
-        own = time.process_time()
-        self._reading += time.thread_time() - start
-        return own - self._reading + float(sum(times.user + times.system for times in workers))
-
-    def wait_for_rest(self) -> float:
-        """Wait until next to no CPU time is used; return the perf_counter() at which that began.
-
-        Raises:
-            RuntimeError: it takes longer than two minutes.
-        """
-        first = last = time.perf_counter()
-        used = self.seconds()
-        while (now := time.perf_counter()) - last < _QUIET_SECONDS:
-            if now - first > _LONGEST_WAIT_SECONDS:
-                raise RuntimeError("a loader does not come to rest: it works although nothing is taken from it")
-            time.sleep(0.005)
-            if self.seconds() - used > _QUIET_CPU_SECONDS:
-                last, used = time.perf_counter(), self.seconds()
-        return last
+    first = last = time.perf_counter()
+    used = used_by_others()
+    while (now := time.perf_counter()) - last < _QUIET_SECONDS:
+        if now - first > _LONGEST_WAIT_SECONDS:
+            raise RuntimeError("a loader does not come to rest: it works although nothing is taken from it")
+        time.sleep(_POLL_SECONDS)
+        if used_by_others() - used > _QUIET_CPU_SECONDS:
+            last, used = time.perf_counter(), used_by_others()
+    return last
 
 
 def take_loader_turn(start: Start, num_batches: int, batch_size: int) -> Turn:
@@ -122,20 +122,19 @@ def take_loader_turn(start: Start, num_batches: int, batch_size: int) -> Turn:
     before = set(psutil.Process().children(recursive=True))
     batches = start()
     _take(batches, 2)
-    clock = CpuClock(before)
-    clock.wait_for_rest()
-    begin, cpu_begin = time.perf_counter(), clock.seconds()
+    workers = set(psutil.Process().children(recursive=True)) - before
+    wait_for_rest(workers)
+    begin, cpu_begin = time.perf_counter(), cpu_seconds(workers)
     _take(batches, num_batches)
-    end = clock.wait_for_rest()
-    cpu_seconds = clock.seconds() - cpu_begin
+    end = wait_for_rest(workers)
+    used = cpu_seconds(workers) - cpu_begin
     del batches
     gc.collect()
-    started = set(psutil.Process().children(recursive=True)) - before
-    _, alive = psutil.wait_procs(started, timeout=_END_SECONDS)
+    _, alive = psutil.wait_procs(workers, timeout=_END_SECONDS)
     if alive:
         raise RuntimeError(f"worker processes of a loader are still there: {alive}")
     num_images = num_batches * batch_size
-    return Turn((end - begin) / num_images, cpu_seconds / num_images)
+    return Turn((end - begin) / num_images, used / num_images)
 
 
 def _take(batches: Iterator[object], count: int) -> None:
@@ -159,50 +158,6 @@ def _rows(turns: Mapping[str, list[Turn]], unit: str) -> list[Row]:
     ]
 
 
-def _check_size(batch_size: int, num_images: int) -> None:
-    if batch_size > num_images:
-        raise ValueError(f"--batch_size {batch_size} must not exceed the {num_images} images: raise --images")
-
-
-def _prepare_photos(options: Loader, batch_size: int, num_workers: int, folder: Path) -> tuple[str, Entries]:
-    """Write photos, and return a title and the loaders."""
-    photos = find_photos(options.root, options.images or 512, num_workers)
-    _check_size(batch_size, len(photos))
-    with ThreadPoolExecutor(num_workers) as pool:
-        small = write_class_folders(list(pool.map(shrink, photos)), folder / "small")
-    originals = write_class_folders(photos, folder / "originals")
-    num_batches = max(len(photos) // batch_size, 4 * num_workers)
-    num_batches += -num_batches % num_workers  # as many for each worker, so that they end together
-    kilobytes = statistics.mean(len(photo.encoded) for photo in photos) / 1e3
-    starts = contenders(originals, small, batch_size, num_workers)
-    title = f"{len(photos)} {'' if options.root else 'synthetic '}photos of {kilobytes:.0f} kB"
-    return title, {name: (start, num_batches) for name, start in starts.items()}
-
-
-def _prepare_small(options: Loader, batch_size: int, num_workers: int, folder: Path) -> tuple[str, Entries]:
-    """The same for small PNGs with the windows of binarynet_cifar10."""
-    num_images = options.images or 5000
-    _check_size(batch_size, num_images)
-    torch.set_num_threads(num_workers)
-    write_small_images(folder, num_images)
-    loaders = {}
-    for loader in ("dali", "torch", "memory"):
-        start = _bitfleet(folder, batch_size, num_workers, SMALL_SIZE, loader=loader, augmentation="pad_crop")
-        loaders[loader] = start, _batches_per_turn(start)
-    return f"{num_images:,} images of {SMALL_SIZE} pixels", loaders
-
-
-def _batches_per_turn(start: Start) -> int:
-    """Return the number of batches that take about _TURN_SECONDS."""
-    batches = start()
-    _take(batches, 10)
-    begin, count = time.perf_counter(), 0
-    while time.perf_counter() - begin < _TURN_SECONDS:
-        next(batches)
-        count += 1
-    return count
-
-
 def contenders(originals: Path, small: Path, batch_size: int, num_workers: int) -> dict[str, Start]:
     """Return loaders with ImageNet's training transform, endless streams of shuffled batches.
 
@@ -221,9 +176,18 @@ def contenders(originals: Path, small: Path, batch_size: int, num_workers: int) 
     }
 
 
-def _bitfleet(root: Path, batch_size: int, num_workers: int, image_size: int = SIZE, **options: Any) -> Start:
-    defaults: dict[str, Any] = {"augmentation": "random_resized_crop", "device": "cpu"}
-    config = DataConfig(root=str(root), num_threads=num_workers, image_size=image_size, **defaults | options)
+def small_contenders(root: Path, batch_size: int, num_workers: int) -> dict[str, Start]:
+    """Return every `data.loader`, with the windows of binarynet_cifar10."""
+    torch.set_num_threads(num_workers)
+    fields: dict[str, Any] = {"augmentation": "pad_crop", "image_size": SMALL_SIZE}
+    return {
+        name: _bitfleet(root, batch_size, num_workers, loader=name, **fields) for name in ("dali", "torch", "memory")
+    }
+
+
+def _bitfleet(root: Path, batch_size: int, num_workers: int, **options: Any) -> Start:
+    defaults: dict[str, Any] = {"augmentation": "random_resized_crop", "image_size": SIZE, "device": "cpu"}
+    config = DataConfig(root=str(root), num_threads=num_workers, **defaults | options)
     return lambda: train_batches(open_dataset(config), config, batch_size, torch.device("cpu"))
 
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,8 +13,8 @@ import numpy as np
 import torch
 
 from bitfleet.launch.bench.command import Diagnostics, Journal, Train
-from bitfleet.launch.bench.results import Row, titled
-from bitfleet.launch.bench.timing import Turn, interleave, ratio, ratios, take_turn
+from bitfleet.launch.bench.results import Row, compare, titled
+from bitfleet.launch.bench.timing import interleave, take_turn
 from bitfleet.launch.bench.training import TrainingStep
 from bitfleet.models import compile_network, create_model
 from bitfleet.optim import ShardedOptimizer
@@ -88,21 +87,11 @@ def bench_train(options: Train, config: TrainConfig, ranks: Ranks, device: torch
         steps: dict[str, Callable[[], object]] = {"bitfleet": trainer.advance, "bare torch loop": lambda: next(bare)}
         contenders = {title: functools.partial(take_turn, step, options.steps, device) for title, step in steps.items()}
         turns = interleave(contenders, options.rounds)
-    bitfleet, bare_loop = ([config.global_batch_size / turn.seconds for turn in values] for values in turns.values())
-    rates = {"bitfleet": statistics.median(bitfleet), "bare torch loop": statistics.median(bare_loop)}
+    rates = {title: [config.global_batch_size / turn.seconds for turn in values] for title, values in turns.items()}
     yield titled(
-        f"{config.name} on {ranks.world_size} ranks ({device.type}), median of {options.rounds} rounds",
-        [{"what": "images/s", **rates, "ratio": ratio(bitfleet, bare_loop)}],
+        f"{config.name} on {ranks.world_size} ranks ({device.type}), median of {options.rounds} rounds (quartiles)",
+        [compare("images/s", rates)],
     )
-
-
-def compare_turns(without: Sequence[Turn], with_it: Sequence[Turn]) -> Row:
-    """Return CPU ms per step, without and with something, and the quartiles of their ratio."""
-    first, second = ([1e3 * turn.cpu_seconds for turn in turns] for turns in (without, with_it))
-    quotients = ratios(second, first)
-    low, middle, high = statistics.quantiles(quotients, method="inclusive") if len(quotients) > 1 else 3 * quotients
-    figures = {"without": statistics.median(first), "with": statistics.median(second), "ratio": middle}
-    return {"what": "CPU ms of rank 0 per step", **figures, "lower quartile": low, "upper": high}
 
 
 def _compare_runs(
@@ -124,14 +113,15 @@ def _compare_runs(
                 title: functools.partial(
                     take_turn, getattr(trainer, step), options.steps, device, finish=trainer.reports.flush
                 )
-                for title, trainer in {"without": plain, "with": other}.items()
+                for title, trainer in {"with": other, "without": plain}.items()
             },
             options.rounds,
         )
+    milliseconds = {title: [1e3 * turn.cpu_seconds for turn in values] for title, values in turns.items()}
     return titled(
         f"{config.name}, {config.model.name}, {ranks.world_size} ranks, median of {options.rounds} rounds of "
-        f"{options.steps} steps",
-        [compare_turns(turns["without"], turns["with"])],
+        f"{options.steps} steps (quartiles)",
+        [compare("CPU ms of rank 0 per step", milliseconds)],
     )
 
 

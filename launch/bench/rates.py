@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bitfleet.launch.bench.command import Plan
 from bitfleet.launch.bench.loops import started
-from bitfleet.launch.bench.results import spread, titled
-from bitfleet.launch.bench.timing import interleave, ratios, take_turn
+from bitfleet.launch.bench.results import compare, titled
+from bitfleet.launch.bench.timing import interleave, take_turn
 from bitfleet.launch.bench.training import TrainingStep
 from bitfleet.launch.job import num_cores
 from bitfleet.launch.plan.plan import Cluster, estimate
@@ -156,14 +156,10 @@ def bench_plan(options: Plan, config: TrainConfig, ranks: Ranks, device: torch.d
         rounds = interleave({"": measure}, options.rounds)[""]
     all_rates, measured = zip(*rounds, strict=True)
     predicted = [estimate(config, probe.network, rates, cluster).step for rates in all_rates]
-    figures = {
-        "predicted": 1e3 * statistics.median(predicted),
-        "measured": 1e3 * statistics.median(measured),
-        "ratio": spread(ratios(predicted, measured)),
-    }
+    milliseconds = {"predicted": [1e3 * each for each in predicted], "measured": [1e3 * each for each in measured]}
     yield titled(
-        f"{config.name} on {ranks.world_size} ranks, median of {options.rounds} rounds",
-        [{"what": "ms per step", **figures}],
+        f"{config.name} on {ranks.world_size} ranks, median of {options.rounds} rounds (quartiles)",
+        [compare("ms per step", milliseconds)],
     )
     if options.output and ranks.is_main:
         write_rates(medians(all_rates), options.output)

@@ -7,28 +7,37 @@ a reason.
 
 import contextlib
 import gc
+import itertools
 import json
 import statistics
 import textwrap
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from bitfleet.launch.bench.timing import ratios
 from bitfleet.launch.text import table
 
 Row = dict[str, Any]
-WIDTH, PROSE_WIDTH, SHOWN_ERROR, SHOWN_TRACEBACK = 160, 130, 300, 1500
+SHOWN_ERROR, SHOWN_TRACEBACK = 300, 1500
 
 
 def spread(values: Sequence[float]) -> str:
-    """Format the median with the extremes: "2.1 (1.9 - 2.4)"."""
-    median, least, most = map(_format_value, (statistics.median(values), min(values), max(values)))
-    return f"{median} ({least} - {most})"
+    """Format the median with the quartiles: "2.1 (1.9 - 2.4)"."""
+    low, median, high = map(_format_value, np.quantile(values, (0.25, 0.5, 0.75)))
+    return f"{median} ({low} - {high})"
+
+
+def compare(what: str, series: Mapping[str, Sequence[float]]) -> Row:
+    """Return the medians of two series, and the first over the second round by round."""
+    medians = {name: statistics.median(values) for name, values in series.items()}
+    return {"what": what, **medians, "ratio": spread(ratios(*series.values()))}
 
 
 def titled(title: str, rows: Sequence[Row]) -> str:
@@ -38,13 +47,14 @@ def titled(title: str, rows: Sequence[Row]) -> str:
 
 def format_rows(rows: Sequence[Row]) -> str:
     """Return the results as tables for a terminal; neighbours with the same figures share one."""
-    blocks: list[list[Row]] = []
-    for row in rows:
-        if blocks and _names(row) and _names(row) == _names(blocks[-1][0]):
-            blocks[-1].append(row)
+    blocks: list[str] = []
+    for names, group in itertools.groupby(rows, _names):
+        if names:
+            cells = [[row["what"], *(_format_value(row[name]) for name in names)] for row in group]
+            blocks.append(table([["", *names], *cells]))
         else:
-            blocks.append([row])
-    return "\n".join(textwrap.indent(_format_block(block), "  ") for block in blocks)
+            blocks += map(_format_failure, group)
+    return textwrap.indent("\n".join(blocks), "  ")
 
 
 def _names(row: Row) -> list[str]:
@@ -52,22 +62,9 @@ def _names(row: Row) -> list[str]:
     return [] if {"error", "skipped"} & row.keys() else [name for name in row if name not in ("part", "what")]
 
 
-def _format_block(rows: Sequence[Row]) -> str:
-    first, names = rows[0], _names(rows[0])
-    if "error" in first:
-        return f"{first['what']}: ERROR {' '.join(first['error'].split())[:SHOWN_ERROR]}"
-    if "skipped" in first:
-        return f"{first['what']}: skipped, {first['skipped']}"
-    text = table([["", *names], *([row["what"], *(_format_value(row[name]) for name in names)] for row in rows)])
-    if max(map(len, text.splitlines())) <= WIDTH:
-        return text
-    lines = []
-    for row in rows:  # too wide for a table: one figure per line
-        lines.append(row["what"])
-        for name in names:
-            line = f"{name}: {_format_value(row[name])}"
-            lines += textwrap.wrap(line, PROSE_WIDTH - 2, initial_indent="  ", subsequent_indent="    ")
-    return "\n".join(lines)
+def _format_failure(row: Row) -> str:
+    text = f"ERROR {' '.join(row['error'].split())[:SHOWN_ERROR]}" if "error" in row else f"skipped, {row['skipped']}"
+    return f"{row['what']}: {text}"
 
 
 def _format_value(value: Any) -> str:
@@ -78,10 +75,6 @@ def _format_value(value: Any) -> str:
             return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
         case int():
             return f"{value:,}"
-        case dict():
-            return ", ".join(f"{key} {_format_value(item)}" for key, item in value.items()) or "none"
-        case list():
-            return ", ".join(map(_format_value, value)) or "none"
     return "-" if value is None else str(value)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from bitfleet.trainer.ranks.collectives import barrier
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -21,13 +22,13 @@ class Turn(NamedTuple):
     """CPU time per step of all threads of this process, which other jobs hardly change."""
 
 
-def interleave(contenders: Mapping[str, Callable[[], T]], num_rounds: int, warm_up: int = 1) -> dict[str, list[T]]:
+def interleave(contenders: Mapping[K, Callable[[], T]], num_rounds: int, warm_up: int = 1) -> dict[K, list[T]]:
     """Call every contender once per round, in an order that rotates, and return what each returned.
 
     The first `warm_up` rounds do not count.
     """
     titles = list(contenders)
-    results: dict[str, list[T]] = {title: [] for title in titles}
+    results: dict[K, list[T]] = {title: [] for title in titles}
     for count in range(warm_up + num_rounds):
         first = count % len(titles)
         for title in titles[first:] + titles[:first]:

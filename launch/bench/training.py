@@ -201,15 +201,17 @@ def measure_settings(
 ) -> list[Row]:
     """Time the settings in turns, each network after the reference that it is compared with.
 
-    All networks are in memory at the same time. peak_MB is what one holds on a GPU between steps,
-    and what a step adds.
+    All networks are in memory at the same time; peak_MB is what each takes on a GPU.
     """
-    steps, held = [], []
+    steps, peaks = [], []
     for setting in settings:
-        before = _allocated(device)
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         steps.append(setting_step(setting, image_size, device))
         steps[-1]()  # compiles
-        held.append(_allocated(device) - before)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            steps[-1]()
+        peaks.append((torch.cuda.max_memory_allocated(device) - before) / 1e6 if device.type == "cuda" else None)
     turns = {f"{i}": functools.partial(seconds_per_call, step, num_steps, device) for i, step in enumerate(steps)}
     seconds = list(interleave(turns, num_rounds).values())
     rows: list[Row] = []
@@ -219,20 +221,7 @@ def measure_settings(
         quotients = ratios(reference, seconds[i])
         rate, middle = setting.batch_size / statistics.median(seconds[i]), statistics.median(quotients)
         figures = {"images_per_second": rate, "of_resnet18": middle, "least": min(quotients), "most": max(quotients)}
-        peak_MB = (held[i] + _added(steps[i], device)) / 1e6 if device.type == "cuda" else None
-        rows.append({"what": setting.network, **setting._asdict(), **figures, "peak_MB": peak_MB})
+        rows.append({"what": setting.network, **setting._asdict(), **figures, "peak_MB": peaks[i]})
     for step in steps:
         step.close()
     return rows
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _added(step: TrainingStep, device: torch.device) -> int:
-    """Return the bytes that a step adds, at its peak, to what is held between steps."""
-    torch.cuda.reset_peak_memory_stats(device)
-    before = _allocated(device)
-    step()
-    return torch.cuda.max_memory_allocated(device) - before

@@ -1,13 +1,13 @@
 """Share between the tests on a GPU.
 
 BITFLEET_GPU_DRY_RUN=1 runs all of them on the CPU, at tiny sizes: then they compare the CPU with
-itself. A warning is not an error here: those of the libraries of a new device are not known.
+itself. They print figures, which pytest shows with -rP. A warning is not an error here: those of
+the libraries of a new device are not known.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +17,6 @@ from bitfleet.trainer.ranks.collectives import Ranks
 
 DRY_RUN = "BITFLEET_GPU_DRY_RUN"
 HERE = Path(__file__).parent
-Record = Callable[[Mapping[str, Any]], None]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,17 +40,6 @@ def device(is_dry: bool) -> torch.device:
         pytest.skip(f"torch finds no CUDA device ({DRY_RUN}=1 runs this on the CPU)")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     return torch.device("cuda", 0)
-
-
-@pytest.fixture
-def record(record_property: Callable[[str, object], None]) -> Record:
-    """Keep figures of a test, which `bitfleet bench gpu` writes down."""
-
-    def keep(figures: Mapping[str, Any]) -> None:
-        for name, value in figures.items():
-            record_property(name, value)
-
-    return keep
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bitfleet.configs import load_config
-from bitfleet.launch.bench.gpu.trainer import Loader, Variant, varied
+from bitfleet.launch.bench.gpu.trainer import Loader, varied
 from bitfleet.optim import ShardedOptimizer
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
 from bitfleet.trainer.checkpoint.format import checkpoints
@@ -28,12 +28,14 @@ loaders = pytest.mark.parametrize("loader", ["torch", "memory"])
 
 
 @contextmanager
-def started(variant: Variant, run: Path, ranks: Ranks, device: torch.device, is_dry: bool) -> Iterator[Trainer]:
+def started(
+    loader: Loader, run: Path, ranks: Ranks, device: torch.device, is_dry: bool, *, cuda_graph: bool = False
+) -> Iterator[Trainer]:
     """Make a trainer of the small Bi-Real Net, before its first step; it does not log."""
-    config = load_config("fashion_quickstart")
+    config = varied(load_config("fashion_quickstart"), loader, cuda_graph=cuda_graph)
     metrics = dataclasses.replace(config.metrics, every_steps=1000)
     fields: dict[str, Any] = {"global_batch_size": 8 if is_dry else config.global_batch_size, "metrics": metrics}
-    trainer = Trainer(varied(config, variant, run, **fields), ranks, device)
+    trainer = Trainer(dataclasses.replace(config, run_dir=run, resume=None, **fields), ranks, device)
     trainer.start()
     try:
         yield trainer
@@ -47,7 +49,7 @@ def started(variant: Variant, run: Path, ranks: Ranks, device: torch.device, is_
 def test_steps_between_logging_steps_do_not_wait_for_the_device(
     loader: Loader, device: torch.device, ranks: Ranks, is_dry: bool, tmp_path: Path
 ) -> None:
-    with started(Variant(loader), tmp_path / "run", ranks, device, is_dry) as trainer:
+    with started(loader, tmp_path / "run", ranks, device, is_dry) as trainer:
         for _ in range(2 if is_dry else 12):  # compiles, and past DeepSpeed's first steps
             trainer.train_step()
         with host_waits(device) as waits:
@@ -63,7 +65,7 @@ def test_images_are_copied_from_pinned_memory(
 ) -> None:
     with (
         torch.compiler.set_stance("force_eager"),  # a compiled function refuses to run under a mode
-        started(Variant(loader), tmp_path / "run", ranks, device, is_dry) as trainer,
+        started(loader, tmp_path / "run", ranks, device, is_dry) as trainer,
     ):
         trainer.train_step()
         with PageableCopies() as copies:
@@ -80,7 +82,7 @@ def test_graph_of_a_step_has_the_bits_of_the_step(
         pytest.skip("a CUDA graph needs a CUDA device")
     runs = [tmp_path / "eager", tmp_path / "graph"]
     for run, cuda_graph in zip(runs, (False, True), strict=True):
-        with started(Variant(loader, cuda_graph), run, ranks, device, is_dry) as trainer:
+        with started(loader, run, ranks, device, is_dry, cuda_graph=cuda_graph) as trainer:
             for _ in range(60):  # more than an epoch of 46 steps
                 trainer.train_step()
             trainer.save()

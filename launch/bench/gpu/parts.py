@@ -1,10 +1,7 @@
-"""What the parts of `bitfleet bench gpu` do: run tests of tests/gpu, and measure."""
+"""What the parts of `bitfleet bench gpu` measure."""
 
 import importlib.metadata
-import multiprocessing
-import os
 import platform
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,67 +9,12 @@ from typing import Any
 import torch
 
 from bitfleet.launch.bench.photos import find_photos, train_batches, write_class_folders
-from bitfleet.launch.bench.results import SHOWN_TRACEBACK, Session
+from bitfleet.launch.bench.results import Session
 from bitfleet.launch.bench.timing import seconds_per_call
 from bitfleet.launch.job import num_cores
 from bitfleet.trainer.data import DataConfig, open_dataset
 
 PACKAGES = "torch torchvision triton timm numpy deepspeed nvidia-dali-cuda130 nvidia-dali-cuda120 pytest".split()
-TESTS_FOLDER = Path(__file__).resolve().parents[3] / "tests" / "gpu"
-"""It is in the source tree only."""
-TESTS = {
-    "rule": ("test_rule.py", ""),
-    "gradients": ("test_networks.py", "gradients or sums"),
-    "repeat": ("test_networks.py", "twice"),
-    "trainer": ("test_trainer.py", "wait or pinned"),
-    "dali": ("test_data.py", "decodes or busy"),
-}
-"""Part -> file of tests, and the expression that selects those of the part."""
-
-
-class Recorder:
-    """A plugin of pytest that writes a row per test, with the figures that the test recorded."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        """Write the row of a test that has run, that failed at any time, or that was skipped."""
-        name, _, case = report.location[2].removeprefix("test_").replace("_", " ").partition("[")
-        figures = {"case": case.rstrip("]"), "failed": int(report.failed)}
-        if report.failed:
-            crash = getattr(report.longrepr, "reprcrash", None)
-            figures["error"] = f"{figures['case']}: {crash.message if crash else report.longrepr}"
-            self.session.add(name, **figures, where=report.longreprtext[-SHOWN_TRACEBACK:])
-        elif report.skipped:
-            self.session.add(name, skipped=f"{figures['case']}: {report.longrepr[2]}")
-        elif report.when == "call":
-            self.session.add(name, **figures, **dict(report.user_properties))
-
-
-def run_tests(session: Session, file: str, expression: str) -> None:
-    """Run tests of tests/gpu in a process of their own, and write a row per test.
-
-    Raises:
-        RuntimeError: pytest could not run them.
-    """
-    if not TESTS_FOLDER.is_dir():
-        session.add(file, skipped=f"{TESTS_FOLDER} is not there: run this in the source tree")
-        return
-    os.environ |= {"BITFLEET_GPU_DRY_RUN": "1"} if session.tiny else {}
-    os.environ |= {"BITFLEET_GPU_PHOTOS": session.imagenet} if session.imagenet else {}
-    options = ["-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", expression, f"{TESTS_FOLDER}/{file}"]
-    process = multiprocessing.get_context("spawn").Process(target=_run_pytest, args=(session, options))
-    process.start()
-    process.join()
-    if process.exitcode not in (0, 1):
-        raise RuntimeError(f"pytest ended with code {process.exitcode}")
-
-
-def _run_pytest(session: Session, options: list[str]) -> None:
-    import pytest
-
-    sys.exit(pytest.main(options, plugins=[Recorder(session)]))
 
 
 def measure_probe(session: Session) -> None:
@@ -84,7 +26,8 @@ def measure_probe(session: Session) -> None:
         capability, memory = f"{card.major}.{card.minor}", card.total_memory / 1e9
         session.add("card", name=card.name, memory_GB=memory, capability=capability, **versions)
     installed = {package.name: package.version for package in importlib.metadata.distributions()}
-    session.add("packages", versions={name: installed.get(name, "not installed") for name in PACKAGES})
+    for name in PACKAGES:
+        session.add(name, version=installed.get(name, "not installed"))
 
 
 def measure_update(session: Session) -> None:
@@ -147,38 +90,3 @@ def measure_dali(session: Session) -> None:
         for preprocessing in ("torchvision", "official"):
             for decoder in ("gpu", "cpu") if session.is_cuda else ("cpu",):
                 session.attempt("speed", speed, folder, preprocessing, decoder, needs_seconds=10.0)
-
-
-def measure_trainer(session: Session) -> None:
-    """Write down ms per step of BinaryNet."""
-    from bitfleet.launch.bench.gpu.trainer import measure_steps
-
-    measure_steps(session)
-
-
-def measure_cifar(session: Session) -> None:
-    """Train BinaryNet on CIFAR-10 for as many epochs as fit."""
-    from bitfleet.launch.bench.gpu.trainer import train_epochs_that_fit
-
-    if session.cifar is None and not session.tiny:
-        session.add("BinaryNet", skipped="--cifar names no class folders of CIFAR-10")
-    else:
-        train_epochs_that_fit(session)
-
-
-MEASURES = {
-    "probe": measure_probe,
-    "update": measure_update,
-    "networks": measure_networks,
-    "trainer": measure_trainer,
-    "dali": measure_dali,
-    "cifar": measure_cifar,
-}
-
-
-def measure(session: Session) -> None:
-    """Run the tests of a part, then its measurements."""
-    if session.part in TESTS:
-        run_tests(session, *TESTS[session.part])
-    if session.part in MEASURES:
-        MEASURES[session.part](session)

@@ -1,13 +1,12 @@
 """BinaryNet's run on one rank and one GPU: ms per step, and as many epochs as there is time for."""
 
 import dataclasses
-import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 from bitfleet.configs import load_config
 from bitfleet.launch.bench.loops import started
@@ -28,37 +27,27 @@ SHARE_FOR_EPOCHS = 0.75
 """Part of the time left that steps may take; validation, saves and the start take the rest."""
 
 
-class Variant(NamedTuple):
-    """A way to get images and to launch a step."""
-
-    loader: Loader
-    cuda_graph: bool = False
-
-
-def varied(config: TrainConfig, variant: Variant, run_dir: Path, **fields: Any) -> TrainConfig:
-    """Return `config` as `variant` in a new run, with other `fields`."""
-    data = dataclasses.replace(config.data, loader=variant.loader)
-    engine = dataclasses.replace(config.engine, cuda_graph=variant.cuda_graph)
-    return dataclasses.replace(config, data=data, engine=engine, run_dir=run_dir, resume=None, **fields)
+def varied(config: TrainConfig, loader: Loader, *, cuda_graph: bool = False) -> TrainConfig:
+    """Return `config` with another way to get images and to launch a step."""
+    data = dataclasses.replace(config.data, loader=loader)
+    return dataclasses.replace(config, data=data, engine=dataclasses.replace(config.engine, cuda_graph=cuda_graph))
 
 
 @contextmanager
-def _runs(session: Session) -> Iterator[tuple[Ranks, Callable[..., TrainConfig]]]:
-    """Give the only rank of a job, and a function that returns BinaryNet's run as a `Variant`.
-
-    The images are those of --cifar; without it they are random.
-    """
-    with job("auto") as (ranks, _), tempfile.TemporaryDirectory(prefix="bitfleet-bench-gpu-") as name:
-        folder, config = Path(name), load_config("binarynet_cifar10")
-        root = session.cifar or write_small_images(folder / "images", 20 if session.tiny else 2000)
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(root)))
-        fields: dict[str, Any] = {"run_dir": folder / "run"}
+def _binarynet(session: Session) -> Iterator[tuple[Ranks, TrainConfig]]:
+    """Give the only rank of a job and BinaryNet's run; without --cifar its images are random."""
+    with job("auto") as (ranks, _), tempfile.TemporaryDirectory(prefix="bitfleet-bench-gpu-") as folder:
+        config = load_config("binarynet_cifar10")
+        root = session.cifar or write_small_images(Path(folder) / "images", 20 if session.tiny else 2000)
+        data = dataclasses.replace(config.data, root=str(root))
+        config = dataclasses.replace(config, data=data, run_dir=Path(folder) / "run", resume=None)
         if session.tiny:
-            fields |= {"global_batch_size": 10, "metrics": dataclasses.replace(config.metrics, every_steps=2)}
-        yield ranks, functools.partial(varied, config, **fields)
+            metrics = dataclasses.replace(config.metrics, every_steps=2)
+            config = dataclasses.replace(config, global_batch_size=10, metrics=metrics)
+        yield ranks, config
 
 
-def measure_steps(session: Session) -> None:
+def measure_trainer(session: Session) -> None:
     """Write down ms per step of BinaryNet, with every way to get images and to launch a step."""
     warm_up, timed = (1, 1) if session.tiny else (30, 200)
 
@@ -69,21 +58,25 @@ def measure_steps(session: Session) -> None:
             seconds = seconds_per_call(trainer.advance, timed, session.device)
         session.add("step", run=what, ms=seconds * 1e3, images_per_second=config.global_batch_size / seconds)
 
-    variants = [Variant("memory"), Variant("torch")]
-    with _runs(session) as (ranks, run_as):
-        for variant in [Variant("memory", cuda_graph=True), *variants] if session.is_cuda else variants:
-            what = f"loader {variant.loader}{', CUDA graph' * variant.cuda_graph}"
-            session.attempt(what, measure, what, run_as(variant), ranks, needs_seconds=15.0)
+    loaders: list[tuple[Loader, bool]] = [("memory", True), ("memory", False), ("torch", False)]
+    with _binarynet(session) as (ranks, config):
+        for loader, cuda_graph in loaders if session.is_cuda else loaders[1:]:
+            what = f"loader {loader}{', CUDA graph' * cuda_graph}"
+            run = varied(config, loader, cuda_graph=cuda_graph)
+            session.attempt(what, measure, what, run, ranks, needs_seconds=15.0)
 
 
-def train_epochs_that_fit(session: Session) -> None:
+def measure_cifar(session: Session) -> None:
     """Train BinaryNet on CIFAR-10, and write down the accuracy after every epoch.
 
     The schedules have the length of these epochs, so a short run ends with the hyperparameters of a
     long one.
     """
-    with _runs(session) as (ranks, run_as):
-        config = run_as(Variant("memory", cuda_graph=session.is_cuda))
+    if session.cifar is None and not session.tiny:
+        session.add("BinaryNet", skipped="--cifar names no class folders of CIFAR-10")
+        return
+    with _binarynet(session) as (ranks, config):
+        config = varied(config, "memory", cuda_graph=session.is_cuda)
         steps = [row["ms"] for row in read_rows(Path(session.output)) if row["what"] == "step" and "ms" in row]
         seconds_per_step = min(steps) / 1e3 if steps else SECONDS_PER_STEP
         num_images = len(open_dataset(config.data).train)

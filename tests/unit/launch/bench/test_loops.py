@@ -9,7 +9,6 @@ import torch
 from bitfleet.configs import load_config
 from bitfleet.launch.bench import loops
 from bitfleet.launch.bench.command import Diagnostics
-from bitfleet.launch.bench.timing import Turn
 from bitfleet.trainer.ranks.collectives import Ranks
 
 CPU, ONE_RANK = torch.device("cpu"), Ranks(0, 1, 0, 1)
@@ -37,14 +36,6 @@ def test_run_that_is_too_short(monkeypatch: pytest.MonkeyPatch) -> None:
         next(loops.bench_diagnostics(Diagnostics(rounds=2, steps=10), config, ONE_RANK, CPU))
     with pytest.raises(ValueError, match="--steps is 7.*10"):
         next(loops.bench_diagnostics(Diagnostics(steps=7), config, ONE_RANK, CPU))
-
-
-def test_turns_are_compared() -> None:
-    without = [Turn(0.5, seconds) for seconds in (0.1, 0.2, 0.4)]
-    with_it = [Turn(0.6, seconds) for seconds in (0.11, 0.24, 0.4)]
-    _, *figures = loops.compare_turns(without, with_it).values()
-    assert figures == pytest.approx([200.0, 240.0, 1.1, 1.05, 1.15])
-    assert list(loops.compare_turns(without[:1], with_it[:1]).values())[1:] == pytest.approx([100.0, 110.0] + 3 * [1.1])
 
 
 def test_encodings_are_near_the_entropy() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bitfleet.launch.bench.results import Row, Session, append_row, format_rows, read_rows, spread, titled
+from bitfleet.launch.bench.results import Row, Session, append_row, compare, format_rows, read_rows, spread, titled
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_rows_with_the_same_facts_share_a_table() -> None:
         {"part": "p", "what": "longer", "count": 1, "ratio": 2.0, "equal": False},
         {"part": "p", "what": "broken", "error": "RuntimeError: no\nluck", "where": "trace"},
         {"part": "p", "what": "later", "skipped": "60 s needed, 3 s left"},
-        {"part": "p", "what": "places", "total": None, "places": {"x.py:1": 2.0}, "names": []},
+        {"part": "p", "what": "places", "total": None, "name": "x"},
     ]
     assert [line.split() for line in format_rows(rows).splitlines()] == [
         ["count", "ratio", "equal"],
@@ -40,16 +40,9 @@ def test_rows_with_the_same_facts_share_a_table() -> None:
         ["longer", "1", "2", "no"],
         "broken: ERROR RuntimeError: no luck".split(),
         "later: skipped, 60 s needed, 3 s left".split(),
-        ["total", "places", "names"],
-        ["places", "-", "x.py:1", "2", "none"],
+        ["total", "name"],
+        ["places", "-", "x"],
     ]
-
-
-def test_wide_rows_are_written_one_fact_below_the_other() -> None:
-    text = format_rows([{"part": "p", "what": "packages", "versions": {f"package{i}": "1.0" for i in range(20)}}])
-    assert text.splitlines()[0] == "  packages"
-    assert text.splitlines()[1].startswith("    versions: package0 1.0, package1 1.0")
-    assert max(map(len, text.splitlines())) <= 130
 
 
 def test_an_error_is_a_result(session: Session) -> None:
@@ -86,4 +79,10 @@ def test_what_no_longer_fits_is_skipped(session: Session) -> None:
 
 def test_a_table_stands_below_its_title() -> None:
     rows: list[Row] = [{"what": "a", "ms": 1.5, "images/s": spread([800.0, 1000.0, 900.0])}]
-    assert titled("title", rows).split("\n") == ["title", "      ms           images/s", "  a  1.5  900 (800 - 1,000)"]
+    assert titled("title", rows).split("\n") == ["title", "      ms         images/s", "  a  1.5  900 (850 - 950)"]
+
+
+def test_two_series_are_compared_round_by_round() -> None:
+    row = compare("ms", {"with": [110.0, 240.0, 400.0], "without": [100.0, 200.0, 400.0]})
+    assert row == {"what": "ms", "with": 240.0, "without": 200.0, "ratio": "1.1 (1.05 - 1.15)"}
+    assert compare("ms", {"with": [110.0], "without": [100.0]})["ratio"] == "1.1 (1.1 - 1.1)"

@@ -12,13 +12,13 @@ import torch
 
 from bitfleet.launch.bench.command import PartName, bench
 from bitfleet.launch.bench.gpu import command as bench_gpu
-from bitfleet.launch.bench.gpu.command import PARTS, run_part
-from bitfleet.launch.bench.results import Session, read_rows
+from bitfleet.launch.bench.gpu.command import PARTS, TESTS_FOLDER, count_tests, run_part
+from bitfleet.launch.bench.results import Row, Session, read_rows
 
 
 @pytest.fixture
 def session(tmp_path: Path) -> Session:
-    return Session("rule", str(tmp_path / "out.jsonl"), time.monotonic() + 60)
+    return Session("update", str(tmp_path / "out.jsonl"), time.monotonic() + 60)
 
 
 def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
@@ -33,8 +33,8 @@ def test_a_part_writes_its_results(session: Session, monkeypatch: pytest.MonkeyP
         "open(told['output'], 'a').write(json.dumps({'part': told['part'], 'what': 'bits', 'equal': True}) + '\\n')",
     )
     text = run_part(session)
-    assert read_rows(Path(session.output)) == [{"part": "rule", "what": "bits", "equal": True}]
-    assert Path(session.output).with_suffix(".log").read_text() == "== rule\nnoise\n"
+    assert read_rows(Path(session.output)) == [{"part": "update", "what": "bits", "equal": True}]
+    assert Path(session.output).with_suffix(".log").read_text() == "== update\nnoise\n"
     assert [line.split() for line in text.splitlines()[-2:]] == [["equal"], ["bits", "yes"]]
 
 
@@ -51,7 +51,7 @@ def test_a_part_that_fails_is_a_result(
     child(monkeypatch, code)
     run_part(session)
     (row,) = read_rows(Path(session.output))
-    assert (row["error"], row["where"]) == (error, "== rule\nall is lost")
+    assert (row["error"], row["where"]) == (error, "== update\nall is lost")
 
 
 def test_a_part_that_hangs_is_ended_with_its_workers(
@@ -64,7 +64,7 @@ def test_a_part_that_hangs_is_ended_with_its_workers(
         f"open({str(tmp_path / 'worker')!r}, 'w').write(str(worker.pid))\n"
         "time.sleep(60)",
     )
-    monkeypatch.setitem(PARTS, "rule", PARTS["rule"]._replace(most_seconds=4.0))
+    monkeypatch.setitem(PARTS, "update", PARTS["update"]._replace(most_seconds=4.0))
     run_part(session)
     (row,) = read_rows(Path(session.output))
     assert row["error"] == "not done after 4 s, ended"
@@ -74,6 +74,37 @@ def test_a_part_that_hangs_is_ended_with_its_workers(
             break
         time.sleep(0.1)
     assert has_ended
+
+
+@pytest.mark.parametrize(
+    ("summary", "figures"),
+    [
+        ("35 passed in 5.20s", {"failed": 0, "passed": 35}),
+        ("2 failed, 3 passed, 1 skipped, 2 errors in 5.20s", {"failed": 4, "passed": 3}),
+        ("6 skipped in 5.20s", {"skipped": "6 skipped in 5.20s"}),
+    ],
+)
+def test_tests_that_failed_are_counted(summary: str, figures: Row) -> None:
+    assert count_tests(summary) == figures
+
+
+def test_a_test_that_fails_is_a_result(session: Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tests = "import pytest\npytestmark = pytest.mark.gpu\ndef test_a(): pass\ndef test_b(): assert 1 == 2\n"
+    (tmp_path / "test_rule.py").write_text(tests)
+    monkeypatch.setattr(bench_gpu, "TESTS_FOLDER", tmp_path)
+    run_part(dataclasses.replace(session, part="rule"))
+    counts, error = read_rows(Path(session.output))
+    assert counts == {"part": "rule", "what": "tests", "failed": 1, "passed": 1}
+    assert error["error"] == "exit code 1"
+    assert "test_rule.py::test_b" in error["where"]
+
+
+def test_tests_select_tests_that_exist() -> None:
+    for part in PARTS.values():
+        if part.module.startswith("test_"):
+            names = re.findall(r"def test_(\w+)\(", (TESTS_FOLDER / part.module).read_text())
+            for word in filter(None, part.tests.split(" or ")):
+                assert [name for name in names if word in name], word
 
 
 def test_a_part_without_time_is_skipped(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
