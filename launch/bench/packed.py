@@ -57,7 +57,7 @@ def bench_packed(options: Packed) -> Iterator[str]:
     weights = 4 * sum(tensor.numel() for tensor in model.state_dict().values() if tensor.is_floating_point())
     yield titled(
         f"{options.network}, {options.size} pixels, one image, {network.instructions}: {len(content):,} bytes, fp32 "
-        f"{weights:,}; one thread where none is named, median of {options.rounds} rounds (least - most)",
+        f"{weights:,}; one thread where none is named, median of {options.rounds} rounds (quartiles)",
         rows + missing,
     )
     two = ratios(seconds[PACKED], seconds[f"{PACKED}, 2 threads"])
