@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ TOLERANCE = 1e-4
 MOST_TIES = NUM_CHECKED // 2
 """A value within rounding of 0 may have another sign in the program; it changes logits by more."""
 
+NUM_TURNS = 9
+
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
@@ -54,7 +58,8 @@ def export_packed(source: Path, output: Path, image_size: int | None, rest: Sequ
     """
     trained, program = lower_trained(source, image_size, rest)
     content = to_bytes(program)
-    checked = compare(trained, PackedNetwork(content, program.description), "the program")
+    network = PackedNetwork(content, program.description)
+    checked = compare(trained, network, "the program")
     write(output, content)
     bits = sum(p.numel() for p in trained.model.parameters() if getattr(p, "binary", False))
     floats = sum(t.numel() for t in [*trained.model.parameters(), *trained.model.buffers()] if t.is_floating_point())
@@ -65,6 +70,7 @@ def export_packed(source: Path, output: Path, image_size: int | None, rest: Sequ
             f"{whole / len(content):.1f} times as much",
             *accuracy(trained),
             checked,
+            compare_speed(trained, network),
             f"try: bitfleet run {output} IMAGE...",
         ]
     )
@@ -180,6 +186,28 @@ def compare(trained: Trained, exported: Callable[[Array], Array], name: str) -> 
     if num_ties:
         text += f" on {NUM_CHECKED - num_ties}; on {num_ties} a value within rounding of 0 has another sign"
     return text
+
+
+def compare_speed(trained: Trained, network: PackedNetwork) -> str:
+    """Time both in turns on one image and one thread; return the medians, in words."""
+    shape = (1, trained.config.data.image_size, trained.config.data.image_size, 3)
+    image = np.zeros(shape, np.uint8)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    packed_times, torch_times = [], []
+    for _ in range(1 + NUM_TURNS):
+        start = time.perf_counter()
+        network(image)
+        between = time.perf_counter()
+        logits_of(trained.model, image, trained.config.data)
+        packed_times.append(between - start)
+        torch_times.append(time.perf_counter() - between)
+    torch.set_num_threads(num_threads)
+    packed, in_torch = (1e3 * statistics.median(times[1:]) for times in (packed_times, torch_times))
+    return (
+        f"{packed:.2f} ms per image on one thread of this CPU ({network.instructions}); the network in torch "
+        f"{in_torch:.2f} ms, {in_torch / packed:.1f} times as long"
+    )
 
 
 def logits_of(model: nn.Module, images: Array, data: DataConfig) -> Array:

@@ -30,7 +30,13 @@ def test_exported_run_predicts_what_the_run_predicts(trained: Path, tiny_images:
     program = tmp_path / "net"
     done = run_bitfleet("export", trained, program)
     assert done.returncode == 0, done.stdout
-    for words in (f"{program}: ", "as bits", "accuracy of the run: top-1", "checked on 16 random images"):
+    for words in (
+        f"{program}: ",
+        "as bits",
+        "accuracy of the run: top-1",
+        "checked on 16 random images",
+        "ms per image",
+    ):
         assert words in done.stdout
     ran = run_bitfleet("run", program, "--data", tiny_images)
     assert ran.returncode == 0, ran.stdout
