@@ -16,7 +16,14 @@ REPOSITORY = Path(__file__).parents[4]
 SOURCES = Path(__file__).parent
 LIBRARY = REPOSITORY / "models" / "packed"
 FLAGS = ("-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror")
-SANITIZERS = ("-fopenmp", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+SANITIZERS = (
+    "-fopenmp",
+    "-g",
+    "-O1",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+)
 
 
 def need(tool: str, package: str) -> str:

@@ -1,9 +1,9 @@
 """Small programs for tests: networks of models/, and random operations of every kind."""
 
+import numpy as np
 import torch
 from torch import nn
 
-import numpy as np
 from bitfleet.models import ModelConfig, create_model
 from bitfleet.packed.lowering import lower
 from bitfleet.packed.program import Array, Buffer, Flag, Kind, Operation, Program, Type
@@ -72,7 +72,9 @@ class _Random:
         height, width, channels = self.integer(1, 14), self.integer(1, 14), self.integer(1, 5)
         image, normalized = Buffer(height, width, channels), Buffer(height, width, channels)
         deviation = self.generator.uniform(20, 80, channels).astype(np.float32)
-        self.add(Operation(Kind.NORMALIZE, image, normalized, factor=deviation, offset=self.floats(channels) * 30 + 120))
+        self.add(
+            Operation(Kind.NORMALIZE, image, normalized, factor=deviation, offset=self.floats(channels) * 30 + 120)
+        )
         for _ in range(self.integer(2, 8)):
             self.add_any(self.readable[-1])
         while self.readable[-1].type is not Type.FLOATS:
@@ -81,7 +83,11 @@ class _Random:
         mean = Buffer(1, 1, last.channels)
         self.add(Operation(Kind.MEAN, last, mean))
         weight = self.floats(1, last.channels, self.channels())
-        self.add(Operation(Kind.CONV, mean, Buffer(1, 1, weight.shape[2]), weight=weight, offset=self.floats(weight.shape[2])))
+        self.add(
+            Operation(
+                Kind.CONV, mean, Buffer(1, 1, weight.shape[2]), weight=weight, offset=self.floats(weight.shape[2])
+            )
+        )
         return self.made
 
     def add(self, operation: Operation) -> None:
@@ -137,7 +143,9 @@ class _Random:
 
     def add_floats(self, source: Buffer) -> None:
         operation = self.convolution(source, Type.FLOATS)
-        operation.weight = self.floats(operation.kernel[0] * operation.kernel[1], source.channels, operation.target.channels)
+        operation.weight = self.floats(
+            operation.kernel[0] * operation.kernel[1], source.channels, operation.target.channels
+        )
         if self.chance(0.3):
             operation.weight, operation.flags = operation.weight > 0, Flag.BINARY_WEIGHT
         self.finish(operation)
