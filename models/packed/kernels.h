@@ -1,4 +1,4 @@
-/* The inner loops, included once per instruction set by packed.c with
+/* The inner loops, included once per instruction set by paths.h with
  *   NAME(x)          the name of a function of this set
  *   TARGET           attribute that lets the compiler use it
  *   COUNT_PIXELS, COUNT_VECTORS  block of `count`: pixels, and vectors of 8 outputs
