@@ -24,11 +24,11 @@ def small() -> Program:
     signs, compared = (Buffer(SIZE, SIZE, CHANNELS, Type.SIGNS) for _ in range(2))
     floats, added, logits = Buffer(SIZE, SIZE, CHANNELS), Buffer(SIZE, SIZE, CHANNELS), Buffer(1, 1, CHANNELS)
     ones, weight = np.ones(CHANNELS, np.float32), np.ones((CHANNELS, 1, CHANNELS), bool)
-    pair = {"factor": np.zeros(CHANNELS, np.int32), "offset": np.ones(CHANNELS, np.int32)}
+    thresholds, directions = np.zeros(CHANNELS, np.int32), np.ones(CHANNELS, np.int32)
     operations = [
         Operation(Kind.NORMALIZE, image, normalized, factor=ones, offset=ones),
         Operation(Kind.SIGN, normalized, signs),
-        Operation(Kind.BINARY_CONV, signs, compared, weight=weight, **pair),
+        Operation(Kind.BINARY_CONV, signs, compared, weight=weight, factor=thresholds, offset=directions),
         Operation(Kind.BINARY_CONV, compared, floats, weight=weight),
         Operation(Kind.ADD, floats, added, other=normalized),
         Operation(Kind.MEAN, added, logits),
