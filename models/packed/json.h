@@ -1,4 +1,5 @@
-/* Read JSON, for program.h: the header of a safetensors file and the description in it. Nothing behind `end` is read. */
+/* Read JSON, for program.h: the header of a safetensors file and the description in it. Nothing
+ * behind `end` is read. */
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -53,7 +54,8 @@ static int take_escape(struct cursor *c, char bytes[4]) {
     return length;
 }
 
-/* A string; `text` gets as many of its characters as fit into `size`. Returns the size of all of it, or 0 if it is damaged. */
+/* A string; `text` gets as many of its characters as fit into `size`. Returns the size of all of
+ * it, or 0 if it is damaged. */
 static size_t take_string(struct cursor *c, char *text, size_t size) {
     size_t length = 0, written = 0;
     if (!take(c, '"')) return 0;

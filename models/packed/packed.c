@@ -1,7 +1,7 @@
 /* Run packed programs: see packed.h; program.h has their format.
  *
- * Images are [height][width][channels]. A pixel of signs is whole 64-bit words, least significant bit first, bit 1 = +1; the bits
- * behind the last channel are 0, in weights as well.
+ * Images are [height][width][channels]. A pixel of signs is whole 64-bit words, least significant
+ * bit first, bit 1 = +1; the bits behind the last channel are 0, in weights as well.
  *
  * Build with -ffp-contract=off: a * x + b is rounded twice, as torch does it in evaluation. */
 #define _POSIX_C_SOURCE 200809L /* clock_gettime */
@@ -22,7 +22,8 @@
 static const struct path *current_path(void);
 
 enum { MAX_THREADS = 256 };
-/* Work of an operation that is divided among threads; on less they would wait for each other longer than they save. */
+/* Work of an operation that is divided among threads; on less they would wait for each other longer
+ * than they save. */
 static const int64_t DIVIDED_WORK = 1 << 18;
 
 /* ---- Weights in the order of the inner loops ---- */
@@ -31,7 +32,8 @@ static int bit_of(const unsigned char *bits, int64_t index) { return bits[index 
 
 static int64_t rounded_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-/* File: [taps][channels][outputs] floats or signs. Memory: [outputs / wide][taps][channels][wide]. */
+/* File: [taps][channels][outputs] floats or signs.
+ * Memory: [outputs / wide][taps][channels][wide]. */
 static int prepare_floats(struct packed_network *n, struct operation *o) {
     const int64_t wide = n->path->dot_wide, taps = (int64_t)o->fields[KERNEL_H] * o->fields[KERNEL_W];
     const int64_t outputs = o->target->channels, depth = taps * o->source->channels;
@@ -42,8 +44,11 @@ static int prepare_floats(struct packed_network *n, struct operation *o) {
     for (int64_t k = 0; k < depth; k++)
         for (int64_t output = 0; output < outputs; output++) {
             const int64_t from = k * outputs + output;
-            weight[(output / wide * depth + k) * wide + output % wide] =
-                o->fields[FLAGS] & BINARY_WEIGHT ? (bit_of(data, from) ? 1.0f : -1.0f) : ((const float *)data)[from];
+            float *to = weight + (output / wide * depth + k) * wide + output % wide;
+            if (o->fields[FLAGS] & BINARY_WEIGHT)
+                *to = bit_of(data, from) ? 1.0f : -1.0f;
+            else
+                *to = ((const float *)data)[from];
         }
     o->weight = weight;
     return 1;
@@ -63,7 +68,8 @@ static int prepare_bits(struct packed_network *n, struct operation *o) {
         for (int64_t tap = 0; tap < taps; tap++)
             for (int64_t c = 0; c < channels; c++) {
                 if (!bit_of(data, (output * taps + tap) * channels + c)) continue;
-                weight[((output / wide * taps + tap) * words + c / WORD) * wide + output % wide] |= (uint64_t)1 << (c % WORD);
+                uint64_t *to = weight + ((output / wide * taps + tap) * words + c / WORD) * wide + output % wide;
+                *to |= (uint64_t)1 << (c % WORD);
                 o->ones[tap * outputs + output]++;
             }
     return 1;
@@ -156,13 +162,14 @@ struct packed_network *packed_load(const void *file, size_t num_bytes, char *err
 /* ---- Rows of operations, compiled once per instruction set ---- */
 
 typedef void dot_function(int64_t, const float *, int64_t, int64_t, const float *, int64_t, int64_t, int64_t, float *);
-typedef void differ_function(int64_t, const uint64_t *, int64_t, int64_t, const uint64_t *, int64_t, int64_t, int64_t, int32_t *);
+typedef void differ_function(int64_t, const uint64_t *, int64_t, int64_t, const uint64_t *, int64_t, int64_t, int64_t,
+                             int32_t *);
 typedef uint64_t mask_function(const float *);
 
 static void *values_of(const struct packed_network *n, const struct buffer *b) { return n->slots[b->slot]; }
 
-/* Words whose bits are 1 where a value is not negative; torch's sign of a NaN counts as +1. `mask` has the bits of 64 values that
- * are. */
+/* Words whose bits are 1 where a value is not negative; torch's sign of a NaN counts as +1. `mask`
+ * has the bits of 64 values that are. */
 INLINE void pack(const float *values, int64_t num, uint64_t *bits, mask_function *mask) {
     int64_t c = 0;
     for (; c + WORD <= num; c += WORD) bits[c / WORD] = ~mask(values + c);
@@ -172,13 +179,16 @@ INLINE void pack(const float *values, int64_t num, uint64_t *bits, mask_function
     bits[c / WORD] = ~mask(rest);
 }
 
-/* Set bits of the taps of a pixel that lie on padding, whose bits are 0 and look like -1: they are no products. */
-INLINE int32_t correct_border(const struct operation *o, int64_t y, int64_t x, int64_t first, int64_t num, int32_t *differing) {
+/* Set bits of the taps of a pixel that lie on padding, whose bits are 0 and look like -1: they are
+ * no products. */
+INLINE int32_t correct_border(const struct operation *o, int64_t y, int64_t x, int64_t first, int64_t num,
+                              int32_t *differing) {
     const struct buffer *s = o->source;
     const int64_t top = y * o->fields[STRIDE] - o->fields[TOP], left = x * o->fields[STRIDE] - o->fields[LEFT];
     const int64_t kernel_h = o->fields[KERNEL_H], kernel_w = o->fields[KERNEL_W], outputs = o->target->channels;
     int64_t num_products = kernel_h * kernel_w * s->channels;
-    if (top >= 0 && left >= 0 && top + kernel_h <= s->height && left + kernel_w <= s->width) return (int32_t)num_products;
+    if (top >= 0 && left >= 0 && top + kernel_h <= s->height && left + kernel_w <= s->width)
+        return (int32_t)num_products;
     for (int64_t i = 0; i < kernel_h; i++)
         for (int64_t j = 0; j < kernel_w; j++) {
             if (top + i >= 0 && top + i < s->height && left + j >= 0 && left + j < s->width) continue;
@@ -189,9 +199,12 @@ INLINE int32_t correct_border(const struct operation *o, int64_t y, int64_t x, i
     return (int32_t)num_products;
 }
 
-/* Factor, offset, what is added, ReLU of up to 64 channels, in the order of torch's operators, each rounded. */
-INLINE void finish_word(const struct operation *o, float *restrict word, const float *restrict added, int64_t first, const int64_t num) {
-    const float *restrict factor = o->factor ? o->factor + first : 0, *restrict offset = o->offset ? o->offset + first : 0;
+/* Factor, offset, what is added, ReLU of up to 64 channels, in the order of torch's operators, each
+ * rounded. */
+INLINE void finish_word(const struct operation *o, float *restrict word, const float *restrict added, int64_t first,
+                        const int64_t num) {
+    const float *restrict factor = o->factor ? o->factor + first : 0;
+    const float *restrict offset = o->offset ? o->offset + first : 0;
     if (factor)
         for (int64_t c = 0; c < num; c++) word[c] *= factor[c];
     if (offset)
@@ -203,8 +216,8 @@ INLINE void finish_word(const struct operation *o, float *restrict word, const f
 }
 
 /* A pixel of FLOATS. `added` and `bits` may be NULL. */
-INLINE void finish(const struct operation *o, const float *values, const float *added, int64_t first, int64_t num, float *out,
-                   uint64_t *bits, mask_function *mask) {
+INLINE void finish(const struct operation *o, const float *values, const float *added, int64_t first, int64_t num,
+                   float *out, uint64_t *bits, mask_function *mask) {
     for (int64_t c = 0; c < num; c += WORD) {
         float word[WORD]; /* values may be out itself */
         const int64_t most = num - c < WORD ? num - c : WORD;
@@ -222,7 +235,8 @@ INLINE void finish(const struct operation *o, const float *values, const float *
 }
 
 /* Both sides are below 2^24 or beyond every sum, so floats hold them. */
-INLINE void compare(const struct operation *o, const int32_t *sums, int64_t first, int64_t num, uint64_t *bits, mask_function *mask) {
+INLINE void compare(const struct operation *o, const int32_t *sums, int64_t first, int64_t num, uint64_t *bits,
+                    mask_function *mask) {
     const int32_t *direction = o->direction + first, *threshold = o->threshold + first;
     for (int64_t c = 0; c < num; c += WORD) {
         float above[WORD];
@@ -233,21 +247,23 @@ INLINE void compare(const struct operation *o, const int32_t *sums, int64_t firs
 }
 
 /* Row y of a convolution, `num` outputs from `first`, a multiple of 64. */
-INLINE void convolve_row(struct packed_network *n, const struct operation *o, int64_t y, int64_t first, int64_t num, void *scratch,
-                         const int64_t wide, dot_function *dot, differ_function *differ, mask_function *mask) {
+INLINE void convolve_row(struct packed_network *n, const struct operation *o, int64_t y, int64_t first, int64_t num,
+                         void *scratch, const int64_t wide, dot_function *dot, differ_function *differ,
+                         mask_function *mask) {
     const struct buffer *s = o->source, *t = o->target;
     const int32_t *f = o->fields;
     const int is_binary = f[KIND] == BINARY_CONV;
-    const int64_t depth = is_binary ? s->words : s->channels, step = f[STRIDE] * depth, taps = (int64_t)f[KERNEL_H] * f[KERNEL_W];
+    const int64_t depth = is_binary ? s->words : s->channels, step = f[STRIDE] * depth;
+    const int64_t taps = (int64_t)f[KERNEL_H] * f[KERNEL_W];
     const void *source = o->is_padded ? n->padded : values_of(n, s);
     const int64_t at = y * f[STRIDE] * o->row_values, padded = (num + wide - 1) / wide * wide;
     const float *added = o->other ? (const float *)values_of(n, o->other) : 0;
     if (is_binary)
-        differ(t->width, (const uint64_t *)source + at, o->row_values, step, (const uint64_t *)o->weight + first * taps * depth,
-               f[KERNEL_H], f[KERNEL_W] * depth, num, scratch);
+        differ(t->width, (const uint64_t *)source + at, o->row_values, step,
+               (const uint64_t *)o->weight + first * taps * depth, f[KERNEL_H], f[KERNEL_W] * depth, num, scratch);
     else
-        dot(t->width, (const float *)source + at, o->row_values, step, (const float *)o->weight + first * taps * depth, f[KERNEL_H],
-            f[KERNEL_W] * depth, num, scratch);
+        dot(t->width, (const float *)source + at, o->row_values, step, (const float *)o->weight + first * taps * depth,
+            f[KERNEL_H], f[KERNEL_W] * depth, num, scratch);
     for (int64_t x = 0; x < t->width; x++) {
         const int64_t pixel = y * t->width + x, to = pixel * t->channels + first;
         float *values = (float *)scratch + x * padded;
@@ -292,9 +308,10 @@ INLINE void normalize_pixel(const struct packed_network *n, const struct operati
 
 INLINE void pool_pixel(struct packed_network *n, const struct operation *o, int64_t y, int64_t x) {
     const struct buffer *s = o->source, *t = o->target;
-    const int64_t top = y * o->fields[STRIDE] - o->fields[TOP], left = x * o->fields[STRIDE] - o->fields[LEFT], channels = s->channels;
-    const int64_t y0 = top > 0 ? top : 0, y1 = top + o->fields[KERNEL_H] < s->height ? top + o->fields[KERNEL_H] : s->height;
-    const int64_t x0 = left > 0 ? left : 0, x1 = left + o->fields[KERNEL_W] < s->width ? left + o->fields[KERNEL_W] : s->width;
+    const int64_t top = y * o->fields[STRIDE] - o->fields[TOP], left = x * o->fields[STRIDE] - o->fields[LEFT];
+    const int64_t bottom = top + o->fields[KERNEL_H], right = left + o->fields[KERNEL_W], channels = s->channels;
+    const int64_t y0 = top > 0 ? top : 0, y1 = bottom < s->height ? bottom : s->height;
+    const int64_t x0 = left > 0 ? left : 0, x1 = right < s->width ? right : s->width;
     float *restrict out = (float *)values_of(n, t) + (y * t->width + x) * channels;
     int32_t *best = (int32_t *)out;
     for (int64_t i = y0; i < y1; i++)
@@ -324,7 +341,8 @@ INLINE void map_row(struct packed_network *n, const struct operation *o, int64_t
         const float *mean = o->weight, *deviation = mean + numel;
         float *out = (float *)values_of(n, t) + row;
         if (n->pixel_kind == PACKED_UINT8)
-            for (int64_t i = 0; i < numel; i++) out[i] = ((float)((const uint8_t *)n->pixels)[row + i] - mean[i]) / deviation[i];
+            for (int64_t i = 0; i < numel; i++)
+                out[i] = ((float)((const uint8_t *)n->pixels)[row + i] - mean[i]) / deviation[i];
         else
             for (int64_t i = 0; i < numel; i++) out[i] = (((const float *)n->pixels)[row + i] - mean[i]) / deviation[i];
         for (int64_t x = 0; o->signs && x < s->width; x++)
@@ -334,7 +352,8 @@ INLINE void map_row(struct packed_network *n, const struct operation *o, int64_t
     for (int64_t x = 0; x < t->width; x++) {
         const int64_t pixel = y * t->width + x, at = pixel * num;
         float *out = (float *)values_of(n, t) + (t->type == FLOATS ? at : 0);
-        const float *in = (const float *)values_of(n, s) + at, *added = o->other ? (const float *)values_of(n, o->other) + at : 0;
+        const float *in = (const float *)values_of(n, s) + at;
+        const float *added = o->other ? (const float *)values_of(n, o->other) + at : 0;
         const int32_t *sums = (const int32_t *)in;
         uint64_t *bits = (uint64_t *)values_of(n, t) + pixel * t->words;
         uint64_t *signs = o->signs ? (uint64_t *)values_of(n, o->signs) + pixel * t->words : 0;
@@ -400,8 +419,10 @@ static void run_convolution(struct packed_network *n, const struct operation *o,
         }
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < t->height * parts; task++) {
-            const int64_t part = task % parts, first = blocks * part / parts * WORD, last = blocks * (part + 1) / parts * WORD;
-            n->path->convolve_row(n, o, task / parts, first, (last < t->channels ? last : t->channels) - first, scratch);
+            const int64_t part = task % parts;
+            const int64_t first = blocks * part / parts * WORD, last = blocks * (part + 1) / parts * WORD;
+            n->path->convolve_row(n, o, task / parts, first, (last < t->channels ? last : t->channels) - first,
+                                  scratch);
         }
     }
 }
@@ -473,7 +494,9 @@ void packed_image_size(const struct packed_network *n, int size[3]) {
     size[0] = (int)image->height, size[1] = (int)image->width, size[2] = (int)image->channels;
 }
 
-int packed_num_classes(const struct packed_network *n) { return (int)n->operations[n->num_operations - 1].target->channels; }
+int packed_num_classes(const struct packed_network *n) {
+    return (int)n->operations[n->num_operations - 1].target->channels;
+}
 
 int packed_class_name(const struct packed_network *n, int index, char *name, size_t size) {
     struct cursor c = find(n->description, "classes");
@@ -492,7 +515,8 @@ size_t packed_sums_size(const struct packed_network *n, int index) {
     return (size_t)(t->height * t->width * t->channels);
 }
 
-int packed_sums(struct packed_network *n, const void *pixels, enum packed_pixels kind, int index, int32_t *sums, int num_threads) {
+int packed_sums(struct packed_network *n, const void *pixels, enum packed_pixels kind, int index, int32_t *sums,
+                int num_threads) {
     if (!packed_sums_size(n, index)) return -1;
     float *logits = malloc(packed_num_classes(n) * sizeof *logits);
     if (!logits) return -1;

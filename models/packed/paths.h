@@ -52,11 +52,13 @@ TARGET INLINE uint64_t mask_avx512(const float *values) {
     uint64_t mask = 0;
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
-        mask |= (uint64_t)_mm512_cmp_ps_mask(_mm512_loadu_ps(values + 16 * i), _mm512_setzero_ps(), _CMP_LT_OQ) << (16 * i);
+        mask |= (uint64_t)_mm512_cmp_ps_mask(_mm512_loadu_ps(values + 16 * i), _mm512_setzero_ps(), _CMP_LT_OQ)
+                << (16 * i);
     return mask;
 }
-TARGET INLINE void count_avx512(const int num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
-                                int64_t kernel_rows, int64_t run, int32_t *out, int64_t out_step) {
+TARGET INLINE void count_avx512(const int num, const uint64_t *x, int64_t row_stride, int64_t step,
+                                const uint64_t *weight, int64_t kernel_rows, int64_t run, int32_t *out,
+                                int64_t out_step) {
     __m512i sums[COUNT_PIXELS][COUNT_VECTORS];
     for (int p = 0; p < num; p++)
         for (int v = 0; v < COUNT_VECTORS; v++) sums[p][v] = _mm512_setzero_si512();
@@ -78,7 +80,8 @@ TARGET INLINE void count_avx512(const int num, const uint64_t *x, int64_t row_st
     const __m512i low = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     for (int p = 0; p < num; p++)
         for (int v = 0; v < COUNT_VECTORS; v += 2)
-            _mm512_storeu_si512(out + p * out_step + v * LANES, _mm512_permutex2var_epi32(sums[p][v], low, sums[p][v + 1]));
+            _mm512_storeu_si512(out + p * out_step + v * LANES,
+                                _mm512_permutex2var_epi32(sums[p][v], low, sums[p][v + 1]));
 }
 #include "kernels.h"
 
@@ -103,9 +106,11 @@ TARGET INLINE uint64_t mask_avx2(const float *values) {
     return mask;
 }
 /* Counts in bytes, by looking up nibbles; a byte holds the counts of 31 words. */
-TARGET INLINE void count_avx2(const int num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
-                              int64_t kernel_rows, int64_t run, int32_t *out, int64_t out_step) {
-    const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+TARGET INLINE void count_avx2(const int num, const uint64_t *x, int64_t row_stride, int64_t step,
+                              const uint64_t *weight, int64_t kernel_rows, int64_t run, int32_t *out,
+                              int64_t out_step) {
+    const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2,
+                                           2, 3, 2, 3, 3, 4);
     const __m256i nibble = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
     __m256i sums[COUNT_PIXELS][2], bytes[COUNT_PIXELS][2];
     for (int p = 0; p < num; p++)
@@ -120,7 +125,8 @@ TARGET INLINE void count_avx2(const int num, const uint64_t *x, int64_t row_stri
                 for (int p = 0; p < num; p++) {
                     const __m256i bits = _mm256_xor_si256(w, _mm256_set1_epi64x((int64_t)row[p * step + k]));
                     const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(bits, nibble));
-                    const __m256i high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bits, 4), nibble));
+                    const __m256i high = _mm256_shuffle_epi8(table,
+                                                             _mm256_and_si256(_mm256_srli_epi16(bits, 4), nibble));
                     bytes[p][v] = _mm256_add_epi8(bytes[p][v], _mm256_add_epi8(low, high));
                 }
             }
@@ -169,7 +175,8 @@ INLINE void count_neon(const int num, const uint64_t *x, int64_t row_stride, int
             for (int v = 0; v < 4; v++) {
                 const uint64x2_t w = vld1q_u64(weight + 2 * v);
                 for (int p = 0; p < num; p++)
-                    bytes[p][v] = vaddq_u8(bytes[p][v], vcntq_u8(vreinterpretq_u8_u64(veorq_u64(w, vdupq_n_u64(row[p * step + k])))));
+                    bytes[p][v] = vaddq_u8(
+                        bytes[p][v], vcntq_u8(vreinterpretq_u8_u64(veorq_u64(w, vdupq_n_u64(row[p * step + k])))));
             }
             if (++words < 31) continue;
             for (int p = 0; p < num; p++)
@@ -204,8 +211,9 @@ static const struct path *_Atomic chosen;
 static int is_supported(const struct path *path) {
 #if defined __x86_64__
     if (!strcmp(path->name, "avx512"))
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("fma");
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("fma");
     if (!strcmp(path->name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
     (void)path;

@@ -1,8 +1,9 @@
 /* Read a packed program file and check it, for packed.c.
  *
- * The file is safetensors: 8 bytes with the length of a JSON header, the header, then tensors. "program" (int32 [operations]
- * [FIELDS]) lists the operations and "buffers" (int32 [buffers][BUFFER_FIELDS]) the images between them; the others, "0", "1",
- * ..., hold weights. Everything that an operation reads or writes is checked here, so running needs no checks. */
+ * The file is safetensors: 8 bytes with the length of a JSON header, the header, then tensors.
+ * "program" (int32 [operations] [FIELDS]) lists the operations and "buffers" (int32
+ * [buffers][BUFFER_FIELDS]) the images between them; the others, "0", "1", ..., hold weights.
+ * Everything that an operation reads or writes is checked here, so running needs no checks. */
 #include "json.h"
 #include "packed.h"
 
@@ -10,20 +11,30 @@
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "numbers of a file are used as they lie");
 
-enum { FORMAT = 1, WORD = 64, LANES = 8, FIELDS = 20, BUFFER_FIELDS = 5, MAX_TENSORS = 4096, MAX_SIDE = 1 << 15, MAX_THRESHOLD = 1 << 30 };
+enum {
+    FORMAT = 1, WORD = 64, LANES = 8, FIELDS = 20, BUFFER_FIELDS = 5, MAX_TENSORS = 4096, MAX_SIDE = 1 << 15,
+    MAX_THRESHOLD = 1 << 30
+};
 static const int64_t MAX_NUMEL = (int64_t)1 << 28;
 /* Bytes of the file, weights and images; a file of a few kB may ask for any number. */
 static const int64_t MAX_MEMORY = (int64_t)1 << 30;
-/* Comparisons of words, products of floats and values that pools and maps read, for an image: about a minute at worst. */
+/* Comparisons of words, products of floats and values that pools and maps read, for an image: about
+ * a minute at worst. */
 static const int64_t MAX_WORK = (int64_t)1 << 36;
 
 enum type { FLOATS, SIGNS, SUMS, NUM_TYPES };
-enum kind { NORMALIZE, CONV, BINARY_CONV, AFFINE, LAYER_NORM, MAX_POOL, AVG_POOL, SIGN, THRESHOLD, MEAN, ADD, NUM_KINDS };
+enum kind {
+    NORMALIZE, CONV, BINARY_CONV, AFFINE, LAYER_NORM, MAX_POOL, AVG_POOL, SIGN, THRESHOLD, MEAN, ADD, NUM_KINDS
+};
 enum flags { RELU = 1, BINARY_WEIGHT = 2 };
-/* Fields of an operation; -1 for a buffer or tensor that it does not have. FACTOR and OFFSET: of a channel; thresholds and their
- * directions where the target is signs; deviation and mean of NORMALIZE. REAL: bits of a float, the epsilon of LAYER_NORM.
- * SIGNS_OF: a buffer for the signs of the result, which are packed along the way. */
-enum field { KIND, SOURCE, OTHER, TARGET_BUFFER, KERNEL_H, KERNEL_W, STRIDE, TOP, LEFT, FLAGS, WEIGHT, FACTOR, OFFSET, REAL, SIGNS_OF };
+/* Fields of an operation; -1 for a buffer or tensor that it does not have. FACTOR and OFFSET: of a
+ * channel; thresholds and their directions where the target is signs; deviation and mean of
+ * NORMALIZE. REAL: bits of a float, the epsilon of LAYER_NORM. SIGNS_OF: a buffer for the signs of
+ * the result, which are packed along the way. */
+enum field {
+    KIND, SOURCE, OTHER, TARGET_BUFFER, KERNEL_H, KERNEL_W, STRIDE, TOP, LEFT, FLAGS, WEIGHT, FACTOR, OFFSET, REAL,
+    SIGNS_OF
+};
 
 struct packed_network;
 struct operation;
@@ -32,7 +43,8 @@ struct operation;
 struct path {
     const char *name;
     int dot_wide, differ_wide; /* outputs of a block of weights */
-    void (*convolve_row)(struct packed_network *, const struct operation *, int64_t y, int64_t first, int64_t num, void *scratch);
+    void (*convolve_row)(struct packed_network *, const struct operation *, int64_t y, int64_t first, int64_t num,
+                         void *scratch);
     void (*map_row)(struct packed_network *, const struct operation *, int64_t y);
 };
 
@@ -52,11 +64,11 @@ struct buffer {
 struct operation {
     int32_t fields[FIELDS];
     const struct buffer *source, *target, *other, *signs;
-    int64_t row_values;   /* of a padded row of the source, in words or floats */
+    int64_t row_values; /* of a padded row of the source, in words or floats */
     int64_t work;
     int is_padded;
-    void *weight;         /* in blocks of the path; NORMALIZE: means and deviations of a row */
-    int32_t *ones;        /* binary convolution: [taps][outputs], set bits of a tap */
+    void *weight;  /* in blocks of the path; NORMALIZE: means and deviations of a row */
+    int32_t *ones; /* binary convolution: [taps][outputs], set bits of a tap */
     const float *factor, *offset;
     const int32_t *threshold, *direction;
 };
@@ -136,7 +148,9 @@ static int take_tensor(struct cursor *c, const unsigned char *data, int64_t num_
         tensor->numel *= tensor->shape[i];
         if (tensor->numel > MAX_NUMEL) return 0;
     }
-    if (offsets[0] > offsets[1] || offsets[1] > num_bytes || offsets[1] - offsets[0] != tensor->numel * size_of(tensor->dtype)) return 0;
+    if (offsets[0] > offsets[1] || offsets[1] > num_bytes ||
+        offsets[1] - offsets[0] != tensor->numel * size_of(tensor->dtype))
+        return 0;
     tensor->data = data + offsets[0];
     return (uintptr_t)tensor->data % size_of(tensor->dtype) == 0;
 }
@@ -149,7 +163,8 @@ static int index_of(const char *name) {
     return *name || index >= MAX_TENSORS ? -1 : index;
 }
 
-static const char *read_header(struct packed_network *n, int64_t num_bytes, struct tensor *program, struct tensor *buffers) {
+static const char *read_header(struct packed_network *n, int64_t num_bytes, struct tensor *program,
+                               struct tensor *buffers) {
     uint64_t length = 0;
     if (num_bytes < 8) return "it is not a safetensors file";
     for (int i = 0; i < 8; i++) length |= (uint64_t)n->file[i] << (8 * i);
@@ -214,11 +229,14 @@ static int are_thresholds(const struct packed_network *n, const struct operation
     const int32_t *threshold = (const int32_t *)n->tensors[o->fields[FACTOR]].data;
     const int32_t *direction = (const int32_t *)n->tensors[o->fields[OFFSET]].data;
     for (int64_t c = 0; c < o->target->channels; c++)
-        if ((direction[c] != 1 && direction[c] != -1) || threshold[c] > MAX_THRESHOLD || threshold[c] < -MAX_THRESHOLD) return 0;
+        if ((direction[c] != 1 && direction[c] != -1) || threshold[c] > MAX_THRESHOLD || threshold[c] < -MAX_THRESHOLD)
+            return 0;
     return 1;
 }
 
-static int holds(const struct packed_network *n, const struct buffer *b) { return n->holders[b->slot] == b - n->buffers + 1; }
+static int holds(const struct packed_network *n, const struct buffer *b) {
+    return n->holders[b->slot] == b - n->buffers + 1;
+}
 
 static int in(int32_t value, int32_t least, int32_t most) { return value >= least && value <= most; }
 
@@ -236,15 +254,18 @@ static const char *check_operation(const struct packed_network *n, const struct 
     gives[FLOATS] = kind != SIGN && kind != THRESHOLD;
     gives[SIGNS] = kind == SIGN || kind == THRESHOLD || kind == BINARY_CONV;
     gives[SUMS] = kind == BINARY_CONV || kind == MAX_POOL;
-    if (!takes[s->type] || !gives[t->type] || (kind == MAX_POOL && s->type != t->type)) return "buffers have other types";
+    if (!takes[s->type] || !gives[t->type] || (kind == MAX_POOL && s->type != t->type))
+        return "buffers have other types";
     if (s->slot == t->slot || (o->other && o->other->slot == t->slot)) return "it overwrites its input";
     if (is_conv || is_pool) {
-        if (!in(f[KERNEL_H], 1, 1 << 12) || !in(f[KERNEL_W], 1, 1 << 12) || !in(f[STRIDE], 1, 1 << 12)) return "its window is damaged";
+        if (!in(f[KERNEL_H], 1, 1 << 12) || !in(f[KERNEL_W], 1, 1 << 12) || !in(f[STRIDE], 1, 1 << 12))
+            return "its window is damaged";
         if (!in(f[TOP], 0, f[KERNEL_H] - 1) || !in(f[LEFT], 0, f[KERNEL_W] - 1)) return "its padding is damaged";
         /* Every window has a pixel of the image. */
         if ((t->height - 1) * f[STRIDE] - f[TOP] >= s->height || (t->width - 1) * f[STRIDE] - f[LEFT] >= s->width)
             return "its output is larger than its input allows";
-        if (((t->height - 1) * f[STRIDE] + f[KERNEL_H]) * ((t->width - 1) * f[STRIDE] + f[KERNEL_W]) * s->channels > MAX_NUMEL)
+        if (((t->height - 1) * f[STRIDE] + f[KERNEL_H]) * ((t->width - 1) * f[STRIDE] + f[KERNEL_W]) * s->channels >
+            MAX_NUMEL)
             return "its padded input is too large";
         if (is_pool && s->channels != t->channels) return "it changes the number of channels";
     } else if (kind == MEAN) {
@@ -266,12 +287,15 @@ static const char *check_operation(const struct packed_network *n, const struct 
     if (f[OFFSET] != -1 && !has_shape(n, f[OFFSET], dtype, t->channels)) return "its offsets have another size";
     if (needs_pair && t->type == SIGNS && !are_thresholds(n, o)) return "its thresholds are damaged";
     if (kind == ADD && !o->other) return "it has one input";
-    if (o->other && (o->other->type != FLOATS || t->type != FLOATS || !same_size(o->other, t))) return "what it adds has another size";
+    if (o->other && (o->other->type != FLOATS || t->type != FLOATS || !same_size(o->other, t)))
+        return "what it adds has another size";
     if (o->other && kind != ADD && kind != CONV && kind != BINARY_CONV && kind != AFFINE) return "it cannot add";
-    if (o->signs && (o->signs->type != SIGNS || t->type != FLOATS || !same_size(o->signs, t) || o->signs->slot == t->slot ||
-                     o->signs->slot == s->slot || (o->other && o->signs->slot == o->other->slot)))
+    if (o->signs &&
+        (o->signs->type != SIGNS || t->type != FLOATS || !same_size(o->signs, t) || o->signs->slot == t->slot ||
+         o->signs->slot == s->slot || (o->other && o->signs->slot == o->other->slot)))
         return "its signs have another size";
-    if ((kind != NORMALIZE && !holds(n, s)) || (o->other && !holds(n, o->other))) return "it reads what no operation has written";
+    if ((kind != NORMALIZE && !holds(n, s)) || (o->other && !holds(n, o->other)))
+        return "it reads what no operation has written";
     return 0;
 }
 
@@ -297,8 +321,9 @@ static const char *read_operations(struct packed_network *n, const struct tensor
         const int32_t *f = o->fields;
         memcpy(o->fields, table->data + sizeof o->fields * i, sizeof o->fields);
         if (f[KIND] < 0 || f[KIND] >= NUM_KINDS) return "it has an operation of a later version";
-        if (f[SOURCE] < 0 || f[SOURCE] >= n->num_buffers || f[TARGET_BUFFER] < 0 || f[TARGET_BUFFER] >= n->num_buffers ||
-            f[OTHER] < -1 || f[OTHER] >= n->num_buffers || f[SIGNS_OF] < -1 || f[SIGNS_OF] >= n->num_buffers)
+        if (f[SOURCE] < 0 || f[SOURCE] >= n->num_buffers || f[TARGET_BUFFER] < 0 ||
+            f[TARGET_BUFFER] >= n->num_buffers || f[OTHER] < -1 || f[OTHER] >= n->num_buffers || f[SIGNS_OF] < -1 ||
+            f[SIGNS_OF] >= n->num_buffers)
             return "an operation has no buffer";
         o->source = n->buffers + f[SOURCE];
         o->target = n->buffers + f[TARGET_BUFFER];
@@ -312,7 +337,8 @@ static const char *read_operations(struct packed_network *n, const struct tensor
         if (n->work > MAX_WORK) return "it needs too much work for an image";
         n->holders[o->target->slot] = f[TARGET_BUFFER] + 1;
         if (o->signs) n->holders[o->signs->slot] = f[SIGNS_OF] + 1;
-        const void *factor = f[FACTOR] < 0 ? 0 : n->tensors[f[FACTOR]].data, *offset = f[OFFSET] < 0 ? 0 : n->tensors[f[OFFSET]].data;
+        const void *factor = f[FACTOR] < 0 ? 0 : n->tensors[f[FACTOR]].data,
+                   *offset = f[OFFSET] < 0 ? 0 : n->tensors[f[OFFSET]].data;
         if (o->target->type == SIGNS)
             o->threshold = factor, o->direction = offset;
         else
