@@ -34,7 +34,7 @@ static unsigned char *read_file(const char *path, size_t *size) {
     return bytes;
 }
 
-/* A number of the header of a PPM, and the white space or comments before it; -1 if there is none. */
+/* A number of the header of a PPM, after white space and comments; -1 if there is none. */
 static int take_number(const unsigned char **at) {
     int number = 0;
     while (**at == ' ' || **at == '\n' || **at == '\r' || **at == '\t' || **at == '#')
@@ -46,14 +46,16 @@ static int take_number(const unsigned char **at) {
 }
 
 /* The pixels in the bytes of a PPM, [height][width][3]. */
-static const unsigned char *pixels_of(const char *path, const unsigned char *bytes, size_t num_bytes, const int size[3]) {
+static const unsigned char *pixels_of(const char *path, const unsigned char *bytes, size_t num_bytes,
+                                      const int size[3]) {
     char reason[128];
     const unsigned char *at = bytes + 2;
     if (num_bytes < 2 || memcmp(bytes, "P6", 2)) stop(path, "is not a binary PPM (P6)");
     const int width = take_number(&at), height = take_number(&at), most = take_number(&at);
     if (width < 1 || height < 1 || most != 255) stop(path, "has a damaged header, or no bytes as pixels");
     if (height != size[0] || width != size[1] || size[2] != 3) {
-        snprintf(reason, sizeof reason, "has %d x %d pixels, height first; the program takes %d x %d", height, width, size[0], size[1]);
+        snprintf(reason, sizeof reason, "has %d x %d pixels, height first; the program takes %d x %d", height, width,
+                 size[0], size[1]);
         stop(path, reason);
     }
     const size_t header = (size_t)(at - bytes) + 1; /* a single white space follows */
@@ -91,7 +93,8 @@ int main(int num_arguments, char **arguments) {
     const unsigned char *pixels = pixels_of(arguments[2], image, num_image_bytes, size);
     const int num_classes = packed_num_classes(network);
     float *logits = malloc((size_t)num_classes * sizeof *logits);
-    if (!logits || packed_run(network, pixels, PACKED_UINT8, logits, 1)) stop(arguments[1], "there is not enough memory");
+    if (!logits || packed_run(network, pixels, PACKED_UINT8, logits, 1))
+        stop(arguments[1], "there is not enough memory");
     print_best(network, logits, num_classes);
     double seconds = 0;
     for (int i = 0; i < packed_num_operations(network); i++) seconds += packed_seconds(network)[i];

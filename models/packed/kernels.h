@@ -1,11 +1,12 @@
-/* The inner loops, included once per instruction set by packed.c with
+/* The inner loops, included once per instruction set by paths.h with
  *   NAME(x)          the name of a function of this set
  *   TARGET           attribute that lets the compiler use it
  *   COUNT_PIXELS, COUNT_VECTORS  block of `count`: pixels, and vectors of 8 outputs
  *   DOT_PIXELS, DOT_VECTORS      block of `dot`: pixels, and vectors of outputs
  *   vf, VF           vector of VF floats: LOADF, STOREF, SPLATF, FMAF
  *   and a body of NAME(count) and NAME(mask); with HAS_FUSED also of NAME(fused).
- * A window is `kernel_rows` rows, `row_stride` apart, of `run` words or values; pixels are `step` apart. */
+ * A window is `kernel_rows` rows, `row_stride` apart, of `run` words or values; pixels are `step`
+ * apart. */
 
 /* Sums over windows: out[p][n] = sum x * w. weight: [kernel_rows * run][DOT_VECTORS * VF]. */
 TARGET INLINE void NAME(dot_block)(const int num, const float *x, int64_t row_stride, int64_t step, const float *weight,
@@ -31,13 +32,14 @@ TARGET INLINE void NAME(dot_block)(const int num, const float *x, int64_t row_st
 }
 
 /* `num` pixels of a row, all outputs. out: [num][outputs rounded up to blocks]. */
-TARGET static void NAME(dot)(int64_t num, const float *x, int64_t row_stride, int64_t step, const float *weight, int64_t kernel_rows,
-                             int64_t run, int64_t outputs, float *out) {
+TARGET static void NAME(dot)(int64_t num, const float *x, int64_t row_stride, int64_t step, const float *weight,
+                             int64_t kernel_rows, int64_t run, int64_t outputs, float *out) {
     const int64_t wide = DOT_VECTORS * VF, padded = (outputs + wide - 1) / wide * wide;
     for (int64_t n = 0; n < padded; n += wide, weight += kernel_rows * run * wide) {
         int64_t p = 0;
         for (; p + DOT_PIXELS <= num; p += DOT_PIXELS)
-            NAME(dot_block)(DOT_PIXELS, x + p * step, row_stride, step, weight, kernel_rows, run, out + p * padded + n, padded);
+            NAME(dot_block)(DOT_PIXELS, x + p * step, row_stride, step, weight, kernel_rows, run, out + p * padded + n,
+                            padded);
         for (; p + 2 <= num; p += 2)
             NAME(dot_block)(2, x + p * step, row_stride, step, weight, kernel_rows, run, out + p * padded + n, padded);
         for (; p < num; p++)
@@ -45,15 +47,18 @@ TARGET static void NAME(dot)(int64_t num, const float *x, int64_t row_stride, in
     }
 }
 
-/* Number of differing bits, `num` pixels of a row, all outputs. weight: [outputs / (8 COUNT_VECTORS)][kernel_rows * run]
- * [8 COUNT_VECTORS]; out: [num][outputs rounded up to blocks]. */
-TARGET static void NAME(differ)(int64_t num, const uint64_t *x, int64_t row_stride, int64_t step, const uint64_t *weight,
-                                int64_t kernel_rows, int64_t run, int64_t outputs, int32_t *out) {
+/* Number of differing bits, `num` pixels of a row, all outputs.
+ * weight: [outputs / (8 COUNT_VECTORS)][kernel_rows * run][8 COUNT_VECTORS];
+ * out: [num][outputs rounded up to blocks]. */
+TARGET static void NAME(differ)(int64_t num, const uint64_t *x, int64_t row_stride, int64_t step,
+                                const uint64_t *weight, int64_t kernel_rows, int64_t run, int64_t outputs,
+                                int32_t *out) {
     const int64_t wide = COUNT_VECTORS * LANES, padded = (outputs + wide - 1) / wide * wide;
     for (int64_t n = 0; n < padded; n += wide, weight += kernel_rows * run * wide) {
         int64_t p = 0;
         for (; p + COUNT_PIXELS <= num; p += COUNT_PIXELS)
-            NAME(count)(COUNT_PIXELS, x + p * step, row_stride, step, weight, kernel_rows, run, out + p * padded + n, padded);
+            NAME(count)(COUNT_PIXELS, x + p * step, row_stride, step, weight, kernel_rows, run, out + p * padded + n,
+                        padded);
         for (; p + 2 <= num; p += 2)
             NAME(count)(2, x + p * step, row_stride, step, weight, kernel_rows, run, out + p * padded + n, padded);
         for (; p < num; p++)
@@ -61,8 +66,8 @@ TARGET static void NAME(differ)(int64_t num, const uint64_t *x, int64_t row_stri
     }
 }
 
-TARGET static void NAME(convolve_row)(struct packed_network *n, const struct operation *o, int64_t y, int64_t first, int64_t num,
-                                      void *scratch) {
+TARGET static void NAME(convolve_row)(struct packed_network *n, const struct operation *o, int64_t y, int64_t first,
+                                      int64_t num, void *scratch) {
     const int64_t wide = o->fields[KIND] == BINARY_CONV ? COUNT_VECTORS * LANES : DOT_VECTORS * VF;
 #ifdef HAS_FUSED
     convolve_row(n, o, y, first, num, scratch, wide, NAME(dot), NAME(differ), NAME(fused), NAME(mask));
@@ -71,7 +76,9 @@ TARGET static void NAME(convolve_row)(struct packed_network *n, const struct ope
 #endif
 }
 
-TARGET static void NAME(map_row)(struct packed_network *n, const struct operation *o, int64_t y) { map_row(n, o, y, NAME(mask)); }
+TARGET static void NAME(map_row)(struct packed_network *n, const struct operation *o, int64_t y) {
+    map_row(n, o, y, NAME(mask));
+}
 
 #undef NAME
 #undef TARGET

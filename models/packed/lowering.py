@@ -118,7 +118,8 @@ class _Lowering:
                 (result,) = node.args[0]
                 last = self.values[result]
                 assert isinstance(last, _Value)
-                if (last.buffer.height, last.buffer.width) != (1, 1):
+                logits = self.as_floats(last.buffer)
+                if (logits.height, logits.width) != (1, 1):
                     raise ValueError("the network cannot be exported: its result is not a row of logits")
                 return self.operations
             if node.target is operator.getitem:  # of binary_conv2d: the result, and what backward needs

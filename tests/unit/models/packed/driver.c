@@ -1,8 +1,8 @@
 /* Run programs with every path of this CPU: driver MOST_THREADS (PROGRAM PIXELS OUTPUT)...
  *
- * PIXELS: uint8 [height][width][channels]. Sums of binary convolutions must be equal with every path and number of threads, and
- * logits within 1e-5 of the largest. OUTPUT gets those of the first path: int32 sums of each binary convolution, then float32
- * logits. Prints the paths. */
+ * PIXELS: uint8 [height][width][channels]. Sums of binary convolutions must be equal with every
+ * path and number of threads, and logits within 1e-5 of the largest. OUTPUT gets those of the first
+ * path: int32 sums of each binary convolution, then float32 logits. Prints the paths. */
 #include "packed.h"
 
 #include <math.h>
@@ -48,7 +48,8 @@ static void check(const char *path, const float *logits, const float *expected, 
 }
 
 /* Float pixels give what bytes give. */
-static void check_floats(const char *path, struct packed_network *network, const unsigned char *pixels, const float *expected) {
+static void check_floats(const char *path, struct packed_network *network, const unsigned char *pixels,
+                         const float *expected) {
     int size[3];
     packed_image_size(network, size);
     const size_t num = (size_t)size[0] * (size_t)size[1] * (size_t)size[2];
@@ -56,12 +57,14 @@ static void check_floats(const char *path, struct packed_network *network, const
     float *floats = malloc(num * sizeof *floats), *logits = malloc(bytes);
     if (!floats || !logits) stop("memory", "there is not enough");
     for (size_t i = 0; i < num; i++) floats[i] = pixels[i];
-    if (packed_run(network, floats, PACKED_FLOAT32, logits, 1) || memcmp(logits, expected, bytes)) stop(path, "other logits of floats");
+    if (packed_run(network, floats, PACKED_FLOAT32, logits, 1) || memcmp(logits, expected, bytes))
+        stop(path, "other logits of floats");
     free(floats);
     free(logits);
 }
 
-static void run(const char *path, const char *program_file, const char *pixels_file, int most_threads, int32_t **all, size_t *num_all) {
+static void run(const char *path, const char *program_file, const char *pixels_file, int most_threads, int32_t **all,
+                size_t *num_all) {
     char error[256];
     size_t num_bytes, num_pixels, num_sums = 0;
     int size[3];
@@ -114,7 +117,8 @@ int main(int num_arguments, char **arguments) {
             run(PATHS[path], arguments[i], arguments[i + 1], most_threads, &all, &num_all);
         }
         FILE *file = fopen(arguments[i + 2], "wb");
-        if (!file || fwrite(all, sizeof *all, num_all, file) != num_all || fclose(file)) stop(arguments[i + 2], "cannot be written");
+        if (!file || fwrite(all, sizeof *all, num_all, file) != num_all || fclose(file))
+            stop(arguments[i + 2], "cannot be written");
         free(all);
     }
     if (packed_use_path(NULL) || strcmp(packed_path(), best)) stop(best, "is not the best path again");

@@ -1,8 +1,8 @@
 /* Load and run damaged programs: fuzz SEED COUNT PROGRAM...
  *
- * Each of COUNT mutations of the programs is loaded and, if it is accepted, run on one image. Built with sanitizers, which end the
- * process at the first fault. Then each allocation fails once. Prints how many programs were refused, accepted, and accepted but
- * too much work to run here. */
+ * Each of COUNT mutations of the programs is loaded and, if it is accepted, run on one image. Built
+ * with sanitizers, which end the process at the first fault. Then each allocation fails once.
+ * Prints how many programs were refused, accepted, and accepted but too much work to run here. */
 #define _POSIX_C_SOURCE 200809L
 #include <stddef.h>
 #include <stdlib.h>
@@ -15,7 +15,9 @@ static int may_allocate(size_t bytes) {
     return allocations_left < 0 || allocations_left-- > 0;
 }
 static void *counted_malloc(size_t bytes) { return may_allocate(bytes) ? malloc(bytes) : 0; }
-static void *counted_calloc(size_t number, size_t bytes) { return may_allocate(number * bytes) ? calloc(number, bytes) : 0; }
+static void *counted_calloc(size_t number, size_t bytes) {
+    return may_allocate(number * bytes) ? calloc(number, bytes) : 0;
+}
 static void *counted_realloc(void *block, size_t bytes) { return may_allocate(bytes) ? realloc(block, bytes) : 0; }
 #define malloc counted_malloc
 #define calloc counted_calloc
@@ -30,7 +32,7 @@ static const int64_t MOST_WORK = 1 << 21;
 
 struct program {
     unsigned char *bytes;
-    size_t size, header;       /* of the JSON, which follows 8 bytes */
+    size_t size, header;        /* of the JSON, which follows 8 bytes */
     size_t tables[2], sizes[2]; /* "program" and "buffers": first byte, number of int32 */
 };
 
@@ -71,24 +73,35 @@ static struct program read_program(const char *path) {
 }
 
 static int32_t extreme(void) {
-    static const int32_t values[] = {INT32_MIN, -65536, -2, -1, 0, 1, 2, 3, 4, 5, 7, 8, 11, 63, 64, 65, 200, 1000, 3000, 4095, 4096, 9000,
-                                     32767, 32768, 65535, 65536, 1 << 20, 1 << 24, 1 << 28, 1 << 30, INT32_MAX};
+    static const int32_t values[] = {INT32_MIN, -65536, -2,      -1,      0,       1,       2,        3,
+                                     4,         5,      7,       8,       11,      63,      64,       65,
+                                     200,       1000,   3000,    4095,    4096,    9000,    32767,    32768,
+                                     65535,     65536,  1 << 20, 1 << 24, 1 << 28, 1 << 30, INT32_MAX};
     return values[random_number(sizeof values / sizeof *values)];
 }
 
-/* A field of a table becomes an extreme, its neighbour, or the same field of another row; in all rows that have the same value, or
- * in one. */
+/* A field of a table becomes an extreme, its neighbour, or the same field of another row; in all
+ * rows that have the same value, or in one. */
 static void change_table(const struct program *p, unsigned char *bytes) {
-    const size_t table = random_number(2), columns = table ? BUFFER_FIELDS : FIELDS, at = random_number(p->sizes[table]);
+    const size_t table = random_number(2), columns = table ? BUFFER_FIELDS : FIELDS,
+                 at = random_number(p->sizes[table]);
     const int is_one = random_number(2) == 0;
     int32_t value, before;
     memcpy(&value, bytes + p->tables[table] + 4 * at, 4);
     switch (random_number(5)) {
     case 0:
-    case 1: value = extreme(); break;
-    case 2: value = (int32_t)((uint32_t)value + (random_number(2) ? 1u : UINT32_MAX)); break;
-    case 3: value = (int32_t)((uint32_t)value * 2u); break;
-    default: memcpy(&value, bytes + p->tables[table] + 4 * (random_number(p->sizes[table] / columns) * columns + at % columns), 4);
+    case 1:
+        value = extreme();
+        break;
+    case 2:
+        value = (int32_t)((uint32_t)value + (random_number(2) ? 1u : UINT32_MAX));
+        break;
+    case 3:
+        value = (int32_t)((uint32_t)value * 2u);
+        break;
+    default:
+        memcpy(&value,
+               bytes + p->tables[table] + 4 * (random_number(p->sizes[table] / columns) * columns + at % columns), 4);
     }
     memcpy(&before, bytes + p->tables[table] + 4 * at, 4);
     for (size_t i = 0; i < p->sizes[table]; i++) {
@@ -102,10 +115,13 @@ static void change_header(const struct program *p, unsigned char *bytes) {
     static const char symbols[] = "{}[]\":,\\u0123456789 \n-.eFIU8_\0\xff\x80";
     size_t at = 8 + random_number(p->header);
     switch (random_number(3)) {
-    case 0: bytes[at] = (unsigned char)symbols[random_number(sizeof symbols)]; break;
+    case 0:
+        bytes[at] = (unsigned char)symbols[random_number(sizeof symbols)];
+        break;
     case 1: /* the next number */
         while (at < 8 + p->header && (bytes[at] < '0' || bytes[at] > '9')) at++;
-        for (; at < 8 + p->header && bytes[at] >= '0' && bytes[at] <= '9'; at++) bytes[at] = (unsigned char)('0' + random_number(10));
+        for (; at < 8 + p->header && bytes[at] >= '0' && bytes[at] <= '9'; at++)
+            bytes[at] = (unsigned char)('0' + random_number(10));
         break;
     default: { /* a piece of it is repeated elsewhere, such as the name of a tensor */
         const size_t length = 1 + random_number(24), from = 8 + random_number(p->header);
@@ -130,7 +146,8 @@ static size_t mutate(const struct program *p, unsigned char *bytes) {
         else if (way == 13)
             size = random_number(size + 1);
         else /* values of weights and tables */
-            for (size_t i = 0, at = 8 + p->header + random_number(p->size - 8 - p->header); i < 8 && at + i < p->size; i++)
+            for (size_t i = 0, at = 8 + p->header + random_number(p->size - 8 - p->header); i < 8 && at + i < p->size;
+                 i++)
                 bytes[at + i] = random_number(2) ? 0xff : (unsigned char)random_number(256);
     }
     return size;
@@ -164,7 +181,8 @@ static int run_accepted(struct packed_network *n) {
     const int index = (int)random_number((uint64_t)packed_num_operations(n));
     const size_t num_sums = packed_sums_size(n, index);
     int32_t *sums = malloc(num_sums * sizeof *sums + 1);
-    if (!sums || packed_sums(n, pixels, kind, index, sums, num_threads) != (num_sums ? 0 : -1)) stop("packed_sums", "failed");
+    if (!sums || packed_sums(n, pixels, kind, index, sums, num_threads) != (num_sums ? 0 : -1))
+        stop("packed_sums", "failed");
     free(sums);
     free(pixels);
     free(logits);

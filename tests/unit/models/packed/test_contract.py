@@ -5,7 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
+from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
+from bitfleet.models.layers.quantizers import ste_sign
 from tests.unit.models.packed.networks import (
     PATHS,
     exact_images,
@@ -93,6 +97,30 @@ def test_logits_of_any_weights(name: str, size: int, options: dict[str, Any]) ->
     model = network(name, **options)
     images = random_images(4, size)
     assert_close(packed(lowered(model, size))(images), expected_logits(model, images))
+
+
+class SignsOfEnds(nn.Module):
+    """Binary layers at the image and behind the mean of all pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = QuantConv2d(3, 9, 3, input_quantizer=ste_sign)
+        self.last = QuantLinear(9, 4, input_quantizer=ste_sign)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.first(x).mean((2, 3)))
+        return logits
+
+
+def test_signs_of_the_image_and_of_a_mean() -> None:
+    torch.manual_seed(0)
+    model = SignsOfEnds().eval()
+    program = lowered(model, 12)
+    (image,) = random_images(1, 12)
+    for path in PATHS:
+        found = packed_sums(program, packed(program, path), image)
+        for sums, expected in zip(found, expected_sums(model, image), strict=True):
+            np.testing.assert_array_equal(sums, expected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 33])

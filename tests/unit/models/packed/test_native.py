@@ -100,7 +100,7 @@ def test_cross_compiled(tmp_path: Path) -> None:
     image = random_image(program, 1)
     (tmp_path / "program").write_bytes(to_bytes(program))
     write_image(tmp_path / "image.ppm", image)
-    example = [emulator, tmp_path / "packed_example", tmp_path / "program", tmp_path / "image.ppm"]
-    *lines, last = run_c(*example).splitlines()
+    printed = run_c(emulator, tmp_path / "packed_example", tmp_path / "program", tmp_path / "image.ppm")
+    *lines, last = printed.splitlines()
     assert lines == lines_of(program, image)
     assert last.endswith(" ms (neon)")
