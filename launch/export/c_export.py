@@ -18,6 +18,7 @@ from bitfleet.packed.program import Array, Buffer
 
 FLAGS = ("-Os", "-std=c99", "-fPIC")
 SUFFIXES = ("", ".c", ".h")
+ROUNDED = "the run's evaluation resizes to fractions of a pixel's value; round them to uint8 for this code"
 
 
 def export_c(source: Path, output: Path, image_size: int | None, rest: Sequence[str]) -> str:
@@ -59,6 +60,7 @@ def export_c(source: Path, output: Path, image_size: int | None, rest: Sequence[
             flash,
             f"RAM: {files.buffer_bytes:,} bytes of static buffers, besides {pixels:,} of pixels and the stack",
             *accuracy(trained),
+            *([ROUNDED] if program.description["preprocessing"]["geometry"] == "official" else []),
             checked,
         ]
     )

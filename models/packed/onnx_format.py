@@ -31,7 +31,7 @@ def to_onnx(program: Program, dtype: type[np.generic] = np.uint8) -> bytes:
         dtype: of the pixels, np.uint8 or np.float32.
 
     Raises:
-        ValueError: it has an operation that is unknown here, or is larger than protobuf allows.
+        ValueError: it has an operation that is unknown here.
     """
     return OnnxGraph(program, dtype).to_bytes()
 
@@ -81,10 +81,7 @@ class OnnxGraph:
         opsets = [helper.make_opsetid(domain, 1 if domain else self.opset) for domain in domains]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="bitfleet")
         helper.set_model_props(model, {"bitfleet": json.dumps(self.description)})
-        try:
-            content: bytes = model.SerializeToString()
-        except ValueError as error:
-            raise ValueError(f"the network is too large for an ONNX file: {error}") from error
+        content: bytes = model.SerializeToString()
         return content
 
     def add(self, operation: Operation) -> None:

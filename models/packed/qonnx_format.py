@@ -26,7 +26,7 @@ def to_qonnx(program: Program) -> bytes:
         program: from `lower`.
 
     Raises:
-        ValueError: it has an operation that is unknown here, or is larger than protobuf allows.
+        ValueError: it has an operation that is unknown here.
     """
     return _QonnxGraph(program, np.float32).to_bytes()
 

@@ -76,6 +76,13 @@ def test_wrong_code_is_not_written(weights: Path, tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "net.c").exists()
 
 
+def test_pixels_that_are_no_integers(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--data.augmentation random_resized_crop --data.preprocessing".split()
+    for kind in ("official", "torchvision"):
+        export([str(weights), str(tmp_path / "net"), "--format", "c", *OPTIONS, *options, kind])
+        assert ("round them to uint8" in capsys.readouterr().out) == (kind == "official")
+
+
 def test_another_suffix_is_refused(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\A[^\n]*net\.onnx[^\n]*leave out its suffix\Z"):
         export([str(weights), str(tmp_path / "net.onnx"), "--format", "c", *OPTIONS])

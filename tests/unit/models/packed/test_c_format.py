@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -161,3 +162,11 @@ def test_a_description_cannot_end_its_comment(build: Compile) -> None:
     _, found = build(program)
     images: NDArray[np.uint8] = random_images(1, 28)
     assert np.isfinite(found(images)).all()
+
+
+def test_unknown_operations(quickstart: Program) -> None:
+    changed = copy.deepcopy(quickstart)
+    changed.operations[2].kind = Mock()
+    changed.operations[2].kind.name = "PRELU"
+    with pytest.raises(ValueError, match="C files of bitfleet do not have the operation PRELU"):
+        to_c(changed, "net")

@@ -1,7 +1,9 @@
 """ONNX models compute the trainer's logits in onnxruntime."""
 
+import copy
 import json
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -118,3 +120,11 @@ def test_every_batch_size_gives_the_same(program: Program) -> None:
     content, images = to_onnx(program), exact_images(5, 32)
     together = run(content, images)
     np.testing.assert_array_equal(np.concatenate([run(content, image[None]) for image in images]), together)
+
+
+def test_unknown_operations(program: Program) -> None:
+    changed = copy.deepcopy(program)
+    changed.operations[2].kind = Mock()
+    changed.operations[2].kind.name = "PRELU"
+    with pytest.raises(ValueError, match="ONNX models of bitfleet do not have the operation PRELU"):
+        to_onnx(changed)
