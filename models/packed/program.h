@@ -305,6 +305,7 @@ static int64_t work_of(const struct operation *o) {
     const struct buffer *s = o->source, *t = o->target;
     const int64_t results = t->height * t->width * t->channels, taps = (int64_t)f[KERNEL_H] * f[KERNEL_W];
     if (f[KIND] == MAX_POOL || f[KIND] == AVG_POOL) return results * taps;
+    if (f[KIND] == NORMALIZE) return 4 * results; /* divisions */
     if (f[KIND] != CONV && f[KIND] != BINARY_CONV) return s->height * s->width * s->channels;
     const int64_t rows = (t->height - 1) * f[STRIDE] + f[KERNEL_H], columns = (t->width - 1) * f[STRIDE] + f[KERNEL_W];
     return (results * taps + rows * columns) * (f[KIND] == CONV ? s->channels : s->words);

@@ -8,7 +8,7 @@ import pytest
 
 from bitfleet.packed.program import Program, to_bytes
 from bitfleet.packed.runner import PackedNetwork
-from tests.unit.models.packed.native import LIBRARY, SANITIZERS, SOURCES, compile_c, drive, need, results
+from tests.unit.models.packed.native import LIBRARY, SANITIZERS, SOURCES, THREADS, compile_c, drive, need, results
 from tests.unit.models.packed.programs import NETWORKS, SMALLEST, network, random_image, random_program
 
 DRIVER = (SOURCES / "driver.c", LIBRARY / "packed.c")
@@ -26,7 +26,7 @@ def small() -> dict[str, Program]:
 
 def test_paths_of_this_cpu_agree_with_python(tmp_path: Path) -> None:
     compiler = need("gcc", "gcc")
-    driver = compile_c(tmp_path / "driver", DRIVER, "-O2", "-fopenmp", compiler=compiler)
+    driver = compile_c(tmp_path / "driver", DRIVER, "-O2", *THREADS, compiler=compiler)
     programs_ = {name: network(name) for name in NETWORKS}
     paths = drive([driver], programs_, tmp_path, 3)
     assert paths[-1] == "portable"
@@ -56,7 +56,7 @@ def test_neon(tmp_path: Path, small: dict[str, Program]) -> None:
     """NEON and portable C on ARM give the integers and logits of portable C on this CPU."""
     compiler = need("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross")
     emulator = need("qemu-aarch64", "qemu-user")
-    driver = compile_c(tmp_path / "driver", DRIVER, "-O2", "-fopenmp", "-static", compiler=compiler)
+    driver = compile_c(tmp_path / "driver", DRIVER, "-O2", *THREADS, "-static", compiler=compiler)
     assert drive([emulator, driver], small, tmp_path, 2) == ["neon", "portable"]
     for name, program in small.items():
         sums, logits = results(program, name, tmp_path)
