@@ -114,6 +114,7 @@ def test_every_operation(build: Compile) -> None:
     np.testing.assert_array_equal(found(images[:1])[0], expected_sums(model, images[0])[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 def test_no_memory_error_or_undefined_behaviour(norm: str, tmp_path: Path) -> None:
     files = to_c(lowered(network("birealnet_small", norm=norm, width=20), 29), "net")

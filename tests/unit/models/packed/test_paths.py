@@ -40,6 +40,7 @@ def test_paths_of_this_cpu_agree_with_python(tmp_path: Path) -> None:
         assert len(sums) > 0
 
 
+@pytest.mark.slow
 def test_sanitizers(tmp_path: Path, small: dict[str, Program]) -> None:
     compiler = need("gcc", "gcc")
     driver = compile_c(tmp_path / "driver", DRIVER, *SANITIZERS, compiler=compiler)
