@@ -417,6 +417,19 @@ INLINE void pool_pixel(struct packed_network *n, const struct operation *o, int6
         for (int64_t c = 0; c < channels; c++) out[c] /= count;
 }
 
+/* A pixel of FLOATS from sums. `added` may be `out`, and may be NULL, as `bits`. */
+INLINE void finish_sums(const struct operation *o, const int32_t *sums, const float *added, int64_t num, float *out,
+                        uint64_t *bits, mask_function *mask) {
+    for (int64_t c = 0; c < num; c += WORD) {
+        float word[WORD];
+        const int64_t most = num - c < WORD ? num - c : WORD;
+        for (int64_t i = 0; i < most; i++) word[i] = (float)sums[c + i];
+        finish_word(o, word, added ? added + c : 0, c, most);
+        memcpy(out + c, word, most * sizeof *word);
+        if (bits) pack(word, most, bits + c / WORD, mask);
+    }
+}
+
 /* Row y of any other operation. */
 INLINE void map_row(struct packed_network *n, const struct operation *o, int64_t y, mask_function *mask) {
     const struct buffer *s = o->source, *t = o->target;
@@ -455,6 +468,10 @@ INLINE void map_row(struct packed_network *n, const struct operation *o, int64_t
             compare(o, sums, 0, num, bits, mask);
             break;
         default: /* AFFINE, LAYER_NORM, ADD */
+            if (s->type == SUMS && o->fields[KIND] != LAYER_NORM) {
+                finish_sums(o, sums, added, num, out, signs, mask);
+                break;
+            }
             if (s->type == SUMS)
                 for (int64_t c = 0; c < num; c++) out[c] = (float)sums[c];
             else if (o->fields[KIND] == LAYER_NORM)

@@ -7,9 +7,9 @@
  *     packed_run(network, pixels, PACKED_UINT8, logits, 1);
  *     packed_free(network);
  *
- * Link libbitfleet_packed and libm; OpenMP where threads are wanted. Every function may be called
- * from several threads at once, except two of packed_run, packed_sums and packed_free with the same
- * network. */
+ * `make libbitfleet_packed` builds it; link libm, and OpenMP where threads are wanted. Every
+ * function may be called from several threads at once, except two of packed_run, packed_sums and
+ * packed_free with the same network. */
 #ifndef BITFLEET_PACKED_H
 #define BITFLEET_PACKED_H
 #include <stddef.h>

@@ -109,7 +109,8 @@ static int take_metadata(struct packed_network *n, struct cursor *c) {
         struct cursor value = *c;
         const size_t needed = take_string(c, 0, 0);
         if (!needed) return 0;
-        if (size > sizeof key || strcmp(key, "bitfleet") || n->description) continue;
+        if (size > sizeof key || strcmp(key, "bitfleet")) continue;
+        if (n->description) return 0; /* there twice */
         n->description = reserve(n, (int64_t)needed) ? malloc(needed) : 0;
         if (!n->description) return 0;
         take_string(&value, n->description, needed);

@@ -171,6 +171,7 @@ def edited(before: bytes, after: bytes) -> bytes:
         (b'"program"', b'"buffers"', "a tensor is there twice"),
         (b'"1":{', b'"1" :{', "a tensor is damaged or cut off"),  # not at a multiple of 4 bytes
         (b'"1":{', b'"1":[', "a tensor is damaged or cut off"),
+        (b'{"bitfleet":"', b'{"bitfleet":"{}","bitfleet":"', "its metadata is damaged"),
         (b'\\"format', b"\\u12", "its metadata is damaged"),
         (b'\\"caf\\\\u00e9', b"\\u0000\\u00e9", "its metadata is damaged"),
         (b'\\"caf\\\\u00e9', b"\\ud800\\u00e9", "its metadata is damaged"),
