@@ -29,7 +29,8 @@ class ModelConfig:
     width: int | None = None
     """Channels of the first stage of a Bi-Real Net or ReActNet. None: the network's default."""
     depths: tuple[int, ...] | None = None
-    """Binary convolutions per stage of a Bi-Real Net, ReActNet-18 or QuickNet. None: the network's default."""
+    """Binary convolutions per stage of a Bi-Real Net, ReActNet-18 or QuickNet. None: the network's
+    default."""
     binarizer: Literal["ste", "wide_ste", "approx", "hardtanh_tanh"] | None = None
     """Pseudo-gradient of the sign of the features. None: the network's default."""
     residual: Literal["single", "double"] | None = None

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from bitfleet.models.keras.files import Array, read_keras_file
 from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
-from bitfleet.models.layers.real_layers import BatchNorm, ChannelAffine, ChannelLayerNorm, SameConv2d
+from bitfleet.models.layers.real_layers import BatchNorm, BlurPool2d, ChannelAffine, ChannelLayerNorm, SameConv2d
 from bitfleet.models.networks.binarynet import BinaryNet
 from bitfleet.models.networks.birealnet import BiRealNet
+from bitfleet.models.networks.quicknet import QuickNet
 from bitfleet.models.networks.xnornet import XNORNet
 
 Scales = Literal["none", "larq-zoo"]
@@ -32,6 +33,10 @@ _KINDS: dict[type[nn.Module], str] = {
     BatchNorm: "batch_normalization",
     ChannelLayerNorm: "layer_normalization",
 }
+_LARQ_KINDS: dict[type[nn.Module], str] = _KINDS | {SameConv2d: "quant_conv2d", nn.Linear: "quant_dense"}
+"""Of networks whose layers are all larq's, quantized or not."""
+_DEPTHWISE = {"conv2d": "depthwise_conv2d", "quant_conv2d": "quant_depthwise_conv2d"}
+_NAMES = (*_KINDS.values(), *_DEPTHWISE.values())
 _NORMS = (_KINDS[BatchNorm], _KINDS[ChannelLayerNorm])
 _NORM_VARIABLES = {
     "gamma": "weight",
@@ -39,7 +44,7 @@ _NORM_VARIABLES = {
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
-_LAYER = re.compile(rf"({'|'.join(_KINDS.values())})(?:_([1-9]\d*))?")
+_LAYER = re.compile(rf"({'|'.join(_NAMES)})(?:_([1-9]\d*))?")
 _VARIABLE = re.compile(r"(\w+)(?::0)?")
 
 
@@ -58,20 +63,36 @@ class _Layer:
     """Pixels per channel of the image that was flattened into its input; 1 if none was."""
 
     @property
+    def is_depthwise(self) -> bool:
+        return self.kind in _DEPTHWISE.values()
+
+    @property
     def name(self) -> str:
         return f"{self.kind}_{self.number}" if self.number else self.kind
 
     @property
     def variables(self) -> dict[str, Tensor]:
         """The tensor that each Keras variable fills, in Keras' order."""
-        names = _NORM_VARIABLES if self.kind in _NORMS else {"kernel": "weight", "bias": "bias"}
+        kernel = "depthwise_kernel" if self.is_depthwise else "kernel"
+        names = _NORM_VARIABLES if self.kind in _NORMS else {kernel: "weight", "bias": "bias"}
         targets = {name: getattr(self.module, attribute, None) for name, attribute in names.items()}
         return {name: target for name, target in targets.items() if target is not None}
 
     def shape(self, variable: str) -> tuple[int, ...]:
         """Shape of a variable in a file."""
         target = self.variables[variable]
+        if self.is_depthwise:
+            return tuple(target.permute(2, 3, 0, 1).shape)
         return tuple(target.permute(2, 3, 1, 0).shape if target.dim() == 4 else target.t().shape)
+
+
+class _Blur(nn.Module):
+    """Stands for a BlurPool2d, whose filter is a variable in Keras."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        row = torch.tensor([1.0, 2.0, 1.0]) / 4
+        self.weight = (row[:, None] * row).repeat(num_channels, 1, 1, 1)
 
 
 class _Found(NamedTuple):
@@ -89,7 +110,7 @@ def load_keras_weights(model: nn.Module, path: Path, *, scales: Scales = "none")
     has no gamma (`scale=False`, as in larq-zoo's XNOR-Net), the norms get a factor of 1.
 
     Args:
-        model: `BinaryNet`, `XNORNet` or `BiRealNet`, with either norm.
+        model: `BinaryNet`, `XNORNet`, `BiRealNet`, with either norm, or `QuickNet`.
         path: .h5 of `model.save_weights` or `model.save`, .keras, or .npz with arrays named like
             Keras' variables ("quant_conv2d_1/kernel:0"; numbers may start anywhere, Keras counts
             over all models of a process) or with those of `np.savez(path, *model.get_weights())`.
@@ -120,7 +141,12 @@ def load_keras_weights(model: nn.Module, path: Path, *, scales: Scales = "none")
     with torch.no_grad():
         for layer, variables in found.items():
             for variable, (_, array) in variables.items():
-                value = kernel_from_keras(array, layer.num_pixels) if variable == "kernel" else torch.from_numpy(array)
+                if layer.is_depthwise:
+                    value = torch.from_numpy(array).permute(2, 3, 0, 1)
+                elif variable == "kernel":
+                    value = kernel_from_keras(array, layer.num_pixels)
+                else:
+                    value = torch.from_numpy(array)
                 if isinstance(layer.module, QuantConv2d | QuantLinear):
                     value = torch.where(value >= 0, 1.0, -1.0)
                 layer.variables[variable].copy_(value)
@@ -148,16 +174,27 @@ def _layers(model: nn.Module) -> list[_Layer]:
         return _chain([*model.features, *model.classifier], num_pixels=1)
     if isinstance(model, BiRealNet):
         return _birealnet(model)
+    if isinstance(model, QuickNet):
+        return _quicknet(model)
     raise ValueError(
-        f"the network is {type(model).__name__}, whose Keras layers are unknown; expected BinaryNet, XNORNet or "
-        "BiRealNet"
+        f"the network is {type(model).__name__}, whose Keras layers are unknown; expected BinaryNet, XNORNet, "
+        "BiRealNet or QuickNet"
     )
 
 
 class _Created(list[_Layer]):
+    def __init__(self, kinds: dict[type[nn.Module], str] = _KINDS) -> None:
+        super().__init__()
+        self.kinds = kinds
+
     def add(self, module: nn.Module, norm: nn.Module | None = None, num_pixels: int = 1) -> _Layer:
         """Append the next layer that Keras creates."""
-        kind = _KINDS[type(module)]
+        if isinstance(module, _Blur):
+            kind = "depthwise_conv2d"
+        else:
+            kind = self.kinds[type(module)]
+            if isinstance(module, SameConv2d) and module.groups > 1:
+                kind = _DEPTHWISE[kind]
         self.append(_Layer(module, kind, sum(layer.kind == kind for layer in self), norm, num_pixels))
         return self[-1]
 
@@ -191,6 +228,19 @@ def _birealnet(model: BiRealNet) -> list[_Layer]:
         conv, norm = created.add(block.conv, block.norm), created.add(block.norm)
         layers += [conv, *shortcut[:1], norm, *shortcut[1:]]
     return [*layers, created.add(model.head)]
+
+
+def _quicknet(model: QuickNet) -> list[_Layer]:
+    """List the layers of a QuickNet."""
+    created = _Created(_LARQ_KINDS)
+    module: Any
+    for module in [*model.stem, *model.blocks, model.head]:
+        for layer in list(module.children()) or [module]:
+            if isinstance(layer, BlurPool2d):
+                created.add(_Blur(created[-1].module.num_features))
+            elif type(layer) in _KINDS:
+                created.add(layer)
+    return list(created)
 
 
 def _match_by_order(arrays: dict[str, Array], layers: list[_Layer], network: str, path: Path) -> _Matches:
@@ -288,7 +338,7 @@ def _grouped(arrays: dict[str, tuple[str, Array]], path: Path) -> dict[str, dict
             raise ValueError(
                 f"{path} has {name} of shape {array.shape}; expected names as quant_conv2d_1/kernel:0, of "
                 "layers called "
-                f"{', '.join(_KINDS.values())}, or only arr_0, arr_1, ..."
+                f"{', '.join(_NAMES)}, or only arr_0, arr_1, ..."
             )
         index, layer = matches[0]
         model = models.setdefault("/".join(above[:index]), len(models))
@@ -338,6 +388,11 @@ def _check(found: _Matches, network: str, path: Path) -> None:
             variables[variable] = _Found(
                 name, np.asarray(array, np.float64 if array.dtype.itemsize > 4 else np.float32)
             )
+            if isinstance(layer.module, _Blur) and not np.allclose(array, layer.module.weight.permute(2, 3, 0, 1)):
+                raise ValueError(
+                    f"{path} has another filter than the outer square of [1, 2, 1] / 4 in {name}; {network} cannot "
+                    "train that one"
+                )
         for name, array in [variables[variable] for variable in variables if variable not in layer.variables]:
             expected = ", ".join(layer.variables)
             raise ValueError(

@@ -1,8 +1,8 @@
 """Binary activation quantizers: the sign forward, a pseudo-gradient backward.
 
-`ste_sign`, `wide_ste_sign` and `approx_sign` agree with larq bit for bit (sign(0) = sign(-0.0) = +1). Backward keeps
-the input: the gradient of `approx_sign` depends on every bit of |x|, and torch.compile recomputes
-what it can. (Binary convolutions on a CPU keep less, see binary_conv.py.)
+`ste_sign`, `wide_ste_sign` and `approx_sign` agree with larq bit for bit (sign(0) = sign(-0.0) =
++1). Backward keeps the input: the gradient of `approx_sign` depends on every bit of |x|, and
+torch.compile recomputes what it can. (Binary convolutions on a CPU keep less, see binary_conv.py.)
 """
 
 from collections.abc import Callable

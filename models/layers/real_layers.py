@@ -81,9 +81,7 @@ def same_padding(x: Tensor, kernel_size: int, stride: int) -> Padding:
     return Padding(horizontal // 2, horizontal - horizontal // 2, vertical // 2, vertical - vertical // 2)
 
 
-def conv2d(
-    x: Tensor, weight: Tensor, stride: int, padding: Padding, pad_value: float = 0.0, groups: int = 1
-) -> Tensor:
+def conv2d(x: Tensor, weight: Tensor, stride: int, padding: Padding, pad_value: float = 0.0, groups: int = 1) -> Tensor:
     """Convolve `x` [N, C, H, W], padded, without bias.
 
     Padding that is asymmetric, or not with zeros, copies `x`.

@@ -33,7 +33,9 @@ def _norm(num_channels: int) -> BatchNorm:
 class Binary(nn.Module):
     """Threshold per channel -> sign -> binary convolution -> norm."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, quantizer: Quantizer) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, quantizer: Quantizer
+    ) -> None:
         super().__init__()
         self.threshold = ChannelBias(in_channels)
         self.conv = QuantConv2d(
@@ -58,10 +60,14 @@ class _Block(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int, quantizer: Quantizer) -> None:
         super().__init__()
         self.binary = Binary(in_channels, out_channels, 3, stride, quantizer)
-        self.shortcut = nn.Identity() if stride == 1 and in_channels == out_channels else nn.Sequential(
-            SameAvgPool2d(2, stride) if stride > 1 else nn.Identity(),
-            nn.Conv2d(in_channels, out_channels, 1, bias=False),
-            _norm(out_channels),
+        self.shortcut = (
+            nn.Identity()
+            if stride == 1 and in_channels == out_channels
+            else nn.Sequential(
+                SameAvgPool2d(2, stride) if stride > 1 else nn.Identity(),
+                nn.Conv2d(in_channels, out_channels, 1, bias=False),
+                _norm(out_channels),
+            )
         )
         self.activation = RPReLU(out_channels)
 
@@ -106,7 +112,9 @@ class ReActNet(nn.Module):
         self.num_classes = num_classes
         large = stem == "imagenet"
         self.stem = nn.Sequential(
-            nn.Conv2d(in_chans, width, 7, 2, 3, bias=False) if large else nn.Conv2d(in_chans, width, 3, 1, 1, bias=False),
+            nn.Conv2d(in_chans, width, 7, 2, 3, bias=False)
+            if large
+            else nn.Conv2d(in_chans, width, 3, 1, 1, bias=False),
             _norm(width),
             nn.MaxPool2d(3, 2, 1) if large else nn.MaxPool2d(2),
         )

@@ -89,7 +89,9 @@ def test_files_of_keras_hold_the_same_network(file: str, tmp_path: Path) -> None
     expected, model = published("quicknet_small_64", tmp_path), timm.create_model("quicknet_small")
     WRITERS[file](tmp_path / file, ladder.keras_layers(case))
     load_keras_weights(model, tmp_path / file)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), expected.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), expected.state_dict().values(), strict=True)
+    )
 
 
 def test_gradients_of_a_training_step_match_the_published_code() -> None:

@@ -109,7 +109,7 @@ def _pickled(path: Path) -> Tensors:
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"the weights {path} are neither a state_dict nor a dict with one as \"state_dict\"")
+        raise ValueError(f'the weights {path} are neither a state_dict nor a dict with one as "state_dict"')
     return _unwrapped(state)
 
 

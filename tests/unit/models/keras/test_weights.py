@@ -446,7 +446,7 @@ def test_no_file_of_keras(file: str, write: Callable[[Path], None], message: str
 
 
 def test_unknown_network(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Linear.*BinaryNet, XNORNet or BiRealNet"):
+    with pytest.raises(ValueError, match="Linear.*BinaryNet, XNORNet, BiRealNet or QuickNet"):
         load_keras_weights(nn.Linear(1, 1), tmp_path / "weights.npz")
 
 

@@ -21,6 +21,11 @@ SIZES = {
     "birealnet18": ModelSize(11_689_512, 10_985_472, 9_600, 1_676_279_808, 137_793_536),
     "birealnet34": ModelSize(21_797_672, 21_086_208, 17_024, 3_525_967_872, 137_793_536),
     "xnornet": ModelSize(62_387_104, 58_236_928, 19_328, 1_025_744_896, 113_379_328),
+    "reactnet18": ModelSize(11_704_424, 10_985_472, 9_600, 1_676_279_808, 137_793_536),
+    "reactnet_a": ModelSize(29_343_592, 28_253_184, 21_888, 4_816_896_000, 11_862_016),
+    "quicknet_small": ModelSize(12_652_504, 11_980_800, 8_672, 1_156_055_040, 15_941_120),
+    "quicknet": ModelSize(13_230_024, 12_533_760, 9_664, 1_849_688_064, 29_651_712),
+    "quicknet_large": ModelSize(23_338_184, 22_634_496, 17_088, 3_699_376_128, 29_651_712),
 }
 
 
@@ -92,7 +97,17 @@ def test_no_normalization() -> None:
         timm.create_model("binarynet", norm="none")
 
 
-@pytest.mark.parametrize(("name", "default"), [("birealnet_small", "approx"), ("xnornet", "ste"), ("binarynet", "ste")])
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        ("birealnet_small", "approx"),
+        ("xnornet", "ste"),
+        ("binarynet", "ste"),
+        ("reactnet_small", "approx"),
+        ("reactnet_a", "approx"),
+        ("quicknet_small", "wide_ste"),
+    ],
+)
 def test_binarizers(name: str, default: str) -> None:
     def quantizers(**options: str) -> list[object]:
         with torch.device("meta"):
@@ -124,7 +139,7 @@ def test_initialization() -> None:
     assert float(model.head.weight.detach().abs().max()) <= (6 / (64 + 10)) ** 0.5
 
 
-@pytest.mark.parametrize("name", ["birealnet18", "birealnet34", "birealnet_small", "xnornet", "binarynet"])
+@pytest.mark.parametrize("name", [*SIZES, "birealnet_small", "reactnet_small", "binarynet"])
 def test_no_pretrained_weights(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: pretrained=True"):
         timm.create_model(name, pretrained=True)
