@@ -54,7 +54,8 @@ class QuickNet(nn.Module):
     """QuickNet of any size, for images of at least 32 pixels.
 
     Args:
-        filters: channels per stage; those of the first a multiple of 4.
+        width: channels of the first stage, a multiple of 4.
+        factors: channels of each stage, in widths.
         depths: binary convolutions per stage. The stem divides the resolution by 4, each stage but
             the first by 2.
         num_classes: number of classes.
@@ -68,20 +69,20 @@ class QuickNet(nn.Module):
     def __init__(
         self,
         *,
-        filters: tuple[int, ...] = (64, 128, 256, 512),
+        width: int = 64,
+        factors: tuple[int, ...] = (1, 2, 4, 8),
         depths: tuple[int, ...] = (4, 4, 4, 4),
         num_classes: int = 1000,
         in_chans: int = 3,
         binarizer: Binarizer = "wide_ste",
     ) -> None:
         super().__init__()
-        if len(filters) != len(depths) or not depths or min(*filters, *depths) < 1 or filters[0] % 4:
-            raise ValueError(
-                f"filters are {filters} and depths are {depths}; expected as many of one as of the other, all at least "
-                "1, and first filters that 4 divides"
-            )
+        if width < 1 or width % 4:
+            raise ValueError(f"width is {width}; expected a multiple of 4")
+        if not depths or min(depths) < 1 or len(depths) > len(factors):
+            raise ValueError(f"depths are {depths}; expected 1 to {len(factors)} numbers of at least 1")
         self.num_classes = num_classes
-        channels = filters[0]
+        channels = width * factors[0]
         self.stem = nn.Sequential(
             SameConv2d(in_chans, channels // 4, 3, 2, initializer=he_normal_),
             _stem_norm(channels // 4),
@@ -93,11 +94,11 @@ class QuickNet(nn.Module):
         )
         quantizer = quantizer_of(binarizer)
         layers: list[nn.Module] = []
-        for stage, (wanted, depth) in enumerate(zip(filters, depths, strict=True)):
+        for stage, (factor, depth) in enumerate(zip(factors, depths, strict=False)):
             if stage > 0:
-                layers.append(_transition(channels, wanted))
-            layers += [_Block(wanted, quantizer) for _ in range(depth)]
-            channels = wanted
+                layers.append(_transition(channels, width * factor))
+                channels = width * factor
+            layers += [_Block(channels, quantizer) for _ in range(depth)]
         self.blocks = nn.Sequential(*layers)
         self.head = nn.Linear(channels, num_classes)
         glorot_normal_(self.head.weight)
@@ -137,7 +138,7 @@ def quicknet_small(pretrained: bool = False, **options: Any) -> QuickNet:
         pretrained: must be False.
         options: arguments of `QuickNet`.
     """
-    return QuickNet(**model_options("quicknet_small", pretrained, options, filters=(32, 64, 256, 512)))
+    return QuickNet(**model_options("quicknet_small", pretrained, options, width=32, factors=(1, 2, 8, 16)))
 
 
 @register_model

@@ -27,7 +27,7 @@ NETWORKS = [
     ModelConfig(name="birealnet34", num_classes=10),
     ModelConfig(name="reactnet_small", num_classes=10),
     ModelConfig(name="reactnet_a", num_classes=10, width=8),
-    ModelConfig(name="quicknet_small", num_classes=10, depths=(1, 1, 2, 1)),
+    ModelConfig(name="quicknet_small", num_classes=10, width=8, depths=(1, 1, 2, 1)),
 ]
 SIDES = {"xnornet": 224, "birealnet18": 64, "birealnet34": 64, "reactnet_a": 64, "quicknet_small": 64}
 
