@@ -20,17 +20,22 @@ from bitfleet.models.layers.real_layers import (
     SameConv2d,
     SameMaxPool2d,
 )
+from bitfleet.models.networks.binary_alexnet import BinaryAlexNet, binary_alexnet
 from bitfleet.models.networks.binarynet import BinaryNet, binarynet
 from bitfleet.models.networks.birealnet import BiRealNet, birealnet18, birealnet34, birealnet_small
 from bitfleet.models.networks.quicknet import QuickNet, quicknet, quicknet_large, quicknet_small
 from bitfleet.models.networks.reactnet import ReActNet, ReActNetA, reactnet18, reactnet_a, reactnet_small
+from bitfleet.models.networks.real_to_binary import RealToBinary, real_to_binary
+from bitfleet.models.networks.resnet_e import BinaryResNetE, binary_resnet_e18
 from bitfleet.models.networks.xnornet import XNORNet, xnornet
 from bitfleet.models.size import ModelSize, count
 
 __all__ = [
     "BatchNorm",
     "BiRealNet",
+    "BinaryAlexNet",
     "BinaryNet",
+    "BinaryResNetE",
     "BlurPool2d",
     "ChannelAffine",
     "ChannelBias",
@@ -43,11 +48,14 @@ __all__ = [
     "RPReLU",
     "ReActNet",
     "ReActNetA",
+    "RealToBinary",
     "SameAvgPool2d",
     "SameConv2d",
     "SameMaxPool2d",
     "XNORNet",
     "approx_sign",
+    "binary_alexnet",
+    "binary_resnet_e18",
     "binarynet",
     "birealnet18",
     "birealnet34",
@@ -65,6 +73,7 @@ __all__ = [
     "reactnet18",
     "reactnet_a",
     "reactnet_small",
+    "real_to_binary",
     "ste_sign",
     "wide_ste_sign",
     "xnornet",

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from bitfleet.models.keras.files import Array, read_keras_file
 from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
 from bitfleet.models.layers.real_layers import BatchNorm, BlurPool2d, ChannelAffine, ChannelLayerNorm, SameConv2d
+from bitfleet.models.networks.binary_alexnet import BinaryAlexNet
 from bitfleet.models.networks.binarynet import BinaryNet
 from bitfleet.models.networks.birealnet import BiRealNet
 from bitfleet.models.networks.quicknet import QuickNet
+from bitfleet.models.networks.real_to_binary import RealToBinary
+from bitfleet.models.networks.resnet_e import BinaryResNetE
 from bitfleet.models.networks.xnornet import XNORNet
 
 Scales = Literal["none", "larq-zoo"]
@@ -32,6 +35,7 @@ _KINDS: dict[type[nn.Module], str] = {
     QuantLinear: "quant_dense",
     BatchNorm: "batch_normalization",
     ChannelLayerNorm: "layer_normalization",
+    nn.PReLU: "p_re_lu",
 }
 _LARQ_KINDS: dict[type[nn.Module], str] = _KINDS | {SameConv2d: "quant_conv2d", nn.Linear: "quant_dense"}
 """Of networks whose layers are all larq's, quantized or not."""
@@ -44,6 +48,12 @@ _NORM_VARIABLES = {
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
+_VARIABLES: dict[str, dict[str, str]] = {
+    **dict.fromkeys(_NORMS, _NORM_VARIABLES),
+    **{kind: {"depthwise_kernel": "weight"} for kind in _DEPTHWISE.values()},
+    _KINDS[nn.PReLU]: {"alpha": "weight"},
+}
+"""The attribute of a module that holds each variable of a class; others have kernel and bias."""
 _LAYER = re.compile(rf"({'|'.join(_NAMES)})(?:_([1-9]\d*))?")
 _VARIABLE = re.compile(r"(\w+)(?::0)?")
 
@@ -61,10 +71,8 @@ class _Layer:
     """The norm of its output; only a max pool may be between."""
     num_pixels: int
     """Pixels per channel of the image that was flattened into its input; 1 if none was."""
-
-    @property
-    def is_depthwise(self) -> bool:
-        return self.kind in _DEPTHWISE.values()
+    label: str | None = None
+    """The name that the published code gives it, if not that of its class and number."""
 
     @property
     def name(self) -> str:
@@ -73,17 +81,25 @@ class _Layer:
     @property
     def variables(self) -> dict[str, Tensor]:
         """The tensor that each Keras variable fills, in Keras' order."""
-        kernel = "depthwise_kernel" if self.is_depthwise else "kernel"
-        names = _NORM_VARIABLES if self.kind in _NORMS else {kernel: "weight", "bias": "bias"}
+        names = _VARIABLES.get(self.kind, {"kernel": "weight", "bias": "bias"})
         targets = {name: getattr(self.module, attribute, None) for name, attribute in names.items()}
         return {name: target for name, target in targets.items() if target is not None}
 
     def shape(self, variable: str) -> tuple[int, ...]:
         """Shape of a variable in a file."""
         target = self.variables[variable]
-        if self.is_depthwise:
+        if variable == "alpha":
+            return (1, 1, *target.shape)
+        if variable == "depthwise_kernel":
             return tuple(target.permute(2, 3, 0, 1).shape)
         return tuple(target.permute(2, 3, 1, 0).shape if target.dim() == 4 else target.t().shape)
+
+    def value(self, variable: str, array: Array) -> Tensor:
+        """Convert a variable of a file to PyTorch's layout."""
+        if variable == "kernel":
+            return kernel_from_keras(array, self.num_pixels)
+        tensor = torch.from_numpy(array)
+        return tensor.permute(2, 3, 0, 1) if variable == "depthwise_kernel" else tensor.flatten()
 
 
 class _Blur(nn.Module):
@@ -110,7 +126,8 @@ def load_keras_weights(model: nn.Module, path: Path, *, scales: Scales = "none")
     has no gamma (`scale=False`, as in larq-zoo's XNOR-Net), the norms get a factor of 1.
 
     Args:
-        model: `BinaryNet`, `XNORNet`, `BiRealNet`, with either norm, or `QuickNet`.
+        model: `BinaryNet`, `XNORNet` or `BiRealNet`, with either norm, or `QuickNet`,
+            `BinaryResNetE`, `RealToBinary` or `BinaryAlexNet`.
         path: .h5 of `model.save_weights` or `model.save`, .keras, or .npz with arrays named like
             Keras' variables ("quant_conv2d_1/kernel:0"; numbers may start anywhere, Keras counts
             over all models of a process) or with those of `np.savez(path, *model.get_weights())`.
@@ -127,7 +144,7 @@ def load_keras_weights(model: nn.Module, path: Path, *, scales: Scales = "none")
     if scales not in get_args(Scales):
         raise ValueError(f'scales is {scales!r}; expected "none" or "larq-zoo"')
     layers = _layers(model)
-    arrays = read_keras_file(path)
+    arrays = _by_class(read_keras_file(path), layers)
     network = f"{type(model).__name__} with {next(layer.kind for layer in layers if layer.kind in _NORMS)}"
     match = _match_by_name
     if all(re.fullmatch(r"arr_\d+", name) for name in arrays):
@@ -141,12 +158,7 @@ def load_keras_weights(model: nn.Module, path: Path, *, scales: Scales = "none")
     with torch.no_grad():
         for layer, variables in found.items():
             for variable, (_, array) in variables.items():
-                if layer.is_depthwise:
-                    value = torch.from_numpy(array).permute(2, 3, 0, 1)
-                elif variable == "kernel":
-                    value = kernel_from_keras(array, layer.num_pixels)
-                else:
-                    value = torch.from_numpy(array)
+                value = layer.value(variable, array)
                 if isinstance(layer.module, QuantConv2d | QuantLinear):
                     value = torch.where(value >= 0, 1.0, -1.0)
                 layer.variables[variable].copy_(value)
@@ -172,14 +184,26 @@ def _layers(model: nn.Module) -> list[_Layer]:
         return _chain([*model.features, *model.classifier], num_pixels=3 * 3)
     if isinstance(model, XNORNet):
         return _chain([*model.features, *model.classifier], num_pixels=1)
+    if isinstance(model, BinaryAlexNet):
+        return _chain([*model.features, *model.classifier], num_pixels=6 * 6)
     if isinstance(model, BiRealNet):
         return _birealnet(model)
+    if isinstance(model, BinaryResNetE):
+        return _residual(model)
     if isinstance(model, QuickNet):
         return _quicknet(model)
+    if isinstance(model, RealToBinary):
+        return _real_to_binary(model)
     raise ValueError(
         f"the network is {type(model).__name__}, whose Keras layers are unknown; expected BinaryNet, XNORNet, "
-        "BiRealNet or QuickNet"
+        "BiRealNet, QuickNet, BinaryResNetE, RealToBinary or BinaryAlexNet"
     )
+
+
+def _by_class(arrays: dict[str, Array], layers: Sequence[_Layer]) -> dict[str, Array]:
+    """Replace the names of layers that the published code chose by those of class and number."""
+    names = {layer.label: layer.name for layer in layers if layer.label}
+    return {"/".join(names.get(part, part) for part in name.split("/")): array for name, array in arrays.items()}
 
 
 class _Created(list[_Layer]):
@@ -187,7 +211,9 @@ class _Created(list[_Layer]):
         super().__init__()
         self.kinds = kinds
 
-    def add(self, module: nn.Module, norm: nn.Module | None = None, num_pixels: int = 1) -> _Layer:
+    def add(
+        self, module: nn.Module, norm: nn.Module | None = None, num_pixels: int = 1, label: str | None = None
+    ) -> _Layer:
         """Append the next layer that Keras creates."""
         if isinstance(module, _Blur):
             kind = "depthwise_conv2d"
@@ -195,7 +221,7 @@ class _Created(list[_Layer]):
             kind = self.kinds[type(module)]
             if isinstance(module, SameConv2d) and module.groups > 1:
                 kind = _DEPTHWISE[kind]
-        self.append(_Layer(module, kind, sum(layer.kind == kind for layer in self), norm, num_pixels))
+        self.append(_Layer(module, kind, sum(layer.kind == kind for layer in self), norm, num_pixels, label))
         return self[-1]
 
 
@@ -212,14 +238,19 @@ def _chain(modules: Sequence[nn.Module], num_pixels: int) -> list[_Layer]:
 
 
 def _birealnet(model: BiRealNet) -> list[_Layer]:
-    """List the layers of a Bi-Real Net: Keras creates the shortcut first, but lists it second."""
+    """List the layers of a Bi-Real Net that was published."""
     if model.residual != "double" or isinstance(model.stem[1], ChannelAffine):
         raise ValueError(
             'the BiRealNet has residual="single" or norm="none", which no Keras code was published for; expected '
             'residual="double" and norm "batch" or "layer"'
         )
+    return _residual(model)
+
+
+def _residual(model: BiRealNet | BinaryResNetE) -> list[_Layer]:
+    """List the layers of a residual network: Keras creates a shortcut first and lists it second."""
     created = _Created()
-    layers = [created.add(model.stem[0]), created.add(model.stem[1])]
+    layers = [created.add(layer) for layer in model.stem if type(layer) in _KINDS]
     block: Any
     for block in model.blocks:
         shortcut = []
@@ -241,6 +272,38 @@ def _quicknet(model: QuickNet) -> list[_Layer]:
             elif type(layer) in _KINDS:
                 created.add(layer)
     return list(created)
+
+
+def _real_to_binary(model: RealToBinary) -> list[_Layer]:
+    """List the layers of a Real-to-Binary network, which all have names, by depth in the graph."""
+    created = _Created()
+    conv, norm, activation, _ = model.stem
+    first = "r2b_bnn_block_1"
+    layers = [
+        created.add(conv, label=f"{first}_conv2d"),
+        created.add(norm, label=f"{first}_batch_norm"),
+        created.add(activation, label=f"{first}_prelu"),
+    ]
+    block: Any
+    for index, block in enumerate(model.blocks):
+        name = f"r2b_bnn_block_{2 + index // 2}{'ab'[index % 2]}"
+        shortcut = []
+        if isinstance(block.shortcut, nn.Sequential):
+            shortcut = [
+                created.add(block.shortcut[1], label=f"{name}_shortcut_conv2d"),
+                created.add(block.shortcut[2], label=f"{name}_shortcut_batch_norm"),
+            ]
+        layers += [
+            created.add(block.norm, label=f"{name}_batch_norm"),
+            created.add(block.factors.reduce, label=f"{name}_scaling_dense_reduce"),
+            created.add(block.factors.expand, label=f"{name}_scaling_dense_expand"),
+            created.add(block.conv, label=f"{name}_conv2d"),
+            *shortcut[:1],
+            created.add(block.activation, label=f"{name}_prelu"),
+            *shortcut[1:],
+        ]
+    last = f"r2b_bnn_block_{2 + len(model.blocks) // 2}"
+    return [*layers, created.add(model.head, label=f"{last}_logits")]
 
 
 def _match_by_order(arrays: dict[str, Array], layers: list[_Layer], network: str, path: Path) -> _Matches:

@@ -25,6 +25,9 @@ SIZES = {
     "reactnet_a": ModelSize(29_343_592, 28_253_184, 21_888, 4_816_896_000, 11_862_016),
     "quicknet_small": ModelSize(12_652_504, 11_980_800, 8_672, 1_156_055_040, 15_941_120),
     "quicknet": ModelSize(13_230_024, 12_533_760, 9_664, 1_849_688_064, 29_651_712),
+    "real_to_binary": ModelSize(11_986_920, 10_985_472, 8_704, 1_676_279_808, 138_087_936),
+    "binary_resnet_e18": ModelSize(11_689_640, 10_985_472, 9_728, 1_676_279_808, 137_793_536),
+    "binary_alexnet": ModelSize(61_838_248, 61_827_776, 20_944, 768_512_000, 72_855_552),
     "quicknet_large": ModelSize(23_338_184, 22_634_496, 17_088, 3_699_376_128, 29_651_712),
 }
 
@@ -106,6 +109,9 @@ def test_no_normalization() -> None:
         ("reactnet_small", "approx"),
         ("reactnet_a", "approx"),
         ("quicknet_small", "wide_ste"),
+        ("real_to_binary", "ste"),
+        ("binary_resnet_e18", "wide_ste"),
+        ("binary_alexnet", "ste"),
     ],
 )
 def test_binarizers(name: str, default: str) -> None:
