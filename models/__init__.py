@@ -18,6 +18,7 @@ from bitfleet.models.layers.real_layers import (
     RPReLU,
     SameAvgPool2d,
     SameConv2d,
+    SameDepthwiseConv2d,
     SameMaxPool2d,
 )
 from bitfleet.models.networks.binary_alexnet import BinaryAlexNet, binary_alexnet
@@ -51,6 +52,7 @@ __all__ = [
     "RealToBinary",
     "SameAvgPool2d",
     "SameConv2d",
+    "SameDepthwiseConv2d",
     "SameMaxPool2d",
     "XNORNet",
     "approx_sign",

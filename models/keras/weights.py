@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from bitfleet.models.keras.files import Array, read_keras_file
 from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
-from bitfleet.models.layers.real_layers import BatchNorm, BlurPool2d, ChannelAffine, ChannelLayerNorm, SameConv2d
+from bitfleet.models.layers.real_layers import (
+    BatchNorm,
+    BlurPool2d,
+    ChannelAffine,
+    ChannelLayerNorm,
+    SameConv2d,
+    SameDepthwiseConv2d,
+)
 from bitfleet.models.networks.binary_alexnet import BinaryAlexNet
 from bitfleet.models.networks.binarynet import BinaryNet
 from bitfleet.models.networks.birealnet import BiRealNet
@@ -28,8 +35,20 @@ from bitfleet.models.networks.xnornet import XNORNet
 
 Scales = Literal["none", "larq-zoo"]
 
+
+class _Blur(nn.Module):
+    """Stands for a BlurPool2d, whose filter is a variable in Keras."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        row = torch.tensor([1.0, 2.0, 1.0]) / 4
+        self.weight = (row[:, None] * row).repeat(num_channels, 1, 1, 1)
+
+
 _KINDS: dict[type[nn.Module], str] = {
     SameConv2d: "conv2d",
+    SameDepthwiseConv2d: "depthwise_conv2d",
+    _Blur: "depthwise_conv2d",
     QuantConv2d: "quant_conv2d",
     nn.Linear: "dense",
     QuantLinear: "quant_dense",
@@ -37,10 +56,14 @@ _KINDS: dict[type[nn.Module], str] = {
     ChannelLayerNorm: "layer_normalization",
     nn.PReLU: "p_re_lu",
 }
-_LARQ_KINDS: dict[type[nn.Module], str] = _KINDS | {SameConv2d: "quant_conv2d", nn.Linear: "quant_dense"}
-"""Of networks whose layers are all larq's, quantized or not."""
-_DEPTHWISE = {"conv2d": "depthwise_conv2d", "quant_conv2d": "quant_depthwise_conv2d"}
-_NAMES = (*_KINDS.values(), *_DEPTHWISE.values())
+_LARQ_KINDS: dict[type[nn.Module], str] = {
+    **_KINDS,
+    SameConv2d: "quant_conv2d",
+    SameDepthwiseConv2d: "quant_depthwise_conv2d",
+    nn.Linear: "quant_dense",
+}
+"""Of a network whose layers are larq's, whether quantized or not."""
+_NAMES = tuple(dict.fromkeys([*_KINDS.values(), *_LARQ_KINDS.values()]))
 _NORMS = (_KINDS[BatchNorm], _KINDS[ChannelLayerNorm])
 _NORM_VARIABLES = {
     "gamma": "weight",
@@ -50,7 +73,7 @@ _NORM_VARIABLES = {
 }
 _VARIABLES: dict[str, dict[str, str]] = {
     **dict.fromkeys(_NORMS, _NORM_VARIABLES),
-    **{kind: {"depthwise_kernel": "weight"} for kind in _DEPTHWISE.values()},
+    **{kinds[SameDepthwiseConv2d]: {"depthwise_kernel": "weight"} for kinds in (_KINDS, _LARQ_KINDS)},
     _KINDS[nn.PReLU]: {"alpha": "weight"},
 }
 """The attribute of a module that holds each variable of a class; others have kernel and bias."""
@@ -100,15 +123,6 @@ class _Layer:
             return kernel_from_keras(array, self.num_pixels)
         tensor = torch.from_numpy(array)
         return tensor.permute(2, 3, 0, 1) if variable == "depthwise_kernel" else tensor.flatten()
-
-
-class _Blur(nn.Module):
-    """Stands for a BlurPool2d, whose filter is a variable in Keras."""
-
-    def __init__(self, num_channels: int) -> None:
-        super().__init__()
-        row = torch.tensor([1.0, 2.0, 1.0]) / 4
-        self.weight = (row[:, None] * row).repeat(num_channels, 1, 1, 1)
 
 
 class _Found(NamedTuple):
@@ -215,12 +229,7 @@ class _Created(list[_Layer]):
         self, module: nn.Module, norm: nn.Module | None = None, num_pixels: int = 1, label: str | None = None
     ) -> _Layer:
         """Append the next layer that Keras creates."""
-        if isinstance(module, _Blur):
-            kind = "depthwise_conv2d"
-        else:
-            kind = self.kinds[type(module)]
-            if isinstance(module, SameConv2d) and module.groups > 1:
-                kind = _DEPTHWISE[kind]
+        kind = self.kinds[type(module)]
         self.append(_Layer(module, kind, sum(layer.kind == kind for layer in self), norm, num_pixels, label))
         return self[-1]
 

@@ -92,10 +92,7 @@ def conv2d(x: Tensor, weight: Tensor, stride: int, padding: Padding, pad_value: 
 
 
 class SameConv2d(nn.Conv2d):
-    """Real-valued convolution with TensorFlow's SAME padding, Keras' initialization and no bias.
-
-    If `groups` is the number of channels, it is Keras' depthwise convolution.
-    """
+    """Real-valued convolution with TensorFlow's SAME padding, Keras' initialization and no bias."""
 
     def __init__(
         self,
@@ -118,6 +115,13 @@ class SameConv2d(nn.Conv2d):
         """[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
         stride = self.stride[0]
         return conv2d(x, self.weight, stride, same_padding(x, self.kernel_size[0], stride), groups=self.groups)
+
+
+class SameDepthwiseConv2d(SameConv2d):
+    """The same with one filter per channel, which sees only its channel."""
+
+    def __init__(self, num_channels: int, kernel_size: int, stride: int = 1) -> None:
+        super().__init__(num_channels, num_channels, kernel_size, stride, groups=num_channels)
 
 
 class _SamePool2d(nn.Module):

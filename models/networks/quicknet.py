@@ -20,8 +20,8 @@ from bitfleet.models.layers.real_layers import (
     BatchNorm,
     BlurPool2d,
     SameConv2d,
+    SameDepthwiseConv2d,
     glorot_normal_,
-    glorot_uniform_,
     he_normal_,
 )
 from bitfleet.models.registry import model_options, register_model
@@ -87,7 +87,7 @@ class QuickNet(nn.Module):
             SameConv2d(in_chans, channels // 4, 3, 2, initializer=he_normal_),
             _stem_norm(channels // 4),
             nn.ReLU(inplace=True),
-            SameConv2d(channels // 4, channels // 4, 3, 2, groups=channels // 4, initializer=glorot_uniform_),
+            SameDepthwiseConv2d(channels // 4, 3, 2),
             _stem_norm(channels // 4, affine=False),
             SameConv2d(channels // 4, channels, 1, initializer=he_normal_),
             _stem_norm(channels),

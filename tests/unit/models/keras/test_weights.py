@@ -257,6 +257,10 @@ MISMATCHES = [
         change("p_re_lu", "alpha:0", np.zeros(3)),
         r"p_re_lu/alpha:0 of shape \(3,\); BiRealNet .* expects 0 p_re_lu layers",
     ),
+    (
+        change("embedding", "alpha:0", np.zeros(3)),
+        r"embedding/alpha:0 of shape \(3,\); expected names as quant_conv2d_1/kernel:0",
+    ),
     (change("dense", "kernel", np.zeros((8, 5))), r"dense/kernel of shape \(8, 5\) twice"),
     (change("layer_normalization", "beta:0", np.zeros(4)), "expects 0 layer_normalization layers: one norm's weights"),
 ]
