@@ -1,7 +1,9 @@
 """Convert weights of the PyTorch code that was published with ReActNet.
 
 Its checkpoints of stage 1 (real weights) and of stage 2 are accepted: stage 2 takes a real weight
-for its sign times mean|W| of its filter, and so does the conversion.
+for its sign times mean|W| of its filter, and so does the conversion. The binary kernels of
+ReActNet-A are flat (N, 1) in stage 2 and not in stage 1, which is why the published stage 2 starts
+without those of stage 1 and does not say so; here they are taken over.
 """
 
 import re

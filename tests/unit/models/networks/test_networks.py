@@ -268,3 +268,53 @@ def test_images_that_it_can_train_on(name: str, norm: Any, image_size: int, batc
 def test_wrong_number_of_classes() -> None:
     with pytest.raises(ValueError, match="model.num_classes .* 0"):
         ModelConfig(name="binarynet", num_classes=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("reactnet18", {"width": 0}, "width is 0"),
+        ("reactnet18", {"depths": (2, 0)}, r"depths are \(2, 0\)"),
+        ("reactnet18", {"stem": "tiny"}, "stem is 'tiny'"),
+        ("reactnet_a", {"width": 0}, "width is 0"),
+        ("quicknet", {"width": 6}, "width is 6; expected a multiple of 4"),
+        ("quicknet", {"depths": (1, 1, 1, 1, 1)}, r"depths are .* 1 to 4 numbers"),
+        ("real_to_binary", {"width": 4}, "width is 4"),
+        ("binary_resnet_e18", {"depths": ()}, r"depths are \(\)"),
+        ("binary_resnet_e18", {"stem": "tiny"}, "stem is 'tiny'"),
+    ],
+)
+def test_sizes_that_make_no_other_network(name: str, options: dict[str, Any], message: str) -> None:
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        timm.create_model(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "side"),
+    [
+        ("reactnet_small", {}, 28),
+        ("reactnet18", {"width": 8}, 96),
+        ("reactnet_a", {"width": 4}, 72),
+        ("quicknet_small", {"width": 4}, 65),
+        ("real_to_binary", {"width": 8}, 60),
+        ("binary_resnet_e18", {"width": 8, "stem": "small"}, 32),
+    ],
+)
+def test_other_sizes_and_classes(name: str, options: dict[str, Any], side: int) -> None:
+    """Every parameter has a gradient at sizes that are not powers of 2 as well."""
+    model = timm.create_model(name, num_classes=5, in_chans=2, **options)
+    logits = model(torch.randn(2, 2, side, side))
+    assert logits.shape == (2, 5)
+    logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_doubled_shortcut_repeats_the_channels() -> None:
+    """A block of ReActNet-A with twice the channels is two with the halves of its 1x1 filters."""
+    torch.manual_seed(0)
+    block = timm.create_model("reactnet_a", width=4, num_classes=3).eval().blocks[0]
+    x = torch.randn(2, 4, 6, 6)
+    middle = block.spatial_activation(block.spatial(x) + x)
+    sums = block.pointwise.norm(block.pointwise.conv(block.pointwise.threshold(middle)))
+    halves = [half + middle for half in sums.split(4, dim=1)]
+    assert torch.equal(block(x), block.pointwise_activation(torch.cat(halves, 1)))
