@@ -201,10 +201,10 @@ class ReActNetA(nn.Module):
 def reactnet18(pretrained: bool = False, **options: Any) -> ReActNet:
     """ReActNet-18 for 224x224 images.
 
-    | optimizer                                        | top-1  | source                           |
-    |--------------------------------------------------|--------|----------------------------------|
-    | latent weights, 2 stages of 256 epochs, teacher  | 65.9 % | code of arXiv 2003.03488         |
-    | ... the published scripts of 128 epochs, by a user | 63.2 % | issue 29 of that code          |
+    | optimizer                                       | top-1  | source                   |
+    |-------------------------------------------------|--------|--------------------------|
+    | latent weights, 2 stages of 256 epochs, teacher | 65.9 % | code of arXiv 2003.03488 |
+    | ... its scripts of 128 epochs, run by a user    | 63.2 % | issue 29 of that code    |
 
     | parameters | of them 1-bit | 1-bit MACs    | 32-bit MACs |
     |------------|---------------|---------------|-------------|
@@ -240,7 +240,7 @@ def reactnet_a(pretrained: bool = False, **options: Any) -> ReActNetA:
     | optimizer                                       | top-1  | source                   |
     |-------------------------------------------------|--------|--------------------------|
     | latent weights, 2 stages of 256 epochs, teacher | 69.4 % | arXiv 2003.03488         |
-    | ... other weight decay (AdamBNN)                | 70.5 % | arXiv 2106.11309         |
+    | ... with another weight decay (AdamBNN)         | 70.5 % | arXiv 2106.11309         |
 
     | parameters | of them 1-bit | 1-bit MACs    | 32-bit MACs |
     |------------|---------------|---------------|-------------|

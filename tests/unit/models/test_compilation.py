@@ -19,9 +19,9 @@ SMALL = [
 OTHERS = [
     ModelConfig(name="reactnet_small", num_classes=10),
     ModelConfig(name="reactnet_a", num_classes=10, width=8),
-    ModelConfig(name="real_to_binary", num_classes=10, width=8),
-    ModelConfig(name="binary_resnet_e18", num_classes=10, width=8),
-    ModelConfig(name="quicknet_small", num_classes=10, width=8, depths=(1, 1, 2, 1)),
+    ModelConfig(name="real_to_binary", num_classes=10, width=8, depths=(1, 2)),
+    ModelConfig(name="binary_resnet_e18", num_classes=10, width=8, depths=(1, 2)),
+    ModelConfig(name="quicknet_small", num_classes=10, width=8, depths=(1, 2)),
 ]
 XNORNET = ModelConfig(name="xnornet", num_classes=10)
 NETWORKS = [
@@ -78,7 +78,7 @@ def test_one_graph_with_the_gradients_of_eager(config: ModelConfig) -> None:
     check_one_graph(config)
 
 
-@pytest.mark.parametrize("config", [*SMALL[:3], XNORNET, *OTHERS], ids=name_of)
+@pytest.mark.parametrize("config", [*SMALL[:3], XNORNET, OTHERS[0], OTHERS[-1]], ids=name_of)
 def test_one_graph_of_float_convolutions(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU."""
     monkeypatch.setattr(layers, "can_pack", lambda *_: False)
