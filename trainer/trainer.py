@@ -30,7 +30,7 @@ from bitfleet.trainer.checkpoint import (
     was_compiled,
 )
 from bitfleet.trainer.config import TrainConfig, resolve_replicas, to_dict, with_precision
-from bitfleet.trainer.data import TrainLoader, ValidationLoader, normalize, open_dataset, stream_settings
+from bitfleet.trainer.data import Dataset, TrainLoader, ValidationLoader, normalize, open_dataset, stream_settings
 from bitfleet.trainer.distillation import (
     MEASURES,
     Distillation,
@@ -144,6 +144,39 @@ class TrainStep:
         """
         self._statistics.end_step(updated)
         self._observer.meter.end_step(updated)
+
+
+def open_teacher(
+    config: TrainConfig, dataset: Dataset, num_replicas: int, device: torch.device
+) -> Teacher | LogitCache:
+    """Load the teacher of a run, or open the cache of its logits.
+
+    Raises:
+        ValueError: it does not fit the run, or the cache was made for something else.
+    """
+    distill = config.distill
+    if distill.cache is None:
+        return load_teacher(distill, num_classes=len(dataset.classes), image_size=config.data.image_size, device=device)
+    weights_sha256 = None if distill.weights is None else file_sha256(distill.weights)
+    micro_batch_size = config.global_batch_size // num_replicas
+    return open_cache(distill.cache, logits_identity(config, dataset, micro_batch_size, device, weights_sha256))
+
+
+def logits_identity(
+    config: TrainConfig, dataset: Dataset, micro_batch_size: int, device: torch.device, weights_sha256: str | None
+) -> dict[str, Any]:
+    """Return what decides the logits of a run's teacher; see `identity_of_logits`."""
+    return identity_of_logits(
+        teacher=config.distill.teacher,
+        from_file=config.distill.weights is not None,
+        weights_sha256=weights_sha256,
+        num_classes=len(dataset.classes),
+        precision=precision_on(device),
+        seed=config.seed,
+        data_sha=dataset.sha,
+        images=stream_settings(config.data, device.type),
+        micro_batch_size=micro_batch_size,
+    )
 
 
 class Trainer:
@@ -328,27 +361,8 @@ class Trainer:
         self.validation_loader = ValidationLoader(self.dataset, config.data, device=self.device, **place)
 
     def _open_distillation(self) -> Distillation:
-        """Load the teacher, or open the cache of its logits."""
-        config, ranks, last = self.config, self.ranks, self.config.stop_after_steps or self.num_steps
-        distill, num_classes = config.distill, len(self.dataset.classes)
-        source: Teacher | LogitCache
-        if distill.cache is None:
-            source = load_teacher(
-                distill, num_classes=num_classes, image_size=config.data.image_size, device=self.device
-            )
-        else:
-            wanted = identity_of_logits(
-                teacher=distill.teacher,
-                from_file=distill.weights is not None,
-                weights_sha256=None if distill.weights is None else file_sha256(distill.weights),
-                num_classes=num_classes,
-                precision=precision_on(self.device),
-                seed=config.seed,
-                data_sha=self.dataset.sha,
-                images=stream_settings(config.data, self.device.type),
-                micro_batch_size=config.global_batch_size // self.num_replicas,
-            )
-            source = open_cache(distill.cache, wanted)
+        config, ranks = self.config, self.ranks
+        source = open_teacher(config, self.dataset, self.num_replicas, self.device)
         check_same_on_all_ranks(ranks, {"the weights of the teacher (sha256)": source.weights_sha256})
         schedule = Schedule(
             self.loader.steps_per_epoch,
@@ -356,9 +370,9 @@ class Trainer:
             self.num_replicas,
             ranks.rank,
             ranks.world_size,
-            min(last, self.num_steps),
+            min(config.stop_after_steps or self.num_steps, self.num_steps),
         )
-        return Distillation(distill, source, schedule, normalize=self._normalize, device=self.device)
+        return Distillation(config.distill, source, schedule, normalize=self._normalize, device=self.device)
 
     def _resume(self, resume_from: ValidCheckpoint) -> int:
         step = self.checkpoints.resume(resume_from)

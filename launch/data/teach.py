@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from bitfleet.trainer.config import TrainConfig, resolve_replicas, with_precision
-from bitfleet.trainer.data import Dataset, TrainLoader, normalize, open_dataset, stream_settings
-from bitfleet.trainer.distillation import Teacher, identity_of_logits, load_teacher, precision_on
+from bitfleet.trainer.data import Dataset, TrainLoader, normalize, open_dataset
+from bitfleet.trainer.distillation import Teacher, load_teacher
 from bitfleet.trainer.distillation.cache import LogitCache, create, layout_for
 from bitfleet.trainer.engine.arithmetic import use_arithmetic
 from bitfleet.trainer.ranks.collectives import Ranks
 from bitfleet.trainer.run.versions import versions
+from bitfleet.trainer.trainer import logits_identity
 
 
 def teach(
@@ -81,19 +82,8 @@ def _epochs(config: TrainConfig, first: int, last: int | None) -> range:
 def _cache(config: TrainConfig, dataset: Dataset, teacher: Teacher, micro_batch_size: int) -> LogitCache:
     """Open the cache, or start it."""
     assert config.distill.cache is not None
-    num_classes = len(dataset.classes)
-    identity = identity_of_logits(
-        teacher=config.distill.teacher,
-        from_file=config.distill.weights is not None,
-        weights_sha256=teacher.weights_sha256,
-        num_classes=num_classes,
-        precision=precision_on(teacher.device),
-        seed=config.seed,
-        data_sha=dataset.sha,
-        images=stream_settings(config.data, teacher.device.type),
-        micro_batch_size=micro_batch_size,
-    )
-    layout = layout_for(len(dataset.train), num_classes, micro_batch_size)
+    identity = logits_identity(config, dataset, micro_batch_size, teacher.device, teacher.weights_sha256)
+    layout = layout_for(len(dataset.train), len(dataset.classes), micro_batch_size)
     facts = {"versions": versions(), "num_threads": torch.get_num_threads()}
     return create(config.distill.cache, identity, layout, facts)
 

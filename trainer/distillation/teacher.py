@@ -50,11 +50,7 @@ def load_teacher(config: DistillConfig, *, num_classes: int, image_size: int, de
         ValueError: there is no such network or file, the weights do not fit, or the network has
             another number of classes or does not take the images.
     """
-    if not timm.is_model(config.teacher):
-        near = difflib.get_close_matches(config.teacher, timm.list_models()) or ["resnet34"]
-        raise ValueError(
-            f"there is no network {config.teacher!r} (distill.teacher); did you mean one of {', '.join(near)}?"
-        )
+    _check_name(config.teacher)
     if config.weights is None:
         network = _from_hub(config.teacher)
         _check_num_classes(config, getattr(network, "num_classes", num_classes), num_classes)
@@ -64,6 +60,23 @@ def load_teacher(config: DistillConfig, *, num_classes: int, image_size: int, de
     teacher = Teacher(network.to(device), sha256, device)
     _try(teacher, config, num_classes, image_size)
     return teacher
+
+
+def create_teacher(name: str, num_classes: int) -> nn.Module:
+    """Build a teacher with random weights.
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    _check_name(name)
+    network: nn.Module = timm.create_model(name, num_classes=num_classes)
+    return network
+
+
+def _check_name(name: str) -> None:
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models()) or ["resnet34"]
+        raise ValueError(f"there is no network {name!r} (distill.teacher); did you mean one of {', '.join(near)}?")
 
 
 def file_sha256(path: Path) -> str:
@@ -112,7 +125,7 @@ def _from_file(config: DistillConfig, path: Path, num_classes: int) -> nn.Module
         raise ValueError(
             f"the weights of the teacher {path} (distill.weights) are not a safetensors file ({error}): pass {ACCEPTED}"
         ) from error
-    network: nn.Module = timm.create_model(config.teacher, num_classes=num_classes)
+    network = create_teacher(config.teacher, num_classes)
     state = network.state_dict()
     head = (getattr(network, "pretrained_cfg", None) or {}).get("classifier")
     for name, tensor in state.items():
