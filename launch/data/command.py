@@ -73,8 +73,8 @@ class Compare:
 
 @dataclass(frozen=True)
 class Teach:
-    """Write the logits of a run's teacher for its training images, epoch by epoch, into
-    --distill.cache. Takes --config NAME and the options of the run; the cache is for its seed,
+    """Write the logits of a run's teacher for its training images, epoch by epoch, into the folder
+    distill.cache. Takes --config NAME and the options of the run. The logits are for its seed,
     data, augmentation, teacher and global_batch_size / num_replicas. The same command continues an
     interrupted one, and repairs damaged files. It runs on one rank: for more GPUs start a command
     for each range of epochs, in the same folder."""

@@ -32,8 +32,7 @@ def teach(
         device: where the teacher runs.
 
     Raises:
-        ValueError: bad input, or a cache that was made for something else.
-        OSError: the disk is full, or cannot be written.
+        ValueError: bad input, a cache that was made for something else, or a disk that is full.
     """
     epochs = _epochs(config, first_epoch, last_epoch)
     if config.distill.cache is None:

@@ -9,6 +9,7 @@ function of seed, epoch and sample, so they are known before the run. The teache
 micro-batches of the run, since a convolution rounds differently for another number of images.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -88,8 +89,7 @@ class LogitCache:
                 micro-batches from a row of the epoch on.
 
         Raises:
-            ValueError: logits that are not finite.
-            OSError: the disk is full, or cannot be written.
+            ValueError: logits that are not finite, or the folder cannot be written.
         """
         with locked(self.folder / f".lock-{epoch:05d}"):
             written = self._written(epoch)
@@ -102,9 +102,10 @@ class LogitCache:
                     stream = call(shard * self.layout.rows_per_shard)
                 content = self._shard(stream, epoch, shard)
                 name = _shard_name(epoch, shard)
-                write_atomically(self.folder / name, content)
                 written[name] = hashlib.sha256(content).hexdigest()
-                write_atomically(self.folder / _index_name(epoch), to_json(written, indent=1) + "\n")
+                with _named(self.folder):
+                    write_atomically(self.folder / name, content)
+                    write_atomically(self.folder / _index_name(epoch), to_json(written, indent=1) + "\n")
                 at, num_rows = shard + 1, num_rows + self.layout.rows_of(shard)
         return num_rows
 
@@ -227,10 +228,10 @@ def create(folder: Path, identity: Mapping[str, Any], layout: Layout, facts: Map
         facts: further entries of the manifest.
 
     Raises:
-        ValueError: the folder belongs to something else, or is not empty.
-        OSError: it cannot be written.
+        ValueError: the folder belongs to something else, is not empty, or cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with _named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock"):
         if not (folder / MANIFEST).exists():
             if foreign := sorted(path.name for path in folder.iterdir() if path.name not in (".lock", _TEMPORARY)):
@@ -238,8 +239,21 @@ def create(folder: Path, identity: Mapping[str, Any], layout: Layout, facts: Map
                     f"{folder} (distill.cache) has no {MANIFEST}, and holds {foreign[0]}: give an empty or new folder"
                 )
             content = {"format": FORMAT, "identity": dict(identity), "layout": layout._asdict(), **facts}
-            write_atomically(folder / MANIFEST, to_json(content, indent=1) + "\n")
+            with _named(folder):
+                write_atomically(folder / MANIFEST, to_json(content, indent=1) + "\n")
     return open_cache(folder, identity)
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Turn an error of the disk into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"the teacher's logits cannot be written into {folder} ({error.strerror}): make room, or choose another "
+            "--distill.cache; the same command continues"
+        ) from error
 
 
 _TEMPORARY = f".tmp-{MANIFEST}"

@@ -109,7 +109,7 @@ def _from_hub(name: str) -> nn.Module:
     except Exception as error:  # of many types: the hub's, the network's, timm's own
         if is_out_of_memory(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(
             f"timm gets no weights for the teacher {name} ({reason}): download them where there is a network, or pass "
             f"--distill.weights with {ACCEPTED}"

@@ -191,6 +191,9 @@ def test_folders_that_are_no_cache(tmp_path: Path, cache: LogitCache) -> None:
     (tmp_path / "photos" / "cat.jpg").touch()
     with pytest.raises(ValueError, match=r"photos .*has no manifest.json, and holds cat.jpg"):
         create(tmp_path / "photos", identity(), cache.layout, {})
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot be written into .*file \(File exists\).*--distill.cache"):
+        create(tmp_path / "file", identity(), cache.layout, {})
     (cache.folder / "manifest.json").write_text('{"format": 1}')
     with pytest.raises(ValueError, match=r"manifest.json is damaged"):
         open_cache(cache.folder, identity())
