@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bitfleet.trainer.config import TrainConfig, resolve_replicas, with_precision
 from bitfleet.trainer.data import Dataset, TrainLoader, normalize, open_dataset
+from bitfleet.trainer.data.memory_pipeline import progress_bar
 from bitfleet.trainer.distillation import Teacher, load_teacher
 from bitfleet.trainer.distillation.cache import LogitCache, create, layout_for
 from bitfleet.trainer.engine.arithmetic import use_arithmetic
@@ -90,8 +91,11 @@ def _cache(config: TrainConfig, dataset: Dataset, teacher: Teacher, micro_batch_
 def _logits(config: TrainConfig, loader: TrainLoader, teacher: Teacher, epoch: int, row: int) -> Iterator[Tensor]:
     """Yield the logits of the micro-batches of an epoch, from `row` of it on."""
     micro_batch_size = config.global_batch_size // resolve_replicas(config, 1)
-    for images, _ in loader.batches(epoch * loader.steps_per_epoch + row // micro_batch_size):
-        yield teacher(normalize(images, config.data.mean, config.data.std))
+    first, num_batches = row // micro_batch_size, loader.steps_per_epoch
+    with progress_bar(f"epoch {epoch}", (num_batches - first) * micro_batch_size) as bar:
+        for images, _ in loader.batches(epoch * num_batches + first):
+            yield teacher(normalize(images, config.data.mean, config.data.std))
+            bar.update(micro_batch_size)
 
 
 def _announcement(cache: LogitCache, epochs: range) -> str:

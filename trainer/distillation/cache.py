@@ -1,9 +1,11 @@
 """Keep the teacher's logits on disk: write them per epoch, check them, and read them in a run.
 
-    manifest.json              what the logits belong to, and the sizes below
-    epoch-00003.json           file -> sha256, of the shards that are written
-    epoch-00003-00000.npy      float16 [rows, classes]
+    resnet34-seed0-0123456789ab/
+        manifest.json             what the logits belong to, and the sizes below
+        epoch-00003.json          file -> sha256, of the shards that are written
+        epoch-00003-00000.npy     float16 [rows, classes]
 
+A folder may hold the logits for many runs, as for the seeds of a sweep: each finds its own.
 Row i of an epoch belongs to the i-th sample of its order (trainer/data/sampler.py): crops are a
 function of seed, epoch and sample, so they are known before the run. The teacher is called for the
 micro-batches of the run, since a convolution rounds differently for another number of images.
@@ -29,6 +31,8 @@ from bitfleet.trainer.run.strict_json import to_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+WEIGHTS = "weights (sha256)"
+"""Part of the identity that a run does not know if the weights are timm's."""
 SHARD_BYTES = 32 << 20
 """Size of a shard, about: what a killed `bitfleet data teach` repeats."""
 Logits = npt.NDArray[np.float16]
@@ -148,7 +152,7 @@ class LogitCache:
             named = f"epoch {first} is" if first == last else f"{len(missing):,} epochs from {first} to {last} are"
             raise ValueError(
                 f"{named} missing in the teacher's logits {self.folder} (distill.cache; epochs count from 0): write "
-                f"with bitfleet data teach --first_epoch {first} --last_epoch {last} and the options of the run"
+                f"them with bitfleet data teach --first_epoch {first} --last_epoch {last} and the options of the run"
             )
 
     def read(self, epoch: int, shard: int) -> Logits:
@@ -204,7 +208,7 @@ def identity_of_logits(
         images: settings of the training images, field of `data` -> value, as JSON types.
         micro_batch_size: images per call of the teacher.
     """
-    weights = {} if weights_sha256 is None else {"weights (sha256)": weights_sha256}
+    weights = {} if weights_sha256 is None else {WEIGHTS: weights_sha256}
     return {
         "teacher": teacher,
         "weights": "from a file" if from_file else "timm's",
@@ -218,30 +222,27 @@ def identity_of_logits(
     }
 
 
-def create(folder: Path, identity: Mapping[str, Any], layout: Layout, facts: Mapping[str, Any]) -> LogitCache:
-    """Write the manifest of a cache, or open the one that is there.
+def create(root: Path, identity: Mapping[str, Any], layout: Layout, facts: Mapping[str, Any]) -> LogitCache:
+    """Start a cache below `root`, or open the one that is there.
 
     Args:
-        folder: made if missing.
+        root: made if missing.
         identity: with the sha256 of the weights.
-        layout: used if there is no manifest yet.
-        facts: further entries of the manifest.
+        layout: used for a new cache.
+        facts: further entries of the manifest of a new cache.
 
     Raises:
-        ValueError: the folder belongs to something else, is not empty, or cannot be written.
+        ValueError: it cannot be written, or its manifest is damaged.
     """
-    with _named(folder):
+    hashed = hashlib.sha256(to_json(identity).encode()).hexdigest()
+    folder = root / f"{identity['teacher']}-seed{identity['seed']}-{hashed[:12]}"
+    with _named(root):
         folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock"):
-        if not (folder / MANIFEST).exists():
-            if foreign := sorted(path.name for path in folder.iterdir() if path.name not in (".lock", _TEMPORARY)):
-                raise ValueError(
-                    f"{folder} (distill.cache) has no {MANIFEST}, and holds {foreign[0]}: give an empty or new folder"
-                )
-            content = {"format": FORMAT, "identity": dict(identity), "layout": layout._asdict(), **facts}
-            with _named(folder):
+        with locked(folder / ".lock"):
+            if not (folder / MANIFEST).exists():
+                content = {"format": FORMAT, "identity": dict(identity), "layout": layout._asdict(), **facts}
                 write_atomically(folder / MANIFEST, to_json(content, indent=1) + "\n")
-    return open_cache(folder, identity)
+    return open_cache(root, identity)
 
 
 @contextlib.contextmanager
@@ -256,42 +257,50 @@ def _named(folder: Path) -> Iterator[None]:
         ) from error
 
 
-_TEMPORARY = f".tmp-{MANIFEST}"
-
-
-def open_cache(folder: Path, identity: Mapping[str, Any]) -> LogitCache:
-    """Open a cache for what it was made for.
+def open_cache(root: Path, identity: Mapping[str, Any]) -> LogitCache:
+    """Open the cache below `root` that was made for `identity`.
 
     Raises:
-        ValueError: there is none, or it was made for something else: the first difference is named.
+        ValueError: there is none: the first difference to the most similar one is named.
     """
-    file = folder / MANIFEST
-    if not file.is_file():
+    wanted = json.loads(to_json(identity))
+    differing: list[tuple[list[str], Path, dict[str, Any]]] = []
+    for file in sorted(root.glob(f"*/{MANIFEST}")):
+        made_for, layout = _read_manifest(file)
+        differences = [
+            name for name in {**wanted, **made_for} if name != WEIGHTS and made_for.get(name) != wanted.get(name)
+        ]
+        if WEIGHTS in wanted and made_for[WEIGHTS] != wanted[WEIGHTS]:
+            differences.append(WEIGHTS)
+        if not differences:
+            return LogitCache(file.parent, layout, made_for[WEIGHTS])
+        differing.append((differences, file.parent, made_for))
+    if not differing:
         raise ValueError(
-            f"there are no logits of a teacher in {folder} (distill.cache): write them with bitfleet data teach and "
-            "the options of the run, or leave distill.cache out"
+            f"there are no logits of a teacher in {root} (distill.cache): write them with bitfleet data teach and the "
+            "options of the run, or leave distill.cache out"
         )
+    (name, *_), folder, made_for = min(differing, key=lambda each: len(each[0]))
+    there, here = (str(each.get(name, "missing"))[:40] for each in (made_for, wanted))
+    raise ValueError(
+        f"the teacher's logits in {folder} (distill.cache) were made for something else: {name} is {there} there and "
+        f"{here} in this run; write those of this run with bitfleet data teach, or leave distill.cache out"
+    )
+
+
+def _read_manifest(file: Path) -> tuple[dict[str, Any], Layout]:
     try:
         manifest = json.loads(file.read_bytes())
-        made_for, layout = manifest["identity"], Layout(**manifest["layout"])
-        weights_sha256, version = made_for["weights (sha256)"], manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error}): write the logits again, into another folder") from error
+        version, made_for, layout = manifest["format"], manifest["identity"], Layout(**manifest["layout"])
+        assert WEIGHTS in made_for
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"{file} is damaged ({error}): remove its folder, and write the logits again") from error
     if version != FORMAT:
-        raise ValueError(f"{file} has format {version}, and this bitfleet reads {FORMAT}: write the logits again")
-    wanted = json.loads(to_json(identity))
-    for name in [*wanted, *made_for]:
-        if name in made_for and name in wanted and made_for[name] == wanted[name]:
-            continue
-        if name == "weights (sha256)" and name not in wanted:
-            continue
-        there, here = (str(each.get(name, "missing"))[:40] for each in (made_for, wanted))
         raise ValueError(
-            f"the teacher's logits in {folder} (distill.cache) were made for something else: {name} is {there} there "
-            f"and {here} in this run; write those of this run into another folder with bitfleet data teach, or "
-            "leave distill.cache out"
+            f"{file} has format {version}, and this bitfleet reads {FORMAT}: remove its folder, and write the logits "
+            "again"
         )
-    return LogitCache(folder, layout, weights_sha256)
+    return made_for, layout
 
 
 class Position(NamedTuple):

@@ -25,9 +25,9 @@ class DistillConfig:
     label_weight: float = 0.0
     """Part of the loss that is the cross-entropy with the labels, in [0, 1)."""
     cache: Path | None = dataclasses.field(default=None, metadata=role("host"))
-    """Folder that `bitfleet data teach` wrote the teacher's logits into; the run reads them and
-    needs no teacher. It has the same bits as without (on a CPU with an equal num_threads), so a
-    resumed run may change this."""
+    """Folder that `bitfleet data teach` wrote the teacher's logits into, for this run and others;
+    the run reads them and needs no teacher. It has the same bits as without (on a CPU with an equal
+    num_threads), so a resumed run may change this."""
 
     def __post_init__(self) -> None:
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
