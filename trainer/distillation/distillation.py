@@ -25,7 +25,14 @@ class Schedule(NamedTuple):
 
     def epochs_from(self, step: int) -> range:
         """Return the epochs that a run reads which continues after `step` steps."""
-        return range(step // self.steps_per_epoch, -(-self.num_steps // self.steps_per_epoch))
+        if step >= self.num_steps:
+            return range(0)
+        return range(step // self.steps_per_epoch, self.last_epoch + 1)
+
+    @property
+    def last_epoch(self) -> int:
+        """The epoch of the last step."""
+        return (self.num_steps - 1) // self.steps_per_epoch
 
 
 class Distillation:
@@ -58,7 +65,7 @@ class Distillation:
             self._cached = CachedLogits(
                 source,
                 device,
-                last_epoch=-(-schedule.num_steps // schedule.steps_per_epoch) - 1,
+                last_epoch=schedule.last_epoch,
                 rows_per_epoch=schedule.steps_per_epoch * schedule.global_batch_size,
             )
 
