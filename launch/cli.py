@@ -13,7 +13,7 @@ COMMANDS = {
     "evaluate": "print top-1 and top-5 of a run over every validation image, in one precision or several",
     "export": "write the network of a run for devices, as bits, ONNX or C; `bitfleet export --help`",
     "run": "classify images with an exported network, or evaluate it; `bitfleet run --help`",
-    "data": "prepare, verify, resize and compare images; `bitfleet data --help`",
+    "data": "prepare, verify, resize and compare images, write a teacher's logits; `bitfleet data --help`",
     "checkpoint": "inspect, verify and compare checkpoints, write the model alone; `bitfleet checkpoint --help`",
     "journal": "rebuild the binary weights of any step from a run's flip journal; `bitfleet journal --help`",
     "doctor": "say whether a run would work here, and on these ranks; `bitfleet doctor --help`",
