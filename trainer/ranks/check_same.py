@@ -39,7 +39,8 @@ def all_facts(
 def source_files() -> dict[str, str]:
     """Return the source files of bitfleet: name -> the first 12 digits of the sha256 of its
     contents."""
-    rooms = [path for path in Path(bitfleet.__file__).parent.iterdir() if path.is_dir() and path.name != "__pycache__"]
+    others = {"__pycache__", "packed"}  # which is models/packed
+    rooms = [path for path in Path(bitfleet.__file__).parent.iterdir() if path.is_dir() and path.name not in others]
     return {
         f"{room.name}/{path.relative_to(room.resolve())}": hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         for room in sorted(rooms)
