@@ -7,9 +7,9 @@ paper      ReActNet-18 with a teacher, two stages and latent weights on ImageNet
            README), where Bi-Real Net 18 has 56.4 %
 runs       8 points x 3 seeds = 24
 command    bitfleet train --config fashion_small --model.name resnet10t --model.width None \
-               --model.norm None --run_dir runs/teachers/fashion
-           bitfleet checkpoint weights runs/teachers/fashion \
-               runs/teachers/fashion_resnet10t.safetensors
+               --model.norm None --run_dir runs/teachers/resnet10t
+           bitfleet checkpoint weights runs/teachers/resnet10t \
+               runs/teachers/resnet10t.safetensors
            bitfleet sweep blocks
 
 Both networks have the same binary convolutions (73,728 weights). A point with a teacher trains on
@@ -26,7 +26,7 @@ NETWORKS = {
 }
 TEACHERS = {
     "labels": "",
-    "resnet10t": "--distill.teacher resnet10t --distill.weights runs/teachers/fashion_resnet10t.safetensors",
+    "resnet10t": "--distill.teacher resnet10t --distill.weights runs/teachers/resnet10t.safetensors",
 }
 RULES = {
     "bop2ndorder": "--optim.rule bop2ndorder --optim.correction none",
