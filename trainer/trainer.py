@@ -38,6 +38,7 @@ from bitfleet.trainer.engine.compilation import eager_on_real_weights, is_compil
 from bitfleet.trainer.engine.config import deepspeed_options
 from bitfleet.trainer.engine.engine import autocast, backward, create_engine, scaled_loss, shard, whole_weights
 from bitfleet.trainer.engine.nonfinite import did_nothing, does_nothing, must_stop, nonfinite_loss, nonfinite_steps
+from bitfleet.trainer.engine.rule_proof import RuleProof
 from bitfleet.trainer.engine.step_graph import CudaRecorder, GraphedStep, check_can_capture
 from bitfleet.trainer.evaluate import validate
 from bitfleet.trainer.metrics import Accuracy, Reports, StepObserver, hyperparameters_of, step_flips
@@ -169,6 +170,7 @@ class Trainer:
         decay_steps = config.epochs * len(self.dataset.train) // config.global_batch_size
         self.optimizer, schedules = build_optimizer(self.model, config.optim, num_steps=decay_steps, seed=config.seed)
         self.routing, signature = routing_table(self.optimizer), model_signature(self.model)
+        self._proof = None if resume_from else RuleProof(self.model, config.optim.rule, config.engine)
         self.sharded = shard(self.optimizer, config.engine, self.num_replicas)
         if config.engine.cuda_graph:
             check_can_capture(ranks, device, self.optimizer)
@@ -442,12 +444,16 @@ class Trainer:
 
     def _run_steps(self, last: int, stop: StopWatcher) -> None:
         self.start()
+        if self._proof is not None:
+            self._proof.begin(self.sharded)
         if self.step and self._validation_is_due() and not self.reports.has_validation(self.step):
             self._validate(stop)  # the run was stopped before it
         while self.step < last and not self.stopped_by:
             start = time.perf_counter()
             with self.around_step():
                 self.advance()
+            if self._proof is not None:
+                self._prove(self._proof)
             self.checkpoints.saver.check()
             self.stopped_by, save_now = stop.after_step(self.checkpoints.by_time())
             if sentence := self.checkpoints.shutdown_message(time.perf_counter() - start):
@@ -463,6 +469,19 @@ class Trainer:
             self._check_end()
         self.reports.skipped(self.step, self.num_skipped_steps)
         self.stop()
+
+    def _prove(self, proof: RuleProof) -> None:
+        """Stop the run unless its first step that was not skipped has updated every binary
+        weight."""
+        sharded = self.sharded
+        if isinstance(sharded, ShardedOptimizer):
+            is_skipped = sharded.updated is False
+        else:
+            is_skipped = self.engine.skipped_steps == self.step
+        if is_skipped:
+            return
+        self._proof = None
+        self.reports.say(proof.end(self.sharded, self.step))
 
     def stop(self) -> None:
         """Close what `start` opened, and release the run folder."""

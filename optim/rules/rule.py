@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bitfleet.optim.rules.counter_random import uniform
+from bitfleet.optim.rules.update_counts import UpdateCounts
 from bitfleet.optim.schedules import Schedule
 
 State = dict[str, Tensor]
@@ -128,6 +129,9 @@ class RoutedOptimizer(torch.optim.Optimizer):
     group.
     """
 
+    counts: UpdateCounts | None = None
+    """Where set: updates are counted there."""
+
     def __init__(self, params: Iterable[Any], defaults: Group | None = None) -> None:
         self._names: dict[Tensor, str] = {}
         super().__init__(params, defaults or {})
@@ -175,6 +179,8 @@ class RoutedOptimizer(torch.optim.Optimizer):
                 state["step"] += 1
                 numbers = numbers_of(group, int(state["step"]))
                 RULES[group["rule"]].update_(param, param.grad, state, group | numbers)
+                if self.counts is not None:
+                    self.counts.add(self._names.get(param, group.get("name", "")), group["rule"], param.numel())
         return loss
 
     def _begin_(self, param: Tensor, state: State, group: Group) -> None:

@@ -20,6 +20,7 @@ from bitfleet.optim.kernels.bits import pack_signs, unpack_changed, unpack_signs
 from bitfleet.optim.param_groups import is_binary
 from bitfleet.optim.rules.counter_random import uniform
 from bitfleet.optim.rules.rule import RULES, Group, Rule, State, names_of
+from bitfleet.optim.rules.update_counts import UpdateCounts
 
 ALIGN = 64
 CHUNK = 262_144
@@ -244,6 +245,12 @@ class Bucket:
         guard = nullcontext() if finite is None else unless_nonfinite(finite, [weights, *state.values()])
         with guard:
             self.rule.update_(weights, grad, state | step, group)
+
+    def count(self, run: Run, counts: UpdateCounts) -> None:
+        """Add the elements of each parameter in `run`, which the rule has updated."""
+        for _, name, _, low, high in self.pieces():
+            if (num_elements := min(high, run.high) - max(low, run.low)) > 0:
+                counts.add(name, self.rule.name, num_elements)
 
     def _begin_(self, indices: set[int]) -> None:
         """Fill the state of the segments `indices`, which are about to have their first update,
