@@ -168,7 +168,14 @@ class Trainer:
         # As the paper's code: decay_steps = epochs * images // batch, a little longer than the run
         # of whole batches.
         decay_steps = config.epochs * len(self.dataset.train) // config.global_batch_size
-        self.optimizer, schedules = build_optimizer(self.model, config.optim, num_steps=decay_steps, seed=config.seed)
+        self.optimizer, schedules = build_optimizer(
+            self.model,
+            config.optim,
+            num_steps=decay_steps,
+            num_epochs=config.epochs,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            seed=config.seed,
+        )
         self.routing, signature = routing_table(self.optimizer), model_signature(self.model)
         self._proof = None if resume_from else RuleProof(self.model, config.optim.rule, config.engine)
         self.sharded = shard(self.optimizer, config.engine, self.num_replicas)

@@ -54,7 +54,7 @@ def bytes_of_rank(config: TrainConfig, ranks: int) -> int:
     with torch.no_grad():
         model(torch.zeros(1, 3, size, size))
     batch = config.global_batch_size // resolve_replicas(config, ranks)
-    num_copies = 2 + max(len(RULES[rule].state_keys) for rule in (config.optim.rule, "keras_adam"))
+    num_copies = 2 + max(len(RULES[rule].state_keys) for rule in (config.optim.rule, config.optim.full_precision))
     return PROCESS_BYTES + 4 * (num_copies * sum(map(Tensor.numel, model.parameters())) + 2 * batch * sum(outputs))
 
 

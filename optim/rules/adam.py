@@ -1,4 +1,4 @@
-"""Adam for the full-precision parameters, with Keras' epsilon.
+"""Adam for the full-precision parameters, with Keras' epsilon or torch's.
 
 The arithmetic is that of `torch.optim.adam`, single-tensor, bit for bit on a CPU: unlike the fused
 kernel its bits do not depend on how a parameter is cut into slices. It is written out here because
@@ -16,6 +16,8 @@ from bitfleet.optim.rules.rule import Group, Rule, State, register
 
 KERAS_DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-7, "weight_decay": 0.0}
 """tf.keras.optimizers.Adam, which trains everything that is not binary in all runs of the paper."""
+TORCH_DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+"""torch.optim.Adam, of ReActNet's code."""
 
 
 def adam_step_(
@@ -60,6 +62,11 @@ def adam_numbers(group: Group, step: int) -> dict[str, float]:
     return {"step_size": group["lr"] / (1.0 - beta1**step), "root": root, "corrected_eps": group["eps"] / root}
 
 
+def torch_adam_numbers(group: Group, step: int) -> dict[str, float]:
+    """Return `adam_numbers` with epsilon added to the corrected root, as torch does."""
+    return {**adam_numbers(group, step), "corrected_eps": group["eps"]}
+
+
 def _adam_(
     weight: Tensor,
     grad: Tensor,
@@ -101,5 +108,14 @@ register(
         state_keys=("exp_avg", "exp_avg_sq"),
         scheduled=("lr",),
         numbers=adam_numbers,
+    )
+)
+register(
+    Rule(
+        name="adam",
+        update_=_update_,
+        state_keys=("exp_avg", "exp_avg_sq"),
+        scheduled=("lr",),
+        numbers=torch_adam_numbers,
     )
 )
