@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from bitfleet.models import ModelConfig
-from bitfleet.optim import OptimConfig
+from bitfleet.optim import OptimConfig, Schedule
 from bitfleet.optim.rules.rule import RULES
 from bitfleet.trainer.checkpoint.config import CheckpointConfig
 from bitfleet.trainer.data import DataConfig
@@ -119,6 +119,13 @@ class TrainConfig:
                 f"{self.engine.sharding!r}: its state "
                 f"starts with random numbers for each weight, and DeepSpeed's slices do not say which weights they hold"
             )
+        for name in ("lr", *self.optim.hyperparameters):
+            schedule = getattr(self.optim, name)
+            if isinstance(schedule, Schedule) and schedule.warmup_epochs >= self.epochs:
+                raise ValueError(
+                    f"optim.{name}.warmup_epochs is {schedule.warmup_epochs:g}, and the run has {self.epochs} epochs: "
+                    "warm up for less"
+                )
         on_host = {
             "metrics.diagnostics": self.metrics.diagnostics,
             "journal.enabled": self.journal.enabled,

@@ -1,5 +1,6 @@
 """Train: the loop, and the objects that it is built of."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -63,6 +64,7 @@ class TrainStep:
         normalize: from images as the loader has them to the network's input.
         precision: `EngineConfig.precision`, not "auto".
         num_micro_batches: of this rank, per step.
+        label_smoothing: `DataConfig.label_smoothing`.
     """
 
     def __init__(
@@ -76,10 +78,12 @@ class TrainStep:
         normalize: Callable[[Tensor], Tensor],
         precision: str,
         num_micro_batches: int,
+        label_smoothing: float = 0.0,
     ) -> None:
         self._engine, self._model, self._optimizer = engine, model, optimizer
         self._statistics, self._observer, self._normalize = statistics, observer, normalize
         self._precision, self.num_micro_batches = precision, num_micro_batches
+        self._loss = functools.partial(nn.functional.cross_entropy, label_smoothing=label_smoothing)
         self.next_batch, self.end_backward, self.end_step = (
             observer.next_batch,
             observer.end_backward,
@@ -93,7 +97,7 @@ class TrainStep:
             images, labels = self.next_batch(batches)
             with self._statistics.replica():
                 logits: Tensor = self._engine(self._normalize(images))
-                loss = nn.functional.cross_entropy(logits.float(), labels)
+                loss = self._loss(logits.float(), labels)
                 backward(self._engine, loss, self._optimizer)
             self.end_backward()
             self._observer.meter.add(loss, logits.detach(), labels)
@@ -110,7 +114,7 @@ class TrainStep:
             with self._statistics.replica():
                 with autocast(images.device, self._precision):
                     logits: Tensor = self._model(self._normalize(images))
-                loss = nn.functional.cross_entropy(logits.float(), labels)
+                loss = self._loss(logits.float(), labels)
                 torch.autograd.backward(scaled_loss(loss, self._optimizer))
             self._observer.meter.add(loss, logits.detach(), labels)
 
@@ -265,6 +269,7 @@ class Trainer:
             normalize=self._normalize,
             precision=config.engine.precision,
             num_micro_batches=self.num_replicas // self.ranks.world_size,
+            label_smoothing=config.data.label_smoothing,
         )
         if not config.engine.cuda_graph:
             return step

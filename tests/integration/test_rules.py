@@ -15,6 +15,10 @@ QUICKNET = (
     "--optim.full_precision keras_sgd --optim.latent_clip 1.25 --optim.lr.kind warmup_cosine --optim.lr.warmup_epochs 1"
 )
 """The optimizers of QuickNet's recipe."""
+AUGMENTED = (
+    "--data.loader torch --data.color_lighting True --data.rand_augment rand-m7-mstd0.5 --data.mixup 0.2 "
+    "--data.cutmix 1 --data.label_smoothing 0.1"
+)
 
 
 @pytest.mark.parametrize(
@@ -24,8 +28,9 @@ QUICKNET = (
         ("two_ema", "", ("zero1",)),
         ("latent_adam", QUICKNET, ("none",)),
         ("two_ema", "--optim.full_precision keras_sgd --optim.lr.kind stairs", ("zero1", "zero2", "zero3")),
+        ("bop", AUGMENTED, ()),
     ],
-    ids=["latent_adam", "two_ema", "quicknet", "sgd"],
+    ids=["latent_adam", "two_ema", "quicknet", "sgd", "augmented"],
 )
 def test_every_sharding_and_number_of_ranks_trains_the_same_bits(
     rule: str, more: str, shardings: tuple[str, ...], tiny: list[str], tmp_path: Path

@@ -168,7 +168,7 @@ def seed_state(
             with statistics.replica():
                 with autocast(device, precision):
                     logits: Tensor = model(normalize(images, data.mean, data.std))
-                loss = nn.functional.cross_entropy(logits.float(), labels)
+                loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=data.label_smoothing)
                 torch.autograd.backward(scaled_loss(loss, sharded))
         seeding.take()
         statistics.end_step(updated=False)
