@@ -47,12 +47,15 @@ class OptimConfig:
     """Rate of the second average (two_ema, diode)."""
     latent_lr: Schedule | None = None
     """Learning rate of the latent weights (latent_adam, latent_sgd), or of what stands for them
-    (sgdat, diode, bnew)."""
+    (sgdat, diode, bnew, real_adam)."""
     latent_clip: float | None = None
     """Latent weights of latent_adam stay in [-latent_clip, latent_clip] (QuickNet: 1.25). 0: no
     limit, and no gradient beyond 1, as in ReActNet's code."""
     latent_eps: float | None = None
     """Epsilon of latent_adam, added to the uncorrected root as Keras does."""
+    latent_decay: float | None = None
+    """L2 factor of real_adam, which trains real weights in the place of binary ones: the first of
+    two stages."""
     momentum: float | None = None
     """Momentum of latent_sgd."""
     rho: float | None = None

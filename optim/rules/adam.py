@@ -46,7 +46,7 @@ def adam_step_(
         weight_decay: L2 factor.
     """
     numbers = adam_numbers({"lr": lr, "betas": betas, "eps": eps}, int(step))
-    _adam_(weight, grad, exp_avg, exp_avg_sq, betas=betas, weight_decay=weight_decay, **numbers)
+    adam_(weight, grad, exp_avg, exp_avg_sq, betas=betas, weight_decay=weight_decay, **numbers)
 
 
 def adam_numbers(group: Group, step: int) -> dict[str, float]:
@@ -67,7 +67,7 @@ def torch_adam_numbers(group: Group, step: int) -> dict[str, float]:
     return {**adam_numbers(group, step), "corrected_eps": group["eps"]}
 
 
-def _adam_(
+def adam_(
     weight: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
@@ -79,6 +79,7 @@ def _adam_(
     root: float | Tensor,
     corrected_eps: float | Tensor,
 ) -> None:
+    """Apply one update in place, elementwise, from the numbers of `adam_numbers`."""
     grad = grad.float()
     if weight_decay != 0:
         grad = grad.add(weight, alpha=weight_decay)
@@ -90,7 +91,7 @@ def _adam_(
 
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     numbers = {key: group[key] for key in ("step_size", "root", "corrected_eps")}
-    _adam_(
+    adam_(
         weight,
         grad,
         state["exp_avg"],

@@ -18,9 +18,10 @@ def gradients() -> list[Tensor]:
     return [torch.randn(6, 5, generator=generator) * 10.0 ** -(step % 9) for step in range(NUM_STEPS)]
 
 
-def trained(config: OptimConfig, *, sharded: bool = False) -> Tensor:
+def trained(config: OptimConfig, *, sharded: bool = False, binary: bool = False) -> Tensor:
     torch.manual_seed(0)
     model = nn.Linear(5, 6, bias=False)
+    model.weight.binary = binary  # type: ignore[attr-defined]
     optimizer: Any
     optimizer, schedules = build_optimizer(model, config, num_steps=NUM_STEPS)
     if sharded:
@@ -30,7 +31,7 @@ def trained(config: OptimConfig, *, sharded: bool = False) -> Tensor:
         optimizer.step()
         optimizer.zero_grad()
         for group in optimizer.param_groups:
-            group["lr"] = schedules[group["name"]]["lr"](step + 1)
+            group |= {key: schedule(step + 1) for key, schedule in schedules[group["name"]].items()}
     return model.weight.detach()
 
 
@@ -53,6 +54,15 @@ def test_adam_is_torchs_with_its_weight_decay() -> None:
     there = by_torch(lambda params: torch.optim.Adam(params, lr=0.01, foreach=False))
     torch.testing.assert_close(trained(plain), there, rtol=1e-6, atol=1e-7)
     assert not torch.allclose(trained(OptimConfig(lr=constant(0.01))), there, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_real_adam_is_torchs_adam_on_the_weights_marked_as_binary(sharded: bool) -> None:
+    config = OptimConfig(rule="real_adam", latent_lr=constant(0.01), latent_decay=0.1)
+    there = by_torch(lambda params: torch.optim.Adam(params, lr=0.01, weight_decay=0.1, foreach=False))
+    torch.testing.assert_close(trained(config, sharded=sharded, binary=True), there, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match=r"optim\.latent_decay must not be negative, not -1"):
+        OptimConfig(rule="real_adam", latent_decay=-1.0)
 
 
 def test_sgd_is_torchs_while_the_learning_rate_is_constant() -> None:
