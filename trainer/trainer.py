@@ -180,9 +180,12 @@ class Trainer:
             steps_per_epoch=self.loader.steps_per_epoch,
             seed=config.seed,
         )
-        self.routing, signature = routing_table(self.optimizer), model_signature(self.model)
+        signature = model_signature(self.model)
         self._proof = None if resume_from else RuleProof(self.model, config.optim.rule, config.engine)
         self.sharded = shard(self.optimizer, config.engine, self.num_replicas)
+        if config.init is not None and resume_from is None:
+            self.sharded.start_signs()  # of a first stage, whose weights are real
+        self.routing = routing_table(self.optimizer)
         if config.engine.cuda_graph:
             check_can_capture(ranks, device, self.optimizer)
         self.engine = create_engine(self.model, self.sharded, schedules, options, device)

@@ -422,6 +422,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for bucket in self.buckets:
             bucket.read_weights()
 
+    def start_signs(self) -> None:
+        """Make binary weights that are real their signs, before the first step; rules with latent
+        weights start these from the real values."""
+        for bucket in self.buckets:
+            bucket.start_signs()
+
     @torch.no_grad()
     def check_agreement(self) -> None:
         """Compare a checksum of the weights of all ranks, and where it differs the weights with
