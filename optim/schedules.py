@@ -121,6 +121,11 @@ class Schedule:
         value = self._decayed(max(0, step - self.delay_steps))
         return value * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else value
 
+    @property
+    def top_step(self) -> int:
+        """Return the step at which warmup_cosine has its `start`; 0 for the other kinds."""
+        return self.warmup_steps if self.kind == "warmup_cosine" else 0
+
     def _decayed(self, step: int) -> float:
         if self.kind == "constant":
             return self.start

@@ -66,7 +66,14 @@ def bytes_of_largest(configs: Sequence[TrainConfig], ranks: int) -> int:
     """
     # Runs that differ in nothing else take the same memory.
     distinct = {
-        (str(c.model), c.data.image_size, c.global_batch_size, c.num_replicas, len(RULES[c.optim.rule].state_keys)): c
+        (
+            str(c.model),
+            c.data.image_size,
+            c.global_batch_size,
+            c.num_replicas,
+            len(RULES[c.optim.rule].state_keys),
+            c.optim.full_precision,
+        ): c
         for c in configs
     }
     return max(bytes_of_rank(config, ranks) for config in distinct.values())
