@@ -11,7 +11,7 @@ COMMANDS = {
     "sweep": "run a sweep of configs/sweeps/, or list them with their questions; `bitfleet sweep --help`",
     "reproduce": "run the paper's experiments and judge them against its numbers; `bitfleet reproduce --help`",
     "evaluate": "print top-1 and top-5 of a run over every validation image, in one precision or several",
-    "data": "prepare, verify, resize and compare images; `bitfleet data --help`",
+    "data": "prepare, verify, resize and compare images, write a teacher's logits; `bitfleet data --help`",
     "checkpoint": "inspect, verify and compare checkpoints, write the model alone; `bitfleet checkpoint --help`",
     "journal": "rebuild the binary weights of any step from a run's flip journal; `bitfleet journal --help`",
     "doctor": "say whether a run would work here, and on these ranks; `bitfleet doctor --help`",

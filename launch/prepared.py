@@ -29,6 +29,8 @@ def prepared_trainer(config: "TrainConfig", ranks: "Ranks", device: "torch.devic
     if is_main_rank():
         print(trainer.routing)
         print(f"data: {trainer.dataset.summary()}")
+        if trainer.distillation:
+            print(f"distillation: {trainer.distillation.summary()}")
         state = f"continues {trainer.resume_from.path}" if trainer.resume_from else "starts"
         if trainer.step >= trainer.num_steps:
             state = (

@@ -13,6 +13,7 @@ from bitfleet.optim import OptimConfig, Schedule
 from bitfleet.optim.rules.rule import RULES
 from bitfleet.trainer.checkpoint.config import CheckpointConfig
 from bitfleet.trainer.data import DataConfig
+from bitfleet.trainer.distillation import DistillConfig
 from bitfleet.trainer.engine.config import EngineConfig, resolve_precision
 from bitfleet.trainer.journal.config import JournalConfig
 from bitfleet.trainer.metrics.config import MetricsConfig
@@ -68,6 +69,7 @@ class TrainConfig:
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig, metadata=role("habit"))
     metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig, metadata=role("habit"))
@@ -104,6 +106,16 @@ class TrainConfig:
                 f'--init seeds the optimizer under engine.sharding "bits", not {self.engine.sharding!r}: choose '
                 "that sharding, "
                 f"or pass --optim.init_inertia 0, with which most rules flip half of the binary weights at once"
+            )
+        if self.distill.cache is not None and self.data.on_bad_sample == "replace":
+            raise ValueError(
+                "data.on_bad_sample replace takes images whose logits distill.cache does not know: set broken images "
+                "aside with bitfleet data verify, or leave distill.cache out"
+            )
+        if self.distill.teacher and not self.distill.label_weight and self.data.label_smoothing:
+            raise ValueError(
+                f"data.label_smoothing is {self.data.label_smoothing}, but labels are not used: set "
+                "distill.label_weight above 0, or leave it out"
             )
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, not {self.seed}")

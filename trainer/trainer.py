@@ -31,8 +31,19 @@ from bitfleet.trainer.checkpoint import (
     was_compiled,
 )
 from bitfleet.trainer.config import TrainConfig, resolve_replicas, to_dict, with_precision
-from bitfleet.trainer.data import TrainLoader, ValidationLoader, normalize, open_dataset
-from bitfleet.trainer.data.request import Batch
+from bitfleet.trainer.data import Dataset, TrainLoader, ValidationLoader, normalize, open_dataset, stream_settings
+from bitfleet.trainer.distillation import (
+    MEASURES,
+    Distillation,
+    LogitCache,
+    Schedule,
+    Teacher,
+    file_sha256,
+    identity_of_logits,
+    load_teacher,
+    open_cache,
+    precision_on,
+)
 from bitfleet.trainer.engine.arithmetic import use_arithmetic
 from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
 from bitfleet.trainer.engine.compilation import eager_on_real_weights, is_compiled
@@ -40,7 +51,7 @@ from bitfleet.trainer.engine.config import deepspeed_options
 from bitfleet.trainer.engine.engine import autocast, backward, create_engine, scaled_loss, shard, whole_weights
 from bitfleet.trainer.engine.nonfinite import did_nothing, does_nothing, must_stop, nonfinite_loss, nonfinite_steps
 from bitfleet.trainer.engine.rule_proof import RuleProof
-from bitfleet.trainer.engine.step_graph import CudaRecorder, GraphedStep, check_can_capture
+from bitfleet.trainer.engine.step_graph import Batch, CudaRecorder, GraphedStep, check_can_capture
 from bitfleet.trainer.evaluate import validate
 from bitfleet.trainer.metrics import Accuracy, Reports, StepObserver, hyperparameters_of, step_flips
 from bitfleet.trainer.ranks.check_same import check_same_on_all_ranks
@@ -50,6 +61,11 @@ from bitfleet.trainer.run.folder import write_config
 from bitfleet.trainer.run.out_of_memory import is_out_of_memory, training_out_of_memory
 from bitfleet.trainer.run.stop import StopWatcher
 from bitfleet.trainer.run.versions import versions
+
+
+def label_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, None]:
+    """Return the cross-entropy with the labels, and nothing else to report."""
+    return nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing), None
 
 
 class TrainStep:
@@ -65,6 +81,7 @@ class TrainStep:
         precision: `EngineConfig.precision`, not "auto".
         num_micro_batches: of this rank, per step.
         label_smoothing: `DataConfig.label_smoothing`.
+        distillation: None to train on the labels.
     """
 
     def __init__(
@@ -79,28 +96,33 @@ class TrainStep:
         precision: str,
         num_micro_batches: int,
         label_smoothing: float = 0.0,
+        distillation: Distillation | None = None,
     ) -> None:
         self._engine, self._model, self._optimizer = engine, model, optimizer
         self._statistics, self._observer, self._normalize = statistics, observer, normalize
         self._precision, self.num_micro_batches = precision, num_micro_batches
-        self._loss = functools.partial(nn.functional.cross_entropy, label_smoothing=label_smoothing)
         self.next_batch, self.end_backward, self.end_step = (
             observer.next_batch,
             observer.end_backward,
             observer.end_step,
         )
+        self._loss: Callable[..., tuple[Tensor, Tensor | None]]
+        self._loss = functools.partial(label_loss, label_smoothing=label_smoothing)
+        if distillation is not None:
+            self._loss = distillation.loss
+            self.next_batch = lambda batches: distillation.with_targets(observer.next_batch(batches))
 
     def run(self, batches: Iterator[Batch]) -> None:
         """Make one step of the next batches."""
         self._observer.meter.keep()
         for _ in range(self.num_micro_batches):
-            images, labels = self.next_batch(batches)
+            images, labels, *targets = self.next_batch(batches)
             with self._statistics.replica():
                 logits: Tensor = self._engine(self._normalize(images))
-                loss = self._loss(logits.float(), labels)
+                loss, measured = self._loss(logits.float(), labels, *targets)
                 backward(self._engine, loss, self._optimizer)
             self.end_backward()
-            self._observer.meter.add(loss, logits.detach(), labels)
+            self._observer.meter.add(loss, logits.detach(), labels, measured)
             self._engine.step()
         self.settle(self._optimizer.updated if isinstance(self._optimizer, ShardedOptimizer) else True)
         self.end_step()
@@ -110,13 +132,13 @@ class TrainStep:
         CUDA graph)."""
         assert isinstance(self._optimizer, ShardedOptimizer)
         self._observer.meter.keep()
-        for images, labels in micro_batches:
+        for images, labels, *targets in micro_batches:
             with self._statistics.replica():
                 with autocast(images.device, self._precision):
                     logits: Tensor = self._model(self._normalize(images))
-                loss = self._loss(logits.float(), labels)
+                loss, measured = self._loss(logits.float(), labels, *targets)
                 torch.autograd.backward(scaled_loss(loss, self._optimizer))
-            self._observer.meter.add(loss, logits.detach(), labels)
+            self._observer.meter.add(loss, logits.detach(), labels, measured)
 
     def settle(self, updated: bool | Tensor) -> None:
         """Set running statistics and meters to those after the step.
@@ -127,6 +149,39 @@ class TrainStep:
         """
         self._statistics.end_step(updated)
         self._observer.meter.end_step(updated)
+
+
+def open_teacher(
+    config: TrainConfig, dataset: Dataset, num_replicas: int, device: torch.device
+) -> Teacher | LogitCache:
+    """Load the teacher of a run, or open the cache of its logits.
+
+    Raises:
+        ValueError: it does not fit the run, or the cache was made for something else.
+    """
+    distill = config.distill
+    if distill.cache is None:
+        return load_teacher(distill, num_classes=len(dataset.classes), image_size=config.data.image_size, device=device)
+    weights_sha256 = None if distill.weights is None else file_sha256(distill.weights)
+    micro_batch_size = config.global_batch_size // num_replicas
+    return open_cache(distill.cache, logits_identity(config, dataset, micro_batch_size, device, weights_sha256))
+
+
+def logits_identity(
+    config: TrainConfig, dataset: Dataset, micro_batch_size: int, device: torch.device, weights_sha256: str | None
+) -> dict[str, Any]:
+    """Return what decides the logits of a run's teacher; see `identity_of_logits`."""
+    return identity_of_logits(
+        teacher=config.distill.teacher,
+        from_file=config.distill.weights is not None,
+        weights_sha256=weights_sha256,
+        num_classes=len(dataset.classes),
+        precision=precision_on(device),
+        seed=config.seed,
+        data_sha=dataset.sha,
+        images=stream_settings(config.data, device.type),
+        micro_batch_size=micro_batch_size,
+    )
 
 
 class Trainer:
@@ -160,6 +215,9 @@ class Trainer:
         )
         self._open_data()
         self.num_steps = config.epochs * self.loader.steps_per_epoch
+        self.distillation = self._open_distillation() if config.distill.teacher else None
+        if self.distillation is not None:
+            self.distillation.check_can_continue(resume_from.meta["step"] if resume_from else 0)
 
         check_images(config.model, config.data.image_size, config.global_batch_size // self.num_replicas)
         seed_everything(config.seed)
@@ -195,7 +253,13 @@ class Trainer:
             assert isinstance(self.sharded, ShardedOptimizer), config.engine.sharding
             diagnostics = BitDiagnostics(self.sharded)
         flips = step_flips(self.engine, self.model, self.sharded, ranks, diagnostics)
-        self.observer = StepObserver(ranks, device, flips, counts_replaced=config.data.on_bad_sample == "replace")
+        self.observer = StepObserver(
+            ranks,
+            device,
+            flips,
+            counts_replaced=config.data.on_bad_sample == "replace",
+            measures=MEASURES if self.distillation else (),
+        )
         state = TrainState(self.engine, self.model, self.sharded, signature, diagnostics)
         self.checkpoints = self._make_checkpoints(state)
         self.step = self._resume(resume_from) if resume_from else 0
@@ -231,7 +295,14 @@ class Trainer:
             self.folder,
             ranks,
             state,
-            identity=identity(resolved, self.num_replicas, ranks.world_size, self.dataset.sha, compiled=self.compiled),
+            identity=identity(
+                resolved,
+                self.num_replicas,
+                ranks.world_size,
+                self.dataset.sha,
+                compiled=self.compiled,
+                teacher_sha=self.distillation.weights_sha256 if self.distillation else "",
+            ),
             constants=constants,
             steps_per_epoch=self.loader.steps_per_epoch,
             global_batch_size=config.global_batch_size,
@@ -273,6 +344,7 @@ class Trainer:
             precision=config.engine.precision,
             num_micro_batches=self.num_replicas // self.ranks.world_size,
             label_smoothing=config.data.label_smoothing,
+            distillation=self.distillation,
         )
         if not config.engine.cuda_graph:
             return step
@@ -304,6 +376,27 @@ class Trainer:
             **place,
         )
         self.validation_loader = ValidationLoader(self.dataset, config.data, device=self.device, **place)
+
+    def _open_distillation(self) -> Distillation:
+        config, ranks = self.config, self.ranks
+        source = open_teacher(config, self.dataset, self.num_replicas, self.device)
+        check_same_on_all_ranks(ranks, {"the weights of the teacher (sha256)": source.weights_sha256})
+        schedule = Schedule(
+            self.loader.steps_per_epoch,
+            config.global_batch_size,
+            self.num_replicas,
+            ranks.rank,
+            ranks.world_size,
+            min(config.stop_after_steps or self.num_steps, self.num_steps),
+        )
+        return Distillation(
+            config.distill,
+            source,
+            schedule,
+            normalize=self._normalize,
+            device=self.device,
+            label_smoothing=config.data.label_smoothing,
+        )
 
     def _resume(self, resume_from: ValidCheckpoint) -> int:
         step = self.checkpoints.resume(resume_from)
@@ -353,7 +446,7 @@ class Trainer:
         saved."""
         sharded, step = self.sharded, self.step
         is_reported = step % self.config.metrics.every_steps == 0 or step == self.num_steps
-        loss, *_, num_images = (0.0, 0) if is_reported else self.observer.meter.peek()
+        loss, _, _, num_images, *_ = (0.0, 0.0, 0.0, 0.0) if is_reported else self.observer.meter.peek()
         if not isinstance(sharded, ShardedOptimizer):
             if not math.isfinite(loss):
                 self._raise_nonfinite_loss(loss)
@@ -392,6 +485,7 @@ class Trainer:
             num_steps=self.num_steps,
             num_epochs=config.epochs,
             num_classes=config.model.num_classes,
+            loss_scale=config.distill.loss_scale,
             scales_loss=config.engine.precision == "fp16",
             routing=self.routing,
             has_journal=config.journal.enabled,
@@ -400,17 +494,26 @@ class Trainer:
         if config.init and self.resume_from is None and config.optim.init_inertia and self.step == 0:
             self._seed_state()
         self.batches = self.loader.batches(self.step)
+        if self.distillation is not None:
+            self.distillation.start(self.step)
         self.engine.train()
         self.observer.stopwatch.read()
 
     def _seed_state(self) -> None:
         assert isinstance(self.sharded, ShardedOptimizer)
+        batches: Iterator[Batch] = self.loader.batches()
+        if self.distillation is not None:
+            self.distillation.start(0)
+            batches = map(self.distillation.with_targets, self.loader.batches())
         sentence = seed_state(
             self.model,
             self.sharded,
             self.statistics,
-            self.loader,
-            data=self.config.data,
+            batches,
+            normalize=self._normalize,
+            loss=self.distillation.loss
+            if self.distillation
+            else functools.partial(label_loss, label_smoothing=self.config.data.label_smoothing),
             precision=self.config.engine.precision,
             inertia=self.config.optim.init_inertia,
             num_micro_batches=self.num_replicas // self.ranks.world_size,

@@ -1,4 +1,4 @@
-"""`bitfleet data`: prepare, verify, pack and compare data sets."""
+"""`bitfleet data`: prepare, verify, pack and compare data sets; write a teacher's logits."""
 
 import sys
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from bitfleet.launch.job import num_cores
+from bitfleet.launch.job import job, num_cores
 from bitfleet.launch.parsing.commands import Count, parse, parse_with_run
 
 
@@ -71,6 +71,20 @@ class Compare:
     """Images per split."""
 
 
+@dataclass(frozen=True)
+class Teach:
+    """Write the logits of a run's teacher for its training images, epoch by epoch, into the folder
+    distill.cache. Takes --config NAME and the options of the run. The logits are for its seed,
+    data, augmentation, teacher and global_batch_size / num_replicas. The same command continues an
+    interrupted one, and repairs damaged files. It runs on one rank: for more GPUs start a command
+    for each range of epochs, in the same folder."""
+
+    first_epoch: int = 0
+    """First epoch; they count from 0."""
+    last_epoch: int | None = None
+    """Last epoch. None: the last one of the run."""
+
+
 def data(arguments: Sequence[str]) -> None:
     """Run the command that `arguments` name.
 
@@ -81,7 +95,10 @@ def data(arguments: Sequence[str]) -> None:
     if arguments[:1] == ["compare"]:
         _compare(arguments[1:])
         return
-    options = parse(Prepare | Verify | Pack | Compare, arguments, "bitfleet data")
+    if arguments[:1] == ["teach"]:
+        _teach(arguments[1:])
+        return
+    options = parse(Prepare | Verify | Pack | Compare | Teach, arguments, "bitfleet data")
     match options:
         case Prepare():
             from bitfleet.launch.data.prepare import prepare
@@ -127,3 +144,15 @@ def _compare(arguments: Sequence[str]) -> None:
     report, num_different = compare(config.data, num_images=options.images, seed=config.seed, device=device)
     print(report)
     sys.exit(bool(num_different))
+
+
+def _teach(arguments: Sequence[str]) -> None:
+    options, rest = parse_with_run(Teach, arguments, "bitfleet data teach")
+    from bitfleet.launch.parsing.arguments import parse_train
+
+    config = parse_train(rest, "bitfleet data teach")
+    from bitfleet.launch.data.teach import teach
+
+    with job(config.device, config) as (ranks, device):
+        for line in teach(config, options.first_epoch, options.last_epoch, ranks, device):
+            print(line, flush=True)

@@ -247,3 +247,16 @@ def check_data(facts: Sequence[Facts]) -> Check:
         return Check("data", f"sha256 {value}", "FAIL", "the hosts have other images below data.root: copy them again")
     value = f"{data[0].summary}, sha256 {data[0].sha[:12]}, read from every rank"
     return judge("data", value, "see quarantine.tsv next to the manifest" if data[0].num_quarantined else "")
+
+
+def check_teacher(facts: Sequence[Facts]) -> Iterator[Check]:
+    """Check that every rank can use the same teacher, or its logits; nothing for a run without."""
+    teachers = [rank.teacher for rank in facts if rank.teacher is not None]
+    if not teachers:
+        return
+    if problems := [teacher.problem for teacher in teachers if teacher.problem]:
+        failed = [rank for rank in facts if rank.teacher and rank.teacher.problem]
+        yield Check("teacher", f"not usable on {who(failed)}", "FAIL", problems[0])
+    else:
+        advice = "the hosts have other weights: copy them again"
+        yield same("teacher", facts, lambda rank: f"sha256 {rank.teacher.sha[:12] if rank.teacher else ''}", advice)

@@ -15,6 +15,7 @@ from bitfleet.launch.doctor.checks import (
     check_devices,
     check_installation,
     check_room,
+    check_teacher,
     same,
 )
 from bitfleet.launch.doctor.facts import Facts, collect_facts
@@ -61,6 +62,7 @@ def all_checks(
     if facts[0].config is not None:
         advice = "the hosts have other files in configs/ or other options"
         checks += [same("configuration", facts, lambda rank: str(rank.config)[:12], advice), check_data(facts)]
+        checks += check_teacher(facts)
     return checks if network is None else [*checks, *check_network(facts, network)]
 
 

@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -19,12 +20,22 @@ import torch
 from bitfleet.launch.data.readable import Readable, readable
 from bitfleet.optim.kernels.kernels import bop2ndorder_bits_, kernel_library
 from bitfleet.trainer.checkpoint.run_folder import checkpoint_disk, planned_folder
-from bitfleet.trainer.config import TrainConfig, to_dict
+from bitfleet.trainer.config import TrainConfig, resolve_replicas, to_dict
+from bitfleet.trainer.data import open_dataset
 from bitfleet.trainer.data.cache import cache_folder
 from bitfleet.trainer.ranks.collectives import Ranks, nccl_version
 from bitfleet.trainer.run.versions import DALI_WHEELS, PACKAGES, git_revision, version
 
 KERNEL_WEIGHTS = 4096
+
+
+class ReadableTeacher(NamedTuple):
+    """A run's teacher, or the cache of its logits, as a rank finds it."""
+
+    problem: str = ""
+    """Sentence about why it cannot be used; "" if it can."""
+    sha: str = ""
+    """sha256 of its weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +88,8 @@ class Facts:
     """sha256 of the configuration; None without one."""
     data: Readable | None = None
     """Set with a configuration."""
+    teacher: ReadableTeacher | None = None
+    """Set with a configuration that has one."""
 
 
 def collect_facts(config: TrainConfig | None, ranks: Ranks, device: torch.device) -> Facts:
@@ -114,7 +127,18 @@ def collect_facts(config: TrainConfig | None, ranks: Ranks, device: torch.device
         gpu_kernel=compare_kernel(device) if device.type == "cuda" else None,
         config=hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest() if config else None,
         data=readable(config.data) if config else None,
+        teacher=_teacher(config, ranks, device) if config and config.distill.teacher else None,
     )
+
+
+def _teacher(config: TrainConfig, ranks: Ranks, device: torch.device) -> ReadableTeacher:
+    from bitfleet.trainer.trainer import open_teacher
+
+    try:
+        num_replicas = resolve_replicas(config, ranks.world_size)
+        return ReadableTeacher(sha=open_teacher(config, open_dataset(config.data), num_replicas, device).weights_sha256)
+    except ValueError as error:
+        return ReadableTeacher(problem=str(error))
 
 
 def _versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from bitfleet.launch.plan.rates import FLOP_PER_MAC, Rates
+from bitfleet.launch.plan.rates import FLOP_PER_FORWARD_MAC, FLOP_PER_MAC, Rates
 from bitfleet.launch.plan.traffic import Message, Network, traffic
 from bitfleet.trainer.config import TrainConfig, resolve_replicas
 from bitfleet.trainer.engine.config import EngineConfig
@@ -101,7 +101,8 @@ def estimate(config: TrainConfig, network: Network, rates: Rates, cluster: Clust
     images_per_rank = config.global_batch_size // world_size
     share = 1.0 if on_gpu else cluster.ranks_per_node / cluster.cores  # ranks per device
     data = _data_seconds(config, rates, cluster, images_per_rank)
-    compute = share * images_per_rank * network.macs * FLOP_PER_MAC / rates.flops_per_second
+    flops = FLOP_PER_MAC * network.macs + FLOP_PER_FORWARD_MAC * network.teacher.macs
+    compute = share * images_per_rank * flops / rates.flops_per_second
     launches = share * _launch_seconds(config, network, rates, num_micro_batches)
     passes = compute if on_gpu else compute + launches
 
@@ -151,7 +152,9 @@ def _launch_seconds(config: TrainConfig, network: Network, rates: Rates, num_mic
     kernels = num_micro_batches * network.num_operators
     if rates.device == "gpu":
         kernels += KERNELS_PER_TENSOR * len(network.ready) + KERNELS_PER_STEP
-    return kernels * (rates.node_seconds if config.engine.cuda_graph else rates.launch_seconds)
+    eager = num_micro_batches * network.teacher.num_operators  # the teacher is called outside of a graph
+    per_kernel = rates.node_seconds if config.engine.cuda_graph else rates.launch_seconds
+    return kernels * per_kernel + eager * rates.launch_seconds
 
 
 def _data_seconds(config: TrainConfig, rates: Rates, cluster: Cluster, images_per_rank: int) -> float:

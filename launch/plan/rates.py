@@ -9,7 +9,7 @@ import pydantic
 from bitfleet.trainer.run.files import write_atomically
 from bitfleet.trainer.run.strict_json import to_json
 
-FLOP_PER_MAC = 6
+FLOP_PER_MAC, FLOP_PER_FORWARD_MAC = 6, 2
 """Forward 2 (multiply and add), backward twice that."""
 PHOTO_SIZE = 224
 """Side, in pixels, of the images that the published decoders make."""

@@ -18,6 +18,7 @@ from bitfleet.optim.sharding.buckets import make_buckets
 from bitfleet.optim.sharding.optimizer import BUCKET_NUMEL
 from bitfleet.optim.sharding.reduction import can_halve
 from bitfleet.trainer.config import TrainConfig
+from bitfleet.trainer.distillation.teacher import create_teacher
 
 Kind = Literal["halving", "all_to_all", "all_gather", "all_reduce"]
 
@@ -64,6 +65,14 @@ class Traffic(NamedTuple):
         return sum(message.sent_bytes(world_size) for message in (*self.gradients, *self.after))
 
 
+class TeacherCost(NamedTuple):
+    """Cost of calling a teacher; 0 without one."""
+
+    macs: int
+    """Multiply-accumulates per image."""
+    num_operators: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
     """Facts about the network of a run."""
@@ -89,6 +98,19 @@ class Network:
             torch.autograd.backward(self.model(torch.empty((2, 3, size, size), device="meta")).sum())
         self.model.zero_grad()
         return counter.count
+
+    @functools.cached_property
+    def teacher(self) -> TeacherCost:
+        """Cost of the teacher, if the run calls one."""
+        config, size = self.config, self.config.data.image_size
+        if not config.distill.teacher or config.distill.cache is not None:
+            return TeacherCost(0, 0)
+        with torch.device("meta"):
+            teacher = create_teacher(config.distill.teacher, config.model.num_classes).eval()
+        counter = _OperatorCounter()
+        with counter, torch.no_grad():
+            teacher(torch.empty((2, 3, size, size), device="meta"))
+        return TeacherCost(sum(layer_macs(teacher, (3, size, size)).values()), counter.count)
 
     @property
     def num_statistics(self) -> int:

@@ -69,9 +69,9 @@ def recipe(config: TrainConfig) -> dict[str, Any]:
     if engine["precision"] in EXACT:
         engine["precision"] = "fp32 or tf32"
     top = {key: resolved[key] for key in TOP}
-    return dict(
-        flatten({**top, "model": resolved["model"], "data": data, "optim": resolved["optim"], "engine": engine})
-    )
+    distill = {key: value for key, value in resolved["distill"].items() if key != "cache"}
+    parts = {"model": resolved["model"], "data": data, "optim": resolved["optim"], "distill": distill}
+    return dict(flatten({**top, **parts, "engine": engine}))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -35,7 +35,7 @@ LADDERS: dict[str, list[set[str]]] = {
         {"checkpoint"},
         {"metrics"},
         {"journal"},
-        {"engine", "data"},
+        {"engine", "data", "distillation"},
         {"run"},
         {"ranks"},
     ],

@@ -23,6 +23,7 @@ from bitfleet.trainer.checkpoint.loader import DIAGNOSTICS_SINCE, ValidCheckpoin
 from bitfleet.trainer.checkpoint.run_folder import RunFolder, checkpoint_disk
 from bitfleet.trainer.checkpoint.saver import Saver
 from bitfleet.trainer.data import DataConfig, decoder_of
+from bitfleet.trainer.distillation import DistillConfig
 from bitfleet.trainer.engine.config import EngineConfig
 from bitfleet.trainer.engine.engine import load_engine, whole_weights
 from bitfleet.trainer.metrics import read_metrics
@@ -34,11 +35,13 @@ ASSUMED_BYTES_PER_SECOND = 50e6
 """Speed of writing, hashing and flushing, until one is measured: that of a slow disk."""
 SECTIONS: dict[str, TypeAdapter[Any]] = {
     "data": TypeAdapter(DataConfig),
+    "distill": TypeAdapter(DistillConfig),
     "engine": TypeAdapter(EngineConfig),
     "model": TypeAdapter(ModelConfig),
     "optim": TypeAdapter(OptimConfig),
 }
 """Sections of a configuration that a resumed run must keep."""
+DISTILL_FIELDS = ("teacher", "temperature", "label_weight")
 ENGINE_FIELDS = ("sharding", "precision", "deterministic", "grad_comm_dtype", "max_grad_norm")
 LAUNCHER_SECONDS = 30
 """Time between SIGTERM and SIGKILL by DeepSpeed's launcher."""
@@ -61,7 +64,13 @@ class TrainState(NamedTuple):
 
 
 def identity(
-    config: Mapping[str, Any], num_replicas: int, world_size: int, data_sha: str, *, compiled: bool
+    config: Mapping[str, Any],
+    num_replicas: int,
+    world_size: int,
+    data_sha: str,
+    *,
+    compiled: bool,
+    teacher_sha: str = "",
 ) -> dict[str, Any]:
     """Return what must be equal for a resumed run to be the same run: field -> value.
 
@@ -76,32 +85,40 @@ def identity(
         world_size: number of ranks.
         data_sha: sha256 of the lists of images.
         compiled: True if the network is compiled, whether by "on" or by "auto".
+        teacher_sha: sha256 of the weights of the teacher; "" without one.
 
     Raises:
         ValueError: the configuration is no longer accepted.
     """
     sections, parts = {}, {}
+    with_newer_sections: Mapping[str, Any] = {"distill": {}, **config}
     for section, adapter in SECTIONS.items():
-        parts[section] = adapter.validate_python(config[section])
+        parts[section] = adapter.validate_python(with_newer_sections[section])
         sections[section] = json.loads(adapter.dump_json(parts[section]))
     data, engine = sections["data"], sections["engine"]
     changeable = fields_with_role(DataConfig, "host", "machine")
     sections["data"] = {key: value for key, value in data.items() if key not in changeable}
     sections["data"]["loader"] = decoder_of(parts["data"])
     sections["engine"] = {key: engine[key] for key in ENGINE_FIELDS}
+    sections["distill"] = {key: sections["distill"][key] for key in DISTILL_FIELDS}
     sections["model"]["compile"] = "on" if compiled else "off"
     fields = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     if engine["sharding"].startswith("zero"):
         fields["world_size"] = world_size
     run = {key: config[key] for key in ("epochs", "global_batch_size", "seed")}
-    return {"num_replicas": num_replicas, "data_sha": data_sha} | run | fields
+    return {"num_replicas": num_replicas, "data_sha": data_sha} | run | fields | {"teacher_sha": teacher_sha}
 
 
 def _with_todays_identity(meta: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return `meta` with today's `identity` of its run: newer fields get their defaults."""
     try:
         today = identity(
-            meta["config"], meta["num_replicas"], meta["world_size"], meta["data_sha"], compiled=was_compiled(meta)
+            meta["config"],
+            meta["num_replicas"],
+            meta["world_size"],
+            meta["data_sha"],
+            compiled=was_compiled(meta),
+            teacher_sha=meta.get("teacher_sha", ""),
         )
     except ValueError:  # its configuration is no longer accepted: compare it as it was written
         return meta

@@ -3,7 +3,9 @@
 import dataclasses
 import math
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -18,7 +20,6 @@ from bitfleet.optim import Seeding, ShardedOptimizer
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
 from bitfleet.trainer.checkpoint.format import META, latest_checkpoint, model_signature, verify
 from bitfleet.trainer.checkpoint.tensors import BITS, MODEL, Tensors
-from bitfleet.trainer.data import DataConfig, TrainLoader, normalize
 from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
 from bitfleet.trainer.engine.engine import autocast, scaled_loss
 
@@ -155,9 +156,10 @@ def seed_state(
     model: nn.Module,
     sharded: ShardedOptimizer,
     statistics: RunningStatistics,
-    loader: TrainLoader,
+    batches: Iterator[tuple[Tensor, ...]],
     *,
-    data: DataConfig,
+    normalize: Callable[[Tensor], Tensor],
+    loss: Callable[..., tuple[Tensor, Any]],
     precision: str,
     inertia: float,
     num_micro_batches: int,
@@ -169,8 +171,10 @@ def seed_state(
         model: with the weights; they and the running statistics of its BatchNorms stay as they are.
         sharded: its optimizer, before the first step.
         statistics: of the model.
-        loader: its first batches are read; the run reads them again.
-        data: mean and std of the images.
+        batches: the first ones of the run, which reads them again: images, and arguments of `loss`
+            after the logits.
+        normalize: from images to the network's input.
+        loss: takes float32 logits; the first value that it returns is minimised.
         precision: of the forward passes.
         inertia: optim.init_inertia.
         num_micro_batches: per step on this rank.
@@ -181,19 +185,18 @@ def seed_state(
         its steps and say why.
     """
     seeding = Seeding(sharded, inertia=inertia, num_steps=num_steps)
-    batches = loader.batches()
     device = next(model.parameters()).device
     model.train()
     for _ in range(MAX_SEEDING_STEPS):
         if seeding.num_taken == SEEDING_STEPS:
             break
         for _ in range(num_micro_batches):
-            images, labels = next(batches)
+            images, *targets = next(batches)
             with statistics.replica():
                 with autocast(device, precision):
-                    logits: Tensor = model(normalize(images, data.mean, data.std))
-                loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=data.label_smoothing)
-                torch.autograd.backward(scaled_loss(loss, sharded))
+                    logits: Tensor = model(normalize(images))
+                value, _ = loss(logits.float(), *targets)
+                torch.autograd.backward(scaled_loss(value, sharded))
         seeding.take()
         statistics.end_step(updated=False)
     if seeding.num_taken == 0:

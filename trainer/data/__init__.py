@@ -4,5 +4,15 @@ from bitfleet.trainer.data.config import DataConfig
 from bitfleet.trainer.data.dataset import Dataset, open_dataset
 from bitfleet.trainer.data.loaders import TrainLoader, ValidationLoader, decoder_of
 from bitfleet.trainer.data.resizing import normalize
+from bitfleet.trainer.data.stream import stream_settings
 
-__all__ = ["DataConfig", "Dataset", "TrainLoader", "ValidationLoader", "decoder_of", "normalize", "open_dataset"]
+__all__ = [
+    "DataConfig",
+    "Dataset",
+    "TrainLoader",
+    "ValidationLoader",
+    "decoder_of",
+    "normalize",
+    "open_dataset",
+    "stream_settings",
+]

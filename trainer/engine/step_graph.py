@@ -18,7 +18,8 @@ from bitfleet.optim import RoutedOptimizer, ShardedOptimizer
 from bitfleet.optim.rules.rule import RULES
 from bitfleet.trainer.ranks.collectives import Ranks
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, ...]
+"""Images, labels, and what else a step reads."""
 WARM_UP_STEPS = 4
 """Eager steps first: they compile kernels, choose convolution algorithms, and make the first update
 of every parameter."""
@@ -185,7 +186,7 @@ class GraphedStep:
         for place in range(self._step.num_micro_batches):
             batch = self._step.next_batch(batches)
             if place == len(self._inputs):
-                self._inputs.append((batch[0].clone(), batch[1].clone()))
+                self._inputs.append(tuple(each.clone() for each in batch))
             for mine, new in zip(self._inputs[place], batch, strict=True):
                 mine.copy_(new, non_blocking=True)
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from bitfleet.trainer.ranks.collectives import all_reduce_sum_
 
 LOSS_GRID = 2.0**30
+NUM_IMAGES = 3
+"""Place of the number of images in the sums."""
 
 
 class Accuracy(NamedTuple):
@@ -27,15 +29,17 @@ class AccuracyMeter:
     depend on their order, on the number of ranks, or on an interruption.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, measures: Sequence[str] = ()) -> None:
+        """Start at 0; `measures` are the names of further means."""
+        self._measures = tuple(measures)
+        self._sums = torch.zeros(4 + len(self._measures), dtype=torch.float64, device=device)
         self._kept = self._sums.clone()
 
     @torch.no_grad()
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, measured: Tensor | None = None) -> None:
         """Count a batch: loss (its mean over the batch, 0-dim, or that of each image [N]), logits
-        [N, classes], labels [N] or shares of the classes [N, classes], of which the largest
-        counts."""
+        [N, classes], labels [N] or shares of the classes [N, classes], of which the largest counts,
+        and further means over the batch [measures]."""
         if labels.dim() == 2:
             labels = labels.argmax(dim=1)
         num_images = labels.numel()
@@ -47,7 +51,9 @@ class AccuracyMeter:
         self._sums[0] += losses.sum()
         self._sums[1] += hits[0]
         self._sums[2] += hits.sum()
-        self._sums[3] += num_images
+        self._sums[NUM_IMAGES] += num_images
+        if measured is not None:
+            self._sums[4:] += (measured.double() * num_images).mul(LOSS_GRID).round().div(LOSS_GRID)
 
     def keep(self) -> None:
         """Remember the sums, for `end_step`."""
@@ -79,12 +85,14 @@ class AccuracyMeter:
         calls this."""
         return self.read_with(self._sums[:0])[0]
 
-    def read_with(self, counts: Tensor) -> tuple[Accuracy, list[int]]:
-        """Read, and in the same collective and host sync the sums over the ranks of `counts`, int64
-        [n], each below 2^53."""
+    def read_with(self, counts: Tensor) -> tuple[Accuracy, dict[str, float], list[int]]:
+        """Read, with the further means, and in the same collective and host sync the sums over the
+        ranks of `counts`, int64 [n], each below 2^53."""
         sums = torch.cat([self._sums, counts.to(self._sums)])
-        loss, top1, top5, num_images, *sums_of_counts = all_reduce_sum_(sums).tolist()
+        loss, top1, top5, num_images, *further = all_reduce_sum_(sums).tolist()
         self._sums.zero_()
         count = max(num_images, 1.0)
         accuracy = Accuracy(loss / count, top1 / count, top5 / count, int(num_images))
-        return accuracy, [int(each) for each in sums_of_counts]
+        num_measures = len(self._measures)
+        means = {name: each / count for name, each in zip(self._measures, further[:num_measures], strict=True)}
+        return accuracy, means, [int(each) for each in further[num_measures:]]

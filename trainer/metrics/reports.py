@@ -32,10 +32,11 @@ class LossWatch:
             soon reaches.
         earlier: losses that the run has reported before it was resumed; None for a report without
             images.
+        scale: factor of the loss.
     """
 
-    def __init__(self, num_classes: int, earlier: Iterable[float | None] = ()) -> None:
-        guessing = math.log(max(num_classes, 2))
+    def __init__(self, num_classes: int, earlier: Iterable[float | None] = (), scale: float = 1.0) -> None:
+        guessing = scale * math.log(max(num_classes, 2))
         self._floor, self._smallest, self._said = SMALLEST_PART * guessing, guessing, 0.0
         for loss in earlier:
             if loss is not None:
@@ -65,6 +66,7 @@ class Reports:
         num_steps: length of the run in steps.
         num_epochs: length of the run in epochs.
         num_classes: that the network tells apart.
+        loss_scale: factor of the loss, relative to a cross-entropy.
         scales_loss: whether fp16 looks for its loss scale by skipping steps.
         routing: the table of parameters.
         has_journal: whether flips are written into a journal.
@@ -83,6 +85,7 @@ class Reports:
         num_steps: int,
         num_epochs: int,
         num_classes: int,
+        loss_scale: float,
         scales_loss: bool,
         routing: str,
         has_journal: bool,
@@ -99,7 +102,7 @@ class Reports:
             self._log.write_text("routing", routing)
             lines = [line for line in read_metrics(path) if line["kind"] in ("train", "validation")]
             losses = [line["loss"] for line in lines if line["kind"] == "train"]
-            self._loss_watch = LossWatch(num_classes, losses)
+            self._loss_watch = LossWatch(num_classes, losses, loss_scale)
             self.latest = {line.pop("kind"): line for line in lines}
         self._journal = open_journal(has_journal, path, ranks, optimizer)
         self._progress = Progress(

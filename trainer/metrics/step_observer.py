@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 from bitfleet.optim import RULES, ShardedOptimizer, is_binary
 from bitfleet.optim.diagnostics import BitDiagnostics, FlipCounts
 from bitfleet.trainer.engine.engine import whole_weights
-from bitfleet.trainer.metrics.accuracy import Accuracy, AccuracyMeter
+from bitfleet.trainer.metrics.accuracy import NUM_IMAGES, Accuracy, AccuracyMeter
 from bitfleet.trainer.metrics.stragglers import StragglerWatch
 from bitfleet.trainer.ranks.collectives import Ranks, all_gather_numbers
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, ...]
 
 
 class StepReport(NamedTuple):
@@ -25,8 +25,8 @@ class StepReport(NamedTuple):
 
     train: Accuracy
     further: dict[str, Any]
-    """Flip ratios and facts, for the line of `train`; only the skipped steps without images, or
-    when the loss is not finite."""
+    """Further means, flip ratios and facts, for the line of `train`; only the skipped steps without
+    images, or when the loss is not finite."""
     diagnostics: dict[str, Any]
     seconds: float
     data_seconds: float
@@ -42,10 +42,19 @@ class StepObserver:
         device: where the model runs.
         flips: looks at single steps.
         counts_replaced: whether the loader replaces bad samples, whose number is reported.
+        measures: names of further means that the meter is told.
     """
 
-    def __init__(self, ranks: Ranks, device: torch.device, flips: "StepFlips", *, counts_replaced: bool) -> None:
-        self.meter, self.stopwatch, self._timer = AccuracyMeter(device), Stopwatch(), ComputeTimer(device)
+    def __init__(
+        self,
+        ranks: Ranks,
+        device: torch.device,
+        flips: "StepFlips",
+        *,
+        counts_replaced: bool,
+        measures: Sequence[str] = (),
+    ) -> None:
+        self.meter, self.stopwatch, self._timer = AccuracyMeter(device, measures), Stopwatch(), ComputeTimer(device)
         self.flips, self._stragglers = flips, StragglerWatch(ranks.hosts)
         self._num_earlier_images = 0
         self._counts_replaced = counts_replaced
@@ -53,7 +62,7 @@ class StepObserver:
     def load(self, sums: Sequence[float]) -> None:
         """Continue from the meter's sums of a checkpoint, on rank 0."""
         self.meter.load(sums)
-        self._num_earlier_images = int(sums[-1])
+        self._num_earlier_images = int(sums[NUM_IMAGES])
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
         """Return the next micro-batch; the time that it takes is the loader's."""
@@ -82,7 +91,7 @@ class StepObserver:
             num_replaced: samples that this rank's loader replaced so far.
             log: is told that a rank is slow.
         """
-        train, counts = self.meter.read_with(self.flips.take())
+        train, means, counts = self.meter.read_with(self.flips.take())
         # From here on nothing waits for the device: it is where the host is.
         own_seconds = all_gather_numbers(self._timer.read())
         seconds, data_seconds = self.stopwatch.read()
@@ -94,7 +103,7 @@ class StepObserver:
         if self._counts_replaced:
             facts["replaced_samples"] = int(sum(all_gather_numbers(num_replaced)))
         facts |= self._stragglers.facts(own_seconds, log)
-        return StepReport(train, flips.ratios | facts, flips.diagnostics, seconds, data_seconds, speed)
+        return StepReport(train, means | flips.ratios | facts, flips.diagnostics, seconds, data_seconds, speed)
 
 
 class Stopwatch:

@@ -14,7 +14,13 @@ from bitfleet.launch.doctor import facts as doctor_facts
 from bitfleet.launch.doctor.checks import Check
 from bitfleet.launch.doctor.command import doctor
 from bitfleet.launch.doctor.doctor import all_checks, format_checks
-from bitfleet.launch.doctor.facts import Facts, collect_facts, compare_kernel, free_where_writable
+from bitfleet.launch.doctor.facts import (
+    Facts,
+    ReadableTeacher,
+    collect_facts,
+    compare_kernel,
+    free_where_writable,
+)
 from bitfleet.launch.doctor.network import Network, Pair, measure_network
 from bitfleet.trainer.data import DataConfig
 from bitfleet.trainer.ranks.collectives import Ranks
@@ -152,6 +158,19 @@ CASES: list[Case] = [
     ("data", lambda: judge((2, {"data": Readable("", "", 0, "gone")})), "FAIL", "not readable on node1 (rank 2)"),
     ("data", lambda: judge((2, {"data": GOOD_DATA._replace(sha="ff")})), "FAIL", "ff on node1 (rank 2)"),
     ("data", lambda: judge(*everywhere(data=GOOD_DATA._replace(num_quarantined=1))), "WARN", "read from every rank"),
+    ("teacher", lambda: judge(*everywhere(teacher=ReadableTeacher(sha="cd" * 32))), "OK", "sha256 cdcdcdcdcdcd"),
+    (
+        "teacher",
+        lambda: judge(*everywhere(teacher=ReadableTeacher(sha="cd")), (3, {"teacher": ReadableTeacher(sha="ef")})),
+        "FAIL",
+        "sha256 ef on node1 (rank 3)",
+    ),
+    (
+        "teacher",
+        lambda: judge(*everywhere(teacher=ReadableTeacher(sha="cd")), (3, {"teacher": ReadableTeacher("no file")})),
+        "FAIL",
+        "not usable on node1 (rank 3)",
+    ),
     (
         "clocks",
         lambda: judge(network=Network([Pair(1, 1e-4, -0.9, 1e9), Pair(2, 1e-4, 0.9, 1e9)], 1e9)),

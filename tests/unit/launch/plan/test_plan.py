@@ -25,6 +25,7 @@ from bitfleet.launch.plan.plan import (
 )
 from bitfleet.launch.plan.rates import GPUS, Rates, numbers, published, read_rates, write_rates
 from bitfleet.launch.plan.traffic import Message, describe
+from bitfleet.trainer.distillation import DistillConfig
 from bitfleet.trainer.engine.config import EngineConfig
 
 XNOR = load_config("xnornet_imagenet")
@@ -95,6 +96,23 @@ def test_launches_bind_where_a_batch_is_small() -> None:
     # Two micro-batches per rank are launched twice.
     twice = estimate(dataclasses.replace(XNOR, num_replicas=8), network, gpu, cluster(ranks_per_node=4))
     assert twice.launches == pytest.approx(0.5 * (1 + network.num_operators / num_kernels))
+
+
+def test_a_teacher_adds_its_forward_pass() -> None:
+    distill = DistillConfig(teacher="resnet34")
+    config = dataclasses.replace(XNOR, distill=distill)
+    network, cached = describe(config), dataclasses.replace(config, distill=dataclasses.replace(distill, cache=Path()))
+    assert network.teacher.macs == pytest.approx(3.66e9, rel=0.01)  # published: 3.7 GMACs
+    assert describe(XNOR).teacher == describe(cached).teacher == (0, 0)
+    gpu = rates(flops_per_second=1e12)
+    compute = estimate(config, network, gpu, cluster()).compute
+    assert compute == pytest.approx(128 * (6 * network.macs + 2 * network.teacher.macs) / 1e12)
+    assert estimate(cached, describe(cached), gpu, cluster()).compute == pytest.approx(128 * 6 * network.macs / 1e12)
+    # Its kernels are launched one by one, also with a graph of the rest.
+    graph = dataclasses.replace(config, engine=EngineConfig(cuda_graph=True))
+    launches = estimate(graph, describe(graph), rates(launch_seconds=1.0), cluster()).launches
+    assert launches == pytest.approx(network.teacher.num_operators)
+    assert network.teacher.num_operators > 34
 
 
 def test_operators_are_those_of_the_network() -> None:

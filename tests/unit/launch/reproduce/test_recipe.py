@@ -42,6 +42,7 @@ def test_what_leaves_the_recipe_as_it_is() -> None:
         (with_section("model", norm="layer"), Change("model.norm", "batch", "layer")),
         (with_section("data", preprocessing="torchvision"), Change("data.preprocessing", "official", "torchvision")),
         (with_section("optim", gamma=linear(1e-3, 1e-9)), Change("optim.gamma.start", 1e-4, 1e-3)),
+        (with_section("distill", teacher="resnet34"), Change("distill.teacher", "", "resnet34")),
         (with_section("engine", precision="bf16"), Change("engine.precision", "fp32 or tf32", "bf16")),
     ],
     ids=lambda value: value.name if isinstance(value, Change) else "",

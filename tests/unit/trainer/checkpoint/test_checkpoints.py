@@ -30,6 +30,7 @@ from bitfleet.trainer.checkpoint.loader import ValidCheckpoint
 from bitfleet.trainer.checkpoint.run_folder import RunFolder
 from bitfleet.trainer.checkpoint.tensors import contents
 from bitfleet.trainer.config import TrainConfig, to_dict
+from bitfleet.trainer.distillation import DistillConfig
 from bitfleet.trainer.engine.config import EngineConfig
 from bitfleet.trainer.ranks.collectives import Ranks
 from bitfleet.trainer.trainer import Trainer
@@ -107,8 +108,8 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 
 def without_new_fields(meta: dict[str, Any]) -> dict[str, Any]:
-    """As it was before schedules had shares and delays, before transitions, deterministic runs and
-    compiled networks."""
+    """As it was before schedules had shares and delays, before transitions, deterministic runs,
+    compiled networks and teachers."""
 
     def older(value: Any) -> Any:
         if isinstance(value, dict):
@@ -116,8 +117,10 @@ def without_new_fields(meta: dict[str, Any]) -> dict[str, Any]:
         return value
 
     younger = ("transitions", "optim.transitions", "engine.deterministic", "model.compile", "model.initial_weights")
-    old = {key: older(value) for key, value in meta.items() if key not in younger}
+    taught = ("teacher_sha", "distill.teacher", "distill.temperature", "distill.label_weight")
+    old = {key: older(value) for key, value in meta.items() if key not in (*younger, *taught)}
     del (
+        old["config"]["distill"],
         old["config"]["optim"]["transitions"],
         old["config"]["engine"]["deterministic"],
         old["config"]["model"]["compile"],
@@ -144,6 +147,9 @@ def test_fields_that_are_younger_than_the_checkpoint_have_their_defaults(make: M
     other = dataclasses.replace(config, engine=EngineConfig(sharding="zero1"))
     with pytest.raises(ValueError, match="engine.sharding is 'bits'.*'zero1'"):
         make(other).checkpoints.resume(ValidCheckpoint(path, old))
+    taught = dataclasses.replace(config, distill=DistillConfig(teacher="resnet34"))
+    with pytest.raises(ValueError, match="distill.teacher is ''.*'resnet34'"):
+        make(taught).checkpoints.resume(ValidCheckpoint(path, old))
     compiled = dataclasses.replace(config, model=dataclasses.replace(config.model, compile="on"))
     with pytest.raises(ValueError, match="model.compile is 'off'.*'on'"):
         make(compiled).checkpoints.resume(ValidCheckpoint(path, old))

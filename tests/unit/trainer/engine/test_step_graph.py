@@ -18,6 +18,7 @@ from bitfleet.optim.kernels import kernels
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.data import normalize
 from bitfleet.trainer.data.request import Batch
+from bitfleet.trainer.distillation import MEASURES, Distillation, DistillConfig, Schedule, Teacher
 from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
 from bitfleet.trainer.engine.step_graph import WARM_UP_STEPS, GraphedStep, check_can_capture
 from bitfleet.trainer.metrics.step_observer import SlicedFlips, StepObserver
@@ -56,7 +57,14 @@ class Engine:
 class Run:
     """A small network with everything that a step touches."""
 
-    def __init__(self, *, graphed: bool, network: str = "birealnet_small", num_micro_batches: int = 2) -> None:
+    def __init__(
+        self,
+        *,
+        graphed: bool,
+        network: str = "birealnet_small",
+        num_micro_batches: int = 2,
+        distills: bool = False,
+    ) -> None:
         base = load_config("fashion_quickstart")
         model = dataclasses.replace(base.model, name=network, width=4 if "small" in network else None)
         optim = dataclasses.replace(base.optim, lr=linear(1e-2, 1e-3), threshold=linear(1e-6, 1e-4))
@@ -70,7 +78,8 @@ class Run:
         engine: Any = Engine(self.model, self.optimizer, HyperparameterScheduler(plain, schedules))
         self.statistics = RunningStatistics(self.model, num_micro_batches)
         self.flips = SlicedFlips(self.optimizer)
-        self.observer = StepObserver(ALONE, CPU, self.flips, counts_replaced=False)
+        measures = MEASURES if distills else ()
+        self.observer = StepObserver(ALONE, CPU, self.flips, counts_replaced=False, measures=measures)
         self.step: TrainStep | GraphedStep
         self.step = step = TrainStep(
             engine,
@@ -81,11 +90,25 @@ class Run:
             normalize=lambda images: normalize(images, config.data.mean, config.data.std),
             precision="fp32",
             num_micro_batches=num_micro_batches,
+            distillation=self.distillation() if distills else None,
         )
         if graphed:
             scheduler = engine.lr_scheduler
             self.step = GraphedStep(step, self.optimizer, scheduler.step, OperatorRecorder(), config.model.name)
         self.model.train()
+
+    def distillation(self) -> Distillation:
+        """A teacher that is called, and labels that weigh as much."""
+        config = DistillConfig(teacher="birealnet_small", temperature=3.0, label_weight=0.5)
+        schedule = Schedule(
+            steps_per_epoch=7, global_batch_size=SIZE, num_replicas=1, rank=0, world_size=1, num_steps=NUM_STEPS
+        )
+        torch.manual_seed(1)
+        teacher = Teacher(create_model(self.config.model), "", CPU)
+        data = self.config.data
+        return Distillation(
+            config, teacher, schedule, normalize=lambda images: normalize(images, data.mean, data.std), device=CPU
+        )
 
     def batches(self, bad: set[int]) -> Iterator[Batch]:
         """Images whose numbers are those of the step; of a `bad` one a pixel is infinite."""
@@ -121,11 +144,13 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch, process_group: None) -> None:
     monkeypatch.setattr("bitfleet.models.layers.layers.can_pack", lambda *_: False)
 
 
-@pytest.mark.parametrize("network", ["birealnet_small", "binarynet"])
-def test_graphed_step_has_the_bits_of_the_eager_one(network: str) -> None:
+@pytest.mark.parametrize(
+    ("network", "distills"), [("birealnet_small", False), ("birealnet_small", True), ("binarynet", False)]
+)
+def test_graphed_step_has_the_bits_of_the_eager_one(network: str, distills: bool) -> None:
     """Over warm-up, capture, skipped steps (one, and two in a row) and steps whose flips are
     counted."""
-    eager, graphed = (Run(graphed=each, network=network) for each in (False, True))
+    eager, graphed = (Run(graphed=each, network=network, distills=distills) for each in (False, True))
     bad, logged = {6, 9, 10}, {7, 12, 13}
     streams = [run.batches(bad) for run in (eager, graphed)]
     for step in range(NUM_STEPS):
@@ -146,11 +171,13 @@ def test_graphed_step_has_the_bits_of_the_eager_one(network: str) -> None:
     assert graphed.step._collect.num_replays == NUM_STEPS - WARM_UP_STEPS
     assert graphed.optimizer.num_skipped_steps == eager.optimizer.num_skipped_steps == len(bad)
     assert graphed.optimizer.steps() == eager.optimizer.steps()
+    assert len(graphed.observer.meter._sums) == (6 if distills else 4)
+    assert all(graphed.observer.meter._sums > 0)
 
 
-@pytest.mark.parametrize("graphed", [False, True])
-def test_the_host_reads_nothing_between_logging_steps(graphed: bool) -> None:
-    run = Run(graphed=graphed)
+@pytest.mark.parametrize(("graphed", "distills"), [(False, False), (True, False), (False, True), (True, True)])
+def test_the_host_reads_nothing_between_logging_steps(graphed: bool, distills: bool) -> None:
+    run = Run(graphed=graphed, distills=distills)
     stream = run.batches(set())
     for _ in range(WARM_UP_STEPS + 1):
         run.step.run(stream)

@@ -66,6 +66,22 @@ def test_top5_with_fewer_classes() -> None:
     assert meter.read().top5 == 1.0
 
 
+@pytest.mark.usefixtures("process_group")
+def test_further_means_are_counted_with_the_others() -> None:
+    """Over uneven batches, an interruption, and a step that was skipped."""
+    device, logits, labels = torch.device("cpu"), torch.randn(3, 4), torch.tensor([0, 1, 2])
+    before, meter = (AccuracyMeter(device, ("soft", "agreement")) for _ in range(2))
+    before.add(torch.tensor(1.0), logits, labels, torch.tensor([2.0, 1 / 3]))
+    meter.load(before.peek())
+    meter.keep()
+    meter.add(torch.tensor(9.0), logits, labels, torch.tensor([float("nan"), 1.0]))
+    meter.end_step(False)
+    meter.add(torch.tensor(5.0), logits[:1], labels[:1], torch.tensor([4.0, 1.0]))
+    accuracy, means, counts = meter.read_with(torch.tensor([7, 8]))
+    assert (accuracy.loss, accuracy.num_images, counts) == (2.0, 4, [7, 8])
+    assert means == pytest.approx({"soft": 2.5, "agreement": 0.5})
+
+
 def test_flip_ratio_counts_changed_binary_weights() -> None:
     model = nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(2, 4), nn.Linear(4, 8, bias=False))
     model[0].weight.binary = model[2].weight.binary = True

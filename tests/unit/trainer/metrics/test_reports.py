@@ -34,3 +34,8 @@ def test_a_continued_run_does_not_repeat_it() -> None:
 def test_guessing_is_what_a_run_begins_with() -> None:
     assert LossWatch(1000).sentence(1, 99 * math.log(1000)) == ""
     assert LossWatch(1000).sentence(1, 101 * math.log(1000)) != ""
+
+
+def test_guessing_under_a_loss_that_is_scaled() -> None:
+    assert LossWatch(10, scale=400.0).sentence(1, 900.0) == ""
+    assert LossWatch(10, scale=400.0).sentence(1, 401 * 100 * math.log(10)) != ""

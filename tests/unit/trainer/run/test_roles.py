@@ -6,7 +6,7 @@ from bitfleet.trainer.run.roles import fields_with_role
 
 
 def test_fields_of_each_role() -> None:
-    assert fields_with_role(TrainConfig, "host") == {"data.root"}
+    assert fields_with_role(TrainConfig, "host") == {"data.root", "distill.cache"}
     assert fields_with_role(TrainConfig, "place") == {"output", "run_dir", "resume"}
     machine = "device num_threads memory_gib allow_incomplete on_bad_sample max_bad_samples stall_seconds"
     assert fields_with_role(DataConfig, "machine") == set(machine.split())
