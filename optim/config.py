@@ -1,19 +1,27 @@
 """Configure the optimizer of a run, and build it with its schedules."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from bitfleet.optim.kernels.kernels import Correction
 from bitfleet.optim.param_groups import BINARY, DECAYED, FULL_PRECISION, check_claims, param_groups
-from bitfleet.optim.rules.adam import KERAS_DEFAULTS
+from bitfleet.optim.rules import adam, sgd
 from bitfleet.optim.rules.bop2ndorder import check_correction
 from bitfleet.optim.rules.rule import RULES, Group, RoutedOptimizer, binary_rules
-from bitfleet.optim.schedules import HyperparameterScheduler, Schedule, constant
+from bitfleet.optim.schedules import TO_END, HyperparameterScheduler, Schedule, constant
 from bitfleet.optim.transitions import KEY, TransitionConfig, check_transitions, target_of
+
+FullPrecision = Literal["keras_adam", "adam", "keras_sgd"]
+FULL_PRECISION_DEFAULTS: Mapping[FullPrecision, Group] = {
+    "keras_adam": adam.KERAS_DEFAULTS,
+    "adam": adam.TORCH_DEFAULTS,
+    "keras_sgd": sgd.KERAS_DEFAULTS,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +47,15 @@ class OptimConfig:
     """Rate of the second average (two_ema, diode)."""
     latent_lr: Schedule | None = None
     """Learning rate of the latent weights (latent_adam, latent_sgd), or of what stands for them
-    (sgdat, diode, bnew)."""
+    (sgdat, diode, bnew, real_adam)."""
+    latent_clip: float | None = None
+    """Latent weights of latent_adam stay in [-latent_clip, latent_clip] (QuickNet: 1.25). 0: no
+    limit, and no gradient beyond 1, as in ReActNet's code."""
+    latent_eps: float | None = None
+    """Epsilon of latent_adam, added to the uncorrected root as Keras does."""
+    latent_decay: float | None = None
+    """L2 factor of real_adam, which trains real weights in the place of binary ones: the first of
+    two stages."""
     momentum: float | None = None
     """Momentum of latent_sgd."""
     rho: float | None = None
@@ -52,8 +68,12 @@ class OptimConfig:
     """With --init: how firmly binary weights keep their loaded signs, as a multiple of the noise of
     the rule's averages. Their state is seeded from the gradients of 8 steps. 0: state starts as in
     any run, and most rules flip half of the weights at once."""
+    full_precision: FullPrecision = "keras_adam"
+    """Optimizer of the full-precision parameters. keras_adam: epsilon 1e-7, added to the
+    uncorrected root. adam: torch's, epsilon 1e-8. keras_sgd: momentum 0.9, with the learning rate
+    inside of the velocity."""
     lr: Schedule = dataclasses.field(default_factory=lambda: constant(1e-3))
-    """Learning rate of Adam, which trains the full-precision parameters."""
+    """Learning rate of the full-precision parameters."""
     weight_decay: float = 0.0
     """L2 factor on `decayed`, added to the gradient as weight_decay * w (Keras' l2(x) is
     weight_decay = 2 x)."""
@@ -70,6 +90,9 @@ class OptimConfig:
                     object.__setattr__(self, field.name, defaults[field.name])
             elif getattr(self, field.name) != field.default:
                 check_belongs(self.rule, field.name)
+        if self.full_precision not in get_args(FullPrecision):
+            choices = ", ".join(get_args(FullPrecision))
+            raise ValueError(f"optim.full_precision must be one of {choices}, not {self.full_precision!r}")
         check_correction(self.correction)
         for name in ("gamma", "sigma", "alpha"):
             if getattr(self, name) is not None:
@@ -87,13 +110,14 @@ class OptimConfig:
             raise ValueError("optim.weight_decay and optim.decayed go together: one of them is set without the other")
 
     def _check_rate(self, name: str, schedule: Schedule) -> None:
-        largest = max(schedule.start, schedule.end if schedule.kind in ("polynomial", "cosine") else 0.0)
+        largest = max(schedule.start, schedule.end if schedule.kind in TO_END else 0.0)
         if schedule.kind == "exponential" and schedule.rate > 1.0:
             raise ValueError(f"optim.{name} must not grow by stairs: its rate is {schedule.rate}, expected at most 1")
         if not 0.0 < largest <= 1.0:
             raise ValueError(f"optim.{name} must stay in (0, 1], but reaches {largest}")
-        if self.correction != "none" and schedule.kind in ("polynomial", "cosine"):
-            for place, value in (("start", schedule.start), ("end", schedule.end)):
+        if self.correction != "none" and schedule.kind in TO_END:
+            first = 0.0 if schedule.kind == "warmup_cosine" else schedule.start
+            for place, value in (("start", first), ("end", schedule.end)):
                 if value == 0.0:
                     raise ValueError(
                         f"optim.{name} must not {place} at 0: the correction {self.correction!r} divides by it"
@@ -147,7 +171,13 @@ def with_rule(config: OptimConfig, rule: str) -> OptimConfig:
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimConfig, *, num_steps: int, seed: int = 0
+    model: nn.Module,
+    config: OptimConfig,
+    *,
+    num_steps: int,
+    num_epochs: int = 1,
+    steps_per_epoch: int | None = None,
+    seed: int = 0,
 ) -> tuple[RoutedOptimizer, dict[str, dict[str, Schedule]]]:
     """Build the optimizer of `model` and the schedules of its groups.
 
@@ -155,6 +185,8 @@ def build_optimizer(
         model: its binary weights carry the mark; it may have none, or nothing else.
         config: rule and schedules.
         num_steps: length of the schedules that do not state theirs.
+        num_epochs: of the run, for schedules that go by epochs.
+        steps_per_epoch: whole batches of an epoch. None: the run is one epoch.
         seed: of state that starts at random.
 
     Returns:
@@ -164,12 +196,15 @@ def build_optimizer(
     Raises:
         ValueError: transitions without binary weights, or a schedule that ends before its delay.
     """
+    lasting = functools.partial(
+        Schedule.over, num_steps=num_steps, num_epochs=num_epochs, steps_per_epoch=steps_per_epoch
+    )
     values = config.hyperparameters
     binary: Group = {"rule": config.rule} | {k: v for k, v in values.items() if not isinstance(v, Schedule)}
     if RULES[config.rule].begin_ is not None:
         binary["seed"] = seed
-    adam: Group = {"rule": "keras_adam", **KERAS_DEFAULTS}
-    settings = {BINARY: binary, FULL_PRECISION: adam, DECAYED: {**adam, "weight_decay": config.weight_decay}}
+    others: Group = {"rule": config.full_precision, **FULL_PRECISION_DEFAULTS[config.full_precision]}
+    settings = {BINARY: binary, FULL_PRECISION: others, DECAYED: {**others, "weight_decay": config.weight_decay}}
     schedules = {
         BINARY: {name: value for name, value in values.items() if isinstance(value, Schedule)},
         FULL_PRECISION: {"lr": config.lr},
@@ -180,7 +215,7 @@ def build_optimizer(
     if config.transitions.drives != "off":
         driven = schedules[BINARY].pop(config.transitions.drives)
         binary[config.transitions.drives] = driven.start
-        binary[KEY] = target_of(config.transitions, driven, num_steps)
+        binary[KEY] = target_of(config.transitions, driven, lasting(config.transitions.target))
 
     groups = [group | settings[group["name"]] for group in param_groups(model, decayed=config.decayed)]
     if config.transitions.drives != "off" and all(group["name"] != BINARY for group in groups):
@@ -192,7 +227,7 @@ def build_optimizer(
     optimizer = RoutedOptimizer(groups)
     check_claims(model, optimizer)
     used = {
-        group["name"]: {key: schedule.over(num_steps) for key, schedule in schedules[group["name"]].items()}
+        group["name"]: {key: lasting(schedule) for key, schedule in schedules[group["name"]].items()}
         for group in optimizer.param_groups
     }
     HyperparameterScheduler(optimizer, used)

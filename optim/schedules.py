@@ -14,7 +14,12 @@ from typing import Any, Literal, get_args
 
 from torch.optim import Optimizer
 
-Kind = Literal["constant", "polynomial", "exponential", "cosine"]
+Kind = Literal["constant", "polynomial", "exponential", "cosine", "warmup_cosine", "stairs"]
+TO_END = ("polynomial", "cosine", "warmup_cosine", "stairs")
+"""Kinds that lead from `start` to `end`."""
+BY_EPOCH = ("warmup_cosine", "stairs")
+"""Kinds that end with the last epoch of whole batches; the others count epochs * images // batch
+steps, a little longer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,10 +29,13 @@ class Schedule:
     start: float
     """Value at step 0 (before warm-up)."""
     end: float = 0.0
-    """Value at `num_steps` and after (polynomial, cosine)."""
+    """Value at `num_steps` and after (all but constant and exponential)."""
     kind: Kind = "constant"
     """constant; polynomial: (start - end) (1 - t/num_steps)^power + end; exponential: start *
-    rate^floor(t/num_steps) (staircase); cosine: half a cosine from start to end."""
+    rate^floor(t/num_steps) (staircase); cosine: half a cosine from start to end. warmup_cosine:
+    linear from 0 to start, which the last of the warm-up steps has, then half a cosine to end, as
+    QuickNet's code. stairs: linear from start to end in `stairs` equal stairs, the first of which
+    is one below start and the last of which has end, as ReActNet's code."""
     num_steps: int | None = None
     """Length of the decay in steps (exponential: of one stair). None: `share` of the run."""
     share: float = 1.0
@@ -38,7 +46,12 @@ class Schedule:
     rate: float = 0.1
     """Factor of each exponential stair."""
     warmup_steps: int = 0
-    """During the first N steps the value is multiplied by (t + 1) / N."""
+    """During the first N steps the value is multiplied by (t + 1) / N (warmup_cosine: is start *
+    t / (N - 1))."""
+    warmup_epochs: float = 0.0
+    """Length of the warm-up in epochs of the run, in place of `warmup_steps` (warmup_cosine)."""
+    stairs: int | None = None
+    """Number of stairs (stairs). None: one per epoch."""
     delay_steps: int = 0
     """The value stays at `start` for N steps, after which t counts. The decay ends at the same step
     as without a delay, if `num_steps` is unset; a stair keeps its length."""
@@ -54,18 +67,42 @@ class Schedule:
             raise ValueError(f"warmup_steps of a schedule must not be negative, not {self.warmup_steps}")
         if self.delay_steps < 0:
             raise ValueError(f"delay_steps of a schedule must not be negative, not {self.delay_steps}")
-        for name in ("start", "end", "power", "rate"):
+        if self.warmup_epochs and (self.kind != "warmup_cosine" or self.warmup_steps):
+            raise ValueError(
+                f"warmup_epochs of a schedule is {self.warmup_epochs}: it needs kind warmup_cosine, not {self.kind}, "
+                f"and warmup_steps 0, not {self.warmup_steps}"
+            )
+        if self.stairs is not None and (self.kind != "stairs" or self.stairs < 1):
+            raise ValueError(
+                f"stairs of a schedule must be at least 1 and need kind stairs, not {self.stairs} with {self.kind}"
+            )
+        if self.kind in BY_EPOCH and (self.share != 1.0 or self.delay_steps):
+            raise ValueError(f"a {self.kind} schedule lasts the whole run: leave out its share and delay_steps")
+        for name in ("start", "end", "power", "rate", "warmup_epochs"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} of a schedule must be finite and not negative, not {value}")
 
-    def over(self, num_steps: int) -> "Schedule":
-        """Return this schedule with its length filled in if it is unset, for a run of `num_steps`
-        steps.
+    def over(self, num_steps: int, *, num_epochs: int = 1, steps_per_epoch: int | None = None) -> "Schedule":
+        """Return this schedule with its length filled in if it is unset.
+
+        Args:
+            num_steps: epochs * images // batch of the run.
+            num_epochs: of the run.
+            steps_per_epoch: whole batches of an epoch. None: the run is one epoch.
 
         Raises:
             ValueError: it would end before its delay does.
         """
+        if self.kind in BY_EPOCH:
+            steps_per_epoch = steps_per_epoch or num_steps
+            return dataclasses.replace(
+                self,
+                num_steps=self.num_steps or num_epochs * steps_per_epoch,
+                warmup_steps=self.warmup_steps or round(self.warmup_epochs * steps_per_epoch),
+                warmup_epochs=0.0,
+                stairs=self.stairs or num_epochs if self.kind == "stairs" else None,
+            )
         if self.num_steps is not None:
             return self
         length = max(1, round(self.share * num_steps))
@@ -79,8 +116,15 @@ class Schedule:
 
     def __call__(self, step: int) -> float:
         """Value at the 0-based `step`, in float64."""
+        if self.kind == "warmup_cosine":
+            return self._warmed_up(step)
         value = self._decayed(max(0, step - self.delay_steps))
         return value * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else value
+
+    @property
+    def top_step(self) -> int:
+        """Return the step at which warmup_cosine has its `start`; 0 for the other kinds."""
+        return self.warmup_steps if self.kind == "warmup_cosine" else 0
 
     def _decayed(self, step: int) -> float:
         if self.kind == "constant":
@@ -89,9 +133,26 @@ class Schedule:
             raise ValueError(f"a {self.kind} schedule needs num_steps before it can be evaluated")
         if self.kind == "exponential":
             return float(self.start * self.rate ** (step // self.num_steps))
+        if self.kind == "stairs":
+            assert self.stairs is not None
+            stair = min(step * self.stairs // self.num_steps + 1, self.stairs)
+            return (self.start - self.end) * (1.0 - stair / self.stairs) + self.end
         done = min(step, self.num_steps) / self.num_steps
         if self.kind == "polynomial":
             return float((self.start - self.end) * (1.0 - done) ** self.power + self.end)
+        return self._cosine(done)
+
+    def _warmed_up(self, step: int) -> float:
+        """larq-zoo's CosineDecayWithWarmup: the cosine starts one step after the warm-up and is one
+        step shorter than what is left."""
+        if self.num_steps is None or self.warmup_epochs:
+            raise ValueError("a warmup_cosine schedule needs num_steps before it can be evaluated")
+        if step < self.warmup_steps:
+            return self.start * step / max(self.warmup_steps - 1, 1)
+        length = max(self.num_steps - self.warmup_steps - 1, 1)
+        return self._cosine(min(step - self.warmup_steps, length) / length)
+
+    def _cosine(self, done: float) -> float:
         return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bitfleet.optim.kernels.bits import popcount
 from bitfleet.optim.rules.rule import RULES, Group
-from bitfleet.optim.schedules import Schedule
+from bitfleet.optim.schedules import TO_END, Schedule
 
 Driven = Literal["latent_lr", "gamma", "threshold"]
 KEY, RATE = "transitions", "transition_rate"
@@ -68,7 +68,7 @@ class TransitionConfig:
             raise ValueError(
                 f"optim.transitions.target must not grow by stairs: its rate is {self.target.rate}, expected at most 1"
             )
-        highest = max(self.target.start, self.target.end if self.target.kind in ("polynomial", "cosine") else 0.0)
+        highest = max(self.target.start, self.target.end if self.target.kind in TO_END else 0.0)
         if highest > 1.0:
             raise ValueError(f"optim.transitions.target is a fraction, but reaches {highest}; expected at most 1")
 
@@ -110,13 +110,13 @@ def check_transitions(config: TransitionConfig, rule: str, driven: Schedule | No
         )
 
 
-def target_of(config: TransitionConfig, driven: Schedule, num_steps: int) -> Target:
-    """Return the settings of a group from a checked configuration; `num_steps` is the length of the
-    run."""
+def target_of(config: TransitionConfig, driven: Schedule, target: Schedule) -> Target:
+    """Return the settings of a group from a checked configuration; `target` is its target with the
+    length of the run."""
     assert config.drives != "off"
     return Target(
         drives=config.drives,
-        schedule=config.target.over(num_steps),
+        schedule=target,
         momentum=config.momentum,
         gain=config.gain,
         initial=driven.start,

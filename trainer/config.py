@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from bitfleet.models import ModelConfig
-from bitfleet.optim import OptimConfig
+from bitfleet.optim import OptimConfig, Schedule
 from bitfleet.optim.rules.rule import RULES
 from bitfleet.trainer.checkpoint.config import CheckpointConfig
 from bitfleet.trainer.data import DataConfig
@@ -112,6 +112,11 @@ class TrainConfig:
                 "data.on_bad_sample replace takes images whose logits distill.cache does not know: set broken images "
                 "aside with bitfleet data verify, or leave distill.cache out"
             )
+        if self.distill.teacher and not self.distill.label_weight and self.data.label_smoothing:
+            raise ValueError(
+                f"data.label_smoothing is {self.data.label_smoothing}, but labels are not used: set "
+                "distill.label_weight above 0, or leave it out"
+            )
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, not {self.seed}")
         if self.optim.transitions.drives != "off" and self.engine.sharding != "bits":
@@ -126,6 +131,13 @@ class TrainConfig:
                 f"{self.engine.sharding!r}: its state "
                 f"starts with random numbers for each weight, and DeepSpeed's slices do not say which weights they hold"
             )
+        for name in ("lr", *self.optim.hyperparameters):
+            schedule = getattr(self.optim, name)
+            if isinstance(schedule, Schedule) and schedule.warmup_epochs >= self.epochs:
+                raise ValueError(
+                    f"optim.{name}.warmup_epochs is {schedule.warmup_epochs:g}, and the run has {self.epochs} epochs: "
+                    "warm up for less"
+                )
         on_host = {
             "metrics.diagnostics": self.metrics.diagnostics,
             "journal.enabled": self.journal.enabled,

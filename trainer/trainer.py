@@ -1,5 +1,6 @@
 """Train: the loop, and the objects that it is built of."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +50,7 @@ from bitfleet.trainer.engine.compilation import eager_on_real_weights, is_compil
 from bitfleet.trainer.engine.config import deepspeed_options
 from bitfleet.trainer.engine.engine import autocast, backward, create_engine, scaled_loss, shard, whole_weights
 from bitfleet.trainer.engine.nonfinite import did_nothing, does_nothing, must_stop, nonfinite_loss, nonfinite_steps
+from bitfleet.trainer.engine.rule_proof import RuleProof
 from bitfleet.trainer.engine.step_graph import Batch, CudaRecorder, GraphedStep, check_can_capture
 from bitfleet.trainer.evaluate import validate
 from bitfleet.trainer.metrics import Accuracy, Reports, StepObserver, hyperparameters_of, step_flips
@@ -61,9 +63,9 @@ from bitfleet.trainer.run.stop import StopWatcher
 from bitfleet.trainer.run.versions import versions
 
 
-def label_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, None]:
+def label_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, None]:
     """Return the cross-entropy with the labels, and nothing else to report."""
-    return nn.functional.cross_entropy(logits, labels), None
+    return nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing), None
 
 
 class TrainStep:
@@ -78,6 +80,7 @@ class TrainStep:
         normalize: from images as the loader has them to the network's input.
         precision: `EngineConfig.precision`, not "auto".
         num_micro_batches: of this rank, per step.
+        label_smoothing: `DataConfig.label_smoothing`.
         distillation: None to train on the labels.
     """
 
@@ -92,6 +95,7 @@ class TrainStep:
         normalize: Callable[[Tensor], Tensor],
         precision: str,
         num_micro_batches: int,
+        label_smoothing: float = 0.0,
         distillation: Distillation | None = None,
     ) -> None:
         self._engine, self._model, self._optimizer = engine, model, optimizer
@@ -102,7 +106,8 @@ class TrainStep:
             observer.end_backward,
             observer.end_step,
         )
-        self._loss: Callable[..., tuple[Tensor, Tensor | None]] = label_loss
+        self._loss: Callable[..., tuple[Tensor, Tensor | None]]
+        self._loss = functools.partial(label_loss, label_smoothing=label_smoothing)
         if distillation is not None:
             self._loss = distillation.loss
             self.next_batch = lambda batches: distillation.with_targets(observer.next_batch(batches))
@@ -225,9 +230,20 @@ class Trainer:
         # As the paper's code: decay_steps = epochs * images // batch, a little longer than the run
         # of whole batches.
         decay_steps = config.epochs * len(self.dataset.train) // config.global_batch_size
-        self.optimizer, schedules = build_optimizer(self.model, config.optim, num_steps=decay_steps, seed=config.seed)
-        self.routing, signature = routing_table(self.optimizer), model_signature(self.model)
+        self.optimizer, schedules = build_optimizer(
+            self.model,
+            config.optim,
+            num_steps=decay_steps,
+            num_epochs=config.epochs,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            seed=config.seed,
+        )
+        signature = model_signature(self.model)
+        self._proof = None if resume_from else RuleProof(self.model, config.optim.rule, config.engine)
         self.sharded = shard(self.optimizer, config.engine, self.num_replicas)
+        if config.init is not None and resume_from is None:
+            self.sharded.start_signs()  # of a first stage, whose weights are real
+        self.routing = routing_table(self.optimizer)
         if config.engine.cuda_graph:
             check_can_capture(ranks, device, self.optimizer)
         self.engine = create_engine(self.model, self.sharded, schedules, options, device)
@@ -327,6 +343,7 @@ class Trainer:
             normalize=self._normalize,
             precision=config.engine.precision,
             num_micro_batches=self.num_replicas // self.ranks.world_size,
+            label_smoothing=config.data.label_smoothing,
             distillation=self.distillation,
         )
         if not config.engine.cuda_graph:
@@ -372,7 +389,14 @@ class Trainer:
             ranks.world_size,
             min(config.stop_after_steps or self.num_steps, self.num_steps),
         )
-        return Distillation(config.distill, source, schedule, normalize=self._normalize, device=self.device)
+        return Distillation(
+            config.distill,
+            source,
+            schedule,
+            normalize=self._normalize,
+            device=self.device,
+            label_smoothing=config.data.label_smoothing,
+        )
 
     def _resume(self, resume_from: ValidCheckpoint) -> int:
         step = self.checkpoints.resume(resume_from)
@@ -487,7 +511,9 @@ class Trainer:
             self.statistics,
             batches,
             normalize=self._normalize,
-            loss=self.distillation.loss if self.distillation else label_loss,
+            loss=self.distillation.loss
+            if self.distillation
+            else functools.partial(label_loss, label_smoothing=self.config.data.label_smoothing),
             precision=self.config.engine.precision,
             inertia=self.config.optim.init_inertia,
             num_micro_batches=self.num_replicas // self.ranks.world_size,
@@ -536,12 +562,16 @@ class Trainer:
 
     def _run_steps(self, last: int, stop: StopWatcher) -> None:
         self.start()
+        if self._proof is not None:
+            self._proof.begin(self.sharded)
         if self.step and self._validation_is_due() and not self.reports.has_validation(self.step):
             self._validate(stop)  # the run was stopped before it
         while self.step < last and not self.stopped_by:
             start = time.perf_counter()
             with self.around_step():
                 self.advance()
+            if self._proof is not None:
+                self._prove(self._proof)
             self.checkpoints.saver.check()
             self.stopped_by, save_now = stop.after_step(self.checkpoints.by_time())
             if sentence := self.checkpoints.shutdown_message(time.perf_counter() - start):
@@ -557,6 +587,19 @@ class Trainer:
             self._check_end()
         self.reports.skipped(self.step, self.num_skipped_steps)
         self.stop()
+
+    def _prove(self, proof: RuleProof) -> None:
+        """Stop the run unless its first step that was not skipped has updated every binary
+        weight."""
+        sharded = self.sharded
+        if isinstance(sharded, ShardedOptimizer):
+            is_skipped = sharded.updated is False
+        else:
+            is_skipped = self.engine.skipped_steps == self.step
+        if is_skipped:
+            return
+        self._proof = None
+        self.reports.say(proof.end(self.sharded, self.step))
 
     def stop(self) -> None:
         """Close what `start` opened, and release the run folder."""

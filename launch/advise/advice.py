@@ -70,7 +70,8 @@ def _schedule_line(outlook: Outlook, name: str) -> Line:
     """Say where a schedule ends, and whether the run gets there."""
     schedule, last, title = outlook.schedule(name), outlook.num_steps, f"schedule of {name}"
     length, end = schedule.num_steps or last, f"its end, {schedule.end:g}"
-    value = f"{schedule(0):.3g} -> {schedule(last - 1):.3g}"
+    steps = (0, schedule.top_step, last - 1) if schedule.kind == "warmup_cosine" else (0, last - 1)
+    value = " -> ".join(f"{schedule(step):.3g}" for step in steps)
     if name == outlook.driven:
         return Line(title, f"{schedule(0):.3g}", "ok", "driven from here")
     if schedule.kind == "constant":

@@ -53,7 +53,7 @@ def _flip_line(step: int, outlook: Outlook, flips: Mapping[int, float]) -> Line:
     verdict: Verdict = "ok"
     reason = "no prediction for this rule"
     if outlook.driven is not None:
-        target = outlook.config.optim.transitions.target.over(outlook.decay_steps)(step - 1)
+        target = outlook.lasting(outlook.config.optim.transitions.target)(step - 1)
         value, reason = f"{value}, target {rough_percent(target)}", f"{outlook.driven} is driven towards it"
     elif outlook.rule is not None:
         predicted = outlook.snapshots[step].flip_ratio

@@ -135,7 +135,11 @@ class Outlook:
         """Return the schedule of a hyperparameter, its length filled in."""
         schedule = getattr(self.config.optim, name)
         assert isinstance(schedule, Schedule), name
-        return schedule.over(self.decay_steps)
+        return self.lasting(schedule)
+
+    def lasting(self, schedule: Schedule) -> Schedule:
+        """Return `schedule` with its length filled in."""
+        return schedule.over(self.decay_steps, num_epochs=self.config.epochs, steps_per_epoch=self.steps_per_epoch)
 
     @functools.cached_property
     def rule(self) -> FlipRule | None:

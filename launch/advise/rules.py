@@ -147,7 +147,8 @@ def _batch_lines(outlook: Outlook) -> list[Line]:
     optim = outlook.config.optim
     averages = [name for name in AVERAGES if getattr(optim, name) is not None]
     names = averages or ["latent_lr"] * (optim.latent_lr is not None)
-    doubled = [f"{name} {2 * outlook.schedule(name)(0):.3g}" for name in names]
+    schedules = [outlook.schedule(name) for name in names]
+    doubled = [f"{name} {2 * each(each.top_step):.3g}" for name, each in zip(names, schedules, strict=True)]
     if optim.rho is not None:  # acts in each step
         doubled.append(f"rho {2 * optim.rho:.3g}")
     effect = "averages span as many images" if averages else "latent weights get as far (Adam on noise: 0.7 of it)"

@@ -77,7 +77,7 @@ def export_weights(path: Path, out: Path, *, packed: bool) -> str:
         path: checkpoint or run folder.
         out: the file to write, .safetensors.
         packed: binary weights as bits.<name>, uint8, 8 per byte, least significant bit first,
-            instead of +-1 in fp32; any that are not +-1 yet (the rule bnew) stay real.
+            instead of +-1 in fp32; any that are not +-1 (the rules bnew and real_adam) stay real.
 
     Raises:
         ValueError: the checkpoint does not exist or is damaged, or the file cannot be written.

@@ -36,7 +36,7 @@ class Reproduce:
     """
 
     name: Positional[str]
-    """birealnet18, xnornet or binarynet."""
+    """birealnet18, xnornet, binarynet, quicknet_small, quicknet or quicknet_large."""
     check: Path | None = None
     """Judge this run folder without training."""
     dry_run: bool = False

@@ -1,8 +1,8 @@
-"""The paper's runs, from papers.json: published numbers, neighbours, and differences of bitfleet.
+"""Published runs, from papers.json: published numbers, neighbours, and differences of bitfleet.
 
-Sources: arXiv 2104.05124 and its code, CuauSuarez/Bop2ndOrder, branch conference (README:
-accuracies; models/*_batch.py: recipes; data/imagenet.py); plumerai/rethinking-bnn-optimization and
-larq-zoo for the neighbours.
+Sources: arXiv 2104.05124 ("the paper") and its code, CuauSuarez/Bop2ndOrder, branch conference
+(README: accuracies; models/*_batch.py: recipes; data/imagenet.py); larq/zoo 2.4.0 for QuickNet;
+plumerai/rethinking-bnn-optimization and larq-zoo for the neighbours.
 """
 
 import dataclasses
@@ -28,8 +28,9 @@ class Paper:
     top5: float | None = None
     """Published top-5, percent; None: not published."""
     tolerance: float
-    """Points of top-1 within which a run agrees. The paper states no spread over seeds. Bop, which
-    it improves on, is 0.6 to 1.0 points below: a run that fell to Bop's number must not pass."""
+    """Points of top-1 within which a run agrees. No paper states a spread over seeds. Bop, which
+    Bop2ndOrder improves on, is 0.6 to 1.0 points below: a run that fell to Bop's number must not
+    pass."""
     steps_per_epoch: int
     num_validation_images: int
     num_replicas: int | None = None

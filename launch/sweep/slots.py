@@ -54,7 +54,7 @@ def bytes_of_rank(config: TrainConfig, ranks: int) -> int:
     with torch.no_grad():
         model(torch.zeros(1, 3, size, size))
     batch = config.global_batch_size // resolve_replicas(config, ranks)
-    num_copies = 2 + max(len(RULES[rule].state_keys) for rule in (config.optim.rule, "keras_adam"))
+    num_copies = 2 + max(len(RULES[rule].state_keys) for rule in (config.optim.rule, config.optim.full_precision))
     return PROCESS_BYTES + 4 * (num_copies * sum(map(Tensor.numel, model.parameters())) + 2 * batch * sum(outputs))
 
 
@@ -66,7 +66,14 @@ def bytes_of_largest(configs: Sequence[TrainConfig], ranks: int) -> int:
     """
     # Runs that differ in nothing else take the same memory.
     distinct = {
-        (str(c.model), c.data.image_size, c.global_batch_size, c.num_replicas, len(RULES[c.optim.rule].state_keys)): c
+        (
+            str(c.model),
+            c.data.image_size,
+            c.global_batch_size,
+            c.num_replicas,
+            len(RULES[c.optim.rule].state_keys),
+            c.optim.full_precision,
+        ): c
         for c in configs
     }
     return max(bytes_of_rank(config, ranks) for config in distinct.values())

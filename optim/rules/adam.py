@@ -1,4 +1,4 @@
-"""Adam for the full-precision parameters, with Keras' epsilon.
+"""Adam for the full-precision parameters, with Keras' epsilon or torch's.
 
 The arithmetic is that of `torch.optim.adam`, single-tensor, bit for bit on a CPU: unlike the fused
 kernel its bits do not depend on how a parameter is cut into slices. It is written out here because
@@ -16,6 +16,8 @@ from bitfleet.optim.rules.rule import Group, Rule, State, register
 
 KERAS_DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-7, "weight_decay": 0.0}
 """tf.keras.optimizers.Adam, which trains everything that is not binary in all runs of the paper."""
+TORCH_DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+"""torch.optim.Adam, of ReActNet's code."""
 
 
 def adam_step_(
@@ -44,7 +46,7 @@ def adam_step_(
         weight_decay: L2 factor.
     """
     numbers = adam_numbers({"lr": lr, "betas": betas, "eps": eps}, int(step))
-    _adam_(weight, grad, exp_avg, exp_avg_sq, betas=betas, weight_decay=weight_decay, **numbers)
+    adam_(weight, grad, exp_avg, exp_avg_sq, betas=betas, weight_decay=weight_decay, **numbers)
 
 
 def adam_numbers(group: Group, step: int) -> dict[str, float]:
@@ -60,7 +62,12 @@ def adam_numbers(group: Group, step: int) -> dict[str, float]:
     return {"step_size": group["lr"] / (1.0 - beta1**step), "root": root, "corrected_eps": group["eps"] / root}
 
 
-def _adam_(
+def torch_adam_numbers(group: Group, step: int) -> dict[str, float]:
+    """Return `adam_numbers` with epsilon added to the corrected root, as torch does."""
+    return {**adam_numbers(group, step), "corrected_eps": group["eps"]}
+
+
+def adam_(
     weight: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
@@ -72,6 +79,7 @@ def _adam_(
     root: float | Tensor,
     corrected_eps: float | Tensor,
 ) -> None:
+    """Apply one update in place, elementwise, from the numbers of `adam_numbers`."""
     grad = grad.float()
     if weight_decay != 0:
         grad = grad.add(weight, alpha=weight_decay)
@@ -83,7 +91,7 @@ def _adam_(
 
 def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     numbers = {key: group[key] for key in ("step_size", "root", "corrected_eps")}
-    _adam_(
+    adam_(
         weight,
         grad,
         state["exp_avg"],
@@ -101,5 +109,14 @@ register(
         state_keys=("exp_avg", "exp_avg_sq"),
         scheduled=("lr",),
         numbers=adam_numbers,
+    )
+)
+register(
+    Rule(
+        name="adam",
+        update_=_update_,
+        state_keys=("exp_avg", "exp_avg_sq"),
+        scheduled=("lr",),
+        numbers=torch_adam_numbers,
     )
 )

@@ -6,7 +6,7 @@ al., arXiv 1906.02107, section 2. Recipes: larq-zoo. With w~ the latent weight, 
 respect to w = sign(w~), sign(0) = +1, t = 1, 2, ...:
 
     latent_adam:  m <- 0.9 m + 0.1 g,  v <- 0.999 v + 0.001 g^2
-                  w~ <- clip(w~ - lr sqrt(1 - 0.999^t) / (1 - 0.9^t) m / (sqrt(v) + 1e-7), -1, 1)
+                  w~ <- clip(w~ - lr sqrt(1 - 0.999^t) / (1 - 0.9^t) m / (sqrt(v) + eps), -c, c)
     latent_sgd:   u <- momentum u + g
                   w~ <- clip(w~ - lr u, -1, 1)
     both:         w <- sign(w~)
@@ -14,7 +14,10 @@ respect to w = sign(w~), sign(0) = +1, t = 1, 2, ...:
 The first is Keras' Adam, the second torch.optim.SGD. In the published code w~ is the parameter and
 its sign part of the forward pass. Here w is the parameter and w~ is state of the rule, so that it
 is sharded and the weights travel as bits. The numbers are the same: the gradient passes where |w~|
-<= 1, and after clipping that is everywhere.
+<= 1, and after clipping that is everywhere. latent_adam has two further forms: QuickNet's code
+clips at c = 1.25, up to which its gradient passes. ReActNet's does not clip, and passes the
+gradient where |w~| < 1 (latent_clip 0): a weight beyond that moves on with its momentum, stops, and
+never returns.
 
 At the start w~ = w u a, u uniform in (0, 1) by element, a = sqrt(6 / (fan_in + fan_out)): Glorot's
 uniform sample, given its signs. A weight that is not +-1 then (model.initial_weights real) is
@@ -22,6 +25,8 @@ itself the latent one.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,29 +59,43 @@ def begin_latent_(weight: Tensor, uniform: Tensor, shape: torch.Size, state: Sta
     state["latent"].copy_(torch.where(weight.abs() == 1.0, drawn, weight))
 
 
-def clip_and_sign_(weight: Tensor, latent: Tensor) -> None:
-    """Clip `latent` to [-1, 1] and set `weight` to its sign, sign(0) = sign(-0) = +1, in place."""
-    latent.clamp_(-1.0, 1.0)
+def clip_and_sign_(weight: Tensor, latent: Tensor, clip: float = 1.0) -> None:
+    """Clip `latent` to [-clip, clip] (0: not) and set `weight` to its sign, sign(0) = sign(-0) =
+    +1, in place."""
+    if clip:
+        latent.clamp_(-clip, clip)
     weight.copy_(torch.where(latent >= 0, 1.0, -1.0))
 
 
 @torch.no_grad()
 def latent_adam_step_(
-    weight: Tensor, grad: Tensor, latent: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, latent_lr: float, step: Tensor
+    weight: Tensor,
+    grad: Tensor,
+    latent: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    latent_lr: float,
+    step: Tensor,
+    latent_clip: float = 1.0,
+    latent_eps: float = 1e-7,
 ) -> None:
     """Apply one update in place, elementwise.
 
     Args:
         weight: any shape; only written, with +-1.
         grad: gradient with respect to the +-1 weight, same shape.
-        latent: w~, fp32, same shape, in [-1, 1].
+        latent: w~, fp32, same shape.
         exp_avg: first moment m, fp32, same shape.
         exp_avg_sq: second moment v, fp32, same shape.
         latent_lr: learning rate lr.
         step: 1-based number of this update, 0-dim, on the CPU.
+        latent_clip: limit of |w~|. 0: no limit, and no gradient where |w~| >= 1.
+        latent_eps: Keras' epsilon.
     """
-    adam_step_(latent, grad.float(), exp_avg, exp_avg_sq, step=step, lr=latent_lr)
-    clip_and_sign_(weight, latent)
+    grad = grad.float() if latent_clip else torch.where(latent.abs() < 1.0, grad.float(), 0.0)
+    adam_step_(latent, grad, exp_avg, exp_avg_sq, step=step, lr=latent_lr, eps=latent_eps)
+    clip_and_sign_(weight, latent, latent_clip)
 
 
 @torch.no_grad()
@@ -124,12 +143,19 @@ def _seed_sgd_(weight: Tensor, mean_square: Tensor, state: State, group: Group, 
 
 def _update_adam_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     moments = state["latent"], state["exp_avg"], state["exp_avg_sq"]
-    latent_adam_step_(weight, grad, *moments, latent_lr=group["latent_lr"], step=state["step"])
+    options = {key: group[key] for key in ("latent_lr", "latent_clip", "latent_eps") if key in group}
+    latent_adam_step_(weight, grad, *moments, step=state["step"], **options)
 
 
 def _update_sgd_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
     moments = state["latent"], state["momentum_buffer"]
     latent_sgd_step_(weight, grad, *moments, latent_lr=group["latent_lr"], momentum=group["momentum"])
+
+
+def _check_adam(hyperparameters: Mapping[str, Any]) -> None:
+    for name in ("latent_clip", "latent_eps"):
+        if not 0.0 <= hyperparameters[name] < math.inf:
+            raise ValueError(f"optim.{name} must be finite and not negative, not {hyperparameters[name]}")
 
 
 register(
@@ -139,11 +165,12 @@ register(
         state_keys=("latent", "exp_avg", "exp_avg_sq"),
         flips=True,
         # Keras' Adam, from where larq-zoo's XNOR-Net starts (its Bi-Real Net: 5e-3).
-        defaults={"latent_lr": constant(1e-3)},
+        defaults={"latent_lr": constant(1e-3), "latent_clip": 1.0, "latent_eps": 1e-7},
         scheduled=("latent_lr",),
         driven=("latent_lr",),
         begin_=begin_latent_,
         seed_=_seed_adam_,
+        check=_check_adam,
     )
 )
 register(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bitfleet.optim.rules.counter_random import uniform
+from bitfleet.optim.rules.update_counts import UpdateCounts
 from bitfleet.optim.schedules import Schedule
 
 State = dict[str, Tensor]
@@ -110,6 +111,12 @@ def numbers_of(group: Group, step: int) -> dict[str, float]:
     return {} if numbers is None else numbers(group, step)
 
 
+def start_signs_(weight: Tensor) -> None:
+    """Make weights their signs, in place, sign(0) = +1; what is not finite stays, so that the first
+    step finds it."""
+    weight.copy_(torch.where(weight.isfinite(), torch.where(weight >= 0, 1.0, -1.0), weight))
+
+
 def names_of(number: int, group: Group) -> list[str]:
     """Return the names of the parameters of the `number`-th group: its "param_names", else running
     numbers."""
@@ -127,6 +134,9 @@ class RoutedOptimizer(torch.optim.Optimizer):
     `step` is counted per parameter, never per call: DeepSpeed's ZeRO calls `step()` once for every
     group.
     """
+
+    counts: UpdateCounts | None = None
+    """Where set: updates are counted there."""
 
     def __init__(self, params: Iterable[Any], defaults: Group | None = None) -> None:
         self._names: dict[Tensor, str] = {}
@@ -170,24 +180,38 @@ class RoutedOptimizer(torch.optim.Optimizer):
                 if param.grad is None:
                     continue
                 state = self._state_of(param, group)
-                if RULES[group["rule"]].begin_ is not None and state["step"] == 0:
+                if state["step"] == 0:
                     self._begin_(param, state, group)
                 state["step"] += 1
                 numbers = numbers_of(group, int(state["step"]))
                 RULES[group["rule"]].update_(param, param.grad, state, group | numbers)
+                if self.counts is not None:
+                    self.counts.add(self._names.get(param, group.get("name", "")), group["rule"], param.numel())
         return loss
 
     def _begin_(self, param: Tensor, state: State, group: Group) -> None:
+        """Fill the state of a parameter where the rule asks for it, unless `start_signs` did."""
+        rule = RULES[group["rule"]]
+        if rule.begin_ is None or any(bool(state[key].any()) for key in rule.state_keys):
+            return
         if param not in self._names:
             raise ValueError(
                 f"the rule {group['rule']} starts with random state for each parameter, but its parameters were "
                 "replaced by "
                 f"others, as DeepSpeed's ZeRO does: use ShardedOptimizer or no sharding"
             )
-        begin_ = RULES[group["rule"]].begin_
-        assert begin_ is not None
         numbers = uniform(group["seed"], self._names[param], 0, param.numel(), param.device)
-        begin_(param, numbers.view(param.shape), param.shape, state, group)
+        rule.begin_(param, numbers.view(param.shape), param.shape, state, group)
+
+    @torch.no_grad()
+    def start_signs(self) -> None:
+        """Make weights of rules that flip them their signs, before the first step; rules with
+        latent weights start these from the real values."""
+        for group in self.param_groups:
+            for param in group["params"] if RULES[group["rule"]].flips else ():
+                if not bool((param.abs() == 1).all()):
+                    self._begin_(param, self._state_of(param, group), group)
+                    start_signs_(param)
 
     def create_state(self) -> None:
         """Make the state of every parameter that has none, as before its first update: a checkpoint

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from bitfleet.optim.kernels.bits import pack_signs, unpack_changed, unpack_signs
 from bitfleet.optim.param_groups import is_binary
 from bitfleet.optim.rules.counter_random import uniform
-from bitfleet.optim.rules.rule import RULES, Group, Rule, State, names_of
+from bitfleet.optim.rules.rule import RULES, Group, Rule, State, names_of, start_signs_
+from bitfleet.optim.rules.update_counts import UpdateCounts
 
 ALIGN = 64
 CHUNK = 262_144
@@ -244,6 +245,24 @@ class Bucket:
         guard = nullcontext() if finite is None else unless_nonfinite(finite, [weights, *state.values()])
         with guard:
             self.rule.update_(weights, grad, state | step, group)
+
+    def count(self, run: Run, counts: UpdateCounts) -> None:
+        """Add the elements of each parameter in `run`, which the rule has updated."""
+        for _, name, _, low, high in self.pieces():
+            if (num_elements := min(high, run.high) - max(low, run.low)) > 0:
+                counts.add(name, self.rule.name, num_elements)
+
+    @torch.no_grad()
+    def start_signs(self) -> None:
+        """Make weights that are still real their signs, after the rule has filled its state from
+        them, in place of their first update."""
+        if not self.real:
+            return
+        self._first_updates = set(self.real)
+        self._begin_(self._first_updates)
+        self._first_updates = set()
+        start_signs_(self.weights)
+        self.read_weights()
 
     def _begin_(self, indices: set[int]) -> None:
         """Fill the state of the segments `indices`, which are about to have their first update,

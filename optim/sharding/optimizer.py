@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bitfleet.optim.rules.rule import RoutedOptimizer, numbers_of
+from bitfleet.optim.rules.update_counts import UpdateCounts
 from bitfleet.optim.sharding import state as shard_state
 from bitfleet.optim.sharding.buckets import Bucket, make_buckets
 from bitfleet.optim.sharding.finite_flag import FiniteFlag
@@ -75,6 +76,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         scales_loss: for fp16: the caller multiplies each loss by `loss_scale.value`, which the
             optimizer takes out again.
     """
+
+    counts: UpdateCounts | None = None
+    """Where set: the updates of this rank's slices are counted there."""
 
     def __init__(
         self,
@@ -294,6 +298,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             before = bucket.signs().clone() if self._knows_flips(bucket) else None
             for run in self._runs[index]:
                 bucket.update_(self._grads[index], run, next(numbers), finite)
+                if self.counts is not None:
+                    bucket.count(run, self.counts)
             flips = None if before is None else before.bitwise_xor_(bucket.signs())
             if flips is not None:
                 for observe in self.observers:
@@ -415,6 +421,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         loaded)."""
         for bucket in self.buckets:
             bucket.read_weights()
+
+    def start_signs(self) -> None:
+        """Make binary weights that are real their signs, before the first step; rules with latent
+        weights start these from the real values."""
+        for bucket in self.buckets:
+            bucket.start_signs()
 
     @torch.no_grad()
     def check_agreement(self) -> None:

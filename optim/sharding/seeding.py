@@ -6,7 +6,7 @@ weights flip at once. An average of some gradients would not help: half of them 
 wrong sign. What is loaded must be in the state: each rule's `seed_` fills it as noise of the
 measured size would have left it, with the sign of the weight. Full-precision parameters get Adam's
 moments of the same gradients, else its first step would move each of them by the whole learning
-rate.
+rate. SGD starts with a velocity of 0.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class Seeding:
         for bucket, grad, squares, flags in zip(self._sharded.buckets, grads, self._squares, used, strict=True):
             if bucket.binary:
                 squares.add_(grad.square())
-            elif bucket.group["rule"] == "keras_adam":
+            elif bucket.group["rule"] in ("keras_adam", "adam"):
                 _average_(bucket, grad, flags)
         self.num_taken += 1
         return True

@@ -116,6 +116,19 @@ def test_cached_run_has_the_bits_of_one_that_calls(
     assert 0 < line["teacher_agreement"] < 1
 
 
+@pytest.mark.slow
+def test_lit_and_mixed_images_have_their_logits_in_the_cache(options: list[str], tmp_path: Path) -> None:
+    augmented = "--data.color_lighting True --data.mixup 0.2 --data.cutmix 1 --data.label_smoothing 0.1"
+    options = [*options, *augmented.split()]
+    done = run_python(TEACH, *options, "--distill.cache", tmp_path / "logits")
+    assert done.returncode == 0, done.stdout
+    for ranks, name, more in ((2, "called", []), (1, "cached", ["--distill.cache", tmp_path / "logits"])):
+        place = ["--run_dir", tmp_path / name, "--stop_after_steps", str(NUM_STEPS)]
+        done = run_ranks(ranks, TRAIN, *options, *place, *more)
+        assert done.returncode == 0, done.stdout
+    assert_same_bits(final_tensors(tmp_path / "called"), final_tensors(tmp_path / "cached"))
+
+
 def test_run_changes_from_its_cache_to_calls(called: Path, logits: Path, options: list[str], tmp_path: Path) -> None:
     """With the first two epochs read, on two ranks, and the third called, on one."""
     for num_ranks, last, source in ((2, 24, ["--distill.cache", logits]), (1, NUM_STEPS, [])):

@@ -34,6 +34,21 @@ class DataConfig:
     """Zero pixels added around a training image before the window is taken; for pad_crop only."""
     flip: bool = True
     """Mirror half of the training images left to right."""
+    color_lighting: bool = False
+    """Lighting(0.1) of ReActNet's code, as it works: each channel of a training image stays, or is
+    one grey level darker. For preprocessing "torchvision"."""
+    rand_augment: str | None = None
+    """RandAugment of timm after crop and flip, such as rand-m7-mstd0.5-inc1. For loader "torch" and
+    preprocessing "torchvision"."""
+    mixup: float = 0.0
+    """Alpha of timm's mixup: a micro-batch is mixed with itself in reverse order. 0: none. With
+    cutmix too, one of them is drawn for each micro-batch. Accuracy in training is then that on the
+    image with the larger share."""
+    cutmix: float = 0.0
+    """Alpha of timm's cutmix: a box of each image is taken from the micro-batch in reverse order.
+    0: none."""
+    label_smoothing: float = 0.0
+    """Share of each training label that is spread over all classes, in [0, 1)."""
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """Mean of R, G, B on the scale 0..255, subtracted from the images (default: ImageNet's)."""
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
@@ -90,6 +105,22 @@ class DataConfig:
                 "data.preprocessing='official' crops as for ImageNet and needs "
                 "data.augmentation='random_resized_crop', "
                 f"not {self.augmentation!r}"
+            )
+        for name in ("mixup", "cutmix"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be finite and not negative")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"data.label_smoothing={self.label_smoothing} must be in [0, 1)")
+        for name, is_on in (("color_lighting", self.color_lighting), ("rand_augment", self.rand_augment is not None)):
+            if is_on and self.preprocessing == "official":
+                raise ValueError(
+                    f"data.{name} changes bytes and needs data.preprocessing='torchvision': 'official' makes images of "
+                    "real numbers"
+                )
+        if self.rand_augment is not None and self.loader != "torch":
+            raise ValueError(
+                f"data.rand_augment runs timm's operations on images of Pillow and needs data.loader='torch', not "
+                f"{self.loader!r}"
             )
         if self.loader != "dali" and self.device == "gpu":
             raise ValueError(f"data.loader={self.loader!r} decodes on the CPU: use data.device='auto' or 'cpu'")

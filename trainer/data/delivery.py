@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bitfleet.trainer.data import preprocessing
+from bitfleet.trainer.data.augmentation import RandAugment
 from bitfleet.trainer.data.request import Batch, Decoded, Geometry, Request
 
 Source = TypeVar("Source")
@@ -241,6 +242,8 @@ class Output(NamedTuple):
     """Longest wait for a batch before its files are probed."""
     copies: DeviceCopies | None
     """Copies to the GPU of the model; None for a model on the CPU."""
+    rand_augment: RandAugment | None = None
+    """Changes images after crop and flip (torch_pipeline.py)."""
 
     @property
     def resized_on_gpu(self) -> bool:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from bitfleet.trainer.data import preprocessing, sampler
+from bitfleet.trainer.data.augmentation import BatchAugmentation, RandAugment, batch_augmentation, rand_augment
 from bitfleet.trainer.data.bad_samples import BadSamples
 from bitfleet.trainer.data.config import DataConfig
 from bitfleet.trainer.data.dali import DaliPipeline
@@ -66,8 +67,9 @@ class TrainLoader:
 
         Raises:
             ValueError: Sizes that do not divide, a batch larger than the training set, an image too
-                small for the window, data.device="gpu" for a model on the CPU, no DALI, or images
-                that do not fit into memory or, kept there, cannot be decoded.
+                small for the window, an odd micro-batch to mix, data.device="gpu" for a model on
+                the CPU, no DALI, or images that do not fit into memory or, kept there, cannot be
+                decoded.
         """
         _check_batches(seed, global_batch_size, num_replicas, world_size, len(dataset.train))
         if config.augmentation == "pad_crop":
@@ -89,7 +91,16 @@ class TrainLoader:
         batch_size = global_batch_size // num_replicas
         from_canvases = config.loader == "memory" and config.augmentation == "pad_crop"
         self._batches_ahead = max(1, _IMAGES_AHEAD // batch_size) if from_canvases else 1
-        self._pipeline = _pipeline(dataset, "training", config, self._bad, batch_size, rank, local_world_size, device)
+        if (config.mixup or config.cutmix) and batch_size % 2:
+            raise ValueError(
+                f"data.mixup and data.cutmix mix pairs of images, and a micro-batch has {batch_size}, "
+                "global_batch_size / num_replicas: choose even ones"
+            )
+        self._augmentation = batch_augmentation(config, num_classes=len(dataset.classes), seed=seed)
+        augment = rand_augment(config, seed=seed)
+        self._pipeline = _pipeline(
+            dataset, "training", config, self._bad, batch_size, rank, local_world_size, device, augment
+        )
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Yield this rank's micro-batches from optimizer step `start_step` on, endlessly.
@@ -98,9 +109,9 @@ class TrainLoader:
         epoch.
 
         Yields:
-            Images, uint8 (float32 on the scale 0..255 with data.preprocessing="official")
-            [global_batch_size / num_replicas, image_size, image_size, 3], and labels, int64, on the
-            device of the model.
+            Images, uint8 (float32 on the scale 0..255 with data.preprocessing="official" or mixed)
+            [global_batch_size / num_replicas, image_size, image_size, 3], and labels, int64 (mixed:
+            float32 shares [N, classes]), on the device of the model.
 
         Raises:
             ValueError: An image cannot be decoded, by the policy of data.on_bad_sample, or the disk
@@ -108,7 +119,12 @@ class TrainLoader:
         """
         if start_step < 0:
             raise ValueError(f"start_step={start_step} must not be negative")
-        return self._pipeline.batches(self.requests(start_step, self._batches_ahead), self._recover)
+        batches = self._pipeline.batches(self.requests(start_step, self._batches_ahead), self._recover)
+        return batches if self._augmentation is None else self._augmented(batches, start_step, self._augmentation)
+
+    def _augmented(self, batches: Iterator[Batch], start_step: int, augment: BatchAugmentation) -> Iterator[Batch]:
+        for (epoch, samples), batch in zip(self._micro_batches(start_step=start_step), batches, strict=False):
+            yield augment(batch, epoch, samples)
 
     @property
     def num_replaced(self) -> int:
@@ -240,6 +256,7 @@ def _pipeline(
     rank: int,
     local_world_size: int,
     device: torch.device,
+    augment: RandAugment | None = None,
 ) -> Pipeline:
     """Return the pipeline of data.loader for one split."""
     images = dataset.train if split == "training" else dataset.val
@@ -253,7 +270,7 @@ def _pipeline(
     in_memory = config.loader == "memory"
     needs_copies = device.type == "cuda" and not (in_memory and geometry == "crop")
     copies = DeviceCopies(CopyStream(device)) if needs_copies else None
-    output = Output(geometry, config.image_size, num_threads, config.stall_seconds, copies)
+    output = Output(geometry, config.image_size, num_threads, config.stall_seconds, copies, augment)
     if not in_memory:
         return _reading_pipeline(config, images, output, batch_size, device)
     decoding, cpu = dataclasses.replace(config, loader=decoder_of(config), device="cpu"), torch.device("cpu")

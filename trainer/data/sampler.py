@@ -18,7 +18,8 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ORDER, _FLIP, _CROP, OFFICIAL_CROP, _SUBSTITUTE = range(5)  # purpose of a number, part of its key
+# Purpose of a number, part of its key.
+_ORDER, _FLIP, _CROP, OFFICIAL_CROP, _SUBSTITUTE, LIGHTING, RAND_AUGMENT, MIX = range(8)
 _CROP_ATTEMPTS = 10
 _AREA_RANGE = (0.08, 1.0)
 _LOG_MAX_ASPECT = 0.28768207245178085  # log(4/3); the aspect ratio w/h is log-uniform in [3/4, 4/3]
@@ -35,7 +36,7 @@ class Windows(NamedTuple):
 
 def epoch_permutation(seed: int, epoch: int, num_samples: int) -> Ints:
     """Return the order of the samples in an epoch, int64 [num_samples]."""
-    return np.argsort(_keys(seed, epoch, _ORDER, np.arange(num_samples)), kind="stable")
+    return np.argsort(keys(seed, epoch, _ORDER, np.arange(num_samples)), kind="stable")
 
 
 def micro_batches(
@@ -84,7 +85,7 @@ def validation_batches(num_samples: int, batch_size: int, rank: int, world_size:
 
 def random_flips(seed: int, epoch: int, samples: Ints) -> npt.NDArray[np.int32]:
     """Return 1 for samples to mirror left to right (probability 1/2), else 0, int32 [N]."""
-    return (_keys(seed, epoch, _FLIP, samples) >> np.uint64(63)).astype(np.int32)
+    return (keys(seed, epoch, _FLIP, samples) >> np.uint64(63)).astype(np.int32)
 
 
 def substitute(seed: int, epoch: int, sample: int, attempt: int, num_samples: int) -> int:
@@ -175,11 +176,12 @@ def windows_at(y: Floats | Ints, x: Floats | Ints, height: Floats | Ints | int, 
 def uniforms(seed: int, epoch: int, purpose: int, samples: Ints, num_draws: int) -> Floats:
     """Return numbers in [0, 1), float64 [N, num_draws], of SplitMix64 seeded per sample."""
     offsets = np.arange(1, num_draws + 1, dtype=np.uint64) * _GOLDEN
-    words = _mix(_keys(seed, epoch, purpose, samples)[:, None] + offsets)
+    words = _mix(keys(seed, epoch, purpose, samples)[:, None] + offsets)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _keys(seed: int, epoch: int, purpose: int, samples: Ints) -> UInts:
+def keys(seed: int, epoch: int, purpose: int, samples: Ints) -> UInts:
+    """Return a random number for each sample, uint64 [N]."""
     key = np.zeros(1, np.uint64)
     for part in (seed, epoch, purpose):
         key = _mix(key + _GOLDEN ^ np.array([part], np.uint64))

@@ -32,6 +32,7 @@ class TorchPipeline:
         Image.init()  # before the threads, which would all load Pillow's plugins at the same time
         self._geometry, self._image_size = output.geometry, output.image_size
         self._stall_seconds = output.stall_seconds
+        self._rand_augment = output.rand_augment
         self._threads = ThreadPoolExecutor(output.num_threads, thread_name_prefix="decode")
         # Each thread resizes its windows alone, so that a batch takes no more memory than its
         # images.
@@ -95,6 +96,11 @@ class TorchPipeline:
             return torch.from_numpy(central_view(np.asarray(image), size).copy())
         else:  # these two steps lead to the window
             image = v2.center_crop(v2.resize(image, [size * 256 // 224], bilinear, antialias=True), [size, size])
+        if self._rand_augment is not None:
+            if request.flips[position]:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            image = self._rand_augment(image, request.epoch, int(request.samples[position]))
+            return torch.from_numpy(np.array(image))
         pixels = np.array(image)
         if self._resizes_windows:
             flip = request.flips[position : position + 1]

@@ -45,6 +45,7 @@ class Distillation:
         schedule: of the run.
         normalize: from images as the loader has them to a network's input.
         device: of the model.
+        label_smoothing: `DataConfig.label_smoothing`.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class Distillation:
         *,
         normalize: Callable[[Tensor], Tensor],
         device: torch.device,
+        label_smoothing: float = 0.0,
     ) -> None:
+        self._label_smoothing = label_smoothing
         self._config, self._source, self._schedule, self._normalize = config, source, schedule, normalize
         self.weights_sha256 = source.weights_sha256
         """sha256 of the teacher's weights."""
@@ -108,4 +111,4 @@ class Distillation:
 
     def loss(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss, and what is reported of it; see `distillation_loss`."""
-        return distillation_loss(logits, labels, teacher_logits, self._config)
+        return distillation_loss(logits, labels, teacher_logits, self._config, self._label_smoothing)

@@ -23,20 +23,21 @@ def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: floa
 
 
 def distillation_loss(
-    logits: Tensor, labels: Tensor, teacher_logits: Tensor, config: DistillConfig
+    logits: Tensor, labels: Tensor, teacher_logits: Tensor, config: DistillConfig, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Return the loss to minimise, 0-dim, and the values of MEASURES, float32 [2], detached.
 
     Args:
         logits: of the student, float32 [N, classes].
-        labels: int64 [N].
+        labels: int64 [N], or shares of the classes, float32 [N, classes].
         teacher_logits: float16 [N, classes].
         config: temperature and weights.
+        label_smoothing: `DataConfig.label_smoothing`.
     """
     soft = soft_cross_entropy(logits, teacher_logits.float(), config.temperature)
     loss = soft if config.soft_weight == 1 else config.soft_weight * soft
     if config.label_weight:
-        loss = loss + config.label_weight * F.cross_entropy(logits, labels)
+        loss = loss + config.label_weight * F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
     with torch.no_grad():
         agreement = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
         return loss, torch.stack([soft.detach(), agreement])

@@ -38,7 +38,10 @@ class AccuracyMeter:
     @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, measured: Tensor | None = None) -> None:
         """Count a batch: loss (its mean over the batch, 0-dim, or that of each image [N]), logits
-        [N, classes], labels [N], and further means over the batch [measures]."""
+        [N, classes], labels [N] or shares of the classes [N, classes], of which the largest counts,
+        and further means over the batch [measures]."""
+        if labels.dim() == 2:
+            labels = labels.argmax(dim=1)
         num_images = labels.numel()
         if num_images == 0:
             return

@@ -39,7 +39,7 @@ def test_same_sweeps_on_the_papers_networks(base: str) -> None:
 def test_every_rule_is_compared() -> None:
     points = load_sweep("s52_optimizers").points
     rules = {parse_train(["--config", "fashion_small", *point.overrides], "t").optim.rule for point in points}
-    assert rules == set(binary_rules())
+    assert rules == set(binary_rules()) - {"real_adam"}  # whose weights stay real
 
 
 def test_second_moment_is_frozen_after_a_tenth() -> None:

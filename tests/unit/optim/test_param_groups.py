@@ -174,7 +174,7 @@ def test_another_rule_keeps_what_both_have() -> None:
         ),
         (
             {"latent_lr": constant(0.1)},
-            "optim.latent_lr belongs to bnew, diode, latent_adam, latent_sgd, sgdat; the rule bop2ndorder",
+            "optim.latent_lr belongs to bnew, diode, latent_adam, latent_sgd, real_adam, sgdat; the rule bop2ndorder",
         ),
         ({"rule": "latent_adam", "momentum": 0.0}, "optim.momentum belongs to latent_sgd"),
         ({"rule": "latent_sgd", "momentum": 1.0}, r"momentum must be in \[0, 1\), not 1.0"),

@@ -24,6 +24,40 @@ def test_power_staircase_and_cosine() -> None:
     assert [cosine(step) for step in (0, 5, 10, 20)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
 
 
+def test_warmup_cosine_is_quicknets() -> None:
+    """600 epochs of 625 steps, 5 of them warm-up, as training/learning_schedules.py of larq-zoo:
+    PolynomialDecay over 3,124 steps, then CosineDecay over 375,000 - 3,125 - 1."""
+    lr = Schedule(start=0.1, kind="warmup_cosine", warmup_epochs=5).over(375_341, num_epochs=600, steps_per_epoch=625)
+    assert (lr.num_steps, lr.warmup_steps) == (375_000, 3125)
+    assert lr(0) == 0.0
+    assert lr(1562) == pytest.approx(0.05)
+    assert lr(3124) == lr(3125) == 0.1
+    assert lr(3125 + 371_874 // 2) == pytest.approx(0.05)
+    assert lr(3125 + 371_874 // 4) == pytest.approx(0.05 * (1 + math.cos(math.pi / 4)), rel=1e-4)
+    assert lr(374_998) > 0.0
+    assert lr(374_999) == lr(10**9) == 0.0
+    given = Schedule(start=1.0, end=0.5, kind="warmup_cosine", warmup_steps=3, num_steps=8).over(100)
+    assert [given(step) for step in range(9)] == pytest.approx(
+        [0.0, 0.5, 1.0, 1.0, 0.926777, 0.75, 0.573223, 0.5, 0.5], abs=1e-6
+    )
+
+
+def test_stairs_are_reactnets_lambda_schedule() -> None:
+    """Its loop calls scheduler.step() before each epoch, so the last of them has a learning rate of
+    0."""
+    num_epochs, steps = 128, 3
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], lr=2.5e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / num_epochs)
+    optimizer.step()
+    lr = Schedule(start=2.5e-3, kind="stairs").over(400, num_epochs=num_epochs, steps_per_epoch=steps)
+    for epoch in range(num_epochs):
+        scheduler.step()
+        assert {lr(epoch * steps + step) for step in range(steps)} == {scheduler.get_last_lr()[0]}
+    assert lr(127 * steps) == 0.0
+    assert lr(126 * steps) > 0.0
+    assert Schedule(start=1.0, end=0.5, kind="stairs", stairs=2, num_steps=10).over(3)(4) == 0.75
+
+
 def test_warmup_multiplies() -> None:
     warm = Schedule(start=1.0, warmup_steps=4)
     assert [warm(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
@@ -37,6 +71,11 @@ def test_warmup_multiplies() -> None:
         ({"start": 1.0, "num_steps": 0}, "num_steps"),
         ({"start": 1.0, "share": 0.0}, r"share of a schedule must be in \(0, 1\], not 0.0"),
         ({"start": 1.0, "warmup_steps": -1}, "warmup_steps"),
+        ({"start": 1.0, "warmup_epochs": 5.0}, "warmup_epochs .* is 5.0: it needs kind warmup_cosine, not constant"),
+        ({"start": 1.0, "kind": "cosine", "stairs": 5}, "stairs .* not 5 with cosine"),
+        ({"start": 1.0, "kind": "stairs", "stairs": 0}, "stairs .* at least 1"),
+        ({"start": 1.0, "kind": "stairs", "share": 0.5}, "a stairs schedule lasts the whole run"),
+        ({"start": 1.0, "kind": "warmup_cosine", "delay_steps": 5}, "a warmup_cosine schedule lasts the whole run"),
         ({"start": 1.0, "kind": "linear"}, "kind of a schedule must be one of constant, polynomial, .*, not 'linear'"),
     ],
 )
@@ -48,6 +87,9 @@ def test_bad_values_are_named(options: dict[str, float], message: str) -> None:
 def test_open_length_must_be_filled_before_use() -> None:
     with pytest.raises(ValueError, match="num_steps"):
         linear(1.0, 0.0)(0)
+    for kind in ("stairs", "warmup_cosine"):
+        with pytest.raises(ValueError, match="num_steps"):
+            Schedule(start=1.0, kind=kind)(0)  # type: ignore[arg-type]
     assert linear(1.0, 0.0).over(10)(5) == 0.5
     assert linear(1.0, 0.0, 20).over(10)(5) == 0.75
     stairs = Schedule(start=1.0, kind="exponential", rate=0.1, share=0.25).over(10)  # 2.5 steps, to even

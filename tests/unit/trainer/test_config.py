@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from bitfleet.configs import available, load_config
-from bitfleet.optim import OptimConfig, TransitionConfig
+from bitfleet.optim import OptimConfig, Schedule, TransitionConfig
 from bitfleet.trainer.config import from_dict, resolve_replicas, to_dict, with_precision
+from bitfleet.trainer.distillation import DistillConfig
 from bitfleet.trainer.engine.config import EngineConfig
 from bitfleet.trainer.metrics import MetricsConfig
 
@@ -51,6 +52,25 @@ def test_transitions_need_our_own_sharding() -> None:
         ValueError, match=r'optim.transitions needs engine.sharding "bits", which counts .* not \'zero1\''
     ):
         dataclasses.replace(config, optim=optim, engine=dataclasses.replace(config.engine, sharding="zero1"))
+
+
+def test_a_warm_up_ends_before_the_run() -> None:
+    config = load_config("fashion_quickstart")
+    warm = Schedule(start=0.1, kind="warmup_cosine", warmup_epochs=5)
+    for fields in ({"lr": warm}, {"rule": "latent_adam", "latent_lr": warm}):
+        optim = OptimConfig(**fields)  # type: ignore[arg-type]
+        assert from_dict(to_dict(dataclasses.replace(config, epochs=6, optim=optim))).optim == optim
+        with pytest.raises(ValueError, match=r"lr\.warmup_epochs is 5, and the run has 5 epochs: warm up for less"):
+            dataclasses.replace(config, epochs=5, optim=optim)
+
+
+def test_smoothed_labels_need_a_loss_of_labels() -> None:
+    config = load_config("fashion_quickstart")
+    data = dataclasses.replace(config.data, label_smoothing=0.1)
+    teacher = DistillConfig(teacher="resnet34", label_weight=0.5)
+    assert dataclasses.replace(config, data=data, distill=teacher).data == data
+    with pytest.raises(ValueError, match=r"data\.label_smoothing is 0\.1, but labels are not used: set distill"):
+        dataclasses.replace(config, data=data, distill=DistillConfig(teacher="resnet34"))
 
 
 def test_diagnostics_want_sharded_bits() -> None:

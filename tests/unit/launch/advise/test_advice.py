@@ -48,8 +48,16 @@ def test_nothing_is_wrong_with_the_shipped_ones() -> None:
         num_images = 6000 if is_embedded else count_images(config.data, config.model.num_classes)[0]
         lines = lines_of(config, num_images)
         assert {line.verdict for line in lines.values()} <= {"ok", "look"}, name
-        assert lines["flips at step 1"].value == "50 %"
-        assert "w is -sign(m)" in lines["threshold against r, start"].reason
+        if config.optim.rule == "bop2ndorder":
+            assert lines["flips at step 1"].value == "50 %"
+            assert "w is -sign(m)" in lines["threshold against r, start"].reason
+
+
+def test_a_warm_up_is_shown_with_its_top() -> None:
+    warm = Schedule(start=0.01, kind="warmup_cosine", warmup_epochs=2)
+    lines = lines_of(defaults_of("latent_adam", latent_lr=warm))
+    assert lines["schedule of latent_lr"].value == "0 -> 0.01 -> 0"
+    assert lines["at twice the batch"].value == "latent_lr 0.02"
 
 
 def test_numbers_of_the_quickstart() -> None:

@@ -169,7 +169,7 @@ def test_labels_are_moved_apart_and_no_further() -> None:
 
 
 def test_published_numbers_are_the_same_everywhere() -> None:
-    assert set(PAPERS) == set(networks())
+    assert set(PAPERS) == set(networks()) - {"reactnet18", "reactnet_a"}  # no curves of them are published
     for name, paper in PAPERS.items():
         rows = [(row.top1, row.top5) for row in published(name) if row.same_network]
         assert {(paper.top1, paper.top5), *((near["top1"], near["top5"]) for near in paper.neighbours)} <= set(rows)
@@ -179,7 +179,6 @@ def test_published_numbers_are_the_same_everywhere() -> None:
 
 
 def test_the_papers_numbers_are_there_with_their_source() -> None:
-    assert set(networks()) == {"birealnet18", "xnornet", "binarynet"}
-    best = {name: max(row.top1 for row in published(name) if "Bop2ndOrder" in row.method) for name in networks()}
-    assert best == {"birealnet18": 57.2, "xnornet": 46.9, "binarynet": 91.9}
+    best = {"birealnet18": 57.2, "xnornet": 46.9, "binarynet": 91.9}
+    assert {name: max(row.top1 for row in published(name) if "Bop2ndOrder" in row.method) for name in best} == best
     assert all(row.source and 0 < row.top1 < 100 for name in networks() for row in published(name))

@@ -121,7 +121,7 @@ def test_end_within_the_tolerance(last: float, kind: str) -> None:
     assert (found in DISAGREES) == (kind == "not reproduced")
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", [name for name, paper in PAPERS.items() if paper.neighbours])
 def test_numbers_that_the_paper_improves_on_do_not_pass(name: str) -> None:
     bop = PAPERS[name].neighbours[0]
     assert bop["name"].startswith("Bop")

@@ -127,6 +127,20 @@ def test_sentences_count_epochs_in_steps_and_percent() -> None:
     assert "top-1 60.00 % at epoch 3/10" in said(3, 60.0, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "tenth", "end"),
+    [("quicknet_small", 43.4, 59.35), ("quicknet", 48.1, 63.25), ("quicknet_large", 47.3, 66.89)],
+)
+def test_quicknets_curves(name: str, tenth: float, end: float) -> None:
+    """Epochs are published from 0 on: the accuracy of epoch 9 is that after 10 epochs."""
+    curve = expected_curve(PAPERS[name].config)
+    assert curve is not None
+    assert expected_at(curve, 10 / 600) == Point(10, tenth, 5.0)
+    assert expected_at(curve, 1.0) == Point(600, end, 1.0)
+    assert end == pytest.approx(PAPERS[name].top1, abs=0.06)
+    assert load_config(PAPERS[name].config).epochs == curve.epochs
+
+
 def test_tolerance_is_twice_what_schedules_alone_make() -> None:
     """The two curves of larq-zoo from their ends, at the fractions where both are known."""
     birealnet, xnornet = expected_curve("birealnet18_imagenet"), expected_curve("xnornet_imagenet")
