@@ -9,6 +9,7 @@ from bitfleet.launch.parsing.arguments import parse_train
 from bitfleet.optim import binary_rules
 
 RUNS = {
+    "blocks": 24,
     "regime": 15,
     "s511_bias_and_norm": 18,
     "s512_ablation": 39,
@@ -24,7 +25,7 @@ def test_every_point_of_every_sweep_is_a_run(name: str) -> None:
     assert sweep.name == name
     runs = plan_runs(sweep, Path("f"), (), lambda words: parse_train(words, "t"))
     assert len(runs) == RUNS[name]
-    distinct = {str((run.config.optim, run.config.model)) for run in runs}
+    distinct = {str((run.config.optim, run.config.model, run.config.distill)) for run in runs}
     assert len(distinct) == len(sweep.points)  # no two points are the same run
 
 
