@@ -27,10 +27,12 @@ class ModelConfig:
     norm: Literal["batch", "layer", "none"] | None = None
     """Normalization; none (Bi-Real Nets): only factor and offset. None: the network's default."""
     width: int | None = None
-    """Channels of the first stage of a Bi-Real Net. None: the network's default."""
+    """Channels of the first stage of a Bi-Real Net, ReActNet or QuickNet. None: the network's
+    default."""
     depths: tuple[int, ...] | None = None
-    """Binary convolutions per stage of a Bi-Real Net. None: the network's default."""
-    binarizer: Literal["ste", "approx", "hardtanh_tanh"] | None = None
+    """Binary convolutions per stage of a Bi-Real Net, ReActNet-18 or QuickNet. None: the network's
+    default."""
+    binarizer: Literal["ste", "wide_ste", "approx", "hardtanh_tanh"] | None = None
     """Pseudo-gradient of the sign of the features. None: the network's default."""
     residual: Literal["single", "double"] | None = None
     """Shortcuts of a Bi-Real Net around each two convolutions, or each. None: the default."""

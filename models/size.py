@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
+from bitfleet.models.layers.real_layers import BlurPool2d
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class ModelSize:
 
 
 def count(model: nn.Module, input_size: tuple[int, ...]) -> ModelSize:
-    """Count in one forward pass like larq's summary: padding counts, norms and pools do not.
+    """Count in one forward pass like larq's summary: padding counts, norms and most pools do not.
+
+    A blur pool counts, as the depthwise convolution that it is in larq-zoo.
 
     Args:
         model: run in evaluation mode and left unchanged.
@@ -55,7 +58,7 @@ def count(model: nn.Module, input_size: tuple[int, ...]) -> ModelSize:
 
 
 def layer_macs(model: nn.Module, input_size: tuple[int, ...]) -> dict[nn.Module, int]:
-    """Count multiply-accumulates per image of every convolution and linear layer that is reached.
+    """Count multiply-accumulates per image of every convolution, linear layer and blur reached.
 
     Args:
         model: run in evaluation mode on any device ("meta" computes nothing) and left unchanged.
@@ -64,10 +67,12 @@ def layer_macs(model: nn.Module, input_size: tuple[int, ...]) -> dict[nn.Module,
     macs: dict[nn.Module, int] = {}
 
     def add_macs(layer: Any, _: tuple[Tensor, ...], output: Tensor) -> None:
-        macs[layer] = macs.get(layer, 0) + output.numel() * layer.weight[0].numel()
+        per_output = layer.macs_per_output if isinstance(layer, BlurPool2d) else layer.weight[0].numel()
+        macs[layer] = macs.get(layer, 0) + output.numel() * per_output
 
+    kinds = nn.Conv2d | nn.Linear | BlurPool2d
     modes = {module: module.training for module in model.modules()}
-    hooks = [m.register_forward_hook(add_macs) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [m.register_forward_hook(add_macs) for m in model.modules() if isinstance(m, kinds)]
     first = next(model.parameters())
     try:
         with torch.no_grad():

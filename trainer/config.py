@@ -51,8 +51,8 @@ class TrainConfig:
     folder or checkpoint."""
     init: Path | None = None
     """Weights to start from: a run folder or checkpoint, a file of `bitfleet checkpoint weights`,
-    or Keras' .npz, .h5 or .keras. The state of a rule that flips weights is seeded so that they
-    keep their signs (optim.init_inertia). None: random ones."""
+    PyTorch's .pth or .pth.tar, or Keras' .npz, .h5 or .keras. The state of a rule that flips
+    weights is seeded so that they keep their signs (optim.init_inertia). None: random ones."""
     init_head: Literal["loaded", "new"] = "loaded"
     """new: the layers whose size depends on the number of classes start at random, as for other
     classes than those of `init`."""

@@ -17,21 +17,53 @@ from torch import Tensor, nn
 
 from bitfleet.models.keras.files import Array, read_keras_file
 from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
-from bitfleet.models.layers.real_layers import BatchNorm, ChannelAffine, ChannelLayerNorm, SameConv2d
+from bitfleet.models.layers.real_layers import (
+    BatchNorm,
+    BlurPool2d,
+    ChannelAffine,
+    ChannelLayerNorm,
+    SameConv2d,
+    SameDepthwiseConv2d,
+)
+from bitfleet.models.networks.binary_alexnet import BinaryAlexNet
 from bitfleet.models.networks.binarynet import BinaryNet
 from bitfleet.models.networks.birealnet import BiRealNet
+from bitfleet.models.networks.quicknet import QuickNet
+from bitfleet.models.networks.real_to_binary import RealToBinary
+from bitfleet.models.networks.resnet_e import BinaryResNetE
 from bitfleet.models.networks.xnornet import XNORNet
 
 Scales = Literal["none", "larq-zoo"]
 
+
+class _Blur(nn.Module):
+    """Stands for a BlurPool2d, whose filter is a variable in Keras."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        row = torch.tensor([1.0, 2.0, 1.0]) / 4
+        self.weight = (row[:, None] * row).repeat(num_channels, 1, 1, 1)
+
+
 _KINDS: dict[type[nn.Module], str] = {
     SameConv2d: "conv2d",
+    SameDepthwiseConv2d: "depthwise_conv2d",
+    _Blur: "depthwise_conv2d",
     QuantConv2d: "quant_conv2d",
     nn.Linear: "dense",
     QuantLinear: "quant_dense",
     BatchNorm: "batch_normalization",
     ChannelLayerNorm: "layer_normalization",
+    nn.PReLU: "p_re_lu",
 }
+_LARQ_KINDS: dict[type[nn.Module], str] = {
+    **_KINDS,
+    SameConv2d: "quant_conv2d",
+    SameDepthwiseConv2d: "quant_depthwise_conv2d",
+    nn.Linear: "quant_dense",
+}
+"""Of a network whose layers are larq's, whether quantized or not."""
+_NAMES = tuple(dict.fromkeys([*_KINDS.values(), *_LARQ_KINDS.values()]))
 _NORMS = (_KINDS[BatchNorm], _KINDS[ChannelLayerNorm])
 _NORM_VARIABLES = {
     "gamma": "weight",
@@ -39,7 +71,13 @@ _NORM_VARIABLES = {
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
-_LAYER = re.compile(rf"({'|'.join(_KINDS.values())})(?:_([1-9]\d*))?")
+_VARIABLES: dict[str, dict[str, str]] = {
+    **dict.fromkeys(_NORMS, _NORM_VARIABLES),
+    **{kinds[SameDepthwiseConv2d]: {"depthwise_kernel": "weight"} for kinds in (_KINDS, _LARQ_KINDS)},
+    _KINDS[nn.PReLU]: {"alpha": "weight"},
+}
+"""The attribute of a module that holds each variable of a class; others have kernel and bias."""
+_LAYER = re.compile(rf"({'|'.join(_NAMES)})(?:_([1-9]\d*))?")
 _VARIABLE = re.compile(r"(\w+)(?::0)?")
 
 
@@ -56,6 +94,8 @@ class _Layer:
     """The norm of its output; only a max pool may be between."""
     num_pixels: int
     """Pixels per channel of the image that was flattened into its input; 1 if none was."""
+    label: str | None = None
+    """The name that the published code gives it, if not that of its class and number."""
 
     @property
     def name(self) -> str:
@@ -64,14 +104,25 @@ class _Layer:
     @property
     def variables(self) -> dict[str, Tensor]:
         """The tensor that each Keras variable fills, in Keras' order."""
-        names = _NORM_VARIABLES if self.kind in _NORMS else {"kernel": "weight", "bias": "bias"}
+        names = _VARIABLES.get(self.kind, {"kernel": "weight", "bias": "bias"})
         targets = {name: getattr(self.module, attribute, None) for name, attribute in names.items()}
         return {name: target for name, target in targets.items() if target is not None}
 
     def shape(self, variable: str) -> tuple[int, ...]:
         """Shape of a variable in a file."""
         target = self.variables[variable]
+        if variable == "alpha":
+            return (1, 1, *target.shape)
+        if variable == "depthwise_kernel":
+            return tuple(target.permute(2, 3, 0, 1).shape)
         return tuple(target.permute(2, 3, 1, 0).shape if target.dim() == 4 else target.t().shape)
+
+    def value(self, variable: str, array: Array) -> Tensor:
+        """Convert a variable of a file to PyTorch's layout."""
+        if variable == "kernel":
+            return kernel_from_keras(array, self.num_pixels)
+        tensor = torch.from_numpy(array)
+        return tensor.permute(2, 3, 0, 1) if variable == "depthwise_kernel" else tensor.flatten()
 
 
 class _Found(NamedTuple):
@@ -89,7 +140,8 @@ def load_keras_weights(model: nn.Module, path: Path, *, scales: Scales = "none")
     has no gamma (`scale=False`, as in larq-zoo's XNOR-Net), the norms get a factor of 1.
 
     Args:
-        model: `BinaryNet`, `XNORNet` or `BiRealNet`, with either norm.
+        model: `BinaryNet`, `XNORNet` or `BiRealNet`, with either norm, or `QuickNet`,
+            `BinaryResNetE`, `RealToBinary` or `BinaryAlexNet`.
         path: .h5 of `model.save_weights` or `model.save`, .keras, or .npz with arrays named like
             Keras' variables ("quant_conv2d_1/kernel:0"; numbers may start anywhere, Keras counts
             over all models of a process) or with those of `np.savez(path, *model.get_weights())`.
@@ -106,7 +158,7 @@ def load_keras_weights(model: nn.Module, path: Path, *, scales: Scales = "none")
     if scales not in get_args(Scales):
         raise ValueError(f'scales is {scales!r}; expected "none" or "larq-zoo"')
     layers = _layers(model)
-    arrays = read_keras_file(path)
+    arrays = _by_class(read_keras_file(path), layers)
     network = f"{type(model).__name__} with {next(layer.kind for layer in layers if layer.kind in _NORMS)}"
     match = _match_by_name
     if all(re.fullmatch(r"arr_\d+", name) for name in arrays):
@@ -120,7 +172,7 @@ def load_keras_weights(model: nn.Module, path: Path, *, scales: Scales = "none")
     with torch.no_grad():
         for layer, variables in found.items():
             for variable, (_, array) in variables.items():
-                value = kernel_from_keras(array, layer.num_pixels) if variable == "kernel" else torch.from_numpy(array)
+                value = layer.value(variable, array)
                 if isinstance(layer.module, QuantConv2d | QuantLinear):
                     value = torch.where(value >= 0, 1.0, -1.0)
                 layer.variables[variable].copy_(value)
@@ -146,19 +198,39 @@ def _layers(model: nn.Module) -> list[_Layer]:
         return _chain([*model.features, *model.classifier], num_pixels=3 * 3)
     if isinstance(model, XNORNet):
         return _chain([*model.features, *model.classifier], num_pixels=1)
+    if isinstance(model, BinaryAlexNet):
+        return _chain([*model.features, *model.classifier], num_pixels=6 * 6)
     if isinstance(model, BiRealNet):
         return _birealnet(model)
+    if isinstance(model, BinaryResNetE):
+        return _residual(model)
+    if isinstance(model, QuickNet):
+        return _quicknet(model)
+    if isinstance(model, RealToBinary):
+        return _real_to_binary(model)
     raise ValueError(
-        f"the network is {type(model).__name__}, whose Keras layers are unknown; expected BinaryNet, XNORNet or "
-        "BiRealNet"
+        f"the network is {type(model).__name__}, whose Keras layers are unknown; expected BinaryNet, XNORNet, "
+        "BiRealNet, QuickNet, BinaryResNetE, RealToBinary or BinaryAlexNet"
     )
 
 
+def _by_class(arrays: dict[str, Array], layers: Sequence[_Layer]) -> dict[str, Array]:
+    """Replace the names of layers that the published code chose by those of class and number."""
+    names = {layer.label: layer.name for layer in layers if layer.label}
+    return {"/".join(names.get(part, part) for part in name.split("/")): array for name, array in arrays.items()}
+
+
 class _Created(list[_Layer]):
-    def add(self, module: nn.Module, norm: nn.Module | None = None, num_pixels: int = 1) -> _Layer:
+    def __init__(self, kinds: dict[type[nn.Module], str] = _KINDS) -> None:
+        super().__init__()
+        self.kinds = kinds
+
+    def add(
+        self, module: nn.Module, norm: nn.Module | None = None, num_pixels: int = 1, label: str | None = None
+    ) -> _Layer:
         """Append the next layer that Keras creates."""
-        kind = _KINDS[type(module)]
-        self.append(_Layer(module, kind, sum(layer.kind == kind for layer in self), norm, num_pixels))
+        kind = self.kinds[type(module)]
+        self.append(_Layer(module, kind, sum(layer.kind == kind for layer in self), norm, num_pixels, label))
         return self[-1]
 
 
@@ -175,14 +247,19 @@ def _chain(modules: Sequence[nn.Module], num_pixels: int) -> list[_Layer]:
 
 
 def _birealnet(model: BiRealNet) -> list[_Layer]:
-    """List the layers of a Bi-Real Net: Keras creates the shortcut first, but lists it second."""
+    """List the layers of a Bi-Real Net that was published."""
     if model.residual != "double" or isinstance(model.stem[1], ChannelAffine):
         raise ValueError(
             'the BiRealNet has residual="single" or norm="none", which no Keras code was published for; expected '
             'residual="double" and norm "batch" or "layer"'
         )
+    return _residual(model)
+
+
+def _residual(model: BiRealNet | BinaryResNetE) -> list[_Layer]:
+    """List the layers of a residual network: Keras creates a shortcut first and lists it second."""
     created = _Created()
-    layers = [created.add(model.stem[0]), created.add(model.stem[1])]
+    layers = [created.add(layer) for layer in model.stem if type(layer) in _KINDS]
     block: Any
     for block in model.blocks:
         shortcut = []
@@ -191,6 +268,51 @@ def _birealnet(model: BiRealNet) -> list[_Layer]:
         conv, norm = created.add(block.conv, block.norm), created.add(block.norm)
         layers += [conv, *shortcut[:1], norm, *shortcut[1:]]
     return [*layers, created.add(model.head)]
+
+
+def _quicknet(model: QuickNet) -> list[_Layer]:
+    """List the layers of a QuickNet."""
+    created = _Created(_LARQ_KINDS)
+    module: Any
+    for module in [*model.stem, *model.blocks, model.head]:
+        for layer in list(module.children()) or [module]:
+            if isinstance(layer, BlurPool2d):
+                created.add(_Blur(created[-1].module.num_features))
+            elif type(layer) in _KINDS:
+                created.add(layer)
+    return list(created)
+
+
+def _real_to_binary(model: RealToBinary) -> list[_Layer]:
+    """List the layers of a Real-to-Binary network, which all have names, by depth in the graph."""
+    created = _Created()
+    conv, norm, activation, _ = model.stem
+    first = "r2b_bnn_block_1"
+    layers = [
+        created.add(conv, label=f"{first}_conv2d"),
+        created.add(norm, label=f"{first}_batch_norm"),
+        created.add(activation, label=f"{first}_prelu"),
+    ]
+    block: Any
+    for index, block in enumerate(model.blocks):
+        name = f"r2b_bnn_block_{2 + index // 2}{'ab'[index % 2]}"
+        shortcut = []
+        if isinstance(block.shortcut, nn.Sequential):
+            shortcut = [
+                created.add(block.shortcut[1], label=f"{name}_shortcut_conv2d"),
+                created.add(block.shortcut[2], label=f"{name}_shortcut_batch_norm"),
+            ]
+        layers += [
+            created.add(block.norm, label=f"{name}_batch_norm"),
+            created.add(block.factors.reduce, label=f"{name}_scaling_dense_reduce"),
+            created.add(block.factors.expand, label=f"{name}_scaling_dense_expand"),
+            created.add(block.conv, label=f"{name}_conv2d"),
+            *shortcut[:1],
+            created.add(block.activation, label=f"{name}_prelu"),
+            *shortcut[1:],
+        ]
+    last = f"r2b_bnn_block_{2 + len(model.blocks) // 2}"
+    return [*layers, created.add(model.head, label=f"{last}_logits")]
 
 
 def _match_by_order(arrays: dict[str, Array], layers: list[_Layer], network: str, path: Path) -> _Matches:
@@ -288,7 +410,7 @@ def _grouped(arrays: dict[str, tuple[str, Array]], path: Path) -> dict[str, dict
             raise ValueError(
                 f"{path} has {name} of shape {array.shape}; expected names as quant_conv2d_1/kernel:0, of "
                 "layers called "
-                f"{', '.join(_KINDS.values())}, or only arr_0, arr_1, ..."
+                f"{', '.join(_NAMES)}, or only arr_0, arr_1, ..."
             )
         index, layer = matches[0]
         model = models.setdefault("/".join(above[:index]), len(models))
@@ -338,6 +460,11 @@ def _check(found: _Matches, network: str, path: Path) -> None:
             variables[variable] = _Found(
                 name, np.asarray(array, np.float64 if array.dtype.itemsize > 4 else np.float32)
             )
+            if isinstance(layer.module, _Blur) and not np.allclose(array, layer.module.weight.permute(2, 3, 0, 1)):
+                raise ValueError(
+                    f"{path} has another filter than the outer square of [1, 2, 1] / 4 in {name}; {network} cannot "
+                    "train that one"
+                )
         for name, array in [variables[variable] for variable in variables if variable not in layer.variables]:
             expected = ", ".join(layer.variables)
             raise ValueError(

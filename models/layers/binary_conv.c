@@ -18,9 +18,10 @@
 #define INLINE static inline __attribute__((always_inline))
 enum { WORD = 64, LANES = 8, PIXELS = 8 };
 
-/* A layer. `left` ... `bottom` is the zero padding; the packed input has it too, as pixels of zero bits. */
+/* A layer. `left` ... `bottom` is the padding, which the packed input has too: of zeros, as pixels of zero bits, or if `ones` of +1,
+ * as pixels of one bits. */
 struct layer {
-    int64_t images, height, width, channels, outputs, out_height, out_width, kernel, stride, left, right, top, bottom;
+    int64_t images, height, width, channels, outputs, out_height, out_width, kernel, stride, left, right, top, bottom, ones;
 };
 
 INLINE int64_t words_of(const struct layer *l) { return (l->channels + WORD - 1) / WORD; }
@@ -56,55 +57,66 @@ INLINE void store(void *values, int64_t i, float value, const int is_bf16) {
 
 /* Not `>=`: torch's sign of a NaN is 0, which counts as +1. */
 INLINE int is_positive(float value) { return !(value < 0.0f); }
-INLINE int is_inside(float value) { return fabsf(value) <= 1.0f; }
+INLINE int is_inside(float value, float limit) { return fabsf(value) <= limit; }
 
 /* 32 bits at a time, which compilers turn into vector comparisons. */
-INLINE void pack_half_word(const int width, const int is_bf16, const void *x, int64_t first, uint32_t *signs, uint32_t *inside) {
+INLINE void pack_half_word(const int width, const int is_bf16, const void *x, int64_t first, uint32_t *signs, uint32_t *inside,
+                           float limit) {
     uint32_t positive = 0, within = 0;
     for (int i = 0; i < width; i++) positive |= (uint32_t)is_positive(load(x, first + i, is_bf16)) << i;
     *signs = positive;
     if (!inside) return;
-    for (int i = 0; i < width; i++) within |= (uint32_t)is_inside(load(x, first + i, is_bf16)) << i;
+    for (int i = 0; i < width; i++) within |= (uint32_t)is_inside(load(x, first + i, is_bf16), limit) << i;
     *inside = within;
 }
 
-INLINE void pack_pixel(const int is_bf16, const void *x, int64_t first, int64_t channels, uint64_t *signs, uint64_t *inside) {
+INLINE void pack_pixel(const int is_bf16, const void *x, int64_t first, int64_t channels, uint64_t *signs, uint64_t *inside,
+                       float limit) {
     for (int64_t c = 0; c < channels; c += WORD) {
         uint32_t halves[2] = {0, 0}, within[2] = {0, 0};
         for (int half = 0; half < 2; half++) {
             const int64_t begin = c + 32 * half, left = channels - begin;
             if (left >= 32)
-                pack_half_word(32, is_bf16, x, first + begin, halves + half, inside ? within + half : 0);
+                pack_half_word(32, is_bf16, x, first + begin, halves + half, inside ? within + half : 0, limit);
             else if (left > 0)
-                pack_half_word((int)left, is_bf16, x, first + begin, halves + half, inside ? within + half : 0);
+                pack_half_word((int)left, is_bf16, x, first + begin, halves + half, inside ? within + half : 0, limit);
         }
         *signs++ = halves[0] | (uint64_t)halves[1] << 32;
         if (inside) *inside++ = within[0] | (uint64_t)within[1] << 32;
     }
 }
 
+/* Fills `pixels` packed pixels with the padding. */
+INLINE void pack_padding(const struct layer *l, int64_t pixels, uint64_t *out) {
+    const int64_t words = words_of(l), rest = l->channels % WORD;
+    memset(out, l->ones ? 0xff : 0, pixels * words * sizeof *out);
+    if (l->ones && rest)
+        for (int64_t pixel = 0; pixel < pixels; pixel++) out[pixel * words + words - 1] = ((uint64_t)1 << rest) - 1;
+}
+
 /* x: float or bfloat16 [images][height][width][channels]
  * signs: [images][padded height][padded width][words], bit 1 where x >= 0
- * inside: [images][height][width][words], bit 1 where |x| <= 1; or NULL */
-void pack_input(const struct layer *l, int num_threads, const void *x, uint64_t *signs, uint64_t *inside, int is_bf16) {
+ * inside: [images][height][width][words], bit 1 where |x| <= limit; or NULL */
+void pack_input(const struct layer *l, int num_threads, const void *x, uint64_t *signs, uint64_t *inside, int is_bf16,
+                float limit) {
     const int64_t words = words_of(l), row_words = padded_width(l) * words;
 #pragma omp parallel for num_threads(num_threads) schedule(static)
     for (int64_t row = 0; row < l->images * padded_height(l); row++) {
         const int64_t image = row / padded_height(l), h = row % padded_height(l) - l->top;
         uint64_t *out = signs + row * row_words;
         if (h < 0 || h >= l->height) {
-            memset(out, 0, row_words * sizeof *out);
+            pack_padding(l, padded_width(l), out);
             continue;
         }
-        memset(out, 0, l->left * words * sizeof *out);
-        memset(out + (l->left + l->width) * words, 0, l->right * words * sizeof *out);
+        pack_padding(l, l->left, out);
+        pack_padding(l, l->right, out + (l->left + l->width) * words);
         for (int64_t w = 0; w < l->width; w++) {
             const int64_t pixel = (image * l->height + h) * l->width + w;
             uint64_t *to = out + (l->left + w) * words, *within = inside ? inside + pixel * words : 0;
             if (is_bf16)
-                pack_pixel(1, x, pixel * l->channels, l->channels, to, within);
+                pack_pixel(1, x, pixel * l->channels, l->channels, to, within, limit);
             else
-                pack_pixel(0, x, pixel * l->channels, l->channels, to, within);
+                pack_pixel(0, x, pixel * l->channels, l->channels, to, within, limit);
         }
     }
 }
@@ -173,8 +185,9 @@ INLINE void count_block(const int num, const uint64_t *x, int64_t row_words, int
 #endif
 }
 
-/* Sums of products of a pixel at (top, left), before the taps that lie on padding are corrected, which only borders have. */
+/* Sums of products of a pixel at (top, left), before the taps that lie on zeros are corrected, which only borders have. */
 INLINE void correct(const struct layer *l, const int64_t *borders, int64_t top, int64_t left, int64_t *sums) {
+    if (l->ones) return;
     if (top >= 0 && left >= 0 && top + l->kernel <= l->height && left + l->kernel <= l->width) return;
     for (int64_t i = 0; i < l->kernel; i++)
         for (int64_t j = 0; j < l->kernel; j++) {
@@ -255,7 +268,7 @@ INLINE void unpack_pixel(const int is_bf16, const uint64_t *pixel, int64_t strid
     }
 }
 
-/* +-1 where packed, 0 on padding.
+/* +-1 where packed, 0 on padding with zeros.
  *
  * values: float or bfloat16; with padding [images][padded height][padded width][channels], else without it */
 void unpack_input(const struct layer *l, int num_threads, const uint64_t *signs, void *values, int with_padding, int is_bf16) {
@@ -267,7 +280,7 @@ void unpack_input(const struct layer *l, int num_threads, const uint64_t *signs,
         for (int64_t column = 0; column < width; column++) {
             const int64_t w = column + left, first = (row * width + column) * l->channels;
             const uint64_t *pixel = signs + ((image * padded_height(l) + h) * padded_width(l) + w) * words;
-            if (h < l->top || h >= l->top + l->height || w < l->left || w >= l->left + l->width)
+            if (!l->ones && (h < l->top || h >= l->top + l->height || w < l->left || w >= l->left + l->width))
                 memset((char *)values + first * (is_bf16 ? 2 : 4), 0, l->channels * (is_bf16 ? 2 : 4));
             else if (is_bf16)
                 unpack_pixel(1, pixel, 1, l->channels, values, first);

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bitfleet.c_library import CLibraryError, load_c_library
-from bitfleet.models.layers.quantizers import Binarizer, Quantizer, binarizer_of, pseudo_gradient
+from bitfleet.models.layers.quantizers import LIMITS, Binarizer, Quantizer, binarizer_of, pseudo_gradient
 from bitfleet.models.layers.real_layers import Padding
 
 SOURCE = Path(__file__).with_name("binary_conv.c")
@@ -40,7 +40,10 @@ MIN_SHARE = 32_768
 
 
 class ConvShape(NamedTuple):
-    """Sizes of a convolution, ordered as `struct layer` in C; `left` ... `bottom` is padding."""
+    """Sizes of a convolution, ordered as `struct layer` in C.
+
+    `left` ... `bottom` is padding: with zeros, or with +1 if `ones` is 1.
+    """
 
     images: int
     height: int
@@ -55,6 +58,7 @@ class ConvShape(NamedTuple):
     right: int
     top: int
     bottom: int
+    ones: int = 0
 
     @property
     def words(self) -> int:
@@ -77,9 +81,9 @@ class ConvShape(NamedTuple):
         return self.left + self.width + self.right
 
     @property
-    def is_symmetric(self) -> bool:
+    def torch_pads(self) -> bool:
         """Return True if torch's convolutions can apply the padding."""
-        return self.left == self.right and self.top == self.bottom
+        return self.left == self.right and self.top == self.bottom and not self.ones
 
 
 class _Layer(ctypes.Structure):
@@ -103,15 +107,18 @@ def can_pack(x: Tensor, weight: Tensor, quantizer: Quantizer) -> bool:
     )
 
 
-def binary_conv2d(x: Tensor, weight: Tensor, stride: int, padding: Padding, quantizer: Quantizer) -> Tensor:
-    """Compute the bits of `conv2d(quantizer(x), weight, stride, padding)` and of its gradients.
+def binary_conv2d(
+    x: Tensor, weight: Tensor, stride: int, padding: Padding, quantizer: Quantizer, pad_value: float = 0.0
+) -> Tensor:
+    """Compute the bits of `conv2d(quantizer(x), weight, stride, padding, pad_value)` and gradients.
 
     Args:
         x: [N, C, H, W], accepted by `can_pack`.
         weight: float32 [out, C, kernel, kernel], every element +1 or -1.
         stride: in both directions.
-        padding: zeros around the signs.
+        padding: around the signs.
         quantizer: from quantizers.py.
+        pad_value: 0 or 1.
 
     Returns:
         [N, out, H', W'], channels_last, in the autocast dtype if autocast is on.
@@ -120,7 +127,8 @@ def binary_conv2d(x: Tensor, weight: Tensor, stride: int, padding: Padding, quan
     outputs, _, kernel, _ = weight.shape
     out_height = (height + padding.top + padding.bottom - kernel) // stride + 1
     out_width = (width + padding.left + padding.right - kernel) // stride + 1
-    shape = ConvShape(images, height, width, channels, outputs, out_height, out_width, kernel, stride, *padding)
+    sizes = (images, height, width, channels, outputs, out_height, out_width, kernel, stride)
+    shape = ConvShape(*sizes, *padding, int(pad_value))
     result: Tensor = _BinaryConv2d.apply(x, weight, shape, _out_dtype(x), binarizer_of(quantizer))
     return result
 
@@ -139,8 +147,9 @@ class _BinaryConv2d(torch.autograd.Function):
             out, signs, bits = _forward_op(x, weight, shape, dtype)
             kept = x
         else:
-            # "ste" needs one bit of an element, the other pseudo-gradients all of it.
-            signs, inside = pack_input(x, shape, with_inside=binarizer == "ste" and ctx.needs_input_grad[0])
+            # A mask is one bit of an element; the other pseudo-gradients need all of it.
+            limit = LIMITS.get(binarizer) if ctx.needs_input_grad[0] else None
+            signs, inside = pack_input(x, shape, limit)
             bits, borders = pack_weight(weight.contiguous(), shape)
             out = convolve(signs, bits, borders, shape, dtype)
             kept = x if inside is None else inside
@@ -173,7 +182,7 @@ def _forward(x: Tensor, weight: Tensor, shape: Sequence[int], dtype: torch.dtype
             "a compiled binary convolution got weights other than +1 and -1, as the rule bnew trains them: "
             "use --model.compile off"
         )
-    signs, _ = pack_input(x.contiguous(memory_format=torch.channels_last), sizes, with_inside=False)
+    signs, _ = pack_input(x.contiguous(memory_format=torch.channels_last), sizes)
     bits, borders = pack_weight(weight.contiguous(), sizes)
     return convolve(signs, bits, borders, sizes, dtype), signs, bits
 
@@ -186,11 +195,11 @@ def _backward(
     dtype = grad.dtype  # that of the forward pass, whether or not autocast chose it
     grad_signs, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad,
-        unpack_input(signs, sizes, dtype, with_padding=not sizes.is_symmetric),
+        unpack_input(signs, sizes, dtype, with_padding=not sizes.torch_pads),
         unpack_weight(bits, sizes, dtype),
         None,
         (sizes.stride, sizes.stride),
-        (sizes.top, sizes.left) if sizes.is_symmetric else (0, 0),
+        (sizes.top, sizes.left) if sizes.torch_pads else (0, 0),
         (1, 1),
         False,
         (0, 0),
@@ -203,16 +212,16 @@ def _backward(
 
 def _cropped(grad_signs: Tensor, shape: ConvShape) -> Tensor:
     """Remove what an asymmetric padding added."""
-    if shape.is_symmetric:
+    if shape.torch_pads:
         return grad_signs
     return grad_signs[:, :, shape.top : shape.top + shape.height, shape.left : shape.left + shape.width]
 
 
 def _through_sign(binarizer: Binarizer, kept: Tensor, grad_signs: Tensor, shape: ConvShape) -> Tensor:
     """Compute the pseudo-gradient, by a kernel if there is one."""
-    if shape.is_symmetric:
+    if shape.torch_pads:
         shape = shape._replace(left=0, right=0, top=0, bottom=0)
-    if binarizer == "ste":
+    if binarizer in LIMITS:
         return ste_gradient(kept, grad_signs, shape)
     if binarizer == "approx":
         return approx_gradient(kept, grad_signs, shape)
@@ -235,7 +244,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     sizes, empty = ConvShape(*shape), grad.new_empty(0)
     weight = grad.new_empty((sizes.outputs, sizes.channels, sizes.kernel, sizes.kernel), dtype=torch.float32)
-    grad_signs = empty_input(grad, sizes, grad.dtype, with_padding=not sizes.is_symmetric)
+    grad_signs = empty_input(grad, sizes, grad.dtype, with_padding=not sizes.torch_pads)
     return grad_signs if needs_signs else empty, weight if needs_weight else empty
 
 
@@ -271,7 +280,7 @@ def _library() -> ctypes.CDLL | None:
         return None
 
 
-def _call(name: str, shape: ConvShape, tensors: list[Tensor | None], *numbers: int) -> None:
+def _call(name: str, shape: ConvShape, tensors: list[Tensor | None], *numbers: int | ctypes.c_float) -> None:
     """Call a C function with shape, threads, pointers to `tensors`, and `numbers`, unchecked."""
     largest = max((tensor for tensor in tensors if tensor is not None), key=Tensor.numel)
     if largest.is_meta:
@@ -280,7 +289,8 @@ def _call(name: str, shape: ConvShape, tensors: list[Tensor | None], *numbers: i
     assert library is not None
     num_threads = max(1, min(torch.get_num_threads(), largest.numel() // MIN_SHARE))
     pointers = [None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    getattr(library, name)(ctypes.byref(_Layer(*shape)), num_threads, *pointers, *map(ctypes.c_int, numbers))
+    values = [ctypes.c_int(number) if isinstance(number, int) else number for number in numbers]
+    getattr(library, name)(ctypes.byref(_Layer(*shape)), num_threads, *pointers, *values)
 
 
 def _is_half(tensor: Tensor) -> bool:
@@ -314,22 +324,22 @@ def empty_output(like: Tensor, shape: ConvShape, dtype: torch.dtype) -> Tensor:
     return _pixels(like, shape.images, shape.outputs, shape.out_height, shape.out_width, dtype)
 
 
-def pack_input(x: Tensor, shape: ConvShape, *, with_inside: bool) -> tuple[Tensor, Tensor | None]:
-    """Pack signs, and optionally the mask |x| <= 1.
+def pack_input(x: Tensor, shape: ConvShape, limit: float | None = None) -> tuple[Tensor, Tensor | None]:
+    """Pack signs, and optionally the mask |x| <= limit.
 
     Args:
         x: [images, channels, height, width], channels_last.
         shape: of the convolution.
-        with_inside: also return the mask.
+        limit: None: without the mask.
 
     Returns:
-        int64 [images, padded height, padded width, words], padding is 0; and int64 [images, height,
-        width, words].
+        int64 [images, padded height, padded width, words], bits of padding with zeros are 0; and
+        int64 [images, height, width, words].
     """
     signs, inside = empty_signs(x, shape), None
-    if with_inside:
+    if limit is not None:
         inside = x.new_empty((shape.images, shape.height, shape.width, shape.words), dtype=torch.int64)
-    _call("pack_input", shape, [x, signs, inside], _is_half(x))
+    _call("pack_input", shape, [x, signs, inside], _is_half(x), ctypes.c_float(limit or 0.0))
     return signs, inside
 
 
@@ -371,7 +381,7 @@ def convolve(signs: Tensor, weight: Tensor, borders: Tensor, shape: ConvShape, d
 
 
 def unpack_input(signs: Tensor, shape: ConvShape, dtype: torch.dtype, *, with_padding: bool) -> Tensor:
-    """Undo `pack_input`: +-1 as `dtype` [images, channels, height, width], padded by zeros."""
+    """Undo `pack_input`: +-1, or 0 of padding, as `dtype` [images, channels, height, width]."""
     values = empty_input(signs, shape, dtype, with_padding=with_padding)
     _call("unpack_input", shape, [signs, values], with_padding, _is_half(values))
     return values
@@ -395,7 +405,7 @@ def transpose_taps(grad: Tensor, shape: ConvShape) -> Tensor:
 
 
 def ste_gradient(inside: Tensor, grad: Tensor, shape: ConvShape) -> Tensor:
-    """Compute `quantizers.pseudo_gradient` for "ste".
+    """Compute `quantizers.pseudo_gradient` for a quantizer in LIMITS.
 
     Args:
         inside: mask of `pack_input`.

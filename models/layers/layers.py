@@ -14,7 +14,14 @@ from torch.nn import functional as F
 
 from bitfleet.models.layers.binary_conv import binary_conv2d, can_pack
 from bitfleet.models.layers.quantizers import Quantizer
-from bitfleet.models.layers.real_layers import NO_PADDING, Initializer, conv2d, glorot_uniform_, same_padding
+from bitfleet.models.layers.real_layers import (
+    NO_PADDING,
+    Initializer,
+    conv2d,
+    even_padding,
+    glorot_uniform_,
+    same_padding,
+)
 
 
 def random_signs_(weight: Tensor, initializer: Initializer) -> Tensor:
@@ -85,7 +92,7 @@ class _BinaryWeight(nn.Module):
 
 
 class QuantConv2d(_BinaryWeight, nn.Conv2d):
-    """Convolution of the quantized, then zero-padded input with a +-1 kernel, no bias.
+    """Convolution of the quantized, then padded input with a +-1 kernel, no bias.
 
     On a CPU with a C compiler it works on packed bits (binary_conv.py), otherwise it is torch's
     convolution.
@@ -95,7 +102,8 @@ class QuantConv2d(_BinaryWeight, nn.Conv2d):
         out_channels: channels of the output.
         kernel_size: side of the square kernel.
         stride: in both directions.
-        padding: "same" as in TensorFlow, also if strided, or "valid" (none).
+        padding: "same" as in TensorFlow, also if strided; "valid" (none); or pixels on each side.
+        pad_value: of the padding, 0 or 1 (+1 is a sign, so that all products are of signs).
         input_quantizer: from quantizers.py; None for a first layer, which sees the real input.
         initializer: the signs (0 -> +1) of its sample are the initial weights.
     """
@@ -108,34 +116,40 @@ class QuantConv2d(_BinaryWeight, nn.Conv2d):
         stride: int = 1,
         *,
         input_quantizer: Quantizer | None,
-        padding: Literal["same", "valid"] = "same",
+        padding: Literal["same", "valid"] | int = "same",
+        pad_value: Literal[0, 1] = 0,
         initializer: Initializer = glorot_uniform_,
     ) -> None:
+        if pad_value not in (0, 1):
+            raise ValueError(f"pad_value is {pad_value}; expected 0 or 1")
         self.initializer = initializer
         super().__init__(in_channels, out_channels, kernel_size, stride, bias=False)
         self.same = padding == "same"
+        self.margin = NO_PADDING if isinstance(padding, str) else even_padding(padding)
+        self.pad_value = pad_value
         self.input_quantizer = input_quantizer
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve [N, in_channels, H, W]."""
         stride = self.stride[0]
-        padding = same_padding(x, self.kernel_size[0], stride) if self.same else NO_PADDING
+        padding = same_padding(x, self.kernel_size[0], stride) if self.same else self.margin
         if self.input_quantizer is None:
-            return conv2d(x, self.weight, stride, padding)
+            return conv2d(x, self.weight, stride, padding, self.pad_value)
         if padding == NO_PADDING and x.shape[2:] == self.weight.shape[2:]:
             # The window is the whole input: a matrix product avoids changing the layout of a large
             # weight.
             product = F.linear(self.input_quantizer(x.flatten(1)), self.weight.flatten(1))
             return product[:, :, None, None]
         if can_pack(x, self.weight, self.input_quantizer):
-            return binary_conv2d(x, self.weight, stride, padding, self.input_quantizer)
-        return conv2d(self.input_quantizer(x), self.weight, stride, padding)
+            return binary_conv2d(x, self.weight, stride, padding, self.input_quantizer, self.pad_value)
+        return conv2d(self.input_quantizer(x), self.weight, stride, padding, self.pad_value)
 
     def extra_repr(self) -> str:
         """Describe the options for `print(model)`."""
         conv: Any = super()
-        padding = "same" if self.same else "valid"
-        return f"{conv.extra_repr()}, padding={padding}, input_quantizer={_name(self.input_quantizer)}"
+        padding = "same" if self.same else self.margin.top or "valid"
+        value = f" of {self.pad_value:+d}" if self.pad_value else ""
+        return f"{conv.extra_repr()}, padding={padding}{value}, input_quantizer={_name(self.input_quantizer)}"
 
 
 class QuantLinear(_BinaryWeight, nn.Linear):

@@ -41,6 +41,16 @@ def glorot_normal_(weight: Tensor) -> Tensor:
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
+def he_normal_(weight: Tensor) -> Tensor:
+    """Fill with Keras' truncated normal: 2 standard deviations, variance 2 / fan_in.
+
+    Args:
+        weight: floating point, [out, in] or [out, in, height, width].
+    """
+    std = (2.0 / weight[0].numel()) ** 0.5 / _TRUNCATED_STDDEV
+    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
 class Padding(NamedTuple):
     """Rows and columns added on each side, in the order of `torch.nn.functional.pad`."""
 
@@ -58,6 +68,11 @@ class Padding(NamedTuple):
 NO_PADDING = Padding(0, 0, 0, 0)
 
 
+def even_padding(margin: int) -> Padding:
+    """Return the padding of `margin` pixels on each side."""
+    return Padding(margin, margin, margin, margin)
+
+
 def same_padding(x: Tensor, kernel_size: int, stride: int) -> Padding:
     """Compute TensorFlow's SAME padding for a square window on `x` [N, C, H, W]."""
     vertical, horizontal = (
@@ -66,11 +81,14 @@ def same_padding(x: Tensor, kernel_size: int, stride: int) -> Padding:
     return Padding(horizontal // 2, horizontal - horizontal // 2, vertical // 2, vertical - vertical // 2)
 
 
-def conv2d(x: Tensor, weight: Tensor, stride: int, padding: Padding) -> Tensor:
-    """Convolve `x` [N, C, H, W], zero-padded, without bias; asymmetric padding copies `x`."""
-    if padding.is_symmetric:
-        return F.conv2d(x, weight, None, stride, (padding.top, padding.left))
-    return F.conv2d(F.pad(x, padding), weight, None, stride)
+def conv2d(x: Tensor, weight: Tensor, stride: int, padding: Padding, pad_value: float = 0.0, groups: int = 1) -> Tensor:
+    """Convolve `x` [N, C, H, W], padded, without bias.
+
+    Padding that is asymmetric, or not with zeros, copies `x`.
+    """
+    if padding.is_symmetric and (pad_value == 0 or padding == NO_PADDING):
+        return F.conv2d(x, weight, None, stride, (padding.top, padding.left), groups=groups)
+    return F.conv2d(F.pad(x, padding, value=pad_value), weight, None, stride, groups=groups)
 
 
 class SameConv2d(nn.Conv2d):
@@ -84,9 +102,10 @@ class SameConv2d(nn.Conv2d):
         stride: int = 1,
         *,
         initializer: Initializer = glorot_uniform_,
+        groups: int = 1,
     ) -> None:
         self.initializer = initializer
-        super().__init__(in_channels, out_channels, kernel_size, stride, bias=False)
+        super().__init__(in_channels, out_channels, kernel_size, stride, groups=groups, bias=False)
 
     def reset_parameters(self) -> None:
         """Draw new weights."""
@@ -95,7 +114,14 @@ class SameConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
         stride = self.stride[0]
-        return conv2d(x, self.weight, stride, same_padding(x, self.kernel_size[0], stride))
+        return conv2d(x, self.weight, stride, same_padding(x, self.kernel_size[0], stride), groups=self.groups)
+
+
+class SameDepthwiseConv2d(SameConv2d):
+    """The same with one filter per channel, which sees only its channel."""
+
+    def __init__(self, num_channels: int, kernel_size: int, stride: int = 1) -> None:
+        super().__init__(num_channels, num_channels, kernel_size, stride, groups=num_channels)
 
 
 class _SamePool2d(nn.Module):
@@ -135,6 +161,51 @@ class SameAvgPool2d(_SamePool2d):
         return F.avg_pool2d(x, self.kernel_size, self.stride, padding, ceil_mode=True, count_include_pad=False)
 
 
+class BlurPool2d(nn.Module):
+    """Every second pixel of an image blurred by the outer square of [1, 2, 1] / 4, zero-padded.
+
+    It removes what the smaller image cannot show (Zhang, "Making Convolutional Networks
+    Shift-Invariant Again", arXiv 1904.11486). Two means over 2x2 pixels are that filter, with SAME
+    padding of 3x3 windows.
+    """
+
+    macs_per_output = 9
+    """As larq counts it: a depthwise 3x3 convolution whose kernel is fixed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, ceil(H / 2), ceil(W / 2)]."""
+        return F.avg_pool2d(F.avg_pool2d(F.pad(x, same_padding(x, 3, 2)), 2, 1), 2)
+
+
+class ChannelBias(nn.Module):
+    """Learned offset (initially 0) per channel of [N, C, H, W].
+
+    Before a sign it is the threshold that ReActNet calls RSign.
+    """
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shift dimension 1."""
+        return x + self.bias.view(-1, 1, 1)
+
+    def extra_repr(self) -> str:
+        """Describe the options for `print(model)`."""
+        return f"{self.bias.numel()}"
+
+
+class RPReLU(nn.Sequential):
+    """ReActNet's activation: x -> PReLU(x + shift) + offset, all learned per channel.
+
+    Shift and offset start at 0, the slope of negative values at 0.25.
+    """
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__(ChannelBias(num_channels), nn.PReLU(num_channels), ChannelBias(num_channels))
+
+
 def normalization(
     kind: Norm, num_channels: int, *, momentum: float, eps: float, scale: bool = True, gain: float | None = None
 ) -> nn.Module:
@@ -172,21 +243,27 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         num_channels: C.
         momentum: Keras' momentum, 1 minus PyTorch's.
         eps: added to the variance.
-        scale: learn a factor besides the offset.
+        scale: learn a factor.
+        center: learn an offset.
     """
 
-    def __init__(self, num_channels: int, *, momentum: float, eps: float, scale: bool = True) -> None:
+    def __init__(
+        self, num_channels: int, *, momentum: float, eps: float, scale: bool = True, center: bool = True
+    ) -> None:
         # Rounded to the decimal that was meant: 1 - 0.8 is 0.19999999999999996.
         super().__init__(num_channels, eps=eps, momentum=round(1 - momentum, 12))
         if not scale:
             self.weight = None  # type: ignore[assignment]
+        if not center:
+            self.bias = None  # type: ignore[assignment]
 
     def reset_parameters(self) -> None:
         """Reset to factor 1, offset 0, running mean 0 and variance 1."""
         self.reset_running_stats()
         if self.weight is not None:
             nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize dimension 1."""

@@ -90,7 +90,7 @@ class BiRealNet(nn.Module):
         norm: "batch", "layer", or "none": a learned factor (initially 1 / sqrt(fan in) after a
             binary convolution) and offset.
         in_chans: channels of the images.
-        binarizer: quantizer of the features: "ste", "approx" or "hardtanh_tanh".
+        binarizer: quantizer of the features: "ste", "wide_ste", "approx" or "hardtanh_tanh".
         residual: "double": a shortcut around each binary convolution. "single": around each two of
             them, as in ResNet.
 

@@ -22,7 +22,7 @@ class XNORNet(nn.Module):
         num_classes: number of classes.
         norm: "batch" or "layer".
         in_chans: channels of the images.
-        binarizer: quantizer of the features: "ste", "approx" or "hardtanh_tanh".
+        binarizer: quantizer of the features: "ste", "wide_ste", "approx" or "hardtanh_tanh".
     """
 
     compiled_apart = ("features", "classifier")

@@ -111,6 +111,18 @@ def test_deepspeed_stages_train_the_same_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("network", ["reactnet_small", "quicknet_small"])
+def test_other_networks_train_the_same_bits_in_all_shardings(network: str, tiny: list[str], tmp_path: Path) -> None:
+    shape = ["--model.depths", "1", "1", "--model.width", "8"]
+    options = [*tiny, "--model.name", network, "--model.norm", "None", *shape, "--stop_after_steps", "13"]
+    for sharding in ("bits", "zero1", "zero3"):
+        run = tmp_path / sharding
+        done = run_ranks(2, TRAIN, *options, "--run_dir", run, "--engine.sharding", sharding)
+        assert done.returncode == 0, done.stdout
+        assert_same_bits(final_weights(tmp_path / "bits", 13), final_weights(run, 13))
+
+
+@pytest.mark.slow
 def test_on_one_rank_all_shardings_are_the_plain_optimizer(tiny: list[str], tmp_path: Path) -> None:
     weights = []
     for sharding in ("bits", "zero1", "none"):

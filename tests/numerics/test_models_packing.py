@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitfleet.models import BiRealNet, QuantConv2d, XNORNet, approx_sign, birealnet_small, ste_sign
+from bitfleet.models import (
+    BiRealNet,
+    QuantConv2d,
+    XNORNet,
+    approx_sign,
+    birealnet_small,
+    quicknet,
+    reactnet_small,
+    ste_sign,
+    wide_ste_sign,
+)
 from bitfleet.models.layers.real_layers import NO_PADDING, conv2d
 
 
@@ -25,6 +35,13 @@ class NaiveSteSign(torch.autograd.Function):
         return torch.where(x.abs() <= 1, grad, 0.0)
 
 
+class NaiveWideSign(NaiveSteSign):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.where(x.abs() <= 1.25, grad, 0.0)
+
+
 class NaiveApproxSign(NaiveSteSign):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -33,7 +50,11 @@ class NaiveApproxSign(NaiveSteSign):
 
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-NAIVE: dict[Any, Callable[[Tensor], Tensor]] = {ste_sign: NaiveSteSign.apply, approx_sign: NaiveApproxSign.apply}
+NAIVE: dict[Any, Callable[[Tensor], Tensor]] = {
+    ste_sign: NaiveSteSign.apply,
+    wide_ste_sign: NaiveWideSign.apply,
+    approx_sign: NaiveApproxSign.apply,
+}
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -77,9 +98,13 @@ class SteNet(nn.Sequential):
         )
 
 
+def small_quicknet() -> nn.Module:
+    return quicknet(width=8, depths=(1, 2), num_classes=10)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("make_model", [birealnet_small, SteNet])
+@pytest.mark.parametrize("make_model", [birealnet_small, SteNet, small_quicknet, reactnet_small])
 def test_packed_equals_naive_bit_for_bit(
     make_model: Callable[[], nn.Module],
     autocast: bool,

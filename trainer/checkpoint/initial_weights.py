@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bitfleet.models import ModelConfig, create_model, load_keras_weights
 from bitfleet.models.keras.weights import Scales
+from bitfleet.models.official_weights import from_official, is_official
 from bitfleet.optim import Seeding, ShardedOptimizer
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
 from bitfleet.trainer.checkpoint.format import META, latest_checkpoint, model_signature, verify
@@ -22,8 +23,10 @@ from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
 from bitfleet.trainer.engine.engine import autocast, scaled_loss
 
 ACCEPTED = (
-    "a run folder or checkpoint, a file of `bitfleet checkpoint weights` (.safetensors), or Keras' .npz, .h5 or .keras"
+    "a run folder or checkpoint, a file of `bitfleet checkpoint weights` (.safetensors), PyTorch's .pth or .pth.tar, "
+    "or Keras' .npz, .h5 or .keras"
 )
+PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".tar")
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that DistributedDataParallel and torch.compile add to tensor names."""
 SEEDING_STEPS = 8
@@ -40,7 +43,10 @@ def seed_everything(seed: int) -> None:
 
 
 def load_initial_weights(model: nn.Module, config: ModelConfig, path: Path, scales: Scales, *, new_head: bool) -> None:
-    """Load weights from a run, a checkpoint, a .safetensors file (packed or not) or a Keras file.
+    """Load weights from a run, a checkpoint, or a file of bitfleet, PyTorch or Keras.
+
+    A file of PyTorch (.safetensors, or .pth read without running code) may have the names of
+    ReActNet's published code.
 
     Args:
         model: on the CPU.
@@ -59,16 +65,15 @@ def load_initial_weights(model: nn.Module, config: ModelConfig, path: Path, scal
         raise ValueError(f"there is no file of initial weights at {path}: --init takes {ACCEPTED}")
     elif path.suffix == ".safetensors":
         tensors = _safetensors(path)
-    elif path.suffix in (".pth", ".pt", ".ckpt", ".bin"):
-        raise ValueError(
-            f"the weights {path} are a pickle of PyTorch, which can run any code when loaded: --init takes "
-            f"{ACCEPTED}; convert it with safetensors.torch.save_file(torch.load(...))"
-        )
+    elif path.suffix in PICKLES:
+        tensors = _pickled(path)
     elif new_head:
         raise ValueError(f"--init_head new is for weights of bitfleet, not for the Keras file {path}")
     else:
         load_keras_weights(model, path, scales=scales)
         return
+    if is_official(model, tensors):
+        tensors = from_official(model, tensors)
     _load(model, tensors, _head_names(config) if new_head else set(), path)
 
 
@@ -87,9 +92,28 @@ def _checkpoint_tensors(path: Path) -> Tensors:
 
 def _safetensors(path: Path) -> Tensors:
     try:
-        tensors: Tensors = safetensors.torch.load_file(path)
+        return _unwrapped(safetensors.torch.load_file(path))
     except safetensors.SafetensorError as error:
         raise ValueError(f"the weights {path} are not a safetensors file: {error}") from error
+
+
+def _pickled(path: Path) -> Tensors:
+    """Read a state_dict that `torch.save` wrote, alone or in a dict as "state_dict"."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds: unpickling reads whatever the file says
+        raise ValueError(
+            f"the weights {path} cannot be read without running code that the file may hold "
+            f"({(str(error).splitlines() or [''])[0]}): if you trust it, convert it with "
+            "safetensors.torch.save_file(torch.load(..., weights_only=False)[...], ...)"
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f'the weights {path} are neither a state_dict nor a dict with one as "state_dict"')
+    return _unwrapped(state)
+
+
+def _unwrapped(tensors: Tensors) -> Tensors:
     for prefix in WRAPPERS * 2:  # nested in either order
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

@@ -14,19 +14,38 @@ from bitfleet.models.layers import layers
 SMALL = [
     ModelConfig(name="birealnet_small", num_classes=10, norm=norm, binarizer=binarizer)
     for norm in ("batch", "layer", "none")
-    for binarizer in ("ste", "approx", "hardtanh_tanh")
+    for binarizer in ("ste", "wide_ste", "approx", "hardtanh_tanh")
 ]
+OTHERS = [
+    ModelConfig(name="reactnet_small", num_classes=10),
+    ModelConfig(name="reactnet_a", num_classes=10, width=8),
+    ModelConfig(name="real_to_binary", num_classes=10, width=8),
+    ModelConfig(name="binary_resnet_e18", num_classes=10, width=8),
+    ModelConfig(name="quicknet_small", num_classes=10, width=8, depths=(1, 1, 2, 1)),
+]
+XNORNET = ModelConfig(name="xnornet", num_classes=10)
 NETWORKS = [
     *SMALL,
     ModelConfig(name="birealnet_small", num_classes=10, residual="single"),
     ModelConfig(name="binarynet", num_classes=10),
     ModelConfig(name="binarynet", num_classes=10, norm="layer", binarizer="approx"),
-    ModelConfig(name="xnornet", num_classes=10),
+    XNORNET,
     ModelConfig(name="xnornet", num_classes=10, norm="layer", binarizer="hardtanh_tanh"),
     ModelConfig(name="birealnet18", num_classes=10),
     ModelConfig(name="birealnet34", num_classes=10),
+    ModelConfig(name="binary_alexnet", num_classes=10),
+    *OTHERS,
 ]
-SIDES = {"xnornet": 224, "birealnet18": 64, "birealnet34": 64}
+SIDES = {
+    "xnornet": 224,
+    "binary_alexnet": 224,
+    "real_to_binary": 64,
+    "binary_resnet_e18": 64,
+    "birealnet18": 64,
+    "birealnet34": 64,
+    "reactnet_a": 64,
+    "quicknet_small": 64,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +78,7 @@ def test_one_graph_with_the_gradients_of_eager(config: ModelConfig) -> None:
     check_one_graph(config)
 
 
-@pytest.mark.parametrize("config", [*SMALL[:3], NETWORKS[-4]], ids=name_of)
+@pytest.mark.parametrize("config", [*SMALL[:3], XNORNET, *OTHERS], ids=name_of)
 def test_one_graph_of_float_convolutions(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU."""
     monkeypatch.setattr(layers, "can_pack", lambda *_: False)

@@ -255,7 +255,11 @@ MISMATCHES = [
     ),
     (
         change("p_re_lu", "alpha:0", np.zeros(3)),
-        r"p_re_lu/alpha:0 of shape \(3,\); expected names as quant_conv2d_1/kernel:0",
+        r"p_re_lu/alpha:0 of shape \(3,\); BiRealNet .* expects 0 p_re_lu layers",
+    ),
+    (
+        change("embedding", "alpha:0", np.zeros(3)),
+        r"embedding/alpha:0 of shape \(3,\); expected names as quant_conv2d_1/kernel:0",
     ),
     (change("dense", "kernel", np.zeros((8, 5))), r"dense/kernel of shape \(8, 5\) twice"),
     (change("layer_normalization", "beta:0", np.zeros(4)), "expects 0 layer_normalization layers: one norm's weights"),
@@ -446,7 +450,7 @@ def test_no_file_of_keras(file: str, write: Callable[[Path], None], message: str
 
 
 def test_unknown_network(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Linear.*BinaryNet, XNORNet or BiRealNet"):
+    with pytest.raises(ValueError, match="Linear.*BinaryNet, XNORNet, .* or BinaryAlexNet"):
         load_keras_weights(nn.Linear(1, 1), tmp_path / "weights.npz")
 
 

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitfleet import c_library
-from bitfleet.models import QuantConv2d, approx_sign, hardtanh_tanh_sign, ste_sign
+from bitfleet.models import QuantConv2d, approx_sign, hardtanh_tanh_sign, ste_sign, wide_ste_sign
 from bitfleet.models.layers import binary_conv, layers
 from bitfleet.models.layers.quantizers import Quantizer
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 pytestmark = needs_compiler
-QUANTIZERS = [ste_sign, approx_sign, hardtanh_tanh_sign]
+QUANTIZERS = [ste_sign, wide_ste_sign, approx_sign, hardtanh_tanh_sign]
 SHAPES = [  # channels, outputs, kernel, stride, padding, height, width
     (16, 8, 3, 1, "same", 12, 11),
     (64, 64, 3, 2, "same", 14, 14),
@@ -24,6 +24,8 @@ SHAPES = [  # channels, outputs, kernel, stride, padding, height, width
     (64, 128, 1, 1, "valid", 4, 4),
     (3, 5, 7, 2, "same", 17, 20),
     (64, 16, 3, 3, "same", 15, 16),
+    (64, 16, 3, 2, 1, 14, 14),
+    (65, 9, 5, 1, 3, 7, 6),
 ]
 
 
@@ -31,7 +33,7 @@ def wild(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Numbers on both sides of +-1, many of them exactly on it, zeros of both signs,
     channels_last."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    for place, value in enumerate((0.0, -0.0, 1.0, -1.0, 1.0001, -1e-42, torch.inf, -torch.inf)):
+    for place, value in enumerate((0.0, -0.0, 1.0, -1.0, 1.0001, -1.25, 1.26, -1e-42, torch.inf, -torch.inf)):
         x.view(-1)[place::53] = value
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
@@ -60,7 +62,8 @@ def float_results(layer: QuantConv2d, x: Tensor, *, autocast: bool) -> dict[str,
         return results(layer, x, autocast=autocast)
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=["ste", "approx", "hardtanh_tanh"])
+@pytest.mark.parametrize("pad_value", [0, 1])
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=["ste", "wide_ste", "approx", "hardtanh_tanh"])
 @pytest.mark.parametrize(
     ("dtype", "autocast"),
     [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)],
@@ -68,12 +71,28 @@ def float_results(layer: QuantConv2d, x: Tensor, *, autocast: bool) -> dict[str,
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bits_of_float_convolutions(
-    shape: tuple[int, ...], dtype: torch.dtype, autocast: bool, quantizer: Quantizer
+    shape: tuple[int, ...], dtype: torch.dtype, autocast: bool, quantizer: Quantizer, pad_value: int
 ) -> None:
     channels, outputs, kernel, stride, padding, height, width = shape
-    layer = QuantConv2d(channels, outputs, kernel, stride, padding=padding, input_quantizer=quantizer)
+    layer = QuantConv2d(
+        channels, outputs, kernel, stride, padding=padding, pad_value=pad_value, input_quantizer=quantizer
+    )
     x = wild(3, channels, height, width, dtype=dtype)
     assert_same_bits(results(layer, x, autocast=autocast), float_results(layer, x, autocast=autocast))
+
+
+@pytest.mark.parametrize("pad_value", [0, 1])
+@pytest.mark.parametrize(("padding", "sides"), [("same", (0, 1, 0, 1)), (1, (1, 1, 1, 1)), (2, (2, 2, 2, 2))])
+def test_padding_and_its_value(padding: int | str, sides: tuple[int, ...], pad_value: int) -> None:
+    layer = QuantConv2d(70, 9, 3, 2, padding=padding, pad_value=pad_value, input_quantizer=ste_sign)
+    x = wild(2, 70, 8, 6)
+    padded = F.pad(torch.where(x >= 0, 1.0, -1.0), sides, value=pad_value)
+    assert torch.equal(layer(x), F.conv2d(padded, layer.weight, stride=2))
+
+
+def test_only_zeros_and_ones_are_padded() -> None:
+    with pytest.raises(ValueError, match="pad_value is -1; expected 0 or 1"):
+        QuantConv2d(4, 4, 3, pad_value=-1, input_quantizer=ste_sign)
 
 
 def test_a_nan_counts_as_plus_one() -> None:

@@ -9,17 +9,21 @@ from torch.nn import functional as F
 
 from bitfleet.models import (
     BatchNorm,
+    BlurPool2d,
     QuantConv2d,
     QuantLinear,
+    RPReLU,
     SameAvgPool2d,
     SameConv2d,
+    SameDepthwiseConv2d,
     SameMaxPool2d,
     approx_sign,
     hardtanh_tanh_sign,
     ste_sign,
+    wide_ste_sign,
 )
 from bitfleet.models.layers.layers import random_signs_
-from bitfleet.models.layers.real_layers import glorot_normal_, glorot_uniform_, same_padding
+from bitfleet.models.layers.real_layers import glorot_normal_, glorot_uniform_, he_normal_, same_padding
 
 
 def layers() -> list[nn.Module]:
@@ -136,3 +140,55 @@ def test_gradient_of_hardtanh_tanh() -> None:
     (3 * signs).sum().backward()
     expected = [3 / math.cosh(value) ** 2 if abs(value) <= 1 else 0.0 for value in x.detach().double().tolist()]
     torch.testing.assert_close(x.grad, torch.tensor(expected), rtol=1e-6, atol=1e-7)
+
+
+def test_gradient_of_the_wide_sign() -> None:
+    x = torch.tensor([-torch.inf, -1.2501, -1.25, -1.0, -0.0, 0.0, 1.1, 1.25, 1.2501], requires_grad=True)
+    signs = wide_ste_sign(x)
+    assert signs.tolist() == [-1, -1, -1, -1, 1, 1, 1, 1, 1]
+    (3 * signs).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [0, 0, 3, 3, 3, 3, 3, 3, 0]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 8), (15, 12)], ids=str)
+def test_a_blur_is_a_convolution(size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, *size)
+    row = torch.tensor([1.0, 2.0, 1.0]) / 4
+    filters = (row[:, None] * row).expand(3, 1, 3, 3)
+    expected = F.conv2d(F.pad(x, same_padding(x, 3, 2)), filters, stride=2, groups=3)
+    torch.testing.assert_close(BlurPool2d()(x), expected)
+
+
+def test_a_depthwise_convolution_sees_its_channel() -> None:
+    layer, x = SameDepthwiseConv2d(3, 3, 2), torch.randn(2, 3, 8, 7)
+    for channel in range(3):
+        one = x[:, channel : channel + 1]
+        expected = F.conv2d(F.pad(one, same_padding(x, 3, 2)), layer.weight[channel : channel + 1], stride=2)
+        torch.testing.assert_close(layer(x)[:, channel : channel + 1], expected)
+
+
+def test_rprelu_shifts_before_and_after() -> None:
+    layer, x = RPReLU(2), torch.randn(4, 2, 3, 3)
+    torch.testing.assert_close(layer(x), torch.where(x > 0, x, x / 4))
+    shift, slope, offset = torch.tensor([[0.5, -0.25], [0.1, -2.0], [3.0, 4.0]]).view(3, 2, 1, 1)
+    with torch.no_grad():
+        for parameter, value in zip(layer.parameters(), (shift, slope, offset), strict=True):
+            parameter.copy_(value.flatten())
+    y = x + shift
+    torch.testing.assert_close(layer(x), torch.where(y > 0, y, y * slope) + offset)
+
+
+def test_batch_norm_without_factor_and_offset() -> None:
+    norm, x = BatchNorm(3, momentum=0.99, eps=1e-3, scale=False, center=False), torch.randn(8, 3, 4, 4)
+    assert not list(norm.parameters())
+    norm.reset_parameters()
+    torch.testing.assert_close(norm(x), F.batch_norm(x, None, None, training=True, eps=1e-3))
+
+
+def test_he_normal_has_the_variance_of_keras() -> None:
+    torch.manual_seed(0)
+    weight = he_normal_(torch.empty(64, 32, 3, 3))
+    std = (2 / (32 * 9)) ** 0.5
+    assert float(weight.std()) == pytest.approx(std, rel=0.02)
+    assert float(weight.abs().max()) <= 2 * std / 0.87962566

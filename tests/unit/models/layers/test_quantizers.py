@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitfleet.models.layers.quantizers import Quantizer, approx_sign, hardtanh_tanh_sign, ste_sign
+from bitfleet.models.layers.quantizers import Quantizer, approx_sign, hardtanh_tanh_sign, ste_sign, wide_ste_sign
 
 
-@pytest.mark.parametrize("quantizer", [ste_sign, approx_sign, hardtanh_tanh_sign])
+@pytest.mark.parametrize("quantizer", [ste_sign, wide_ste_sign, approx_sign, hardtanh_tanh_sign])
 def test_gradients_are_those_of_eager_torch(quantizer: Quantizer) -> None:
     generator = torch.Generator().manual_seed(0)
     values = 2 * torch.randn(2, 8, 5, 5, generator=generator)
@@ -27,5 +27,7 @@ def test_gradients_are_those_of_eager_torch(quantizer: Quantizer) -> None:
     output, gradient = result(convolve)
     compiled_output, compiled_gradient = result(torch.compile(convolve, fullgraph=True, backend="aot_eager"))
     assert torch.equal(compiled_output, output)
-    assert bool(gradient[values.abs() > 1].eq(0).all())
+    limit = 1.25 if quantizer is wide_ste_sign else 1
+    assert bool(gradient[values.abs() > limit].eq(0).all())
+    assert bool(gradient[values.abs() < limit].ne(0).all())
     torch.testing.assert_close(compiled_gradient, gradient)

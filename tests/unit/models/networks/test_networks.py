@@ -21,6 +21,14 @@ SIZES = {
     "birealnet18": ModelSize(11_689_512, 10_985_472, 9_600, 1_676_279_808, 137_793_536),
     "birealnet34": ModelSize(21_797_672, 21_086_208, 17_024, 3_525_967_872, 137_793_536),
     "xnornet": ModelSize(62_387_104, 58_236_928, 19_328, 1_025_744_896, 113_379_328),
+    "reactnet18": ModelSize(11_704_424, 10_985_472, 9_600, 1_676_279_808, 137_793_536),
+    "reactnet_a": ModelSize(29_343_592, 28_253_184, 21_888, 4_816_896_000, 11_862_016),
+    "quicknet_small": ModelSize(12_652_504, 11_980_800, 8_672, 1_156_055_040, 15_941_120),
+    "quicknet": ModelSize(13_230_024, 12_533_760, 9_664, 1_849_688_064, 29_651_712),
+    "real_to_binary": ModelSize(11_986_920, 10_985_472, 8_704, 1_676_279_808, 138_087_936),
+    "binary_resnet_e18": ModelSize(11_689_640, 10_985_472, 9_728, 1_676_279_808, 137_793_536),
+    "binary_alexnet": ModelSize(61_838_248, 61_827_776, 20_944, 768_512_000, 72_855_552),
+    "quicknet_large": ModelSize(23_338_184, 22_634_496, 17_088, 3_699_376_128, 29_651_712),
 }
 
 
@@ -92,7 +100,20 @@ def test_no_normalization() -> None:
         timm.create_model("binarynet", norm="none")
 
 
-@pytest.mark.parametrize(("name", "default"), [("birealnet_small", "approx"), ("xnornet", "ste"), ("binarynet", "ste")])
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        ("birealnet_small", "approx"),
+        ("xnornet", "ste"),
+        ("binarynet", "ste"),
+        ("reactnet_small", "approx"),
+        ("reactnet_a", "approx"),
+        ("quicknet_small", "wide_ste"),
+        ("real_to_binary", "ste"),
+        ("binary_resnet_e18", "wide_ste"),
+        ("binary_alexnet", "ste"),
+    ],
+)
 def test_binarizers(name: str, default: str) -> None:
     def quantizers(**options: str) -> list[object]:
         with torch.device("meta"):
@@ -124,7 +145,7 @@ def test_initialization() -> None:
     assert float(model.head.weight.detach().abs().max()) <= (6 / (64 + 10)) ** 0.5
 
 
-@pytest.mark.parametrize("name", ["birealnet18", "birealnet34", "birealnet_small", "xnornet", "binarynet"])
+@pytest.mark.parametrize("name", [*SIZES, "birealnet_small", "reactnet_small", "binarynet"])
 def test_no_pretrained_weights(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: pretrained=True"):
         timm.create_model(name, pretrained=True)
@@ -247,3 +268,53 @@ def test_images_that_it_can_train_on(name: str, norm: Any, image_size: int, batc
 def test_wrong_number_of_classes() -> None:
     with pytest.raises(ValueError, match="model.num_classes .* 0"):
         ModelConfig(name="binarynet", num_classes=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("reactnet18", {"width": 0}, "width is 0"),
+        ("reactnet18", {"depths": (2, 0)}, r"depths are \(2, 0\)"),
+        ("reactnet18", {"stem": "tiny"}, "stem is 'tiny'"),
+        ("reactnet_a", {"width": 0}, "width is 0"),
+        ("quicknet", {"width": 6}, "width is 6; expected a multiple of 4"),
+        ("quicknet", {"depths": (1, 1, 1, 1, 1)}, r"depths are .* 1 to 4 numbers"),
+        ("real_to_binary", {"width": 4}, "width is 4"),
+        ("binary_resnet_e18", {"depths": ()}, r"depths are \(\)"),
+        ("binary_resnet_e18", {"stem": "tiny"}, "stem is 'tiny'"),
+    ],
+)
+def test_sizes_that_make_no_other_network(name: str, options: dict[str, Any], message: str) -> None:
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        timm.create_model(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "side"),
+    [
+        ("reactnet_small", {}, 28),
+        ("reactnet18", {"width": 8}, 96),
+        ("reactnet_a", {"width": 4}, 72),
+        ("quicknet_small", {"width": 4}, 65),
+        ("real_to_binary", {"width": 8}, 60),
+        ("binary_resnet_e18", {"width": 8, "stem": "small"}, 32),
+    ],
+)
+def test_other_sizes_and_classes(name: str, options: dict[str, Any], side: int) -> None:
+    """Every parameter has a gradient at sizes that are not powers of 2 as well."""
+    model = timm.create_model(name, num_classes=5, in_chans=2, **options)
+    logits = model(torch.randn(2, 2, side, side))
+    assert logits.shape == (2, 5)
+    logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_doubled_shortcut_repeats_the_channels() -> None:
+    """A block of ReActNet-A with twice the channels is two with the halves of its 1x1 filters."""
+    torch.manual_seed(0)
+    block = timm.create_model("reactnet_a", width=4, num_classes=3).eval().blocks[0]
+    x = torch.randn(2, 4, 6, 6)
+    middle = block.spatial_activation(block.spatial(x) + x)
+    sums = block.pointwise.norm(block.pointwise.conv(block.pointwise.threshold(middle)))
+    halves = [half + middle for half in sums.split(4, dim=1)]
+    assert torch.equal(block(x), block.pointwise_activation(torch.cat(halves, 1)))

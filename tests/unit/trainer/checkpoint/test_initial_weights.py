@@ -70,10 +70,37 @@ def test_another_number_of_classes_takes_a_new_head(name: str, tmp_path: Path) -
         assert torch.equal(other.state_dict()[key], before[key] if is_head else tensor), key
 
 
-def test_pickles_are_refused_with_what_is_accepted(tmp_path: Path) -> None:
-    path = tmp_path / "w.pth"
-    torch.save(create_model(SMALL).state_dict(), path)
-    with pytest.raises(ValueError, match=r"w\.pth .*pickle.*--init .*\.safetensors"):
-        load(create_model(SMALL), path)
+@pytest.mark.parametrize("name", ["w.pth", "w.pth.tar"])
+def test_state_dicts_of_torch_save(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = create_model(SMALL).state_dict()
+    for content in (state, {"epoch": 1, "state_dict": {f"module.{key}": value for key, value in state.items()}}):
+        torch.save(content, tmp_path / name)
+        load(other := create_model(SMALL), tmp_path / name)
+        assert all(torch.equal(a, b) for a, b in zip(state.values(), other.state_dict().values(), strict=True))
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return open, ("ran", "w")
+
+
+def test_pickles_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for content, sentence in (
+        ({"state_dict": create_model(SMALL).state_dict(), "args": Evil()}, "without running code.*convert"),
+        ([1, 2], "neither a state_dict"),
+        ({"epoch": 1}, "neither a state_dict"),
+    ):
+        torch.save(content, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match=rf"w\.pth .*{sentence}"):
+            load(create_model(SMALL), tmp_path / "w.pth")
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "w.pth").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"w\.pth"):
+        load(create_model(SMALL), tmp_path / "w.pth")
+
+
+def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path}.*no checkpoint.*--init"):
         load(create_model(SMALL), tmp_path)
