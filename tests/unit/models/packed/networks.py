@@ -72,7 +72,11 @@ def make_exact(model: nn.Module) -> nn.Module:
             module.weight.data = choose(module.weight, -0.125, 0.0625, 0.125)
             module.bias.data = choose(module.bias, -0.5, 0, 0.5)
         elif isinstance(module, nn.Conv2d) and not isinstance(module, QuantConv2d):
-            if module.kernel_size == (1, 1):  # of a shortcut: a sum of few channels
+            if module.groups > 1:
+                module.weight.data = choose(module.weight, -1, 0, 1, 2)
+            elif module.kernel_size == (1, 1) and 4 * module.in_channels <= module.out_channels:  # of a stem
+                module.weight.data = choose(module.weight, -4, -2, 0, 2, 4)
+            elif module.kernel_size == (1, 1):  # of a shortcut: a sum of few channels
                 module.weight.data = choose(module.weight, *[0.0] * 10, 0.25, -0.25)
             else:
                 module.weight.data = choose(module.weight, -0.125, 0, 0.125, 0.25)
