@@ -96,7 +96,7 @@ CHANGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "in place": (write_over_the_source, "it overwrites its input"),
     "one buffer": (set_buffers(0, SIZE, 1 << 16), "a buffer has an impossible size"),
     "type": (set_buffers(3, 1, 7), "a buffer is damaged"),
-    "kind": (set_field(1, KIND, 11), "it has an operation of a later version"),
+    "kind": (set_field(1, KIND, len(Kind)), "it has an operation of a later version"),
     "order": (set_field(1, KIND, Kind.NORMALIZE), "the image is not normalized first"),
     "source": (set_field(1, SOURCE, 99), "an operation has no buffer"),
     "unwritten": (set_field(1, SOURCE, 4), "it reads what no operation has written"),
