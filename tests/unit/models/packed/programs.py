@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from bitfleet.models import ModelConfig, create_model
+from bitfleet.models.layers.real_layers import ChannelBias
 from bitfleet.packed.lowering import lower
 from bitfleet.packed.program import Array, Buffer, Flag, Kind, Operation, Program, Type
 
@@ -17,6 +18,9 @@ NETWORKS = {
     "layer": (ModelConfig(name="birealnet18", width=6, depths=(2, 2), norm="layer", num_classes=5), 17),
     "none": (ModelConfig(name="birealnet_small", width=7, norm="none", num_classes=5), 16),
     "binarynet": (ModelConfig(name="binarynet", num_classes=5), 32),
+    "reactnet_a": (ModelConfig(name="reactnet_a", width=6, num_classes=5), 40),
+    "quicknet": (ModelConfig(name="quicknet", width=64, depths=(1, 1), num_classes=5), 40),
+    "real_to_binary": (ModelConfig(name="real_to_binary", width=16, depths=(1, 1), num_classes=5), 40),
 }
 SMALLEST = ("birealnet18", "layer", "none")
 
@@ -36,6 +40,10 @@ def network(name: str) -> Program:
                 if module.affine:
                     nn.init.normal_(module.weight)
                     nn.init.normal_(module.bias)
+            elif isinstance(module, nn.PReLU):
+                nn.init.normal_(module.weight)
+            elif isinstance(module, ChannelBias):
+                nn.init.normal_(module.bias)
     return lower(model, size, (120, 115, 110), (60, 59, 58), {"classes": CLASSES})
 
 
