@@ -178,14 +178,19 @@ class _Lowering:
                 raise _refusal(f"it uses signs for something else than a convolution: {name}")
 
     def end(self, results: list[Any]) -> list[Operation]:
-        """Return the operations that compute the logits."""
+        """Return the operations that compute the logits, of which the last one gives them."""
         if len(results) != 1 or not isinstance(results[0], _Value):
             raise _refusal("its result is not one tensor of logits")
         self.check_arguments("its result", results)
         logits = self.as_floats(results[0].buffer)
         if (logits.height, logits.width) != (1, 1):
             raise _refusal("its result is not a row of logits")
-        return self.operations
+        needed, result = {id(logits)}, []
+        for operation in reversed(self.operations):
+            if id(operation.target) in needed:
+                needed |= {id(buffer) for buffer in operation.buffers}
+                result.append(operation)
+        return result[::-1]
 
     def view(self, name: str, node: Node, arguments: list[Any]) -> _Value:
         source = arguments[0]
@@ -311,6 +316,8 @@ class _Lowering:
 
     def linear(self, source: _Value, weight: Tensor, bias: Tensor | None = None) -> _Value:
         buffer = source.buffer
+        if len(self.node.meta["val"].shape) != 2:
+            raise _refusal("it has a linear layer of columns of an image")
         shaped = weight.reshape(weight.shape[0], buffer.channels, buffer.height, buffer.width)
         return self.convolution(buffer, shaped, bias, 1, (0, 0, 0, 0), self.is_binary(1))
 
@@ -332,7 +339,8 @@ class _Lowering:
         eps: float,
         cudnn: bool,
     ) -> _Value:
-        assert not training
+        if training:
+            raise _refusal("a batch normalization has no running statistics")
         factor = 1 / torch.sqrt(variance + eps)
         if weight is not None:
             factor = factor * weight
@@ -489,7 +497,7 @@ class _Lowering:
         return _Value(first)
 
     def flatten(self, source: _Value, start: int = 1, end: int = -1) -> _Value:
-        if start != 1:
+        if start != 1 or len(self.node.meta["val"].shape) != 2:
             raise _refusal("it flattens some of an image's dimensions")
         return _Value(source.buffer)
 

@@ -52,8 +52,7 @@ def net(body: Callable[[Net, Tensor], Tensor], *layers: nn.Module) -> nn.Module:
     """Return a network with random values of all layers."""
     model = Net(body, *layers).eval()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            assert module.running_mean is not None
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             module.running_mean.normal_()
         if isinstance(module, BatchNorm | nn.PReLU | ChannelBias):
             for param in module.parameters():
@@ -122,6 +121,17 @@ def added_in_place(model: Net, x: Tensor) -> Tensor:
     return y.relu_() + y
 
 
+def unused() -> nn.Module:
+    """Return a network that computes something for nothing behind its result."""
+
+    def body(model: Net, x: Tensor) -> Tensor:
+        logits = x.mean((2, 3))
+        model.layers[0](logits)
+        return logits
+
+    return net(body, norm())
+
+
 LOWERED: dict[str, tuple[Callable[[], nn.Module], dict[Kind, int]]] = {
     "all steps": (lambda: net(in_order, nn.ReLU(), norm(), ChannelBias(6), nn.PReLU(6), ChannelBias(6)), {}),
     "too many steps": (lambda: net(in_order, nn.PReLU(6), norm(), nn.PReLU(6), nn.ReLU(), norm()), {Kind.AFFINE: 2}),
@@ -177,6 +187,7 @@ LOWERED: dict[str, tuple[Callable[[], nn.Module], dict[Kind, int]]] = {
         lambda: net(lambda model, x: F.conv2d(x, model.filters * model.scalar + 0.1) * model.scalar),
         {Kind.CONV: 2, Kind.AFFINE: 0},
     ),
+    "unused": (unused, {Kind.MEAN: 1, Kind.AFFINE: 0}),
     "in place": (lambda: net(added_in_place, ChannelBias(6)), {}),
     "flattened": (lambda: net(in_order, nn.Flatten(), nn.PReLU(), nn.Linear(6 * 10 * 10, 4)), {}),
 }
@@ -334,6 +345,18 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "it uses ones, which programs do not have",
     ),
     "mean of channels": (lambda: net(lambda _, x: x.mean((1, 2))), "a mean is not over all pixels"),
+    "statistics": (
+        lambda: net(in_order, nn.BatchNorm2d(6, track_running_stats=False)),
+        "a batch normalization has no running statistics",
+    ),
+    "columns of a linear layer": (
+        lambda: net(in_order, nn.Linear(10, 10)),
+        "it has a linear layer of columns of an image",
+    ),
+    "some dimensions": (
+        lambda: net(lambda _, x: x.flatten(1, 2)),
+        "it flattens some of an image's dimensions",
+    ),
     "image": (lambda: net(lambda _, x: x.flatten(1)), "its result is not a row of logits"),
 }
 
