@@ -18,7 +18,7 @@ from bitfleet.launch.bench.results import Row, spread, titled
 from bitfleet.launch.bench.timing import interleave, ratio, ratios, seconds_per_call
 from bitfleet.models import ModelConfig, create_model
 from bitfleet.models.layers.layers import QuantConv2d
-from bitfleet.models.layers.real_layers import NO_PADDING, conv2d, same_padding
+from bitfleet.models.layers.real_layers import conv2d, same_padding
 from bitfleet.packed.lowering import lower
 from bitfleet.packed.onnx_format import PIXELS, to_onnx
 from bitfleet.packed.program import Array, Kind, Operation, Program, to_bytes
@@ -111,8 +111,8 @@ class _FloatConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layer, stride = self.layer, self.layer.stride[0]
         assert layer.input_quantizer is not None
-        padding = same_padding(x, layer.kernel_size[0], stride) if layer.same else NO_PADDING
-        return conv2d(layer.input_quantizer(x), layer.weight, stride, padding)
+        padding = same_padding(x, layer.kernel_size[0], stride) if layer.same else layer.margin
+        return conv2d(layer.input_quantizer(x), layer.weight, stride, padding, layer.pad_value)
 
 
 def with_float_convolutions(model: nn.Module) -> nn.Module:

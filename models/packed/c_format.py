@@ -1,7 +1,7 @@
 """Turn a packed program into a C header and source file for microcontrollers.
 
 C99: constant arrays, the kernels of device.c that the network needs, static buffers, and one
-function. No memory is allocated and no library is needed (LayerNorm calls sqrt).
+function. No memory is allocated and no library is needed (LayerNorm calls sqrt, a sigmoid expf).
 """
 
 import dataclasses
@@ -78,7 +78,11 @@ class _Writer:
             Kind.LAYER_NORM: self.layer_norm,
             Kind.MAX_POOL: self.max_pool,
             Kind.AVG_POOL: lambda o: ["average_pool", _slot(o.source), self.window(o), self.finish(o)],
-            Kind.SIGN: lambda o: ["sign", *_image(o.source)],
+            Kind.DEPTHWISE: self.depthwise,
+            Kind.CONCAT: self.concatenation,
+            Kind.SCALE: self.scale,
+            Kind.SIGMOID: lambda o: ["sigmoid", *_image(o.source), self.finish(o)],
+            Kind.SIGN: self.sign,
             Kind.THRESHOLD: lambda o: ["threshold_sums", *_image(o.source), *self.comparison(o)],
             Kind.MEAN: lambda o: ["mean", *_image(o.source), self.finish(o)],
         }
@@ -111,6 +115,26 @@ class _Writer:
             return ["binary_conv_to_sums", *inputs]
         return ["binary_conv", *inputs, self.finish(o)]
 
+    def depthwise(self, o: Operation) -> list[str]:
+        assert o.weight is not None
+        return ["depthwise", _slot(o.source), self.floats("weight", o.weight), self.window(o), self.finish(o)]
+
+    def concatenation(self, o: Operation) -> list[str]:
+        assert o.other is not None
+        source, *sizes = _image(o.source)
+        return ["concatenate", source, _slot(o.other), *sizes, str(o.other.channels), self.finish(o)]
+
+    def scale(self, o: Operation) -> list[str]:
+        assert o.other is not None
+        source, *sizes = _image(o.source)
+        is_sums = str(int(o.source.type is Type.SUMS))
+        return ["scale", source, is_sums, _slot(o.other), *sizes, self.finish(o)]
+
+    def sign(self, o: Operation) -> list[str]:
+        if o.offset is None:
+            return ["sign", *_image(o.source)]
+        return ["sign_after_offset", *_image(o.source), self.floats("offset", o.offset)]
+
     def affine(self, o: Operation) -> list[str]:
         kernel = "affine_of_sums" if o.source.type is Type.SUMS else "affine"
         return [kernel, *_image(o.source), self.finish(o)]
@@ -134,15 +158,27 @@ class _Writer:
     def window(self, o: Operation) -> str:
         s, t = o.source, o.target
         sizes = (s.height, s.width, s.channels, *o.kernel, o.stride, o.top, o.left, t.height, t.width, t.channels)
-        return self.struct("window", map(str, sizes))
+        padding_counts = bool(o.flags & (Flag.PAD_ONES | Flag.COUNT_PADDING))
+        return self.struct("window", map(str, (*sizes, int(padding_counts))))
 
     def finish(self, o: Operation) -> str:
+        is_map = o.kind is not Kind.NORMALIZE  # whose factor and offset are deviation and mean
+        is_sum = o.kind not in (Kind.SCALE, Kind.CONCAT)
+
+        def floats(role: str, values: Array | None) -> str:
+            return "0" if values is None else self.floats(role, values)
+
         fields = [
-            "0" if o.factor is None or o.kind is Kind.NORMALIZE else self.floats("factor", o.factor),
-            "0" if o.offset is None or o.kind is Kind.NORMALIZE else self.floats("offset", o.offset),
-            "0" if o.other is None else _slot(o.other),
-            "0" if o.signs is None else _slot(o.signs),
+            str(int(Flag.RELU_FIRST in o.flags)),
+            floats("factor", o.factor if is_map else None),
+            floats("offset", o.offset if is_map else None),
+            "0" if o.other is None or not is_sum else _slot(o.other),
+            floats("shift", o.shift),
             str(int(Flag.RELU in o.flags)),
+            floats("slope", o.slope),
+            floats("after", o.after),
+            "0" if o.signs is None else _slot(o.signs),
+            floats("sign_shift", o.sign_shift),
         ]
         return self.struct("finish", fields)
 
@@ -176,7 +212,7 @@ class _Writer:
         kernels = needed_kernels(run)
         text = [
             "/* Written by bitfleet export; the header says what it is. */",
-            f'#include "{self.stem}.h"' + ("\n#include <math.h>" if "layer_norm(" in run else ""),
+            f'#include "{self.stem}.h"' + ("\n#include <math.h>" if re.search(r"(layer_norm|sigmoid)\(", run) else ""),
             *kernels,
             *self.constants,
             "\n".join(f"static union value slot_{slot}[{size}];" for slot, size in self.slots.items()),

@@ -1,7 +1,7 @@
 /* Kernels of `bitfleet export --format c`: c_format.py copies those that a network needs, so each part stands between blank lines
  * and is known by the name that it defines.
  *
- * C99 without a library, except sqrt where a network has LayerNorm. Images are [height][width][channels]; a pixel of signs is
+ * C99 without a library, except sqrt where a network has LayerNorm and expf where it has a sigmoid. Images are [height][width][channels]; a pixel of signs is
  * whole words of 32 bits, least significant bit first, bit 1 = +1, bits behind the last channel 0. Floats are rounded after every
  * operation, as in packed.c, if the compiler does not contract a * b + c: -std=c99 or -ffp-contract=off. */
 #include <math.h>
@@ -14,17 +14,23 @@ union value {
     uint32_t signs;
 };
 
-/* How a convolution or a pool reads an image. */
+/* How a convolution or a pool reads an image. If padding counts, it is +1 of a binary convolution and 0 of a mean. */
 struct window {
     int32_t height, width, channels, kernel_height, kernel_width, stride, top, left, out_height, out_width, outputs;
+    int padding_counts;
 };
 
-/* What becomes of a value: factor and offset per channel, a buffer to add, a ReLU, a buffer for the signs; 0 where it has none. */
+/* What becomes of a value, in this order; 0 where it has none. First a ReLU, then per channel factor, offset, what is added, shift;
+ * another ReLU, the factor of negative values, what is added after it; and the signs, of the value plus sign_shift. */
 struct finish {
+    int relu_first;
     const float *factor, *offset;
     const union value *added;
-    union value *signs;
+    const float *shift;
     int relu;
+    const float *slope, *after;
+    union value *signs;
+    const float *sign_shift;
 };
 
 /* Channels are set in order. */
@@ -38,11 +44,16 @@ static void set_sign(union value *pixel, int32_t channel, int is_positive)
 static void store(float value, const struct finish *f, int32_t pixel, int32_t channel, int32_t channels, union value *out)
 {
     const int32_t at = pixel * channels + channel;
+    if (f->relu_first && value < 0.0f) value = 0.0f;
     if (f->factor) value *= f->factor[channel];
     if (f->offset) value += f->offset[channel];
     if (f->added) value += f->added[at].real;
+    if (f->shift) value += f->shift[channel];
     if (f->relu && value < 0.0f) value = 0.0f;
+    if (f->slope && value < 0.0f) value *= f->slope[channel];
+    if (f->after) value += f->after[channel];
     out[at].real = value;
+    if (f->sign_shift) value += f->sign_shift[channel];
     if (f->signs) set_sign(f->signs + pixel * ((channels + 31) / 32), channel, !(value < 0.0f));
 }
 
@@ -69,6 +80,24 @@ static void conv(const union value *in, const float *weight, const struct window
                         sum += in[(y * w->width + x) * w->channels + c].real * factor[c];
                 }
             store(sum, f, pixel, output, w->outputs, out);
+        }
+    }
+}
+
+/* One filter per channel; weight: [kernel height][kernel width][channels] */
+static void depthwise(const union value *in, const float *weight, const struct window *w, const struct finish *f, union value *out)
+{
+    for (int32_t pixel = 0; pixel < w->out_height * w->out_width; pixel++) {
+        const int32_t top = pixel / w->out_width * w->stride - w->top, left = pixel % w->out_width * w->stride - w->left;
+        for (int32_t c = 0; c < w->channels; c++) {
+            float sum = 0.0f;
+            const float *factor = weight + c;
+            for (int32_t y = top; y < top + w->kernel_height; y++)
+                for (int32_t x = left; x < left + w->kernel_width; x++, factor += w->channels) {
+                    if (y < 0 || y >= w->height || x < 0 || x >= w->width) continue;
+                    sum += in[(y * w->width + x) * w->channels + c].real * *factor;
+                }
+            store(sum, f, pixel, c, w->channels, out);
         }
     }
 }
@@ -103,7 +132,8 @@ static int32_t count_bits(uint32_t x)
     return (int32_t)((uint32_t)(x * 0x01010101u) >> 24);
 }
 
-/* Sum of products of an output, whose weight is [kernel height][kernel width][words]; pixels outside of the image are no products. */
+/* Sum of products of an output, whose weight is [kernel height][kernel width][words]; pixels outside of the image are no products,
+ * or +1. */
 static int32_t sum_of_products(const union value *in, const uint32_t *weight, const struct window *w, int32_t pixel)
 {
     const int32_t top = pixel / w->out_width * w->stride - w->top, left = pixel % w->out_width * w->stride - w->left;
@@ -111,8 +141,14 @@ static int32_t sum_of_products(const union value *in, const uint32_t *weight, co
     int32_t num_products = 0, differing = 0;
     for (int32_t y = top; y < top + w->kernel_height; y++)
         for (int32_t x = left; x < left + w->kernel_width; x++, weight += words) {
-            if (y < 0 || y >= w->height || x < 0 || x >= w->width) continue;
-            for (int32_t i = 0; i < words; i++) differing += count_bits(in[(y * w->width + x) * words + i].signs ^ weight[i]);
+            if (y >= 0 && y < w->height && x >= 0 && x < w->width) {
+                for (int32_t i = 0; i < words; i++) differing += count_bits(in[(y * w->width + x) * words + i].signs ^ weight[i]);
+            } else if (w->padding_counts) {
+                differing += w->channels;
+                for (int32_t i = 0; i < words; i++) differing -= count_bits(weight[i]);
+            } else {
+                continue;
+            }
             num_products += w->channels;
         }
     return num_products - 2 * differing;
@@ -176,6 +212,38 @@ static void affine_of_sums(const union value *in, int32_t num_pixels, int32_t ch
         for (int32_t c = 0; c < channels; c++) store((float)in[pixel * channels + c].sum, f, pixel, c, channels, out);
 }
 
+static void sign_after_offset(const union value *in, int32_t num_pixels, int32_t channels, const float *offset, union value *out)
+{
+    for (int32_t pixel = 0; pixel < num_pixels; pixel++)
+        for (int32_t c = 0; c < channels; c++)
+            set_sign(out + pixel * ((channels + 31) / 32), c, !(in[pixel * channels + c].real + offset[c] < 0.0f));
+}
+
+/* Times a factor per channel, which is an image of one pixel. */
+static void scale(const union value *in, int is_sums, const union value *factor, int32_t num_pixels, int32_t channels,
+                  const struct finish *f, union value *out)
+{
+    for (int32_t pixel = 0; pixel < num_pixels; pixel++, in += channels)
+        for (int32_t c = 0; c < channels; c++)
+            store((is_sums ? (float)in[c].sum : in[c].real) * factor[c].real, f, pixel, c, channels, out);
+}
+
+static void sigmoid(const union value *in, int32_t num_pixels, int32_t channels, const struct finish *f, union value *out)
+{
+    for (int32_t pixel = 0; pixel < num_pixels; pixel++)
+        for (int32_t c = 0; c < channels; c++)
+            store(1.0f / (1.0f + expf(-in[pixel * channels + c].real)), f, pixel, c, channels, out);
+}
+
+/* The channels of two images behind each other. */
+static void concatenate(const union value *in, const union value *other, int32_t num_pixels, int32_t channels,
+                        int32_t other_channels, const struct finish *f, union value *out)
+{
+    const int32_t all = channels + other_channels;
+    for (int32_t pixel = 0; pixel < num_pixels; pixel++, in += channels, other += other_channels)
+        for (int32_t c = 0; c < all; c++) store(c < channels ? in[c].real : other[c - channels].real, f, pixel, c, all, out);
+}
+
 /* Over the channels of a pixel; in double, because a variance of large values cancels. */
 static void layer_norm(const union value *in, int is_sums, int32_t num_pixels, int32_t channels, float epsilon,
                        const struct finish *f, union value *out)
@@ -230,7 +298,7 @@ static void max_pool_of_sums(const union value *in, const struct window *w, unio
     }
 }
 
-/* Mean of the pixels inside the image. */
+/* Mean of the pixels inside the image; if padding counts, of the window, with zeros outside. */
 static void average_pool(const union value *in, const struct window *w, const struct finish *f, union value *out)
 {
     for (int32_t pixel = 0; pixel < w->out_height * w->out_width; pixel++) {
@@ -244,6 +312,7 @@ static void average_pool(const union value *in, const struct window *w, const st
                     sum += in[(y * w->width + x) * w->channels + c].real;
                     count++;
                 }
+            if (w->padding_counts) count = w->kernel_height * w->kernel_width;
             store(sum / (float)count, f, pixel, c, w->channels, out);
         }
     }

@@ -2,7 +2,7 @@
 
 Binary weights and signs are float32 +-1. A sign is Where(Less(x, 0), -1, 1), because ONNX's
 Sign(0) is 0; where the program compares an integer sum with a threshold, so does the model. Signs
-are padded with zeros, which are no products.
+are padded with zeros, which are no products, or by a node with ones.
 """
 
 import dataclasses
@@ -95,7 +95,11 @@ class OnnxGraph:
             Kind.LAYER_NORM: self.layer_norm,
             Kind.MAX_POOL: self.pool,
             Kind.AVG_POOL: self.pool,
-            Kind.SIGN: self.source,
+            Kind.DEPTHWISE: self.depthwise,
+            Kind.CONCAT: lambda o: self.node("Concat", [self.source(o), self.other(o)], o.target, axis=1),
+            Kind.SIGMOID: lambda o: self.node("Sigmoid", [self.source(o)], o.target),
+            Kind.SCALE: lambda o: self.node("Mul", [self.source(o), self.other(o)], o.target),
+            Kind.SIGN: self.shifted_source,
             Kind.THRESHOLD: self.source,
             Kind.MEAN: lambda o: self.node("GlobalAveragePool", [self.source(o)], o.target),
         }
@@ -109,20 +113,38 @@ class OnnxGraph:
             value = self.finish(value, operation)
         self.names[id(target)] = value
         if operation.signs is not None:
+            value = self.offset("sign_shift", value, operation.sign_shift, operation.signs)
             self.names[id(operation.signs)] = self.sign(value, operation.signs)
 
     def finish(self, value: str, operation: Operation) -> str:
-        """Factor, offset, what is added, ReLU, in this order."""
+        """Append the steps of a result, in their order."""
         target = operation.target
+        if Flag.RELU_FIRST in operation.flags:
+            value = self.node("Relu", [value], target)
         if operation.factor is not None:
             value = self.node("Mul", [value, self.channels("factor", operation.factor)], target)
-        if operation.offset is not None:
-            value = self.node("Add", [value, self.channels("offset", operation.offset)], target)
-        if operation.other is not None:
-            value = self.node("Add", [value, self.names[id(operation.other)]], target)
+        value = self.offset("offset", value, operation.offset, target)
+        if operation.other is not None and operation.kind not in (Kind.SCALE, Kind.CONCAT):
+            value = self.node("Add", [value, self.other(operation)], target)
+        value = self.offset("shift", value, operation.shift, target)
         if Flag.RELU in operation.flags:
             value = self.node("Relu", [value], target)
-        return value
+        if operation.slope is not None:
+            value = self.node("PRelu", [value, self.constant("slope", operation.slope.reshape(-1, 1, 1))], target)
+        return self.offset("after", value, operation.after, target)
+
+    def offset(self, name: str, value: str, offset: Array | None, target: Buffer) -> str:
+        """Return the sum of `value` and an offset per channel, if there is one."""
+        return value if offset is None else self.node("Add", [value, self.channels(name, offset)], target)
+
+    def other(self, operation: Operation) -> str:
+        """Return the second tensor that an operation reads."""
+        assert operation.other is not None
+        return self.names[id(operation.other)]
+
+    def shifted_source(self, operation: Operation) -> str:
+        """Return the tensor whose signs are taken."""
+        return self.offset("offset", self.source(operation), operation.offset, operation.target)
 
     def source(self, operation: Operation) -> str:
         """Return the tensor that an operation reads."""
@@ -147,7 +169,22 @@ class OnnxGraph:
             name = self.binary_weight(np.where(values, np.float32(1), np.float32(-1)))
         else:
             name = self.constant("weight", values)
-        return self.node("Conv", [self.source(o), name], o.target, **_window(o))
+        source, window = self.source(o), _window(o)
+        if Flag.PAD_ONES in o.flags:
+            top, left, bottom, right = window["pads"]
+            pads = self.constant("pads", np.array([0, 0, top, left, 0, 0, bottom, right], np.int64))
+            height, width = o.source.height + top + bottom, o.source.width + left + right
+            padded = dataclasses.replace(o.source, height=height, width=width)
+            source = self.node("Pad", [source, pads, self.scalar("one", 1)], padded)
+            window["pads"] = [0] * 4
+        return self.node("Conv", [source, name], o.target, **window)
+
+    def depthwise(self, operation: Operation) -> str:
+        """Convolve each channel with its filter."""
+        o, channels = operation, operation.target.channels
+        assert o.weight is not None
+        name = self.constant("weight", o.weight.T.reshape(channels, 1, *o.kernel))
+        return self.node("Conv", [self.source(o), name], o.target, group=channels, **_window(o))
 
     def layer_norm(self, operation: Operation) -> str:
         """Normalize over the channels of each pixel."""
@@ -167,12 +204,14 @@ class OnnxGraph:
 
     def pool(self, operation: Operation) -> str:
         """Maximum or mean of the pixels inside the image."""
-        kind = "MaxPool" if operation.kind is Kind.MAX_POOL else "AveragePool"
-        return self.node(kind, [self.source(operation)], operation.target, **_window(operation))
+        attributes, kind = _window(operation), "MaxPool"
+        if operation.kind is Kind.AVG_POOL:
+            kind, attributes["count_include_pad"] = "AveragePool", int(Flag.COUNT_PADDING in operation.flags)
+        return self.node(kind, [self.source(operation)], operation.target, **attributes)
 
     def signs_of_sums(self, value: str, operation: Operation) -> str:
         """Return +1 exactly where value * direction >= threshold; SIGN has neither."""
-        if operation.factor is None or operation.offset is None:
+        if operation.kind is Kind.SIGN or operation.factor is None or operation.offset is None:
             return self.sign(value, operation.target)
         if (operation.offset != 1).any():
             value = self.node("Mul", [value, self.channels("direction", operation.offset)], operation.target)

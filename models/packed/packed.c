@@ -184,15 +184,31 @@ INLINE void pack(const float *values, int64_t num, uint64_t *bits, mask_function
     bits[c / WORD] = ~mask(rest);
 }
 
+/* The signs of a result after its shift, if it has one. */
+INLINE void pack_result(const struct operation *o, const float *values, int64_t first, int64_t num, uint64_t *bits,
+                        mask_function *mask) {
+    if (!o->sign_shift) {
+        pack(values, num, bits, mask);
+        return;
+    }
+    for (int64_t c = 0; c < num; c += WORD) {
+        float word[WORD];
+        const int64_t most = num - c < WORD ? num - c : WORD;
+        for (int64_t i = 0; i < most; i++) word[i] = values[c + i] + o->sign_shift[first + c + i];
+        pack(word, most, bits + c / WORD, mask);
+    }
+}
+
 /* Set bits of the taps of a pixel that lie on padding, whose bits are 0 and look like -1: they are
- * no products. */
+ * no products, unless the padding is +1. */
 INLINE int32_t correct_border(const struct operation *o, int64_t y, int64_t x, int64_t first, int64_t num,
                               int32_t *differing) {
     const struct buffer *s = o->source;
     const int64_t top = y * o->fields[STRIDE] - o->fields[TOP], left = x * o->fields[STRIDE] - o->fields[LEFT];
     const int64_t kernel_h = o->fields[KERNEL_H], kernel_w = o->fields[KERNEL_W], outputs = o->target->channels;
     int64_t num_products = kernel_h * kernel_w * s->channels;
-    if (top >= 0 && left >= 0 && top + kernel_h <= s->height && left + kernel_w <= s->width)
+    if (o->fields[FLAGS] & PAD_ONES ||
+        (top >= 0 && left >= 0 && top + kernel_h <= s->height && left + kernel_w <= s->width))
         return (int32_t)num_products;
     for (int64_t i = 0; i < kernel_h; i++)
         for (int64_t j = 0; j < kernel_w; j++) {
@@ -204,20 +220,30 @@ INLINE int32_t correct_border(const struct operation *o, int64_t y, int64_t x, i
     return (int32_t)num_products;
 }
 
-/* Factor, offset, what is added, ReLU of up to 64 channels, in the order of torch's operators, each
- * rounded. */
+/* The steps of a result of up to 64 channels, in the order of torch's operators, each rounded. */
 INLINE void finish_word(const struct operation *o, float *restrict word, const float *restrict added, int64_t first,
                         const int64_t num) {
     const float *restrict factor = o->factor ? o->factor + first : 0;
     const float *restrict offset = o->offset ? o->offset + first : 0;
+    const float *restrict shift = o->shift ? o->shift + first : 0;
+    const float *restrict slope = o->slope ? o->slope + first : 0;
+    const float *restrict after = o->after ? o->after + first : 0;
+    if (o->fields[FLAGS] & RELU_FIRST)
+        for (int64_t c = 0; c < num; c++) word[c] = word[c] < 0.0f ? 0.0f : word[c];
     if (factor)
         for (int64_t c = 0; c < num; c++) word[c] *= factor[c];
     if (offset)
         for (int64_t c = 0; c < num; c++) word[c] += offset[c];
     if (added)
         for (int64_t c = 0; c < num; c++) word[c] += added[c];
+    if (shift)
+        for (int64_t c = 0; c < num; c++) word[c] += shift[c];
     if (o->fields[FLAGS] & RELU)
         for (int64_t c = 0; c < num; c++) word[c] = word[c] < 0.0f ? 0.0f : word[c];
+    if (slope)
+        for (int64_t c = 0; c < num; c++) word[c] = word[c] < 0.0f ? word[c] * slope[c] : word[c];
+    if (after)
+        for (int64_t c = 0; c < num; c++) word[c] += after[c];
 }
 
 /* Up to 64 values of a pixel: floats, or sums of `num_products` signs of which `differing` are -1. */
@@ -246,7 +272,7 @@ INLINE void finish(const struct operation *o, const float *values, const int32_t
             finish_word(o, word, added ? added + c : 0, first + c, most);
             memcpy(out + c, word, most * sizeof *word);
         }
-        if (bits) pack(word, most, bits + c / WORD, mask);
+        if (bits) pack_result(o, word, first + c, most, bits + c / WORD, mask);
     }
 }
 
@@ -314,13 +340,14 @@ INLINE void convolve_pixels(struct packed_network *n, const struct operation *o,
 /* The last steps of pixels without a detour through memory: for FLOATS of whole words of channels.
  * Pointers are those of the first pixel and of output `first`. */
 struct epilogue {
-    const float *factor, *offset, *added;
+    const float *factor, *offset, *added, *shift, *slope, *after, *sign_shift;
     const int32_t *correction; /* of differing bits at a border, or NULL */
     float *out;
     uint64_t *bits;
     int64_t channels, words;
     int32_t num_products;
-    int has_relu;
+    int has_relu, has_relu_first;
+    int has_steps; /* shift, slope, after or sign_shift */
 };
 
 /* Pixels `begin` to `end` of row y, which lack the same taps. */
@@ -343,7 +370,13 @@ INLINE void fuse_pixels(struct packed_network *n, const struct operation *o, int
         .channels = t->channels,
         .words = t->words,
         .num_products = num_products,
+        .shift = o->shift ? o->shift + first : 0,
+        .slope = o->slope ? o->slope + first : 0,
+        .after = o->after ? o->after + first : 0,
+        .sign_shift = o->sign_shift ? o->sign_shift + first : 0,
         .has_relu = o->fields[FLAGS] & RELU,
+        .has_relu_first = o->fields[FLAGS] & RELU_FIRST,
+        .has_steps = o->shift || o->slope || o->after || o->sign_shift,
     };
     fused(end - begin, (const uint64_t *)row->source + begin * row->step, o->row_values, row->step, row->weight,
           o->fields[KERNEL_H], row->run, num, &e);
@@ -367,6 +400,10 @@ INLINE void convolve_row(struct packed_network *n, const struct operation *o, in
     };
     if (!fused || !is_binary || t->type != FLOATS || n->traced_sums || num % WORD) {
         convolve_pixels(n, o, y, 0, t->width, first, num, &row, wide, dot, differ, mask);
+        return;
+    }
+    if (f[FLAGS] & PAD_ONES) {
+        fuse_pixels(n, o, y, 0, t->width, first, num, &row, fused);
         return;
     }
     const int64_t left = (f[LEFT] + f[STRIDE] - 1) / f[STRIDE]; /* pixels that lack taps there */
@@ -412,7 +449,8 @@ INLINE void pool_pixel(struct packed_network *n, const struct operation *o, int6
             else
                 for (int64_t c = 0; c < channels; c++) out[c] = in[c] <= out[c] ? out[c] : in[c];
         }
-    const float count = (float)((y1 - y0) * (x1 - x0));
+    const int64_t inside = (y1 - y0) * (x1 - x0), all = (int64_t)o->fields[KERNEL_H] * o->fields[KERNEL_W];
+    const float count = (float)(o->fields[FLAGS] & COUNT_PADDING ? all : inside);
     if (o->fields[KIND] == AVG_POOL)
         for (int64_t c = 0; c < channels; c++) out[c] /= count;
 }
@@ -424,9 +462,55 @@ INLINE void finish_sums(const struct operation *o, const int32_t *sums, const fl
         float word[WORD];
         const int64_t most = num - c < WORD ? num - c : WORD;
         for (int64_t i = 0; i < most; i++) word[i] = (float)sums[c + i];
-        finish_word(o, word, added ? added + c : 0, c, most);
-        memcpy(out + c, word, most * sizeof *word);
-        if (bits) pack(word, most, bits + c / WORD, mask);
+        finish(o, word, 0, 0, added ? added + c : 0, c, most, out + c, bits ? bits + c / WORD : 0, mask);
+    }
+}
+
+/* One filter per channel; weight: [taps][channels]. What is added may be the target itself. */
+INLINE void depthwise_pixel(struct packed_network *n, const struct operation *o, int64_t y, int64_t x,
+                            const float *added, float *out, uint64_t *signs, mask_function *mask) {
+    const struct buffer *s = o->source;
+    const int64_t top = y * o->fields[STRIDE] - o->fields[TOP], left = x * o->fields[STRIDE] - o->fields[LEFT];
+    const int64_t kernel_h = o->fields[KERNEL_H], kernel_w = o->fields[KERNEL_W], channels = s->channels;
+    const float *weight = (const float *)n->tensors[o->fields[WEIGHT]].data;
+    for (int64_t c = 0; c < channels; c += WORD) {
+        float word[WORD] = {0};
+        const int64_t most = channels - c < WORD ? channels - c : WORD;
+        for (int64_t i = 0; i < kernel_h; i++)
+            for (int64_t j = 0; j < kernel_w; j++) {
+                if (top + i < 0 || top + i >= s->height || left + j < 0 || left + j >= s->width) continue;
+                const float *in = (const float *)values_of(n, s) + ((top + i) * s->width + left + j) * channels + c;
+                const float *factor = weight + (i * kernel_w + j) * channels + c;
+                for (int64_t k = 0; k < most; k++) word[k] += in[k] * factor[k];
+            }
+        finish(o, word, 0, 0, added ? added + c : 0, c, most, out + c, signs ? signs + c / WORD : 0, mask);
+    }
+}
+
+/* A pixel of `values` or `sums` times a factor per channel. */
+INLINE void scale_pixel(const struct operation *o, const float *values, const int32_t *sums, const float *scale,
+                        float *out, uint64_t *signs, mask_function *mask) {
+    const int64_t channels = o->source->channels;
+    for (int64_t c = 0; c < channels; c += WORD) {
+        float word[WORD];
+        const int64_t most = channels - c < WORD ? channels - c : WORD;
+        for (int64_t k = 0; k < most; k++) word[k] = (sums ? (float)sums[c + k] : values[c + k]) * scale[c + k];
+        finish(o, word, 0, 0, 0, c, most, out + c, signs ? signs + c / WORD : 0, mask);
+    }
+}
+
+/* A pixel of SIGN: signs after the offset, if there is one. */
+INLINE void sign_pixel(const struct operation *o, const float *values, uint64_t *bits, mask_function *mask) {
+    const int64_t channels = o->source->channels;
+    if (!o->offset) {
+        pack(values, channels, bits, mask);
+        return;
+    }
+    for (int64_t c = 0; c < channels; c += WORD) {
+        float word[WORD];
+        const int64_t most = channels - c < WORD ? channels - c : WORD;
+        for (int64_t k = 0; k < most; k++) word[k] = values[c + k] + o->offset[c + k];
+        pack(word, most, bits + c / WORD, mask);
     }
 }
 
@@ -444,14 +528,16 @@ INLINE void map_row(struct packed_network *n, const struct operation *o, int64_t
         else
             for (int64_t i = 0; i < numel; i++) out[i] = (((const float *)n->pixels)[row + i] - mean[i]) / deviation[i];
         for (int64_t x = 0; o->signs && x < s->width; x++)
-            pack(out + x * num, num, (uint64_t *)values_of(n, o->signs) + (y * s->width + x) * t->words, mask);
+            pack_result(o, out + x * num, 0, num,
+                        (uint64_t *)values_of(n, o->signs) + (y * s->width + x) * t->words, mask);
         return;
     }
     for (int64_t x = 0; x < t->width; x++) {
         const int64_t pixel = y * t->width + x, at = pixel * num;
-        float *out = (float *)values_of(n, t) + (t->type == FLOATS ? at : 0);
+        float *out = (float *)values_of(n, t) + (t->type == FLOATS ? pixel * t->channels : 0);
         const float *in = (const float *)values_of(n, s) + at;
-        const float *added = o->other ? (const float *)values_of(n, o->other) + at : 0;
+        const float *other = o->other ? (const float *)values_of(n, o->other) : 0;
+        const float *added = other && o->fields[KIND] != SCALE ? other + pixel * o->other->channels : 0;
         const int32_t *sums = (const int32_t *)in;
         uint64_t *bits = (uint64_t *)values_of(n, t) + pixel * t->words;
         uint64_t *signs = o->signs ? (uint64_t *)values_of(n, o->signs) + pixel * t->words : 0;
@@ -459,10 +545,25 @@ INLINE void map_row(struct packed_network *n, const struct operation *o, int64_t
         case MAX_POOL:
         case AVG_POOL:
             pool_pixel(n, o, y, x);
-            if (signs) pack(out, num, signs, mask);
+            if (signs) pack_result(o, out, 0, num, signs, mask);
+            break;
+        case CONCAT:
+            memcpy(out, in, num * sizeof *out);
+            memcpy(out + num, added, o->other->channels * sizeof *out);
+            if (signs) pack_result(o, out, 0, t->channels, signs, mask);
+            break;
+        case SIGMOID:
+            for (int64_t c = 0; c < num; c++) out[c] = 1.0f / (1.0f + expf(-in[c]));
+            if (signs) pack_result(o, out, 0, num, signs, mask);
+            break;
+        case DEPTHWISE:
+            depthwise_pixel(n, o, y, x, added, out, signs, mask);
+            break;
+        case SCALE:
+            scale_pixel(o, in, s->type == SUMS ? sums : 0, other, out, signs, mask);
             break;
         case SIGN:
-            pack(in, num, bits, mask);
+            sign_pixel(o, in, bits, mask);
             break;
         case THRESHOLD:
             compare(o, sums, 0, num, bits, mask);
@@ -487,21 +588,36 @@ INLINE void map_row(struct packed_network *n, const struct operation *o, int64_t
 
 /* ---- Running ---- */
 
-/* A pixel of the source with zeros around it, at the start of `row`. */
+/* Zeros, or +1 in all channels of pixels. */
+static void fill_padding(const struct operation *o, unsigned char *to, int64_t bytes) {
+    const struct buffer *s = o->source;
+    const int has_ones = o->fields[FLAGS] & PAD_ONES && o->fields[KIND] == BINARY_CONV;
+    memset(to, has_ones ? 0xff : 0, bytes);
+    if (!has_ones || s->channels % WORD == 0) return;
+    const uint64_t last = ((uint64_t)1 << (s->channels % WORD)) - 1;
+    for (int64_t end = s->pixel_bytes; end <= bytes; end += s->pixel_bytes) {
+        uint64_t word;
+        memcpy(&word, to + end - sizeof word, sizeof word);
+        word &= last;
+        memcpy(to + end - sizeof word, &word, sizeof word);
+    }
+}
+
+/* A row of the source with padding around it. */
 static void pad_row(const struct packed_network *n, const struct operation *o, int64_t row) {
     const struct buffer *s = o->source;
     const int64_t top = o->fields[TOP], left = o->fields[LEFT], value = o->fields[KIND] == CONV ? 4 : 8;
     const int64_t pixel = s->pixel_bytes, bytes = o->row_values * value;
     unsigned char *to = n->padded + row * bytes;
     if (row < top || row - top >= s->height) {
-        memset(to, 0, bytes);
+        fill_padding(o, to, bytes);
         return;
     }
     int64_t copied = s->width * pixel;
     if (copied > bytes - left * pixel) copied = bytes - left * pixel;
-    memset(to, 0, left * pixel);
+    fill_padding(o, to, left * pixel);
     memcpy(to + left * pixel, (unsigned char *)values_of(n, s) + (row - top) * s->width * pixel, copied);
-    memset(to + left * pixel + copied, 0, bytes - left * pixel - copied);
+    fill_padding(o, to + left * pixel + copied, bytes - left * pixel - copied);
 }
 
 static void run_convolution(struct packed_network *n, const struct operation *o, int num_threads) {
@@ -538,7 +654,7 @@ static void run_mean(struct packed_network *n, const struct operation *o) {
     for (int64_t pixel = 1; pixel < pixels; pixel++)
         for (int64_t c = 0; c < channels; c++) out[c] += in[pixel * channels + c];
     for (int64_t c = 0; c < channels; c++) out[c] /= (float)pixels;
-    if (o->signs) pack(out, channels, values_of(n, o->signs), mask_portable);
+    if (o->signs) pack_result(o, out, 0, channels, values_of(n, o->signs), mask_portable);
 }
 
 static void run_operation(struct packed_network *n, const struct operation *o, int num_threads) {

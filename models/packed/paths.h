@@ -56,19 +56,33 @@ TARGET INLINE uint64_t mask_avx512(const float *values) {
                 << (16 * i);
     return mask;
 }
+TARGET INLINE __mmask16 negative_avx512(__m512 values) {
+    return _mm512_cmp_ps_mask(values, _mm512_setzero_ps(), _CMP_LT_OQ);
+}
 /* 16 outputs from `at` of pixel `p`. */
 TARGET INLINE void finish_avx512(const struct epilogue *e, int64_t p, int64_t at, __m512i differing) {
     const int64_t to = p * e->channels + at;
     if (e->correction) differing = _mm512_add_epi32(differing, _mm512_loadu_si512(e->correction + at));
     __m512 values =
         _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(e->num_products), _mm512_slli_epi32(differing, 1)));
+    if (e->has_relu_first) values = _mm512_maskz_mov_ps((__mmask16)~negative_avx512(values), values);
     if (e->factor) values = _mm512_mul_ps(values, _mm512_loadu_ps(e->factor + at));
     if (e->offset) values = _mm512_add_ps(values, _mm512_loadu_ps(e->offset + at));
     if (e->added) values = _mm512_add_ps(values, _mm512_loadu_ps(e->added + to));
-    const __mmask16 negative = _mm512_cmp_ps_mask(values, _mm512_setzero_ps(), _CMP_LT_OQ);
-    if (e->has_relu) values = _mm512_maskz_mov_ps((__mmask16)~negative, values);
+    if (e->has_steps && e->shift) values = _mm512_add_ps(values, _mm512_loadu_ps(e->shift + at));
+    __mmask16 negative = negative_avx512(values);
+    if (e->has_relu) {
+        values = _mm512_maskz_mov_ps((__mmask16)~negative, values);
+        negative = 0;
+    }
+    if (e->has_steps) {
+        if (e->slope) values = _mm512_mask_mul_ps(values, negative, values, _mm512_loadu_ps(e->slope + at));
+        if (e->after) values = _mm512_add_ps(values, _mm512_loadu_ps(e->after + at));
+        const __m512 shifted = e->sign_shift ? _mm512_add_ps(values, _mm512_loadu_ps(e->sign_shift + at)) : values;
+        negative = negative_avx512(shifted);
+    }
     _mm512_storeu_ps(e->out + to, values);
-    const uint16_t signs = (uint16_t)(e->has_relu ? 0xffff : ~negative);
+    const uint16_t signs = (uint16_t)~negative;
     if (e->bits) memcpy((unsigned char *)(e->bits + p * e->words) + at / 8, &signs, sizeof signs);
 }
 /* To `out`, or through `e`, whose first pixel is the first of these, to outputs from `at`. */

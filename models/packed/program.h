@@ -24,16 +24,21 @@ static const int64_t MAX_WORK = (int64_t)1 << 36;
 
 enum type { FLOATS, SIGNS, SUMS, NUM_TYPES };
 enum kind {
-    NORMALIZE, CONV, BINARY_CONV, AFFINE, LAYER_NORM, MAX_POOL, AVG_POOL, SIGN, THRESHOLD, MEAN, ADD, NUM_KINDS
+    NORMALIZE, CONV, BINARY_CONV, AFFINE, LAYER_NORM, MAX_POOL, AVG_POOL, SIGN, THRESHOLD, MEAN, ADD, DEPTHWISE,
+    CONCAT, SIGMOID, SCALE, NUM_KINDS
 };
-enum flags { RELU = 1, BINARY_WEIGHT = 2 };
+/* RELU_FIRST: before factor and offset. PAD_ONES: a binary convolution pads with +1, and all its
+ * products count. COUNT_PADDING: AVG_POOL counts zeros outside of the image. */
+enum flags { RELU = 1, BINARY_WEIGHT = 2, RELU_FIRST = 4, PAD_ONES = 8, COUNT_PADDING = 16 };
 /* Fields of an operation; -1 for a buffer or tensor that it does not have. FACTOR and OFFSET: of a
  * channel; thresholds and their directions where the target is signs; deviation and mean of
- * NORMALIZE. REAL: bits of a float, the epsilon of LAYER_NORM. SIGNS_OF: a buffer for the signs of
- * the result, which are packed along the way. */
+ * NORMALIZE; the OFFSET of SIGN is added before the sign. REAL: bits of a float, the epsilon of
+ * LAYER_NORM. SIGNS_OF: a buffer for the signs of the result, which are packed along the way, after
+ * SIGN_SHIFT is added. What happens to a result of floats: RELU_FIRST, FACTOR, OFFSET, OTHER, SHIFT,
+ * RELU, SLOPE of negative values, AFTER. */
 enum field {
     KIND, SOURCE, OTHER, TARGET_BUFFER, KERNEL_H, KERNEL_W, STRIDE, TOP, LEFT, FLAGS, WEIGHT, FACTOR, OFFSET, REAL,
-    SIGNS_OF
+    SIGNS_OF, SHIFT, SLOPE, AFTER, SIGN_SHIFT
 };
 
 struct packed_network;
@@ -69,7 +74,7 @@ struct operation {
     int is_padded;
     void *weight;  /* in blocks of the path; NORMALIZE: means and deviations of a row */
     int32_t *ones; /* binary convolution: [taps][outputs], set bits of a tap */
-    const float *factor, *offset;
+    const float *factor, *offset, *shift, *slope, *after, *sign_shift;
     const int32_t *threshold, *direction;
 };
 
@@ -241,25 +246,35 @@ static int holds(const struct packed_network *n, const struct buffer *b) {
 
 static int in(int32_t value, int32_t least, int32_t most) { return value >= least && value <= most; }
 
-/* Return what is wrong with an operation, or 0. */
-static const char *check_operation(const struct packed_network *n, const struct operation *o) {
-    const int32_t *f = o->fields;
+static int is_absent(const struct operation *o, enum field field) { return o->fields[field] == -1; }
+
+/* A tensor per channel of the target, or none. */
+static int is_per_channel(const struct packed_network *n, const struct operation *o, enum field field,
+                          const char *dtype) {
+    return is_absent(o, field) || has_shape(n, o->fields[field], dtype, o->target->channels);
+}
+
+static const char *check_types(const struct operation *o) {
+    const enum kind kind = (enum kind)o->fields[KIND];
     const struct buffer *s = o->source, *t = o->target;
-    const enum kind kind = (enum kind)f[KIND];
-    const int is_conv = kind == CONV || kind == BINARY_CONV, is_pool = kind == MAX_POOL || kind == AVG_POOL;
-    const int64_t taps = is_conv || is_pool ? (int64_t)f[KERNEL_H] * f[KERNEL_W] : 1;
     int takes[NUM_TYPES] = {0}, gives[NUM_TYPES] = {0};
     takes[FLOATS] = kind != BINARY_CONV && kind != THRESHOLD;
     takes[SIGNS] = kind == BINARY_CONV;
-    takes[SUMS] = kind == THRESHOLD || kind == AFFINE || kind == LAYER_NORM || kind == MAX_POOL;
+    takes[SUMS] = kind == THRESHOLD || kind == AFFINE || kind == LAYER_NORM || kind == MAX_POOL || kind == SCALE;
     gives[FLOATS] = kind != SIGN && kind != THRESHOLD;
     gives[SIGNS] = kind == SIGN || kind == THRESHOLD || kind == BINARY_CONV;
     gives[SUMS] = kind == BINARY_CONV || kind == MAX_POOL;
     if (!takes[s->type] || !gives[t->type] || (kind == MAX_POOL && s->type != t->type))
         return "buffers have other types";
-    /* What it adds may be overwritten: pixel by pixel it is read first. */
-    if (s->slot == t->slot) return "it overwrites its input";
-    if (is_conv || is_pool) {
+    return 0;
+}
+
+static const char *check_sizes(const struct operation *o) {
+    const int32_t *f = o->fields;
+    const struct buffer *s = o->source, *t = o->target;
+    const enum kind kind = (enum kind)f[KIND];
+    const int keeps_channels = kind == MAX_POOL || kind == AVG_POOL || kind == DEPTHWISE;
+    if (keeps_channels || kind == CONV || kind == BINARY_CONV) {
         if (!in(f[KERNEL_H], 1, 1 << 12) || !in(f[KERNEL_W], 1, 1 << 12) || !in(f[STRIDE], 1, 1 << 12))
             return "its window is damaged";
         if (!in(f[TOP], 0, f[KERNEL_H] - 1) || !in(f[LEFT], 0, f[KERNEL_W] - 1)) return "its padding is damaged";
@@ -269,34 +284,84 @@ static const char *check_operation(const struct packed_network *n, const struct 
         if (((t->height - 1) * f[STRIDE] + f[KERNEL_H]) * ((t->width - 1) * f[STRIDE] + f[KERNEL_W]) * s->channels >
             MAX_NUMEL)
             return "its padded input is too large";
-        if (is_pool && s->channels != t->channels) return "it changes the number of channels";
+        if (keeps_channels && s->channels != t->channels) return "it changes the number of channels";
     } else if (kind == MEAN) {
         if (t->height != 1 || t->width != 1 || t->channels != s->channels) return "its sizes are wrong";
-    } else if (!same_size(s, t)) {
+    } else if (kind == CONCAT ? t->height != s->height || t->width != s->width : !same_size(s, t)) {
         return "its sizes differ";
     }
-    if (is_conv) {
-        const int64_t numel = taps * s->channels * t->channels;
-        if (taps * s->channels > (int64_t)1 << 24 || numel > MAX_NUMEL) return "its weight is too large";
-        const int is_binary = kind == BINARY_CONV || f[FLAGS] & BINARY_WEIGHT;
-        if (is_binary ? !has_shape(n, f[WEIGHT], "U8", (numel + 7) / 8) : !has_shape(n, f[WEIGHT], "F32", numel))
-            return "its weight has another size";
+    return 0;
+}
+
+/* The second input. What it adds may be overwritten: pixel by pixel it is read first. */
+static const char *check_other(const struct operation *o) {
+    const struct buffer *s = o->source, *t = o->target, *other = o->other;
+    const enum kind kind = (enum kind)o->fields[KIND];
+    if (!other) return kind == ADD || kind == CONCAT || kind == SCALE ? "it has one input" : 0;
+    if (kind == CONCAT || kind == SCALE) {
+        if (other->slot == t->slot) return "it overwrites its input";
+        if (other->type != FLOATS || t->type != FLOATS) return "buffers have other types";
+        if (kind == SCALE ? other->height != 1 || other->width != 1 || other->channels != t->channels
+                          : other->height != s->height || other->width != s->width ||
+                                other->channels + s->channels != t->channels)
+            return "its sizes differ";
+        return 0;
     }
-    const int needs_pair = kind == NORMALIZE || (kind == THRESHOLD || (kind == BINARY_CONV && t->type == SIGNS));
-    if (needs_pair && (f[FACTOR] < 0 || f[OFFSET] < 0)) return "a tensor is missing";
-    const char *dtype = t->type == SIGNS ? "I32" : "F32";
-    if (f[FACTOR] != -1 && !has_shape(n, f[FACTOR], dtype, t->channels)) return "its factors have another size";
-    if (f[OFFSET] != -1 && !has_shape(n, f[OFFSET], dtype, t->channels)) return "its offsets have another size";
-    if (needs_pair && t->type == SIGNS && !are_thresholds(n, o)) return "its thresholds are damaged";
-    if (kind == ADD && !o->other) return "it has one input";
-    if (o->other && (o->other->type != FLOATS || t->type != FLOATS || !same_size(o->other, t)))
-        return "what it adds has another size";
-    if (o->other && kind != ADD && kind != CONV && kind != BINARY_CONV && kind != AFFINE) return "it cannot add";
+    if (other->type != FLOATS || t->type != FLOATS || !same_size(other, t)) return "what it adds has another size";
+    if (kind != ADD && kind != CONV && kind != BINARY_CONV && kind != AFFINE && kind != DEPTHWISE)
+        return "it cannot add";
+    return 0;
+}
+
+static const char *check_weight(const struct packed_network *n, const struct operation *o) {
+    const int32_t *f = o->fields;
+    const int is_depthwise = f[KIND] == DEPTHWISE;
+    if (f[KIND] != CONV && f[KIND] != BINARY_CONV && !is_depthwise) return 0;
+    const int64_t depth = (int64_t)f[KERNEL_H] * f[KERNEL_W] * (is_depthwise ? 1 : o->source->channels);
+    const int64_t numel = depth * o->target->channels;
+    if (depth > (int64_t)1 << 24 || numel > MAX_NUMEL) return "its weight is too large";
+    const int is_binary = f[KIND] == BINARY_CONV || (f[KIND] == CONV && f[FLAGS] & BINARY_WEIGHT);
+    if (is_binary ? !has_shape(n, f[WEIGHT], "U8", (numel + 7) / 8) : !has_shape(n, f[WEIGHT], "F32", numel))
+        return "its weight has another size";
+    return 0;
+}
+
+static const char *check_channels(const struct packed_network *n, const struct operation *o) {
+    const enum kind kind = (enum kind)o->fields[KIND];
+    const struct buffer *t = o->target;
+    const int compares = kind == THRESHOLD || (kind == BINARY_CONV && t->type == SIGNS);
+    if ((kind == NORMALIZE || compares) && (o->fields[FACTOR] < 0 || o->fields[OFFSET] < 0))
+        return "a tensor is missing";
+    const char *dtype = compares ? "I32" : "F32";
+    if (!is_per_channel(n, o, FACTOR, dtype) || (kind == SIGN && !is_absent(o, FACTOR)))
+        return "its factors have another size";
+    if (!is_per_channel(n, o, OFFSET, dtype)) return "its offsets have another size";
+    if (compares && !are_thresholds(n, o)) return "its thresholds are damaged";
+    const int has_steps = t->type == FLOATS && (kind == CONV || kind == BINARY_CONV || kind == AFFINE || kind == ADD ||
+                                                kind == LAYER_NORM || kind == DEPTHWISE || kind == SCALE);
+    for (int field = SHIFT; field <= AFTER; field++)
+        if (has_steps ? !is_per_channel(n, o, (enum field)field, "F32") : !is_absent(o, (enum field)field))
+            return "its shifts or slopes have another size";
+    if (!is_per_channel(n, o, SIGN_SHIFT, "F32") || (!o->signs && !is_absent(o, SIGN_SHIFT)))
+        return "its shifts of signs have another size";
+    return 0;
+}
+
+/* Return what is wrong with an operation, or 0. */
+static const char *check_operation(const struct packed_network *n, const struct operation *o) {
+    const struct buffer *s = o->source, *t = o->target;
+    const char *wrong = check_types(o);
+    if (!wrong && s->slot == t->slot) wrong = "it overwrites its input";
+    if (!wrong) wrong = check_sizes(o);
+    if (!wrong) wrong = check_weight(n, o);
+    if (!wrong) wrong = check_channels(n, o);
+    if (!wrong) wrong = check_other(o);
+    if (wrong) return wrong;
     if (o->signs &&
         (o->signs->type != SIGNS || t->type != FLOATS || !same_size(o->signs, t) || o->signs->slot == t->slot ||
          o->signs->slot == s->slot || (o->other && o->signs->slot == o->other->slot)))
         return "its signs have another size";
-    if ((kind != NORMALIZE && !holds(n, s)) || (o->other && !holds(n, o->other)))
+    if ((o->fields[KIND] != NORMALIZE && !holds(n, s)) || (o->other && !holds(n, o->other)))
         return "it reads what no operation has written";
     return 0;
 }
@@ -305,11 +370,28 @@ static int64_t work_of(const struct operation *o) {
     const int32_t *f = o->fields;
     const struct buffer *s = o->source, *t = o->target;
     const int64_t results = t->height * t->width * t->channels, taps = (int64_t)f[KERNEL_H] * f[KERNEL_W];
-    if (f[KIND] == MAX_POOL || f[KIND] == AVG_POOL) return results * taps;
+    if (f[KIND] == MAX_POOL || f[KIND] == AVG_POOL || f[KIND] == DEPTHWISE) return results * taps;
     if (f[KIND] == NORMALIZE) return 4 * results; /* divisions */
+    if (f[KIND] == SIGMOID) return 16 * results;
+    if (f[KIND] == CONCAT) return results;
     if (f[KIND] != CONV && f[KIND] != BINARY_CONV) return s->height * s->width * s->channels;
     const int64_t rows = (t->height - 1) * f[STRIDE] + f[KERNEL_H], columns = (t->width - 1) * f[STRIDE] + f[KERNEL_W];
     return (results * taps + rows * columns) * (f[KIND] == CONV ? s->channels : s->words);
+}
+
+static const void *data_of(const struct packed_network *n, const struct operation *o, enum field field) {
+    return o->fields[field] < 0 ? 0 : n->tensors[o->fields[field]].data;
+}
+
+/* The tensors per channel. */
+static void take_channels(const struct packed_network *n, struct operation *o) {
+    const void *factor = data_of(n, o, FACTOR), *offset = data_of(n, o, OFFSET);
+    if (o->target->type == SIGNS && o->fields[KIND] != SIGN)
+        o->threshold = factor, o->direction = offset;
+    else
+        o->factor = factor, o->offset = offset;
+    o->shift = data_of(n, o, SHIFT), o->slope = data_of(n, o, SLOPE), o->after = data_of(n, o, AFTER);
+    o->sign_shift = data_of(n, o, SIGN_SHIFT);
 }
 
 static const char *read_operations(struct packed_network *n, const struct tensor *table) {
@@ -340,12 +422,7 @@ static const char *read_operations(struct packed_network *n, const struct tensor
         if (n->work > MAX_WORK) return "it needs too much work for an image";
         n->holders[o->target->slot] = f[TARGET_BUFFER] + 1;
         if (o->signs) n->holders[o->signs->slot] = f[SIGNS_OF] + 1;
-        const void *factor = f[FACTOR] < 0 ? 0 : n->tensors[f[FACTOR]].data,
-                   *offset = f[OFFSET] < 0 ? 0 : n->tensors[f[OFFSET]].data;
-        if (o->target->type == SIGNS)
-            o->threshold = factor, o->direction = offset;
-        else
-            o->factor = factor, o->offset = offset;
+        take_channels(n, o);
     }
     const struct buffer *last = n->operations[n->num_operations - 1].target;
     if (last->type != FLOATS || last->height != 1 || last->width != 1) return "its result is not a row of logits";

@@ -45,6 +45,10 @@ class Kind(enum.IntEnum):
     THRESHOLD = 8
     MEAN = 9
     ADD = 10
+    DEPTHWISE = 11
+    CONCAT = 12
+    SIGMOID = 13
+    SCALE = 14
 
 
 class Flag(enum.IntFlag):
@@ -53,6 +57,12 @@ class Flag(enum.IntFlag):
     NONE = 0
     RELU = 1
     BINARY_WEIGHT = 2
+    RELU_FIRST = 4
+    """ReLU before factor and offset."""
+    PAD_ONES = 8
+    """A binary convolution pads with +1, which are products; else padding is none."""
+    COUNT_PADDING = 16
+    """A mean of pixels counts the zeros outside of the image."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -68,13 +78,19 @@ class Buffer:
 
 @dataclasses.dataclass(eq=False)
 class Operation:
-    """One operation; tensors are what the file stores."""
+    """One operation; tensors are what the file stores.
+
+    CONV, BINARY_CONV to floats, DEPTHWISE, AFFINE, ADD, LAYER_NORM and SCALE end with these steps,
+    each rounded: ReLU (RELU_FIRST), times factor, plus offset, plus `other`, plus shift, ReLU,
+    negative values times slope, plus after.
+    """
 
     kind: Kind
     source: Buffer
     target: Buffer
     other: Buffer | None = None
-    """Added to the result of a convolution, an affine map or ADD."""
+    """Added to the result of a convolution, an affine map or ADD. CONCAT: the channels behind those
+    of the source. SCALE: a factor per channel, [1][1][channels]."""
     kernel: tuple[int, int] = (1, 1)
     stride: int = 1
     top: int = 0
@@ -82,15 +98,22 @@ class Operation:
     flags: Flag = Flag.NONE
     weight: Array | None = None
     """float32 [taps, channels, outputs]; of binary weights bool, of BINARY_CONV [outputs, taps,
-    channels]."""
+    channels], of DEPTHWISE [taps, channels]."""
     factor: Array | None = None
     """Per channel: float32; NORMALIZE: deviation; target SIGNS: int32 thresholds."""
     offset: Array | None = None
-    """Per channel: float32; NORMALIZE: mean; target SIGNS: int32 directions."""
+    """Per channel: float32; NORMALIZE: mean; target SIGNS: int32 directions; SIGN: float32, added
+    before the sign."""
     real: float = 0.0
     """Epsilon of LAYER_NORM."""
     signs: Buffer | None = None
     """Gets the signs of the result, which are packed along the way."""
+    shift: Array | None = None
+    """Per channel, float32, as slope, after and sign_shift; of results of type FLOATS."""
+    slope: Array | None = None
+    after: Array | None = None
+    sign_shift: Array | None = None
+    """Added to the result before its signs are packed."""
 
     @property
     def buffers(self) -> list[Buffer]:
@@ -128,7 +151,7 @@ def assign_slots(operations: Sequence[Operation]) -> list[Buffer]:
     num_slots = 0
     alive: list[Buffer] = []
     for index, operation in enumerate(operations):
-        added = operation.other
+        added = operation.other if operation.kind not in (Kind.SCALE, Kind.CONCAT) else None
         if added not in (None, operation.source) and last[id(added)] == index and operation.target.slot < 0:
             assert added is not None
             operation.target.slot = added.slot
@@ -164,6 +187,7 @@ def tensors_of(program: Program) -> dict[str, Array]:
         fields = [o.kind, index[id(o.source)], other, index[id(o.target)], *o.kernel, o.stride, o.top, o.left, o.flags]
         fields += [add(o.weight), add(o.factor), add(o.offset), int(np.float32(o.real).view(np.int32))]
         fields.append(-1 if o.signs is None else index[id(o.signs)])
+        fields += [add(o.shift), add(o.slope), add(o.after), add(o.sign_shift)]
         row[: len(fields)] = fields
     table = [[b.height, b.width, b.channels, b.type, b.slot] for b in buffers]
     return {"program": rows, "buffers": np.array(table, np.int32), **tensors}

@@ -20,11 +20,12 @@ def test_multiply_adds_are_those_of_the_size_table() -> None:
     assert macs == {Kind.BINARY_CONV: 1_676_279_808, Kind.CONV: 137_793_536}
 
 
-def test_contenders_are_the_same_network() -> None:
+@pytest.mark.parametrize("name", ["birealnet_small", "reactnet_small", "quicknet"])
+def test_contenders_are_the_same_network(name: str) -> None:
     torch.manual_seed(0)
-    model = timm.create_model("birealnet_small", width=8, num_classes=5).eval()
-    program = lower(model, 32, bench_packed.MEAN, bench_packed.STD)
-    image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    model = timm.create_model(name, width=8, num_classes=5).eval()
+    program = lower(model, 40, bench_packed.MEAN, bench_packed.STD)
+    image = np.random.default_rng(0).integers(0, 256, (1, 40, 40, 3), dtype=np.uint8)
     runs = bench_packed.network_runs(model, packed(program), image)
     logits = [np.asarray(run()) for run in runs.values()]
     assert len(logits) == 4

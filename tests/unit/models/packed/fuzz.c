@@ -74,9 +74,10 @@ static struct program read_program(const char *path) {
 
 static int32_t extreme(void) {
     static const int32_t values[] = {INT32_MIN, -65536, -2,      -1,      0,       1,       2,        3,
-                                     4,         5,      7,       8,       11,      63,      64,       65,
-                                     200,       1000,   3000,    4095,    4096,    9000,    32767,    32768,
-                                     65535,     65536,  1 << 20, 1 << 24, 1 << 28, 1 << 30, INT32_MAX};
+                                     4,         5,      7,       8,       11,      12,      13,       14,
+                                     15,        16,     31,      63,      64,      65,      200,      1000,
+                                     3000,      4095,   4096,    9000,    32767,   32768,   65535,    65536,
+                                     1 << 20,   1 << 24, 1 << 28, 1 << 30, INT32_MAX};
     return values[random_number(sizeof values / sizeof *values)];
 }
 

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
-from bitfleet.models.layers.real_layers import ChannelAffine
+from bitfleet.models.layers.real_layers import ChannelAffine, ChannelBias
+from bitfleet.models.networks import real_to_binary
 from bitfleet.packed.lowering import lower
 from bitfleet.packed.program import Kind, Program, to_bytes
 from bitfleet.packed.runner import PackedNetwork, library
@@ -42,13 +43,13 @@ def make_exact(model: nn.Module) -> nn.Module:
 
     All values are multiples of a power of 2 with few digits, for images whose pixels are multiples
     of 32. Many values before a sign are exactly 0 then. The head is left alone, and LayerNorm has
-    no such values.
+    no such values. A sigmoid gets values whose result is exactly 0, 1/2 or 1.
     """
     generator = torch.Generator().manual_seed(1)
 
     def choose(like: Tensor, *values: float) -> Tensor:
         indices = torch.randint(len(values), like.shape, generator=generator)
-        return torch.tensor(values)[indices]
+        return torch.tensor(values, dtype=torch.float32)[indices]
 
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -58,12 +59,24 @@ def make_exact(model: nn.Module) -> nn.Module:
             module.running_var.fill_(1 - module.eps)
             if module.weight is not None:
                 module.weight.data = choose(module.weight, -0.25, 0.125, 0.25, 0.25)
-            module.bias.data = choose(module.bias, -0.5, 0, 0.5)
+            if module.bias is not None:
+                module.bias.data = choose(module.bias, -0.5, 0, 0.5)
+        elif isinstance(module, ChannelBias):
+            module.bias.data = choose(module.bias, -1, -0.5, 0, 0.5)
+        elif isinstance(module, nn.PReLU):  # more digits of a slope would pile up over blocks
+            module.weight.data = choose(module.weight, -1, 0, 1, 1, 2)
+        elif isinstance(module, real_to_binary._Factors):
+            module.reduce.weight.data = choose(module.reduce.weight, -(2.0**20), 0, 0, 2.0**20)
+            module.expand.weight.data = choose(module.expand.weight, -8, 0, 0, 1, 1)
         elif isinstance(module, ChannelAffine):
             module.weight.data = choose(module.weight, -0.125, 0.0625, 0.125)
             module.bias.data = choose(module.bias, -0.5, 0, 0.5)
         elif isinstance(module, nn.Conv2d) and not isinstance(module, QuantConv2d):
-            if module.kernel_size == (1, 1):  # of a shortcut: a sum of few channels
+            if module.groups > 1:
+                module.weight.data = choose(module.weight, -1, 0, 1, 2)
+            elif module.kernel_size == (1, 1) and 4 * module.in_channels <= module.out_channels:  # of a stem
+                module.weight.data = choose(module.weight, -4, -2, 0, 2, 4)
+            elif module.kernel_size == (1, 1):  # of a shortcut: a sum of few channels
                 module.weight.data = choose(module.weight, *[0.0] * 10, 0.25, -0.25)
             else:
                 module.weight.data = choose(module.weight, -0.125, 0, 0.125, 0.25)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from bitfleet.models import ModelConfig, create_model
+from bitfleet.models.layers.real_layers import ChannelBias
 from bitfleet.packed.lowering import lower
 from bitfleet.packed.program import Array, Buffer, Flag, Kind, Operation, Program, Type
 
@@ -17,6 +18,9 @@ NETWORKS = {
     "layer": (ModelConfig(name="birealnet18", width=6, depths=(2, 2), norm="layer", num_classes=5), 17),
     "none": (ModelConfig(name="birealnet_small", width=7, norm="none", num_classes=5), 16),
     "binarynet": (ModelConfig(name="binarynet", num_classes=5), 32),
+    "reactnet_a": (ModelConfig(name="reactnet_a", width=6, num_classes=5), 40),
+    "quicknet": (ModelConfig(name="quicknet", width=64, depths=(1, 1), num_classes=5), 40),
+    "real_to_binary": (ModelConfig(name="real_to_binary", width=16, depths=(1, 1), num_classes=5), 40),
 }
 SMALLEST = ("birealnet18", "layer", "none")
 
@@ -36,6 +40,10 @@ def network(name: str) -> Program:
                 if module.affine:
                     nn.init.normal_(module.weight)
                     nn.init.normal_(module.bias)
+            elif isinstance(module, nn.PReLU):
+                nn.init.normal_(module.weight)
+            elif isinstance(module, ChannelBias):
+                nn.init.normal_(module.bias)
     return lower(model, size, (120, 115, 110), (60, 59, 58), {"classes": CLASSES})
 
 
@@ -68,6 +76,9 @@ class _Random:
     def floats(self, *shape: int) -> Array:
         return self.generator.standard_normal(shape).astype(np.float32)
 
+    def maybe(self, channels: int) -> Array | None:
+        return self.floats(channels) if self.chance() else None
+
     def operations(self) -> list[Operation]:
         height, width, channels = self.integer(1, 14), self.integer(1, 14), self.integer(1, 5)
         image, normalized = Buffer(height, width, channels), Buffer(height, width, channels)
@@ -94,6 +105,7 @@ class _Random:
         if operation.target.type is Type.FLOATS and self.chance(0.3):
             target = operation.target
             operation.signs = Buffer(target.height, target.width, target.channels, Type.SIGNS)
+            operation.sign_shift = self.maybe(target.channels)
         self.made.append(operation)
         self.readable.append(operation.target)
         if operation.signs is not None and self.chance():
@@ -103,9 +115,11 @@ class _Random:
         if source.type is Type.SIGNS:
             self.add_binary(source, Type(self.integer(0, 2)))
         elif source.type is Type.SUMS:
-            (self.add_affine, self.add_pool, self.add_threshold, self.add_layer_norm)[self.integer(0, 3)](source)
+            ways = [self.add_affine, self.add_pool, self.add_threshold, self.add_layer_norm, self.add_scale]
+            ways[self.integer(0, len(ways) - 1)](source)
         else:
-            ways = (self.add_affine, self.add_pool, self.add_sign, self.add_sign, self.add_layer_norm, self.add_floats)
+            ways = [self.add_affine, self.add_pool, self.add_sign, self.add_sign, self.add_sign, self.add_layer_norm]
+            ways += [self.add_floats, self.add_depthwise, self.add_scale, self.add_concatenation, self.add_sigmoid]
             ways[self.integer(0, len(ways) - 1)](source)
 
     def other(self, target: Buffer) -> Buffer | None:
@@ -134,12 +148,15 @@ class _Random:
                 return operation
 
     def finish(self, operation: Operation) -> None:
-        """Give it factors, offsets, what is added, a ReLU, or none of them."""
+        """Give it steps: factors, offsets, what is added, ReLUs, slopes, or none of them."""
         channels = operation.target.channels
-        operation.factor = self.floats(channels) if self.chance() else None
-        operation.offset = self.floats(channels) if self.chance() else None
-        operation.other = self.other(operation.target)
-        operation.flags |= Flag.RELU if self.chance() else Flag.NONE
+        operation.factor, operation.offset = self.maybe(channels), self.maybe(channels)
+        if operation.kind not in (Kind.LAYER_NORM, Kind.SCALE):
+            operation.other = self.other(operation.target)
+        if self.chance():
+            operation.shift, operation.slope, operation.after = (self.maybe(channels) for _ in range(3))
+        operation.flags |= Flag.RELU if self.chance(0.3) else Flag.NONE
+        operation.flags |= Flag.RELU_FIRST if self.chance(0.3) else Flag.NONE
 
     def add_floats(self, source: Buffer) -> None:
         operation = self.convolution(source, Type.FLOATS)
@@ -151,11 +168,42 @@ class _Random:
         self.finish(operation)
         self.add(operation)
 
+    def add_depthwise(self, source: Buffer) -> None:
+        operation = self.window(source, source.channels, Type.FLOATS)
+        operation.kind = Kind.DEPTHWISE
+        operation.weight = self.floats(operation.kernel[0] * operation.kernel[1], source.channels)
+        self.finish(operation)
+        self.add(operation)
+
+    def add_scale(self, source: Buffer) -> None:
+        """Multiply by what one pixel of floats becomes."""
+        floats = source
+        if source.type is Type.SUMS:
+            floats = Buffer(source.height, source.width, source.channels)
+            self.add(Operation(Kind.AFFINE, source, floats))
+        mean, factors = (Buffer(1, 1, source.channels) for _ in range(2))
+        self.add(Operation(Kind.MEAN, floats, mean))
+        self.add(Operation(Kind.SIGMOID, mean, factors))
+        operation = Operation(Kind.SCALE, source, Buffer(source.height, source.width, source.channels), other=factors)
+        self.finish(operation)
+        self.add(operation)
+
+    def add_concatenation(self, source: Buffer) -> None:
+        size = (source.height, source.width, Type.FLOATS)
+        fitting = [buffer for buffer in self.readable if (buffer.height, buffer.width, buffer.type) == size]
+        other = fitting[self.integer(0, len(fitting) - 1)]
+        target = Buffer(source.height, source.width, source.channels + other.channels)
+        self.add(Operation(Kind.CONCAT, source, target, other=other))
+
+    def add_sigmoid(self, source: Buffer) -> None:
+        self.add(Operation(Kind.SIGMOID, source, Buffer(source.height, source.width, source.channels)))
+
     def add_binary(self, source: Buffer, type_: Type) -> None:
         operation = self.convolution(source, type_)
         taps = operation.kernel[0] * operation.kernel[1]
         operation.kind = Kind.BINARY_CONV
         operation.weight = self.floats(operation.target.channels, taps, source.channels) > 0
+        operation.flags = Flag.PAD_ONES if self.chance() else Flag.NONE
         if type_ is Type.FLOATS:
             self.finish(operation)
         elif type_ is Type.SIGNS:
@@ -176,7 +224,7 @@ class _Random:
 
     def add_sign(self, source: Buffer) -> None:
         target = Buffer(source.height, source.width, source.channels, Type.SIGNS)
-        self.add(Operation(Kind.SIGN, source, target))
+        self.add(Operation(Kind.SIGN, source, target, offset=self.maybe(source.channels)))
 
     def add_affine(self, source: Buffer) -> None:
         operation = Operation(Kind.AFFINE, source, Buffer(source.height, source.width, source.channels))
@@ -189,11 +237,11 @@ class _Random:
         target = Buffer(source.height, source.width, source.channels)
         operation = Operation(Kind.LAYER_NORM, source, target, real=1e-3)
         self.finish(operation)
-        operation.other = None
         self.add(operation)
 
     def add_pool(self, source: Buffer) -> None:
         operation = self.window(source, source.channels, source.type)
         is_mean = source.type is Type.FLOATS and self.chance()
         operation.kind = Kind.AVG_POOL if is_mean else Kind.MAX_POOL
+        operation.flags = Flag.COUNT_PADDING if is_mean and self.chance() else Flag.NONE
         self.add(operation)

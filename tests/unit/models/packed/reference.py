@@ -27,21 +27,24 @@ def run(operations: list[Operation], image: Array) -> Results:
     values: dict[int, Array] = {id(operations[0].source): image.astype(np.float32)}
     sums, has_ties = [], False
     for o in operations:
-        result = _result(o, values[id(o.source)])
+        other = None if o.other is None else values[id(o.other)]
+        result = _result(o, values[id(o.source)], other)
         if o.kind is Kind.BINARY_CONV:
             sums.append(result)
         if o.target.type is Type.FLOATS:
-            result = _finished(o, result.astype(np.float32), None if o.other is None else values[id(o.other)])
+            result = _finished(o, result.astype(np.float32), other)
         elif o.target.type is Type.SIGNS and o.kind is not Kind.SIGN:
             assert o.factor is not None
             assert o.offset is not None
             result = result * o.offset >= o.factor
-        if o.kind is Kind.CONV:
+        if o.kind in (Kind.CONV, Kind.DEPTHWISE):
             has_ties |= _has_ties(o, result)
         for buffer in (o.signs, o.target if o.kind is Kind.SIGN else None):
             if buffer is not None:
-                has_ties |= _has_ties(o, result)
-                values[id(buffer)] = result >= 0
+                shift = o.offset if o.kind is Kind.SIGN else o.sign_shift
+                shifted = result if shift is None else result + shift
+                has_ties |= _has_ties(o, shifted)
+                values[id(buffer)] = shifted >= 0
         if o.kind is not Kind.SIGN:
             values[id(o.target)] = result
         assert values[id(o.target)].shape == _shape(o.target)
@@ -50,7 +53,7 @@ def run(operations: list[Operation], image: Array) -> Results:
 
 def _has_ties(o: Operation, result: Array) -> bool:
     near = np.abs(result) <= TIE * np.abs(result).max()
-    if o.kind is not Kind.CONV or Flag.RELU in o.flags:
+    if o.kind not in (Kind.CONV, Kind.DEPTHWISE) or o.flags & (Flag.RELU | Flag.RELU_FIRST):
         near &= result != 0  # a 0 of other operations is no accident
     return bool(near.any())
 
@@ -59,13 +62,24 @@ def _shape(buffer: Buffer) -> tuple[int, int, int]:
     return buffer.height, buffer.width, buffer.channels
 
 
-def _result(o: Operation, x: Array) -> Array:
+def _result(o: Operation, x: Array, other: Array | None) -> Array:
     if o.kind is Kind.NORMALIZE:
         return np.asarray((x - o.offset) / o.factor)
     if o.kind is Kind.BINARY_CONV:
         assert o.weight is not None
         weight = np.where(o.weight, 1, -1).transpose(1, 2, 0)
-        return _convolved(o, np.where(x, 1, -1), weight).astype(np.int32)
+        return _convolved(o, np.where(x, 1, -1), weight, int(Flag.PAD_ONES in o.flags)).astype(np.int32)
+    if o.kind is Kind.DEPTHWISE:
+        assert o.weight is not None
+        windows = _windows(o, x.astype(np.float64), 0)
+        return np.asarray((windows * o.weight.T.reshape(-1, *o.kernel)).sum((3, 4)))
+    if o.kind is Kind.CONCAT:
+        return np.concatenate([x, np.asarray(other)], 2)
+    if o.kind is Kind.SIGMOID:
+        return np.asarray(1 / (1 + np.exp(-x.astype(np.float64))))
+    if o.kind is Kind.SCALE:
+        assert other is not None
+        return np.asarray(x.astype(np.float32) * other)
     if o.kind is Kind.CONV:
         assert o.weight is not None
         weight = np.where(o.weight, 1.0, -1.0) if o.weight.dtype == bool else o.weight.astype(np.float64)
@@ -75,7 +89,7 @@ def _result(o: Operation, x: Array) -> Array:
         return np.asarray(_windows(o, x, least).max((3, 4)))
     if o.kind is Kind.AVG_POOL:
         total, count = (_windows(o, values, 0).sum((3, 4)) for values in (x.astype(np.float64), np.ones_like(x)))
-        return np.asarray(total / count)
+        return np.asarray(total / (o.kernel[0] * o.kernel[1] if Flag.COUNT_PADDING in o.flags else count))
     if o.kind is Kind.MEAN:
         return np.asarray(x.astype(np.float64).mean((0, 1), keepdims=True))
     if o.kind is Kind.LAYER_NORM:
@@ -85,11 +99,15 @@ def _result(o: Operation, x: Array) -> Array:
 
 
 def _finished(o: Operation, x: Array, added: Array | None) -> Array:
+    x = np.maximum(x, 0) if Flag.RELU_FIRST in o.flags else x
     if o.kind is not Kind.NORMALIZE:
         x = x if o.factor is None else x * o.factor
         x = x if o.offset is None else x + o.offset
-    x = x if added is None else x + added
-    return np.maximum(x, 0) if Flag.RELU in o.flags else x
+    x = x if added is None or o.kind in (Kind.SCALE, Kind.CONCAT) else x + added
+    x = x if o.shift is None else x + o.shift
+    x = np.maximum(x, 0) if Flag.RELU in o.flags else x
+    x = x if o.slope is None else np.where(x < 0, x * o.slope, x)
+    return x if o.after is None else x + o.after
 
 
 def _windows(o: Operation, x: Array, outside: float) -> Array:
@@ -101,8 +119,8 @@ def _windows(o: Operation, x: Array, outside: float) -> Array:
     return sliding_window_view(padded[:height, :width], o.kernel, (0, 1))[:: o.stride, :: o.stride]
 
 
-def _convolved(o: Operation, x: Array, weight: Array) -> Array:
+def _convolved(o: Operation, x: Array, weight: Array, outside: float = 0) -> Array:
     """Sum over windows; weight [taps, channels, outputs]."""
-    windows = _windows(o, x, 0)
+    windows = _windows(o, x, outside)
     windows = windows.transpose(0, 1, 3, 4, 2).reshape(*windows.shape[:2], -1)
     return np.asarray(windows @ weight.reshape(-1, weight.shape[-1]))

@@ -30,6 +30,7 @@ from tests.unit.models.packed.networks import (
     packed,
     random_images,
 )
+from tests.unit.models.packed.programs import random_image, random_program
 
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-pedantic")
 SMALL = {"num_classes": 7, "width": 12}
@@ -39,6 +40,11 @@ NETWORKS: list[tuple[str, int, dict[str, Any]]] = [
     ("birealnet18", 67, SMALL | {"norm": "none"}),
     ("binarynet", 32, {}),
     ("binarynet", 32, {"norm": "layer"}),
+    ("reactnet_small", 31, SMALL),
+    ("reactnet_a", 47, {"num_classes": 7, "width": 5}),
+    ("quicknet", 75, {"num_classes": 7, "width": 20, "depths": (2, 1, 1)}),
+    ("binary_resnet_e18", 45, SMALL | {"depths": (1, 2)}),
+    ("real_to_binary", 45, {"num_classes": 7, "width": 16, "depths": (2, 1)}),
 ]
 
 Compile = Callable[[Program], tuple[CSource, CNetwork]]
@@ -101,6 +107,14 @@ def test_same_bits_as_the_portable_path(name: str, size: int, options: dict[str,
     program, images = lowered(network(name, **options), size), random_images(2, size)
     _, found = build(program)
     np.testing.assert_array_equal(found(images), packed(program, "portable")(images))
+
+
+@pytest.mark.parametrize("seed", range(40, 52))
+def test_random_programs(seed: int, build: Compile) -> None:
+    program = random_program(seed)
+    image = random_image(program, seed)[None]
+    _, found = build(program)
+    np.testing.assert_array_equal(found(image), packed(program, "portable")(image))
 
 
 def test_every_operation(build: Compile) -> None:

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from bitfleet.packed.onnx_format import to_onnx
-from bitfleet.packed.program import Program
+from bitfleet.packed.program import Kind, Operation, Program
 from tests.unit.models.packed.mixed import SIZE, mixed
 from tests.unit.models.packed.networks import (
     exact_images,
@@ -22,6 +22,8 @@ from tests.unit.models.packed.networks import (
     network,
     random_images,
 )
+from tests.unit.models.packed.programs import random_image, random_program
+from tests.unit.models.packed.reference import run as run_numpy
 
 SMALL = {"num_classes": 7, "width": 12}
 EXACT: list[tuple[str, int, dict[str, Any]]] = [
@@ -33,6 +35,11 @@ EXACT: list[tuple[str, int, dict[str, Any]]] = [
     ("birealnet18", 97, SMALL | {"norm": "none"}),
     ("birealnet34", 64, SMALL),
     ("binarynet", 32, {}),
+    ("reactnet_small", 31, SMALL),
+    ("reactnet_a", 64, {"num_classes": 7, "width": 5}),
+    ("quicknet", 70, {"num_classes": 7, "width": 12, "depths": (2, 2)}),
+    ("binary_resnet_e18", 64, SMALL),
+    ("real_to_binary", 64, {"num_classes": 7, "width": 8}),
 ]
 """Network, image size, options; many values before a sign are exactly 0."""
 LAYER_NORM: list[tuple[str, int, dict[str, Any]]] = [
@@ -81,9 +88,11 @@ def test_every_operation() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["batch", "layer"])
-def test_xnornet(norm: str) -> None:
-    model, images = make_exact(network("xnornet", norm=norm)), exact_images(2, 224)
+@pytest.mark.parametrize(
+    ("name", "options"), [("xnornet", {}), ("xnornet", {"norm": "layer"}), ("binary_alexnet", {})], ids=name_of
+)
+def test_networks_with_large_binary_matrices(name: str, options: dict[str, Any]) -> None:
+    model, images = make_exact(network(name, **options)), exact_images(2, 224)
     assert_close(run(to_onnx(lowered(model, 224)), images), expected_logits(model, images))
 
 
@@ -94,13 +103,43 @@ def program() -> Program:
     return result
 
 
-def test_models_are_valid_and_say_what_they_are(program: Program) -> None:
-    model = onnx.load_from_string(to_onnx(program))
+def check(model: onnx.ModelProto) -> None:
+    """Compare the shapes that a model gives with those that its operators give."""
     onnx.checker.check_model(model, full_check=True)
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     assert {each.name: each for each in inferred.graph.value_info} == {
         each.name: each for each in model.graph.value_info
     }
+
+
+def takes_all_rows(operation: Operation) -> bool:
+    """Return True if no row is left that another window could take, as in ONNX."""
+    o = operation
+    rows = o.source.height + o.top - (o.target.height - 1) * o.stride - o.kernel[0]
+    columns = o.source.width + o.left - (o.target.width - 1) * o.stride - o.kernel[1]
+    windows = (Kind.CONV, Kind.BINARY_CONV, Kind.DEPTHWISE, Kind.MAX_POOL, Kind.AVG_POOL)
+    return o.kind not in windows or max(rows, columns) < o.stride
+
+
+def test_random_programs() -> None:
+    """Compare random programs with numpy, of every kind of operation."""
+    kinds: set[Kind] = set()
+    for seed in range(300):
+        random = random_program(seed)
+        image = random_image(random, seed)
+        expected = run_numpy(random.operations, image)
+        if expected.has_ties or not all(map(takes_all_rows, random.operations)):
+            continue
+        content = to_onnx(random)
+        check(onnx.load_from_string(content))
+        assert_close(run(content, image[None])[0], expected.logits.astype(np.float32))
+        kinds |= {operation.kind for operation in random.operations}
+    assert kinds == set(Kind)
+
+
+def test_models_are_valid_and_say_what_they_are(program: Program) -> None:
+    model = onnx.load_from_string(to_onnx(program))
+    check(model)
     assert "Sign" not in {node.op_type for node in model.graph.node}
     (batch, *sides), (_, classes) = (
         [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]

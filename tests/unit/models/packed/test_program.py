@@ -43,6 +43,9 @@ def test_same_network_same_bytes(content: bytes) -> None:
         ("birealnet34", 64, {"norm": "none"}),
         ("binarynet", 32, {}),
         ("xnornet", 224, {}),
+        ("reactnet18", 64, {}),
+        ("quicknet", 64, {}),
+        ("real_to_binary", 64, {}),
     ],
 )
 def test_size_is_bits_and_floats(name: str, size: int, options: dict[str, Any]) -> None:
@@ -110,6 +113,22 @@ def test_slots_are_shared_by_buffers_that_are_not_alive_together() -> None:
     slots = [image.slot for image in images]
     assert slots[2] == slots[0]
     assert slots[3] == slots[1] != slots[2]
+
+
+def test_factors_and_joined_channels_keep_their_slots() -> None:
+    """They are not read pixel by pixel before the result is written."""
+    normalized, scaled, joined = Buffer(1, 1, 3), Buffer(1, 1, 3), Buffer(1, 1, 6)
+    factors, other = Buffer(1, 1, 3), Buffer(1, 1, 3)
+    operations = [
+        Operation(Kind.SIGMOID, normalized, factors),
+        Operation(Kind.SCALE, normalized, scaled, other=factors),
+        Operation(Kind.SIGMOID, scaled, other),
+        Operation(Kind.CONCAT, scaled, joined, other=other),
+    ]
+    assign_slots(operations)
+    for operation in operations:
+        read = {buffer.slot for buffer in (operation.source, operation.other) if buffer is not None}
+        assert operation.target.slot not in read
 
 
 def test_torch_is_not_needed(content: bytes, tmp_path: Path) -> None:

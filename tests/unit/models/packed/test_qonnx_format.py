@@ -24,6 +24,9 @@ EXACT: list[tuple[str, dict[str, Any]]] = [
     ("binarynet", {}),
     ("birealnet_small", {"width": 12}),
     ("birealnet_small", {"width": 8, "norm": "none", "residual": "single"}),
+    ("reactnet_small", {"width": 8}),
+    ("quicknet", {"width": 8, "depths": (2, 1)}),
+    ("real_to_binary", {"width": 8, "depths": (1, 1)}),
 ]
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from bitfleet.packed.program import Array, Kind, Operation, to_bytes
+from bitfleet.packed.program import Array, Flag, Kind, Operation, to_bytes
 from bitfleet.packed.runner import PackedNetwork
 from tests.unit.models.packed.networks import PATHS
 from tests.unit.models.packed.programs import random_image, random_program
@@ -54,5 +54,8 @@ def test_random_programs_have_every_operation(cases: list[Case]) -> None:
     operations = [operation for case in cases for operation in case.operations]
     assert len(cases) > NUM_PROGRAMS // 2
     assert {operation.kind for operation in operations} == set(Kind)
-    for name in ("other", "signs", "factor", "offset"):
+    for name in ("other", "signs", "factor", "offset", "shift", "slope", "after", "sign_shift"):
         assert any(getattr(operation, name) is not None for operation in operations), name
+    for flag in Flag:
+        assert any(flag in operation.flags for operation in operations), flag
+    assert any(operation.kind is Kind.SIGN and operation.offset is not None for operation in operations)

@@ -36,6 +36,27 @@ def small() -> Program:
     return Program(operations, {"classes": CLASSES})
 
 
+def newer() -> Program:
+    """Return NORMALIZE, MEAN, SIGMOID, SCALE with signs, CONCAT, DEPTHWISE, SIGN, BINARY_CONV."""
+    image, normalized, scaled = (Buffer(SIZE, SIZE, CHANNELS) for _ in range(3))
+    mean, factors, logits = (Buffer(1, 1, channels) for channels in (CHANNELS, CHANNELS, 2))
+    joined, filtered = (Buffer(side, side, 2 * CHANNELS) for side in (SIZE, 1))
+    signs, last = Buffer(SIZE, SIZE, CHANNELS, Type.SIGNS), Buffer(1, 1, 2 * CHANNELS, Type.SIGNS)
+    ones, slopes = np.ones(CHANNELS, np.float32), np.ones(2 * CHANNELS, np.float32)
+    filters, weight = np.ones((SIZE * SIZE, 2 * CHANNELS), np.float32), np.ones((2, 1, 2 * CHANNELS), bool)
+    operations = [
+        Operation(Kind.NORMALIZE, image, normalized, factor=ones, offset=ones),
+        Operation(Kind.MEAN, normalized, mean),
+        Operation(Kind.SIGMOID, mean, factors),
+        Operation(Kind.SCALE, normalized, scaled, other=factors, shift=ones, signs=signs, sign_shift=ones),
+        Operation(Kind.CONCAT, scaled, joined, other=normalized),
+        Operation(Kind.DEPTHWISE, joined, filtered, kernel=(SIZE, SIZE), weight=filters, slope=slopes, after=slopes),
+        Operation(Kind.SIGN, filtered, last, offset=slopes),
+        Operation(Kind.BINARY_CONV, last, logits, weight=weight),
+    ]
+    return Program(operations, {"classes": CLASSES})
+
+
 def content_of(tensors: Tensors, text: str | None = None) -> bytes:
     metadata = {"bitfleet": json.dumps({"format": 1}) if text is None else text}
     return bytes(safetensors.numpy.save(tensors, metadata=metadata))
@@ -46,6 +67,7 @@ def load(content: bytes) -> PackedNetwork:
 
 
 KIND, SOURCE, OTHER, TARGET, KERNEL_H, KERNEL_W, STRIDE, TOP, LEFT, FLAGS, WEIGHT, FACTOR, OFFSET = range(13)
+SHIFT, SLOPE, AFTER, SIGN_SHIFT = range(15, 19)
 
 
 def set_field(operation: int, field: int, value: int) -> Callable[[Tensors], None]:
@@ -84,6 +106,14 @@ def enlarge(tensors: Tensors) -> None:
     tensors["buffers"][:, :2] = np.where(tensors["buffers"][:, :2] == SIZE, 6000, 1)
 
 
+def write_over_the_other(operation: int) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        row = tensors["program"][operation]
+        tensors["buffers"][row[TARGET], 4] = tensors["buffers"][row[OTHER], 4]
+
+    return change
+
+
 def write_over_the_source(tensors: Tensors) -> None:
     """Make ADD write over its first input."""
     row = tensors["program"][4]
@@ -96,7 +126,7 @@ CHANGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "in place": (write_over_the_source, "it overwrites its input"),
     "one buffer": (set_buffers(0, SIZE, 1 << 16), "a buffer has an impossible size"),
     "type": (set_buffers(3, 1, 7), "a buffer is damaged"),
-    "kind": (set_field(1, KIND, 11), "it has an operation of a later version"),
+    "kind": (set_field(1, KIND, len(Kind)), "it has an operation of a later version"),
     "order": (set_field(1, KIND, Kind.NORMALIZE), "the image is not normalized first"),
     "source": (set_field(1, SOURCE, 99), "an operation has no buffer"),
     "unwritten": (set_field(1, SOURCE, 4), "it reads what no operation has written"),
@@ -129,10 +159,47 @@ CHANGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
 }
 
 
+NEWER: dict[str, tuple[Callable[[Tensors], object], str]] = {
+    "kind": (set_field(1, KIND, -1), "it has an operation of a later version"),
+    "factors in place": (write_over_the_other(3), "it overwrites its input"),
+    "joined in place": (write_over_the_other(4), "it overwrites its input"),
+    "no factors": (set_field(3, OTHER, -1), "it has one input"),
+    "nothing joined": (set_field(4, OTHER, -1), "it has one input"),
+    "factors of an image": (set_field(3, OTHER, 1), "its sizes differ"),
+    "joined with one pixel": (set_field(4, OTHER, 2), "its sizes differ"),
+    "joined signs": (set_field(4, OTHER, 5), "buffers have other types"),
+    "joined channels": (set_buffers(2, 2 * CHANNELS, 2 * CHANNELS + 1), "its sizes differ"),
+    "added by a mean": (set_field(1, OTHER, 2), "it cannot add"),
+    "added by a sigmoid": (set_field(2, OTHER, 2), "it cannot add"),
+    "shift": (set_field(3, SHIFT, 5), "its shifts or slopes have another size"),
+    "shift of a mean": (set_field(1, SHIFT, 0), "its shifts or slopes have another size"),
+    "slope of signs": (set_field(6, SLOPE, 5), "its shifts or slopes have another size"),
+    "after": (set_field(5, AFTER, 99), "its shifts or slopes have another size"),
+    "after of joined channels": (set_field(4, AFTER, 5), "its shifts or slopes have another size"),
+    "shift of signs": (set_field(3, SIGN_SHIFT, 5), "its shifts of signs have another size"),
+    "shift of no signs": (set_field(5, SIGN_SHIFT, 5), "its shifts of signs have another size"),
+    "factor of signs": (set_field(6, FACTOR, 5), "its factors have another size"),
+    "offset of signs": (set_field(6, OFFSET, 0), "its offsets have another size"),
+    "filters": (set_field(5, WEIGHT, 0), "its weight has another size"),
+    "window": (set_field(5, KERNEL_W, 1 << 13), "its window is damaged"),
+    "channels of filters": (set_field(5, SOURCE, 1), "it changes the number of channels"),
+    "padding": (set_field(5, LEFT, SIZE), "its padding is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_changed_programs_of_newer_operations_are_refused(name: str) -> None:
+    check(newer(), *NEWER[name])
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_changed_programs_are_refused(name: str) -> None:
-    change, sentence = CHANGES[name]
-    tensors = tensors_of(small())
+    check(small(), *CHANGES[name])
+
+
+def check(program: Program, change: Callable[[Tensors], object], sentence: str) -> None:
+    """Change the tensors of a program that was accepted before."""
+    tensors = tensors_of(program)
     tensors["buffers"][:, 4] = range(len(tensors["buffers"]))  # each has memory of its own
     load(content_of(tensors))
     change(tensors)
