@@ -337,7 +337,7 @@ INLINE void convolve_pixels(struct packed_network *n, const struct operation *o,
     }
 }
 
-/* The last steps of pixels without a detour through memory: for FLOATS of whole words of channels.
+/* The last steps of pixels without a detour through memory: for FLOATS of whole blocks of channels.
  * Pointers are those of the first pixel and of output `first`. */
 struct epilogue {
     const float *factor, *offset, *added, *shift, *slope, *after, *sign_shift;
@@ -358,6 +358,9 @@ INLINE void fuse_pixels(struct packed_network *n, const struct operation *o, int
     const int32_t all = (int32_t)(o->fields[KERNEL_H] * o->fields[KERNEL_W] * o->source->channels);
     int32_t *correction = (int32_t *)row->scratch;
     if (begin >= end) return;
+    if (o->signs && num % WORD) /* of the last word, half is written */
+        for (int64_t x = begin; x < end; x++)
+            ((uint64_t *)values_of(n, o->signs))[(y * t->width + x) * t->words + (first + num) / WORD] = 0;
     memset(correction, 0, num * sizeof *correction);
     const int32_t num_products = correct_border(o, y, begin, first, num, correction);
     const struct epilogue e = {
@@ -398,7 +401,7 @@ INLINE void convolve_row(struct packed_network *n, const struct operation *o, in
         f[KERNEL_W] * depth,
         scratch,
     };
-    if (!fused || !is_binary || t->type != FLOATS || n->traced_sums || num % WORD) {
+    if (!fused || !is_binary || t->type != FLOATS || n->traced_sums || num % wide) {
         convolve_pixels(n, o, y, 0, t->width, first, num, &row, wide, dot, differ, mask);
         return;
     }
@@ -476,15 +479,17 @@ INLINE void depthwise_pixel(struct packed_network *n, const struct operation *o,
     }
 }
 
-/* A pixel of `values` or `sums` times a factor per channel. */
+/* A pixel of `values` or `sums`, times a factor per channel if `scale` is not NULL. What is added may
+ * be the target itself. */
 INLINE void scale_pixel(const struct operation *o, const float *values, const int32_t *sums, const float *scale,
-                        float *out, uint64_t *signs, mask_function *mask) {
+                        const float *added, float *out, uint64_t *signs, mask_function *mask) {
     const int64_t channels = o->source->channels;
     for (int64_t c = 0; c < channels; c += WORD) {
         float word[WORD];
         const int64_t most = channels - c < WORD ? channels - c : WORD;
-        for (int64_t k = 0; k < most; k++) word[k] = (sums ? (float)sums[c + k] : values[c + k]) * scale[c + k];
-        finish(o, word, 0, 0, 0, c, most, out + c, signs ? signs + c / WORD : 0, mask);
+        for (int64_t k = 0; k < most; k++) word[k] = sums ? (float)sums[c + k] : values[c + k];
+        for (int64_t k = 0; scale && k < most; k++) word[k] *= scale[c + k];
+        finish(o, word, 0, 0, added ? added + c : 0, c, most, out + c, signs ? signs + c / WORD : 0, mask);
     }
 }
 
@@ -549,7 +554,7 @@ INLINE void map_row(struct packed_network *n, const struct operation *o, int64_t
             depthwise_pixel(n, o, y, x, added, out, signs, mask);
             break;
         case SCALE:
-            scale_pixel(o, in, s->type == SUMS ? sums : 0, other, out, signs, mask);
+            scale_pixel(o, in, s->type == SUMS ? sums : 0, other, 0, out, signs, mask);
             break;
         case SIGN:
             sign_pixel(o, in, bits, mask);
@@ -557,14 +562,19 @@ INLINE void map_row(struct packed_network *n, const struct operation *o, int64_t
         case THRESHOLD:
             compare(o, sums, 0, num, bits, mask);
             break;
-        default: /* AFFINE, LAYER_NORM, ADD */
+        case LAYER_NORM:
             if (s->type == SUMS)
                 for (int64_t c = 0; c < num; c++) out[c] = (float)sums[c];
-            else if (o->fields[KIND] == LAYER_NORM)
-                memmove(out, in, num * sizeof *out);
-            if (o->fields[KIND] == LAYER_NORM) normalize_pixel(n, o, out);
-            finish(o, s->type == SUMS || o->fields[KIND] == LAYER_NORM ? out : in, 0, 0, added, 0, num, out, signs,
-                   mask);
+            else
+                memcpy(out, in, num * sizeof *out);
+            normalize_pixel(n, o, out);
+            finish(o, out, 0, 0, 0, 0, num, out, signs, mask);
+            break;
+        default: /* AFFINE, ADD */
+            if (s->type == SUMS)
+                scale_pixel(o, 0, sums, 0, added, out, signs, mask);
+            else
+                finish(o, in, 0, 0, added, 0, num, out, signs, mask);
         }
     }
 }

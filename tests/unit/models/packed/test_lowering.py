@@ -161,6 +161,10 @@ LOWERED: dict[str, tuple[Callable[[], nn.Module], dict[Kind, int]]] = {
         lambda: net(threshold_of_a_pool, nn.MaxPool2d(3, 2), ChannelBias(6), signs()),
         {Kind.SIGN: 0, Kind.AFFINE: 0},
     ),
+    "image added to a maximum of sums": (
+        lambda: net(lambda model, x: in_order(model, x) + x, signs(), nn.MaxPool2d(3, 1, 1), norm()),
+        {Kind.AFFINE: 1, Kind.ADD: 0},
+    ),
     "padding with ones": (lambda: net(in_order, signs(70, 1, 2)), {Kind.BINARY_CONV: 1}),
     "padding that a mean counts": (lambda: net(in_order, nn.AvgPool2d(3, 2, 1)), {Kind.AVG_POOL: 1}),
     "padding that a mean does not count": (
