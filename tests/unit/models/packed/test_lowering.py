@@ -327,6 +327,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: net(lambda _, x: torch.add(x, x, alpha=2)),
         "it uses add in a way that programs do not have",
     ),
+    "filters of an image": (
+        lambda: net(lambda _, x: F.conv2d(x, x.mean((2, 3), keepdim=True))),
+        "it uses conv2d in a way that programs do not have",
+    ),
+    "mean of moved dimensions": (
+        lambda: net(lambda _, x: x.movedim(1, -1).mean((2, 3))),
+        "a mean is not over all pixels",
+    ),
     "sign of 0": (lambda: net(bare_sign), "it has a sign whose value at 0 is 0"),
     "sign of 0 of a sum": (lambda: net(lambda _, x: x.sgn() + x), "it has a sign whose value at 0 is 0"),
     "sign of 0 twice": (lambda: net(lambda _, x: x.sgn().sgn()), "it has a sign whose value at 0 is 0"),
