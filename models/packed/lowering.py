@@ -135,10 +135,7 @@ class _Lowering:
             if not any(isinstance(value, _Value) for value in _flat(arguments)):
                 self.values[node] = self.weight(name, node, arguments)
             elif name in handlers:
-                try:
-                    inspect.signature(handlers[name]).bind(*arguments, **node.kwargs)
-                except TypeError:
-                    raise _refusal(f"it uses {name} in a way that programs do not have") from None
+                self.check_signature(name, handlers[name], arguments, node.kwargs)
                 self.values[node] = handlers[name](*arguments, **node.kwargs)
             else:
                 self.values[node] = self.view(name, node, arguments)
@@ -177,6 +174,16 @@ class _Lowering:
             if value.buffer.type is Type.SIGNS and name not in signs_to:
                 raise _refusal(f"it uses signs for something else than a convolution: {name}")
 
+    def check_signature(self, name: str, handler: Any, arguments: list[Any], options: dict[str, Any]) -> None:
+        """Refuse options that are unknown here, and images where weights are expected."""
+        try:
+            inspect.signature(handler).bind(*arguments, **options)
+        except TypeError:
+            raise _refusal(f"it uses {name} in a way that programs do not have") from None
+        images = [isinstance(value, _Value) for value in arguments]
+        if name not in ("add", "mul", "cat") and images != [True] + [False] * (len(images) - 1):
+            raise _refusal(f"it uses {name} in a way that programs do not have")
+
     def end(self, results: list[Any]) -> list[Operation]:
         """Return the operations that compute the logits, of which the last one gives them."""
         if len(results) != 1 or not isinstance(results[0], _Value):
@@ -206,7 +213,7 @@ class _Lowering:
                 return _Value(source.buffer)
         raise _refusal(f"it uses {name}, which programs do not have")
 
-    def per_channel(self, argument: int, values: Tensor, channels: int) -> Array:
+    def per_channel(self, values: Tensor, channels: int) -> Array:
         """Return values per channel of a tensor that a node broadcasts to its result."""
         shape, result = tuple(values.shape), self.node.meta["val"].shape
         wanted = (channels,) + (1,) * (len(result) - 2)
@@ -414,15 +421,14 @@ class _Lowering:
         return self.add(Operation(Kind.SIGN, self.as_floats(source), target))
 
     def sum_of(self, first: Any, second: Any) -> _Value:
-        places = (0, 1)
         if not isinstance(first, _Value):
-            first, second, places = second, first, (1, 0)
+            first, second = second, first
         if isinstance(second, float) and first.steps == 1 and second == 0.1:
             return _Value(first.buffer, steps=2)
         if first.steps or (isinstance(second, _Value) and second.steps):
             raise _refusal("it has a sign whose value at 0 is 0")
         if isinstance(second, Tensor):
-            return self.affine(first.buffer, None, self.per_channel(places[1], second, first.buffer.channels))
+            return self.affine(first.buffer, None, self.per_channel(second, first.buffer.channels))
         if not isinstance(second, _Value):
             raise _refusal(f"it adds {second}")
         one, other = (self.as_floats(value.buffer) for value in (first, second))
@@ -434,11 +440,10 @@ class _Lowering:
         return self.affine(buffer, None, None).buffer if buffer.type is Type.SUMS else buffer
 
     def product_of(self, first: Any, second: Any) -> _Value:
-        places = (0, 1)
         if not isinstance(first, _Value):
-            first, second, places = second, first, (1, 0)
+            first, second = second, first
         if isinstance(second, Tensor):
-            return self.affine(first.buffer, self.per_channel(places[1], second, first.buffer.channels), None)
+            return self.affine(first.buffer, self.per_channel(second, first.buffer.channels), None)
         if not isinstance(second, _Value):
             raise _refusal(f"it multiplies by {second}")
         image, factors = first.buffer, second.buffer
@@ -458,6 +463,8 @@ class _Lowering:
         if sorted(d % 4 for d in dimensions) != [2, 3]:
             raise _refusal("a mean is not over all pixels")
         buffer = self.as_floats(source.buffer)
+        if self.node.meta["val"].shape[:2] != (1, buffer.channels):
+            raise _refusal("a mean is not over all pixels")
         return _Value(self.add(Operation(Kind.MEAN, buffer, Buffer(1, 1, buffer.channels))))
 
     def adaptive_avg_pool2d(self, source: _Value, size: int | Sequence[int]) -> _Value:

@@ -10,7 +10,7 @@ from bitfleet.packed.lowering import lower
 from bitfleet.packed.program import Array, Buffer, Flag, Kind, Operation, Program, Type
 
 CLASSES = ["ankle boot", 'a "bag"', "caf\u00e9", "\U0001f9e6", "\\"]
-CHANNELS = (1, 2, 3, 5, 31, 37, 63, 64, 65, 100, 128, 130)
+CHANNELS = (1, 2, 3, 5, 31, 32, 37, 63, 64, 65, 96, 100, 128, 130)
 MOST_PRODUCTS = 3_000_000
 """Of a random convolution."""
 NETWORKS = {

@@ -161,6 +161,10 @@ LOWERED: dict[str, tuple[Callable[[], nn.Module], dict[Kind, int]]] = {
         lambda: net(threshold_of_a_pool, nn.MaxPool2d(3, 2), ChannelBias(6), signs()),
         {Kind.SIGN: 0, Kind.AFFINE: 0},
     ),
+    "image added to a maximum of sums": (
+        lambda: net(lambda model, x: in_order(model, x) + x, signs(), nn.MaxPool2d(3, 1, 1), norm()),
+        {Kind.AFFINE: 1, Kind.ADD: 0},
+    ),
     "padding with ones": (lambda: net(in_order, signs(70, 1, 2)), {Kind.BINARY_CONV: 1}),
     "padding that a mean counts": (lambda: net(in_order, nn.AvgPool2d(3, 2, 1)), {Kind.AVG_POOL: 1}),
     "padding that a mean does not count": (
@@ -322,6 +326,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "factor of a sum": (
         lambda: net(lambda _, x: torch.add(x, x, alpha=2)),
         "it uses add in a way that programs do not have",
+    ),
+    "filters of an image": (
+        lambda: net(lambda _, x: F.conv2d(x, x.mean((2, 3), keepdim=True))),
+        "it uses conv2d in a way that programs do not have",
+    ),
+    "mean of moved dimensions": (
+        lambda: net(lambda _, x: x.movedim(1, -1).mean((2, 3))),
+        "a mean is not over all pixels",
     ),
     "sign of 0": (lambda: net(bare_sign), "it has a sign whose value at 0 is 0"),
     "sign of 0 of a sum": (lambda: net(lambda _, x: x.sgn() + x), "it has a sign whose value at 0 is 0"),
