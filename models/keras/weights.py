@@ -62,7 +62,7 @@ _LARQ_KINDS: dict[type[nn.Module], str] = {
     SameDepthwiseConv2d: "quant_depthwise_conv2d",
     nn.Linear: "quant_dense",
 }
-"""Of a network whose layers are larq's, whether quantized or not."""
+"""Names in a network whose layers are larq's, whether quantized or not."""
 _NAMES = tuple(dict.fromkeys([*_KINDS.values(), *_LARQ_KINDS.values()]))
 _NORMS = (_KINDS[BatchNorm], _KINDS[ChannelLayerNorm])
 _NORM_VARIABLES = {

@@ -17,7 +17,7 @@ from bitfleet.packed.program import Array, Buffer, Flag, Kind, Operation, Progra
 PIXELS, LOGITS = "pixels", "logits"
 """Names of input and output."""
 OPSET, IR_VERSION = 21, 10
-"""Of ONNX 1.16, 2024: what is used has not changed since."""
+"""Versions of ONNX 1.16 (2024); the operators used here have not changed since."""
 
 
 def to_onnx(program: Program, dtype: type[np.generic] = np.uint8) -> bytes:

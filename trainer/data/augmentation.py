@@ -28,7 +28,7 @@ from bitfleet.trainer.data.request import Batch
 
 _EIGENVALUES = (0.2175, 0.0188, 0.0045)
 _EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
-"""Of the colours of ImageNet; a row per channel R, G, B."""
+"""Principal components of the colours of ImageNet; a row per channel R, G, B."""
 _DIRECTION_ATTEMPTS = 24
 """A point of a cube lies in its ball with probability 0.52: all fail once in 4e7 images."""
 
@@ -129,7 +129,7 @@ class RandAugment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchAugmentation:
-    """What happens to whole micro-batches, on the device of the model."""
+    """Augment whole micro-batches on the device of the model."""
 
     lighting: bool
     mixup: float

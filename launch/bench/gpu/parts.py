@@ -1,4 +1,4 @@
-"""What the parts of `bitfleet bench gpu` measure."""
+"""Parts of `bitfleet bench gpu`, and their measurements."""
 
 import importlib.metadata
 import platform

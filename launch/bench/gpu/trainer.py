@@ -22,7 +22,7 @@ from bitfleet.trainer.trainer import Trainer
 
 Loader = Literal["dali", "torch", "memory"]
 SECONDS_PER_STEP = 0.003
-"""Of BinaryNet, if the part "trainer" has not measured it."""
+"""Assumed for BinaryNet, if the part "trainer" has not measured it."""
 SHARE_FOR_EPOCHS = 0.75
 """Part of the time left that steps may take; validation, saves and the start take the rest."""
 

@@ -31,7 +31,7 @@ def bias(channels: int) -> Tensor:
 
 
 def resnet() -> dict[str, Tensor]:
-    """Of `NET`."""
+    """Return official weights of `NET`."""
     found = {"conv1.weight": torch.randn(4, 3, 7, 7), **norm("bn1", 4)}
     for block, inputs, outputs in (("layer1.0", 4, 4), ("layer1.1", 4, 4), ("layer2.0", 4, 8)):
         found |= {
@@ -47,7 +47,7 @@ def resnet() -> dict[str, Tensor]:
 
 
 def mobilenet(*, stage: int) -> dict[str, Tensor]:
-    """Of `NET_A`; stage 1 has kernels in four dimensions, stage 2 flat ones."""
+    """Return weights of `NET_A`; stage 1 has kernels in four dimensions, stage 2 flat ones."""
     kernel = "weight" if stage == 1 else "weights"
 
     def shaped(outputs: int, inputs: int, side: int) -> Tensor:

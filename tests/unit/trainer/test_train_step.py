@@ -17,7 +17,7 @@ SMOOTHED = torch.eye(5)[LABELS] * 0.9 + 0.1 / 5
 
 
 class Engine:
-    """What TrainStep uses of DeepSpeed's engine."""
+    """Stand in for the part of DeepSpeed's engine that TrainStep uses."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

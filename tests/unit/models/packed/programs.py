@@ -12,7 +12,7 @@ from bitfleet.packed.program import Array, Buffer, Flag, Kind, Operation, Progra
 CLASSES = ["ankle boot", 'a "bag"', "caf\u00e9", "\U0001f9e6", "\\"]
 CHANNELS = (1, 2, 3, 5, 31, 32, 37, 63, 64, 65, 96, 100, 128, 130)
 MOST_PRODUCTS = 3_000_000
-"""Of a random convolution."""
+"""Multiply-adds of a random convolution."""
 NETWORKS = {
     "birealnet18": (ModelConfig(name="birealnet18", width=5, depths=(2, 2, 2), num_classes=5), 32),
     "layer": (ModelConfig(name="birealnet18", width=6, depths=(2, 2), norm="layer", num_classes=5), 17),

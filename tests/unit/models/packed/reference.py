@@ -13,7 +13,7 @@ TIE = 1e-5
 
 @dataclasses.dataclass
 class Results:
-    """What a program computes for an image."""
+    """Results of a program for an image."""
 
     sums: list[Array]
     """Sums of products of each binary convolution, int32 [height, width, channels]."""
