@@ -28,7 +28,7 @@ BLOCKING = "Saver, blocking"
 
 
 Cost = tuple[float, float, int]
-"""Times of a checkpoint on the slowest rank: seconds until training may continue; seconds until it is
+"""Times of one save on the slowest rank: seconds until training may continue; seconds until it is
 flushed to the disk, for the Saver also hashed and committed; bytes of all files of all ranks."""
 
 
