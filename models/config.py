@@ -27,8 +27,8 @@ class ModelConfig:
     norm: Literal["batch", "layer", "none"] | None = None
     """Normalization; none (Bi-Real Nets): only factor and offset. None: the network's default."""
     width: int | None = None
-    """Channels of the first stage of a Bi-Real Net, ReActNet or QuickNet. None: the network's
-    default."""
+    """Channels of the first stage of a Bi-Real Net, ReActNet, QuickNet or BinaryNet. None: the
+    network's default."""
     depths: tuple[int, ...] | None = None
     """Binary convolutions per stage of a Bi-Real Net, ReActNet-18 or QuickNet. None: the network's
     default."""

@@ -16,10 +16,10 @@ from bitfleet.configs.sweeps.s512_ablation import CENTRE, RULE
 from bitfleet.configs.sweeps.sweep import Point, Sweep, constants
 
 
-def staircase(name: str, start: float) -> tuple[str, ...]:
-    """Return the overrides for x0.1 after each 100/350 of the run, three times."""
+def staircase(name: str, start: float, share: float = 100 / 350) -> tuple[str, ...]:
+    """Return the overrides for x0.1 after each `share` of the run."""
     option = f"--optim.{name}"
-    stairs = (f"{option}.kind", "exponential", f"{option}.rate", "0.1", f"{option}.share", f"{100 / 350:.6f}")
+    stairs = (f"{option}.kind", "exponential", f"{option}.rate", "0.1", f"{option}.share", f"{share:.6f}")
     return (*stairs, f"{option}.start", f"{start:g}")
 
 

@@ -29,15 +29,28 @@ class BinaryNet(nn.Module):
         norm: "batch" or "layer".
         in_chans: channels of the images.
         binarizer: quantizer of the features: "ste", "wide_ste", "approx" or "hardtanh_tanh".
+        width: channels of the first two convolutions; the next ones have 2 and 4 times, the dense
+            layers 8 times as many. The paper's network has 128.
+
+    Raises:
+        ValueError: a width below 1.
     """
 
     compiled_apart = ("features", "classifier")
     """Compiled separately: gradients of the classifier travel during backward of the features."""
 
     def __init__(
-        self, *, num_classes: int = 10, norm: Norm = "batch", in_chans: int = 3, binarizer: Binarizer = "ste"
+        self,
+        *,
+        num_classes: int = 10,
+        norm: Norm = "batch",
+        in_chans: int = 3,
+        binarizer: Binarizer = "ste",
+        width: int = 128,
     ) -> None:
         super().__init__()
+        if width < 1:
+            raise ValueError(f"width is {width}; expected a number of at least 1")
         self.num_classes = num_classes
         quantizer = quantizer_of(binarizer)
 
@@ -54,15 +67,19 @@ class BinaryNet(nn.Module):
             return [layer, *([nn.MaxPool2d(2)] if pool else []), _norm(norm, out_channels)]
 
         self.features = nn.Sequential(
-            *conv(in_chans, 128, padding="valid", first=True),
-            *conv(128, 128, pool=True),
-            *conv(128, 256),
-            *conv(256, 256, pool=True),
-            *conv(256, 512),
-            *conv(512, 512, pool=True),
+            *conv(in_chans, width, padding="valid", first=True),
+            *conv(width, width, pool=True),
+            *conv(width, 2 * width),
+            *conv(2 * width, 2 * width, pool=True),
+            *conv(2 * width, 4 * width),
+            *conv(4 * width, 4 * width, pool=True),
         )
         layers: list[nn.Module] = [nn.Flatten()]
-        for in_features, out_features in ((512 * 3 * 3, 1024), (1024, 1024), (1024, num_classes)):
+        for in_features, out_features in (
+            (4 * width * 3 * 3, 8 * width),
+            (8 * width, 8 * width),
+            (8 * width, num_classes),
+        ):
             layers.append(QuantLinear(in_features, out_features, input_quantizer=quantizer))
             layers.append(_norm(norm, out_features))
         self.classifier = nn.Sequential(*layers)
