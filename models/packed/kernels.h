@@ -1,7 +1,7 @@
 /* The inner loops, included once per instruction set by paths.h with
  *   NAME(x)          the name of a function of this set
  *   TARGET           attribute that lets the compiler use it
- *   COUNT_PIXELS, COUNT_VECTORS  block of `count`: pixels, and vectors of 8 outputs
+ *   COUNT_PIXELS, DIFFER_WIDE    block of `count`: pixels and outputs
  *   DOT_PIXELS, DOT_VECTORS      block of `dot`: pixels, and vectors of outputs
  *   vf, VF           vector of VF floats: LOADF, STOREF, SPLATF, FMAF
  *   and a body of NAME(count) and NAME(mask); with HAS_FUSED also of NAME(fused).
@@ -48,12 +48,12 @@ TARGET static void NAME(dot)(int64_t num, const float *x, int64_t row_stride, in
 }
 
 /* Number of differing bits, `num` pixels of a row, all outputs.
- * weight: [outputs / (8 COUNT_VECTORS)][kernel_rows * run][8 COUNT_VECTORS];
+ * weight: [outputs / DIFFER_WIDE][kernel_rows * run][parts of a word][DIFFER_WIDE];
  * out: [num][outputs rounded up to blocks]. */
 TARGET static void NAME(differ)(int64_t num, const uint64_t *x, int64_t row_stride, int64_t step,
                                 const uint64_t *weight, int64_t kernel_rows, int64_t run, int64_t outputs,
                                 int32_t *out) {
-    const int64_t wide = COUNT_VECTORS * LANES, padded = (outputs + wide - 1) / wide * wide;
+    const int64_t wide = DIFFER_WIDE, padded = (outputs + wide - 1) / wide * wide;
     for (int64_t n = 0; n < padded; n += wide, weight += kernel_rows * run * wide) {
         int64_t p = 0;
         for (; p + COUNT_PIXELS <= num; p += COUNT_PIXELS)
@@ -68,7 +68,7 @@ TARGET static void NAME(differ)(int64_t num, const uint64_t *x, int64_t row_stri
 
 TARGET static void NAME(convolve_row)(struct packed_network *n, const struct operation *o, int64_t y, int64_t first,
                                       int64_t num, void *scratch) {
-    const int64_t wide = o->fields[KIND] == BINARY_CONV ? COUNT_VECTORS * LANES : DOT_VECTORS * VF;
+    const int64_t wide = o->fields[KIND] == BINARY_CONV ? DIFFER_WIDE : DOT_VECTORS * VF;
 #ifdef HAS_FUSED
     convolve_row(n, o, y, first, num, scratch, wide, NAME(dot), NAME(differ), NAME(fused), NAME(mask));
 #else
@@ -83,7 +83,7 @@ TARGET static void NAME(map_row)(struct packed_network *n, const struct operatio
 #undef NAME
 #undef TARGET
 #undef COUNT_PIXELS
-#undef COUNT_VECTORS
+#undef DIFFER_WIDE
 #undef DOT_PIXELS
 #undef DOT_VECTORS
 #undef VF

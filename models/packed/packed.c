@@ -5,13 +5,13 @@
  *
  * Build with -ffp-contract=off: a * x + b is rounded twice, as torch does it in evaluation. */
 #define _POSIX_C_SOURCE 200809L /* clock_gettime */
-#include "packed.h"
-
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+
+#include "packed.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -34,6 +34,13 @@ static int bit_of(const unsigned char *bits, int64_t index) { return bits[index 
 
 static int64_t rounded_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
+/* Memory on the border of a cache line, which no vector of 64 bytes then crosses. */
+static void *aligned_zeros(int64_t bytes) {
+    const int64_t whole = rounded_up(bytes > 0 ? bytes : 1, 64);
+    void *memory = aligned_alloc(64, (size_t)whole);
+    return memory ? memset(memory, 0, (size_t)whole) : 0;
+}
+
 /* File: [taps][channels][outputs] floats or signs.
  * Memory: [outputs / wide][taps][channels][wide]. */
 static int prepare_floats(struct packed_network *n, struct operation *o) {
@@ -41,7 +48,7 @@ static int prepare_floats(struct packed_network *n, struct operation *o) {
     const int64_t outputs = o->target->channels, depth = taps * o->source->channels;
     const unsigned char *data = n->tensors[o->fields[WEIGHT]].data;
     if (!reserve(n, rounded_up(outputs, wide) * depth * (int64_t)sizeof(float))) return 0;
-    float *weight = calloc(rounded_up(outputs, wide) * depth, sizeof *weight);
+    float *weight = aligned_zeros(rounded_up(outputs, wide) * depth * (int64_t)sizeof *weight);
     if (!weight) return 0;
     for (int64_t k = 0; k < depth; k++)
         for (int64_t output = 0; output < outputs; output++) {
@@ -56,25 +63,85 @@ static int prepare_floats(struct packed_network *n, struct operation *o) {
     return 1;
 }
 
-/* File: [outputs][taps][channels] signs. Memory: [outputs / wide][taps][words][wide]. */
+/* Number the places of a window along an axis: those in the image share one. */
+static int32_t number_places(int64_t positions, int64_t stride, int64_t before, int64_t kernel, int64_t size,
+                             int is_always_inside, int32_t *place, int32_t *whole) {
+    int32_t num = 0;
+    *whole = -1;
+    for (int64_t i = 0; i < positions; i++) {
+        const int64_t from = i * stride - before;
+        if (!is_always_inside && (from < 0 || from + kernel > size)) {
+            place[i] = num++;
+            continue;
+        }
+        if (*whole < 0) *whole = num++;
+        place[i] = *whole;
+    }
+    return num;
+}
+
+/* Bits of taps on padding are 0 and look like -1: they are no products, unless the padding is +1.
+ * ones: [taps][outputs], set bits of a tap. */
+static int prepare_borders(struct packed_network *n, struct operation *o, const int32_t *ones) {
+    const int32_t *f = o->fields;
+    const struct buffer *s = o->source, *t = o->target;
+    if (!reserve(n, 4 * (t->height + t->width))) return 0;
+    o->row_place = calloc(t->height, sizeof *o->row_place);
+    o->column_place = calloc(t->width, sizeof *o->column_place);
+    if (!o->row_place || !o->column_place) return 0;
+    const int has_ones = f[FLAGS] & PAD_ONES;
+    const int64_t rows =
+        number_places(t->height, f[STRIDE], f[TOP], f[KERNEL_H], s->height, has_ones, o->row_place, &o->whole_row);
+    const int64_t columns =
+        number_places(t->width, f[STRIDE], f[LEFT], f[KERNEL_W], s->width, has_ones, o->column_place, &o->whole_column);
+    o->num_columns = columns;
+    if (!reserve(n, 4 * rows * columns * (t->channels + 2))) return 0;
+    o->num_products = calloc(rows * columns, sizeof *o->num_products);
+    o->correction = calloc(rows * columns * t->channels, sizeof *o->correction);
+    o->shifted_products = calloc(rows * columns, sizeof *o->shifted_products);
+    if (!o->num_products || !o->correction || !o->shifted_products) return 0;
+    for (int64_t y = 0; y < t->height; y++)
+        for (int64_t x = 0; x < t->width; x++) {
+            const int64_t place = o->row_place[y] * columns + o->column_place[x];
+            if (o->num_products[place]) continue; /* of an earlier pixel */
+            o->num_products[place] = (int32_t)(f[KERNEL_H] * f[KERNEL_W] * s->channels);
+            const int64_t top = y * f[STRIDE] - f[TOP], left = x * f[STRIDE] - f[LEFT];
+            for (int64_t i = 0; i < f[KERNEL_H] && !has_ones; i++)
+                for (int64_t j = 0; j < f[KERNEL_W]; j++) {
+                    if (top + i >= 0 && top + i < s->height && left + j >= 0 && left + j < s->width) continue;
+                    o->num_products[place] -= (int32_t)s->channels;
+                    for (int64_t c = 0; c < t->channels; c++)
+                        o->correction[place * t->channels + c] -= ones[(i * f[KERNEL_W] + j) * t->channels + c];
+                }
+            o->shifted_products[place] = (float)((1 << 24) + o->num_products[place]);
+        }
+    return 1;
+}
+
+/* File: [outputs][taps][channels] signs. Memory: [outputs / wide][taps][words][parts][wide]. */
 static int prepare_bits(struct packed_network *n, struct operation *o) {
     const int64_t wide = n->path->differ_wide, taps = (int64_t)o->fields[KERNEL_H] * o->fields[KERNEL_W];
     const int64_t outputs = o->target->channels, channels = o->source->channels, words = o->source->words;
+    const int64_t parts = n->path->word_parts, bits = WORD / parts;
     const unsigned char *data = n->tensors[o->fields[WEIGHT]].data;
     if (!reserve(n, rounded_up(outputs, wide) * taps * words * 8 + taps * outputs * 4)) return 0;
-    uint64_t *weight = calloc(rounded_up(outputs, wide) * taps * words, sizeof *weight);
-    o->ones = calloc(taps * outputs, sizeof *o->ones);
-    o->weight = weight;
-    if (!weight || !o->ones) return 0;
-    for (int64_t output = 0; output < outputs; output++)
+    o->weight = aligned_zeros(rounded_up(outputs, wide) * taps * words * (int64_t)sizeof(uint64_t));
+    int32_t *ones = calloc(taps * outputs, sizeof *ones);
+    for (int64_t output = 0; o->weight && ones && output < outputs; output++)
         for (int64_t tap = 0; tap < taps; tap++)
             for (int64_t c = 0; c < channels; c++) {
                 if (!bit_of(data, (output * taps + tap) * channels + c)) continue;
-                uint64_t *to = weight + ((output / wide * taps + tap) * words + c / WORD) * wide + output % wide;
-                *to |= (uint64_t)1 << (c % WORD);
-                o->ones[tap * outputs + output]++;
+                const int64_t word = ((output / wide * taps + tap) * words + c / WORD) * wide;
+                const int64_t part = word * parts + c % WORD / bits * wide + output % wide;
+                if (parts == 2)
+                    ((uint32_t *)o->weight)[part] |= (uint32_t)1 << (c % bits);
+                else
+                    ((uint64_t *)o->weight)[part] |= (uint64_t)1 << (c % bits);
+                ones[tap * outputs + output]++;
             }
-    return 1;
+    const int is_prepared = o->weight && ones && prepare_borders(n, o, ones);
+    free(ones);
+    return is_prepared;
 }
 
 static int prepare(struct packed_network *n, struct operation *o) {
@@ -105,7 +172,11 @@ void packed_free(struct packed_network *n) {
     if (!n) return;
     for (int i = 0; n->operations && i < n->num_operations; i++) {
         free(n->operations[i].weight);
-        free(n->operations[i].ones);
+        free(n->operations[i].row_place);
+        free(n->operations[i].column_place);
+        free(n->operations[i].num_products);
+        free(n->operations[i].shifted_products);
+        free(n->operations[i].correction);
     }
     for (int i = 0; n->slots && i < n->num_slots; i++) free(n->slots[i]);
     free(n->slots);
@@ -145,10 +216,10 @@ static const char *load(struct packed_network *n, const void *file, size_t num_b
             const int64_t bytes = b->height * b->width * b->pixel_bytes;
             if (b->slot == slot && bytes > most) most = bytes;
         }
-        n->slots[slot] = reserve(n, most) ? calloc(most, 1) : 0;
+        n->slots[slot] = reserve(n, most) ? aligned_zeros(most) : 0;
         if (!n->slots[slot]) return "it needs more memory than there is, or than 1 GiB";
     }
-    n->padded = reserve(n, n->padded_bytes + n->scratch_bytes) ? calloc(n->padded_bytes + 64, 1) : 0;
+    n->padded = reserve(n, n->padded_bytes + n->scratch_bytes) ? aligned_zeros(n->padded_bytes + 64) : 0;
     return n->padded ? 0 : "it needs more memory than there is, or than 1 GiB";
 }
 
@@ -197,27 +268,6 @@ INLINE void pack_result(const struct operation *o, const float *values, int64_t 
         for (int64_t i = 0; i < most; i++) word[i] = values[c + i] + o->sign_shift[first + c + i];
         pack(word, most, bits + c / WORD, mask);
     }
-}
-
-/* Set bits of the taps of a pixel that lie on padding, whose bits are 0 and look like -1: they are
- * no products, unless the padding is +1. */
-INLINE int32_t correct_border(const struct operation *o, int64_t y, int64_t x, int64_t first, int64_t num,
-                              int32_t *differing) {
-    const struct buffer *s = o->source;
-    const int64_t top = y * o->fields[STRIDE] - o->fields[TOP], left = x * o->fields[STRIDE] - o->fields[LEFT];
-    const int64_t kernel_h = o->fields[KERNEL_H], kernel_w = o->fields[KERNEL_W], outputs = o->target->channels;
-    int64_t num_products = kernel_h * kernel_w * s->channels;
-    if (o->fields[FLAGS] & PAD_ONES ||
-        (top >= 0 && left >= 0 && top + kernel_h <= s->height && left + kernel_w <= s->width))
-        return (int32_t)num_products;
-    for (int64_t i = 0; i < kernel_h; i++)
-        for (int64_t j = 0; j < kernel_w; j++) {
-            if (top + i >= 0 && top + i < s->height && left + j >= 0 && left + j < s->width) continue;
-            const int32_t *ones = o->ones + (i * kernel_w + j) * outputs + first;
-            num_products -= s->channels;
-            for (int64_t c = 0; c < num; c++) differing[c] -= ones[c];
-        }
-    return (int32_t)num_products;
 }
 
 /* The steps of a result of up to 64 channels, in the order of torch's operators, each rounded. */
@@ -295,28 +345,28 @@ struct row {
     float *scratch;
 };
 
-/* Outputs `first` to `first + num` of the pixels `begin` to `end` of row y; `first` is a multiple of
- * 64. */
-INLINE void convolve_pixels(struct packed_network *n, const struct operation *o, int64_t y, int64_t begin, int64_t end,
-                            int64_t first, int64_t num, const struct row *row, const int64_t wide, dot_function *dot,
-                            differ_function *differ, mask_function *mask) {
+/* Outputs `first` to `first + num` of the pixels of row y; `first` is a multiple of 64. */
+INLINE void convolve_pixels(struct packed_network *n, const struct operation *o, int64_t y, int64_t first, int64_t num,
+                            const struct row *row, const int64_t wide, dot_function *dot, differ_function *differ,
+                            mask_function *mask) {
     const struct buffer *t = o->target;
     const int64_t padded = (num + wide - 1) / wide * wide;
     const int is_binary = o->fields[KIND] == BINARY_CONV;
     const float *added = o->other ? (const float *)values_of(n, o->other) : 0;
-    if (begin >= end) return;
     if (is_binary)
-        differ(end - begin, (const uint64_t *)row->source + begin * row->step, o->row_values, row->step, row->weight,
-               o->fields[KERNEL_H], row->run, num, (int32_t *)row->scratch);
+        differ(t->width, row->source, o->row_values, row->step, row->weight, o->fields[KERNEL_H], row->run, num,
+               (int32_t *)row->scratch);
     else
-        dot(end - begin, (const float *)row->source + begin * row->step, o->row_values, row->step, row->weight,
-            o->fields[KERNEL_H], row->run, num, row->scratch);
-    for (int64_t x = begin; x < end; x++) {
+        dot(t->width, row->source, o->row_values, row->step, row->weight, o->fields[KERNEL_H], row->run, num,
+            row->scratch);
+    for (int64_t x = 0; x < t->width; x++) {
         const int64_t pixel = y * t->width + x, to = pixel * t->channels + first;
-        const float *values = row->scratch + (x - begin) * padded;
-        int32_t *sums = is_binary ? (int32_t *)row->scratch + (x - begin) * padded : 0, num_products = 0;
+        const float *values = row->scratch + x * padded;
+        int32_t *sums = is_binary ? (int32_t *)row->scratch + x * padded : 0, num_products = 0;
         if (is_binary) {
-            num_products = correct_border(o, y, x, first, num, sums);
+            const int64_t place = o->row_place[y] * o->num_columns + o->column_place[x];
+            num_products = o->num_products[place];
+            for (int64_t c = 0; c < num; c++) sums[c] += o->correction[place * t->channels + first + c];
             if (t->type != FLOATS)
                 for (int64_t c = 0; c < num; c++) sums[c] = num_products - 2 * sums[c];
             if (n->traced_sums && n->operations + n->traced == o)
@@ -338,51 +388,50 @@ INLINE void convolve_pixels(struct packed_network *n, const struct operation *o,
 }
 
 /* The last steps of pixels without a detour through memory: for FLOATS of whole blocks of channels.
- * Pointers are those of the first pixel and of output `first`. */
+ * Pointers are those of the first pixel of a row and of output `first`. */
 struct epilogue {
     const float *factor, *offset, *added, *shift, *slope, *after, *sign_shift;
-    const int32_t *correction; /* of differing bits at a border, or NULL */
+    const float *shifted_products;            /* as in struct operation, from the place of this row */
+    const int32_t *column_place, *correction; /* the same */
     float *out;
     uint64_t *bits;
     int64_t channels, words;
-    int32_t num_products;
+    int64_t whole; /* column place whose windows lack no tap; -1 if all do */
     int has_relu, has_relu_first;
-    int has_steps; /* shift, slope, after or sign_shift */
+    int is_plain; /* no ReLU, shift, slope, after or sign_shift */
 };
 
-/* Pixels `begin` to `end` of row y, which lack the same taps. */
-INLINE void fuse_pixels(struct packed_network *n, const struct operation *o, int64_t y, int64_t begin, int64_t end,
-                        int64_t first, int64_t num, const struct row *row, fused_function *fused) {
+/* All pixels of row y. */
+INLINE void fuse_row(struct packed_network *n, const struct operation *o, int64_t y, int64_t first, int64_t num,
+                     const struct row *row, fused_function *fused) {
     const struct buffer *t = o->target;
-    const int64_t pixel = y * t->width + begin, to = pixel * t->channels + first;
-    const int32_t all = (int32_t)(o->fields[KERNEL_H] * o->fields[KERNEL_W] * o->source->channels);
-    int32_t *correction = (int32_t *)row->scratch;
-    if (begin >= end) return;
+    const int64_t pixel = y * t->width, to = pixel * t->channels + first;
+    const int64_t place = o->row_place[y] * o->num_columns;
+    const int has_steps = o->shift || o->slope || o->after || o->sign_shift;
     if (o->signs && num % WORD) /* of the last word, half is written */
-        for (int64_t x = begin; x < end; x++)
-            ((uint64_t *)values_of(n, o->signs))[(y * t->width + x) * t->words + (first + num) / WORD] = 0;
-    memset(correction, 0, num * sizeof *correction);
-    const int32_t num_products = correct_border(o, y, begin, first, num, correction);
+        for (int64_t x = 0; x < t->width; x++)
+            ((uint64_t *)values_of(n, o->signs))[(pixel + x) * t->words + (first + num) / WORD] = 0;
     const struct epilogue e = {
         .factor = o->factor ? o->factor + first : 0,
         .offset = o->offset ? o->offset + first : 0,
         .added = o->other ? (const float *)values_of(n, o->other) + to : 0,
-        .correction = num_products == all ? 0 : correction,
+        .column_place = o->column_place,
+        .shifted_products = o->shifted_products + place,
+        .correction = o->correction + place * t->channels + first,
         .out = (float *)values_of(n, t) + to,
         .bits = o->signs ? (uint64_t *)values_of(n, o->signs) + pixel * t->words + first / WORD : 0,
         .channels = t->channels,
         .words = t->words,
-        .num_products = num_products,
+        .whole = o->whole_row == o->row_place[y] ? o->whole_column : -1,
         .shift = o->shift ? o->shift + first : 0,
         .slope = o->slope ? o->slope + first : 0,
         .after = o->after ? o->after + first : 0,
         .sign_shift = o->sign_shift ? o->sign_shift + first : 0,
         .has_relu = o->fields[FLAGS] & RELU,
         .has_relu_first = o->fields[FLAGS] & RELU_FIRST,
-        .has_steps = o->shift || o->slope || o->after || o->sign_shift,
+        .is_plain = !has_steps && !(o->fields[FLAGS] & (RELU | RELU_FIRST)),
     };
-    fused(end - begin, (const uint64_t *)row->source + begin * row->step, o->row_values, row->step, row->weight,
-          o->fields[KERNEL_H], row->run, num, &e);
+    fused(t->width, row->source, o->row_values, row->step, row->weight, o->fields[KERNEL_H], row->run, num, &e);
 }
 
 /* Row y of a convolution; `fused` is NULL where an instruction set has none. */
@@ -401,25 +450,15 @@ INLINE void convolve_row(struct packed_network *n, const struct operation *o, in
         f[KERNEL_W] * depth,
         scratch,
     };
-    if (!fused || !is_binary || t->type != FLOATS || n->traced_sums || num % wide) {
-        convolve_pixels(n, o, y, 0, t->width, first, num, &row, wide, dot, differ, mask);
-        return;
-    }
-    if (f[FLAGS] & PAD_ONES) {
-        fuse_pixels(n, o, y, 0, t->width, first, num, &row, fused);
-        return;
-    }
-    const int64_t left = (f[LEFT] + f[STRIDE] - 1) / f[STRIDE]; /* pixels that lack taps there */
-    const int64_t inside = (s->width + f[LEFT] - f[KERNEL_W]) / f[STRIDE] + 1;
-    const int64_t begin = left < t->width ? left : t->width, last = inside < t->width ? inside : t->width;
-    const int64_t end = last > begin ? last : begin;
-    for (int64_t x = 0; x < begin; x++) fuse_pixels(n, o, y, x, x + 1, first, num, &row, fused);
-    fuse_pixels(n, o, y, begin, end, first, num, &row, fused);
-    for (int64_t x = end; x < t->width; x++) fuse_pixels(n, o, y, x, x + 1, first, num, &row, fused);
+    /* finish_avx512 counts on floats that hold 2^24 + an even number. */
+    const int is_exact = s->channels % 2 == 0 && f[KERNEL_H] * f[KERNEL_W] * s->channels < 1 << 23;
+    if (fused && is_binary && is_exact && t->type == FLOATS && num % wide == 0 && !n->traced_sums)
+        fuse_row(n, o, y, first, num, &row, fused);
+    else
+        convolve_pixels(n, o, y, first, num, &row, wide, dot, differ, mask);
 }
 
 #include "maps.h"
-
 #include "paths.h"
 
 /* ---- Running ---- */
@@ -496,16 +535,16 @@ static void run_mean(struct packed_network *n, const struct operation *o) {
 static void run_operation(struct packed_network *n, const struct operation *o, int num_threads) {
     if (o->work < DIVIDED_WORK) num_threads = 1;
     switch (o->fields[KIND]) {
-    case CONV:
-    case BINARY_CONV:
-        run_convolution(n, o, num_threads);
-        break;
-    case MEAN:
-        run_mean(n, o);
-        break;
-    default:
+        case CONV:
+        case BINARY_CONV:
+            run_convolution(n, o, num_threads);
+            break;
+        case MEAN:
+            run_mean(n, o);
+            break;
+        default:
 #pragma omp parallel for num_threads(num_threads) schedule(static)
-        for (int64_t y = 0; y < o->target->height; y++) n->path->map_row(n, o, y);
+            for (int64_t y = 0; y < o->target->height; y++) n->path->map_row(n, o, y);
     }
 }
 

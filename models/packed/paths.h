@@ -8,7 +8,7 @@
 #define NAME(x) x##_portable
 #define TARGET
 #define COUNT_PIXELS 4
-#define COUNT_VECTORS 1
+#define DIFFER_WIDE LANES
 #define DOT_PIXELS 4
 #define DOT_VECTORS 2
 #define VF 4
@@ -38,8 +38,8 @@ INLINE void count_portable(const int num, const uint64_t *x, int64_t row_stride,
 #if defined __x86_64__
 #define NAME(x) x##_avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,fma")))
-#define COUNT_PIXELS 6
-#define COUNT_VECTORS 4
+#define COUNT_PIXELS 7 /* more would not fit the cache of decoded instructions */
+#define DIFFER_WIDE 32
 #define DOT_PIXELS 6
 #define DOT_VECTORS 4
 #define VF 16
@@ -59,23 +59,26 @@ TARGET INLINE uint64_t mask_avx512(const float *values) {
 TARGET INLINE __mmask16 negative_avx512(__m512 values) {
     return _mm512_cmp_ps_mask(values, _mm512_setzero_ps(), _CMP_LT_OQ);
 }
-/* 16 outputs from `at` of pixel `p`. */
-TARGET INLINE void finish_avx512(const struct epilogue *e, int64_t p, int64_t at, __m512i differing) {
-    const int64_t to = p * e->channels + at;
-    if (e->correction) differing = _mm512_add_epi32(differing, _mm512_loadu_si512(e->correction + at));
-    __m512 values =
-        _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(e->num_products), _mm512_slli_epi32(differing, 1)));
-    if (e->has_relu_first) values = _mm512_maskz_mov_ps((__mmask16)~negative_avx512(values), values);
-    if (e->factor) values = _mm512_mul_ps(values, _mm512_loadu_ps(e->factor + at));
-    if (e->offset) values = _mm512_add_ps(values, _mm512_loadu_ps(e->offset + at));
+/* -2^24, whose last bit is worth 2: an n added to its bits as an integer makes it -2^24 - 2n. */
+#define MINUS_2_24 ((int32_t)0xCB800000)
+/* 16 outputs from `at` of pixel `p`; `counted` is MINUS_2_24 + the number of differing bits. */
+TARGET INLINE void finish_avx512(const struct epilogue *e, const int is_plain, int64_t p, int64_t at, __m512i counted,
+                                 __m512 factor, __m512 offset) {
+    const int64_t to = p * e->channels + at, place = e->column_place[p];
+    if (place != e->whole)
+        counted = _mm512_add_epi32(counted, _mm512_loadu_si512(e->correction + place * e->channels + at));
+    __m512 values = _mm512_add_ps(_mm512_castsi512_ps(counted), _mm512_set1_ps(e->shifted_products[place]));
+    if (!is_plain && e->has_relu_first) values = _mm512_maskz_mov_ps((__mmask16)~negative_avx512(values), values);
+    values = _mm512_mul_ps(values, factor);
+    values = _mm512_add_ps(values, offset);
     if (e->added) values = _mm512_add_ps(values, _mm512_loadu_ps(e->added + to));
-    if (e->has_steps && e->shift) values = _mm512_add_ps(values, _mm512_loadu_ps(e->shift + at));
+    if (!is_plain && e->shift) values = _mm512_add_ps(values, _mm512_loadu_ps(e->shift + at));
     __mmask16 negative = negative_avx512(values);
-    if (e->has_relu) {
+    if (!is_plain && e->has_relu) {
         values = _mm512_maskz_mov_ps((__mmask16)~negative, values);
         negative = 0;
     }
-    if (e->has_steps) {
+    if (!is_plain) {
         if (e->slope) values = _mm512_mask_mul_ps(values, negative, values, _mm512_loadu_ps(e->slope + at));
         if (e->after) values = _mm512_add_ps(values, _mm512_loadu_ps(e->after + at));
         const __m512 shifted = e->sign_shift ? _mm512_add_ps(values, _mm512_loadu_ps(e->sign_shift + at)) : values;
@@ -85,61 +88,80 @@ TARGET INLINE void finish_avx512(const struct epilogue *e, int64_t p, int64_t at
     const uint16_t signs = (uint16_t)~negative;
     if (e->bits) memcpy((unsigned char *)(e->bits + p * e->words) + at / 8, &signs, sizeof signs);
 }
-/* To `out`, or through `e`, whose first pixel is the first of these, to outputs from `at`. */
+/* GCC would load the word to a register first, which takes as long as a third of the work on it. */
+TARGET INLINE __m512i xor_avx512(__m512i values, const void *word) {
+    __m512i result;
+    __asm__("vpxord %2%{1to16%}, %1, %0" : "=v"(result) : "v"(values), "m"(*(const int32_t *)word));
+    return result;
+}
+/* To `out`, or through `e` to outputs from `at` of the pixels from `first_pixel`. */
 TARGET INLINE void count_or_finish(const int num, const uint64_t *x, int64_t row_stride, int64_t step,
                                    const uint64_t *weight, int64_t kernel_rows, int64_t run, int32_t *out,
-                                   int64_t out_step, const struct epilogue *e, int64_t first_pixel, int64_t at) {
-    __m512i sums[COUNT_PIXELS][COUNT_VECTORS];
-    for (int p = 0; p < num; p++)
-        for (int v = 0; v < COUNT_VECTORS; v++) sums[p][v] = _mm512_setzero_si512();
+                                   int64_t out_step, const struct epilogue *e, const int is_plain, int64_t first_pixel,
+                                   int64_t at, const __m512 *factor, const __m512 *offset) {
+    typedef uint32_t __attribute__((may_alias)) half;
+    const half *w = (const half *)weight;
+    __m512i sums[COUNT_PIXELS][2];
+#pragma GCC unroll 7
+    for (int p = 0; p < num; p++) sums[p][0] = sums[p][1] = _mm512_set1_epi32(e ? MINUS_2_24 : 0);
     for (int64_t i = 0; i < kernel_rows; i++) {
-        const uint64_t *row = x + i * row_stride;
-        for (int64_t k = 0; k < run; k++, weight += COUNT_VECTORS * LANES) {
-            __m512i w[COUNT_VECTORS];
-#pragma GCC unroll 4
-            for (int v = 0; v < COUNT_VECTORS; v++) w[v] = _mm512_loadu_si512(weight + v * LANES);
-#pragma GCC unroll 8
+        const half *row = (const half *)(x + i * row_stride);
+        for (int64_t k = 0; k < 2 * run; k++, w += DIFFER_WIDE) {
+            const __m512i first = _mm512_loadu_si512(w), second = _mm512_loadu_si512(w + 16);
+#pragma GCC unroll 7
             for (int p = 0; p < num; p++) {
-                const __m512i pixel = _mm512_set1_epi64((int64_t)row[p * step + k]);
-#pragma GCC unroll 4
-                for (int v = 0; v < COUNT_VECTORS; v++)
-                    sums[p][v] = _mm512_add_epi64(sums[p][v], _mm512_popcnt_epi64(_mm512_xor_si512(w[v], pixel)));
+                const half *pixel = row + 2 * p * step + k;
+                sums[p][0] = _mm512_add_epi32(sums[p][0], _mm512_popcnt_epi32(xor_avx512(first, pixel)));
+                sums[p][1] = _mm512_add_epi32(sums[p][1], _mm512_popcnt_epi32(xor_avx512(second, pixel)));
             }
         }
     }
-    const __m512i low = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-#pragma GCC unroll 8
+#pragma GCC unroll 7
     for (int p = 0; p < num; p++)
-#pragma GCC unroll 4
-        for (int v = 0; v < COUNT_VECTORS; v += 2) {
-            const __m512i differing = _mm512_permutex2var_epi32(sums[p][v], low, sums[p][v + 1]);
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; v++)
             if (e)
-                finish_avx512(e, first_pixel + p, at + v * LANES, differing);
+                finish_avx512(e, is_plain, first_pixel + p, at + 16 * v, sums[p][v], factor[v], offset[v]);
             else
-                _mm512_storeu_si512(out + p * out_step + v * LANES, differing);
-        }
+                _mm512_storeu_si512(out + p * out_step + 16 * v, sums[p][v]);
 }
 TARGET INLINE void count_avx512(const int num, const uint64_t *x, int64_t row_stride, int64_t step,
                                 const uint64_t *weight, int64_t kernel_rows, int64_t run, int32_t *out,
                                 int64_t out_step) {
-    count_or_finish(num, x, row_stride, step, weight, kernel_rows, run, out, out_step, 0, 0, 0);
+    count_or_finish(num, x, row_stride, step, weight, kernel_rows, run, out, out_step, 0, 0, 0, 0, 0, 0);
 }
-/* `num` pixels of a row that lack the same taps, all outputs. */
-TARGET static void fused_avx512(int64_t num, const uint64_t *x, int64_t row_stride, int64_t step,
-                                const uint64_t *weight, int64_t kernel_rows, int64_t run, int64_t outputs,
-                                const struct epilogue *e) {
-    const int64_t wide = COUNT_VECTORS * LANES;
-    for (int64_t n = 0; n < outputs; n += wide, weight += kernel_rows * run * wide) {
+#define FINISH_PIXELS(num) \
+    for (; p + (num) <= pixels; p += (num))                                                                         \
+    count_or_finish(num, x + p * step, row_stride, step, weight, kernel_rows, run, 0, 0, e, is_plain, p, n, factor, \
+                    offset)
+/* `pixels` of a row, all outputs. */
+TARGET INLINE void finish_row(int64_t pixels, const uint64_t *x, int64_t row_stride, int64_t step,
+                              const uint64_t *weight, int64_t kernel_rows, int64_t run, int64_t outputs,
+                              const struct epilogue *e, const int is_plain) {
+    for (int64_t n = 0; n < outputs; n += DIFFER_WIDE, weight += kernel_rows * run * DIFFER_WIDE) {
+        __m512 factor[2], offset[2];
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; v++) {
+            factor[v] = e->factor ? _mm512_loadu_ps(e->factor + n + 16 * v) : _mm512_set1_ps(1.0f);
+            offset[v] = e->offset ? _mm512_loadu_ps(e->offset + n + 16 * v) : _mm512_setzero_ps();
+        }
         int64_t p = 0;
-        for (; p + COUNT_PIXELS <= num; p += COUNT_PIXELS)
-            count_or_finish(COUNT_PIXELS, x + p * step, row_stride, step, weight, kernel_rows, run, 0, 0, e, p, n);
-        for (; p + 4 <= num; p += 4)
-            count_or_finish(4, x + p * step, row_stride, step, weight, kernel_rows, run, 0, 0, e, p, n);
-        for (; p + 2 <= num; p += 2)
-            count_or_finish(2, x + p * step, row_stride, step, weight, kernel_rows, run, 0, 0, e, p, n);
-        for (; p < num; p++)
-            count_or_finish(1, x + p * step, row_stride, step, weight, kernel_rows, run, 0, 0, e, p, n);
+        FINISH_PIXELS(COUNT_PIXELS);
+        FINISH_PIXELS(4);
+        FINISH_PIXELS(2);
+        FINISH_PIXELS(1);
     }
+}
+/* With a copy of `shared`, which no pointer reaches: what it holds stays in registers. Not inlined, or those of the
+ * other loops would be saved around it. */
+TARGET static __attribute__((noinline)) void fused_avx512(int64_t pixels, const uint64_t *x, int64_t row_stride,
+                                                          int64_t step, const uint64_t *weight, int64_t kernel_rows,
+                                                          int64_t run, int64_t outputs, const struct epilogue *shared) {
+    const struct epilogue e = *shared;
+    if (e.is_plain)
+        finish_row(pixels, x, row_stride, step, weight, kernel_rows, run, outputs, &e, 1);
+    else
+        finish_row(pixels, x, row_stride, step, weight, kernel_rows, run, outputs, &e, 0);
 }
 #define HAS_FUSED
 #include "kernels.h"
@@ -147,7 +169,7 @@ TARGET static void fused_avx512(int64_t num, const uint64_t *x, int64_t row_stri
 #define NAME(x) x##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define COUNT_PIXELS 4
-#define COUNT_VECTORS 1
+#define DIFFER_WIDE LANES
 #define DOT_PIXELS 6
 #define DOT_VECTORS 2
 #define VF 8
@@ -184,8 +206,8 @@ TARGET INLINE void count_avx2(const int num, const uint64_t *x, int64_t row_stri
                 for (int p = 0; p < num; p++) {
                     const __m256i bits = _mm256_xor_si256(w, _mm256_set1_epi64x((int64_t)row[p * step + k]));
                     const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(bits, nibble));
-                    const __m256i high = _mm256_shuffle_epi8(table,
-                                                             _mm256_and_si256(_mm256_srli_epi16(bits, 4), nibble));
+                    const __m256i high =
+                        _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bits, 4), nibble));
                     bytes[p][v] = _mm256_add_epi8(bytes[p][v], _mm256_add_epi8(low, high));
                 }
             }
@@ -210,7 +232,7 @@ TARGET INLINE void count_avx2(const int num, const uint64_t *x, int64_t row_stri
 #define NAME(x) x##_neon
 #define TARGET
 #define COUNT_PIXELS 4
-#define COUNT_VECTORS 1
+#define DIFFER_WIDE LANES
 #define DOT_PIXELS 4
 #define DOT_VECTORS 4
 #define VF 4
@@ -257,12 +279,12 @@ INLINE void count_neon(const int num, const uint64_t *x, int64_t row_stride, int
 
 static const struct path PATHS[] = {
 #if defined __x86_64__
-    {"avx512", 64, 32, convolve_row_avx512, map_row_avx512},
-    {"avx2", 16, 8, convolve_row_avx2, map_row_avx2},
+    {"avx512", 64, 32, 2, convolve_row_avx512, map_row_avx512},
+    {"avx2", 16, 8, 1, convolve_row_avx2, map_row_avx2},
 #elif defined __aarch64__
-    {"neon", 16, 8, convolve_row_neon, map_row_neon},
+    {"neon", 16, 8, 1, convolve_row_neon, map_row_neon},
 #endif
-    {"portable", 8, 8, convolve_row_portable, map_row_portable},
+    {"portable", 8, 8, 1, convolve_row_portable, map_row_portable},
 };
 enum { NUM_PATHS = sizeof PATHS / sizeof *PATHS };
 static const struct path *_Atomic chosen;

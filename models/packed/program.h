@@ -48,6 +48,7 @@ struct operation;
 struct path {
     const char *name;
     int dot_wide, differ_wide; /* outputs of a block of weights */
+    int word_parts;            /* 2: the words of a block are halves, the lower ones of all outputs first */
     void (*convolve_row)(struct packed_network *, const struct operation *, int64_t y, int64_t first, int64_t num,
                          void *scratch);
     void (*map_row)(struct packed_network *, const struct operation *, int64_t y);
@@ -72,8 +73,14 @@ struct operation {
     int64_t row_values; /* of a padded row of the source, in words or floats */
     int64_t work;
     int is_padded;
-    void *weight;  /* in blocks of the path; NORMALIZE: means and deviations of a row */
-    int32_t *ones; /* binary convolution: [taps][outputs], set bits of a tap */
+    void *weight; /* in blocks of the path; NORMALIZE: means and deviations of a row */
+    /* Binary convolution. Rows whose windows lack the same taps have one place, and so have columns. */
+    int32_t *row_place, *column_place; /* [height], [width] of the target */
+    int32_t whole_row, whole_column;   /* places that lack no tap, or -1 */
+    int64_t num_columns;               /* places of columns */
+    int32_t *num_products;             /* [row place][column place]: products of a window */
+    float *shifted_products;           /* 2^24 + num_products */
+    int32_t *correction;               /* [row place][column place][outputs]: minus the set bits of lacking taps */
     const float *factor, *offset, *shift, *slope, *after, *sign_shift;
     const int32_t *threshold, *direction;
 };
