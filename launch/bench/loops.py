@@ -70,7 +70,7 @@ def bare_steps(trainer: Trainer, config: TrainConfig) -> Iterator[None]:
         (normalize(images.to(device), config.data.mean, config.data.std), labels.to(device))
         for images, labels in loaded
     ]
-    model = create_model(config.model).to(device)
+    model = create_model(dataclasses.replace(config.model, initial_weights="signs")).to(device)
     if trainer.compiled:
         compile_network(model)
     context = autocast(device, trainer.config.engine.precision)

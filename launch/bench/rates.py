@@ -39,7 +39,8 @@ class _Probe:
         self.config, self.ranks, self.device = config, trainer.ranks, trainer.device
         self.network, self.cores = describe(config), float(num_cores())
         torch.manual_seed(0)
-        model, twin = (create_model(config.model).to(self.device) for _ in "12")
+        signs = dataclasses.replace(config.model, initial_weights="signs")  # as after the first update
+        model, twin = (create_model(signs).to(self.device) for _ in "12")
         if trainer.compiled:
             compile_network(model)
         self.micro_batch_size = max(2, config.global_batch_size // trainer.num_replicas)
