@@ -21,6 +21,7 @@ COMMANDS = {
     "advise": "say what a run's hyperparameters will do, or after it what they did; `bitfleet advise --help`",
     "bench": "measure bitfleet against bare loops; `bitfleet bench --help` lists the benchmarks",
     "report": "turn sweeps and runs into one HTML page with pictures; `bitfleet report --help`",
+    "track": "check entries of the track of update rules and rank them; `bitfleet track --help`",
     "configs": "list the configurations that --config knows",
 }
 

@@ -9,7 +9,9 @@ from bitfleet.configs.sweeps.sweep import Sweep
 
 def available_sweeps() -> list[str]:
     """Return the names of all sweeps."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "sweep"))
+    return sorted(
+        path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "sweep", "entry")
+    )
 
 
 def load_sweep(name: str) -> Sweep:

@@ -12,6 +12,8 @@ command    bitfleet sweep s514_schedulers
            as in the paper: --config binarynet_cifar10 --epochs 350 --optim.lr.kind constant
 """
 
+from collections.abc import Callable
+
 from bitfleet.configs.sweeps.s512_ablation import CENTRE, RULE
 from bitfleet.configs.sweeps.sweep import Point, Sweep, constants
 
@@ -30,12 +32,19 @@ def linear(name: str, start: float) -> tuple[str, ...]:
     return (*line, f"{option}.start", f"{start:g}")
 
 
+FORMS: dict[str, Callable[[str, float], tuple[str, ...]]] = {
+    "none": constants,
+    "staircase": staircase,
+    "linear": linear,
+}
+
+
 def scheduled(name: str | None, schedule: str) -> Point:
     """Return the point in which `name` follows `schedule` and the others are constant."""
     words = list(RULE)
     for hyperparameter, start in CENTRE.items():
-        form = schedule if hyperparameter == name else "none"
-        words += {"none": constants, "staircase": staircase, "linear": linear}[form](hyperparameter, start)
+        form = FORMS[schedule if hyperparameter == name else "none"]
+        words += form(hyperparameter, start)
     return Point({"scheduled": name or "nothing", "schedule": schedule}, tuple(words))
 
 

@@ -104,9 +104,10 @@ def binarynet(pretrained: bool = False, **options: Any) -> BinaryNet:
     | Bop, 500 epochs         | 91.3 %         | arXiv 1906.02107         |
     | latent weights, Adam    | 90.9 %         | arXiv 1906.02107         |
 
-    | parameters | of them 1-bit | 1-bit MACs  | 32-bit MACs |
-    |------------|---------------|-------------|-------------|
-    | 10,355,850 | 10,352,000    | 510,961,664 | 3,110,400   |
+    | width | parameters | of them 1-bit | 1-bit MACs  | 32-bit MACs |
+    |-------|------------|---------------|-------------|-------------|
+    | 128   | 10,355,850 | 10,352,000    | 510,961,664 | 3,110,400   |
+    | 32    | 650,538    | 649,568       | 31,937,024  | 777,600     |
 
     With norm "layer": 10,359,700 parameters, of them 7,700 in full precision.
 

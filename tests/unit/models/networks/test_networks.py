@@ -40,6 +40,23 @@ def test_published_sizes(name: str) -> None:
     assert model.training
 
 
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, ModelSize(10_355_850, 10_352_000, 7_700, 510_961_664, 3_110_400)),
+        ({"width": 32}, ModelSize(650_538, 649_568, 1_940, 31_937_024, 777_600)),
+        ({"width": 32, "norm": "layer"}, ModelSize(651_508, 649_568, 0, 31_937_024, 777_600)),
+    ],
+)
+def test_binarynet_has_any_width(options: dict[str, Any], size: ModelSize) -> None:
+    with torch.device("meta"):
+        model = timm.create_model("binarynet", **options)
+    assert count(model, (3, 32, 32)) == size
+    assert model(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2, 10)
+    with pytest.raises(ValueError, match="width is 0"):
+        timm.create_model("binarynet", **options | {"width": 0})
+
+
 def test_published_sizes_layer_by_layer() -> None:
     with torch.device("meta"):
         xnornet, birealnet18 = XNORNet(), BiRealNet()

@@ -1,0 +1,125 @@
+"""Check recorded entries of the track against its rules, and rank them."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from bitfleet.configs import load_config
+from bitfleet.configs.sweeps.entry import BASE, FREE, MIN_SEEDS, TARGET
+from bitfleet.launch.report.intervals import CONFIDENCE, spread, steps_to
+from bitfleet.launch.report.sweep_results import SweepResults, read_sweep
+from bitfleet.launch.sweep.table import HOW, flatten
+from bitfleet.launch.text import percent, table
+from bitfleet.trainer.config import TrainConfig, to_dict
+from bitfleet.trainer.run.roles import fields_with_role
+
+IGNORED = HOW | fields_with_role(TrainConfig, "execution", "habit")
+"""Fields that do not change what is trained."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """A recorded entry."""
+
+    path: Path
+    title: str
+    epochs: int
+    steps: tuple[float, ...]
+    """Steps to the target of each run that reached it."""
+    top1: tuple[float, ...]
+    """Last top-1 of each finished run."""
+    faults: tuple[str, ...]
+    """Rules that it breaks, a sentence each."""
+
+
+def read_entry(path: Path) -> Entry:
+    """Read the folder of an entry and check it.
+
+    Args:
+        path: folder with the sweep.csv and sweep.json of `bitfleet sweep track_NAME`.
+
+    Raises:
+        ValueError: it holds no entry.
+    """
+    results = read_sweep(path)
+    if len(results.points) != 1 or "config" not in results.facts:
+        raise ValueError(
+            f"{path} holds {len(results.points)} points: expected the sweep.csv and sweep.json of one entry, "
+            "as `bitfleet sweep track_NAME` writes them"
+        )
+    (point,) = results.points
+    reached = {run.seed: steps_to(*run.curves["top1"], TARGET) for run in point.finished}
+    faults = [
+        f"seed {run.seed} is at most at {percent(max(run.curves['top1'].values))} and never at {percent(TARGET, 0)}"
+        for run in point.finished
+        if reached[run.seed] is None
+    ]
+    faults += [f"seed {run.seed} is {run.status}" for run in point.others]
+    seeds = sorted(int(run.seed) for run in results.runs)
+    if seeds != list(range(max(MIN_SEEDS, len(seeds)))):
+        faults.append(
+            f"it has the seeds {', '.join(map(str, seeds))}; expected 0 to {MIN_SEEDS - 1}, or all up to more"
+        )
+    return Entry(
+        path=path,
+        title=point.name,
+        epochs=int(results.facts["config"]["epochs"]),
+        steps=tuple(steps for steps in reached.values() if steps is not None),
+        top1=tuple(point.values("top1")),
+        faults=(*faults, *_changed(results)),
+    )
+
+
+def _changed(results: SweepResults) -> list[str]:
+    """Return a sentence for each field that the rules fix and the entry changed."""
+    fixed, given = flatten(to_dict(load_config(BASE))), flatten(results.facts["config"])
+    return [
+        f"{field} is {given.get(field)}, and every entry has {fixed.get(field)}"
+        for field in sorted({*fixed, *given} - IGNORED)
+        if not field.startswith(FREE) and field != "data.root" and given.get(field) != fixed.get(field)
+    ]
+
+
+def ranking(entries: Sequence[Entry]) -> str:
+    """Return the table of `entries`, the fewest steps first, and after it their faults.
+
+    p is that of Welch's t-test against the first; entries with faults come last, without a place.
+    """
+    ranked = sorted(entries, key=lambda entry: (bool(entry.faults), np.mean(entry.steps or [np.inf])))
+    rows = [["", "entry", "epochs", "n", f"steps to {TARGET:.0%}", "95 % interval", "p", "top-1 at the end, %"]]
+    for place, entry in enumerate(ranked, start=1):
+        steps, top1 = spread(entry.steps), spread(entry.top1)
+        rows.append(
+            [
+                "-" if entry.faults else f"{place}",
+                entry.title,
+                f"{entry.epochs}",
+                f"{len(entry.top1)}",
+                "never" if steps is None else f"{steps.mean:,.0f}",
+                _interval(entry.steps),
+                "" if entry is ranked[0] else _p_value(ranked[0].steps, entry.steps),
+                "-" if top1 is None else f"{100 * top1.mean:.2f}",
+            ]
+        )
+    faults = [f"{entry.path}: {fault}" for entry in ranked for fault in entry.faults]
+    return "\n".join([table(rows, "><"), *faults])
+
+
+def _interval(steps: Sequence[float]) -> str:
+    """Write the interval of the mean of a t-distribution."""
+    if len(steps) < 2:
+        return "-"
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(steps) - 1) * stats.sem(steps))
+    return f"{np.mean(steps) - half:,.0f} to {np.mean(steps) + half:,.0f}"
+
+
+def _p_value(first: Sequence[float], second: Sequence[float]) -> str:
+    if min(len(first), len(second)) < 2 or np.ptp(first) == np.ptp(second) == 0:
+        return "-"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # one of them without a spread
+        return f"{float(stats.ttest_ind(first, second, equal_var=False).pvalue):.1g}"

@@ -1,0 +1,141 @@
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitfleet.configs.sweeps import load_sweep
+from bitfleet.configs.sweeps.entry import FREE, MIN_SEEDS, TARGET
+from bitfleet.configs.sweeps.sweep import plan_runs
+from bitfleet.launch.parsing.arguments import parse_train
+from bitfleet.launch.sweep.table import Outcome, flatten, write_question, write_table
+from bitfleet.launch.track.check import ranking, read_entry
+from bitfleet.launch.track.command import track
+from bitfleet.trainer.config import to_dict
+
+Record = Callable[..., Path]
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    """Write the files of an entry as a sweep does, with curves of our own."""
+
+    def write(
+        name: str = "track_bop2ndorder",
+        reached: Sequence[int] = range(4000, 4000 + 1000 * MIN_SEEDS, 1000),
+        options: Sequence[str] = (),
+        best: float = TARGET,
+        status: str = "finished",
+    ) -> Path:
+        sweep = load_sweep("track_bop2ndorder")
+        runs = plan_runs(sweep, tmp_path / name, options, lambda words: parse_train(words, "t"))
+        runs = [run for run in runs if run.config.seed < len(reached)]
+        folder = tmp_path / name
+        folder.mkdir()
+        for run, steps in zip(runs, reached, strict=True):
+            run.path.mkdir(parents=True)
+            lines = [
+                {
+                    "kind": "validation",
+                    "step": step,
+                    "top1": best if step >= steps else best - 0.2,
+                    "top5": 1,
+                    "loss": 1,
+                }
+                for step in range(1000, 20_000, 1000)
+            ]
+            (run.path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+        outcomes: Any = {run.name: Outcome(status) for run in runs}  # type: ignore[arg-type]
+        write_question(folder, sweep, options, runs)
+        write_table(folder, sweep, runs, outcomes)
+        return folder
+
+    return write
+
+
+def test_steps_are_those_of_the_first_validation_at_the_target(record: Record) -> None:
+    entry = read_entry(record())
+    assert entry.steps == tuple(range(4000, 14_000, 1000))
+    assert entry.faults == ()
+    # t(0.975, 9) = 2.262; sd of 4000 ... 13000 is 3027.65: 2.262 * 3027.65 / sqrt(10) = 2166
+    row = ranking([entry]).splitlines()[1]
+    assert "8,500" in row
+    assert "6,334 to 10,666" in row
+
+
+def test_a_run_that_never_gets_there_is_a_fault(record: Record) -> None:
+    entry = read_entry(record(best=TARGET - 0.001))
+    assert len(entry.faults) == MIN_SEEDS
+    assert entry.faults[3] == "seed 3 is at most at 69.90 % and never at 70 %"
+    assert "never" in ranking([entry])
+
+
+def test_few_seeds_are_a_fault(record: Record) -> None:
+    (fault,) = read_entry(record(reached=(1000, 2000))).faults
+    assert fault == "it has the seeds 0, 1; expected 0 to 9, or all up to more"
+
+
+def test_seeds_are_not_picked(record: Record) -> None:
+    folder = record()
+    file = folder / "sweep.csv"
+    head, _, *others = file.read_text().splitlines()
+    file.write_text("\n".join([head, *others]) + "\n")
+    (fault,) = read_entry(folder).faults
+    assert "seeds 1, 2, 3, 4, 5, 6, 7, 8, 9;" in fault
+
+
+@pytest.mark.parametrize(
+    ("option", "fault"),
+    [
+        ("--global_batch_size 100", "global_batch_size is 100, and every entry has 50"),
+        ("--model.width 64", "model.width is 64, and every entry has 32"),
+        ("--data.crop_padding 2", "data.crop_padding is 2, and every entry has 4"),
+        ("--data.label_smoothing 0.1", "data.label_smoothing is 0.1, and every entry has 0.0"),
+    ],
+)
+def test_what_the_rules_fix_is_compared(option: str, fault: str, record: Record) -> None:
+    assert read_entry(record(options=option.split())).faults == (fault,)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--engine.precision bf16",
+        "--optim.lr.start 1e-3",
+        "--data.root /elsewhere",
+        "--num_threads 1",
+        "--model.compile on",
+    ],
+)
+def test_what_an_entry_may_choose(option: str, record: Record) -> None:
+    assert read_entry(record(options=option.split())).faults == ()
+
+
+def test_free_fields_exist() -> None:
+    fields = flatten(to_dict(parse_train(["--config", "cifar_small"], "t")))
+    assert all(any(field.startswith(name) for field in fields) for name in FREE)
+
+
+def test_the_fewest_steps_come_first_and_faults_last(record: Record) -> None:
+    slow = read_entry(record("slow", range(8000, 18_000, 1000)))
+    fast = read_entry(record("fast", [4000] * 5 + [5000] * 5))
+    broken = read_entry(record("broken", [1000] * 3))
+    _, first, second, last, fault = ranking([slow, broken, fast]).splitlines()
+    assert [line.split()[0] for line in (first, second, last)] == ["1", "2", "-"]
+    assert "4,500" in first
+    assert "1e-05" in second  # t = 8000 / 972, 9.5 degrees of freedom
+    assert fault.startswith(str(broken.path))
+
+
+def test_the_command_fails_on_a_fault(record: Record, capsys: pytest.CaptureFixture[str]) -> None:
+    track([str(record())])
+    with pytest.raises(SystemExit) as ended:
+        track([str(record("few", [1000] * 2))])
+    assert ended.value.code == 1
+    assert "expected 0 to 9" in capsys.readouterr().out
+
+
+def test_a_sweep_of_many_points_is_no_entry() -> None:
+    with pytest.raises(ValueError, match="holds 5 points: expected the sweep.csv and sweep.json of one entry"):
+        read_entry(Path(__file__).parents[4] / "docs/results/regime")
