@@ -3,14 +3,13 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from bitfleet.models import check_images, compile_network, create_model
 from bitfleet.optim import ShardedOptimizer, build_optimizer, driven_values, routing_table
@@ -48,7 +47,7 @@ from bitfleet.trainer.engine.arithmetic import use_arithmetic
 from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
 from bitfleet.trainer.engine.compilation import eager_on_real_weights, is_compiled
 from bitfleet.trainer.engine.config import deepspeed_options
-from bitfleet.trainer.engine.engine import autocast, backward, create_engine, scaled_loss, shard, whole_weights
+from bitfleet.trainer.engine.engine import create_engine, shard, whole_weights
 from bitfleet.trainer.engine.nonfinite import did_nothing, does_nothing, must_stop, nonfinite_loss, nonfinite_steps
 from bitfleet.trainer.engine.rule_proof import RuleProof
 from bitfleet.trainer.engine.step_graph import Batch, CudaRecorder, GraphedStep, check_can_capture
@@ -61,94 +60,7 @@ from bitfleet.trainer.run.folder import write_config
 from bitfleet.trainer.run.out_of_memory import is_out_of_memory, training_out_of_memory
 from bitfleet.trainer.run.stop import StopWatcher
 from bitfleet.trainer.run.versions import versions
-
-
-def label_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, None]:
-    """Return the cross-entropy with the labels, and nothing else to report."""
-    return nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing), None
-
-
-class TrainStep:
-    """Makes optimizer steps over a rank's micro-batches; the host waits for nothing in them.
-
-    Args:
-        engine: DeepSpeed's, around `model`.
-        model: the network.
-        optimizer: of the engine.
-        statistics: running statistics of the network's BatchNorms.
-        observer: meters of the run.
-        normalize: from images as the loader has them to the network's input.
-        precision: `EngineConfig.precision`, not "auto".
-        num_micro_batches: of this rank, per step.
-        label_smoothing: `DataConfig.label_smoothing`.
-        distillation: None to train on the labels.
-    """
-
-    def __init__(
-        self,
-        engine: Any,
-        model: nn.Module,
-        optimizer: Optimizer,
-        statistics: RunningStatistics,
-        observer: StepObserver,
-        *,
-        normalize: Callable[[Tensor], Tensor],
-        precision: str,
-        num_micro_batches: int,
-        label_smoothing: float = 0.0,
-        distillation: Distillation | None = None,
-    ) -> None:
-        self._engine, self._model, self._optimizer = engine, model, optimizer
-        self._statistics, self._observer, self._normalize = statistics, observer, normalize
-        self._precision, self.num_micro_batches = precision, num_micro_batches
-        self.next_batch, self.end_backward, self.end_step = (
-            observer.next_batch,
-            observer.end_backward,
-            observer.end_step,
-        )
-        self._loss: Callable[..., tuple[Tensor, Tensor | None]]
-        self._loss = functools.partial(label_loss, label_smoothing=label_smoothing)
-        if distillation is not None:
-            self._loss = distillation.loss
-            self.next_batch = lambda batches: distillation.with_targets(observer.next_batch(batches))
-
-    def run(self, batches: Iterator[Batch]) -> None:
-        """Make one step of the next batches."""
-        self._observer.meter.keep()
-        for _ in range(self.num_micro_batches):
-            images, labels, *targets = self.next_batch(batches)
-            with self._statistics.replica():
-                logits: Tensor = self._engine(self._normalize(images))
-                loss, measured = self._loss(logits.float(), labels, *targets)
-                backward(self._engine, loss, self._optimizer)
-            self.end_backward()
-            self._observer.meter.add(loss, logits.detach(), labels, measured)
-            self._engine.step()
-        self.settle(self._optimizer.updated if isinstance(self._optimizer, ShardedOptimizer) else True)
-        self.end_step()
-
-    def accumulate(self, micro_batches: Sequence[Batch]) -> None:
-        """Run forward and backward of all micro-batches of a step, without DeepSpeed's engine (in a
-        CUDA graph)."""
-        assert isinstance(self._optimizer, ShardedOptimizer)
-        self._observer.meter.keep()
-        for images, labels, *targets in micro_batches:
-            with self._statistics.replica():
-                with autocast(images.device, self._precision):
-                    logits: Tensor = self._model(self._normalize(images))
-                loss, measured = self._loss(logits.float(), labels, *targets)
-                torch.autograd.backward(scaled_loss(loss, self._optimizer))
-            self._observer.meter.add(loss, logits.detach(), labels, measured)
-
-    def settle(self, updated: bool | Tensor) -> None:
-        """Set running statistics and meters to those after the step.
-
-        Args:
-            updated: whether the optimizer updated the network, known to the host or bool [] on the
-                device.
-        """
-        self._statistics.end_step(updated)
-        self._observer.meter.end_step(updated)
+from bitfleet.trainer.train_step import TrainStep, label_loss
 
 
 def open_teacher(
@@ -219,14 +131,7 @@ class Trainer:
         if self.distillation is not None:
             self.distillation.check_can_continue(resume_from.meta["step"] if resume_from else 0)
 
-        check_images(config.model, config.data.image_size, config.global_batch_size // self.num_replicas)
-        seed_everything(config.seed)
-        self.model = self._create_model(resume_from).to(device)
-        before = was_compiled(resume_from.meta) if resume_from else None
-        self.compiled = is_compiled(config.model.compile, device, config.engine.sharding, before)
-        """True if the network is compiled."""
-        if self.compiled:
-            compile_network(self.model)
+        self._build_network(resume_from)
         # As the paper's code: decay_steps = epochs * images // batch, a little longer than the run
         # of whole batches.
         decay_steps = config.epochs * len(self.dataset.train) // config.global_batch_size
@@ -248,18 +153,8 @@ class Trainer:
             check_can_capture(ranks, device, self.optimizer)
         self.engine = create_engine(self.model, self.sharded, schedules, options, device)
         self.statistics = RunningStatistics(self.model, self.num_replicas)
-        diagnostics = None
-        if config.metrics.diagnostics:
-            assert isinstance(self.sharded, ShardedOptimizer), config.engine.sharding
-            diagnostics = BitDiagnostics(self.sharded)
-        flips = step_flips(self.engine, self.model, self.sharded, ranks, diagnostics)
-        self.observer = StepObserver(
-            ranks,
-            device,
-            flips,
-            counts_replaced=config.data.on_bad_sample == "replace",
-            measures=MEASURES if self.distillation else (),
-        )
+        diagnostics = self._open_diagnostics()
+        self.observer = self._make_observer(diagnostics)
         state = TrainState(self.engine, self.model, self.sharded, signature, diagnostics)
         self.checkpoints = self._make_checkpoints(state)
         self.step = self._resume(resume_from) if resume_from else 0
@@ -308,6 +203,17 @@ class Trainer:
             global_batch_size=config.global_batch_size,
         )
 
+    def _build_network(self, resume_from: ValidCheckpoint | None) -> None:
+        config = self.config
+        check_images(config.model, config.data.image_size, config.global_batch_size // self.num_replicas)
+        seed_everything(config.seed)
+        self.model = self._create_model(resume_from).to(self.device)
+        before = was_compiled(resume_from.meta) if resume_from else None
+        self.compiled = is_compiled(config.model.compile, self.device, config.engine.sharding, before)
+        """True if the network is compiled."""
+        if self.compiled:
+            compile_network(self.model)
+
     def _create_model(self, resume_from: ValidCheckpoint | None) -> nn.Module:
         """Build the network, on the CPU; a checkpoint that is continued brings its weights
         later."""
@@ -321,6 +227,21 @@ class Trainer:
             new_head = config.init_head == "new"
             load_initial_weights(model, config.model, config.init, config.init_scales, new_head=new_head)
         return model
+
+    def _open_diagnostics(self) -> BitDiagnostics | None:
+        if not self.config.metrics.diagnostics:
+            return None
+        assert isinstance(self.sharded, ShardedOptimizer), self.config.engine.sharding
+        return BitDiagnostics(self.sharded)
+
+    def _make_observer(self, diagnostics: BitDiagnostics | None) -> StepObserver:
+        return StepObserver(
+            self.ranks,
+            self.device,
+            step_flips(self.engine, self.model, self.sharded, self.ranks, diagnostics),
+            counts_replaced=self.config.data.on_bad_sample == "replace",
+            measures=MEASURES if self.distillation else (),
+        )
 
     def _resolve_replicas(self, resume_from: ValidCheckpoint | None) -> int:
         """Return the number of replicas. A resumed run keeps its number, and its number of threads,

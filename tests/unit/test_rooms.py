@@ -31,7 +31,7 @@ OWNERS = {
 LADDERS: dict[str, list[set[str]]] = {
     "trainer": [
         {"trainer"},
-        {"evaluate"},
+        {"evaluate", "train_step"},
         {"config"},
         {"checkpoint"},
         {"metrics"},

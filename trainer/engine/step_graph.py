@@ -108,7 +108,7 @@ def check_can_capture(ranks: Ranks, device: torch.device, optimizer: RoutedOptim
 
 
 class Step(Protocol):
-    """Parts of an optimizer step; `trainer.TrainStep` is one."""
+    """Parts of an optimizer step; `train_step.TrainStep` is one."""
 
     num_micro_batches: int
 

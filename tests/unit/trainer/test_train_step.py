@@ -8,7 +8,7 @@ from bitfleet.optim import OptimConfig, build_optimizer
 from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
 from bitfleet.trainer.metrics import StepObserver
 from bitfleet.trainer.ranks.collectives import Ranks
-from bitfleet.trainer.trainer import TrainStep
+from bitfleet.trainer.train_step import TrainStep
 
 IMAGES = torch.arange(48.0).view(4, 2, 2, 3)
 LABELS = torch.tensor([0, 1, 2, 3])

@@ -23,7 +23,7 @@ from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
 from bitfleet.trainer.engine.step_graph import WARM_UP_STEPS, GraphedStep, check_can_capture
 from bitfleet.trainer.metrics.step_observer import SlicedFlips, StepObserver
 from bitfleet.trainer.ranks.collectives import Ranks
-from bitfleet.trainer.trainer import TrainStep
+from bitfleet.trainer.train_step import TrainStep
 from tests.host_reads import HostReads
 from tests.recorder import OperatorRecorder, Recording
 
