@@ -11,6 +11,7 @@ from bitfleet.optim import binary_rules
 RUNS = {
     "blocks": 24,
     "cifar_length": 25,
+    "cifar_precision": 18,
     "cifar_settings": 18,
     "regime": 15,
     "s511_bias_and_norm": 18,
@@ -28,7 +29,10 @@ def test_every_point_of_every_sweep_is_a_run(name: str) -> None:
     assert sweep.name == name
     runs = plan_runs(sweep, Path("f"), (), lambda words: parse_train(words, "t"))
     assert len(runs) == RUNS[name]
-    distinct = {str((run.config.epochs, run.config.optim, run.config.model, run.config.distill)) for run in runs}
+    distinct = {
+        str((run.config.epochs, run.config.engine, run.config.optim, run.config.model, run.config.distill))
+        for run in runs
+    }
     assert len(distinct) == len(sweep.points)  # no two points are the same run
 
 

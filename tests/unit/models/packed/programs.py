@@ -17,7 +17,7 @@ NETWORKS = {
     "birealnet18": (ModelConfig(name="birealnet18", width=5, depths=(2, 2, 2), num_classes=5), 32),
     "layer": (ModelConfig(name="birealnet18", width=6, depths=(2, 2), norm="layer", num_classes=5), 17),
     "none": (ModelConfig(name="birealnet_small", width=7, norm="none", num_classes=5), 16),
-    "binarynet": (ModelConfig(name="binarynet", num_classes=5), 32),
+    "binarynet": (ModelConfig(name="binarynet", width=20, num_classes=5), 32),
     "reactnet_a": (ModelConfig(name="reactnet_a", width=6, num_classes=5), 40),
     "quicknet": (ModelConfig(name="quicknet", width=64, depths=(1, 1), num_classes=5), 40),
     "real_to_binary": (ModelConfig(name="real_to_binary", width=16, depths=(1, 1), num_classes=5), 40),

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +39,7 @@ EXACT: list[tuple[str, int, dict[str, Any]]] = [
     ("birealnet18", 64, {"num_classes": 10, "width": 20}),
     ("birealnet18", 97, {"num_classes": 10, "width": 16, "norm": "none"}),
     ("birealnet34", 64, {"num_classes": 10, "width": 8}),
-    ("binarynet", 32, {}),
+    ("binarynet", 32, {"width": 20}),
 ]
 NEWER: list[tuple[str, int, dict[str, Any]]] = [
     ("reactnet_small", 32, SMALL),
@@ -65,9 +66,10 @@ DEEP: list[tuple[str, int, dict[str, Any]]] = [
 LAYER_NORM: list[tuple[str, int, dict[str, Any]]] = [
     ("birealnet_small", 32, SMALL | {"norm": "layer"}),
     ("birealnet18", 64, {"num_classes": 10, "width": 8, "norm": "layer"}),
-    ("binarynet", 32, {"norm": "layer"}),
+    ("binarynet", 32, {"width": 20, "norm": "layer"}),
 ]
 LARGE: list[tuple[str, int, dict[str, Any]]] = [
+    ("binarynet", 32, {}),
     ("xnornet", 224, {}),
     ("birealnet18", 224, {}),
     ("binary_alexnet", 224, {}),
@@ -77,6 +79,13 @@ LARGE: list[tuple[str, int, dict[str, Any]]] = [
     ("quicknet", 224, {"depths": (4, 4)}),
     ("real_to_binary", 224, {"depths": (4, 4)}),
 ]
+
+
+def test_every_network_is_checked() -> None:
+    networks = {
+        name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("bitfleet.models.")
+    }
+    assert networks == {name for name, *_ in EXACT + NEWER + DEEP + LARGE}
 
 
 def name_of(value: object) -> str | None:

@@ -34,7 +34,7 @@ EXACT: list[tuple[str, int, dict[str, Any]]] = [
     ("birealnet18", 64, SMALL),
     ("birealnet18", 97, SMALL | {"norm": "none"}),
     ("birealnet34", 64, SMALL),
-    ("binarynet", 32, {}),
+    ("binarynet", 32, {"width": 20}),
     ("reactnet_small", 31, SMALL),
     ("reactnet_a", 64, {"num_classes": 7, "width": 5}),
     ("quicknet", 70, {"num_classes": 7, "width": 12, "depths": (2, 2)}),
@@ -46,7 +46,7 @@ LAYER_NORM: list[tuple[str, int, dict[str, Any]]] = [
     ("birealnet_small", 29, SMALL | {"norm": "layer"}),
     ("birealnet18", 64, SMALL | {"norm": "layer", "residual": "single"}),
     ("birealnet34", 64, SMALL | {"norm": "layer"}),
-    ("binarynet", 32, {"norm": "layer"}),
+    ("binarynet", 32, {"width": 20, "norm": "layer"}),
 ]
 
 
