@@ -76,6 +76,11 @@ class TrainConfig:
     journal: JournalConfig = dataclasses.field(default_factory=JournalConfig, metadata=role("habit"))
 
     def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_sharding()
+        self._check_parts()
+
+    def _check_numbers(self) -> None:
         for name in (
             "epochs",
             "global_batch_size",
@@ -87,26 +92,51 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        if self.metrics.diagnostics and self.engine.sharding != "bits":
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, not {self.seed}")
+        for name in ("lr", *self.optim.hyperparameters):
+            schedule = getattr(self.optim, name)
+            if isinstance(schedule, Schedule) and schedule.warmup_epochs >= self.epochs:
+                raise ValueError(
+                    f"optim.{name}.warmup_epochs is {schedule.warmup_epochs:g}, and the run has {self.epochs} epochs: "
+                    "warm up for less"
+                )
+
+    def _check_sharding(self) -> None:
+        """Refuse what does not work with `engine.sharding`."""
+        sharding = self.engine.sharding
+        if self.metrics.diagnostics and sharding != "bits":
             raise ValueError(
-                "metrics.diagnostics are counted in the step of engine.sharding bits, but that is "
-                f"{self.engine.sharding!r}: "
-                f"leave them out, or use --engine.sharding bits"
+                f"metrics.diagnostics are counted in the step of engine.sharding bits, but that is {sharding!r}: "
+                "leave them out, or use --engine.sharding bits"
             )
-        if self.model.compile == "on" and self.engine.sharding == "zero3":
+        if self.model.compile == "on" and sharding == "zero3":
             raise ValueError(
-                'model.compile on does not work with engine.sharding "zero3", which takes the weights apart '
-                "around every layer: "
-                "choose another sharding, or set model.compile to auto or off"
+                'model.compile on does not work with engine.sharding "zero3", which takes the weights apart around '
+                "every layer: choose another sharding, or set model.compile to auto or off"
             )
+        if self.init is not None and self.optim.init_inertia and sharding != "bits":
+            raise ValueError(
+                f'--init seeds the optimizer under engine.sharding "bits", not {sharding!r}: choose that sharding, '
+                "or pass --optim.init_inertia 0, with which most rules flip half of the binary weights at once"
+            )
+        if self.optim.transitions.drives != "off" and sharding != "bits":
+            raise ValueError(
+                f'optim.transitions needs engine.sharding "bits", which counts the flips, not {sharding!r}: set '
+                "optim.transitions.drives to off or choose that sharding"
+            )
+        if RULES[self.optim.rule].begin_ is not None and self.engine.stage > 0:
+            raise ValueError(
+                f'optim.rule {self.optim.rule} needs engine.sharding "bits" or "none", not {sharding!r}: its state '
+                "starts with random numbers for each weight, and DeepSpeed's slices do not say which weights they hold"
+            )
+        if self.journal.enabled and sharding != "bits":
+            raise ValueError(f'journal.enabled needs engine.sharding "bits", not "{sharding}"')
+
+    def _check_parts(self) -> None:
+        """Refuse fields of different parts that contradict each other."""
         if self.init_head == "new" and self.init is None:
             raise ValueError("init_head new says what is not taken from the weights of --init: pass that as well")
-        if self.init is not None and self.optim.init_inertia and self.engine.sharding != "bits":
-            raise ValueError(
-                f'--init seeds the optimizer under engine.sharding "bits", not {self.engine.sharding!r}: choose '
-                "that sharding, "
-                f"or pass --optim.init_inertia 0, with which most rules flip half of the binary weights at once"
-            )
         if self.distill.cache is not None and self.data.on_bad_sample == "replace":
             raise ValueError(
                 "data.on_bad_sample replace takes images whose logits distill.cache does not know: set broken images "
@@ -117,27 +147,6 @@ class TrainConfig:
                 f"data.label_smoothing is {self.data.label_smoothing}, but labels are not used: set "
                 "distill.label_weight above 0, or leave it out"
             )
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, not {self.seed}")
-        if self.optim.transitions.drives != "off" and self.engine.sharding != "bits":
-            raise ValueError(
-                'optim.transitions needs engine.sharding "bits", which counts the flips, not '
-                f"{self.engine.sharding!r}: set "
-                f"optim.transitions.drives to off or choose that sharding"
-            )
-        if RULES[self.optim.rule].begin_ is not None and self.engine.stage > 0:
-            raise ValueError(
-                f'optim.rule {self.optim.rule} needs engine.sharding "bits" or "none", not '
-                f"{self.engine.sharding!r}: its state "
-                f"starts with random numbers for each weight, and DeepSpeed's slices do not say which weights they hold"
-            )
-        for name in ("lr", *self.optim.hyperparameters):
-            schedule = getattr(self.optim, name)
-            if isinstance(schedule, Schedule) and schedule.warmup_epochs >= self.epochs:
-                raise ValueError(
-                    f"optim.{name}.warmup_epochs is {schedule.warmup_epochs:g}, and the run has {self.epochs} epochs: "
-                    "warm up for less"
-                )
         on_host = {
             "metrics.diagnostics": self.metrics.diagnostics,
             "journal.enabled": self.journal.enabled,
@@ -146,8 +155,6 @@ class TrainConfig:
         if self.engine.cuda_graph and any(on_host.values()):
             names = " and ".join(name for name, is_on in on_host.items() if is_on)
             raise ValueError(f"engine.cuda_graph cannot hold what looks at every step on the host: leave out {names}")
-        if self.journal.enabled and self.engine.sharding != "bits":
-            raise ValueError(f'journal.enabled needs engine.sharding "bits", not "{self.engine.sharding}"')
 
 
 def resolve_replicas(config: TrainConfig, world_size: int, before: int | None = None) -> int:
@@ -165,8 +172,8 @@ def resolve_replicas(config: TrainConfig, world_size: int, before: int | None = 
     if num_replicas % world_size and before and config.num_replicas is None:
         raise ValueError(
             f"the run has {before} replicas, which {world_size} ranks cannot share equally: continue it on a "
-            "number of ranks "
-            f"that divides {before}; to change the number of ranks later, start the run with --num_replicas"
+            f"number of ranks that divides {before}; to change the number of ranks later, start the run with "
+            "--num_replicas"
         )
     if num_replicas % world_size:
         raise ValueError(
@@ -176,9 +183,8 @@ def resolve_replicas(config: TrainConfig, world_size: int, before: int | None = 
     if config.global_batch_size % num_replicas:
         raise ValueError(
             f"global_batch_size is {config.global_batch_size}, which {num_replicas} replicas on {world_size} "
-            "ranks cannot "
-            "share equally: start a number of ranks that divides it, or set --global_batch_size to a multiple "
-            f"of {num_replicas}"
+            "ranks cannot share equally: start a number of ranks that divides it, or set --global_batch_size to a "
+            f"multiple of {num_replicas}"
         )
     return num_replicas
 
