@@ -11,10 +11,11 @@ from bitfleet.launch.parsing.commands import parse
 
 @dataclasses.dataclass(frozen=True)
 class Track:
-    """Check entries of the track for rules of binary weights against its rules, and rank them.
+    """Check entries of the track and rank them: which update rule reaches its target in the fewest
+    steps?
 
-    `bitfleet sweep track_NAME` runs an entry. Exit code 1 if one breaks a rule; each is named.
-    docs/track.md has the rules.
+    `bitfleet sweep track_NAME` runs an entry. Every broken rule of docs/track.md is named; exit code
+    1 if there is one.
     """
 
     paths: Positional[tuple[Path, ...]]
@@ -25,10 +26,12 @@ def track(arguments: Sequence[str]) -> None:
     """Print the table of entries.
 
     Raises:
-        ValueError: an option is unknown, or a path holds no entry.
+        ValueError: an option is unknown, no path is given, or one holds no entry.
         SystemExit: 1 if an entry breaks a rule.
     """
     options: Track = parse(Track, arguments, "bitfleet track")
+    if not options.paths:
+        raise ValueError("which entries? Name their folders, as in bitfleet track docs/track/*")
     from bitfleet.launch.track.check import ranking, read_entry
 
     entries = [read_entry(path) for path in options.paths]

@@ -139,3 +139,8 @@ def test_the_command_fails_on_a_fault(record: Record, capsys: pytest.CaptureFixt
 def test_a_sweep_of_many_points_is_no_entry() -> None:
     with pytest.raises(ValueError, match="holds 5 points: expected the sweep.csv and sweep.json of one entry"):
         read_entry(Path(__file__).parents[4] / "docs/results/regime")
+
+
+def test_without_a_path_there_is_nothing_to_check() -> None:
+    with pytest.raises(ValueError, match="which entries"):
+        track([])
