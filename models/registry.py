@@ -2,7 +2,7 @@
 
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import timm
@@ -53,3 +53,12 @@ def network_options(name: str) -> set[str] | None:
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
             return options
     return None
+
+
+def check_sizes(width: int, depths: Sequence[int] = (1,), *, least_width: int = 1) -> None:
+    """Raise ValueError unless `width` and all of one or more `depths` are large enough for a
+    network."""
+    if width < least_width:
+        raise ValueError(f"width is {width}; expected at least {least_width}")
+    if not depths or min(depths) < 1:
+        raise ValueError(f"depths are {depths}; expected one or more numbers of at least 1")

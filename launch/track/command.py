@@ -14,8 +14,8 @@ class Track:
     """Check entries of the track and rank them: which update rule reaches its target in the fewest
     steps?
 
-    `bitfleet sweep track_NAME` runs an entry. Every broken rule of docs/track.md is named; exit code
-    1 if there is one.
+    `bitfleet sweep track_NAME` runs an entry. Every broken rule of docs/track.md is named; exit
+    code 1 if there is one.
     """
 
     paths: Positional[tuple[Path, ...]]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
 from bitfleet.models.layers.quantizers import Binarizer, quantizer_of
 from bitfleet.models.layers.real_layers import Norm, normalization
-from bitfleet.models.registry import model_options, register_model
+from bitfleet.models.registry import check_sizes, model_options, register_model
 
 
 def _norm(kind: Norm, num_channels: int) -> nn.Module:
@@ -49,8 +49,7 @@ class BinaryNet(nn.Module):
         width: int = 128,
     ) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width is {width}; expected a number of at least 1")
+        check_sizes(width)
         self.num_classes = num_classes
         quantizer = quantizer_of(binarizer)
 

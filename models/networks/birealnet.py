@@ -21,7 +21,7 @@ from bitfleet.models.layers.real_layers import (
     glorot_uniform_,
     normalization,
 )
-from bitfleet.models.registry import model_options, register_model
+from bitfleet.models.registry import check_sizes, model_options, register_model
 
 Residual = Literal["single", "double"]
 
@@ -112,8 +112,7 @@ class BiRealNet(nn.Module):
         residual: Residual = "double",
     ) -> None:
         super().__init__()
-        if width < 1 or not depths or min(depths) < 1:
-            raise ValueError(f"width is {width} and depths are {depths}; expected numbers of at least 1")
+        check_sizes(width, depths)
         if residual not in ("single", "double"):
             raise ValueError(f'residual is {residual!r}; expected "single" or "double"')
         if residual == "single" and any(depth % 2 for depth in depths):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bitfleet.models.layers.layers import QuantConv2d
 from bitfleet.models.layers.quantizers import Binarizer, Quantizer, quantizer_of
 from bitfleet.models.layers.real_layers import BatchNorm, ChannelBias, RPReLU, SameAvgPool2d, glorot_normal_
-from bitfleet.models.registry import model_options, register_model
+from bitfleet.models.registry import check_sizes, model_options, register_model
 
 
 def _norm(num_channels: int) -> BatchNorm:
@@ -105,8 +105,7 @@ class ReActNet(nn.Module):
         binarizer: Binarizer = "approx",
     ) -> None:
         super().__init__()
-        if width < 1 or not depths or min(depths) < 1:
-            raise ValueError(f"width is {width} and depths are {depths}; expected numbers of at least 1")
+        check_sizes(width, depths)
         if stem not in ("imagenet", "small"):
             raise ValueError(f'stem is {stem!r}; expected "imagenet" or "small"')
         self.num_classes = num_classes
@@ -176,8 +175,7 @@ class ReActNetA(nn.Module):
         self, *, width: int = 32, num_classes: int = 1000, in_chans: int = 3, binarizer: Binarizer = "approx"
     ) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width is {width}; expected a number of at least 1")
+        check_sizes(width)
         self.num_classes = num_classes
         self.stem = nn.Sequential(nn.Conv2d(in_chans, width, 3, 2, 1, bias=False), _norm(width))
         quantizer, channels = quantizer_of(binarizer), width

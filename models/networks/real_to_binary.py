@@ -23,7 +23,7 @@ from bitfleet.models.layers.real_layers import (
     glorot_uniform_,
     he_normal_,
 )
-from bitfleet.models.registry import model_options, register_model
+from bitfleet.models.registry import check_sizes, model_options, register_model
 
 
 def _norm(num_channels: int) -> BatchNorm:
@@ -94,8 +94,7 @@ class RealToBinary(nn.Module):
         binarizer: Binarizer = "ste",
     ) -> None:
         super().__init__()
-        if width < 8 or not depths or min(depths) < 1:
-            raise ValueError(f"width is {width} and depths are {depths}; expected at least 8 and numbers of at least 1")
+        check_sizes(width, depths, least_width=8)
         self.num_classes = num_classes
         self.stem = nn.Sequential(
             SameConv2d(in_chans, width, 7, 2, initializer=glorot_normal_),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bitfleet.models.layers.layers import QuantConv2d
 from bitfleet.models.layers.quantizers import Binarizer, Quantizer, quantizer_of
 from bitfleet.models.layers.real_layers import BatchNorm, SameConv2d, SameMaxPool2d, glorot_normal_, he_normal_
-from bitfleet.models.registry import model_options, register_model
+from bitfleet.models.registry import check_sizes, model_options, register_model
 
 
 def _norm(num_channels: int) -> BatchNorm:
@@ -68,8 +68,7 @@ class BinaryResNetE(nn.Module):
         binarizer: Binarizer = "wide_ste",
     ) -> None:
         super().__init__()
-        if width < 1 or not depths or min(depths) < 1:
-            raise ValueError(f"width is {width} and depths are {depths}; expected numbers of at least 1")
+        check_sizes(width, depths)
         if stem not in ("imagenet", "small"):
             raise ValueError(f'stem is {stem!r}; expected "imagenet" or "small"')
         self.num_classes = num_classes
