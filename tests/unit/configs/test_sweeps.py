@@ -12,6 +12,7 @@ RUNS = {
     "blocks": 24,
     "cifar_length": 25,
     "cifar_precision": 18,
+    "cifar_rules": 45,
     "cifar_settings": 18,
     "regime": 15,
     "s511_bias_and_norm": 18,
@@ -20,6 +21,8 @@ RUNS = {
     "s514_schedulers": 21,
     "s52_optimizers": 54,
     "track_bop2ndorder": 10,
+    "track_latent_adam": 10,
+    "track_two_ema": 10,
 }
 
 

@@ -253,7 +253,10 @@ def test_damaged_figure_is_one_sentence(tmp_path: Path) -> None:
         read_sweep(folder)
 
 
-@pytest.mark.parametrize("name", available_sweeps())
+RECORDED = sorted(path.parent.name for path in (REPOSITORY / "docs/results").glob("*/sweep.csv"))
+
+
+@pytest.mark.parametrize("name", sorted({*RECORDED} & {*available_sweeps()}))
 def test_results_of_the_repository_are_drawn_as_declared(name: str) -> None:
     results = read_sweep(REPOSITORY / "docs" / "results" / name)
     assert results.figure == load_sweep(name).figure
