@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bitfleet.launch.train import main
+from bitfleet.trainer import train_step
 from bitfleet.trainer import trainer as loop
 from bitfleet.trainer.checkpoint.saver import Saver
 from bitfleet.trainer.run.stop import StopWatcher, launcher_processes
@@ -98,7 +99,7 @@ def reach(point: str, trainer: Trainer | None = None) -> None:
 
 
 def watch_backward_and_validation() -> None:
-    backward, validate = loop.backward, loop.validate
+    backward, validate = train_step.backward, loop.validate
 
     def watched_backward(*args: Any) -> None:
         backward(*args)
@@ -108,7 +109,7 @@ def watch_backward_and_validation() -> None:
         reach("validation")
         return validate(*args)
 
-    loop.backward, loop.validate = watched_backward, watched_validate
+    train_step.backward, loop.validate = watched_backward, watched_validate
 
 
 def watch_steps() -> None:

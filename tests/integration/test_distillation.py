@@ -84,7 +84,8 @@ def test_killed_teaching_continues_to_the_same_files(logits: Path, options: list
     listed = json.loads((folder / "epoch-00001.json").read_text())
     assert 4 <= len(listed) < NUM_SHARDS
 
-    failed(run_python(TRAIN, *options, "--distill.cache", root), "2 epochs from 1 to 2 are missing", "data teach")
+    missing = run_python(TRAIN, *options, "--distill.cache", root, "--run_dir", tmp_path / "run")
+    failed(missing, "2 epochs from 1 to 2 are missing", "data teach")
     done = run_python(TEACH, *options, "--distill.cache", root)
     assert done.returncode == 0, done.stdout
     assert "epoch 0: is there" in done.stdout
