@@ -15,9 +15,9 @@ from bitfleet.configs.sweeps.cifar_settings import EPOCHS, SETTINGS
 from bitfleet.configs.sweeps.sweep import Figure, Point, Sweep
 
 BEST: dict[str, str] = {
-    "bop2ndorder": "gamma from 1e-3",
-    "bop2ndorder as coded": "gamma from 1e-3",
-    "bop": "gamma from 1e-3",
+    "bop2ndorder": "gamma from 3e-3",
+    "bop2ndorder as coded": "gamma from 3e-3",
+    "bop": "gamma from 3e-3",
     "two_ema": "alpha from 1e-2",
 }
 """Rule -> its setting in cifar_settings."""

@@ -1,8 +1,8 @@
-"""The track: Bop2ndOrder with the schedules of the paper's run on CIFAR-10.
+"""The track: Bop2ndOrder as in the paper's run on CIFAR-10, but for gamma, which starts at 3e-3.
 
 section    docs/track.md
 question   after how many steps does it reach the target?
-paper      arXiv 2104.05124, set bop2ndOrder_CIFAR, here over 20 epochs
+paper      arXiv 2104.05124, set bop2ndOrder_CIFAR: gamma from 1e-2, over 500 epochs
 runs       10 seeds
 command    bitfleet sweep track_bop2ndorder --data.root /data/cifar10
 """
@@ -14,4 +14,5 @@ from bitfleet.configs.sweeps.sweep import Sweep
 
 def sweep() -> Sweep:
     """Return the entry."""
-    return entry("track_bop2ndorder", "bop2ndorder", epochs=20, words=SETTINGS["bop2ndorder"]["published"])
+    words = SETTINGS["bop2ndorder"]["gamma from 3e-3"]
+    return entry("track_bop2ndorder", "bop2ndorder, gamma from 3e-3", epochs=10, words=words)

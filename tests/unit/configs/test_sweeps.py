@@ -13,7 +13,7 @@ RUNS = {
     "cifar_length": 25,
     "cifar_precision": 18,
     "cifar_rules": 45,
-    "cifar_settings": 18,
+    "cifar_settings": 20,
     "regime": 15,
     "s511_bias_and_norm": 18,
     "s512_ablation": 39,
