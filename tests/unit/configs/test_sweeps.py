@@ -12,7 +12,7 @@ RUNS = {
     "blocks": 24,
     "cifar_length": 25,
     "cifar_precision": 18,
-    "cifar_rules": 45,
+    "cifar_rules": 40,
     "cifar_settings": 20,
     "regime": 15,
     "s511_bias_and_norm": 18,
