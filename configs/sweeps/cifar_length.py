@@ -1,4 +1,4 @@
-"""How long must a run on CIFAR-10 be before the order of the rules settles?
+"""The rules on CIFAR-10 over runs of 2 to 40 epochs.
 
 section    none: what a short run can say about the 500 epochs of 5.2 of arXiv 2104.05124
 question   from which number of epochs on is the order of the rules that of longer runs?

@@ -1,4 +1,4 @@
-"""Does bf16 change what a short run on CIFAR-10 says about the rules?
+"""Three rules on CIFAR-10 in fp32 and in bf16.
 
 section    none
 question   are accuracies and the order of three rules the same in bf16 as in fp32?

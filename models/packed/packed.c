@@ -5,13 +5,14 @@
  *
  * Build with -ffp-contract=off: a * x + b is rounded twice, as torch does it in evaluation. */
 #define _POSIX_C_SOURCE 200809L /* clock_gettime */
+#include "packed.h"
+
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
-#include "packed.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -535,16 +536,16 @@ static void run_mean(struct packed_network *n, const struct operation *o) {
 static void run_operation(struct packed_network *n, const struct operation *o, int num_threads) {
     if (o->work < DIVIDED_WORK) num_threads = 1;
     switch (o->fields[KIND]) {
-        case CONV:
-        case BINARY_CONV:
-            run_convolution(n, o, num_threads);
-            break;
-        case MEAN:
-            run_mean(n, o);
-            break;
-        default:
+    case CONV:
+    case BINARY_CONV:
+        run_convolution(n, o, num_threads);
+        break;
+    case MEAN:
+        run_mean(n, o);
+        break;
+    default:
 #pragma omp parallel for num_threads(num_threads) schedule(static)
-            for (int64_t y = 0; y < o->target->height; y++) n->path->map_row(n, o, y);
+        for (int64_t y = 0; y < o->target->height; y++) n->path->map_row(n, o, y);
     }
 }
 
