@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bitfleet.c_library import CLibraryError, load_c_library
@@ -94,16 +94,18 @@ def can_pack(x: Tensor, weight: Tensor, quantizer: Quantizer) -> bool:
     """Return True for channels_last fp32 or bf16 on a CPU, a known quantizer and +-1 weights.
 
     The rule bnew trains real weights. Compiled code cannot test that here; `_forward` does.
+    Subclasses of tensors may have no memory that C could read (FakeTensor).
     """
     return (
         _has_kernels(x.device)
+        and weight.device == x.device
         and x.dim() == 4
         # Operators on the meta device lose channels_last where those on a CPU keep it.
         and (x.is_meta or x.is_contiguous(memory_format=torch.channels_last))
         and weight.dtype == torch.float32
         and {x.dtype, _out_dtype(x)} <= {torch.float32, torch.bfloat16}
         and binarizer_of(quantizer) is not None
-        and (torch.compiler.is_compiling() or are_signs(weight.detach()))
+        and (torch.compiler.is_compiling() or (type(x) in (Tensor, nn.Parameter) and are_signs(weight.detach())))
     )
 
 
@@ -122,11 +124,18 @@ def binary_conv2d(
 
     Returns:
         [N, out, H', W'], channels_last, in the autocast dtype if autocast is on.
+
+    Raises:
+        ValueError: the padded input is smaller than the kernel.
     """
     images, channels, height, width = x.shape
     outputs, _, kernel, _ = weight.shape
     out_height = (height + padding.top + padding.bottom - kernel) // stride + 1
     out_width = (width + padding.left + padding.right - kernel) // stride + 1
+    if min(out_height, out_width) < 1:
+        raise ValueError(
+            f"a kernel of {kernel}x{kernel} pixels does not fit an input {list(x.shape)} padded by {padding}"
+        )
     sizes = (images, height, width, channels, outputs, out_height, out_width, kernel, stride)
     shape = ConvShape(*sizes, *padding, int(pad_value))
     result: Tensor = _BinaryConv2d.apply(x, weight, shape, _out_dtype(x), binarizer_of(quantizer))

@@ -17,6 +17,7 @@ from bitfleet.models.layers.quantizers import Quantizer
 from bitfleet.models.layers.real_layers import (
     NO_PADDING,
     Initializer,
+    check_window,
     conv2d,
     even_padding,
     glorot_uniform_,
@@ -106,6 +107,9 @@ class QuantConv2d(_BinaryWeight, nn.Conv2d):
         pad_value: of the padding, 0 or 1 (+1 is a sign, so that all products are of signs).
         input_quantizer: from quantizers.py; None for a first layer, which sees the real input.
         initializer: the signs (0 -> +1) of its sample are the initial weights.
+
+    Raises:
+        ValueError: an option is not one of these, or `forward` gets an input of another shape.
     """
 
     def __init__(
@@ -120,8 +124,11 @@ class QuantConv2d(_BinaryWeight, nn.Conv2d):
         pad_value: Literal[0, 1] = 0,
         initializer: Initializer = glorot_uniform_,
     ) -> None:
+        check_window(kernel_size, stride)
         if pad_value not in (0, 1):
             raise ValueError(f"pad_value is {pad_value}; expected 0 or 1")
+        if padding not in ("same", "valid") and (not isinstance(padding, int) or padding < 0):
+            raise ValueError(f'padding is {padding!r}; expected "same", "valid" or a number of pixels from 0 up')
         self.initializer = initializer
         super().__init__(in_channels, out_channels, kernel_size, stride, bias=False)
         self.same = padding == "same"
@@ -131,6 +138,12 @@ class QuantConv2d(_BinaryWeight, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve [N, in_channels, H, W]."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"QuantConv2d got an input {list(x.shape)}; expected [N, {self.in_channels}, H, W]")
+        if self.weight.is_meta and not x.is_meta:
+            raise ValueError(
+                "QuantConv2d has no weights yet (they are on meta): move it with to_empty, then load or reset them"
+            )
         stride = self.stride[0]
         padding = same_padding(x, self.kernel_size[0], stride) if self.same else self.margin
         if self.input_quantizer is None:

@@ -73,6 +73,13 @@ def even_padding(margin: int) -> Padding:
     return Padding(margin, margin, margin, margin)
 
 
+def check_window(kernel_size: int, stride: int) -> None:
+    """Raise ValueError unless both are whole numbers from 1 up."""
+    for name, value in (("kernel_size", kernel_size), ("stride", stride)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; expected a whole number from 1 up: windows are square")
+
+
 def same_padding(x: Tensor, kernel_size: int, stride: int) -> Padding:
     """Compute TensorFlow's SAME padding for a square window on `x` [N, C, H, W]."""
     vertical, horizontal = (
@@ -104,6 +111,7 @@ class SameConv2d(nn.Conv2d):
         initializer: Initializer = glorot_uniform_,
         groups: int = 1,
     ) -> None:
+        check_window(kernel_size, stride)
         self.initializer = initializer
         super().__init__(in_channels, out_channels, kernel_size, stride, groups=groups, bias=False)
 

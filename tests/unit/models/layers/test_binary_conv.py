@@ -1,4 +1,5 @@
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from bitfleet import c_library
@@ -93,6 +95,28 @@ def test_padding_and_its_value(padding: int | str, sides: tuple[int, ...], pad_v
 def test_only_zeros_and_ones_are_padded() -> None:
     with pytest.raises(ValueError, match="pad_value is -1; expected 0 or 1"):
         QuantConv2d(4, 4, 3, pad_value=-1, input_quantizer=ste_sign)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 65, 8, 8), (2, 32, 8, 8), (64, 8, 8)], ids=str)
+def test_inputs_of_another_shape_are_refused(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    layer, x = QuantConv2d(64, 8, 3, input_quantizer=ste_sign), torch.ones(shape)
+    with pytest.raises(ValueError, match=re.escape(f"got an input {list(shape)}; expected [N, 64, H, W]")):
+        layer(x.contiguous(memory_format=layout) if x.dim() == 4 else x)
+
+
+def test_an_input_smaller_than_the_kernel_is_refused() -> None:
+    with pytest.raises(ValueError, match=re.escape("3x3 pixels does not fit an input [1, 64, 2, 5]")):
+        QuantConv2d(64, 8, 3, padding="valid", input_quantizer=ste_sign)(wild(1, 64, 2, 5))
+
+
+def test_tensors_without_memory_are_not_read() -> None:
+    x = wild(2, 64, 8, 8)
+    with pytest.raises(ValueError, match="has no weights yet"):
+        QuantConv2d(64, 8, 3, input_quantizer=ste_sign).to("meta")(x)
+    layer = QuantConv2d(64, 8, 3, input_quantizer=ste_sign)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(x)).shape == (2, 8, 8, 8)
 
 
 def test_a_nan_counts_as_plus_one() -> None:

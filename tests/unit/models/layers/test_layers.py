@@ -59,6 +59,26 @@ class TestBinaryMark:
         assert bool((clone.weight == 1).all())
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"kernel_size": (1, 9)}, r"kernel_size is \(1, 9\); expected a whole number from 1 up"),
+        ({"kernel_size": 0}, "kernel_size is 0;"),
+        ({"kernel_size": 3, "stride": (1, 2)}, r"stride is \(1, 2\);"),
+        ({"kernel_size": 3, "stride": 0}, "stride is 0;"),
+        ({"kernel_size": 3, "padding": "SAME"}, 'padding is \'SAME\'; expected "same", "valid" or a number of pixels'),
+        ({"kernel_size": 3, "padding": -1}, "padding is -1;"),
+    ],
+    ids=str,
+)
+def test_options_that_a_convolution_does_not_have(options: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        QuantConv2d(4, 4, input_quantizer=ste_sign, **options)
+    if "padding" not in options:
+        with pytest.raises(ValueError, match=sentence):
+            SameConv2d(4, 4, **options)
+
+
 def test_real_layers_are_not_marked() -> None:
     assert not hasattr(SameConv2d(3, 4, 3).weight, "binary")
 
