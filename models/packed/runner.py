@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ def library() -> ctypes.CDLL:
 class PackedNetwork:
     """A network of a program file, ready to run on the CPU.
 
+    Threads may share one, and then take turns; copies, one per thread, run at the same time.
+
     Args:
         content: bytes of the file.
         description: what the file says of itself.
@@ -40,6 +43,7 @@ class PackedNetwork:
 
     def __init__(self, content: bytes, description: dict[str, Any], path: str | None = None) -> None:
         self._library, self.description = library(), description
+        self._arguments, self._turn = (content, description, path), threading.Lock()
         if self._library.packed_use_path(None if path is None else path.encode()):
             raise ValueError(f"this CPU does not have the path {path!r}")
         error = ctypes.create_string_buffer(256)
@@ -55,6 +59,10 @@ class PackedNetwork:
         """Height, width, channels."""
         self.num_classes: int = self._library.packed_num_classes(self._handle)
         self.num_operations: int = self._library.packed_num_operations(self._handle)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy or pickle as the file, loaded again: one object owns a network of the C library."""
+        return PackedNetwork, self._arguments
 
     def __del__(self) -> None:
         if hasattr(self, "_handle"):
@@ -73,7 +81,9 @@ class PackedNetwork:
         images, kind = self._images(images)
         logits = np.empty((len(images), self.num_classes), np.float32)
         for image, row in zip(images, logits, strict=True):
-            if self._library.packed_run(self._handle, image.ctypes, kind, row.ctypes, num_threads):
+            with self._turn:  # ctypes releases the GIL, and a network has one set of buffers
+                failed = self._library.packed_run(self._handle, image.ctypes, kind, row.ctypes, num_threads)
+            if failed:
                 raise MemoryError("there is not enough memory to run the network")
         return logits
 
@@ -81,7 +91,8 @@ class PackedNetwork:
         """Return the sums of products of binary convolution `index` for one image, int32, flat."""
         (image,), kind = self._images(image[None])
         found = np.empty(self._library.packed_sums_size(self._handle, index), np.int32)
-        self._library.packed_sums(self._handle, image.ctypes, kind, index, found.ctypes, num_threads)
+        with self._turn:
+            self._library.packed_sums(self._handle, image.ctypes, kind, index, found.ctypes, num_threads)
         return found
 
     def seconds(self) -> Sequence[float]:
