@@ -1,10 +1,12 @@
 """Count parameters and multiply-accumulates of a network, 1-bit and 32-bit separately."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
 from bitfleet.models.layers.real_layers import BlurPool2d
@@ -66,14 +68,15 @@ def layer_macs(model: nn.Module, input_size: tuple[int, ...]) -> dict[nn.Module,
     """
     macs: dict[nn.Module, int] = {}
 
-    def add_macs(layer: Any, _: tuple[Tensor, ...], output: Tensor) -> None:
-        per_output = layer.macs_per_output if isinstance(layer, BlurPool2d) else layer.weight[0].numel()
-        macs[layer] = macs.get(layer, 0) + output.numel() * per_output
+    def add_macs(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        per_element = layer.macs_per_output if isinstance(layer, BlurPool2d) else layer.weight[0].numel()
+        num_elements = inputs[0].numel() if getattr(layer, "transposed", False) else output.numel()
+        macs[layer] = macs.get(layer, 0) + num_elements * per_element
 
-    kinds = nn.Conv2d | nn.Linear | BlurPool2d
+    kinds = _ConvNd | nn.Linear | BlurPool2d
     modes = {module: module.training for module in model.modules()}
     hooks = [m.register_forward_hook(add_macs) for m in model.modules() if isinstance(m, kinds)]
-    first = next(model.parameters())
+    first = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, *input_size, dtype=first.dtype, device=first.device))

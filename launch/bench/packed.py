@@ -176,7 +176,8 @@ def binary_rows(program: Program, network: PackedNetwork, image: Array, num_roun
     ]
     names = list(dict.fromkeys(name for name, _, _ in entries))
     groups = {name: [(macs, spent) for other, macs, spent in entries if other == name] for name in names}
-    groups["all"] = [(macs, spent) for _, macs, spent in entries]
+    if entries:
+        groups["all"] = [(macs, spent) for _, macs, spent in entries]
     rows: list[Row] = []
     for name, parts in groups.items():
         macs, spent = (sum(column) for column in zip(*parts, strict=True))

@@ -110,7 +110,12 @@ def write(output: Path, content: bytes) -> None:
 def accuracy(trained: Trained) -> list[str]:
     """Return the line that says the accuracy of the run, if it is known."""
     top1 = trained.description.get("top1")
-    return [] if top1 is None else [f"accuracy of the run: top-1 {percent(top1)}"]
+    if top1 is None:
+        return []
+    precision, fp32 = trained.config.engine.precision, ""
+    if precision not in ("auto", "fp32"):
+        fp32 = f" in {precision}; `bitfleet evaluate --precision fp32` gives that of the exported network"
+    return [f"accuracy of the run: top-1 {percent(top1)}{fp32}"]
 
 
 def load_trained(source: Path, rest: Sequence[str]) -> Trained:
@@ -174,6 +179,8 @@ def compare(trained: Trained, exported: Callable[[Array], Array], name: str) -> 
     expected, found = logits_of(trained.model, images, data), exported(images)
     if not np.isfinite(expected).all():
         raise ValueError("the network predicts nothing: its logits are not finite; export an earlier checkpoint")
+    if not expected.any():
+        raise ValueError("the network predicts nothing: its logits are all 0; train it, or export another checkpoint")
     differences = np.abs(found - expected).max(1) / np.abs(expected).max()
     num_ties = int((~(differences <= TOLERANCE)).sum())  # or not a number
     if num_ties > MOST_TIES:

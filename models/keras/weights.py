@@ -457,6 +457,10 @@ def _check(found: _Matches, network: str, path: Path) -> None:
                     f"{path} has {name} of shape {array.shape} and {array.dtype}; {network} expects numbers of "
                     f"shape {shape}"
                 )
+            if not np.isfinite(array).all():
+                raise ValueError(f"{path} has {name} with values that are not finite; {network} expects numbers")
+            if variable == "moving_variance" and (array < 0).any():
+                raise ValueError(f"{path} has {name} with negative values; {network} expects variances")
             variables[variable] = _Found(
                 name, np.asarray(array, np.float64 if array.dtype.itemsize > 4 else np.float32)
             )

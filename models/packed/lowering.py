@@ -67,6 +67,10 @@ class _Value:
         self.buffer, self.padding, self.pad_value, self.steps = buffer, tuple(padding), pad_value, steps
         """Padding: left, right, top, bottom. Steps: of the three of a sign, see `_Lowering.sgn`."""
 
+    def is_same(self, other: Any) -> bool:
+        """Return True if both hold the same numbers, in the same memory."""
+        return isinstance(other, _Value) and vars(self) == vars(other)
+
 
 class _Lowering:
     def __init__(
@@ -75,7 +79,9 @@ class _Lowering:
         self.graph = exported.graph
         self.operations: list[Operation] = []
         self.values: dict[Node, _Value | Tensor] = {}
-        self.binary = {name for name, param in model.named_parameters() if getattr(param, "binary", False)}
+        self.binary = {
+            name for name, param in model.named_parameters(remove_duplicate=False) if getattr(param, "binary", False)
+        }
         self.binary_nodes: set[Node] = set()
         signature = exported.graph_signature
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -140,6 +146,7 @@ class _Lowering:
             else:
                 self.values[node] = self.view(name, node, arguments)
             if in_place:  # what reads the changed tensor later
+                self.check_other_names(node)
                 self.values[node.args[0]] = self.values[node]
         raise AssertionError("a graph without output")
 
@@ -173,6 +180,17 @@ class _Lowering:
             signs_to = ("conv2d", "linear", "pad", "flatten", "view", "reshape", "dropout", "contiguous")
             if value.buffer.type is Type.SIGNS and name not in signs_to:
                 raise _refusal(f"it uses signs for something else than a convolution: {name}")
+
+    def check_other_names(self, node: Node) -> None:
+        """Refuse to change in place what is read later as the result of another node."""
+        nodes = list(self.graph.nodes)
+        read_later = {source for later in nodes[nodes.index(node) + 1 :] for source in later.all_input_nodes}
+        target = node.args[0]
+        assert isinstance(target, Node)
+        changed = self.values[target]
+        for other in read_later - {node, target}:
+            if isinstance(changed, _Value) and changed.is_same(self.values.get(other)):
+                raise _refusal(f"it changes a tensor in place that it reads under another name: {node.target}")
 
     def check_signature(self, name: str, handler: Any, arguments: list[Any], options: dict[str, Any]) -> None:
         """Refuse options that are unknown here, and images where weights are expected."""

@@ -120,11 +120,6 @@ class Operation:
         """All buffers that it reads or writes."""
         return [b for b in (self.source, self.other, self.target, self.signs) if b is not None]
 
-    @property
-    def num_weight_bits(self) -> int:
-        """Bits of the weight in the file."""
-        return 0 if self.weight is None else self.weight.size * (1 if self.weight.dtype == bool else 32)
-
 
 @dataclasses.dataclass(eq=False)
 class Program:

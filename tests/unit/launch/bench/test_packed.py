@@ -33,6 +33,12 @@ def test_contenders_are_the_same_network(name: str) -> None:
         np.testing.assert_allclose(row, logits[0], atol=1e-4)
 
 
+def test_a_network_without_binary_layers_has_no_rows_of_them() -> None:
+    program = lower(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 5)), 8, (0.0,) * 3, (1.0,) * 3)
+    rows = bench_packed.binary_rows(program, packed(program), np.zeros((1, 8, 8, 3), np.uint8), num_rounds=1)
+    assert [row["what"] for row in rows] == ["all operations"]
+
+
 @pytest.mark.slow
 def test_bench_packed(capsys: pytest.CaptureFixture[str]) -> None:
     bench("packed --network birealnet_small --size 32 --rounds 1".split())

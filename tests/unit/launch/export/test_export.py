@@ -88,6 +88,13 @@ def test_weights_that_are_not_finite(weights: Path, tmp_path: Path, value: float
     assert "head.bias" in refused(weights, tmp_path / "net", *OPTIONS)
 
 
+def test_a_network_that_predicts_zeros(weights: Path, tmp_path: Path) -> None:
+    state = safetensors.torch.load_file(weights)
+    state |= {name: torch.zeros_like(state[name]) for name in ("head.weight", "head.bias")}
+    safetensors.torch.save_file(state, weights)
+    assert "its logits are all 0; train it" in refused(weights, tmp_path / "net", *OPTIONS)
+
+
 def test_a_network_without_an_update(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(create_model(dataclasses.replace(NETWORK, initial_weights="real")).state_dict(), path)

@@ -244,6 +244,9 @@ MISMATCHES = [
     (change("dense", "kernel:0", np.zeros((8, 9))), r"dense/kernel:0 of shape \(8, 9\).* expects .*\(8, 5\)"),
     (change("conv2d", "kernel:0", np.zeros((4, 3, 3, 3))), r"conv2d/kernel:0 of shape \(4, 3, 3, 3\).*\(3, 3, 3, 4\)"),
     (change("conv2d", "kernel:0", np.full((3, 3, 3, 4), "x")), "conv2d/kernel:0 .* and <U1; .* expects numbers"),
+    (change("dense", "bias:0", np.full(5, np.nan)), "dense/bias:0 with values that are not finite"),
+    (change("quant_conv2d", "kernel:0", np.full((3, 3, 4, 4), np.inf)), "kernel:0 with values that are not finite"),
+    (change("batch_normalization", "moving_variance:0", -np.ones(4)), "moving_variance:0 with negative values"),
     (change("conv2d", "bias:0", np.zeros(4)), r"conv2d/bias:0 of shape \(4,\); .* expects only kernel of that layer"),
     (
         change("quant_conv2d_2", "kernel:0", np.zeros((1, 2))),

@@ -121,6 +121,20 @@ def added_in_place(model: Net, x: Tensor) -> Tensor:
     return y.relu_() + y
 
 
+def changed_under_another_name(model: Net, x: Tensor) -> Tensor:
+    y = model.layers[0](x)
+    y.flatten(1).relu_()
+    result: Tensor = y + x
+    return result
+
+
+def tied() -> nn.Module:
+    """Return a network of two binary convolutions that share their weights."""
+    first, second = signs(6), signs(6)
+    second.weight = first.weight
+    return net(in_order, first, norm(), second)
+
+
 def unused() -> nn.Module:
     """Return a network that computes something for nothing behind its result."""
 
@@ -192,6 +206,7 @@ LOWERED: dict[str, tuple[Callable[[], nn.Module], dict[Kind, int]]] = {
         {Kind.CONV: 2, Kind.AFFINE: 0},
     ),
     "unused": (unused, {Kind.MEAN: 1, Kind.AFFINE: 0}),
+    "shared weights": (tied, {Kind.BINARY_CONV: 2}),
     "in place": (lambda: net(added_in_place, ChannelBias(6)), {}),
     "flattened": (lambda: net(in_order, nn.Flatten(), nn.PReLU(), nn.Linear(6 * 10 * 10, 4)), {}),
 }
@@ -259,6 +274,10 @@ def bare_sign(model: Net, x: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "two names": (
+        lambda: net(changed_under_another_name, ChannelBias(6)),
+        "it changes a tensor in place that it reads under another name: aten.relu_.default",
+    ),
     "ones": (
         lambda: net(lambda model, x: F.conv2d(F.pad(x, (1, 1, 1, 1), value=1), model.filters)),
         "it pads something else than signs with ones",
