@@ -71,6 +71,7 @@ def override(default: TrainConfig, arguments: Sequence[str], *, prog: str, descr
             description=description,
             default=default,
             args=arguments,
+            use_underscores=True,
             config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
             console_outputs=is_main_rank(),
         )

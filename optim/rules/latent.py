@@ -124,8 +124,7 @@ def walk(num_steps: int) -> float:
     sqrt(num_steps).
 
     Uncorrelated ones give sqrt(num_steps). Those of a trained network are not, and a sum forgets
-    none of them: with ten times that a sum keeps as many signs as an average does (measured:
-    docs/optimizers.md).
+    none of them: ten times that keeps all signs in a short run (docs/optimizers.md has figures).
     """
     return 10.0 * math.sqrt(num_steps)
 
