@@ -4,11 +4,9 @@ import datetime
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from bitfleet.trainer.checkpoint.format import FOLDER, is_checkpoint, latest_checkpoint
+from bitfleet.trainer.checkpoint.format import DAMAGED, FOLDER, is_checkpoint, latest_checkpoint
 from bitfleet.trainer.run.files import lock_run
 from bitfleet.trainer.run.folder import CONFIG
-
-"""File that marks the folder of a run (trainer/run/folder.py writes it)."""
 
 
 class RunFolder(NamedTuple):
@@ -29,8 +27,8 @@ def choose_run_folder(runs: Path, run_dir: Path | None, resume: str | None) -> R
         resume: None, "auto", or a path of a run or checkpoint.
 
     Raises:
-        ValueError: a path to resume holds no run, or a new run would write into the folder of
-            another.
+        ValueError: a path to resume holds no run, all checkpoints of the run are damaged, or a new
+            run would write into the folder of another.
     """
     if resume and resume != "auto":
         return _resume_or_branch(Path(resume), run_dir)
@@ -39,9 +37,18 @@ def choose_run_folder(runs: Path, run_dir: Path | None, resume: str | None) -> R
         for path in [run_dir] if run_dir else newest_first:
             if (checkpoint := latest_checkpoint(path)) is not None:
                 return RunFolder(path, checkpoint)
+            if damaged := sorted((path / FOLDER).glob(DAMAGED + "*")):
+                raise ValueError(
+                    f"the run {path} has no intact checkpoint, only {damaged[-1].name}: {start_over(path)}"
+                )
     if run_dir and resume is None and (run_dir / CONFIG).exists():
         raise ValueError(f"{run_dir} already holds a run: continue it with --resume auto, or choose another --run_dir")
     return RunFolder(run_dir or _new_folder(runs), None)
+
+
+def start_over(run: Path) -> str:
+    """Say what to do about a run whose checkpoints are all damaged."""
+    return f"start over with another --run_dir, or move {run} away"
 
 
 def _new_folder(runs: Path) -> Path:

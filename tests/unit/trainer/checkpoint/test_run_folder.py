@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bitfleet.trainer.checkpoint.format import checkpoints, latest_checkpoint
+from bitfleet.trainer.checkpoint.format import checkpoints, latest_checkpoint, set_aside
 from bitfleet.trainer.checkpoint.run_folder import (
     RunFolder,
     checkpoint_disk,
@@ -61,6 +61,14 @@ def test_a_given_folder_is_resumed_or_started(tmp_path: Path) -> None:
     assert choose(tmp_path, run, "auto") == RunFolder(run, None)
     make_run(run, 7)
     assert choose(tmp_path, run, "auto") == RunFolder(run, run / "checkpoints" / "step-00000007")
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(is_named: bool, tmp_path: Path) -> None:
+    run = make_run(tmp_path / NAME / "2026-01-01_00-00-00", 5)
+    set_aside(run / "checkpoints" / "step-00000005")
+    with pytest.raises(ValueError, match=rf"{run} has no intact .*only damaged-step-00000005.*--run_dir.*move"):
+        choose(tmp_path, run if is_named else None, "auto")
 
 
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
