@@ -32,16 +32,12 @@ def choose_run_folder(runs: Path, run_dir: Path | None, resume: str | None) -> R
     """
     if resume and resume != "auto":
         return _resume_or_branch(Path(resume), run_dir)
-    if resume == "auto":
-        newest_first = sorted(runs.iterdir(), reverse=True) if runs.is_dir() else []
-        for path in [run_dir] if run_dir else newest_first:
-            if (checkpoint := latest_checkpoint(path)) is not None:
-                return RunFolder(path, checkpoint)
-            if damaged := sorted((path / FOLDER).glob(DAMAGED + "*")):
-                raise ValueError(
-                    f"the run {path} has no intact checkpoint, only {damaged[-1].name}: {start_over(path)}"
-                )
-    if run_dir and resume is None and (run_dir / CONFIG).exists():
+    if resume == "auto" and (path := run_dir or _newest_run(runs)) is not None:
+        checkpoint = latest_checkpoint(path)
+        if checkpoint is None and (damaged := sorted((path / FOLDER).glob(DAMAGED + "*"))):
+            raise ValueError(f"the run {path} has no intact checkpoint, only {damaged[-1].name}: {start_over(path)}")
+        return RunFolder(path, checkpoint)
+    if run_dir and (run_dir / CONFIG).exists():
         raise ValueError(f"{run_dir} already holds a run: continue it with --resume auto, or choose another --run_dir")
     return RunFolder(run_dir or _new_folder(runs), None)
 
@@ -49,6 +45,12 @@ def choose_run_folder(runs: Path, run_dir: Path | None, resume: str | None) -> R
 def start_over(run: Path) -> str:
     """Say what to do about a run whose checkpoints are all damaged."""
     return f"start over with another --run_dir, or move {run} away"
+
+
+def _newest_run(runs: Path) -> Path | None:
+    """Return the newest folder below `runs` that holds a run, with or without a checkpoint."""
+    started = [path for path in runs.iterdir() if (path / CONFIG).is_file()] if runs.is_dir() else []
+    return max(started, default=None)
 
 
 def _new_folder(runs: Path) -> Path:

@@ -41,19 +41,21 @@ def test_new_runs_never_share_a_folder(tmp_path: Path) -> None:
 def test_new_run_comes_last_when_the_clock_was_set_back(tmp_path: Path) -> None:
     runs = tmp_path / "fashion_quickstart"
     make_run(runs / "2999-01-01_00-00-00")
-    later = [make_run(choose(tmp_path, resume="auto").path) for _ in range(2)]
+    later = [make_run(choose(tmp_path).path) for _ in range(2)]
     assert [path.name for path in later] == ["2999-01-01_00-00-00__002", "2999-01-01_00-00-00__003"]
     (later[1] / "checkpoints" / "step-00000003").mkdir(parents=True)
     assert choose(tmp_path, resume="auto").path == later[1]
 
 
-def test_auto_continues_the_newest_run_that_has_a_checkpoint(tmp_path: Path) -> None:
+def test_auto_continues_the_newest_run(tmp_path: Path) -> None:
     assert choose(tmp_path, resume="auto").checkpoint is None
     runs = tmp_path / "fashion_quickstart"
     make_run(runs / "2026-01-01_00-00-00", 5)
     newest = make_run(runs / "2026-01-02_00-00-00", 99, 100)
-    make_run(runs / "2026-01-03_00-00-00")  # stopped before its first checkpoint
+    (runs / "2026-01-03_00-00-00").mkdir()  # killed before it wrote anything
     assert choose(tmp_path, resume="auto") == RunFolder(newest, newest / "checkpoints" / "step-00000100")
+    unsaved = make_run(runs / "2026-01-04_00-00-00")  # killed before its first checkpoint
+    assert choose(tmp_path, resume="auto") == RunFolder(unsaved, None)
 
 
 def test_a_given_folder_is_resumed_or_started(tmp_path: Path) -> None:
