@@ -1,6 +1,7 @@
 """Choose the folder of a run, and the checkpoint that it resumes from."""
 
 import datetime
+import re
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -8,6 +9,9 @@ from bitfleet.trainer.checkpoint.format import DAMAGED, FOLDER, is_checkpoint, l
 from bitfleet.trainer.run.files import lock_run
 from bitfleet.trainer.run.folder import CONFIG
 
+DATE = "%Y-%m-%d_%H-%M-%S"
+DATED = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(__\d{3})?")
+"""Names of the folders that runs without --run_dir get."""
 
 class RunFolder(NamedTuple):
     """Where a run writes, and the checkpoint it resumes from (None: it starts from step 0)."""
@@ -50,13 +54,22 @@ def start_over(run: Path) -> str:
 def _newest_run(runs: Path) -> Path | None:
     """Return the newest folder below `runs` that holds a run, with or without a checkpoint."""
     started = [path for path in runs.iterdir() if (path / CONFIG).is_file()] if runs.is_dir() else []
-    return max(started, default=None)
+    return max(started, key=_date, default=None)
+
+
+def _date(run: Path) -> str:
+    """Return the date of a run: its name where that is one, which neither a copy nor a clock that
+    was set back changes; else that of its last start."""
+    if DATED.fullmatch(run.name):
+        return run.name
+    return datetime.datetime.fromtimestamp((run / CONFIG).stat().st_mtime).strftime(DATE)
 
 
 def _new_folder(runs: Path) -> Path:
-    """Name a folder that sorts after all others, also after the clock was set back."""
-    path = now = runs / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    newest = max(runs.iterdir(), default=now) if runs.is_dir() else now
+    """Name a folder that sorts after all others with a date, also after the clock was set back."""
+    path = now = runs / datetime.datetime.now().strftime(DATE)
+    dated = [path for path in runs.iterdir() if DATED.fullmatch(path.name)] if runs.is_dir() else []
+    newest = max(dated, default=now)
     if newest > now or path.exists():
         base = newest.name.split("__")[0]
         for index in range(2, 1000):

@@ -1,5 +1,6 @@
 """Choose the folder that a run writes into, and the checkpoint that it resumes from."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,18 @@ def test_new_run_comes_last_when_the_clock_was_set_back(tmp_path: Path) -> None:
     assert [path.name for path in later] == ["2999-01-01_00-00-00__002", "2999-01-01_00-00-00__003"]
     (later[1] / "checkpoints" / "step-00000003").mkdir(parents=True)
     assert choose(tmp_path, resume="auto").path == later[1]
+
+
+def test_names_that_are_no_dates_do_not_decide_what_is_new(tmp_path: Path) -> None:
+    runs = tmp_path / NAME
+    named = make_run(runs / "baseline")
+    os.utime(named / "config.json", (1e9, 1e9))
+    (runs / "notes.txt").touch()
+    dated = make_run(choose(tmp_path).path)
+    assert "__" not in dated.name
+    assert choose(tmp_path, resume="auto").path == dated
+    os.utime(named / "config.json", (4e9, 4e9))
+    assert choose(tmp_path, resume="auto").path == named
 
 
 def test_auto_continues_the_newest_run(tmp_path: Path) -> None:
