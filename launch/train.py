@@ -35,7 +35,7 @@ def train(arguments: Sequence[str], prog: str = "bitfleet train") -> None:
     if asked.reproduce is not None:
         from bitfleet.launch.reproduce.command import reproduce
 
-        reproduce([asked.reproduce, *rest])
+        reproduce([asked.reproduce, *rest, *(word for word in arguments if word in HELP)])
         return
     config = parse_train(arguments, prog)
     with job(config.device, config) as (ranks, device):
