@@ -173,6 +173,9 @@ def read_sweep(path: Path) -> SweepResults:
             )
     if not rows:
         raise ValueError(f"the sweep {file} is empty: expected a row for each run")
+    names = [row["run"] for row in rows]
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise ValueError(f"{file} has two rows of the run {twice[0]!r}: expected one for each run, remove the other")
     results = results_of(rows, file, read_object(facts) if (facts := file.with_suffix(".json")).is_file() else {})
     if not results.ranked:
         failed = [run for run in results.runs if run.status == "failed"]

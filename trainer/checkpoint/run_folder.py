@@ -13,6 +13,7 @@ DATE = "%Y-%m-%d_%H-%M-%S"
 DATED = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(__\d{3})?")
 """Names of the folders that runs without --run_dir get."""
 
+
 class RunFolder(NamedTuple):
     """Where a run writes, and the checkpoint it resumes from (None: it starts from step 0)."""
 
