@@ -164,6 +164,9 @@ def test_what_is_no_sweep_and_no_run_is_refused_in_a_sentence(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"run/\.\./run is given twice"):
         run = synthetic.run_folder(tmp_path / "run")
         write_report([run, run / ".." / "run"], tmp_path / "page")
+    (run / "config.json").write_text('{"config": {"model": null}}')
+    with pytest.raises(ValueError, match=r"run/config.json is damaged: config.model must be an object, not null"):
+        write_report([run])
     with pytest.raises(ValueError, match="silent"):
         write_report([synthetic.run_folder(tmp_path / "silent", 0)])
 

@@ -1,3 +1,4 @@
+import csv
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -96,6 +97,40 @@ def test_seeds_are_not_picked(record: Record) -> None:
 )
 def test_what_the_rules_fix_is_compared(option: str, fault: str, record: Record) -> None:
     assert read_entry(record(options=option.split())).faults == (fault,)
+
+
+def edit(folder: Path, cells: dict[str, str]) -> None:
+    """Change cells in the row of seed 3; two fields have columns of their own."""
+    with (folder / "sweep.csv").open(newline="") as file:
+        rows = [{**row, "config.global_batch_size": "50", "config.model.width": "32"} for row in csv.DictReader(file)]
+    rows[3] |= cells
+    with (folder / "sweep.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, rows[3])
+        table.writeheader()
+        table.writerows(rows)
+
+
+@pytest.mark.parametrize(
+    ("cells", "fault"),
+    [
+        ({"config.global_batch_size": "5000"}, "global_batch_size is 5000, and every entry has 50"),
+        ({"config.model.width": "512"}, "model.width is 512, and every entry has 32"),
+        ({"curve.step": "", "curve.top1": "", "curve.loss": ""}, "seed 3 has no curve of top-1"),
+        ({"end.top1": "nan"}, "the last top-1 of seed 3 is not a number"),
+    ],
+)
+def test_each_row_is_compared(cells: dict[str, str], fault: str, record: Record) -> None:
+    folder = record()
+    edit(folder, cells)
+    assert read_entry(folder).faults == (fault,)
+
+
+@pytest.mark.parametrize("config", [{}, [], {"epochs": None}])
+def test_an_entry_without_a_configuration_is_one_sentence(config: object, record: Record) -> None:
+    file = record() / "sweep.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"config": config}))
+    with pytest.raises(ValueError, match="sweep.json .*(epochs None|config must be an object)"):
+        read_entry(file.parent)
 
 
 @pytest.mark.parametrize(
