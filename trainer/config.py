@@ -76,11 +76,11 @@ class TrainConfig:
     journal: JournalConfig = dataclasses.field(default_factory=JournalConfig, metadata=role("habit"))
 
     def __post_init__(self) -> None:
-        self._check_numbers()
+        self._check_fields()
         self._check_sharding()
         self._check_parts()
 
-    def _check_numbers(self) -> None:
+    def _check_fields(self) -> None:
         for name in (
             "epochs",
             "global_batch_size",
@@ -92,6 +92,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.name in ("", ".", "..") or "/" in self.name:
+            raise ValueError(
+                f"name must be that of one folder, not {self.name!r}: choose the folder above it with --output"
+            )
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, not {self.seed}")
         for name in ("lr", *self.optim.hyperparameters):
