@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from bitfleet.models import ModelConfig
 from bitfleet.optim import OptimConfig, Schedule
@@ -17,7 +17,7 @@ from bitfleet.trainer.distillation import DistillConfig
 from bitfleet.trainer.engine.config import EngineConfig, resolve_precision
 from bitfleet.trainer.journal.config import JournalConfig
 from bitfleet.trainer.metrics.config import MetricsConfig
-from bitfleet.trainer.run.folder import read_resolved
+from bitfleet.trainer.run.folder import CONFIG, read_resolved
 from bitfleet.trainer.run.roles import role
 
 
@@ -227,9 +227,20 @@ def read_config(run: Path) -> TrainConfig:
     """Return the configuration of the run at `run`.
 
     Raises:
-        ValueError: there is no run, or its file is damaged.
+        ValueError: there is no run, or its file is damaged or holds what is no longer accepted.
     """
-    return from_dict(read_resolved(run))
+    resolved = read_resolved(run)
+    try:
+        return from_dict(resolved)
+    except ValidationError as error:
+        (first, *_) = error.errors()
+        reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] != "value_error":  # ours name the field
+            reason = f"{'.'.join(map(str, first['loc']))}: {reason}"
+        raise ValueError(
+            f"{run / CONFIG} holds a configuration that this version does not accept ({reason}): correct it, or use "
+            "the version that wrote it"
+        ) from error
 
 
 def from_dict(resolved: dict[str, Any]) -> TrainConfig:

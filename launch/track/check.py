@@ -12,7 +12,7 @@ from bitfleet.configs import load_config
 from bitfleet.configs.sweeps.entry import BASE, FREE, MIN_SEEDS, TARGET
 from bitfleet.launch.report.intervals import CONFIDENCE, spread, steps_to
 from bitfleet.launch.report.sweep_results import SweepResults, read_sweep
-from bitfleet.launch.sweep.table import HOW, cell, flatten
+from bitfleet.launch.sweep.table import CSV, HOW, cell, flatten
 from bitfleet.launch.text import percent, table
 from bitfleet.trainer.config import TrainConfig, to_dict
 from bitfleet.trainer.run.roles import fields_with_role
@@ -45,6 +45,10 @@ def read_entry(path: Path) -> Entry:
     Raises:
         ValueError: it holds no entry.
     """
+    if not path.is_file() and not (path / CSV).is_file():
+        raise ValueError(
+            f"there is no {CSV} in {path}: expected the folder of an entry, as `bitfleet sweep track_NAME` writes it"
+        )
     results = read_sweep(path)
     epochs = results.facts.get("config", {}).get("epochs")
     if len(results.points) != 1 or "config" not in results.facts:

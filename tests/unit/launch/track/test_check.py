@@ -176,6 +176,12 @@ def test_a_sweep_of_many_points_is_no_entry() -> None:
         read_entry(Path(__file__).parents[4] / "docs/results/regime")
 
 
+def test_what_holds_no_sweep_is_no_entry(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(ValueError, match=f"no sweep.csv in {path}: expected the folder of an entry"):
+            read_entry(path)
+
+
 def test_without_a_path_there_is_nothing_to_check() -> None:
     with pytest.raises(ValueError, match="which entries"):
         track([])
