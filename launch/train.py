@@ -35,7 +35,7 @@ def train(arguments: Sequence[str], prog: str = "bitfleet train") -> None:
     if asked.reproduce is not None:
         from bitfleet.launch.reproduce.command import reproduce
 
-        reproduce([asked.reproduce, *rest])
+        reproduce([asked.reproduce, *rest, *(word for word in arguments if word in HELP)])
         return
     config = parse_train(arguments, prog)
     with job(config.device, config) as (ranks, device):
@@ -65,11 +65,12 @@ def next_commands(run_folder: os.PathLike[str], arguments: Sequence[str], world_
     # user's shell.
     folder = Path(sys.executable).parent
     tools = os.path.relpath(folder) + "/" if folder.is_relative_to(Path.cwd()) else ""
+    start = "train" if world_size == 1 else f"launch deepspeed --gpus {world_size}"
     return (
         f"\nThe run is in {path}. Next:\n"
         f"  {tools}tensorboard --logdir {path}/tensorboard\n"
         f"  {tools}bitfleet evaluate {path}\n"
-        f"  {tools}deepspeed --num_accelerators {world_size} launch/train.py {shlex.join(kept)} --resume {path}"
+        f"  {tools}bitfleet {start} {shlex.join(kept)} --resume {path}"
     )
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from bitfleet.models import ModelConfig
 from bitfleet.optim import OptimConfig, Schedule
@@ -17,7 +17,7 @@ from bitfleet.trainer.distillation import DistillConfig
 from bitfleet.trainer.engine.config import EngineConfig, resolve_precision
 from bitfleet.trainer.journal.config import JournalConfig
 from bitfleet.trainer.metrics.config import MetricsConfig
-from bitfleet.trainer.run.folder import read_resolved
+from bitfleet.trainer.run.folder import CONFIG, read_resolved
 from bitfleet.trainer.run.roles import role
 
 
@@ -76,11 +76,11 @@ class TrainConfig:
     journal: JournalConfig = dataclasses.field(default_factory=JournalConfig, metadata=role("habit"))
 
     def __post_init__(self) -> None:
-        self._check_numbers()
+        self._check_fields()
         self._check_sharding()
         self._check_parts()
 
-    def _check_numbers(self) -> None:
+    def _check_fields(self) -> None:
         for name in (
             "epochs",
             "global_batch_size",
@@ -92,6 +92,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.name in ("", ".", "..") or "/" in self.name:
+            raise ValueError(
+                f"name must be that of one folder, not {self.name!r}: choose the folder above it with --output"
+            )
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, not {self.seed}")
         for name in ("lr", *self.optim.hyperparameters):
@@ -223,9 +227,20 @@ def read_config(run: Path) -> TrainConfig:
     """Return the configuration of the run at `run`.
 
     Raises:
-        ValueError: there is no run, or its file is damaged.
+        ValueError: there is no run, or its file is damaged or holds what is no longer accepted.
     """
-    return from_dict(read_resolved(run))
+    resolved = read_resolved(run)
+    try:
+        return from_dict(resolved)
+    except ValidationError as error:
+        (first, *_) = error.errors()
+        reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] != "value_error":  # ours name the field
+            reason = f"{'.'.join(map(str, first['loc']))}: {reason}"
+        raise ValueError(
+            f"{run / CONFIG} holds a configuration that this version does not accept ({reason}): correct it, or use "
+            "the version that wrote it"
+        ) from error
 
 
 def from_dict(resolved: dict[str, Any]) -> TrainConfig:

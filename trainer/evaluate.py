@@ -98,7 +98,12 @@ def evaluate_run(
     if device.type != "cuda":  # a run that decoded on a GPU can be evaluated anywhere
         data = dataclasses.replace(data, device="auto")
     config = dataclasses.replace(config, data=data)
-    dataset = open_dataset(data)
+    try:
+        dataset = open_dataset(data)
+    except ValueError as error:
+        if data_root is not None:
+            raise
+        raise ValueError(f"{error}; if the data has another path than in the run, pass it as --data_root") from error
     check_same_on_all_ranks(ranks, {f"the lists of images in {data.root} (sha256)": dataset.sha})
     classes = read_meta(checkpoint)["classes"]
     if list(dataset.classes) != classes:

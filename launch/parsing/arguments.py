@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -95,7 +96,7 @@ def _reject_unknown(arguments: Sequence[str], config: TrainConfig) -> None:
     known = option_names(config)
     for argument in arguments:
         option = argument.split("=")[0].replace("-", "_").replace("__", "--", 1)
-        if argument.startswith("--") and option not in known and argument != "--help":
+        if re.match("--|-[a-z]", argument) and option not in known and argument != "--help":  # -1 is a value
             if option.startswith("--optim."):
                 check_belongs(config.optim.rule, option.split(".")[1])
             near = difflib.get_close_matches(argument.split("=")[0], known, n=1, cutoff=0.0)[0]

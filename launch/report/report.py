@@ -28,11 +28,14 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> tuple[Pat
         output: folder of report.html and report/*.png. None: the folder of the only path.
 
     Raises:
-        ValueError: a path is neither a sweep nor a run, has nothing to report, or the folder cannot
-            be written.
+        ValueError: a path is neither a sweep nor a run, has nothing to report or is given twice, or
+            the folder cannot be written.
     """
     if not paths:
         raise ValueError("report on what? Pass sweep folders, CSV files of sweeps or run folders")
+    places = [path.resolve() for path in paths]
+    if twice := [path for number, path in enumerate(paths) if places[number] in places[:number]]:
+        raise ValueError(f"{twice[0]} is given twice, and a run counts once: pass each sweep and run once")
     if output is None:
         if len(paths) > 1:
             raise ValueError(f"where to? A report on {len(paths)} paths needs --output FOLDER")

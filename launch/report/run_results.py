@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bitfleet.launch.report.sweep_results import Curve, read_object
+from bitfleet.launch.report.sweep_results import Curve, check_config, read_object
 from bitfleet.trainer.metrics import JSONL, LossWatch, read_metrics
 from bitfleet.trainer.run.folder import CONFIG
 
@@ -67,6 +67,7 @@ def read_run(path: Path) -> RunResults:
         raise ValueError(
             f"{path / CONFIG} is not the {CONFIG} of a run: it has no resolved configuration under 'config'"
         )
+    check_config(facts["config"], path / CONFIG)
     lines = tuple(read_metrics(path))
     if not any(line["kind"] in ("train", "validation") for line in lines):
         raise ValueError(f"the run {path} has logged nothing yet: {JSONL} has no line of training or validation")

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,8 @@ class SweepRun:
     """Last values by the columns end.*, "best.top1" and "seconds"; accuracies are fractions."""
     error: str
     curves: Mapping[str, Curve]
+    config: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Cells of the columns config.*: fields that differ between the runs."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -173,6 +176,9 @@ def read_sweep(path: Path) -> SweepResults:
             )
     if not rows:
         raise ValueError(f"the sweep {file} is empty: expected a row for each run")
+    names = [row["run"] for row in rows]
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise ValueError(f"{file} has two rows of the run {twice[0]!r}: expected one for each run, remove the other")
     results = results_of(rows, file, read_object(facts) if (facts := file.with_suffix(".json")).is_file() else {})
     if not results.ranked:
         failed = [run for run in results.runs if run.status == "failed"]
@@ -199,11 +205,23 @@ def read_object(file: Path) -> dict[str, Any]:
     return content
 
 
+def check_config(config: Any, file: Path) -> None:
+    """Raise ValueError unless the resolved configuration in `file`, and each section of it that
+    reports read, is an object."""
+    parts = {"config": config}
+    if isinstance(config, dict):
+        parts |= {f"config.{name}": config.get(name, {}) for name in ("model", "data", "optim")}
+    for name, part in parts.items():
+        if not isinstance(part, dict):
+            raise ValueError(f"{file} is damaged: {name} must be an object, not {json.dumps(part)[:40]}")
+
+
 def results_of(rows: Sequence[Mapping[str, str]], file: Path, facts: Mapping[str, Any]) -> SweepResults:
     """Return the sweep of rows with the columns of sweep.csv and the content of sweep.json.
 
     Raises:
-        ValueError: a cell is damaged (its line in `file` is named), or the figure is.
+        ValueError: a cell is damaged (its line in `file` is named), or the figure or the
+            configuration is.
     """
     facts = dict(facts)
     name = str(facts.pop("name", file.parent.name if file.name == CSV else file.stem))
@@ -217,6 +235,7 @@ def results_of(rows: Sequence[Mapping[str, str]], file: Path, facts: Mapping[str
         figure = TypeAdapter(Figure).validate_python(facts.pop("figure")) if "figure" in facts else None
     except ValidationError as error:
         raise ValueError(f"{file.with_suffix('.json')} is damaged: {error.errors()[0]['msg']}") from error
+    check_config(facts.get("config", {}), file.with_suffix(".json"))
     axes: Mapping[str, Sequence[Label]] = {axis: declared.get(axis) or values for axis, values in seen.items()}
     if figure is None:  # version 0.1
         sweep = load_sweep(name) if name in available_sweeps() else None
@@ -243,6 +262,7 @@ def _read_run(row: Mapping[str, str], axes: Mapping[str, Sequence[Label]], where
             raise ValueError(f"{where}: {column} is {text[:40]!r}, expected {expected}") from None
 
     cell("status", STATUSES.index, f"one of: {', '.join(STATUSES)}")
+    cell("seed", int, "a whole number")
     labels: list[tuple[str, Label]] = []
     for axis, values in axes.items():
         if text := row[f"axis.{axis}"]:
@@ -250,6 +270,9 @@ def _read_run(row: Mapping[str, str], axes: Mapping[str, Sequence[Label]], where
             labels.append((axis, text if is_word else cell(f"axis.{axis}", float, "a number")))
     numbers = [key for key in row if key and (key.startswith("end.") or key in ("best.top1", "seconds")) and row[key]]
     lists = {key: cell(f"curve.{key}", _read_list, "a JSON list of numbers") for key in {*CURVES, *CURVES.values()}}
+    for steps in dict.fromkeys(CURVES.values()):
+        if not all(low < high for low, high in itertools.pairwise(lists[steps])):
+            raise ValueError(f"{where}: curve.{steps} is {row[f'curve.{steps}'][:40]!r}, expected ascending steps")
     curves = {}
     for key, steps in CURVES.items():
         if lists[key] and len(lists[key]) != len(lists[steps]):
@@ -260,7 +283,8 @@ def _read_run(row: Mapping[str, str], axes: Mapping[str, Sequence[Label]], where
         finite = [pair for pair in zip(lists[steps], lists[key], strict=False) if math.isfinite(pair[1])]
         curves[key] = Curve(tuple(step for step, _ in finite), tuple(value for _, value in finite))
     end = {key.removeprefix("end."): cell(key, float, "a number") for key in numbers}
-    return SweepRun(row["run"], row["status"], row["seed"], tuple(labels), end, row.get("error") or "", curves)
+    config = {key.removeprefix("config."): row[key] or "" for key in row if key and key.startswith("config.")}
+    return SweepRun(row["run"], row["status"], row["seed"], tuple(labels), end, row.get("error") or "", curves, config)
 
 
 def _read_list(text: str) -> list[float]:

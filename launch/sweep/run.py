@@ -61,7 +61,7 @@ def run_sweep(
     with lock_run(folder, "--output"):
         shown = with_earlier_seeds(runs, folder)
         check_folders(shown)
-        progress = _Progress(sweep, runs, shown, folder)
+        progress = _Progress(sweep, runs, shown, folder, len(places))
         write_question(folder, sweep, options, shown)
         progress.write()
         jobs = [Job(run.name, command(run), folder / "logs" / f"{run.name}.log") for run in progress.unfinished()]
@@ -132,11 +132,15 @@ def _top1(run: Path) -> float | None:
 class _Progress:
     """Outcomes of the runs so far: stored, written into the table and printed after each run."""
 
-    def __init__(self, sweep: Sweep, runs: Sequence[PlannedRun], shown: Sequence[PlannedRun], folder: Path) -> None:
-        self._sweep, self._folder = sweep, folder
+    def __init__(
+        self, sweep: Sweep, runs: Sequence[PlannedRun], shown: Sequence[PlannedRun], folder: Path, num_places: int
+    ) -> None:
+        self._sweep, self._folder, self._num_places = sweep, folder, num_places
         self._shown = shown
         """Runs in the table, with those of earlier seeds."""
         self._runs = {run.name: run for run in runs}
+        self._new = {run.name for run in runs if not (run.path / CONFIG).is_file()}
+        """Runs that this call starts; one that is there already may be collected in seconds."""
         self._outcomes = dict.fromkeys(self._runs, Outcome()) | read_outcomes(folder)
         for run in shown:  # a result that was removed since is computed again
             if self._outcomes.get(run.name, Outcome()).status == "finished" and _top1(run.path) is None:
@@ -144,9 +148,9 @@ class _Progress:
         self._attempts = {
             name: MAX_FAILURES - 1 if self._outcomes[name].status == "failed" else 0 for name in self._runs
         }
-        self._start_time, self._num_before = time.monotonic(), len(self._having("finished"))
-        if self._num_before:
-            print(f"{self._num_before} of {len(runs)} runs are finished already", flush=True)
+        self._start_time = time.monotonic()
+        if num_before := len(self._having("finished")):
+            print(f"{num_before} of {len(runs)} runs are finished already", flush=True)
 
     def unfinished(self) -> list[PlannedRun]:
         """Return the runs to be started."""
@@ -178,8 +182,8 @@ class _Progress:
         return again
 
     def _line(self, name: str, ended: Ended, again: bool) -> str:
-        outcome, num_finished = self._outcomes[name], len(self._having("finished"))
-        num_ended = num_finished + len(self._having("failed"))
+        outcome, finished = self._outcomes[name], self._having("finished")
+        num_ended = len(finished) + len(self._having("failed"))
         head = f"[{num_ended} of {len(self._runs)}] {name}"
         if again:
             return f"{head}: failed, will be tried again: {outcome.error}"
@@ -187,9 +191,12 @@ class _Progress:
             return f"{head}: FAILED: {outcome.error}"
         if outcome.status == "pending":
             return f"{head}: stopped; the same command continues it"
-        seconds_per_run = (time.monotonic() - self._start_time) / (num_finished - self._num_before)
-        eta = clock(seconds_per_run * (len(self._runs) - num_ended))
-        return f"{head}: top-1 {_top1(self._runs[name].path):.2%} in {ended.seconds:.0f} s; ETA {eta}"
+        line = f"{head}: top-1 {_top1(self._runs[name].path):.2%} in {ended.seconds:.0f} s"
+        seconds = [self._outcomes[each].seconds for each in finished if each in self._new]
+        if not seconds:
+            return line
+        num_left = len(self._runs) - num_ended
+        return f"{line}; ETA {clock(sum(seconds) / len(seconds) * num_left / self._num_places)}"
 
     def _having(self, status: str) -> list[str]:
         return [name for name in self._runs if self._outcomes[name].status == status]

@@ -100,7 +100,7 @@ def write_table(folder: Path, sweep: Sweep, runs: Sequence[PlannedRun], outcomes
         outcome = outcomes.get(run.name, Outcome())
         row: dict[str, Cell] = {"run": run.name, "status": outcome.status, "seed": run.config.seed}
         row |= {f"axis.{axis}": value for axis, value in run.point.labels.items()}
-        row |= {f"config.{field}": _cell(value) for field, value in fields.items()}
+        row |= {f"config.{field}": cell(value) for field, value in fields.items()}
         row |= {"seconds": round(outcome.seconds, 1), "error": outcome.error}
         table.writerow(row | curves(read_metrics(run.path)))
     write_atomically(folder / CSV, text.getvalue())
@@ -114,11 +114,11 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Cell]:
     validation = [line for line in lines if line["kind"] == "validation"]
     row: dict[str, Cell] = {}
     if validation:
-        row |= {f"end.{key}": _cell(validation[-1][key]) for key in ("top1", "top5", "loss")}
+        row |= {f"end.{key}": cell(validation[-1][key]) for key in ("top1", "top5", "loss")}
         row["best.top1"] = max(line["top1"] for line in validation)
         row |= {f"curve.{key}": to_json([_short(line[key]) for line in validation]) for key in ("step", "top1", "loss")}
     if train:
-        row |= {f"end.{column}": _cell(train[-1][key]) for key, column in END.items() if key in train[-1]}
+        row |= {f"end.{column}": cell(train[-1][key]) for key, column in END.items() if key in train[-1]}
         row["steps_per_epoch"] = round(train[-1]["step"] / train[-1]["epoch"])
         every = -(-len(train) // MAX_POINTS)
         kept = train[::-1][::every][::-1]
@@ -169,7 +169,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _cell(value: Any) -> Cell:
+def cell(value: Any) -> Cell:
+    """Return a JSON value as sweep.csv holds it; "" for None."""
     return "" if value is None else value if isinstance(value, str | int | float) else to_json(value)
 
 

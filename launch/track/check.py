@@ -12,7 +12,7 @@ from bitfleet.configs import load_config
 from bitfleet.configs.sweeps.entry import BASE, FREE, MIN_SEEDS, TARGET
 from bitfleet.launch.report.intervals import CONFIDENCE, spread, steps_to
 from bitfleet.launch.report.sweep_results import SweepResults, read_sweep
-from bitfleet.launch.sweep.table import HOW, flatten
+from bitfleet.launch.sweep.table import CSV, HOW, cell, flatten
 from bitfleet.launch.text import percent, table
 from bitfleet.trainer.config import TrainConfig, to_dict
 from bitfleet.trainer.run.roles import fields_with_role
@@ -45,20 +45,34 @@ def read_entry(path: Path) -> Entry:
     Raises:
         ValueError: it holds no entry.
     """
+    if not path.is_file() and not (path / CSV).is_file():
+        raise ValueError(
+            f"there is no {CSV} in {path}: expected the folder of an entry, as `bitfleet sweep track_NAME` writes it"
+        )
     results = read_sweep(path)
+    epochs = results.facts.get("config", {}).get("epochs")
     if len(results.points) != 1 or "config" not in results.facts:
         raise ValueError(
             f"{path} holds {len(results.points)} points: expected the sweep.csv and sweep.json of one entry, "
             "as `bitfleet sweep track_NAME` writes them"
         )
+    if not isinstance(epochs, int):
+        raise ValueError(f"the config in {results.path.with_suffix('.json')} has epochs {epochs!r}: expected a number")
     (point,) = results.points
     reached = {run.seed: steps_to(*run.curves["top1"], TARGET) for run in point.finished}
     faults = [
         f"seed {run.seed} is at most at {percent(max(run.curves['top1'].values))} and never at {percent(TARGET, 0)}"
+        if run.curves["top1"].values
+        else f"seed {run.seed} has no curve of top-1"
         for run in point.finished
         if reached[run.seed] is None
     ]
-    faults += [f"seed {run.seed} is {run.status}" for run in point.others]
+    faults += [
+        f"the last top-1 of seed {run.seed} is not a number"
+        if run.status == "finished"
+        else f"seed {run.seed} is {run.status}"
+        for run in point.others
+    ]
     seeds = sorted(int(run.seed) for run in results.runs)
     if seeds != list(range(max(MIN_SEEDS, len(seeds)))):
         faults.append(
@@ -67,7 +81,7 @@ def read_entry(path: Path) -> Entry:
     return Entry(
         path=path,
         title=point.name,
-        epochs=int(results.facts["config"]["epochs"]),
+        epochs=epochs,
         steps=tuple(steps for steps in reached.values() if steps is not None),
         top1=tuple(point.values("top1")),
         faults=(*faults, *_changed(results)),
@@ -75,13 +89,20 @@ def read_entry(path: Path) -> Entry:
 
 
 def _changed(results: SweepResults) -> list[str]:
-    """Return a sentence for each field that the rules fix and the entry changed."""
-    fixed, given = flatten(to_dict(load_config(BASE))), flatten(results.facts["config"])
-    return [
-        f"{field} is {given.get(field)}, and every entry has {fixed.get(field)}"
-        for field in sorted({*fixed, *given} - IGNORED)
-        if not field.startswith(FREE) and field != "data.root" and given.get(field) != fixed.get(field)
+    """Return a sentence for each field that the rules fix and the entry changed, in all its runs or
+    in one."""
+    fixed, common = flatten(to_dict(load_config(BASE))), flatten(results.facts["config"])
+    given = [(field, common.get(field)) for field in {**fixed, **common}]
+    given += [pair for run in results.runs for pair in run.config.items()]
+    faults = [
+        f"{field} is {value}, and every entry has {fixed.get(field)}"
+        for field, value in given
+        if field not in IGNORED
+        and not field.startswith(FREE)
+        and field != "data.root"
+        and str(cell(value)) != str(cell(fixed.get(field)))
     ]
+    return sorted(set(faults))
 
 
 def ranking(entries: Sequence[Entry]) -> str:
@@ -118,6 +139,8 @@ def _interval(steps: Sequence[float]) -> str:
 
 
 def _p_value(first: Sequence[float], second: Sequence[float]) -> str:
+    # Without any spread t is a number divided by 0, and its degrees of freedom are 0 / 0: the test
+    # says nothing, however far the means are apart.
     if min(len(first), len(second)) < 2 or np.ptp(first) == np.ptp(second) == 0:
         return "-"
     with warnings.catch_warnings():

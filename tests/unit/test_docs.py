@@ -63,6 +63,16 @@ assert source.layout == "flat" and listing.manifest.classes == ("cat", "dog")
 assert listing.manifest.val.labels.tolist() == [0, 1]
 assert sum(listing.counts()["train"].values()) == 1
 """,
+    "sweep": """
+from pathlib import Path
+
+from bitfleet.configs.sweeps.sweep import plan_runs
+from bitfleet.launch.parsing.arguments import parse_train
+
+runs = plan_runs(sweep(), Path(), [], lambda words: parse_train(words, "t"))
+thresholds = [(run.config.optim.threshold.kind, run.config.optim.threshold.start) for run in runs]
+assert thresholds == [("constant", value) for value in THRESHOLDS] * 3
+""",
 }
 """Example -> code that fails unless the example does what the page says."""
 
@@ -168,9 +178,9 @@ def test_commands_and_their_options_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_examples_of_extending_run(name: str, tmp_path: Path) -> None:
-    """Each runs in its own process, since it extends a registry."""
-    examples = dict(EXAMPLE.findall((REPOSITORY / "docs" / "extending.md").read_text()))
+def test_examples_run(name: str, tmp_path: Path) -> None:
+    """Each runs in its own process, since some extend a registry."""
+    examples = {found: code for page in PAGES for found, code in EXAMPLE.findall(page.read_text())}
     assert examples.keys() == CHECKS.keys()
     source = f"{examples[name]}\n{CHECKS[name]}"
     done = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, capture_output=True, text=True, timeout=120)

@@ -21,7 +21,7 @@ from bitfleet.trainer.checkpoint.format import (
     set_aside,
     verify,
 )
-from bitfleet.trainer.checkpoint.run_folder import RunFolder
+from bitfleet.trainer.checkpoint.run_folder import RunFolder, start_over
 from bitfleet.trainer.ranks.collectives import Ranks, all_gather_objects, barrier, cpu_group
 
 DIAGNOSTICS_SINCE = "diagnostics_since"
@@ -67,7 +67,7 @@ def _newest_valid(run: Path, ranks: Ranks) -> ValidCheckpoint | None:
             print(f"bitfleet: {path} is damaged ({problem}); renamed to {renamed.name}", file=sys.stderr, flush=True)
         barrier()
     if problems:
-        raise ValueError(f"no checkpoint of {run} is intact: {'; '.join(problems)}")
+        raise ValueError(f"no checkpoint of {run} is intact ({'; '.join(problems)}): {start_over(run)}")
     return None
 
 

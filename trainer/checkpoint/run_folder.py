@@ -1,14 +1,17 @@
 """Choose the folder of a run, and the checkpoint that it resumes from."""
 
 import datetime
+import re
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from bitfleet.trainer.checkpoint.format import FOLDER, is_checkpoint, latest_checkpoint
+from bitfleet.trainer.checkpoint.format import DAMAGED, FOLDER, is_checkpoint, latest_checkpoint
 from bitfleet.trainer.run.files import lock_run
 from bitfleet.trainer.run.folder import CONFIG
 
-"""File that marks the folder of a run (trainer/run/folder.py writes it)."""
+DATE = "%Y-%m-%d_%H-%M-%S"
+DATED = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(__\d{3})?")
+"""Names of the folders that runs without --run_dir get."""
 
 
 class RunFolder(NamedTuple):
@@ -29,25 +32,45 @@ def choose_run_folder(runs: Path, run_dir: Path | None, resume: str | None) -> R
         resume: None, "auto", or a path of a run or checkpoint.
 
     Raises:
-        ValueError: a path to resume holds no run, or a new run would write into the folder of
-            another.
+        ValueError: a path to resume holds no run, all checkpoints of the run are damaged, or a new
+            run would write into the folder of another.
     """
     if resume and resume != "auto":
         return _resume_or_branch(Path(resume), run_dir)
-    if resume == "auto":
-        newest_first = sorted(runs.iterdir(), reverse=True) if runs.is_dir() else []
-        for path in [run_dir] if run_dir else newest_first:
-            if (checkpoint := latest_checkpoint(path)) is not None:
-                return RunFolder(path, checkpoint)
-    if run_dir and resume is None and (run_dir / CONFIG).exists():
+    if resume == "auto" and (path := run_dir or _newest_run(runs)) is not None:
+        checkpoint = latest_checkpoint(path)
+        if checkpoint is None and (damaged := sorted((path / FOLDER).glob(DAMAGED + "*"))):
+            raise ValueError(f"the run {path} has no intact checkpoint, only {damaged[-1].name}: {start_over(path)}")
+        return RunFolder(path, checkpoint)
+    if run_dir and (run_dir / CONFIG).exists():
         raise ValueError(f"{run_dir} already holds a run: continue it with --resume auto, or choose another --run_dir")
     return RunFolder(run_dir or _new_folder(runs), None)
 
 
+def start_over(run: Path) -> str:
+    """Say what to do about a run whose checkpoints are all damaged."""
+    return f"start over with another --run_dir, or move {run} away"
+
+
+def _newest_run(runs: Path) -> Path | None:
+    """Return the newest folder below `runs` that holds a run, with or without a checkpoint."""
+    started = [path for path in runs.iterdir() if (path / CONFIG).is_file()] if runs.is_dir() else []
+    return max(started, key=_date, default=None)
+
+
+def _date(run: Path) -> str:
+    """Return the date of a run: its name where that is one, which neither a copy nor a clock that
+    was set back changes; else that of its last start."""
+    if DATED.fullmatch(run.name):
+        return run.name
+    return datetime.datetime.fromtimestamp((run / CONFIG).stat().st_mtime).strftime(DATE)
+
+
 def _new_folder(runs: Path) -> Path:
-    """Name a folder that sorts after all others, also after the clock was set back."""
-    path = now = runs / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    newest = max(runs.iterdir(), default=now) if runs.is_dir() else now
+    """Name a folder that sorts after all others with a date, also after the clock was set back."""
+    path = now = runs / datetime.datetime.now().strftime(DATE)
+    dated = [path for path in runs.iterdir() if DATED.fullmatch(path.name)] if runs.is_dir() else []
+    newest = max(dated, default=now)
     if newest > now or path.exists():
         base = newest.name.split("__")[0]
         for index in range(2, 1000):

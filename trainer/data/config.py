@@ -98,8 +98,8 @@ class DataConfig:
         if min(self.std) <= 0:
             raise ValueError(f"data.std={self.std} must be positive")
         for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be positive")
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be positive and finite")
         if self.preprocessing == "official" and self.augmentation != "random_resized_crop":
             raise ValueError(
                 "data.preprocessing='official' crops as for ImageNet and needs "

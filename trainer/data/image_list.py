@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import sys
+import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -156,14 +157,24 @@ def _cached_shapes(scanned: ClassFolders) -> tuple[npt.NDArray[np.int32], dict[i
     digest.update(np.array([scanned.sizes, mtimes_ns], np.int64).tobytes())
     file = cache_folder() / f"image-sizes-{digest.hexdigest()[:32]}.npz"
     with exclusive(file):  # the other ranks of this machine wait here and then read the file
-        if not file.exists() or not file.stat().st_size:  # missing, or empty after a power failure
-            shapes, reasons = read_shapes([f"{scanned.folder}/{name}" for name in scanned.names])
-            if reasons:
-                return shapes, reasons
+        if (cached := _read_cache(file, len(scanned.names))) is not None:
+            return cached, {}
+        shapes, reasons = read_shapes([f"{scanned.folder}/{name}" for name in scanned.names])
+        if not reasons:
             with written_atomically(file) as unfinished, unfinished.open("wb") as opened:
                 np.savez(opened, heights=shapes[:, 0], widths=shapes[:, 1])
-    with np.load(file, allow_pickle=False) as arrays:
-        return np.stack([arrays["heights"], arrays["widths"]], axis=1), {}
+    return shapes, reasons
+
+
+def _read_cache(file: Path, num_images: int) -> npt.NDArray[np.int32] | None:
+    """Return the heights and widths [N, 2] in a cache file; None if it is missing or damaged, as
+    after a power failure."""
+    try:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+            shapes: npt.NDArray[np.int32] = np.stack([arrays["heights"], arrays["widths"]], axis=1)
+    except (FileNotFoundError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
+    return shapes if shapes.shape == (num_images, 2) else None
 
 
 def read_shapes(paths: Sequence[str]) -> tuple[npt.NDArray[np.int32], dict[int, str]]:

@@ -153,7 +153,7 @@ def read_deepspeed_options(path: Path) -> dict[str, Any]:
         options = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(f"cannot read the DeepSpeed options {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"the DeepSpeed options {path} are not JSON: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"the DeepSpeed options {path} must be a JSON object, not {type(options).__name__}")

@@ -94,9 +94,15 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     out.
 
     A value that was not finite is None.
+
+    Raises:
+        ValueError: the file is damaged.
     """
     path = run / JSONL
-    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: it is not text at byte {error.start:,}; correct that line") from error
     metrics = []
     for number, line in enumerate(lines, start=1):
         try:

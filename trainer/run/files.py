@@ -69,7 +69,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def lock_run(run: Path, option: str = "--run_dir") -> IO[str]:
+def lock_run(run: Path, option: str = "--run_dir or --output") -> IO[str]:
     """Lock the folder of a run (or a sweep) for this job, until the returned file is closed or the
     process dies.
 
@@ -78,10 +78,15 @@ def lock_run(run: Path, option: str = "--run_dir") -> IO[str]:
         option: what chooses another one, for the message.
 
     Raises:
-        ValueError: another run is writing into it.
+        ValueError: another run is writing into it, or it cannot be created or written.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    file = (run / LOCK).open("a+")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / LOCK).open("a+")
+    except OSError as error:
+        raise ValueError(
+            f"the folder {run} cannot be created or written ({error.strerror}): choose another {option}"
+        ) from error
     give_up = time.monotonic() + WAIT_SECONDS
     while True:
         try:

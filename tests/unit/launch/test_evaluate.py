@@ -1,10 +1,18 @@
 """Check what `bitfleet evaluate` prints."""
 
+import dataclasses
 from pathlib import Path
 
+import pytest
+import torch
+
+from bitfleet.configs import load_config
 from bitfleet.launch.evaluate import format_evaluation
-from bitfleet.trainer.evaluate import Evaluation
+from bitfleet.trainer.config import to_dict
+from bitfleet.trainer.evaluate import Evaluation, evaluate_run
 from bitfleet.trainer.metrics import Accuracy
+from bitfleet.trainer.ranks.collectives import Ranks
+from bitfleet.trainer.run.folder import write_config
 
 PLACE = Path("runs/x/checkpoints/step-00000001")
 GOOD = Accuracy(loss=1.5, top1=0.572, top5=0.8, num_images=50_000)
@@ -39,3 +47,12 @@ def test_several_are_compared() -> None:
     ]
     three = Evaluation(PLACE, "bf16", {"fp32": GOOD, "bf16": OTHER, "fp16": GOOD}, 3)
     assert lines(three)[-1] == "3 of 50,000 predictions differ among fp32, bf16, fp16"
+
+
+def test_data_that_is_elsewhere_now_can_be_named(tmp_path: Path) -> None:
+    config = load_config("fashion_quickstart")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, root="no/such/folder"))
+    write_config(tmp_path, to_dict(config), {})
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no/such/folder' does not exist.*pass it as --data_root"):
+        evaluate_run(tmp_path, data_root=None, ranks=Ranks(0, 1, 0, 1), device=torch.device("cpu"))

@@ -44,6 +44,12 @@ def test_counts_must_be_positive(name: str) -> None:
         dataclasses.replace(load_config("fashion_quickstart"), **{name: 0})
 
 
+@pytest.mark.parametrize("name", ["", "..", "../../x", "/x", "a/b"])
+def test_a_name_is_that_of_one_folder(name: str) -> None:
+    with pytest.raises(ValueError, match=f"name must be that of one folder, not '{name}': .*--output"):
+        dataclasses.replace(load_config("fashion_quickstart"), name=name)
+
+
 def test_transitions_need_our_own_sharding() -> None:
     config = load_config("fashion_quickstart")
     optim = OptimConfig(rule="latent_adam", transitions=TransitionConfig(drives="latent_lr"))

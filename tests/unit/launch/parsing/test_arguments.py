@@ -66,6 +66,7 @@ def test_launcher_arguments_are_ignored() -> None:
             "--config fashion_quickstart --optim.gama.start 1",
             "no option --optim.gama.start; did you mean --optim.gamma.start",
         ),
+        ("--config fashion_quickstart -epochs 3", "no option -epochs; did you mean --epochs"),
         ("--config fashion_quickstart --epoch=3", "no option --epoch; did you mean --epochs"),
     ],
 )

@@ -34,7 +34,7 @@ def row(
         "train_loss": losses,
         "flip_ratio": flips,
     }
-    slug = "-".join(str(value) for value in labels.values())
+    slug = "_".join(f"{axis}-{value}" for axis, value in labels.items())
     return {
         "run": f"{slug}-seed{seed}",
         "status": "finished",
@@ -58,7 +58,7 @@ def row(
 
 def failed(labels: Mapping[str, object], seed: int, error: str) -> dict[str, str]:
     """A run that ended with `error`, or, if that is empty, was not run yet."""
-    slug = "-".join(str(value) for value in labels.values())
+    slug = "_".join(f"{axis}-{value}" for axis, value in labels.items())
     return {
         "run": f"{slug}-seed{seed}",
         "status": "failed" if error else "pending",

@@ -156,6 +156,17 @@ def test_what_is_no_sweep_and_no_run_is_refused_in_a_sentence(tmp_path: Path) ->
     failed = synthetic.write(tmp_path / "failed", ["rule"], [synthetic.failed({"rule": "a"}, 0, "no memory")])
     with pytest.raises(ValueError, match=r"1 of 1.*no memory"):
         write_report([failed])
+    twice = synthetic.write(
+        tmp_path / "twice", ["rule"], [synthetic.row({"rule": "a"}, seed, 0.5) for seed in (0, 1, 0)]
+    )
+    with pytest.raises(ValueError, match=r"twice/sweep.csv has two rows of the run 'rule-a-seed0'"):
+        write_report([twice])
+    with pytest.raises(ValueError, match=r"run/\.\./run is given twice"):
+        run = synthetic.run_folder(tmp_path / "run")
+        write_report([run, run / ".." / "run"], tmp_path / "page")
+    (run / "config.json").write_text('{"config": {"model": null}}')
+    with pytest.raises(ValueError, match=r"run/config.json is damaged: config.model must be an object, not null"):
+        write_report([run])
     with pytest.raises(ValueError, match="silent"):
         write_report([synthetic.run_folder(tmp_path / "silent", 0)])
 

@@ -169,8 +169,13 @@ def test_numbers_are_written_for_readers() -> None:
     ("change", "sentence"),
     [
         ({"status": "done"}, "status is 'done'"),
+        ({"seed": "x"}, "seed is 'x', expected a whole number"),
         ({"end.top1": "high"}, "end.top1 is 'high'"),
         ({"curve.top1": "[0.1"}, "curve.top1 is '[0.1'"),
+        (
+            {"curve.step": "[2000, 1000]", "curve.top1": "[0.1, 0.2]"},
+            "curve.step is '[2000, 1000]', expected ascending",
+        ),
         ({"curve.top1": "[0.1]"}, "curve.top1 has 1 values, but curve.step has 8"),
     ],
 )
@@ -245,9 +250,10 @@ def test_plain_table_has_no_pictures(tmp_path: Path) -> None:
     assert not list((tmp_path / "x" / "report").iterdir())
 
 
-def test_damaged_figure_is_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"figure": {"facets": 3}}, {"config": 3}, {"config": {"model": None}}])
+def test_damaged_facts_are_one_sentence(change: dict[str, object], tmp_path: Path) -> None:
     folder = synthetic.rules(tmp_path, 2, 1)
-    facts = json.loads((folder / "sweep.json").read_text()) | {"figure": {"facets": 3}}
+    facts = json.loads((folder / "sweep.json").read_text()) | change
     (folder / "sweep.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match=r"sweep.json[^\n]*$"):
         read_sweep(folder)

@@ -136,6 +136,18 @@ def test_finished_run_whose_folder_was_removed_is_run_again(tmp_path: Path) -> N
     assert column(tmp_path, "end.top1") == ["0.5"] * 3
 
 
+def test_a_run_that_is_only_collected_says_nothing_of_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (first, *_) = planned(tmp_path)
+    shutil.copytree(made(first), first.path)
+    assert sweep_of(tmp_path, [DONE] * 3) == 0
+    a, b, c = [line for line in capsys.readouterr().out.splitlines() if "top-1" in line]
+    assert "ETA" not in a
+    assert "; ETA " in b
+    assert c.endswith("ETA 0:00:00")
+
+
 def test_run_without_a_validation_has_not_finished(tmp_path: Path) -> None:
     assert sweep_of(tmp_path, [DONE, "echo nothing; true", DONE]) == 1
     assert column(tmp_path, "status") == ["finished", "failed", "finished"]

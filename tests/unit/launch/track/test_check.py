@@ -1,3 +1,4 @@
+import csv
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -98,6 +99,40 @@ def test_what_the_rules_fix_is_compared(option: str, fault: str, record: Record)
     assert read_entry(record(options=option.split())).faults == (fault,)
 
 
+def edit(folder: Path, cells: dict[str, str]) -> None:
+    """Change cells in the row of seed 3; two fields have columns of their own."""
+    with (folder / "sweep.csv").open(newline="") as file:
+        rows = [{**row, "config.global_batch_size": "50", "config.model.width": "32"} for row in csv.DictReader(file)]
+    rows[3] |= cells
+    with (folder / "sweep.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, rows[3])
+        table.writeheader()
+        table.writerows(rows)
+
+
+@pytest.mark.parametrize(
+    ("cells", "fault"),
+    [
+        ({"config.global_batch_size": "5000"}, "global_batch_size is 5000, and every entry has 50"),
+        ({"config.model.width": "512"}, "model.width is 512, and every entry has 32"),
+        ({"curve.step": "", "curve.top1": "", "curve.loss": ""}, "seed 3 has no curve of top-1"),
+        ({"end.top1": "nan"}, "the last top-1 of seed 3 is not a number"),
+    ],
+)
+def test_each_row_is_compared(cells: dict[str, str], fault: str, record: Record) -> None:
+    folder = record()
+    edit(folder, cells)
+    assert read_entry(folder).faults == (fault,)
+
+
+@pytest.mark.parametrize("config", [{}, [], {"epochs": None}])
+def test_an_entry_without_a_configuration_is_one_sentence(config: object, record: Record) -> None:
+    file = record() / "sweep.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"config": config}))
+    with pytest.raises(ValueError, match="sweep.json .*(epochs None|config must be an object)"):
+        read_entry(file.parent)
+
+
 @pytest.mark.parametrize(
     "option",
     [
@@ -139,6 +174,12 @@ def test_the_command_fails_on_a_fault(record: Record, capsys: pytest.CaptureFixt
 def test_a_sweep_of_many_points_is_no_entry() -> None:
     with pytest.raises(ValueError, match="holds 5 points: expected the sweep.csv and sweep.json of one entry"):
         read_entry(Path(__file__).parents[4] / "docs/results/regime")
+
+
+def test_what_holds_no_sweep_is_no_entry(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(ValueError, match=f"no sweep.csv in {path}: expected the folder of an entry"):
+            read_entry(path)
 
 
 def test_without_a_path_there_is_nothing_to_check() -> None:

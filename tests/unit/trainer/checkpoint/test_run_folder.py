@@ -1,10 +1,11 @@
 """Choose the folder that a run writes into, and the checkpoint that it resumes from."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from bitfleet.trainer.checkpoint.format import checkpoints, latest_checkpoint
+from bitfleet.trainer.checkpoint.format import checkpoints, latest_checkpoint, set_aside
 from bitfleet.trainer.checkpoint.run_folder import (
     RunFolder,
     checkpoint_disk,
@@ -41,19 +42,33 @@ def test_new_runs_never_share_a_folder(tmp_path: Path) -> None:
 def test_new_run_comes_last_when_the_clock_was_set_back(tmp_path: Path) -> None:
     runs = tmp_path / "fashion_quickstart"
     make_run(runs / "2999-01-01_00-00-00")
-    later = [make_run(choose(tmp_path, resume="auto").path) for _ in range(2)]
+    later = [make_run(choose(tmp_path).path) for _ in range(2)]
     assert [path.name for path in later] == ["2999-01-01_00-00-00__002", "2999-01-01_00-00-00__003"]
     (later[1] / "checkpoints" / "step-00000003").mkdir(parents=True)
     assert choose(tmp_path, resume="auto").path == later[1]
 
 
-def test_auto_continues_the_newest_run_that_has_a_checkpoint(tmp_path: Path) -> None:
+def test_names_that_are_no_dates_do_not_decide_what_is_new(tmp_path: Path) -> None:
+    runs = tmp_path / NAME
+    named = make_run(runs / "baseline")
+    os.utime(named / "config.json", (1e9, 1e9))
+    (runs / "notes.txt").touch()
+    dated = make_run(choose(tmp_path).path)
+    assert "__" not in dated.name
+    assert choose(tmp_path, resume="auto").path == dated
+    os.utime(named / "config.json", (4e9, 4e9))
+    assert choose(tmp_path, resume="auto").path == named
+
+
+def test_auto_continues_the_newest_run(tmp_path: Path) -> None:
     assert choose(tmp_path, resume="auto").checkpoint is None
     runs = tmp_path / "fashion_quickstart"
     make_run(runs / "2026-01-01_00-00-00", 5)
     newest = make_run(runs / "2026-01-02_00-00-00", 99, 100)
-    make_run(runs / "2026-01-03_00-00-00")  # stopped before its first checkpoint
+    (runs / "2026-01-03_00-00-00").mkdir()  # killed before it wrote anything
     assert choose(tmp_path, resume="auto") == RunFolder(newest, newest / "checkpoints" / "step-00000100")
+    unsaved = make_run(runs / "2026-01-04_00-00-00")  # killed before its first checkpoint
+    assert choose(tmp_path, resume="auto") == RunFolder(unsaved, None)
 
 
 def test_a_given_folder_is_resumed_or_started(tmp_path: Path) -> None:
@@ -61,6 +76,14 @@ def test_a_given_folder_is_resumed_or_started(tmp_path: Path) -> None:
     assert choose(tmp_path, run, "auto") == RunFolder(run, None)
     make_run(run, 7)
     assert choose(tmp_path, run, "auto") == RunFolder(run, run / "checkpoints" / "step-00000007")
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(is_named: bool, tmp_path: Path) -> None:
+    run = make_run(tmp_path / NAME / "2026-01-01_00-00-00", 5)
+    set_aside(run / "checkpoints" / "step-00000005")
+    with pytest.raises(ValueError, match=rf"{run} has no intact .*only damaged-step-00000005.*--run_dir.*move"):
+        choose(tmp_path, run if is_named else None, "auto")
 
 
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:

@@ -157,10 +157,25 @@ def test_a_full_cache_is_named_and_written_later(root: Path, monkeypatch: pytest
         patched.setattr(np, "savez", full)
         with pytest.raises(ValueError, match=r"cache .*\(No space left on device\).*BITFLEET_CACHE"):
             image_list.list_scanned(found)
+    assert listed(found).widths.tolist() == [10, 11, 10, 12]
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "other bytes", "one bit", "other length", "other names"])
+def test_a_damaged_cache_is_written_again(damage: str, root: Path) -> None:
+    found = scan_root(root).train
     whole = listed(found)
-    for file in cache_folder().glob("*.npz"):
-        file.write_bytes(b"")
+    (file,) = cache_folder().glob("*.npz")
+    content = file.read_bytes()
+    if damage == "other length":
+        np.savez(file, heights=whole.heights[1:], widths=whole.widths[1:])
+    elif damage == "other names":
+        np.savez(file, heights=whole.heights)
+    else:
+        place = content.index(whole.heights.tobytes())
+        changed = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        file.write_bytes({"empty": b"", "truncated": content[:60], "other bytes": b"\x80" * 99}.get(damage, changed))
     assert listed(found).heights.tolist() == whole.heights.tolist()
+    assert file.read_bytes() == content
 
 
 COLUMNS = ("names", "labels", "heights", "widths", "sizes", "offsets")

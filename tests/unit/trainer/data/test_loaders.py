@@ -265,6 +265,8 @@ def test_an_image_smaller_than_the_window_is_named(numbered: Dataset) -> None:
         ("on_bad_sample", "skip"),
         ("max_bad_samples", -1),
         ("stall_seconds", 0.0),
+        ("stall_seconds", float("inf")),
+        ("memory_gib", float("inf")),
         ("std", (1.0, 0.0, 1.0)),
         ("mean", (1.0, float("nan"), 1.0)),
     ],

@@ -15,7 +15,7 @@ def options(tmp_path: Path, extra: Any = None, **fields: Any) -> dict[str, Any]:
     path = None
     if extra is not None:
         path = tmp_path / "deepspeed.json"
-        path.write_text(extra if isinstance(extra, str) else json.dumps(extra))
+        path.write_text(extra if isinstance(extra, str) else json.dumps(extra), errors="surrogateescape")
     return deepspeed_options(EngineConfig(deepspeed=path, **fields), global_batch_size=64, num_replicas=4, world_size=2)
 
 
@@ -51,6 +51,7 @@ def test_user_options_pass_through(tmp_path: Path) -> None:
         ({"bf16": {"enabled": True}}, '"bf16", which belongs to the field engine.precision'),
         ({"optimizer": {"type": "Adam"}}, '"optimizer", which belongs to the field optim'),
         ("{", "are not JSON"),
+        ("\udcff", r"options .*\.json are not JSON"),
         ("[]", "must be a JSON object, not list"),
     ],
 )

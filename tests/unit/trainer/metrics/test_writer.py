@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from bitfleet.optim.diagnostics import LOWEST, NUM_BINS, octave_edges
 from bitfleet.trainer.metrics import MetricsWriter, read_metrics
 
@@ -41,3 +43,9 @@ def test_diagnostics_reach_both_files(tmp_path: Path) -> None:
     shown = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0])
     assert [chart.title for chart in shown.category[0].chart][:2] == ["flip_ratio", "dead_band"]
     assert list(shown.category[0].chart[0].multiline.tag) == ["flip_ratio/.*"]
+
+
+def test_metrics_that_are_not_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"kind": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged: it is not text at byte 10"):
+        read_metrics(tmp_path)

@@ -28,3 +28,22 @@ def test_a_damaged_configuration_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json .*damaged"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "changed", "reason"),
+    [
+        ("optim", {"rule": "bob"}, "optim.rule must be one of .*, not 'bob'"),
+        ("model", None, "model: Input should be a dictionary"),
+        ("data", {"image_size": "wide"}, "data.image_size: Input should be a valid integer"),
+    ],
+)
+def test_a_configuration_that_is_not_accepted_is_one_sentence(
+    section: str, changed: dict[str, object] | None, reason: str, tmp_path: Path
+) -> None:
+    resolved = to_dict(make(tmp_path))
+    resolved[section] = changed and {**resolved[section], **changed}
+    write_config(tmp_path, resolved, {})
+    with pytest.raises(ValueError, match=rf"{tmp_path}/config\.json .*\({reason}[^\n]*\): [^\n]*$") as caught:
+        read_config(tmp_path)
+    assert "Value error" not in str(caught.value)

@@ -159,3 +159,12 @@ def test_folder_has_one_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         lock_run(tmp_path / "run")
     file.close()
     lock_run(tmp_path / "run").close()
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"), [("/proc/xx", "No such file or directory"), ("file", "File exists"), ("file/x", "Not a dir")]
+)
+def test_folder_that_cannot_be_written_is_one_sentence(place: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=rf"{place} cannot be created or written \({reason}.*--run_dir or --output"):
+        lock_run(tmp_path / place)
