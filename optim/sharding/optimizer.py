@@ -362,7 +362,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Forget the gradients of a step that was started, as after a backward pass that raised.
 
         Raises:
-            ValueError: some of them have left for other ranks already.
+            ValueError: some of them have left for other ranks already. One rank can always forget.
         """
         super().zero_grad(set_to_none)
         self._reduction.forget()

@@ -1,0 +1,59 @@
+"""A sharded optimizer on one rank that is used wrongly: the error says so, and what can go on does."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bitfleet.optim import Bop, ShardedOptimizer
+
+
+def signs(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)).sign())
+
+
+def sharded_bop(*params: nn.Parameter, bucket_numel: int = 64) -> ShardedOptimizer:
+    return ShardedOptimizer(Bop(params, gamma=0.5, threshold=0.01), bucket_numel=bucket_numel)
+
+
+def backward(*params: nn.Parameter, factor: float = 1.0) -> None:
+    torch.stack([(factor * param).sum() for param in params]).sum().backward()
+
+
+def moments(sharded: ShardedOptimizer) -> list[Tensor]:
+    return [state["exp_avg"] for state in sharded.gather_state().values()]
+
+
+def test_one_backward_too_many_can_be_forgotten() -> None:
+    params, others = (signs(8, 8), signs(70)), (signs(8, 8), signs(70))
+    sharded, clean = sharded_bop(*params), sharded_bop(*others)
+    backward(*params, factor=5.0)
+    backward(*params, factor=7.0)
+    with pytest.raises(ValueError, match=r"step\(\) after 2 of 1 backward passes .* zero_grad\(\)"):
+        sharded.step()
+    sharded.zero_grad()
+    backward(*params, factor=3.0)  # a batch that is skipped
+    sharded.zero_grad()
+    for _ in range(2):
+        for each, optimizer in ((params, sharded), (others, clean)):
+            backward(*each)
+            optimizer.step()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(params, others, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(moments(sharded), moments(clean), strict=True))
+
+
+def test_replaced_parameters_are_named_as_the_cause() -> None:
+    model = nn.Linear(8, 8, bias=False)
+    sharded = sharded_bop(model.weight)
+    model.load_state_dict({"weight": torch.ones(8, 8)}, assign=True)
+    backward(model.weight)
+    with pytest.raises(ValueError, match=r"0 of 1 backward passes.*load_state_dict\(assign=True\) replaces them"):
+        sharded.step()
+
+
+def test_what_has_left_for_other_ranks_cannot_be_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    param = signs(8, 8)
+    sharded = sharded_bop(param)
+    backward(param)
+    monkeypatch.setattr(sharded._reduction, "world_size", 2)
+    with pytest.raises(ValueError, match="make the step, or start again from a checkpoint"):
+        sharded.zero_grad()
