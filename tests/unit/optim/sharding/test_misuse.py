@@ -1,4 +1,9 @@
-"""A sharded optimizer on one rank that is used wrongly: the error says so, and what can go on does."""
+"""A sharded optimizer on one rank that is used wrongly: the error says how to go on."""
+
+import copy
+import math
+import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -57,3 +62,38 @@ def test_what_has_left_for_other_ranks_cannot_be_forgotten(monkeypatch: pytest.M
     monkeypatch.setattr(sharded._reduction, "world_size", 2)
     with pytest.raises(ValueError, match="make the step, or start again from a checkpoint"):
         sharded.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be above 0, or None, not -1.0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm .* not nan"),
+        ({"num_replicas": -1}, "num_replicas must be a multiple of the 1 ranks, or None, not -1"),
+        ({"num_replicas": 0}, "num_replicas .* not 0"),
+        ({"check_every": 0}, "check_every must be at least 1, or None, not 0"),
+        ({"check_every": -3}, "check_every .* not -3"),
+        ({"bucket_numel": -5}, "bucket_numel must be at least 1, not -5"),
+        ({"grad_dtype": torch.float16}, "grad_dtype must be torch.float32 or torch.bfloat16, not torch.float16"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ShardedOptimizer(Bop([signs(4)], gamma=0.5, threshold=0.01), **options)
+
+
+def test_only_a_routed_optimizer_can_be_sharded() -> None:
+    with pytest.raises(ValueError, match="Adam .*RoutedOptimizer"):
+        ShardedOptimizer(torch.optim.Adam([signs(4)]))  # type: ignore[arg-type]
+
+
+def test_a_closure_is_refused() -> None:
+    with pytest.raises(ValueError, match="closure"):
+        sharded_bop(signs(4)).step(lambda: 0.0)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_copy_is_refused(duplicate: Any) -> None:
+    with pytest.raises(ValueError, match=r"ShardedOptimizer cannot be copied or pickled.*state_dict\(\)"):
+        duplicate(sharded_bop(signs(4)))
