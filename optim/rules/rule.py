@@ -12,7 +12,7 @@ refused there.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,6 +123,17 @@ def names_of(number: int, group: Group) -> list[str]:
     return group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
 
 
+def check_same_rules(groups: Sequence[Group], saved: Sequence[Group]) -> None:
+    """Raise ValueError unless the groups of a state_dict have the rules of `groups`: state of one
+    rule means nothing to another, even under the same keys."""
+    here, there = [group["rule"] for group in groups], [group.get("rule") for group in saved]
+    if here != there:
+        raise ValueError(
+            f"the state is of groups with the rules {there}, here they are {here}: load it into an optimizer of "
+            "those rules"
+        )
+
+
 class RoutedOptimizer(torch.optim.Optimizer):
     """Applies to each group the rule that its key "rule" names.
 
@@ -222,7 +233,14 @@ class RoutedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch.optim does, but keep state in fp32: torch casts it to the dtype of its
-        parameter, and bf16 would round it."""
+        parameter, and bf16 would round it.
+
+        Raises:
+            ValueError: it is of other rules, or of a ShardedOptimizer.
+        """
+        check_same_rules(self.param_groups, state_dict["param_groups"])
+        if "state" not in state_dict:
+            raise ValueError("the state is of a ShardedOptimizer, whose slices only another one can load")
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]

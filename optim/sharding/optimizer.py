@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bitfleet.optim.rules.rule import RoutedOptimizer, numbers_of
+from bitfleet.optim.rules.rule import RoutedOptimizer, check_same_rules, numbers_of
 from bitfleet.optim.rules.update_counts import UpdateCounts
 from bitfleet.optim.sharding import state as shard_state
 from bitfleet.optim.sharding.buckets import Bucket, make_buckets
@@ -421,8 +421,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         weights.
 
         Raises:
-            ValueError: it is of another layout.
+            ValueError: it is of another layout, of other rules, or not of a ShardedOptimizer.
         """
+        check_same_rules(self.param_groups, state_dict["param_groups"])
+        if "shard" not in state_dict:
+            raise ValueError("the state is not of a ShardedOptimizer: load it into the plain optimizer that saved it")
         self._settle()
         shard_state.load_(self.buckets, state_dict["shard"], state_dict["steps"])
         self.num_steps, self._num_skipped_steps = state_dict["num_steps"], state_dict.get("num_skipped_steps", 0)

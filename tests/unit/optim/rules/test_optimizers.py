@@ -64,6 +64,19 @@ def test_state_dict_continues_exactly(make) -> None:  # type: ignore[no-untyped-
     assert int(other.state[resumed]["step"]) == 20
 
 
+def test_state_of_another_rule_is_refused() -> None:
+    weight = nn.Parameter(signs(10))
+    bop, adam = Bop([weight], gamma=0.1, threshold=0.0), torch.optim.Adam([weight])
+    weight.grad = torch.ones_like(weight)
+    adam.step()
+    second = Bop2ndOrder([weight], gamma=0.1, sigma=0.1, threshold=0.0)
+    for other, rule in ((second, "'bop2ndorder'"), (adam, "None")):
+        with pytest.raises(ValueError, match=rf"rules \[{rule}\], here they are \['bop'\]"):
+            bop.load_state_dict(other.state_dict())
+    assert bop.param_groups[0]["rule"] == "bop"
+    assert not bop.state
+
+
 def test_state_keys_are_those_that_deepspeed_knows() -> None:
     weight = nn.Parameter(signs(10).to(torch.bfloat16))
     optimizer = Bop2ndOrder([weight], gamma=0.1, sigma=0.1, threshold=0.0)
@@ -153,7 +166,7 @@ def test_bf16_weights_keep_fp32_state(rule: str) -> None:
     for _ in range(3):
         model.weight.grad = torch.randn(20, 30).bfloat16()
         first.step()
-    second, _ = build_optimizer(copy.deepcopy(model), config, num_steps=10)
+    second, _ = build_optimizer(model, config, num_steps=10)
     second.load_state_dict(second.state_dict())
     assert second.steps() == {"weight": 0}
     second.load_state_dict(first.state_dict())

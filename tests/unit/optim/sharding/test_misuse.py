@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitfleet.optim import Bop, ShardedOptimizer
+from bitfleet.optim import Bop, OptimConfig, ShardedOptimizer, build_optimizer
 
 
 def signs(*shape: int) -> nn.Parameter:
@@ -97,3 +97,26 @@ def test_a_closure_is_refused() -> None:
 def test_a_copy_is_refused(duplicate: Any) -> None:
     with pytest.raises(ValueError, match=r"ShardedOptimizer cannot be copied or pickled.*state_dict\(\)"):
         duplicate(sharded_bop(signs(4)))
+
+
+def sharded_linear(rule: str) -> ShardedOptimizer:
+    model = nn.Linear(8, 8, bias=False)
+    model.weight.binary = True  # type: ignore[attr-defined]
+    return ShardedOptimizer(build_optimizer(model, OptimConfig(rule=rule), num_steps=10)[0])
+
+
+def test_state_of_another_rule_is_refused() -> None:
+    """bnew and bop2ndorder have the same keys of state."""
+    sharded, other = sharded_linear("bnew"), sharded_linear("bop2ndorder")
+    with pytest.raises(ValueError, match=r"rules \['bop2ndorder'\], here they are \['bnew'\]"):
+        sharded.load_state_dict(other.state_dict())
+    assert sharded.param_groups[0]["rule"] == "bnew"
+
+
+def test_sharded_and_plain_state_do_not_mix() -> None:
+    plain = Bop([signs(4)], gamma=0.5, threshold=0.01)
+    sharded = sharded_bop(signs(4))
+    with pytest.raises(ValueError, match="state is not of a ShardedOptimizer"):
+        sharded.load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match="state is of a ShardedOptimizer"):
+        plain.load_state_dict(sharded.state_dict())
