@@ -8,10 +8,9 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from bitfleet.optim.kernels.kernels import Correction
+from bitfleet.optim.kernels.kernels import Correction, check_correction
 from bitfleet.optim.param_groups import BINARY, DECAYED, FULL_PRECISION, check_claims, param_groups
 from bitfleet.optim.rules import adam, sgd
-from bitfleet.optim.rules.bop2ndorder import check_correction
 from bitfleet.optim.rules.rule import RULES, Group, RoutedOptimizer, binary_rules
 from bitfleet.optim.schedules import TO_END, HyperparameterScheduler, Schedule, constant
 from bitfleet.optim.transitions import KEY, TransitionConfig, check_transitions, target_of

@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -48,12 +48,20 @@ Number = float | Tensor
 _GATHER = sum(1 << (56 - 7 * i) for i in range(8))
 
 
+def check_correction(value: str) -> None:
+    """Raise ValueError unless `value` is a bias correction."""
+    if value not in get_args(Correction):
+        raise ValueError(f"correction must be one of {', '.join(get_args(Correction))}, not {value!r}")
+
+
 def bias_corrections(correction: Correction, gamma: float, sigma: float, step: int) -> tuple[float, float]:
     """Divisors of the first and the second moment at the 1-based `step`, in float64.
 
     Raises:
-        ValueError: one would be 0; the ratio would be NaN, which turns a weight into +1.
+        ValueError: one would be 0; the ratio would be NaN, which turns a weight into +1. Or there
+            is no such correction.
     """
+    check_correction(correction)
     if correction == "none":
         return 1.0, 1.0
     if not (gamma > 0.0 and sigma > 0.0):

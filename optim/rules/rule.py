@@ -123,6 +123,16 @@ def names_of(number: int, group: Group) -> list[str]:
     return group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
 
 
+def check_ranges(group: Group) -> None:
+    """Raise ValueError for a hyperparameter of `group` with which a rule would train nonsense."""
+    for name in ("gamma", "sigma", "alpha"):
+        if name in group and not 0.0 < group[name] <= 1.0:
+            raise ValueError(f"{name} must be in (0, 1], not {group[name]}")
+    for name in ("threshold", "lr", "latent_lr"):
+        if name in group and not group[name] >= 0.0:
+            raise ValueError(f"{name} must not be negative, not {group[name]}")
+
+
 def check_same_rules(groups: Sequence[Group], saved: Sequence[Group]) -> None:
     """Raise ValueError unless the groups of a state_dict have the rules of `groups`: state of one
     rule means nothing to another, even under the same keys."""
@@ -157,12 +167,14 @@ class RoutedOptimizer(torch.optim.Optimizer):
         """Add a group, as in torch.optim.
 
         Raises:
-            ValueError: it names no known rule.
+            ValueError: it names no known rule, or a hyperparameter is out of range.
         """
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        group = {**self.defaults, **param_group}
         if group.get("rule") not in RULES:
             raise ValueError(f"a parameter group names the rule {group.get('rule')!r}; known are {sorted(RULES)}")
+        check_ranges(group)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
         self._names |= zip(group["params"], names_of(len(self.param_groups) - 1, group), strict=True)
 
     def __getstate__(self) -> dict[str, Any]:

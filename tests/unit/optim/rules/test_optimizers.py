@@ -144,6 +144,24 @@ def test_bad_hyperparameters_are_named(options: dict[str, object], message: str)
         Bop2ndOrder([nn.Parameter(signs(4))], **(good | options))  # type: ignore[arg-type]
 
 
+def test_bad_hyperparameters_of_a_group_are_named() -> None:
+    with pytest.raises(ValueError, match=r"gamma must be in \(0, 1\], not 5.0"):
+        Bop([{"params": [nn.Parameter(signs(4))], "gamma": 5.0}], gamma=0.1, threshold=0.0)
+    optimizer = Bop([nn.Parameter(signs(4))], gamma=0.1, threshold=0.0)
+    for options in ({"gamma": float("nan")}, {"threshold": -1.0}, {"rule": "two_ema", "alpha": 2.0}):
+        with pytest.raises(ValueError, match=f"{list(options)[-1]} must "):
+            optimizer.add_param_group({"params": [nn.Parameter(signs(4))], **options})
+    with pytest.raises(ValueError, match="latent_lr must not be negative, not nan"):
+        RoutedOptimizer([nn.Parameter(signs(4))], {"rule": "sgdat", "latent_lr": float("nan"), "threshold": 0.0})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_an_unknown_correction_is_not_taken_for_adams() -> None:
+    tensors = signs(4), signs(4), torch.zeros(4), torch.zeros(4)
+    with pytest.raises(ValueError, match="correction must be one of none, as_coded, adam, not 'foo'"):
+        bop2ndorder_step_(*tensors, gamma=0.1, sigma=0.1, threshold=0.0, correction="foo")  # type: ignore[arg-type]
+
+
 def test_a_rate_of_one_needs_no_correction() -> None:
     weights = [nn.Parameter(signs(100)) for _ in range(2)]
     for weight, correction in zip(weights, ("adam", "none"), strict=True):
