@@ -23,6 +23,12 @@ def is_binary(param: nn.Parameter) -> bool:
     return bool(getattr(param, "binary", False))
 
 
+def check_patterns(name: str, patterns: Sequence[str]) -> None:
+    """Raise ValueError if `patterns` is a string: it would be read as one pattern per letter."""
+    if isinstance(patterns, str):
+        raise ValueError(f"{name} is {patterns!r}; expected a sequence of patterns, such as ({patterns!r},)")
+
+
 def param_groups(model: nn.Module, *, decayed: Sequence[str] = ()) -> list[Group]:
     """Split the trainable parameters of `model` into the groups binary, full_precision and
     full_precision_decayed.
@@ -38,6 +44,7 @@ def param_groups(model: nn.Module, *, decayed: Sequence[str] = ()) -> list[Group
     Raises:
         ValueError: a pattern matches no full-precision parameter, or nothing is trainable.
     """
+    check_patterns("decayed", decayed)
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {BINARY: [], FULL_PRECISION: [], DECAYED: []}
     unused = set(decayed)
     for name, param in model.named_parameters():
