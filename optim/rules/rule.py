@@ -133,6 +133,22 @@ def check_ranges(group: Group) -> None:
             raise ValueError(f"{name} must not be negative, not {group[name]}")
 
 
+def check_has_hyperparameters(group: Group) -> None:
+    """Raise ValueError if `group` lacks a key that its rule reads; an update of no weights finds
+    out."""
+    rule, nothing = RULES[group["rule"]], torch.empty(0)
+    state = {key: torch.empty(0) for key in rule.state_keys} | {"step": torch.ones(())}
+    try:
+        if rule.begin_ is not None:
+            group["seed"]
+        rule.update_(nothing, nothing, state, group | numbers_of(group, 1))
+    except KeyError as error:
+        raise ValueError(
+            f"a group of the rule {rule.name} has no {error}, which the rule reads: put it into the group or the "
+            "optimizer's defaults"
+        ) from error
+
+
 def check_same_rules(groups: Sequence[Group], saved: Sequence[Group]) -> None:
     """Raise ValueError unless the groups of a state_dict have the rules of `groups`: state of one
     rule means nothing to another, even under the same keys."""
@@ -188,7 +204,8 @@ class RoutedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: the rule starts with random state, and the parameters were replaced after
-                construction (DeepSpeed's ZeRO); or a group has transitions.
+                construction (DeepSpeed's ZeRO); or a group has transitions, or lacks what its rule
+                reads.
         """
         loss = None
         if closure is not None:
@@ -204,6 +221,7 @@ class RoutedOptimizer(torch.optim.Optimizer):
                     continue
                 state = self._state_of(param, group)
                 if state["step"] == 0:
+                    check_has_hyperparameters(group)
                     self._begin_(param, state, group)
                 state["step"] += 1
                 numbers = numbers_of(group, int(state["step"]))
@@ -262,17 +280,17 @@ class RoutedOptimizer(torch.optim.Optimizer):
                 self.state[param] |= {key: saved[key].to(param.device, torch.float32) for key in saved if key != "step"}
 
     def steps(self) -> dict[str, int]:
-        """Updates that each parameter has had; groups need "param_names"."""
+        """Updates that each parameter has had, by the names of `names_of`."""
         return {
             name: int(self.state[param]["step"]) if param in self.state else 0
-            for group in self.param_groups
-            for name, param in zip(group["param_names"], group["params"], strict=True)
+            for number, group in enumerate(self.param_groups)
+            for name, param in zip(names_of(number, group), group["params"], strict=True)
         }
 
     def load_steps(self, steps: dict[str, int]) -> None:
         """Set what `steps` returned; every parameter has state."""
-        for group in self.param_groups:
-            for name, param in zip(group["param_names"], group["params"], strict=True):
+        for number, group in enumerate(self.param_groups):
+            for name, param in zip(names_of(number, group), group["params"], strict=True):
                 self.state[param]["step"].fill_(steps[name])
 
     def _state_of(self, param: Tensor, group: Group) -> State:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bitfleet.optim.rules.rule import RoutedOptimizer, check_same_rules, numbers_of
+from bitfleet.optim.rules.rule import RoutedOptimizer, check_has_hyperparameters, check_same_rules, numbers_of
 from bitfleet.optim.rules.update_counts import UpdateCounts
 from bitfleet.optim.sharding import state as shard_state
 from bitfleet.optim.sharding.buckets import Bucket, make_buckets
@@ -534,6 +534,8 @@ def _check(
         raise ValueError(f"{name} has no rules to shard: expected a RoutedOptimizer, as build_optimizer returns")
     if optimizer.state:
         raise ValueError("the optimizer to shard has state already: wrap it before its first step")
+    for group in optimizer.param_groups:
+        check_has_hyperparameters(group)
     if grad_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"grad_dtype must be torch.float32 or torch.bfloat16, not {grad_dtype}")
     if bucket_numel < 1:

@@ -118,6 +118,8 @@ def test_table_counts_weights_and_state() -> None:
     assert ["1.weight", "8x8", "binary", "bop", "64", "256"] in [
         line.split() for line in routing_table(optimizer).splitlines()
     ]
+    plain = RoutedOptimizer([nn.Parameter(torch.ones(3))], {"rule": "bop", "gamma": 0.1, "threshold": 0.0})
+    assert ["0.0", "3", "0", "bop", "3", "12"] in [line.split() for line in routing_table(plain).splitlines()]
 
 
 @pytest.mark.parametrize("rule", [rule for rule in binary_rules() if RULES[rule].flips])

@@ -1,10 +1,19 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from bitfleet.optim import Bop, Bop2ndOrder, OptimConfig, RoutedOptimizer, bop2ndorder_step_, build_optimizer
+from bitfleet.optim import (
+    Bop,
+    Bop2ndOrder,
+    OptimConfig,
+    RoutedOptimizer,
+    ShardedOptimizer,
+    bop2ndorder_step_,
+    build_optimizer,
+)
 from bitfleet.optim.rules.rule import RULES, binary_rules
 
 
@@ -154,6 +163,39 @@ def test_bad_hyperparameters_of_a_group_are_named() -> None:
     with pytest.raises(ValueError, match="latent_lr must not be negative, not nan"):
         RoutedOptimizer([nn.Parameter(signs(4))], {"rule": "sgdat", "latent_lr": float("nan"), "threshold": 0.0})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("group", "missing"),
+    [
+        ({"rule": "bop", "threshold": 0.1}, "gamma"),
+        ({"rule": "bop2ndorder", "gamma": 0.1, "sigma": 0.1, "threshold": 0.1}, "correction"),
+        ({"rule": "latent_sgd", "latent_lr": 0.1, "seed": 1}, "momentum"),
+        ({"rule": "diode", "gamma": 0.1, "alpha": 0.1, "latent_lr": 0.1}, "seed"),
+        ({"rule": "keras_adam", "lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 0.0}, "eps"),
+    ],
+)
+def test_a_missing_hyperparameter_is_named(group: dict[str, Any], missing: str) -> None:
+    weight = nn.Parameter(signs(4))
+    optimizer = RoutedOptimizer([weight], group)
+    weight.grad = torch.ones(4)
+    message = f"a group of the rule {group['rule']} has no '{missing}'"
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    with pytest.raises(ValueError, match=message):
+        ShardedOptimizer(RoutedOptimizer([weight], group))
+    assert torch.equal(weight, signs(4))
+
+
+def test_steps_of_parameters_without_names() -> None:
+    weights = [nn.Parameter(signs(4)), nn.Parameter(signs(4))]
+    optimizer = Bop(weights, gamma=0.1, threshold=0.0)
+    weights[1].grad = torch.ones(4)
+    optimizer.step()
+    assert optimizer.steps() == {"0.0": 0, "0.1": 1}
+    optimizer.create_state()
+    optimizer.load_steps({"0.0": 5, "0.1": 2})
+    assert optimizer.steps() == {"0.0": 5, "0.1": 2}
 
 
 def test_an_unknown_correction_is_not_taken_for_adams() -> None:
