@@ -203,7 +203,7 @@ class HyperparameterScheduler:
 
     def _write(self) -> None:
         for group in self.optimizer.param_groups:
-            for key, schedule in self.schedules.get(group.get("name"), {}).items():
+            for key, schedule in self.schedules.get(group.get("name", ""), {}).items():
                 group[key] = schedule(self.num_steps_done)
 
     def step(self, **_: Any) -> None:

@@ -107,19 +107,6 @@ def bop2ndorder_bits_(
     flip_packed_(bits, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, numbers)
 
 
-def bop_bits_(bits: Tensor, grad: Tensor, exp_avg: Tensor, *, gamma: float, threshold: float) -> None:
-    """Apply `bop_step_` to packed weights, in place.
-
-    Args:
-        bits: uint8 [n / 8], the signs of n weights.
-        grad: fp32 or bf16 [n], gradient with respect to the +-1 weights.
-        exp_avg: fp32 [n], moment.
-        gamma: rate of the moment, in (0, 1].
-        threshold: flip above it, not negative.
-    """
-    flip_packed_(bits, grad, {"exp_avg": exp_avg}, {"gamma": gamma, "threshold": threshold})
-
-
 class Slice(NamedTuple):
     """Tensors that an update reads and writes; Bop has no second moment."""
 
