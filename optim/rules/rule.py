@@ -221,7 +221,6 @@ class RoutedOptimizer(torch.optim.Optimizer):
                     continue
                 state = self._state_of(param, group)
                 if state["step"] == 0:
-                    check_has_hyperparameters(group)
                     self._begin_(param, state, group)
                 state["step"] += 1
                 numbers = numbers_of(group, int(state["step"]))
@@ -232,6 +231,7 @@ class RoutedOptimizer(torch.optim.Optimizer):
 
     def _begin_(self, param: Tensor, state: State, group: Group) -> None:
         """Fill the state of a parameter where the rule asks for it, unless `start_signs` did."""
+        check_has_hyperparameters(group)
         rule = RULES[group["rule"]]
         if rule.begin_ is None or any(bool(state[key].any()) for key in rule.state_keys):
             return

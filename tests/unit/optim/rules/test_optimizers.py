@@ -182,6 +182,11 @@ def test_a_missing_hyperparameter_is_named(group: dict[str, Any], missing: str) 
     message = f"a group of the rule {group['rule']} has no '{missing}'"
     with pytest.raises(ValueError, match=message):
         optimizer.step()
+    if RULES[group["rule"]].flips:
+        weight.data /= 2
+        with pytest.raises(ValueError, match=message):
+            optimizer.start_signs()
+        weight.data *= 2
     with pytest.raises(ValueError, match=message):
         ShardedOptimizer(RoutedOptimizer([weight], group))
     assert torch.equal(weight, signs(4))
