@@ -8,12 +8,11 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from bitfleet.optim.kernels.kernels import Correction
-from bitfleet.optim.param_groups import BINARY, DECAYED, FULL_PRECISION, check_claims, param_groups
+from bitfleet.optim.kernels.kernels import Correction, check_correction
+from bitfleet.optim.param_groups import BINARY, DECAYED, FULL_PRECISION, check_claims, check_patterns, param_groups
 from bitfleet.optim.rules import adam, sgd
-from bitfleet.optim.rules.bop2ndorder import check_correction
 from bitfleet.optim.rules.rule import RULES, Group, RoutedOptimizer, binary_rules
-from bitfleet.optim.schedules import TO_END, HyperparameterScheduler, Schedule, constant
+from bitfleet.optim.schedules import TO_END, Schedule, check_is_schedule, constant
 from bitfleet.optim.transitions import KEY, TransitionConfig, check_transitions, target_of
 
 FullPrecision = Literal["keras_adam", "adam", "keras_sgd"]
@@ -83,6 +82,10 @@ class OptimConfig:
     """Controller that drives one of the hyperparameters by the rate of flips."""
 
     def __post_init__(self) -> None:
+        for name in ("gamma", "sigma", "threshold", "alpha", "latent_lr", "lr"):
+            if name == "lr" or getattr(self, name) is not None:
+                check_is_schedule(f"optim.{name}", getattr(self, name))
+        check_patterns("optim.decayed", self.decayed)
         defaults = defaults_of(self.rule)
         for field in dataclasses.fields(self):
             if field.name in defaults:
@@ -104,8 +107,8 @@ class OptimConfig:
         check_transitions(self.transitions, self.rule, getattr(self, self.transitions.drives, None))
         if not 0.0 <= self.init_inertia < math.inf:
             raise ValueError(f"optim.init_inertia must be finite and not negative, not {self.init_inertia}")
-        if not self.weight_decay >= 0.0:
-            raise ValueError(f"optim.weight_decay must not be negative, not {self.weight_decay}")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ValueError(f"optim.weight_decay must be finite and not negative, not {self.weight_decay}")
         if (self.weight_decay > 0.0) != bool(self.decayed):
             raise ValueError("optim.weight_decay and optim.decayed go together: one of them is set without the other")
 
@@ -230,5 +233,6 @@ def build_optimizer(
         group["name"]: {key: lasting(schedule) for key, schedule in schedules[group["name"]].items()}
         for group in optimizer.param_groups
     }
-    HyperparameterScheduler(optimizer, used)
+    for group in optimizer.param_groups:  # now, and not before: a schedule may start at 0, a constant must not
+        group |= {key: schedule(0) for key, schedule in used[group["name"]].items()}
     return optimizer, used

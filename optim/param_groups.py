@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from bitfleet.optim.rules.rule import RULES, Group
+from bitfleet.optim.rules.rule import RULES, Group, names_of
 
 BINARY = "binary"
 FULL_PRECISION = "full_precision"
@@ -21,6 +21,12 @@ DECAYED = "full_precision_decayed"
 def is_binary(param: nn.Parameter) -> bool:
     """Return True if the layer that owns `param` marked it as a tensor of +-1."""
     return bool(getattr(param, "binary", False))
+
+
+def check_patterns(name: str, patterns: Sequence[str]) -> None:
+    """Raise ValueError if `patterns` is a string: it would be read as one pattern per letter."""
+    if isinstance(patterns, str):
+        raise ValueError(f"{name} is {patterns!r}; expected a sequence of patterns, such as ({patterns!r},)")
 
 
 def param_groups(model: nn.Module, *, decayed: Sequence[str] = ()) -> list[Group]:
@@ -38,6 +44,7 @@ def param_groups(model: nn.Module, *, decayed: Sequence[str] = ()) -> list[Group
     Raises:
         ValueError: a pattern matches no full-precision parameter, or nothing is trainable.
     """
+    check_patterns("decayed", decayed)
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {BINARY: [], FULL_PRECISION: [], DECAYED: []}
     unused = set(decayed)
     for name, param in model.named_parameters():
@@ -80,13 +87,14 @@ def routing_table(optimizer: Optimizer) -> str:
     """
     rows = [("parameter", "shape", "group", "rule", "weights", "state bytes")]
     totals: dict[str, tuple[int, int]] = {}
-    for group in optimizer.param_groups:
-        for name, param in zip(group["param_names"], group["params"], strict=True):
+    for number, group in enumerate(optimizer.param_groups):
+        group_name = group.get("name", str(number))
+        for name, param in zip(names_of(number, group), group["params"], strict=True):
             state_bytes = 4 * len(RULES[group["rule"]].state_keys) * param.numel()
             shape = "x".join(map(str, param.shape))
-            rows.append((name, shape, group["name"], group["rule"], f"{param.numel():,}", f"{state_bytes:,}"))
-            count, size = totals.get(group["name"], (0, 0))
-            totals[group["name"]] = (count + param.numel(), size + state_bytes)
+            rows.append((name, shape, group_name, group["rule"], f"{param.numel():,}", f"{state_bytes:,}"))
+            count, size = totals.get(group_name, (0, 0))
+            totals[group_name] = (count + param.numel(), size + state_bytes)
     for group_name, (count, size) in totals.items():
         rows.append(("total", "", group_name, "", f"{count:,}", f"{size:,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

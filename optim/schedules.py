@@ -156,6 +156,12 @@ class Schedule:
         return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
+def check_is_schedule(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a `Schedule`, as a plain number is not."""
+    if not isinstance(value, Schedule):
+        raise ValueError(f"{name} is {value!r}; expected a Schedule, such as constant(1e-4)")
+
+
 def constant(value: float) -> Schedule:
     """Return a schedule with the same value at every step."""
     return Schedule(start=value)
@@ -174,13 +180,22 @@ class HyperparameterScheduler:
         schedules: group name -> hyperparameter -> schedule, every length filled in.
 
     On construction the groups get the values of step 0.
+
+    Raises:
+        ValueError: no group has such a name, or the group no such hyperparameter.
     """
 
     def __init__(self, optimizer: Optimizer, schedules: Mapping[str, Mapping[str, Schedule]]) -> None:
-        names = {group["name"] for group in optimizer.param_groups}
-        unknown = sorted(set(schedules) - names)
-        if unknown:
-            raise ValueError(f"schedules for unknown parameter groups {unknown}; the groups are {sorted(names)}")
+        groups = {group["name"]: group for group in optimizer.param_groups if "name" in group}
+        if unknown := sorted(set(schedules) - set(groups)):
+            raise ValueError(
+                f"schedules for unknown parameter groups {unknown}; the groups are {sorted(groups)}, each by its "
+                'key "name"'
+            )
+        for name, by_key in schedules.items():
+            if unknown := sorted(set(by_key) - set(groups[name])):
+                known = sorted(set(groups[name]) - {"name", "params", "param_names", "rule"})
+                raise ValueError(f"schedules for {unknown}, which the group {name!r} does not have; it has {known}")
         self.optimizer = optimizer
         self.schedules = schedules
         self.num_steps_done = 0
@@ -188,7 +203,7 @@ class HyperparameterScheduler:
 
     def _write(self) -> None:
         for group in self.optimizer.param_groups:
-            for key, schedule in self.schedules.get(group["name"], {}).items():
+            for key, schedule in self.schedules.get(group.get("name", ""), {}).items():
                 group[key] = schedule(self.num_steps_done)
 
     def step(self, **_: Any) -> None:

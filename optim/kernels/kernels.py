@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -48,12 +48,20 @@ Number = float | Tensor
 _GATHER = sum(1 << (56 - 7 * i) for i in range(8))
 
 
+def check_correction(value: str) -> None:
+    """Raise ValueError unless `value` is a bias correction."""
+    if value not in get_args(Correction):
+        raise ValueError(f"correction must be one of {', '.join(get_args(Correction))}, not {value!r}")
+
+
 def bias_corrections(correction: Correction, gamma: float, sigma: float, step: int) -> tuple[float, float]:
     """Divisors of the first and the second moment at the 1-based `step`, in float64.
 
     Raises:
-        ValueError: one would be 0; the ratio would be NaN, which turns a weight into +1.
+        ValueError: one would be 0; the ratio would be NaN, which turns a weight into +1. Or there
+            is no such correction.
     """
+    check_correction(correction)
     if correction == "none":
         return 1.0, 1.0
     if not (gamma > 0.0 and sigma > 0.0):
@@ -97,19 +105,6 @@ def bop2ndorder_bits_(
     if correction != "none":
         numbers |= zip(("divisor", "divisor_sq"), bias_corrections(correction, gamma, sigma, step), strict=True)
     flip_packed_(bits, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, numbers)
-
-
-def bop_bits_(bits: Tensor, grad: Tensor, exp_avg: Tensor, *, gamma: float, threshold: float) -> None:
-    """Apply `bop_step_` to packed weights, in place.
-
-    Args:
-        bits: uint8 [n / 8], the signs of n weights.
-        grad: fp32 or bf16 [n], gradient with respect to the +-1 weights.
-        exp_avg: fp32 [n], moment.
-        gamma: rate of the moment, in (0, 1].
-        threshold: flip above it, not negative.
-    """
-    flip_packed_(bits, grad, {"exp_avg": exp_avg}, {"gamma": gamma, "threshold": threshold})
 
 
 class Slice(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bitfleet.optim.kernels.kernels import flip_packed_
-from bitfleet.optim.rules.bop2ndorder import check_rate, check_threshold, flip_, seed_average_
+from bitfleet.optim.rules.bop2ndorder import flip_, seed_average_
 from bitfleet.optim.rules.rule import Group, RoutedOptimizer, Rule, State, register, unchanged
 from bitfleet.optim.schedules import constant
 
@@ -73,6 +73,4 @@ class Bop(RoutedOptimizer):
     """
 
     def __init__(self, params: Iterable[Any], *, gamma: float, threshold: float) -> None:
-        check_rate("gamma", gamma)
-        check_threshold(threshold)
         super().__init__(params, {"rule": "bop", "gamma": gamma, "threshold": threshold})

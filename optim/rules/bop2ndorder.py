@@ -22,12 +22,12 @@ The published ImageNet runs and 91.9 % on CIFAR-10 use "none", 91.4 % on CIFAR-1
 
 import math
 from collections.abc import Iterable
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitfleet.optim.kernels.kernels import EPS, Correction, bias_corrections, flip_packed_
+from bitfleet.optim.kernels.kernels import EPS, Correction, bias_corrections, check_correction, flip_packed_
 from bitfleet.optim.rules.rule import Group, RoutedOptimizer, Rule, State, register
 from bitfleet.optim.schedules import constant
 
@@ -80,24 +80,6 @@ def bop2ndorder_step_(
     else:
         ratio = (exp_avg / divisor) / ((exp_avg_sq / divisor_sq).sqrt() + EPS)
     flip_(weight, weight * ratio, threshold, exp_avg)
-
-
-def check_rate(name: str, value: float) -> None:
-    """Raise ValueError unless `value` can be the rate of a moving average."""
-    if not 0.0 < value <= 1.0:
-        raise ValueError(f"{name} must be in (0, 1], not {value}")
-
-
-def check_threshold(value: float) -> None:
-    """Raise ValueError unless `value` can be a threshold."""
-    if not value >= 0.0:
-        raise ValueError(f"threshold must not be negative, not {value}")
-
-
-def check_correction(value: str) -> None:
-    """Raise ValueError unless `value` is a bias correction."""
-    if value not in get_args(Correction):
-        raise ValueError(f"correction must be one of {', '.join(get_args(Correction))}, not {value!r}")
 
 
 def _numbers(group: Group, step: int) -> dict[str, float]:
@@ -201,9 +183,6 @@ class Bop2ndOrder(RoutedOptimizer):
         threshold: float,
         correction: Correction = "none",
     ) -> None:
-        check_rate("gamma", gamma)
-        check_rate("sigma", sigma)
-        check_threshold(threshold)
         check_correction(correction)
         defaults = {"gamma": gamma, "sigma": sigma, "threshold": threshold, "correction": correction}
         super().__init__(params, {"rule": "bop2ndorder", **defaults})

@@ -9,6 +9,7 @@ ReActNet (arXiv 2003.03488), Real-to-Binary (arXiv 2003.11535). As torch.optim.A
 Weights start as real values with model.initial_weights "real".
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,8 +31,8 @@ def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
 
 
 def _check(hyperparameters: Mapping[str, Any]) -> None:
-    if not hyperparameters["latent_decay"] >= 0.0:
-        raise ValueError(f"optim.latent_decay must not be negative, not {hyperparameters['latent_decay']}")
+    if not 0.0 <= hyperparameters["latent_decay"] < math.inf:
+        raise ValueError(f"optim.latent_decay must be finite and not negative, not {hyperparameters['latent_decay']}")
 
 
 register(

@@ -12,7 +12,7 @@ refused there.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,6 +123,43 @@ def names_of(number: int, group: Group) -> list[str]:
     return group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
 
 
+def check_ranges(group: Group) -> None:
+    """Raise ValueError for a hyperparameter of `group` with which a rule would train nonsense."""
+    for name in ("gamma", "sigma", "alpha"):
+        if name in group and not 0.0 < group[name] <= 1.0:
+            raise ValueError(f"{name} must be in (0, 1], not {group[name]}")
+    for name in ("threshold", "lr", "latent_lr"):
+        if name in group and not group[name] >= 0.0:
+            raise ValueError(f"{name} must not be negative, not {group[name]}")
+
+
+def check_has_hyperparameters(group: Group) -> None:
+    """Raise ValueError if `group` lacks a key that its rule reads; an update of no weights finds
+    out."""
+    rule, nothing = RULES[group["rule"]], torch.empty(0)
+    state = {key: torch.empty(0) for key in rule.state_keys} | {"step": torch.ones(())}
+    try:
+        if rule.begin_ is not None:
+            group["seed"]
+        rule.update_(nothing, nothing, state, group | numbers_of(group, 1))
+    except KeyError as error:
+        raise ValueError(
+            f"a group of the rule {rule.name} has no {error}, which the rule reads: put it into the group or the "
+            "optimizer's defaults"
+        ) from error
+
+
+def check_same_rules(groups: Sequence[Group], saved: Sequence[Group]) -> None:
+    """Raise ValueError unless the groups of a state_dict have the rules of `groups`: state of one
+    rule means nothing to another, even under the same keys."""
+    here, there = [group["rule"] for group in groups], [group.get("rule") for group in saved]
+    if here != there:
+        raise ValueError(
+            f"the state is of groups with the rules {there}, here they are {here}: load it into an optimizer of "
+            "those rules"
+        )
+
+
 class RoutedOptimizer(torch.optim.Optimizer):
     """Applies to each group the rule that its key "rule" names.
 
@@ -146,12 +183,14 @@ class RoutedOptimizer(torch.optim.Optimizer):
         """Add a group, as in torch.optim.
 
         Raises:
-            ValueError: it names no known rule.
+            ValueError: it names no known rule, or a hyperparameter is out of range.
         """
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        group = {**self.defaults, **param_group}
         if group.get("rule") not in RULES:
             raise ValueError(f"a parameter group names the rule {group.get('rule')!r}; known are {sorted(RULES)}")
+        check_ranges(group)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
         self._names |= zip(group["params"], names_of(len(self.param_groups) - 1, group), strict=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -165,7 +204,8 @@ class RoutedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: the rule starts with random state, and the parameters were replaced after
-                construction (DeepSpeed's ZeRO); or a group has transitions.
+                construction (DeepSpeed's ZeRO); or a group has transitions, or lacks what its rule
+                reads.
         """
         loss = None
         if closure is not None:
@@ -191,6 +231,7 @@ class RoutedOptimizer(torch.optim.Optimizer):
 
     def _begin_(self, param: Tensor, state: State, group: Group) -> None:
         """Fill the state of a parameter where the rule asks for it, unless `start_signs` did."""
+        check_has_hyperparameters(group)
         rule = RULES[group["rule"]]
         if rule.begin_ is None or any(bool(state[key].any()) for key in rule.state_keys):
             return
@@ -222,7 +263,14 @@ class RoutedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch.optim does, but keep state in fp32: torch casts it to the dtype of its
-        parameter, and bf16 would round it."""
+        parameter, and bf16 would round it.
+
+        Raises:
+            ValueError: it is of other rules, or of a ShardedOptimizer.
+        """
+        check_same_rules(self.param_groups, state_dict["param_groups"])
+        if "state" not in state_dict:
+            raise ValueError("the state is of a ShardedOptimizer, whose slices only another one can load")
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
@@ -232,17 +280,17 @@ class RoutedOptimizer(torch.optim.Optimizer):
                 self.state[param] |= {key: saved[key].to(param.device, torch.float32) for key in saved if key != "step"}
 
     def steps(self) -> dict[str, int]:
-        """Updates that each parameter has had; groups need "param_names"."""
+        """Updates that each parameter has had, by the names of `names_of`."""
         return {
             name: int(self.state[param]["step"]) if param in self.state else 0
-            for group in self.param_groups
-            for name, param in zip(group["param_names"], group["params"], strict=True)
+            for number, group in enumerate(self.param_groups)
+            for name, param in zip(names_of(number, group), group["params"], strict=True)
         }
 
     def load_steps(self, steps: dict[str, int]) -> None:
         """Set what `steps` returned; every parameter has state."""
-        for group in self.param_groups:
-            for name, param in zip(group["param_names"], group["params"], strict=True):
+        for number, group in enumerate(self.param_groups):
+            for name, param in zip(names_of(number, group), group["params"], strict=True):
                 self.state[param]["step"].fill_(steps[name])
 
     def _state_of(self, param: Tensor, group: Group) -> State:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bitfleet.optim.rules.rule import RoutedOptimizer, numbers_of
+from bitfleet.optim.rules.rule import RoutedOptimizer, check_has_hyperparameters, check_same_rules, numbers_of
 from bitfleet.optim.rules.update_counts import UpdateCounts
 from bitfleet.optim.sharding import state as shard_state
 from bitfleet.optim.sharding.buckets import Bucket, make_buckets
@@ -53,7 +53,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
        others. They are unpacked into the parameters.
 
     With one rank no collective runs. A parameter that no rank used in a step, or that is frozen
-    when the optimizer is built, is skipped, as in a plain optimizer.
+    when the optimizer is built, is skipped, as in a plain optimizer. Parameters become contiguous:
+    channels_last is lost. After backward they have no `grad` that could be clipped; see
+    `max_grad_norm`.
 
     Args:
         optimizer: holds groups and hyperparameters (the groups are shared, so schedules may write
@@ -93,17 +95,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         defers: bool | None = None,
         scales_loss: bool = False,
     ) -> None:
-        if grad_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"grad_dtype must be torch.float32 or torch.bfloat16, not {grad_dtype}")
-        if optimizer.state:
-            raise ValueError("the optimizer to shard has state already: wrap it before its first step")
+        _check(optimizer, grad_dtype, bucket_numel, max_grad_norm, check_every)
         self.process_group = process_group
         self.rank, self.world_size = (
             (dist.get_rank(process_group), dist.get_world_size(process_group)) if dist.is_initialized() else (0, 1)
         )
-        self.num_replicas = num_replicas or self.world_size
-        if self.num_replicas % self.world_size:
-            raise ValueError(f"num_replicas is {num_replicas}, which {self.world_size} ranks cannot share equally")
+        self.num_replicas = self.world_size if num_replicas is None else num_replicas
+        if self.num_replicas < 1 or self.num_replicas % self.world_size:
+            raise ValueError(
+                f"num_replicas must be a multiple of the {self.world_size} ranks, or None, not {num_replicas}"
+            )
         self.max_grad_norm, self.check_every = max_grad_norm, check_every
         self.observers: list[Observer] = []
         """Called for every update of a binary bucket on this rank, after the update and before the
@@ -151,11 +152,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Reduce what is left, update the slices and gather the weights; every rank calls this.
 
         Raises:
-            ValueError: backward has not run num_replicas / N times since the last step, or the
-                model was moved, frozen or unfrozen since the optimizer was built.
+            ValueError: backward has not run num_replicas / N times since the last step; the model
+                was moved, frozen or unfrozen since the optimizer was built; or there is a closure.
             WeightsDiffer: the weights of a rank differ (`check_every`).
         """
-        assert closure is None, "a closure cannot be run again by a sharded optimizer"
+        if closure is not None:
+            raise ValueError("step() of a ShardedOptimizer takes no closure: run backward before it")
         for bucket in self.buckets:
             bucket.check_parameters()
         self._reduction.check_complete()
@@ -362,7 +364,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Forget the gradients of a step that was started, as after a backward pass that raised.
 
         Raises:
-            ValueError: some of them have left for other ranks already.
+            ValueError: some of them have left for other ranks already. One rank can always forget.
         """
         super().zero_grad(set_to_none)
         self._reduction.forget()
@@ -384,9 +386,24 @@ class ShardedOptimizer(torch.optim.Optimizer):
         them."""
         self._reduction.close()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse copies and pickles: neither the buckets' views nor the hooks would survive.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a ShardedOptimizer cannot be copied or pickled: load its state_dict() into one that is built for the "
+            "other parameters"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's share of the state and the hyperparameters, to be loaded on the same
-        rank of as many."""
+        rank of as many.
+
+        Tensors are the optimizer's own, as in torch.optim: the next step changes them, but not the
+        counts. copy.deepcopy keeps the state of now.
+        """
         groups = [{k: value for k, value in group.items() if k not in ("params", KEY)} for group in self.param_groups]
         self._settle()
         return {
@@ -404,8 +421,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         weights.
 
         Raises:
-            ValueError: it is of another layout.
+            ValueError: it is of another layout, of other rules, or not of a ShardedOptimizer.
         """
+        check_same_rules(self.param_groups, state_dict["param_groups"])
+        if "shard" not in state_dict:
+            raise ValueError("the state is not of a ShardedOptimizer: load it into the plain optimizer that saved it")
         self._settle()
         shard_state.load_(self.buckets, state_dict["shard"], state_dict["steps"])
         self.num_steps, self._num_skipped_steps = state_dict["num_steps"], state_dict.get("num_skipped_steps", 0)
@@ -499,3 +519,28 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for segment, step in zip(bucket.segments, bucket.steps, strict=True):
                 result[segment.name]["step"] = torch.tensor(float(step))
         return result
+
+
+def _check(
+    optimizer: RoutedOptimizer,
+    grad_dtype: torch.dtype,
+    bucket_numel: int,
+    max_grad_norm: float | None,
+    check_every: int | None,
+) -> None:
+    """Raise ValueError for arguments of `ShardedOptimizer` that make no sense on any rank."""
+    if not isinstance(optimizer, RoutedOptimizer):
+        name = type(optimizer).__name__
+        raise ValueError(f"{name} has no rules to shard: expected a RoutedOptimizer, as build_optimizer returns")
+    if optimizer.state:
+        raise ValueError("the optimizer to shard has state already: wrap it before its first step")
+    for group in optimizer.param_groups:
+        check_has_hyperparameters(group)
+    if grad_dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"grad_dtype must be torch.float32 or torch.bfloat16, not {grad_dtype}")
+    if bucket_numel < 1:
+        raise ValueError(f"bucket_numel must be at least 1, not {bucket_numel}")
+    if max_grad_norm is not None and not max_grad_norm > 0.0:
+        raise ValueError(f"max_grad_norm must be above 0, or None, not {max_grad_norm}")
+    if check_every is not None and check_every < 1:
+        raise ValueError(f"check_every must be at least 1, or None, not {check_every}")

@@ -331,9 +331,17 @@ class Reduction:
 
     def check_complete(self) -> None:
         """Raise ValueError unless this rank has made all its backward passes of a step."""
-        local_replicas = self.num_replicas // self.world_size
-        if self._replicas_done != local_replicas:
-            raise ValueError(f"step() after {self._replicas_done} of {local_replicas} backward passes of this rank")
+        expected, done = self.num_replicas // self.world_size, self._replicas_done
+        if done == 0:
+            raise ValueError(
+                f"step() after 0 of {expected} backward passes of this rank: none has reached the parameters that the "
+                "optimizer was built with (load_state_dict(assign=True) replaces them: build it afterwards)"
+            )
+        if done != expected:
+            raise ValueError(
+                f"step() after {done} of {expected} backward passes of this rank: expected {expected} "
+                "(num_replicas / ranks) since the last step() or zero_grad()"
+            )
 
     def take(self) -> list[Tensor]:
         """Wait for all reductions; return the reduced slice of every bucket, fp32, which now
@@ -349,10 +357,14 @@ class Reduction:
         Raises:
             ValueError: some of them have left for other ranks already.
         """
-        if self._flights or self._reduced:
-            raise ValueError("zero_grad() between backward and step(): gradients are under way to the other ranks")
-        self._in_backward, self._replicas_done = False, 0
+        if self.world_size > 1 and (self._flights or self._reduced):
+            raise ValueError(
+                "zero_grad() between backward and step(): gradients are under way to the other ranks: make the step, "
+                "or start again from a checkpoint"
+            )
+        self._in_backward, self._replicas_done, self._next = False, 0, 0
         self._arrived.clear()
+        self._reduced.clear()
         for bucket in self.buckets:
             bucket.forget_gradients()
 

@@ -54,7 +54,15 @@ class Seeding:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Fill the state of the rules that flip weights."""
+        """Fill the state of the rules that flip weights.
+
+        Raises:
+            ValueError: no gradients were taken in.
+        """
+        if self.num_taken == 0:
+            raise ValueError(
+                "finish() of a Seeding after 0 steps with finite gradients: run backward and take() before it"
+            )
         for bucket, squares in zip(self._sharded.buckets, self._squares, strict=True):
             seed_ = bucket.rule.seed_
             if seed_ is None:

@@ -23,7 +23,7 @@ from bitfleet.optim import (
     is_binary,
 )
 from bitfleet.optim.kernels.bits import pack_signs, popcount, unpack_signs
-from bitfleet.optim.kernels.kernels import bop2ndorder_bits_, bop_bits_
+from bitfleet.optim.kernels.kernels import bop2ndorder_bits_, flip_packed_
 from tests.conftest import REPOSITORY
 from tests.golden import recipe
 
@@ -60,8 +60,11 @@ class RuleState:
         """Update with a gradient [n] on the CPU; `step` counts from 1."""
         grad = grad.to(self.weights.device)
         if self.variant == "bop":
-            bop = bop_step_ if self.form == "weights" else bop_bits_
-            bop(self.weights, grad, self.exp_avg, gamma=gamma, threshold=threshold)
+            if self.form == "weights":
+                bop_step_(self.weights, grad, self.exp_avg, gamma=gamma, threshold=threshold)
+            else:
+                numbers = {"gamma": gamma, "threshold": threshold}
+                flip_packed_(self.weights, grad, {"exp_avg": self.exp_avg}, numbers)
             return
         bop2ndorder: Any = bop2ndorder_step_ if self.form == "weights" else bop2ndorder_bits_
         rates = {"gamma": gamma, "sigma": sigma, "threshold": threshold, "correction": self.variant, "step": step}

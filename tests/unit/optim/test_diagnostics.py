@@ -176,7 +176,7 @@ def test_a_rule_without_a_ratio_leaves_out_what_needs_it(monkeypatch: pytest.Mon
 
 
 def test_no_binary_weights() -> None:
-    _, sharded = make({"rule": "keras_adam", "betas": (0.9, 0.999), "eps": 1e-7, "lr": 1e-2})
+    _, sharded = make({"rule": "keras_adam", "betas": (0.9, 0.999), "eps": 1e-7, "lr": 1e-2, "weight_decay": 0.0})
     with pytest.raises(ValueError, match="keras_adam"):
         BitDiagnostics(sharded)
     sharded.close()

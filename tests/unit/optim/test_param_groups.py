@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -56,6 +57,8 @@ def test_a_pattern_without_a_parameter_is_an_error() -> None:
         param_groups(network(), decayed=["3.weight"])
     with pytest.raises(ValueError, match=r"\['1.weight'\]"):  # binary weights have no decay
         param_groups(network(), decayed=["1.weight"])
+    with pytest.raises(ValueError, match=r"decayed is '\*.weight'; expected a sequence"):
+        param_groups(network(), decayed="*.weight")
 
 
 def test_missing_and_foreign_claims_are_named() -> None:
@@ -115,6 +118,8 @@ def test_table_counts_weights_and_state() -> None:
     assert ["1.weight", "8x8", "binary", "bop", "64", "256"] in [
         line.split() for line in routing_table(optimizer).splitlines()
     ]
+    plain = RoutedOptimizer([nn.Parameter(torch.ones(3))], {"rule": "bop", "gamma": 0.1, "threshold": 0.0})
+    assert ["0.0", "3", "0", "bop", "3", "12"] in [line.split() for line in routing_table(plain).splitlines()]
 
 
 @pytest.mark.parametrize("rule", [rule for rule in binary_rules() if RULES[rule].flips])
@@ -161,7 +166,14 @@ def test_another_rule_keeps_what_both_have() -> None:
         ({"correction": "adam", "gamma": linear(1e-3, 0.0)}, "optim.gamma must not end at 0"),
         ({"correction": "as_coded", "gamma": linear(0.0, 1e-3)}, "optim.gamma must not start at 0"),
         ({"correction": "as-coded"}, "correction must be one of none, as_coded, adam, not 'as-coded'"),
-        ({"weight_decay": -1.0}, "weight_decay must not be negative"),
+        ({"gamma": 1e-4}, "optim.gamma is 0.0001; expected a Schedule"),
+        ({"lr": 1e-3}, "optim.lr is 0.001; expected a Schedule"),
+        ({"lr": None}, "optim.lr is None; expected a Schedule"),
+        ({"rule": "latent_adam", "latent_lr": 1e-3}, "optim.latent_lr is 0.001; expected a Schedule"),
+        ({"decayed": "*weight", "weight_decay": 0.1}, r"optim.decayed is '\*weight'; expected a sequence of patterns"),
+        ({"weight_decay": -1.0}, "weight_decay must be finite and not negative"),
+        ({"weight_decay": math.inf, "decayed": ("x",)}, "weight_decay must be finite and not negative, not inf"),
+        ({"rule": "real_adam", "latent_decay": math.inf}, "latent_decay must be finite and not negative, not inf"),
         ({"weight_decay": 1e-6}, "go together"),
         ({"decayed": ("x",)}, "go together"),
         (

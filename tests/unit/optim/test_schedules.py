@@ -134,3 +134,18 @@ def test_scheduler_refuses_a_group_that_is_not_there() -> None:
     )
     with pytest.raises(ValueError, match=r"\['binry'\].*\['binary'\]"):
         HyperparameterScheduler(optimizer, {"binry": {"gamma": constant(0.1)}})
+
+
+def test_scheduler_refuses_a_hyperparameter_that_is_not_there() -> None:
+    optimizer = Bop2ndOrder(
+        [{"params": [torch.nn.Parameter(torch.ones(3))], "name": "binary"}], gamma=1, sigma=1, threshold=0
+    )
+    with pytest.raises(ValueError, match=r"\['gama'\], which the group 'binary' .* it has \['correction', 'gamma', "):
+        HyperparameterScheduler(optimizer, {"binary": {"gama": constant(0.1)}})
+
+
+def test_scheduler_passes_by_groups_without_a_name() -> None:
+    optimizer = Bop2ndOrder([torch.nn.Parameter(torch.ones(3))], gamma=1, sigma=1, threshold=0)
+    HyperparameterScheduler(optimizer, {}).step()
+    with pytest.raises(ValueError, match=r"\['binary'\]; the groups are \[\], each by its key \"name\""):
+        HyperparameterScheduler(optimizer, {"binary": {"gamma": constant(0.1)}})

@@ -20,7 +20,7 @@ from bitfleet import c_library
 from bitfleet.optim import bop2ndorder_step_, bop_step_
 from bitfleet.optim.kernels import kernels, triton_kernels
 from bitfleet.optim.kernels.bits import pack_signs, unpack_signs
-from bitfleet.optim.kernels.kernels import EPS, Correction, bop2ndorder_bits_, bop_bits_
+from bitfleet.optim.kernels.kernels import EPS, Correction, bop2ndorder_bits_, flip_packed_
 from tests.conftest import run_command
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -97,7 +97,7 @@ class Twins:
 
     def bop(self, grad: Tensor, **rates: float) -> None:
         bop_step_(self.weight, grad, self.moments[0], **rates)
-        bop_bits_(self.bits, grad, self.moments_of_bits[0], **rates)
+        flip_packed_(self.bits, grad, {"exp_avg": self.moments_of_bits[0]}, rates)
         self.check_weights()
 
     def check_weights(self) -> None:
@@ -191,16 +191,17 @@ def test_number_of_threads_changes_nothing(num_threads: int, monkeypatch: pytest
 
 def test_bad_tensors() -> None:
     bits, grad, moment = torch.zeros(2, dtype=torch.uint8), torch.zeros(16), torch.zeros(16)
+    rates = {"gamma": 0.1, "threshold": 0.1}
     with pytest.raises(ValueError, match="grad .*9 .*multiple of 8"):
-        bop_bits_(bits, torch.zeros(9), moment, gamma=0.1, threshold=0.1)
+        flip_packed_(bits, torch.zeros(9), {"exp_avg": moment}, rates)
     with pytest.raises(ValueError, match=r"bits .*\[2\].* torch.uint8.*\[3\]"):
-        bop_bits_(torch.zeros(3, dtype=torch.uint8), grad, moment, gamma=0.1, threshold=0.1)
+        flip_packed_(torch.zeros(3, dtype=torch.uint8), grad, {"exp_avg": moment}, rates)
     with pytest.raises(ValueError, match="exp_avg .* torch.bfloat16"):
-        bop_bits_(bits, grad, moment.bfloat16(), gamma=0.1, threshold=0.1)
+        flip_packed_(bits, grad, {"exp_avg": moment.bfloat16()}, rates)
     with pytest.raises(ValueError, match=r"grad .*strides \[2\]"):
-        bop_bits_(bits, torch.zeros(32)[::2], moment, gamma=0.1, threshold=0.1)
+        flip_packed_(bits, torch.zeros(32)[::2], {"exp_avg": moment}, rates)
     with pytest.raises(ValueError, match="exp_avg .*meta, bits .*cpu"):
-        bop_bits_(bits, grad, moment.to("meta"), gamma=0.1, threshold=0.1)
+        flip_packed_(bits, grad, {"exp_avg": moment.to("meta")}, rates)
 
 
 @needs_compiler

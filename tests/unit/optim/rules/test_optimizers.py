@@ -1,10 +1,19 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from bitfleet.optim import Bop, Bop2ndOrder, OptimConfig, RoutedOptimizer, bop2ndorder_step_, build_optimizer
+from bitfleet.optim import (
+    Bop,
+    Bop2ndOrder,
+    OptimConfig,
+    RoutedOptimizer,
+    ShardedOptimizer,
+    bop2ndorder_step_,
+    build_optimizer,
+)
 from bitfleet.optim.rules.rule import RULES, binary_rules
 
 
@@ -62,6 +71,19 @@ def test_state_dict_continues_exactly(make) -> None:  # type: ignore[no-untyped-
         other.step()
     assert torch.equal(straight, resumed)
     assert int(other.state[resumed]["step"]) == 20
+
+
+def test_state_of_another_rule_is_refused() -> None:
+    weight = nn.Parameter(signs(10))
+    bop, adam = Bop([weight], gamma=0.1, threshold=0.0), torch.optim.Adam([weight])
+    weight.grad = torch.ones_like(weight)
+    adam.step()
+    second = Bop2ndOrder([weight], gamma=0.1, sigma=0.1, threshold=0.0)
+    for other, rule in ((second, "'bop2ndorder'"), (adam, "None")):
+        with pytest.raises(ValueError, match=rf"rules \[{rule}\], here they are \['bop'\]"):
+            bop.load_state_dict(other.state_dict())
+    assert bop.param_groups[0]["rule"] == "bop"
+    assert not bop.state
 
 
 def test_state_keys_are_those_that_deepspeed_knows() -> None:
@@ -131,6 +153,62 @@ def test_bad_hyperparameters_are_named(options: dict[str, object], message: str)
         Bop2ndOrder([nn.Parameter(signs(4))], **(good | options))  # type: ignore[arg-type]
 
 
+def test_bad_hyperparameters_of_a_group_are_named() -> None:
+    with pytest.raises(ValueError, match=r"gamma must be in \(0, 1\], not 5.0"):
+        Bop([{"params": [nn.Parameter(signs(4))], "gamma": 5.0}], gamma=0.1, threshold=0.0)
+    optimizer = Bop([nn.Parameter(signs(4))], gamma=0.1, threshold=0.0)
+    for options in ({"gamma": float("nan")}, {"threshold": -1.0}, {"rule": "two_ema", "alpha": 2.0}):
+        with pytest.raises(ValueError, match=f"{list(options)[-1]} must "):
+            optimizer.add_param_group({"params": [nn.Parameter(signs(4))], **options})
+    with pytest.raises(ValueError, match="latent_lr must not be negative, not nan"):
+        RoutedOptimizer([nn.Parameter(signs(4))], {"rule": "sgdat", "latent_lr": float("nan"), "threshold": 0.0})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("group", "missing"),
+    [
+        ({"rule": "bop", "threshold": 0.1}, "gamma"),
+        ({"rule": "bop2ndorder", "gamma": 0.1, "sigma": 0.1, "threshold": 0.1}, "correction"),
+        ({"rule": "latent_sgd", "latent_lr": 0.1, "seed": 1}, "momentum"),
+        ({"rule": "diode", "gamma": 0.1, "alpha": 0.1, "latent_lr": 0.1}, "seed"),
+        ({"rule": "keras_adam", "lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 0.0}, "eps"),
+    ],
+)
+def test_a_missing_hyperparameter_is_named(group: dict[str, Any], missing: str) -> None:
+    weight = nn.Parameter(signs(4))
+    optimizer = RoutedOptimizer([weight], group)
+    weight.grad = torch.ones(4)
+    message = f"a group of the rule {group['rule']} has no '{missing}'"
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    if RULES[group["rule"]].flips:
+        weight.data /= 2
+        with pytest.raises(ValueError, match=message):
+            optimizer.start_signs()
+        weight.data *= 2
+    with pytest.raises(ValueError, match=message):
+        ShardedOptimizer(RoutedOptimizer([weight], group))
+    assert torch.equal(weight, signs(4))
+
+
+def test_steps_of_parameters_without_names() -> None:
+    weights = [nn.Parameter(signs(4)), nn.Parameter(signs(4))]
+    optimizer = Bop(weights, gamma=0.1, threshold=0.0)
+    weights[1].grad = torch.ones(4)
+    optimizer.step()
+    assert optimizer.steps() == {"0.0": 0, "0.1": 1}
+    optimizer.create_state()
+    optimizer.load_steps({"0.0": 5, "0.1": 2})
+    assert optimizer.steps() == {"0.0": 5, "0.1": 2}
+
+
+def test_an_unknown_correction_is_not_taken_for_adams() -> None:
+    tensors = signs(4), signs(4), torch.zeros(4), torch.zeros(4)
+    with pytest.raises(ValueError, match="correction must be one of none, as_coded, adam, not 'foo'"):
+        bop2ndorder_step_(*tensors, gamma=0.1, sigma=0.1, threshold=0.0, correction="foo")  # type: ignore[arg-type]
+
+
 def test_a_rate_of_one_needs_no_correction() -> None:
     weights = [nn.Parameter(signs(100)) for _ in range(2)]
     for weight, correction in zip(weights, ("adam", "none"), strict=True):
@@ -153,7 +231,7 @@ def test_bf16_weights_keep_fp32_state(rule: str) -> None:
     for _ in range(3):
         model.weight.grad = torch.randn(20, 30).bfloat16()
         first.step()
-    second, _ = build_optimizer(copy.deepcopy(model), config, num_steps=10)
+    second, _ = build_optimizer(model, config, num_steps=10)
     second.load_state_dict(second.state_dict())
     assert second.steps() == {"weight": 0}
     second.load_state_dict(first.state_dict())

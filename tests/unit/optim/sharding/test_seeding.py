@@ -97,6 +97,8 @@ def test_gradients_that_are_not_finite_are_left_out() -> None:
     backward((binary, real), 0, factor=math.inf)
     assert not seeding.take()
     assert seeding.num_taken == 0
+    with pytest.raises(ValueError, match=r"after 0 steps .* take\(\)"):
+        seeding.finish()
     grad, _ = backward((binary, real), 1)
     assert seeding.take()
     seeding.finish()
