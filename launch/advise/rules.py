@@ -137,9 +137,9 @@ def _second_moment_line(outlook: Outlook, rule: FlipRule, sigma: Schedule) -> Li
         "as_coded": "v is divided by sigma, not by its missing part",
         "adam": f"the correction makes up for it{'' if sigma.kind == 'constant' else ' in part, as sigma changes'}",
     }[rule.correction]
-    when = f"from step {settled:,} on ({settled / last:.0%} of the run)" if settled else "never within the run"
+    when = f"from step {settled:,} on ({settled / last:.0%} of the run)" if settled else "not within the run"
     verdict: Verdict = "ok" if settled and settled < 0.5 * last else "look"
-    return Line("memory 1/sigma", _reach(sigma, last), verdict, f"v has settled {when}: {effect}")
+    return Line("memory 1/sigma", _reach(sigma, last), verdict, f"v settles {when}: {effect}")
 
 
 def _batch_lines(outlook: Outlook) -> list[Line]:

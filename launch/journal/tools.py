@@ -65,9 +65,8 @@ def info(run: Path) -> str:
     for steps in [*_decades(sorted(flips)), sorted(flips)]:
         mean, size = (statistics.fmean(values[step] for step in steps) for values in (flips, sizes))
         title = f"{steps[0]:,} to {steps[-1]:,}"
-        lines.append(
-            f"{title:>23} {mean:14,.1f} {mean / num_weights:11.6f} {size:14,.0f} {8 * size / max(mean, 1e-9):13.2f}"
-        )
+        cost = f"{8 * size / mean:.2f}" if mean else "-"
+        lines.append(f"{title:>23} {mean:14,.1f} {mean / num_weights:11.6f} {size:14,.0f} {cost:>13}")
     lines += ["", f"besides, {signs_bytes:,} bytes of whole signs, from which reading starts"]
     return "\n".join(lines)
 
