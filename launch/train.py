@@ -67,10 +67,8 @@ def next_commands(run_folder: os.PathLike[str], arguments: Sequence[str], world_
     tools = os.path.relpath(folder) + "/" if folder.is_relative_to(Path.cwd()) else ""
     start = "train" if world_size == 1 else f"launch deepspeed --gpus {world_size}"
     return (
-        f"\nThe run is in {path}. Next:\n"
-        f"  {tools}tensorboard --logdir {path}/tensorboard\n"
-        f"  {tools}bitfleet evaluate {path}\n"
-        f"  {tools}bitfleet {start} {shlex.join(kept)} --resume {path}"
+        f"\nThe run is in {path}. Next:\n  {tools}tensorboard --logdir {path}/tensorboard\n  {tools}bitfleet evaluate "
+        f"{path}\n  {tools}bitfleet {start} {shlex.join(kept)} --resume {path}"
     )
 
 

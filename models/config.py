@@ -110,10 +110,9 @@ def _forward(config: ModelConfig, image_size: int, batch_size: int) -> None:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise ValueError(
-                f"a batch normalization of {config.name} has a single value per channel with {batch_size} image "
-                "at a time "
-                f"(global_batch_size / num_replicas): raise --global_batch_size, lower --num_replicas, or use "
-                f"--model.norm layer if the network has it"
+                f"a batch normalization of {config.name} has a single value per channel with {batch_size} image at a "
+                "time (global_batch_size / num_replicas): raise --global_batch_size, lower --num_replicas, or use "
+                "--model.norm layer if the network has it"
             ) from error
         except (RuntimeError, AssertionError) as error:
             if "DefaultCPUAllocator" in str(error):

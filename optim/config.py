@@ -173,6 +173,15 @@ def with_rule(config: OptimConfig, rule: str) -> OptimConfig:
     return dataclasses.replace(config, rule=rule, **dropped)
 
 
+def _schedules(config: OptimConfig, num_steps: int) -> dict[str, dict[str, Schedule]]:
+    """Return group name -> hyperparameter -> schedule, lengths as in the configuration."""
+    values = config.hyperparameters
+    binary = {name: value for name, value in values.items() if isinstance(value, Schedule)}
+    if (further := RULES[config.rule].schedules) is not None:
+        binary |= further(values, num_steps)
+    return {BINARY: binary, FULL_PRECISION: {"lr": config.lr}, DECAYED: {"lr": config.lr}}
+
+
 def build_optimizer(
     model: nn.Module,
     config: OptimConfig,
@@ -208,13 +217,7 @@ def build_optimizer(
         binary["seed"] = seed
     others: Group = {"rule": config.full_precision, **FULL_PRECISION_DEFAULTS[config.full_precision]}
     settings = {BINARY: binary, FULL_PRECISION: others, DECAYED: {**others, "weight_decay": config.weight_decay}}
-    schedules = {
-        BINARY: {name: value for name, value in values.items() if isinstance(value, Schedule)},
-        FULL_PRECISION: {"lr": config.lr},
-        DECAYED: {"lr": config.lr},
-    }
-    if (further := RULES[config.rule].schedules) is not None:
-        schedules[BINARY] |= further(values, num_steps)
+    schedules = _schedules(config, num_steps)
     if config.transitions.drives != "off":
         driven = schedules[BINARY].pop(config.transitions.drives)
         binary[config.transitions.drives] = driven.start
@@ -224,8 +227,7 @@ def build_optimizer(
     if config.transitions.drives != "off" and all(group["name"] != BINARY for group in groups):
         raise ValueError(
             f"optim.transitions.drives is {config.transitions.drives!r}, but the model has no binary weights, "
-            "whose flips it "
-            f"holds to a target: choose a binarized network, or set it to off"
+            "whose flips it holds to a target: choose a binarized network, or set it to off"
         )
     optimizer = RoutedOptimizer(groups)
     check_claims(model, optimizer)

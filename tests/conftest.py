@@ -72,9 +72,8 @@ def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_images: Path) -> list[str]:
     """Options for a run of seconds on `tiny_images`."""
     return (
-        f"--config fashion_quickstart --data.root {tiny_images} --model.num_classes 4 --global_batch_size 16 "
-        "--epochs 3 "
-        "--metrics.every_steps 5 --model.width 16"
+        f"--config fashion_quickstart --data.root {tiny_images} --model.num_classes 4 --global_batch_size 16 --epochs "
+        "3 --metrics.every_steps 5 --model.width 16"
     ).split()
 
 

@@ -175,9 +175,8 @@ def resolve_replicas(config: TrainConfig, world_size: int, before: int | None = 
     num_replicas = config.num_replicas or before or world_size
     if num_replicas % world_size and before and config.num_replicas is None:
         raise ValueError(
-            f"the run has {before} replicas, which {world_size} ranks cannot share equally: continue it on a "
-            f"number of ranks that divides {before}; to change the number of ranks later, start the run with "
-            "--num_replicas"
+            f"the run has {before} replicas, which {world_size} ranks cannot share equally: continue it on a number of "
+            f"ranks that divides {before}; to change the number of ranks later, start the run with --num_replicas"
         )
     if num_replicas % world_size:
         raise ValueError(
@@ -207,9 +206,8 @@ def with_precision(config: TrainConfig, device_type: str, before: str | None = N
     wanted = config.engine.precision
     if wanted == "auto" and before == "tf32" and device_type != "cuda":
         raise ValueError(
-            "the run was started on a GPU in precision tf32, which a CPU does not have: continue it on a GPU, "
-            "or start another run "
-            "from its weights (bitfleet checkpoint weights, --init)"
+            "the run was started on a GPU in precision tf32, which a CPU does not have: continue it on a GPU, or start "
+            "another run from its weights (bitfleet checkpoint weights, --init)"
         )
     if wanted == "auto" and before is not None:
         wanted = before  # type: ignore[assignment]  # EngineConfig has checked it

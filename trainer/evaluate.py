@@ -71,6 +71,14 @@ class Evaluation(NamedTuple):
     """Images whose first prediction is not the same in all of these precisions."""
 
 
+def _check_classes(classes: list[str], trained: list[str], root: str) -> None:
+    """Raise ValueError if the data in `root` has other classes than the run was trained on."""
+    if classes != trained:
+        raise ValueError(
+            f"{root} has the classes {json.dumps(classes)[:200]}, the run was trained on {json.dumps(trained)[:200]}"
+        )
+
+
 def evaluate_run(
     path: Path, *, data_root: str | None, ranks: Ranks, device: torch.device, precisions: Sequence[Precision] = ()
 ) -> Evaluation:
@@ -105,12 +113,7 @@ def evaluate_run(
             raise
         raise ValueError(f"{error}; if the data has another path than in the run, pass it as --data_root") from error
     check_same_on_all_ranks(ranks, {f"the lists of images in {data.root} (sha256)": dataset.sha})
-    classes = read_meta(checkpoint)["classes"]
-    if list(dataset.classes) != classes:
-        raise ValueError(
-            f"{data.root} has the classes {json.dumps(dataset.classes)[:200]}, the run was trained on "
-            f"{json.dumps(classes)[:200]}"
-        )
+    _check_classes(list(dataset.classes), read_meta(checkpoint)["classes"], data.root)
     place = {"rank": ranks.rank, "world_size": ranks.world_size, "local_world_size": ranks.local_world_size}
     loader = ValidationLoader(dataset, data, device=device, **place)
     model = create_model(config.model).to(device)
@@ -118,8 +121,7 @@ def evaluate_run(
     if names := broken([*model.named_parameters(), *model.named_buffers()]):
         raise FloatingPointError(
             f"the network of {checkpoint} predicts nothing: values of {', '.join(names[:3])} are not finite; "
-            "evaluate an earlier "
-            f"checkpoint"
+            "evaluate an earlier checkpoint"
         )
     trained_in = config.engine.precision
     own = "fp32" if trained_in == "tf32" and device.type != "cuda" else resolve_precision(trained_in, device.type)

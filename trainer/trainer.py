@@ -283,8 +283,7 @@ class Trainer:
         if len(self.dataset.classes) != config.model.num_classes:
             raise ValueError(
                 f"model.num_classes is {config.model.num_classes}, but {config.data.root} has "
-                f"{len(self.dataset.classes)} "
-                f"classes: pass --model.num_classes {len(self.dataset.classes)}"
+                f"{len(self.dataset.classes)} classes: pass --model.num_classes {len(self.dataset.classes)}"
             )
         place = {"rank": ranks.rank, "world_size": ranks.world_size, "local_world_size": ranks.local_world_size}
         self.loader = TrainLoader(

@@ -37,9 +37,8 @@ def inspect(path: Path) -> str:
     meta = read_meta(checkpoint)
     lines = [
         f"{checkpoint}",
-        f"step {meta['step']:,}  epoch {meta['epoch']}  sample offset {meta['sample_offset']:,}  "
-        f"skipped steps {meta['skipped_steps']}  written by {meta['world_size']} ranks, {meta['num_replicas']} "
-        "replicas",
+        f"step {meta['step']:,}  epoch {meta['epoch']}  sample offset {meta['sample_offset']:,}  skipped steps "
+        f"{meta['skipped_steps']}  written by {meta['world_size']} ranks, {meta['num_replicas']} replicas",
         "",
         f"{'file':60} {'bytes':>14}  sha256",
     ]

@@ -199,9 +199,8 @@ def _reject_idle_gpus(environ: Mapping[str, str], local_size: int) -> None:
     if "LOCAL_WORLD_SIZE" not in environ and gpus.isdecimal() and int(gpus) > local_size:
         raise ValueError(
             f"srun started {local_size} task(s) on a node with {gpus} GPUs (SLURM_GPUS_ON_NODE), but a GPU needs a "
-            f"rank: pass --ntasks-per-node={gpus} to srun, or fewer GPUs (or set LOCAL_WORLD_SIZE={local_size} "
-            "to say that "
-            "it is intended)"
+            f"rank: pass --ntasks-per-node={gpus} to srun, or fewer GPUs (or set LOCAL_WORLD_SIZE={local_size} to say "
+            "that it is intended)"
         )
 
 

@@ -216,9 +216,8 @@ def _read_devkit(devkit: Path, into: Path) -> list[str]:
         except RuntimeError as error:
             if not check_integrity(devkit, torchvision_imagenet.ARCHIVE_META["devkit"][1]):
                 raise ValueError(
-                    f"the archive {devkit} is incomplete or damaged (its md5 is not that of {DEVKIT_FILE}): "
-                    "download it "
-                    "again"
+                    f"the archive {devkit} is incomplete or damaged (its md5 is not that of {DEVKIT_FILE}): download "
+                    "it again"
                 ) from None
             # torch's message for a full disk
             raise ValueError(
@@ -311,9 +310,8 @@ def list_members(path: Path, omitted: LeftOut, part: Member | None = None) -> li
                 for info in tar:
                     if not info.issparse() and (missing := info.offset_data + info.size - end) > 0:
                         raise ValueError(
-                            f"{what} is incomplete: {missing:,} of the {info.size:,} bytes of its member "
-                            f"{info.name} are "
-                            "missing; download it again"
+                            f"{what} is incomplete: {missing:,} of the {info.size:,} bytes of its member {info.name} "
+                            "are missing; download it again"
                         )
                     last = f"its member {info.name}"
                     if not info.isdir():
@@ -324,9 +322,8 @@ def list_members(path: Path, omitted: LeftOut, part: Member | None = None) -> li
         file.seek(after)
         if after + _TAR_BLOCK > end or any(file.read(_TAR_BLOCK)):
             raise ValueError(
-                f"{what} is incomplete or damaged: after {last}, at byte {after - start:,} of {end - start:,}, "
-                "there is "
-                "neither another member nor the mark of its end; download it again"
+                f"{what} is incomplete or damaged: after {last}, at byte {after - start:,} of {end - start:,}, there "
+                "is neither another member nor the mark of its end; download it again"
             )
     return _regular_members(infos, what, omitted)
 

@@ -112,8 +112,7 @@ def _read(folder: Path, source: Path) -> tuple[dict[str, tuple[npt.NDArray[np.ui
         damaged = next((name for name, md5 in files if not check_integrity(folder / name, md5)), None)
         raise ValueError(
             f"{source} is not CIFAR-10 as it was published: "
-            f"{f'{damaged} is missing or damaged' if damaged else error}; "
-            f"download {ARCHIVE} again"
+            f"{f'{damaged} is missing or damaged' if damaged else error}; download {ARCHIVE} again"
         ) from None
     return {"train": (train.data, train.targets), "val": (val.data, val.targets)}, tuple(train.classes)
 

@@ -28,9 +28,8 @@ def recognise(source: Path) -> Source:
         ) from None
     if len(sources) > 1:
         raise ValueError(
-            f"SOURCE {source} has data in more than one form ({', '.join(one.layout for one in sources)}): give "
-            "a folder "
-            "that has one of them, of links if need be"
+            f"SOURCE {source} has data in more than one form ({', '.join(one.layout for one in sources)}): give a "
+            "folder that has one of them, of links if need be"
         )
     if sources:
         return sources[0]

@@ -220,9 +220,8 @@ def _read_packed(job: _Job, index: int) -> tuple[bytes, int, int]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(
-            f"the image {job.images.path(index)} cannot be packed ({reason}): run bitfleet data verify, which "
-            "sets broken "
-            "images aside, and start the command again, it continues; an image that only Pillow cannot read "
+            f"the image {job.images.path(index)} cannot be packed ({reason}): run bitfleet data verify, which sets "
+            "broken images aside, and start the command again, it continues; an image that only Pillow cannot read "
             "must be replaced"
         ) from None
 
@@ -249,9 +248,8 @@ def file_names(images: ImageList, split: str, classes: Sequence[str]) -> list[st
         twice = next(name for name in names if names.count(name) > 1)
         first, second = [index for index, name in enumerate(names) if name == twice][:2]
         raise ValueError(
-            f"the images {images.path(first)} and {images.path(second)} would both become {twice}: rename one "
-            "and prepare "
-            "again"
+            f"the images {images.path(first)} and {images.path(second)} would both become {twice}: rename one and "
+            "prepare again"
         )
     return names
 

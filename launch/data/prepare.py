@@ -80,9 +80,8 @@ def prepare(
     except OSError as error:  # most often a full disk
         file = f" ({error.filename})" if error.filename else ""
         raise ValueError(
-            f"bitfleet data prepare {source} {dest} stopped: {error.strerror or error}{file}; fix the cause and "
-            "rerun the "
-            "same command; it resumes"
+            f"bitfleet data prepare {source} {dest} stopped: {error.strerror or error}{file}; fix the cause and rerun "
+            "the same command; it resumes"
         ) from None
     return _summary(dest, read_facts(dest), first_line)
 
@@ -148,9 +147,8 @@ def _check_dest(source: Path, dest: Path, data: Source) -> bool:
         foreign = sorted(name for name in os.listdir(dest) if name not in own and not name.startswith(".tmp-"))
         if foreign and not (in_place and not data.extracted):
             raise ValueError(
-                f"DEST {dest} has something else in it ({foreign[0]}), and nothing is deleted: choose a new or "
-                "an empty "
-                "folder"
+                f"DEST {dest} has something else in it ({foreign[0]}), and nothing is deleted: choose a new or an "
+                "empty folder"
             )
         return False
     try:
@@ -160,8 +158,7 @@ def _check_dest(source: Path, dest: Path, data: Source) -> bool:
     if facts["layout"] != data.layout or not (in_place or facts.get("source") == str(source)):
         raise ValueError(
             f"DEST {dest} is prepared from {facts.get('source')} ({facts['layout']}), not from {source} "
-            f"({data.layout}): "
-            f"choose another DEST, or remove {dest / FILE} to list what lies there again"
+            f"({data.layout}): choose another DEST, or remove {dest / FILE} to list what lies there again"
         )
     return True
 
@@ -212,8 +209,7 @@ def _summary(dest: Path, facts: Mapping[str, Any], first_line: str) -> str:
     if reasons := read_quarantine(dest):
         lines.append(
             f"SET ASIDE: {len(reasons):,} images, which stay where they are and are left out of training and "
-            "evaluation: "
-            f"their names and the reasons are in {dest / QUARANTINE}"
+            f"evaluation: their names and the reasons are in {dest / QUARANTINE}"
         )
     return "\n".join([*lines, f"next      bitfleet data verify {shlex.quote(str(dest))}"])
 

@@ -253,16 +253,14 @@ def _report(
             yield f"WARNING: {len(empty):,} classes have no image left in {split}: {_few(names)}"
     if is_prepared:
         yield (
-            f"what failed is listed in {root / QUARANTINE}: training and evaluation leave it out; no file was "
-            "deleted. To "
-            "restore it, put whole files in its place (of other sizes: run bitfleet data prepare again) and run verify "
-            "again"
+            f"what failed is listed in {root / QUARANTINE}: training and evaluation leave it out; no file was deleted. "
+            "To restore it, put whole files in its place (of other sizes: run bitfleet data prepare again) and run "
+            "verify again"
         )
     else:
         yield (
-            f"nothing is set aside, since {root} was never prepared: put whole files in their place, or run "
-            "bitfleet data "
-            "prepare with --on_bad_sample quarantine, and verify the result"
+            f"nothing is set aside, since {root} was never prepared: put whole files in their place, or run bitfleet "
+            "data prepare with --on_bad_sample quarantine, and verify the result"
         )
 
 

@@ -265,8 +265,7 @@ def _classes_of(train: ImageList, val: ImageList) -> tuple[str, ...]:
     if train.labels[largest] >= len(train):
         raise ValueError(
             f"the image {train.path(largest)} has the label {train.labels[largest]}, and there are {len(train)} "
-            "training "
-            "images: labels must count the classes from 0"
+            "training images: labels must count the classes from 0"
         )
     if (foreign := ~np.isin(val.labels, train.labels)).any():
         first = int(foreign.argmax())

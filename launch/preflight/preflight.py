@@ -99,6 +99,5 @@ class Preflight:
         last = min(trainer.num_steps, trainer.config.stop_after_steps or trainer.num_steps)
         return (
             f"expected time: {clock((last - trainer.step) * step_seconds)} until step {last:,} "
-            f"({1000 * step_seconds:,.0f} ms per step, {rate:,.0f} images/s), "
-            f"validation and checkpoints not included"
+            f"({1000 * step_seconds:,.0f} ms per step, {rate:,.0f} images/s), validation and checkpoints not included"
         )

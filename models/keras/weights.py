@@ -408,9 +408,8 @@ def _grouped(arrays: dict[str, tuple[str, Array]], path: Path) -> dict[str, dict
         variable = _VARIABLE.fullmatch(last)
         if not matches or variable is None:
             raise ValueError(
-                f"{path} has {name} of shape {array.shape}; expected names as quant_conv2d_1/kernel:0, of "
-                "layers called "
-                f"{', '.join(_NAMES)}, or only arr_0, arr_1, ..."
+                f"{path} has {name} of shape {array.shape}; expected names as quant_conv2d_1/kernel:0, of layers "
+                f"called {', '.join(_NAMES)}, or only arr_0, arr_1, ..."
             )
         index, layer = matches[0]
         model = models.setdefault("/".join(above[:index]), len(models))

@@ -97,9 +97,8 @@ def _check(bits: Tensor, weights: Tensor, name: str) -> None:
         )
     if bits.shape != (numel // 8,) or bits.dtype != torch.uint8 or not bits.is_contiguous():
         raise ValueError(
-            f"bits must be contiguous, of shape [{numel // 8}] and type torch.uint8, not {list(bits.shape)} "
-            "with strides "
-            f"{list(bits.stride())} of {bits.dtype}"
+            f"bits must be contiguous, of shape [{numel // 8}] and type torch.uint8, not {list(bits.shape)} with "
+            f"strides {list(bits.stride())} of {bits.dtype}"
         )
     if bits.device != weights.device:
         raise ValueError(f"bits are on {bits.device}, {name} on {weights.device}")

@@ -238,8 +238,7 @@ class RoutedOptimizer(torch.optim.Optimizer):
         if param not in self._names:
             raise ValueError(
                 f"the rule {group['rule']} starts with random state for each parameter, but its parameters were "
-                "replaced by "
-                f"others, as DeepSpeed's ZeRO does: use ShardedOptimizer or no sharding"
+                "replaced by others, as DeepSpeed's ZeRO does: use ShardedOptimizer or no sharding"
             )
         numbers = uniform(group["seed"], self._names[param], 0, param.numel(), param.device)
         rule.begin_(param, numbers.view(param.shape), param.shape, state, group)

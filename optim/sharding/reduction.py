@@ -263,8 +263,7 @@ class Reduction:
             if (number, index) in self._arrived:  # the first part of it may be on its way already
                 raise ValueError(
                     f"{bucket.segments[index].name} got two gradients in one backward pass, as under activation "
-                    "checkpointing "
-                    f"with use_reentrant=True: use use_reentrant=False"
+                    "checkpointing with use_reentrant=True: use use_reentrant=False"
                 )
             self._arrived.add((number, index))
             bucket.add_gradient(index)

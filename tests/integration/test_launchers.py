@@ -27,8 +27,7 @@ def slurm(rank: int, **more: str) -> dict[str, str]:
     """Return the variables that srun --nodes=1 --ntasks=2 gives to a task."""
     words = (
         f"SLURM_JOB_ID={os.getpid()} SLURM_STEP_ID=0 SLURM_PROCID={rank} SLURM_LOCALID={rank} SLURM_NODEID=0 "
-        "SLURM_NTASKS=2 "
-        "SLURM_NNODES=1 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=1 SLURM_STEP_TASKS_PER_NODE=2 "
+        "SLURM_NTASKS=2 SLURM_NNODES=1 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=1 SLURM_STEP_TASKS_PER_NODE=2 "
         "SLURM_JOB_NODELIST=node7"
     )
     return dict(word.split("=", 1) for word in words.split()) | more

@@ -19,9 +19,8 @@ def test_environment_arguments_folder_and_session(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("OF_THIS_TEST", "1")
     program = write(
         tmp_path,
-        "import os, sys\n"
-        "print(sys.argv[1:], os.environ['OF_THIS_TEST'], os.getcwd(), os.getsid(0) == os.getpid(), __name__)\n"
-        "print('error', file=sys.stderr)\n",
+        "import os, sys\nprint(sys.argv[1:], os.environ['OF_THIS_TEST'], os.getcwd(), os.getsid(0) == os.getpid(), "
+        "__name__)\nprint('error', file=sys.stderr)\n",
     )
     done = run_python(program, "a", "b", cwd=tmp_path)
     assert done.stdout == f"['a', 'b'] 1 {tmp_path} True __main__\nerror\n"
@@ -56,9 +55,8 @@ def test_signal_reaches_the_program(tmp_path: Path) -> None:
 def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
     program = write(
         tmp_path,
-        "import os, sys, time\n"
-        "print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], flush=True)\n"
-        "sys.exit(5) if os.environ['RANK'] == '1' else time.sleep(600)\n",
+        "import os, sys, time\nprint('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], "
+        "flush=True)\nsys.exit(5) if os.environ['RANK'] == '1' else time.sleep(600)\n",
     )
     done = run_ranks(3, program)
     assert done.returncode == 5

@@ -103,8 +103,7 @@ class DataConfig:
         if self.preprocessing == "official" and self.augmentation != "random_resized_crop":
             raise ValueError(
                 "data.preprocessing='official' crops as for ImageNet and needs "
-                "data.augmentation='random_resized_crop', "
-                f"not {self.augmentation!r}"
+                f"data.augmentation='random_resized_crop', not {self.augmentation!r}"
             )
         for name in ("mixup", "cutmix"):
             if not 0.0 <= getattr(self, name) < math.inf:

@@ -345,8 +345,7 @@ def read_quarantine(folder: Path) -> dict[str, str]:
         if not tab:
             raise ValueError(
                 f"line {number} of {path} is {line!r}: expected a path, a tab and a reason; correct it, or run "
-                "bitfleet "
-                "data verify, which rewrites the list"
+                "bitfleet data verify, which rewrites the list"
             )
         reasons[name] = reason
     return reasons

@@ -100,9 +100,8 @@ class MachineMemory:
                 last, since = done, time.monotonic()
             if time.monotonic() - since > _SILENT_SECONDS:
                 raise ValueError(
-                    f"another rank of this machine has decoded nothing for {_SILENT_SECONDS:g} s: check the "
-                    "disk and that "
-                    "rank, or use --data.loader dali"
+                    f"another rank of this machine has decoded nothing for {_SILENT_SECONDS:g} s: check the disk and "
+                    "that rank, or use --data.loader dali"
                 )
             time.sleep(_POLL_SECONDS)
 
@@ -143,9 +142,8 @@ def _opened_memfd(process: int, descriptor: int, name: str) -> int | None:
             # needs its own.
             return os.open(path, os.O_RDWR)
     print(  # processes have other numbers there, or are hidden
-        f"bitfleet: process {os.getpid()} cannot see process {process}, which has the decoded images in memory "
-        "(is it in "
-        "another container?), and keeps its own copy",
+        f"bitfleet: process {os.getpid()} cannot see process {process}, which has the decoded images in memory (is it "
+        "in another container?), and keeps its own copy",
         file=sys.stderr,
         flush=True,
     )

@@ -183,8 +183,7 @@ def merge(owned: dict[str, Any], options: dict[str, Any], path: Path | None, pre
             field = OWNED.get(name, "engine.sharding")
             raise ValueError(
                 f'{path} sets the DeepSpeed option "{name}" to {options[key]!r}, but the configuration makes it '
-                f"{value!r} "
-                f"(the field is {field}): remove it from the file"
+                f"{value!r} (the field is {field}): remove it from the file"
             )
         else:
             merged[key] = value

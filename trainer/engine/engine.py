@@ -138,9 +138,8 @@ def _place(device: torch.device, stage: int) -> SimpleNamespace | None:
     if stage == 3 and local_rank != str(device.index):
         raise ValueError(
             f'engine.sharding "zero3" uses GPU number LOCAL_RANK, which is {local_rank}, but this rank sees its '
-            "GPU as number "
-            f"{device.index}: let every rank see all GPUs of its machine (srun without --gpus-per-task), or use "
-            "another sharding"
+            f"GPU as number {device.index}: let every rank see all GPUs of its machine (srun without --gpus-per-task), "
+            "or use another sharding"
         )
     return SimpleNamespace(device_rank=device.index)
 

@@ -101,9 +101,8 @@ def check_can_capture(ranks: Ranks, device: torch.device, optimizer: RoutedOptim
         if RULES[group["rule"]].numbers is None:
             able = ", ".join(name for name, rule in RULES.items() if rule.numbers)
             raise ValueError(
-                f"engine.cuda_graph cannot capture the rule {group['rule']}, which decides on the host: use one "
-                f"of {able}, "
-                f"or leave it out"
+                f"engine.cuda_graph cannot capture the rule {group['rule']}, which decides on the host: use one of "
+                f"{able}, or leave it out"
             )
 
 

@@ -50,9 +50,8 @@ class LossWatch:
             return ""
         self._said = loss
         return (
-            f"the training loss grew to {loss:.3g} at step {step:,}, {loss / self._smallest:,.0f} times the "
-            "smallest before it "
-            f"({self._smallest:.3g}): the run diverges, a lower learning rate or threshold schedule is needed"
+            f"the training loss grew to {loss:.3g} at step {step:,}, {loss / self._smallest:,.0f} times the smallest "
+            f"before it ({self._smallest:.3g}): the run diverges, a lower learning rate or threshold schedule is needed"
         )
 
 

@@ -70,9 +70,8 @@ def check_same_on_all_ranks(ranks: Ranks, facts: Mapping[str, str]) -> None:
     expected, host = broadcast_object((dict(facts), socket.gethostname()), group)
     mine = difference(facts, expected)
     sentence = mine and (
-        f"rank {ranks.rank} on {socket.gethostname()} differs from rank 0 on {host} in {mine}: all hosts of a "
-        "job need the same "
-        "bitfleet, libraries, configuration and data"
+        f"rank {ranks.rank} on {socket.gethostname()} differs from rank 0 on {host} in {mine}: all hosts of a job need "
+        "the same bitfleet, libraries, configuration and data"
     )
     if problems := [each for each in all_gather_objects(sentence, group) if each]:
         raise ValueError(problems[0])

@@ -85,9 +85,8 @@ class Meeting:
                 if time.monotonic() > give_up:
                     raise ValueError(
                         f"rank {self.rank} has not reached rank 0 at {self.address}:{self.port} within "
-                        f"{in_words(timeout)} ({error.strerror or error}): has its host started, can this host "
-                        "reach it, and "
-                        "is --master_addr right?"
+                        f"{in_words(timeout)} ({error.strerror or error}): has its host started, can this host reach "
+                        "it, and is --master_addr right?"
                     ) from None
                 if speaks and time.monotonic() > start + QUIET_SECONDS:
                     speaks = False
@@ -179,8 +178,7 @@ class Meeting:
         missing, came = self._missing(store)
         return (
             f"{in_ranks(missing)} of {self.world_size} did not come to {self.address}:{self.port} within "
-            f"{in_words(timeout)} "
-            f"(there: {came}): have all hosts started, and can they reach it?"
+            f"{in_words(timeout)} (there: {came}): have all hosts started, and can they reach it?"
         )
 
     def tell_failure(self, code: int, timeout: datetime.timedelta) -> None:

@@ -69,12 +69,10 @@ def test_interrupted_again_and_again(source: Path, tmp_path: Path, monkeypatch: 
 
 def test_killed(source: Path, tmp_path: Path) -> None:
     script = (
-        "import sys, time, pytest, pathlib\n"
-        "from bitfleet.launch.data import archives, prepare, unfinished\n"
-        "from tests import miniature\n"
-        "miniature.patch(pytest.MonkeyPatch())\n"
-        "archives.write_unsynced = lambda *file: (time.sleep(0.05), unfinished.write_unsynced(*file))\n"
-        "prepare.prepare(*map(pathlib.Path, sys.argv[1:]), num_workers=1)\n"
+        "import sys, time, pytest, pathlib\nfrom bitfleet.launch.data import archives, prepare, unfinished\nfrom tests "
+        "import miniature\nminiature.patch(pytest.MonkeyPatch())\narchives.write_unsynced = lambda *file: "
+        "(time.sleep(0.05), unfinished.write_unsynced(*file))\nprepare.prepare(*map(pathlib.Path, sys.argv[1:]), "
+        "num_workers=1)\n"
     )
     dest = tmp_path / "dest"
     process = subprocess.Popen(

@@ -134,10 +134,8 @@ def test_factors_and_joined_channels_keep_their_slots() -> None:
 def test_torch_is_not_needed(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "net").write_bytes(content)
     code = (
-        "import sys; sys.modules['torch'] = None\n"
-        "import numpy, bitfleet.packed, bitfleet.packed.pixels\n"
-        "network = bitfleet.packed.load(sys.argv[1])\n"
-        "print(network(numpy.zeros((1, 28, 28, 3), numpy.uint8)).shape)"
+        "import sys; sys.modules['torch'] = None\nimport numpy, bitfleet.packed, bitfleet.packed.pixels\nnetwork = "
+        "bitfleet.packed.load(sys.argv[1])\nprint(network(numpy.zeros((1, 28, 28, 3), numpy.uint8)).shape)"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "net"], capture_output=True, text=True)
     assert done.stdout == "(1, 2)\n", done.stderr

@@ -24,9 +24,8 @@ def test_a_fault_names_the_first_of_each_reason() -> None:
     omitted.add_suffix(".gif", "a/e\u0301.gif")
     omitted.add(left_out.TEXT, "a/notes.txt")
     assert omitted.fault(7) == (
-        "more than 1% besides the 7 images that are listed: 2 links to nothing, the first: a/1; 1 files named "
-        "*.gif, not images "
-        "that are read, the first: a/e\\u0301.gif"
+        "more than 1% besides the 7 images that are listed: 2 links to nothing, the first: a/1; 1 files named *.gif, "
+        "not images that are read, the first: a/e\\u0301.gif"
     )
 
 

@@ -349,13 +349,9 @@ def test_both_wheels_of_dali(numbered: Dataset, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_interpreter_ends_cleanly_with_batches_in_flight(fashion: Dataset) -> None:
     script = (
-        "import torch\n"
-        "from bitfleet.trainer.data import *\n"
-        "config = DataConfig(num_threads=1)\n"
-        "loader = TrainLoader(open_dataset(config), config, seed=1, global_batch_size=64, num_replicas=1, rank=0,"
-        " world_size=1, local_world_size=1, device=torch.device('cpu'))\n"
-        "batches = loader.batches()\n"
-        "kept = next(batches)\n"
+        "import torch\nfrom bitfleet.trainer.data import *\nconfig = DataConfig(num_threads=1)\nloader = "
+        "TrainLoader(open_dataset(config), config, seed=1, global_batch_size=64, num_replicas=1, rank=0, world_size=1, "
+        "local_world_size=1, device=torch.device('cpu'))\nbatches = loader.batches()\nkept = next(batches)\n"
     )
     run = subprocess.run(
         [sys.executable, "-W", "error", "-X", "dev", "-c", script],

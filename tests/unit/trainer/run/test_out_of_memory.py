@@ -11,12 +11,10 @@ from bitfleet.trainer.run import out_of_memory as module
 from bitfleet.trainer.run.out_of_memory import is_out_of_memory, out_of_memory, training_out_of_memory
 
 ERROR = torch.OutOfMemoryError(
-    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 5.81 MiB "
-    "is free. "
-    "Including non-PyTorch memory, this process has 79.10 GiB memory in use. Of the allocated memory 77.90 GiB "
-    "is allocated by "
-    "PyTorch, and 0.50 GiB is reserved by PyTorch but unallocated. If reserved but unallocated memory is large "
-    "try setting ..."
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 5.81 MiB is "
+    "free. Including non-PyTorch memory, this process has 79.10 GiB memory in use. Of the allocated memory 77.90 GiB "
+    "is allocated by PyTorch, and 0.50 GiB is reserved by PyTorch but unallocated. If reserved but unallocated memory "
+    "is large try setting ..."
 )
 
 
@@ -27,9 +25,8 @@ def host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_torch_s_text_is_cut_to_what_matters() -> None:
     assert out_of_memory(ERROR) == (
-        "a GPU of node1 is out of memory (Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB "
-        "of which 5.81 MiB "
-        "is free)"
+        "a GPU of node1 is out of memory (Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which "
+        "5.81 MiB is free)"
     )
     assert out_of_memory(torch.OutOfMemoryError("of another kind. And so on")) == (
         "a GPU of node1 is out of memory (of another kind)"
@@ -42,10 +39,9 @@ def test_batch_and_ways_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     sentence = training_out_of_memory(ERROR, precision="tf32", **place)
     assert sentence.startswith(out_of_memory(ERROR))
     assert sentence.endswith(
-        "a rank trains on 512 images at a time in tf32, 77.9 GB are allocated; what helps: "
-        "--num_replicas 16 (micro-batches of half the images), a smaller --global_batch_size, "
-        "--engine.precision bf16, in a "
-        "validation --data.val_batch_size"
+        "a rank trains on 512 images at a time in tf32, 77.9 GB are allocated; what helps: --num_replicas 16 "
+        "(micro-batches of half the images), a smaller --global_batch_size, --engine.precision bf16, in a validation "
+        "--data.val_batch_size"
     )
     assert "precision" not in training_out_of_memory(ERROR, precision="bf16", **place).split("what helps")[1]
 

@@ -59,10 +59,8 @@ def test_a_part_that_hangs_is_ended_with_its_workers(
 ) -> None:
     child(
         monkeypatch,
-        "import subprocess, sys, time\n"
-        "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        f"open({str(tmp_path / 'worker')!r}, 'w').write(str(worker.pid))\n"
-        "time.sleep(60)",
+        "import subprocess, sys, time\nworker = subprocess.Popen([sys.executable, '-c', 'import time; "
+        f"time.sleep(60)'])\nopen({str(tmp_path / 'worker')!r}, 'w').write(str(worker.pid))\ntime.sleep(60)",
     )
     monkeypatch.setitem(PARTS, "update", PARTS["update"]._replace(most_seconds=4.0))
     run_part(session)
