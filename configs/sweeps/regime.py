@@ -20,8 +20,8 @@ The points change the base's schedules and nothing else:
                    and 0 afterwards: v keeps its values of that time, an average over 100 steps, and
                    the threshold its meaning
   bop threshold 0  no second moment: the sign of the average alone, with the gamma of the base
-  threshold high   the control: threshold 0.1 is above most ratios; if this point learned as well,
-                   the sweep could not tell the others apart
+  threshold high   a threshold that acts: 0.1 is above most ratios of noise; if this point learned
+                   alike, the sweep could not tell the others apart
 """
 
 from bitfleet.configs.sweeps.sweep import Point, Sweep, constants
