@@ -127,10 +127,7 @@ class Trainer:
         )
         self._open_data()
         self.num_steps = config.epochs * self.loader.steps_per_epoch
-        self.distillation = self._open_distillation() if config.distill.teacher else None
-        if self.distillation is not None:
-            self.distillation.check_can_continue(resume_from.meta["step"] if resume_from else 0)
-
+        self.distillation = self._open_distillation(resume_from) if config.distill.teacher else None
         self._build_network(resume_from)
         # As the paper's code: decay_steps = epochs * images // batch, a little longer than the run
         # of whole batches.
@@ -297,7 +294,7 @@ class Trainer:
         )
         self.validation_loader = ValidationLoader(self.dataset, config.data, device=self.device, **place)
 
-    def _open_distillation(self) -> Distillation:
+    def _open_distillation(self, resume_from: ValidCheckpoint | None) -> Distillation:
         config, ranks = self.config, self.ranks
         source = open_teacher(config, self.dataset, self.num_replicas, self.device)
         check_same_on_all_ranks(ranks, {"the weights of the teacher (sha256)": source.weights_sha256})
@@ -309,7 +306,7 @@ class Trainer:
             ranks.world_size,
             min(config.stop_after_steps or self.num_steps, self.num_steps),
         )
-        return Distillation(
+        distillation = Distillation(
             config.distill,
             source,
             schedule,
@@ -317,6 +314,8 @@ class Trainer:
             device=self.device,
             label_smoothing=config.data.label_smoothing,
         )
+        distillation.check_can_continue(resume_from.meta["step"] if resume_from else 0)
+        return distillation
 
     def _resume(self, resume_from: ValidCheckpoint) -> int:
         step = self.checkpoints.resume(resume_from)

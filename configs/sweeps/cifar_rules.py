@@ -8,8 +8,7 @@ paper      BinaryNet on CIFAR-10, 500 epochs: Bop2ndOrder 91.9 % (91.4 % as code
 runs       8 points x 5 seeds = 40, 5 epochs each
 command    bitfleet sweep cifar_rules --data.root /data/cifar10
 
-`best` is the best setting of cifar_settings, where that is not the published one. Bop2ndOrder as
-coded and Bop take Bop2ndOrder's.
+`best` is the best setting of cifar_settings, where that is not the published one.
 """
 
 from bitfleet.configs.sweeps.cifar_settings import EPOCHS, SETTINGS

@@ -120,16 +120,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.updated: bool | Tensor = True
         """False if the last step was skipped; bool [] on the device if the host does not know
         yet."""
-        self.transitions = controller_of(
-            self.param_groups,
-            sum(bucket.numel for bucket in self.buckets if bucket.binary),
-            self.buckets[0].weights.device,
-        )
+        device = self.buckets[0].weights.device
+        num_binary = sum(bucket.numel for bucket in self.buckets if bucket.binary)
+        self.transitions = controller_of(self.param_groups, num_binary, device)
         self.observers += [self.transitions.observe] if self.transitions else []
         self.nonfinite: list[str] = []
         """Parameters whose gradient was not finite in the last step that was skipped, if the host
         waited for it."""
-        device = self.buckets[0].weights.device
         self.defers = device.type == "cuda" if defers is None else defers
         self.loss_scale = LossScale(device) if scales_loss else None
         self.finite = torch.ones((), dtype=torch.bool, device=device)

@@ -75,9 +75,7 @@ class TrainLoader:
         if config.augmentation == "pad_crop":
             _check_window_fits(dataset.train, config)
         self.steps_per_epoch = len(dataset.train) // global_batch_size
-        self._images = dataset.train
-        self._config = config
-        self._seed = seed
+        self._images, self._config, self._seed = dataset.train, config, seed
         self._micro_batches = functools.partial(
             sampler.micro_batches,
             seed=seed,
