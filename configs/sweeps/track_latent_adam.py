@@ -14,4 +14,4 @@ from bitfleet.configs.sweeps.sweep import Sweep
 
 def sweep() -> Sweep:
     """Return the entry."""
-    return entry("track_latent_adam", "latent_adam", epochs=10, words=SETTINGS["latent_adam"]["published"])
+    return entry("track_latent_adam", "latent_adam", epochs=8, words=SETTINGS["latent_adam"]["published"])
