@@ -4,7 +4,7 @@ section    none: regime shows that the published thresholds hold no weight, and 
 question   how high should the threshold be, at which gamma, and does it need the second moment?
 paper      thresholds of 1e-8 to 1e-5; noise alone gives a ratio of about sqrt(gamma / 2), 0.07 at
            the start of its schedule
-runs       13 points x 1 seed, 5 epochs each
+runs       10 points x 1 seed, 5 epochs each
 command    bitfleet sweep cifar_thresholds --data.root /data/cifar10
 
 Bop's threshold has the scale of the gradient, which differs between the layers of BinaryNet by up
@@ -24,17 +24,12 @@ GAMMA_END = 1e-5
 GAMMAS = (1e-2, 3e-3)
 """Starts of gamma: the published one, and the best of cifar_settings."""
 HELD: dict[str, dict[float, tuple[float, ...]]] = {
-    "bop2ndorder": {1e-2: (0.05, 0.1, 0.2), 3e-3: (0.05, 0.1)},
+    "bop2ndorder": {1e-2: (0.05, 0.1, 0.2), 3e-3: (0.02, 0.05, 0.1)},
     "bop": {1e-2: (1e-6, 3e-6)},
 }
 """Rule -> start of gamma -> constant thresholds."""
-FOLLOWING: dict[str, dict[float, tuple[float, ...]]] = {
-    "bop2ndorder": {1e-2: (1.0, 2.0, 3.0), 3e-3: (1.0, 2.0)},
-    "bop": {1e-2: (2.0,)},
-}
-"""Rule -> start of gamma -> thresholds in multiples of the level of noise."""
-SCALE = {"bop2ndorder": 1.0, "bop": 2e-5}
-"""Rule -> its threshold for a ratio of 1: Bop's is a typical sqrt(v), see above."""
+FOLLOWING = {1e-2: (1, 2)}
+"""Start of gamma -> thresholds of bop2ndorder in multiples of the ratio of noise."""
 
 
 def _falling(option: str, start: float, end: float, power: float) -> Words:
@@ -42,9 +37,9 @@ def _falling(option: str, start: float, end: float, power: float) -> Words:
     return (*words.split(), f"--optim.{option}.start", f"{start:.3g}", f"--optim.{option}.end", f"{end:.3g}")
 
 
-def _following(scale: float, gamma: float) -> Words:
+def _following(multiple: float, gamma: float) -> Words:
     """Return a threshold that falls as sqrt(gamma / 2) does while gamma falls linearly."""
-    return _falling("threshold", scale * sqrt(gamma / 2), scale * sqrt(GAMMA_END / 2), 0.5)
+    return _falling("threshold", multiple * sqrt(gamma / 2), multiple * sqrt(GAMMA_END / 2), 0.5)
 
 
 def _point(rule: str, gamma: float, threshold: str, words: Words) -> Point:
@@ -55,17 +50,16 @@ def _point(rule: str, gamma: float, threshold: str, words: Words) -> Point:
 
 def sweep() -> Sweep:
     """Return the sweep; sigma and the learning rate are the base's."""
-    following = [
-        _point(rule, gamma, f"{multiple:g} x noise", _following(multiple * SCALE[rule], gamma))
-        for rule, thresholds in FOLLOWING.items()
-        for gamma, multiples in thresholds.items()
-        for multiple in multiples
-    ]
-    held = [
+    points = [
         _point(rule, gamma, f"{value:g}", constants("threshold", value))
         for rule, thresholds in HELD.items()
         for gamma, values in thresholds.items()
         for value in values
+    ]
+    points += [
+        _point("bop2ndorder", gamma, f"{multiple} x noise", _following(multiple, gamma))
+        for gamma, multiples in FOLLOWING.items()
+        for multiple in multiples
     ]
     return Sweep(
         name="cifar_thresholds",
@@ -75,9 +69,9 @@ def sweep() -> Sweep:
         axes={
             "rule": tuple(HELD),
             "gamma": GAMMAS,
-            "threshold": tuple(dict.fromkeys(point.labels["threshold"] for point in held + following)),
+            "threshold": tuple(dict.fromkeys(point.labels["threshold"] for point in points)),
         },
-        points=tuple(following + held),
+        points=tuple(points),
         seeds=(0,),
         figure=TABLE,
     )

@@ -14,7 +14,7 @@ RUNS = {
     "cifar_precision": 18,
     "cifar_rules": 40,
     "cifar_settings": 20,
-    "cifar_thresholds": 13,
+    "cifar_thresholds": 10,
     "regime": 15,
     "s511_bias_and_norm": 18,
     "s512_ablation": 39,
