@@ -15,4 +15,4 @@ from bitfleet.configs.sweeps.sweep import Sweep
 def sweep() -> Sweep:
     """Return the entry."""
     words = SETTINGS["bop2ndorder"]["gamma from 3e-3"]
-    return entry("track_bop2ndorder", "bop2ndorder, gamma from 3e-3", epochs=8, words=words)
+    return entry("track_bop2ndorder", "bop2ndorder, gamma from 3e-3", epochs=12, words=words)
