@@ -36,6 +36,9 @@ def unfinished_folder(dest: Path, plan: Mapping[str, Any]) -> Iterator[Path]:
     with lock_dest(dest.with_name(dest.name + ".lock"), dest):
         if os.path.lexists(dest) and not (dest.is_dir() and not any(dest.iterdir())):
             raise ValueError(f"{dest} exists already: give another name, or remove it first")
+        if dest.is_symlink() or os.path.ismount(dest):
+            kind = "link" if dest.is_symlink() else "mount point"
+            raise ValueError(f"{dest} is a {kind}, which a finished folder cannot replace: give a new name in it")
         _start(folder, plan)
         try:
             yield folder
