@@ -148,7 +148,15 @@ def _start(folder: Path, plan: Mapping[str, Any]) -> None:
             file.write_text(json.dumps(plan))
         except OSError as error:
             raise ValueError(f"{file} cannot be written ({error.strerror}): fix that and start again") from None
-    elif not file.exists() or json.loads(file.read_bytes()) != plan:
+    elif _plan_in(file) != plan:
         raise ValueError(
             f"{folder} was started with other settings or from other data: remove it, or give another DEST"
         )
+
+
+def _plan_in(file: Path) -> Any:
+    """Return the plan in `file`; None if it is missing or damaged, as after a power failure."""
+    try:
+        return json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None

@@ -158,3 +158,6 @@ def test_unfinished_of_another_source_is_refused(source: Path, tmp_path: Path) -
     (tmp_path / "other.unfinished/mine").touch()
     with pytest.raises(ValueError, match=r"other\.unfinished .*other settings"):
         prepare(source, tmp_path / "other", num_workers=1)
+    (tmp_path / "other.unfinished/.plan.json").write_bytes(b"")  # after a power failure
+    with pytest.raises(ValueError, match=r"other\.unfinished .*other settings"):
+        prepare(source, tmp_path / "other", num_workers=1)
