@@ -43,6 +43,12 @@ def is_checkpoint(path: Path) -> bool:
     return re.fullmatch(r"step-\d{8,}", path.name) is not None and path.is_dir()
 
 
+def absolute(checkpoint: Path) -> Path:
+    """Return the path of a checkpoint in its run, whose folder of them may be a link to another
+    disk."""
+    return Path(os.path.abspath(checkpoint))
+
+
 def step_of(checkpoint: Path) -> int:
     """Return the number of optimizer steps done before a checkpoint was saved."""
     return int(checkpoint.name[5:])
