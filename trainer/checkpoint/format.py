@@ -199,7 +199,8 @@ def superseded(committed: list[Path], config: CheckpointConfig, top1: Mapping[in
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint, renaming it first: a kill halfway leaves no incomplete one."""
+    """Delete a checkpoint, renaming it first: a kill halfway leaves no incomplete one, and files
+    that are being read, which NFS does not delete, are left for the next time."""
     renamed = checkpoint.with_name(f".old-{checkpoint.name}")
     os.rename(checkpoint, renamed)
-    shutil.rmtree(renamed)
+    shutil.rmtree(renamed, ignore_errors=True)

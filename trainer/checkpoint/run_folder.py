@@ -20,7 +20,7 @@ class RunFolder(NamedTuple):
     path: Path
     checkpoint: Path | None
     branches: bool = False
-    """The checkpoint is another run's, or the user named it: never fall back to an older one."""
+    """The checkpoint is another run's: never fall back to an older one."""
 
 
 def choose_run_folder(runs: Path, run_dir: Path | None, resume: str | None) -> RunFolder:
