@@ -145,14 +145,15 @@ class _Lasting(io.FileIO):
 
 def _outlive_the_terminal() -> None:
     """Keep output from ending the process: a rank whose launcher or `tee` died still has to save,
-    and `| head` is not an error."""
+    `| head` is not an error, and a path may have bytes that the terminal's encoding lacks."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the shell
             continue
         stream.flush()
         lasting = io.BufferedWriter(_Lasting(stream.fileno(), "wb", closefd=False))
-        setattr(sys, name, io.TextIOWrapper(lasting, stream.encoding, stream.errors, line_buffering=True))
+        errors = "backslashreplace" if stream.errors == "strict" else stream.errors
+        setattr(sys, name, io.TextIOWrapper(lasting, stream.encoding, errors, line_buffering=True))
 
 
 def run(main: Callable[[], None]) -> NoReturn:

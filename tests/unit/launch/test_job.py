@@ -48,6 +48,19 @@ run(main)
     assert "Permission denied: '/data/manifest.json'" in done.stderr
 
 
+def test_a_path_outside_utf8_is_printed() -> None:
+    code = """
+from bitfleet.launch.job import run
+run(lambda: print("/data/K\\udcf6ln"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8:strict"},
+    )
+    assert (done.returncode, done.stdout) == (0, b"/data/K\\udcf6ln\n")
+
+
 def test_print_after_the_end_of_the_reader_is_no_error() -> None:
     code = """
 import sys
