@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,6 +65,8 @@ def load_initial_weights(model: nn.Module, config: ModelConfig, path: Path, scal
         tensors = _checkpoint_tensors(path)
     elif not path.is_file():
         raise ValueError(f"there is no file of initial weights at {path}: --init takes {ACCEPTED}")
+    elif not os.access(path, os.R_OK):
+        raise ValueError(f"the initial weights {path} cannot be read: allow this user to read the file")
     elif path.suffix == ".safetensors":
         tensors = _safetensors(path)
     elif path.suffix in PICKLES:
