@@ -78,7 +78,7 @@ def load_initial_weights(model: nn.Module, config: ModelConfig, path: Path, scal
         return
     if is_official(model, tensors):
         tensors = from_official(model, tensors)
-    _load(model, tensors, _head_names(config) if new_head else set(), path)
+    _load(model, tensors, config, path, new_head=new_head)
 
 
 def _checkpoint_tensors(path: Path) -> Tensors:
@@ -134,7 +134,8 @@ def _head_names(config: ModelConfig) -> set[str]:
     return {name for name, shape in signature.items() if larger[name] != shape}
 
 
-def _load(model: nn.Module, tensors: Tensors, head: set[str], path: Path) -> None:
+def _load(model: nn.Module, tensors: Tensors, config: ModelConfig, path: Path, *, new_head: bool) -> None:
+    head = _head_names(config) if new_head else set()
     state = model.state_dict()
     for name, shape in model_signature(model).items():
         bits, tensor = BITS + name, tensors.get(name)
@@ -148,7 +149,7 @@ def _load(model: nn.Module, tensors: Tensors, head: set[str], path: Path) -> Non
             hint = "; to train a new classifier for other classes, pass --init_head new"
             raise ValueError(
                 f"the weights {path} do not fit: {name} is {there} there and {shape} in this model"
-                f"{hint if name.startswith('head') else ''}"
+                f"{hint if name in _head_names(config) else ''}"
             )
     if unknown := sorted(set(tensors) - set(state)):
         raise ValueError(f"the weights {path} do not fit: this model has no {unknown[0]}")
