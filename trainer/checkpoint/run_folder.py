@@ -102,8 +102,8 @@ def _resume_or_branch(path: Path, run_dir: Path | None) -> RunFolder:
 
 def _find_run(path: Path) -> RunFolder:
     if is_checkpoint(path):
-        checkpoint = absolute(path)
-        return RunFolder(checkpoint.parents[1], checkpoint)
+        path = absolute(path)
+        return RunFolder(path.parents[1], path)
     if not (path / CONFIG).exists():
         raise ValueError(
             f"there is nothing to resume at {path}: expected a run folder (with {CONFIG}) or one of its checkpoints"
