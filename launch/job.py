@@ -145,14 +145,15 @@ class _Lasting(io.FileIO):
 
 def _outlive_the_terminal() -> None:
     """Keep output from ending the process: a rank whose launcher or `tee` died still has to save,
-    and `| head` is not an error."""
+    `| head` is not an error, and a path may have bytes that the terminal's encoding lacks."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the shell
             continue
         stream.flush()
         lasting = io.BufferedWriter(_Lasting(stream.fileno(), "wb", closefd=False))
-        setattr(sys, name, io.TextIOWrapper(lasting, stream.encoding, stream.errors, line_buffering=True))
+        errors = "backslashreplace" if stream.errors == "strict" else stream.errors
+        setattr(sys, name, io.TextIOWrapper(lasting, stream.encoding, errors, line_buffering=True))
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -182,7 +183,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 def _fail(error: BaseException) -> NoReturn:
     error = _in_a_sentence(error)
-    if isinstance(error, ValueError | FloatingPointError) or _is_full_disk(error) or _is_disagreement(error):
+    if isinstance(error, ValueError | FloatingPointError) or _is_refused_by_disk(error) or _is_disagreement(error):
         if not is_main_rank():
             _leave_with_others(FIRST_RANK_SPEAKS_SECONDS)
             _tell_others(USER_ERROR)
@@ -249,7 +250,7 @@ def _tell_others(code: int) -> None:
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:
     """Stay silent on a full disk in TensorBoard's writer thread: it is raised again in the main
     thread, which reports it."""
-    if failure.exc_value is None or not _is_full_disk(failure.exc_value):
+    if failure.exc_value is None or not _is_refused_by_disk(failure.exc_value):
         threading.__excepthook__(failure)
 
 
@@ -269,10 +270,11 @@ def _in_a_sentence(error: BaseException) -> BaseException:
     return error
 
 
-def _is_full_disk(error: BaseException) -> bool:
-    """Return True if a disk is full, over its quota or read-only: for the user to fix, and named in
-    the message."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+def _is_refused_by_disk(error: BaseException) -> bool:
+    """Return True if a disk is full, over its quota, read-only or closed to this user: for the user
+    to fix, and named in the message."""
+    refusals = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+    return isinstance(error, OSError) and error.errno in refusals
 
 
 def _is_disagreement(error: BaseException) -> bool:

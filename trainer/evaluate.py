@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bitfleet.models import create_model
 from bitfleet.trainer.checkpoint import is_checkpoint, latest_checkpoint, load_model, read_meta
+from bitfleet.trainer.checkpoint.format import absolute
 from bitfleet.trainer.config import TrainConfig, read_config
 from bitfleet.trainer.data import ValidationLoader, normalize, open_dataset
 from bitfleet.trainer.engine.arithmetic import use_arithmetic
@@ -98,7 +99,7 @@ def evaluate_run(
             does not have.
         FloatingPointError: weights or running statistics are not finite.
     """
-    checkpoint = path.resolve() if is_checkpoint(path) else latest_checkpoint(path)
+    checkpoint = absolute(path) if is_checkpoint(path) else latest_checkpoint(path)
     config = read_config(checkpoint.parents[1] if checkpoint else path)
     if checkpoint is None:
         raise ValueError(f"the run {path} has no complete checkpoint to evaluate")

@@ -481,6 +481,8 @@ class Trainer:
 
     def _run_steps(self, last: int, stop: StopWatcher) -> None:
         self.start()
+        if self.folder.branches:  # or what is interrupted before the first save would start from step 0
+            self.save()
         if self._proof is not None:
             self._proof.begin(self.sharded)
         if self.step and self._validation_is_due() and not self.reports.has_validation(self.step):

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
-from bitfleet.trainer.checkpoint.format import META, is_checkpoint, latest_checkpoint, read_meta, verify
+from bitfleet.trainer.checkpoint.format import META, absolute, is_checkpoint, latest_checkpoint, read_meta, verify
 from bitfleet.trainer.checkpoint.tensors import BITS, MODEL, Tensors
 from bitfleet.trainer.run.files import written_atomically
 
@@ -19,6 +19,8 @@ def find(path: Path) -> Path:
     Raises:
         ValueError: there is no checkpoint.
     """
+    if is_checkpoint(absolute(path)):
+        return absolute(path)
     if is_checkpoint(path.resolve()) or (path / META).is_file():  # also a renamed one
         return path.resolve()
     newest = latest_checkpoint(path)

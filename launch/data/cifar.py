@@ -1,6 +1,7 @@
 """Layout: CIFAR-10's python archive, written as class folders of PNG files."""
 
 import functools
+import gzip
 import pickle
 import shutil
 import tarfile
@@ -93,7 +94,7 @@ def _unpack(archive: Path, folder: Path) -> None:
                 if member.isreg() and (content := tar.extractfile(member)):
                     with open(folder / PurePosixPath(member.name).name, "wb") as file:
                         shutil.copyfileobj(content, file)
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"the archive {archive} cannot be read ({error}): download it again") from None
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -12,7 +12,6 @@ from bitfleet.trainer.data.dataset import Dataset, open_dataset
 from bitfleet.trainer.data.loaders import TrainLoader, ValidationLoader
 from bitfleet.trainer.data.request import Batch
 
-_LOADERS: tuple[Literal["dali"], Literal["torch"]] = ("dali", "torch")
 _BATCH = 32
 # Mean |difference| of an image, of 255: rounding gives 0.1 to 0.3, another orientation or colour
 # space 20.
@@ -33,7 +32,7 @@ def compare(config: DataConfig, *, num_images: int, seed: int, device: torch.dev
     """Read the first training and validation images with both loaders.
 
     Args:
-        config: Data config of the run; its `loader` does not matter.
+        config: Data config of the run, whose loader, RandAugment and mixing do not matter.
         num_images: Images per split.
         seed: Seed of the stream.
         device: Device of the run; on a GPU, DALI decodes there by the rules of data.device.
@@ -67,8 +66,11 @@ def compare(config: DataConfig, *, num_images: int, seed: int, device: torch.dev
 def _differences(
     dataset: Dataset, config: DataConfig, split: str, seed: int, device: torch.device
 ) -> Iterator[_Difference]:
-    strict = dataclasses.replace(config, val_batch_size=_BATCH, on_bad_sample="fail")
-    configs = [dataclasses.replace(strict, loader=name) for name in _LOADERS]
+    strict = dataclasses.replace(
+        config, val_batch_size=_BATCH, on_bad_sample="fail", rand_augment=None, mixup=0.0, cutmix=0.0
+    )
+    # torch decodes on the CPU
+    configs = [dataclasses.replace(strict, loader="dali"), dataclasses.replace(strict, loader="torch", device="auto")]
     paths: Iterator[str]
     streams: list[Iterable[Batch]]
     if split == "validation":

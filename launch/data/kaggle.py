@@ -8,7 +8,7 @@ from bitfleet.launch.data import imagenet
 from bitfleet.launch.data.source import Listing, PartialLayout, Source, list_images, merge, register_layout
 from bitfleet.trainer.data import left_out
 from bitfleet.trainer.data.image_list import Manifest
-from bitfleet.trainer.data.scan import ClassFolders, find_images, scan_class_folders
+from bitfleet.trainer.data.scan import ClassFolders, count_others, find_images, scan_class_folders
 
 IMAGES = Path("Data/CLS-LOC")
 SOLUTION = "LOC_val_solution.csv"
@@ -59,7 +59,11 @@ def list_kaggle(folder: Path, solution: Path, *, num_workers: int) -> Listing:
     val, unreadable_val = list_images(folder, "val", scanned_val, num_workers=num_workers)
     return Listing(
         manifest=Manifest(train=train, val=merge([val]), classes=scanned.classes, layout="Kaggle ILSVRC"),
-        omitted={"train": scanned.omitted, "val": scanned_val.omitted},
+        omitted={
+            "train": scanned.omitted,
+            "val": scanned_val.omitted,
+            "root": count_others(folder, ("train", "val")),
+        },
         unreadable=unreadable | unreadable_val,
         unread={**scanned.unread, **scanned_val.unread},
     )

@@ -1,5 +1,6 @@
 """Recognise the layout of a data set: each imported module registers one."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -18,9 +19,9 @@ def recognise(source: Path) -> Source:
     Raises:
         ValueError: There is none, it is there in part, or there are several.
     """
-    if not source.exists():
-        raise ValueError(f"SOURCE {source} does not exist; {_looked_for()}")
     try:
+        if not source.exists():
+            raise ValueError(f"SOURCE {source} does not exist; {_looked_for()}")
         sources, partial = _detect(source)
     except OSError as error:
         raise ValueError(
@@ -60,8 +61,9 @@ def _content_of(source: Path) -> str:
     """Describe a data set one folder deeper, or name what is there."""
     names = sorted((name for name in os.listdir(source) if not name.startswith(".")), key=os.fsencode)
     for folder in (source / name for name in names[:_MOST_SEARCHED]):
-        if folder.is_dir() and (sources := _detect(folder)[0]):
-            return f"; {folder} has one ({sources[0].layout}): give that"
+        with contextlib.suppress(OSError):  # lost+found, say
+            if folder.is_dir() and (sources := _detect(folder)[0]):
+                return f"; {folder} has one ({sources[0].layout}): give that"
     if packed := [name for name in names if name.lower().endswith(_PACKED)]:
         return f"; unpack {', '.join(map(shown, packed[:_MOST_NAMED]))} first"
     more = ", ..." if len(names) > _MOST_NAMED else ""

@@ -127,8 +127,15 @@ def _unreadable_headers(listing: Listing, source: Path, is_extracted: bool) -> s
 
 def _plan(data: Source) -> dict[str, Any]:
     folder = os.path.commonpath([archive.parent for archive in data.extracted])
-    sizes = {os.path.relpath(archive, folder): archive.stat().st_size for archive in data.extracted}
+    sizes = {os.path.relpath(archive, folder): _num_bytes(archive) for archive in data.extracted}
     return {"layout": data.layout, "archives": sizes}
+
+
+def _num_bytes(archive: Path) -> int:
+    """Return the size of a file, or of the files in a folder, whose own size depends on the file
+    system, and on DEST if that is in it."""
+    files = [archive] if archive.is_file() else filter(Path.is_file, archive.iterdir())
+    return sum(file.stat().st_size for file in files)
 
 
 def _check_dest(source: Path, dest: Path, data: Source) -> bool:

@@ -36,6 +36,9 @@ def unfinished_folder(dest: Path, plan: Mapping[str, Any]) -> Iterator[Path]:
     with lock_dest(dest.with_name(dest.name + ".lock"), dest):
         if os.path.lexists(dest) and not (dest.is_dir() and not any(dest.iterdir())):
             raise ValueError(f"{dest} exists already: give another name, or remove it first")
+        if dest.is_symlink() or os.path.ismount(dest):
+            kind = "link" if dest.is_symlink() else "mount point"
+            raise ValueError(f"{dest} is a {kind}, which a finished folder cannot replace: give a new name in it")
         _start(folder, plan)
         try:
             yield folder
@@ -145,7 +148,15 @@ def _start(folder: Path, plan: Mapping[str, Any]) -> None:
             file.write_text(json.dumps(plan))
         except OSError as error:
             raise ValueError(f"{file} cannot be written ({error.strerror}): fix that and start again") from None
-    elif not file.exists() or json.loads(file.read_bytes()) != plan:
+    elif _plan_in(file) != plan:
         raise ValueError(
             f"{folder} was started with other settings or from other data: remove it, or give another DEST"
         )
+
+
+def _plan_in(file: Path) -> Any:
+    """Return the plan in `file`; None if it is missing or damaged, as after a power failure."""
+    try:
+        return json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None

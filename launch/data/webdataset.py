@@ -1,6 +1,7 @@
 """Layout: WebDataset shards, read where they lie; compressed ones are unpacked first."""
 
 import bz2
+import codecs
 import functools
 import gzip
 import json
@@ -253,7 +254,8 @@ def _chunks(path: Path) -> Iterator[bytes]:
 def _read_classes(file: Path) -> tuple[str, ...] | None:
     if not file.exists():
         return None
-    classes = tuple(line.strip() for line in file.read_text().splitlines())
+    lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+    classes = tuple(os.fsdecode(line.strip()) for line in lines)
     if not classes or not all(classes) or len(set(classes)) != len(classes):
         raise ValueError(f"{file} must name every class once, a line each, in the order of the labels")
     return classes

@@ -9,6 +9,7 @@ import pytest
 
 from bitfleet.launch.journal.reader import read_parts, weights_after
 from bitfleet.launch.journal.tools import verified
+from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
 from bitfleet.trainer.checkpoint.format import checkpoints, read_meta
 from tests.conftest import run_bitfleet, run_python, run_ranks
 from tests.integration.runs import NUM_STEPS, TRAIN, assert_same_bits, failed, final_tensors, metrics, scalar_steps
@@ -73,6 +74,20 @@ def assert_same_journal(a: Path, b: Path) -> None:
         assert all(line.endswith(": the same bits") for line in lines[:-1])
     for step in range(NUM_STEPS + 1):
         assert_same_bits(weights_after(a, step)[0], weights_after(b, step)[0])
+
+
+@pytest.mark.slow
+def test_a_branch_that_is_interrupted_at_once_continues_from_where_it_began(tiny: list[str], tmp_path: Path) -> None:
+    run, branch = tmp_path / "run", tmp_path / "branch"
+    of_run = run / "checkpoints" / "step-00000004"
+    for place, resume, last in ((run, "auto", 4), (branch, of_run, 4), (branch, "auto", 6)):
+        further = ("--run_dir", place, "--resume", resume, "--stop_after_steps", str(last))
+        done = run_python(TRAIN, *tiny, *further)
+        assert done.returncode == 0, done.stdout
+    own = branch / "checkpoints" / of_run.name
+    assert f"run {branch} continues {own}" in done.stdout
+    assert_same_bits(*(checkpoint_tensors.read(path, "") for path in (of_run, own)))
+    assert [line["step"] for line in metrics(branch)] == [5]
 
 
 def test_second_run_in_a_folder_is_refused(options: list[str], tmp_path: Path) -> None:

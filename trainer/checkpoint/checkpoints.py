@@ -186,8 +186,10 @@ class Checkpoints:
             self.state.engine.lr_scheduler.load_state_dict({"num_steps_done": meta["step"]})
             self.state.engine.global_steps = meta["step"]
         self._earlier_seconds = meta.get("save_seconds")
-        self._last_step = meta["step"]
-        return self._last_step
+        step: int = meta["step"]
+        if not self.folder.branches:  # else it is in the folder of another run
+            self._last_step = step
+        return step
 
     def by_time(self) -> bool:
         """Return True if the last checkpoint is older than `every_minutes` on rank 0."""

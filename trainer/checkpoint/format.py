@@ -43,6 +43,12 @@ def is_checkpoint(path: Path) -> bool:
     return re.fullmatch(r"step-\d{8,}", path.name) is not None and path.is_dir()
 
 
+def absolute(checkpoint: Path) -> Path:
+    """Return the path of a checkpoint in its run, whose folder of them may be a link to another
+    disk."""
+    return Path(os.path.abspath(checkpoint))
+
+
 def step_of(checkpoint: Path) -> int:
     """Return the number of optimizer steps done before a checkpoint was saved."""
     return int(checkpoint.name[5:])
@@ -193,7 +199,8 @@ def superseded(committed: list[Path], config: CheckpointConfig, top1: Mapping[in
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint, renaming it first: a kill halfway leaves no incomplete one."""
+    """Delete a checkpoint, renaming it first: a kill halfway leaves no incomplete one, and files
+    that are being read, which NFS does not delete, are left for the next time."""
     renamed = checkpoint.with_name(f".old-{checkpoint.name}")
     os.rename(checkpoint, renamed)
-    shutil.rmtree(renamed)
+    shutil.rmtree(renamed, ignore_errors=True)

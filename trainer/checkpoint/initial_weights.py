@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,6 +65,8 @@ def load_initial_weights(model: nn.Module, config: ModelConfig, path: Path, scal
         tensors = _checkpoint_tensors(path)
     elif not path.is_file():
         raise ValueError(f"there is no file of initial weights at {path}: --init takes {ACCEPTED}")
+    elif not os.access(path, os.R_OK):
+        raise ValueError(f"the initial weights {path} cannot be read: allow this user to read the file")
     elif path.suffix == ".safetensors":
         tensors = _safetensors(path)
     elif path.suffix in PICKLES:
@@ -75,7 +78,7 @@ def load_initial_weights(model: nn.Module, config: ModelConfig, path: Path, scal
         return
     if is_official(model, tensors):
         tensors = from_official(model, tensors)
-    _load(model, tensors, _head_names(config) if new_head else set(), path)
+    _load(model, tensors, config, path, new_head=new_head)
 
 
 def _checkpoint_tensors(path: Path) -> Tensors:
@@ -131,7 +134,8 @@ def _head_names(config: ModelConfig) -> set[str]:
     return {name for name, shape in signature.items() if larger[name] != shape}
 
 
-def _load(model: nn.Module, tensors: Tensors, head: set[str], path: Path) -> None:
+def _load(model: nn.Module, tensors: Tensors, config: ModelConfig, path: Path, *, new_head: bool) -> None:
+    head = _head_names(config) if new_head else set()
     state = model.state_dict()
     for name, shape in model_signature(model).items():
         bits, tensor = BITS + name, tensors.get(name)
@@ -145,7 +149,7 @@ def _load(model: nn.Module, tensors: Tensors, head: set[str], path: Path) -> Non
             hint = "; to train a new classifier for other classes, pass --init_head new"
             raise ValueError(
                 f"the weights {path} do not fit: {name} is {there} there and {shape} in this model"
-                f"{hint if name.startswith('head') else ''}"
+                f"{hint if name in _head_names(config) else ''}"
             )
     if unknown := sorted(set(tensors) - set(state)):
         raise ValueError(f"the weights {path} do not fit: this model has no {unknown[0]}")

@@ -39,7 +39,7 @@ def find_resume_checkpoint(folder: RunFolder, ranks: Ranks) -> ValidCheckpoint |
     """Find the checkpoint to resume from, None for a new run; every rank calls this.
 
     If the newest one of the run is damaged, say so, rename it and take the one before; a checkpoint
-    that the user named is never replaced by another.
+    of another run is never replaced.
 
     Raises:
         ValueError: the run, or the checkpoint named, has no valid checkpoint.

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from bitfleet.trainer.checkpoint.format import DAMAGED, FOLDER, is_checkpoint, latest_checkpoint
+from bitfleet.trainer.checkpoint.format import DAMAGED, FOLDER, absolute, is_checkpoint, latest_checkpoint
 from bitfleet.trainer.run.files import lock_run
 from bitfleet.trainer.run.folder import CONFIG
 
@@ -20,7 +20,7 @@ class RunFolder(NamedTuple):
     path: Path
     checkpoint: Path | None
     branches: bool = False
-    """The checkpoint is another run's, or the user named it: never fall back to an older one."""
+    """The checkpoint is another run's: never fall back to an older one."""
 
 
 def choose_run_folder(runs: Path, run_dir: Path | None, resume: str | None) -> RunFolder:
@@ -87,7 +87,11 @@ def _resume_or_branch(path: Path, run_dir: Path | None) -> RunFolder:
             raise ValueError(f"{run_dir} already holds a run: choose another --run_dir to branch from {run.checkpoint}")
         return RunFolder(run_dir, run.checkpoint, branches=True)
     newest = latest_checkpoint(run.path)
-    assert newest is not None
+    if newest is None:
+        raise ValueError(
+            f"{run.checkpoint} is not in the folder {FOLDER} of a run: pass a folder for the run that continues it as "
+            "--run_dir"
+        )
     if run.checkpoint is not None and run.checkpoint.name != newest.name:
         raise ValueError(
             f"{run.checkpoint} is not the newest checkpoint of its run ({newest.name} is), and a run is never "
@@ -98,7 +102,8 @@ def _resume_or_branch(path: Path, run_dir: Path | None) -> RunFolder:
 
 def _find_run(path: Path) -> RunFolder:
     if is_checkpoint(path):
-        return RunFolder(path.resolve().parents[1], path.resolve())
+        path = absolute(path)
+        return RunFolder(path.parents[1], path)
     if not (path / CONFIG).exists():
         raise ValueError(
             f"there is nothing to resume at {path}: expected a run folder (with {CONFIG}) or one of its checkpoints"
@@ -112,7 +117,7 @@ def planned_folder(runs: Path, run_dir: Path | None, resume: str | None) -> Path
     """Return where a run will write, as far as known; arguments as in `choose_run_folder`."""
     if run_dir is None and resume and resume != "auto":
         path = Path(resume)
-        return path.resolve().parents[1] if is_checkpoint(path) else path
+        return absolute(path).parents[1] if is_checkpoint(path) else path
     return run_dir or runs
 
 

@@ -13,6 +13,7 @@ lists, checked at every read.
 import hashlib
 import json
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
@@ -39,6 +40,7 @@ FORMAT = 1
 NUM_REASONS = 20
 """Most images that an error names; it counts the others and says where they are named."""
 
+_SHARD_SUFFIX = re.compile(r"\.tar/", re.IGNORECASE)
 _COLUMNS = ("path", "label", "height", "width", "bytes", "offset")
 _READER_THREADS = 16  # headers wait for the disk or the network, not for the CPU
 _BLOCK_FILES = 256
@@ -112,8 +114,9 @@ class ImageList:
 
 def shard_and_member(name: str) -> tuple[str, str]:
     """Split "train/000001.tar/a.jpg" into the shard "train/000001.tar" and "a.jpg"."""
-    end = name.lower().index(".tar/") + len(".tar")
-    return name[:end], name[end + 1 :]
+    suffix = _SHARD_SUFFIX.search(name)  # not in name.lower(), which may be longer
+    assert suffix is not None, name
+    return name[: suffix.end() - 1], name[suffix.end() :]
 
 
 def build_list(

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from bitfleet.configs import load_config
+from bitfleet.launch.checkpoint.tools import find
 from bitfleet.launch.evaluate import format_evaluation
 from bitfleet.trainer.config import to_dict
+from bitfleet.trainer.data import DataConfig
 from bitfleet.trainer.evaluate import Evaluation, evaluate_run
 from bitfleet.trainer.metrics import Accuracy
 from bitfleet.trainer.ranks.collectives import Ranks
@@ -56,3 +58,15 @@ def test_data_that_is_elsewhere_now_can_be_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     with pytest.raises(ValueError, match="no/such/folder' does not exist.*pass it as --data_root"):
         evaluate_run(tmp_path, data_root=None, ranks=Ranks(0, 1, 0, 1), device=torch.device("cpu"))
+
+
+def test_a_checkpoint_on_another_disk_belongs_to_the_run_that_links_to_it(tmp_path: Path) -> None:
+    run, disk = tmp_path / "run", tmp_path / "disk" / "a"
+    config = load_config("fashion_quickstart")
+    write_config(run, to_dict(dataclasses.replace(config, data=DataConfig(root="no/such/folder"))), {})
+    (disk / "step-00000001").mkdir(parents=True)
+    (run / "checkpoints").symlink_to(disk)
+    linked = run / "checkpoints" / "step-00000001"
+    assert find(linked) == linked
+    with pytest.raises(ValueError, match="no/such/folder' does not exist"):
+        evaluate_run(linked, data_root=None, ranks=Ranks(0, 1, 0, 1), device=torch.device("cpu"))

@@ -30,6 +30,37 @@ def test_full_disk_is_left_to_the_main_thread(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.count("Exception in thread") == 2
 
 
+def test_a_file_that_this_user_may_not_read_is_one_line() -> None:
+    code = """
+from bitfleet.launch.job import run
+def main():
+    raise PermissionError(13, "Permission denied", "/data/manifest.json")
+run(main)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "Permission denied: '/data/manifest.json'" in done.stderr
+
+
+def test_a_path_outside_utf8_is_printed() -> None:
+    code = """
+from bitfleet.launch.job import run
+run(lambda: print("/data/K\\udcf6ln"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8:strict"},
+    )
+    assert (done.returncode, done.stdout) == (0, b"/data/K\\udcf6ln\n")
+
+
 def test_print_after_the_end_of_the_reader_is_no_error() -> None:
     code = """
 import sys

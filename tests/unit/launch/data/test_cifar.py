@@ -1,5 +1,6 @@
 """CIFAR-10 becomes class folders of PNG files with the pixels and the order of torchvision's."""
 
+import gzip
 import io
 import tarfile
 from pathlib import Path
@@ -88,6 +89,11 @@ def test_damage_is_named(source: Path, tmp_path: Path) -> None:
     batch.write_bytes(batch.read_bytes()[:-1])
     with pytest.raises(ValueError, match="cifar-10-batches-py .*: data_batch_2 is missing"):
         prepare(source, tmp_path / "dest", num_workers=1)
+    content = gzip.decompress(packed.read_bytes()).rstrip(b"\0")
+    checked = gzip.compress(content + bytes(-len(content) % 512))  # tarfile reads on, to the check sum
+    packed.write_bytes(checked[:-8] + bytes(8))
+    with pytest.raises(ValueError, match=r"cifar-10-python\.tar\.gz .*CRC check failed.*download it again"):
+        prepare(packed, tmp_path / "dest2", num_workers=1)
     packed.write_bytes(packed.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"cifar-10-python\.tar\.gz "):
         prepare(packed, tmp_path / "dest2", num_workers=1)

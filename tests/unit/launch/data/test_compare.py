@@ -1,6 +1,8 @@
 """The report on the two loaders, where they agree and where they do not."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +31,23 @@ def test_loaders_that_agree(root: Path) -> None:
     assert num_different == 0
     assert report.splitlines()[1].startswith("training         5")
     assert "every image is the same but for rounding" in report
+
+
+@pytest.mark.parametrize(
+    "augmentation", [{"mixup": 0.2, "cutmix": 1.0}, {"loader": "torch", "rand_augment": "rand-m7-mstd0.5-inc1"}]
+)
+def test_images_are_compared_before_they_are_mixed(root: Path, augmentation: dict[str, Any]) -> None:
+    config = DataConfig(root=str(root), augmentation="random_resized_crop", image_size=24, num_threads=1)
+    _, num_different = compare(
+        dataclasses.replace(config, **augmentation), num_images=5, seed=1, device=torch.device("cpu")
+    )
+    assert num_different == 0
+
+
+def test_torch_decodes_on_the_cpu_wherever_dali_does(root: Path) -> None:
+    config = DataConfig(root=str(root), augmentation="random_resized_crop", image_size=24, device="gpu")
+    with pytest.raises(ValueError, match="data.device='gpu' needs a model that runs on a GPU"):
+        compare(config, num_images=5, seed=1, device=torch.device("cpu"))
 
 
 def test_images_that_they_read_differently_are_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

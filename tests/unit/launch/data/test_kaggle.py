@@ -41,6 +41,12 @@ def test_an_image_without_line_and_a_line_without_image_are_counted(source: Path
     }
 
 
+def test_what_lies_next_to_the_splits_is_counted(source: Path) -> None:
+    omitted = index(source).omitted["root"]
+    assert omitted.counts == {left_out.BESIDE: 1}
+    assert omitted.examples == {left_out.BESIDE: str(source / "ILSVRC/Data/CLS-LOC/test")}
+
+
 def test_an_unknown_synset_is_named(source: Path) -> None:
     table = source / "LOC_val_solution.csv"
     table.write_text(table.read_text().replace("ILSVRC2012_val_00000002,n02105855", "ILSVRC2012_val_00000002,n9"))

@@ -106,6 +106,30 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
         recognise(tmp_path)
 
 
+def test_folders_that_may_not_be_read_next_to_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    miniature.class_folders(tmp_path / "pictures")
+    (tmp_path / "lost+found").mkdir()
+    is_file = Path.is_file
+
+    def closed(path: Path) -> bool:
+        if path.parent.name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", closed)
+    with pytest.raises(ValueError, match=r"pictures has one \(class folders\): give that"):
+        recognise(tmp_path)
+
+
+def test_a_folder_whose_parent_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", closed)
+    with pytest.raises(ValueError, match=f"SOURCE {tmp_path} cannot be read .Permission denied"):
+        recognise(tmp_path)
+
+
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere does not exist"):
         recognise(tmp_path / "nowhere")

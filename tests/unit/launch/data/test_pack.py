@@ -191,6 +191,24 @@ def test_what_cannot_be_is_refused(source: Path, tmp_path: Path, monkeypatch: py
     assert {path.name for path in tmp_path.iterdir()} == {"there", "file"}
 
 
+@pytest.mark.parametrize("kind", ["link", "mount point"])
+def test_an_empty_folder_that_cannot_be_replaced_is_refused_before_anything_is_written(
+    kind: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dest, disk = tmp_path / "dest", tmp_path / "disk"
+    disk.mkdir()
+    if kind == "link":
+        dest.symlink_to(disk)
+    else:
+        dest.mkdir()
+        monkeypatch.setattr(os.path, "ismount", lambda path: path == dest)
+    with pytest.raises(ValueError, match=f"{dest} is a {kind}, .* a new name in it"):
+        run(source, dest)
+    assert not (tmp_path / "dest.unfinished").exists()
+    run(source, dest / "new")
+    assert read_manifest(dest / "new")[0].train
+
+
 def test_a_second_pack_into_the_same_folder_is_refused(source: Path, tmp_path: Path) -> None:
     with open(tmp_path / "packed.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

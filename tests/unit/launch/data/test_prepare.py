@@ -10,7 +10,7 @@ import pytest
 from bitfleet.launch.data import imagenet
 from bitfleet.launch.data.prepare import prepare
 from bitfleet.launch.data.unfinished import lock_dest
-from bitfleet.trainer.data import DataConfig, Dataset, open_dataset
+from bitfleet.trainer.data import DataConfig, Dataset, left_out, open_dataset
 from bitfleet.trainer.data.image_list import list_bytes, read_manifest, read_quarantine
 from tests import miniature
 from tests.miniature import SYNSETS
@@ -54,7 +54,8 @@ def test_in_place_by_two_workers_and_listed_anew(tmp_path: Path, make: Make) -> 
     assert not (source / ".prepare.lock").exists()
     moved = source.rename(tmp_path / "moved")
     assert sha in prepare(moved, moved, num_workers=1)
-    assert read_manifest(moved)[0].facts == {"source": str(moved)}
+    test_images = {"left_out": {"root": {left_out.BESIDE: 1}}} if make is miniature.kaggle else {}
+    assert read_manifest(moved)[0].facts == {"source": str(moved), **test_images}
     image = next(moved.rglob("train/n02105855/*.JPEG"))
     image.write_bytes(miniature.photo(2, 99))
     assert sha not in prepare(moved, moved, num_workers=1)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from bitfleet.launch.data import archives
 from bitfleet.launch.data import prepare as preparing
-from bitfleet.launch.data.archives import VAL_FILE
+from bitfleet.launch.data.archives import TRAIN_FILE, VAL_FILE
 from bitfleet.launch.data.prepare import prepare
 from bitfleet.launch.data.unfinished import write_unsynced
 from tests import miniature
@@ -146,6 +147,22 @@ def test_too_little_space_is_told_before(source: Path, tmp_path: Path, monkeypat
     assert not (tmp_path / "dest.unfinished").exists()
 
 
+def test_an_unpacked_archive_may_hold_dest(source: Path, tmp_path: Path) -> None:
+    """The size of such a folder is larger at the next start."""
+    with tarfile.open(source / TRAIN_FILE) as archive:
+        archive.extractall(source, filter="data")
+    (source / TRAIN_FILE).unlink()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCutError):
+        patch.setattr(os, "sync", cut)
+        prepare(source, source / "dest", num_workers=1, allow_incomplete=True)
+    size = source.stat().st_size
+    for index in range(100):
+        (source / f"{index:0200}").touch()
+    assert source.stat().st_size > size
+    prepare(source, source / "dest", num_workers=1, allow_incomplete=True)
+    assert images_of(source / "dest") == extracted()
+
+
 def test_unfinished_of_another_source_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCutError):
         patch.setattr(os, "sync", cut)
@@ -156,5 +173,8 @@ def test_unfinished_of_another_source_is_refused(source: Path, tmp_path: Path) -
         prepare(source, tmp_path / "dest", num_workers=1)
     (tmp_path / "other.unfinished").mkdir()
     (tmp_path / "other.unfinished/mine").touch()
+    with pytest.raises(ValueError, match=r"other\.unfinished .*other settings"):
+        prepare(source, tmp_path / "other", num_workers=1)
+    (tmp_path / "other.unfinished/.plan.json").write_bytes(b"")  # after a power failure
     with pytest.raises(ValueError, match=r"other\.unfinished .*other settings"):
         prepare(source, tmp_path / "other", num_workers=1)

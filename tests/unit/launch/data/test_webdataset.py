@@ -1,6 +1,7 @@
 """WebDataset shards: images are found within them, with their labels and classes."""
 
 import io
+import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,9 @@ def test_classes(tmp_path: Path) -> None:
     assert index(tmp_path, TRAIN).manifest.classes == ("0", "1")
     (tmp_path / "classes.txt").write_text("cat\ndog\nbird\n")
     assert index(tmp_path, TRAIN).manifest.classes == ("cat", "dog", "bird")
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfcat\r\nsmall\xe2\x80\xa8dog\r\n\xe9lan\r\n")
+    assert index(tmp_path, TRAIN).manifest.classes == ("cat", "small\u2028dog", os.fsdecode(b"\xe9lan"))
+    (tmp_path / "classes.txt").write_text("cat\ndog\nbird\n")
     with pytest.raises(ValueError, match=r"2 training images: .* bird has 0"):
         prepare(tmp_path, tmp_path / "dest", num_workers=1)
     for text in ("", "cat\n\ndog\n", "cat\ncat\n"):

@@ -1,6 +1,7 @@
 """Checkpoint folders: hashes, what is kept, what is refused; tensors that are written on one rank
 and read back."""
 
+import errno
 import json
 import os
 import pickle
@@ -22,6 +23,7 @@ from bitfleet.trainer.checkpoint.format import (
     checkpoints,
     file_facts,
     read_meta,
+    remove,
     set_aside,
     superseded,
     verify,
@@ -96,6 +98,19 @@ def test_what_is_kept(config: CheckpointConfig, kept: set[int], tmp_path: Path) 
 def test_damaged_ones_keep_a_name_of_their_own(tmp_path: Path) -> None:
     for place in ("damaged-step-00000005", "damaged-step-00000005-2"):
         assert set_aside(make(tmp_path, 5)).name == place
+    assert checkpoints(tmp_path) == []
+
+
+def test_a_file_that_another_process_reads_over_nfs_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(tmp_path, 1)
+
+    def busy(folder: str, **_: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", folder)
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    remove(path)
     assert checkpoints(tmp_path) == []
 
 

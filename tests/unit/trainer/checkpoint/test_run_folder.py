@@ -101,6 +101,17 @@ def test_resume_by_path_of_run_or_checkpoint(tmp_path: Path) -> None:
         choose(tmp_path, resume=str(older))
 
 
+def test_checkpoints_may_be_on_another_disk(tmp_path: Path) -> None:
+    run, disk = make_run(tmp_path / "run", 3), tmp_path / "disk"
+    (run / "checkpoints").rename(disk)
+    (run / "checkpoints").symlink_to(disk)
+    newest = run / "checkpoints" / "step-00000003"
+    assert choose(tmp_path, resume=str(newest)) == RunFolder(run, newest)
+    assert planned_folder(tmp_path, None, str(newest)) == run
+    with pytest.raises(ValueError, match=r"disk/step-00000003 is not in the folder checkpoints of a run.* --run_dir"):
+        choose(tmp_path, resume=str(disk / "step-00000003"))
+
+
 def test_folder_that_was_used_meanwhile_is_not_taken(tmp_path: Path) -> None:
     chosen = choose(tmp_path, run_dir=tmp_path / "run", resume="auto")
     create_and_lock(chosen).close()

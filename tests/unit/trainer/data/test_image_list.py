@@ -298,6 +298,7 @@ def test_merged_lists_are_in_the_order_of_class_folders(tmp_path: Path) -> None:
 
 def test_names_of_images_in_shards() -> None:
     assert shard_and_member("train/000001.tar/n01/a.jpg") == ("train/000001.tar", "n01/a.jpg")
+    assert shard_and_member("VERİ-SETİ.TAR/a.tar/b.jpg") == ("VERİ-SETİ.TAR", "a.tar/b.jpg")  # longer in lower case
 
 
 @pytest.mark.parametrize("change", [("classes", 3), ("longest_path", "29"), ("classes", ["a"])])
