@@ -262,8 +262,8 @@ def check_installation() -> None:
     except ImportError as error:
         problem = "is not installed" if isinstance(error, ModuleNotFoundError) else f"does not load ({error})"
         raise ValueError(
-            f"NVIDIA DALI, which reads the images, {problem}: pip install {extras}, or read them with torchvision: "
-            "--data.loader torch"
+            f"NVIDIA DALI, which reads the images, {problem}: pip install {extras}; a run can also read them with "
+            "torchvision: --data.loader torch"
         ) from None
 
 
