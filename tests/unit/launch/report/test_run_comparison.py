@@ -46,6 +46,20 @@ def test_table_has_every_setting_that_differs_and_the_answer_those_of_every_run(
     assert "Next: data.image_size 128, rule bnew with" in section.answer[1]
 
 
+def test_settings_that_one_rule_alone_has_are_no_seeds_of_each_other(tmp_path: Path) -> None:
+    rules = ("bop", "bop", "bnew", "bnew")
+    runs = [
+        read_run(synthetic.run_folder(tmp_path / str(number), rule=rule, seed=number % 3, more=0.1 * (number == 1)))
+        for number, rule in enumerate(rules)
+    ]
+    for run, gamma in zip(runs, (1e-4, 1e-3, None, None), strict=True):
+        run.facts["config"]["optim"]["gamma"] = gamma and {"start": gamma, "end": gamma / 10, "kind": "polynomial"}
+    section, table = compared(runs)
+    assert table.header[4:] == ("rule", "gamma", "gamma.end", "gamma.kind")
+    assert section.answer[0] == "Best: rule bop, gamma 0.001 with 80.0 % top-1 (one seed)."
+    assert section.answer[2] == "3 points were tried."  # the two runs of bnew are one
+
+
 def test_a_run_that_has_not_ended_says_its_progress(tmp_path: Path) -> None:
     runs = [read_run(synthetic.run_folder(tmp_path / str(lines), lines)) for lines in (12, 8)]
     section, table = compared(runs)
