@@ -88,6 +88,15 @@ def test_skipped_steps_and_a_grown_loss_are_told(tmp_path: Path) -> None:
     assert write_report([run], tmp_path / "page")[0].is_file()
 
 
+def test_a_run_that_skipped_every_step_has_a_page(tmp_path: Path) -> None:
+    run = synthetic.run_folder(tmp_path / "run", 0)
+    line = {"kind": "train", "step": 10, "loss": None, "top1": None, "epoch": 0.25, "skipped_steps": 10}
+    (run / "metrics.jsonl").write_text(json.dumps(line | {"images_per_second": 0.0, "seconds": 1.0}) + "\n")
+    page, (line_of_run,) = write_report([run])
+    assert "10 of 10 steps were skipped" in line_of_run
+    assert len(Page(page).pictures) == 2  # learning and speed
+
+
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_rules_are_drawn_with_any_number_of_seeds(tmp_path: Path, seeds: int) -> None:
     page, _ = write_report([synthetic.rules(tmp_path / "rules", 3, seeds)])
