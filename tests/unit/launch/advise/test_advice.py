@@ -270,6 +270,15 @@ def test_gradient_of_noise_is_taken_to_the_batch(tiny_images: Path) -> None:
     assert many.rms < 0.3 * few.rms
 
 
+def test_a_network_that_cannot_train_on_the_images_is_one_sentence(tiny_images: Path) -> None:
+    data = dataclasses.replace(SMALL.data, root=str(tiny_images))  # of 4 classes
+    with pytest.raises(ValueError, match=r"model.num_classes is 10, but .* has 4 classes: pass --model.num_classes 4"):
+        measure_gradient(dataclasses.replace(SMALL, data=data))
+    small = load_config("binarynet_cifar10")
+    with pytest.raises(ValueError, match="binarynet .*8"):
+        measure_gradient(dataclasses.replace(small, data=dataclasses.replace(small.data, image_size=8)))
+
+
 def test_table() -> None:
     outlook = Outlook(config=SMALL, num_images=6000)
     text = as_table(outlook, [Line("a", "1", "ok", "short"), Line("bb", "2", "wrong", "long " * 40)])
