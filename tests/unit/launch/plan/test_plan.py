@@ -191,7 +191,6 @@ def test_with_8_gpus_a_node_halving_is_the_fastest() -> None:
     others = alternatives(XNOR, network, published_rates, nodes)
     rounded = others.pop("--engine.grad_comm_dtype bf16")  # halved as well, and half the bytes
     assert rounded.step < mine.step
-    assert others.pop("--engine.cuda_graph True").step == mine.step  # launches do not bind
     assert all(mine.step < other.step for other in others.values())
 
 
