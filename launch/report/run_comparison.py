@@ -85,6 +85,7 @@ def _settings(run: RunResults) -> dict[str, Any]:
     """Return dotted name -> value of the fields that decide the training of `run`, without its
     seed."""
     settings = {name: value for name, value in flatten(run.config).items() if name not in OTHERS}
+    settings["num_replicas"] = run.facts.get("num_replicas")  # unset, they follow from the ranks
     return settings | _progress(run)
 
 

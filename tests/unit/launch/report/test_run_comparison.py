@@ -75,6 +75,17 @@ def test_runs_that_differ_in_the_seed_alone(tmp_path: Path) -> None:
     assert table.header == ("run", "seed", "top-1", "top-5")
 
 
+def test_replicas_are_those_that_a_run_had(tmp_path: Path) -> None:
+    """Unset in both, they are the ranks that each was started on."""
+    runs = [read_run(synthetic.run_folder(tmp_path / str(seed), seed=seed)) for seed in (0, 1)]
+    for run, number in zip(runs, (1, 4), strict=True):
+        run.facts["config"]["num_replicas"] = None
+        run.facts["num_replicas"] = number  # type: ignore[index]
+    _, table = compared(runs)
+    assert table.header == ("run", "seed", "top-1", "top-5", "num_replicas")
+    assert [row[-1] for row in table.rows] == ["1", "4"]
+
+
 def test_runs_without_a_validation_have_no_answer(tmp_path: Path) -> None:
     runs = [read_run(synthetic.run_folder(tmp_path / str(lines), lines)) for lines in (12, 3)]
     section, table = compared(runs)
