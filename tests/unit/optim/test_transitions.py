@@ -148,7 +148,7 @@ def test_driven_values_stay_in_their_range() -> None:
 
 def test_a_step_beyond_what_a_float_holds_ends_at_the_limit() -> None:
     """K is 0.5 after step 1 without momentum."""
-    eager = {name: dataclasses.replace(TARGET, drives=name, gain=2000.0) for name in ("gamma", "threshold")}  # type: ignore[arg-type]
+    eager = {name: dataclasses.replace(TARGET, drives=name, gain=2000.0) for name in ("gamma", "threshold")}
     assert next_value(0.1, -0.5, eager["threshold"]) == 0.1e6
     assert next_value(0.1, 0.5, eager["threshold"]) == 0.1 / 1e6
     assert next_value(0.1, 0.5, eager["gamma"]) == 1.0
