@@ -155,7 +155,8 @@ class BitDiagnostics(FlipCounts):
         """Count the coming step; `take` resets it."""
         self.since = 0
         """Steps that were done when the history started."""
-        self._sharded, self._num_windows, self._is_counted = sharded, 0, False
+        self._sharded, self._num_windows = sharded, 0
+        self._is_counted: bool | Tensor = False
         self._owners = {segment.name: bucket for bucket in self.buckets for segment in bucket.segments}
         self._history = {bucket: FlipHistory(bucket.slice_numel, bucket.weights.device) for bucket in self.buckets}
         self._matrix = self._zeros(len(self.sizes) * len(KEYS)).view(-1, len(KEYS))
@@ -194,7 +195,7 @@ class BitDiagnostics(FlipCounts):
         history.add_(flips)
         if not self.wanted:
             return
-        self._is_counted = True
+        self._is_counted = self._sharded.updated  # where the device skips a step, it is observed
         if bucket.rule.ratio is not None:  # now: schedules move on before it is reported
             self._threshold = float(bucket.group["threshold"])
         for index, name, _, low, high in bucket.pieces():
@@ -232,8 +233,10 @@ class BitDiagnostics(FlipCounts):
                 row, packed = self._matrix[self._places[name]], slice(low // 8, -(-high // 8))
                 row[KEYS.index(NEVER)] += high - low - popcount(history.flipped[packed])
                 row[KEYS.index(OSCILLATORS)] += popcount(history.oscillated[packed])
-        is_counted = torch.full((1,), int(self._is_counted), device=self._bins.device)
-        counts = torch.cat([is_counted, self._matrix.view(-1), self._bins])
+        counted = self._is_counted
+        if not isinstance(counted, Tensor):
+            counted = torch.full((), counted, device=self._bins.device)
+        counts = torch.cat([counted.long().view(1), self._matrix.view(-1), self._bins])
         self._matrix.zero_()
         self._bins.zero_()
         self.wanted = self._is_counted = False

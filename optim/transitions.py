@@ -133,7 +133,8 @@ def next_value(value: float, gap: float, target: Target) -> float:
     """U_t of U_(t-1) and R_t - K_t."""
     if target.drives == "latent_lr":
         return max(0.0, value + target.gain * target.initial * gap)
-    moved = value * math.exp(target.gain * (gap if target.drives == "gamma" else -gap))
+    exponent = target.gain * (gap if target.drives == "gamma" else -gap)
+    moved = value * math.exp(min(exponent, 100.0))  # beyond any limit, and within a float
     low, high = target.initial / RANGE, target.initial * RANGE
     return min(max(moved, low), min(high, 1.0) if target.drives == "gamma" else high)
 

@@ -30,7 +30,15 @@ from bitfleet.trainer.checkpoint import (
     was_compiled,
 )
 from bitfleet.trainer.config import TrainConfig, resolve_replicas, to_dict, with_precision
-from bitfleet.trainer.data import Dataset, TrainLoader, ValidationLoader, normalize, open_dataset, stream_settings
+from bitfleet.trainer.data import (
+    Dataset,
+    TrainLoader,
+    ValidationLoader,
+    check_classes,
+    normalize,
+    open_dataset,
+    stream_settings,
+)
 from bitfleet.trainer.distillation import (
     MEASURES,
     Distillation,
@@ -277,11 +285,7 @@ class Trainer:
         config, ranks = self.config, self.ranks
         self.dataset = open_dataset(config.data)
         check_same_on_all_ranks(ranks, {f"the lists of images in {config.data.root} (sha256)": self.dataset.sha})
-        if len(self.dataset.classes) != config.model.num_classes:
-            raise ValueError(
-                f"model.num_classes is {config.model.num_classes}, but {config.data.root} has "
-                f"{len(self.dataset.classes)} classes: pass --model.num_classes {len(self.dataset.classes)}"
-            )
+        check_classes(self.dataset, config.model.num_classes, config.data.root)
         place = {"rank": ranks.rank, "world_size": ranks.world_size, "local_world_size": ranks.local_world_size}
         self.loader = TrainLoader(
             self.dataset,

@@ -69,7 +69,7 @@ def advise(outlook: Outlook) -> list[Line]:
 def _schedule_line(outlook: Outlook, name: str) -> Line:
     """Say where a schedule ends, and whether the run gets there."""
     schedule, last, title = outlook.schedule(name), outlook.num_steps, f"schedule of {name}"
-    length, end = schedule.num_steps or last, f"its end, {schedule.end:g}"
+    length, end = schedule.delay_steps + (schedule.num_steps or last), f"its end, {schedule.end:g}"
     steps = (0, schedule.top_step, last - 1) if schedule.kind == "warmup_cosine" else (0, last - 1)
     value = " -> ".join(f"{schedule(step):.3g}" for step in steps)
     if name == outlook.driven:
@@ -81,8 +81,9 @@ def _schedule_line(outlook: Outlook, name: str) -> Line:
             return Line(title, value, "look", "constant: weights near 0 flip until the end; let it fall")
         return Line(title, value, "ok", "constant")
     if schedule.kind == "exponential":
-        stairs = (last - 1) // length
-        reason = f"{stairs} stairs of {length:,} steps x {schedule.rate:g} within the run"
+        stair = schedule.num_steps or last
+        stairs = max(0, last - 1 - schedule.delay_steps) // stair
+        reason = f"{stairs} stairs of {stair:,} steps x {schedule.rate:g} within the run"
         return Line(title, value, "ok" if stairs else "look", reason)
     if length < 0.9 * last:
         reason = f"at {end}, from step {length:,} of {last:,} on: should the run be longer than its schedule?"
@@ -90,7 +91,9 @@ def _schedule_line(outlook: Outlook, name: str) -> Line:
     if length > 1.1 * last:
         return Line(title, value, "look", f"it would reach {end}, after {length:,} steps, but the run has {last:,}")
     left = length - last + 1
-    return Line(title, value, "ok", f"the last step is {left:,} before {end}" if left > 0 else f"it reaches {end}")
+    if left <= 0 or schedule(last - 1) == schedule.end:
+        return Line(title, value, "ok", f"it reaches {end}")
+    return Line(title, value, "ok", f"the last step is {left:,} before {end}")
 
 
 def as_table(outlook: Outlook, lines: list[Line]) -> str:

@@ -101,7 +101,7 @@ def _checkpoint_lines(run: Path, outlook: Outlook, rule: FlipRule) -> list[Line]
     """Return what the moments of the newest checkpoint say."""
     checkpoint = latest_checkpoint(run)
     step = step_of(checkpoint) if checkpoint else 0
-    means = _moment_means(checkpoint, rule, step) if checkpoint else {}
+    means = _moment_means(checkpoint, rule, step) if checkpoint and step else {}
     if not means:
         reason = "there is no checkpoint, or the moments are in DeepSpeed's own files (sharding zero)"
         return [Line("measured: moments", "not measured", "look", reason)]

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from bitfleet.launch.advise.theory import FlipRule, Snapshot, predict
 from bitfleet.launch.data.imagenet import CIFAR10, ILSVRC2012
-from bitfleet.models import create_model
+from bitfleet.models import check_images, create_model
 from bitfleet.optim import Schedule, is_binary
 from bitfleet.trainer.config import TrainConfig
-from bitfleet.trainer.data import DataConfig, TrainLoader, normalize, open_dataset
+from bitfleet.trainer.data import DataConfig, TrainLoader, check_classes, normalize, open_dataset
 
 Verdict = Literal["ok", "look", "wrong"]
 PUBLISHED = {1000: (ILSVRC2012.train, "ImageNet"), 100: (50_000, "CIFAR-100"), 10: (CIFAR10.train, "CIFAR-10")}
@@ -43,7 +43,11 @@ def measure_gradient(config: TrainConfig) -> Gradient | None:
     """Measure the gradients on the CPU, scaled as noise to the batch; None without binary weights.
 
     The images are the run's first ones if its data are on this machine, else random pixels.
+
+    Raises:
+        ValueError: the network cannot train on images of that size, or of these classes.
     """
+    check_images(config.model, config.data.image_size, 2)
     torch.manual_seed(config.seed)
     model = create_model(config.model)
     params = {name: param for name, param in model.named_parameters() if is_binary(param)}
@@ -65,6 +69,7 @@ def _batch(config: TrainConfig, num_images: int) -> tuple[Tensor, Tensor, str]:
     except ValueError:
         labels = torch.randint(config.model.num_classes, (num_images,))
         return torch.randn(num_images, 3, data.image_size, data.image_size), labels, "images of random pixels"
+    check_classes(dataset, config.model.num_classes, data.root)
     alone = {"num_replicas": 1, "rank": 0, "world_size": 1, "local_world_size": 1}
     device = torch.device("cpu")
     loader = TrainLoader(dataset, data, seed=config.seed, global_batch_size=num_images, device=device, **alone)

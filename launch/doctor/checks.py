@@ -132,22 +132,25 @@ def check_dali(facts: Sequence[Facts], wanted: bool) -> Check:
     )
 
 
-def check_devices(facts: Sequence[Facts], wanted: bool) -> Check:
-    """Check that each rank has a GPU, or none has one."""
+def check_devices(facts: Sequence[Facts], wanted: str) -> Check:
+    """Check that each rank has a GPU, or none has one; `wanted` is the run's device."""
 
     def devices(rank: Facts) -> str:
         counts = {name: rank.devices.count(name) for name in rank.devices}
         return ", ".join(f"{count} x {name}" for name, count in counts.items()) or "none: CPU"
 
     value = by_value(facts, devices)
+    if wanted == "cpu":
+        return Check("devices", value)
     without = [rank for rank in facts if not rank.devices]
     if broken := [rank for rank in without if rank.nvidia_driver]:
         advice = f"torch (CUDA {broken[0].torch_cuda}) finds no device despite the driver: compare with nvidia-smi"
         return Check("devices", f"none on {who(broken)}", "FAIL", advice)
-    if without and (wanted or len(without) < len(facts)):
+    if without and (wanted == "gpu" or len(without) < len(facts)):
         advice = f"no GPU on {who(without)}: leave it out, or use --device cpu everywhere"
         return Check("devices", value, "FAIL", advice)
-    if crowded := [rank for rank in facts if rank.devices and rank.local_world_size > len(rank.devices)]:
+    # A rank may see its own GPU alone; two on one GPU do not get this far.
+    if crowded := [rank for rank in facts if 1 < len(rank.devices) < rank.local_world_size]:
         return Check("devices", value, "FAIL", f"more ranks than GPUs on {who(crowded)}: start one per GPU")
     return same("devices", facts, devices, "the slowest device sets the pace of all", "WARN")
 

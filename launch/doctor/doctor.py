@@ -40,13 +40,13 @@ def examine(config: TrainConfig | None, ranks: Ranks, device: torch.device) -> l
     facts = all_gather_objects(collect_facts(config, ranks, device))
     sees = _sees_run_folder(facts[0], ranks)
     network = measure_network(ranks, device)
-    wants_gpu = config is not None and config.device == "gpu"
+    wanted = config.device if config else "auto"
     wants_dali = config is None or decoder_of(config.data) == "dali"
-    return all_checks(facts, network, sees, wants_gpu=wants_gpu, wants_dali=wants_dali)
+    return all_checks(facts, network, sees, wanted=wanted, wants_dali=wants_dali)
 
 
 def all_checks(
-    facts: Sequence[Facts], network: Network | None, sees_run_folder: Sequence[bool], wants_gpu: bool, wants_dali: bool
+    facts: Sequence[Facts], network: Network | None, sees_run_folder: Sequence[bool], wanted: str, wants_dali: bool
 ) -> list[Check]:
     """Return every check.
 
@@ -54,10 +54,10 @@ def all_checks(
         facts: those of all ranks, in their order.
         network: None for a single rank.
         sees_run_folder: for each rank, whether it sees what rank 0 writes next to the run folders.
-        wants_gpu: the configuration asks for a GPU.
+        wanted: device of the configuration, "auto", "cpu" or "gpu".
         wants_dali: the configuration reads with DALI.
     """
-    checks = [*check_installation(facts, wants_dali), check_devices(facts, wants_gpu), check_cores(facts)]
+    checks = [*check_installation(facts, wants_dali), check_devices(facts, wanted), check_cores(facts)]
     checks += [*check_room(facts, sees_run_folder), *check_compilers(facts)]
     if facts[0].config is not None:
         advice = "the hosts have other files in configs/ or other options"

@@ -146,15 +146,17 @@ def _versions() -> dict[str, str]:
     return python | {package: version(package) or "not installed" for package in PACKAGES}
 
 
-def free_memory() -> int:
-    """Return the free memory of the machine, or what the container's limit leaves (cgroup v2)."""
+def free_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the free memory of the machine, or what the container's limit leaves (cgroup v2);
+    files in the page cache count as free."""
     free: int = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
     try:
         limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
-    except (OSError, ValueError):
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = int(counts["inactive_file"]) + int(counts["active_file"])
+    except (OSError, ValueError, KeyError):
         return free
-    return free if limit == "max" else min(free, int(limit) - used)
+    return free if limit == "max" else min(free, int(limit) - used + cached)
 
 
 def free_where_writable(folder: Path) -> int | None:

@@ -1,6 +1,7 @@
 """`bitfleet plan`: predict what a training step costs on a cluster."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def plan(arguments: Sequence[str]) -> None:
     cluster = Cluster(
         num_nodes=options.nodes,
         ranks_per_node=options.gpus,
-        link_bytes_per_second=1e9 / 8 * (options.network or 1.0),
+        link_bytes_per_second=1e9 / 8 * (options.network or math.inf),
         cores=options.cores or rates.cores,
     )
     network = describe(config)
@@ -82,7 +83,6 @@ def plan(arguments: Sequence[str]) -> None:
             num_images = ILSVRC2012.train
     print(format_plan(config, num_images, rates, cluster, estimates, others))
     if options.output:
-        (asked,) = [e for e in estimates if e.num_nodes == options.nodes]
-        sentences = answer(config, num_images, estimates, asked, "GPU" if rates.device == "gpu" else "rank")
+        sentences = answer(config, num_images, estimates, cluster, "GPU" if rates.device == "gpu" else "rank")
         draw_plan("\n".join([config.name, *sentences]), estimates, options.output)
         print(f"\ndrawn in {options.output}")

@@ -41,7 +41,7 @@ class Cluster:
     ranks_per_node: int
     """GPUs per node; on a CPU the ranks that share its cores."""
     link_bytes_per_second: float
-    """Bandwidth of a node's connection, in each direction."""
+    """Bandwidth of a node's connection, in each direction; infinite if there is none."""
     cores: float
     """CPU cores per node."""
 
@@ -200,7 +200,7 @@ def scan(config: TrainConfig, network: Network, rates: Rates, cluster: Cluster) 
 
 
 def alternatives(config: TrainConfig, network: Network, rates: Rates, cluster: Cluster) -> dict[str, Estimate]:
-    """Return the estimate with each option that could be passed instead."""
+    """Return the estimate with each option that a run could have instead."""
     options = {
         "--engine.grad_comm_dtype bf16": EngineConfig(grad_comm_dtype="bf16"),
         "--engine.sharding none": EngineConfig(sharding="none"),
@@ -210,8 +210,10 @@ def alternatives(config: TrainConfig, network: Network, rates: Rates, cluster: C
         option: estimate(dataclasses.replace(config, engine=engine), network, rates, cluster)
         for option, engine in options.items()
         if (engine.sharding, engine.grad_comm_dtype) != (config.engine.sharding, config.engine.grad_comm_dtype)
+        and (engine.grad_comm_dtype == "fp32" or config.engine.sharding == "bits")
     }
-    if rates.device == "gpu" and not config.engine.cuda_graph:
+    can_capture = cluster.world_size == 1 and config.engine.sharding == "bits"
+    if rates.device == "gpu" and can_capture and not config.engine.cuda_graph:
         graphed = dataclasses.replace(rates, launch_seconds=rates.node_seconds)
         results["--engine.cuda_graph True"] = estimate(config, network, graphed, cluster)
     return results

@@ -1,6 +1,7 @@
 """Write a plan: the answer in sentences, a table over node counts, the source of every rate, and a
 picture."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -33,20 +34,21 @@ def num_hours(config: TrainConfig, num_images: int, estimate: Estimate) -> float
 
 
 def answer(
-    config: TrainConfig, num_images: int, estimates: Sequence[Estimate], asked: Estimate, unit: str
+    config: TrainConfig, num_images: int, estimates: Sequence[Estimate], cluster: Cluster, unit: str
 ) -> list[str]:
-    """Return two sentences: the speed of the cluster that was asked about, and how many nodes are
-    worth having."""
+    """Return two sentences: the speed of the cluster that was asked about, and, if a network is
+    known, how many nodes are worth having."""
+    (asked,) = [e for e in estimates if e.num_nodes == cluster.num_nodes]
     limit, reason = find_limit(estimates)
-    more = f"Every doubling helps up to {_nodes(limit)}; the batch divides over no more."
+    more = [f"Every doubling helps up to {_nodes(limit)}; the batch divides over no more."]
     if reason:
-        more = f"More than {_nodes(limit)} {'does' if limit == 1 else 'do'} not help: {reason}."
+        more = [f"More than {_nodes(limit)} {'does' if limit == 1 else 'do'} not help: {reason}."]
     return [
         f"{_nodes(asked.num_nodes)} with {asked.world_size // asked.num_nodes} {unit}s each: "
         f"{asked.images_per_second:,.0f} images/s, {1e3 * asked.step:,.1f} ms per step, "
         f"{num_hours(config, num_images, asked):,.1f} hours for {config.epochs} epochs of {num_images:,} images; "
         f"{RESOURCES[asked.binding][0]}.",
-        more,
+        *(more if math.isfinite(cluster.link_bytes_per_second) else []),
     ]
 
 
@@ -66,6 +68,8 @@ def format_plan(
     on_gpu = rates.device == "gpu"
     unit = "GPU" if on_gpu else "rank"
     (asked,) = [e for e in estimates if e.num_nodes == cluster.num_nodes]
+    link = 8e-9 * cluster.link_bytes_per_second
+    network = f"{link:g} Gbit/s and " if math.isfinite(link) else ""
     step = (
         "step is the longest of data, of launches, and of compute + network + update"
         if on_gpu
@@ -74,10 +78,9 @@ def format_plan(
     return "\n".join(
         [
             f"{config.name}: batch {config.global_batch_size} over all nodes, sharding {config.engine.sharding}, "
-            f"gradients {config.engine.grad_comm_dtype}, {rates.name}, {8e-9 * cluster.link_bytes_per_second:g} Gbit/s "
-            f"and {cluster.cores:g} cores per node",
+            f"gradients {config.engine.grad_comm_dtype}, {rates.name}, {network}{cluster.cores:g} cores per node",
             "",
-            *answer(config, num_images, estimates, asked, unit),
+            *answer(config, num_images, estimates, cluster, unit),
             f"Other options, images/s: {', '.join(f'{k} {e.images_per_second:,.0f}' for k, e in others.items())}.",
             "",
             _format_scan(config, num_images, estimates, asked, unit),

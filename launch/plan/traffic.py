@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitfleet.models import create_model
+from bitfleet.models import check_images, create_model
 from bitfleet.models.size import layer_macs
 from bitfleet.optim import build_optimizer
 from bitfleet.optim.sharding.buckets import make_buckets
@@ -138,8 +138,9 @@ def describe(config: TrainConfig) -> Network:
     """Return the facts about the network of `config`; its weights take no memory.
 
     Raises:
-        ValueError: there is no such network.
+        ValueError: there is no such network, or its images are too small for it.
     """
+    check_images(config.model, config.data.image_size, 2)
     with torch.device("meta"):
         model = create_model(config.model)
         size = config.data.image_size

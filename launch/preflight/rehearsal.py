@@ -45,7 +45,7 @@ def rehearse(config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
         folder = _make_folder(config, ranks)
     try:
         with _named("building the run"):
-            trial = dataclasses.replace(config, run_dir=folder / "run", resume=None, init=None)
+            trial = dataclasses.replace(config, run_dir=folder / "run", resume=None, init=None, init_head="loaded")
             trainer = Trainer(trial, ranks, device)
             trainer.start()
         try:

@@ -32,8 +32,7 @@ def compare(runs: Sequence[RunResults]) -> Section | None:
     fields = list(dict.fromkeys(field for settings in differing for field in settings))
     validations = [run.last("validation") for run in runs]
     judged = [number for number, validation in enumerate(validations) if validation]
-    # A setting that some runs do not have follows from another one, as from the rule.
-    naming = [field for field in fields if field == PROGRESS or all(field in settings for settings in differing)]
+    naming = _naming(fields, differing)
     points = []
     for number in judged:
         labels = tuple((field, f"{field} {differing[number][field]}") for field in naming if field in differing[number])
@@ -70,10 +69,23 @@ def _differing(runs: Sequence[RunResults]) -> list[dict[str, str]]:
     ]
 
 
+def _naming(fields: Sequence[str], differing: Sequence[dict[str, str]]) -> list[str]:
+    """Return the fields that name a setting: those of every run, and of the others those in which
+    runs differ that are alike in the fields before."""
+    naming = [field for field in fields if field == PROGRESS or all(field in settings for settings in differing)]
+    for field in fields:  # most follow from another one, as from the rule
+        seen: dict[tuple[str | None, ...], str | None] = {}
+        alike = [(tuple(map(settings.get, naming)), settings.get(field)) for settings in differing]
+        if any(seen.setdefault(key, value) != value for key, value in alike):
+            naming.append(field)
+    return naming
+
+
 def _settings(run: RunResults) -> dict[str, Any]:
     """Return dotted name -> value of the fields that decide the training of `run`, without its
     seed."""
     settings = {name: value for name, value in flatten(run.config).items() if name not in OTHERS}
+    settings["num_replicas"] = run.facts.get("num_replicas")  # unset, they follow from the ranks
     return settings | _progress(run)
 
 

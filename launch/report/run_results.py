@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bitfleet.launch.report.sweep_results import Curve, check_config, read_object
+from bitfleet.trainer.distillation import DistillConfig
 from bitfleet.trainer.metrics import JSONL, LossWatch, read_metrics
 from bitfleet.trainer.run.folder import CONFIG
 
@@ -93,7 +94,7 @@ def answer(run: RunResults) -> list[str]:
         sentences.append(f"No validation yet; training is at {_epoch_of(run, last_step)}.")
     if _is_number(skipped := train.get("skipped_steps")) and skipped:
         sentences.append(f"{skipped:,} of {train['step']:,} steps were skipped, because a gradient was not finite.")
-    watch = LossWatch(int(run.config.get("model", {}).get("num_classes", 2)))
+    watch = LossWatch(int(run.config.get("model", {}).get("num_classes", 2)), scale=_loss_scale(run.config))
     warnings = [watch.sentence(int(step), loss) for step, loss in zip(*run.curve("train", "loss"), strict=True)]
     sentences += [f"{warning[0].upper()}{warning[1:]}." for warning in warnings if warning][-1:]
     if flips.values:
@@ -108,8 +109,9 @@ def summary(run: RunResults) -> list[tuple[str, str]]:
     """Return the configuration as rows (name, value)."""
     config, facts = run.config, run.facts
     model, data, optim = (config.get(key, {}) for key in ("model", "data", "optim"))
+    norm = f", {model['norm']} norm" if model.get("norm") else ""
     rows = [
-        ("network", f"{model.get('name')}, {model.get('num_classes')} classes, {model.get('norm')} norm"),
+        ("network", f"{model.get('name')}, {model.get('num_classes')} classes{norm}"),
         ("data", f"{data.get('root')}, {data.get('image_size')} pixels, {data.get('augmentation')}"),
         ("length", f"{config.get('epochs')} epochs of batches of {config.get('global_batch_size')}"),
         ("rule", f"{optim.get('rule')}, correction {optim.get('correction')}"),
@@ -123,6 +125,12 @@ def summary(run: RunResults) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if "None" not in value.split()]
 
 
+def _loss_scale(config: Mapping[str, Any]) -> float:
+    distill = config.get("distill") or {}
+    known = {name: distill[name] for name in ("teacher", "temperature", "label_weight") if name in distill}
+    return DistillConfig(**known).loss_scale
+
+
 def _schedules(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     optim = config.get("optim", {})
     return {name: value for name, value in optim.items() if isinstance(value, dict) and "start" in value}
@@ -133,7 +141,9 @@ def _describe(schedule: Mapping[str, Any]) -> str:
     if kind == "constant":
         text = f"{start:g}"
     elif kind == "exponential":
-        text = f"{start:g}, times {schedule.get('rate'):g} every {schedule.get('num_steps') or 'run'} steps"
+        length, share = schedule.get("num_steps"), schedule.get("share", 1.0)
+        stair = f"{length:,} steps" if length else f"{share:g} of the run"
+        text = f"{start:g}, times {schedule.get('rate'):g} every {stair}"
     else:
         text = f"{start:g} → {schedule.get('end', 0.0):g}, {kind}"
         power = schedule.get("power", 1.0)

@@ -140,7 +140,7 @@ def draw_learning(run: RunResults) -> bytes:
                 ends.append(End(curve.steps[-1], curve.values[-1], f"{word}  {last}", color))
                 values += curve.values
         drawing.steps(axis)
-        if key == "top1":
+        if key == "top1" and values:
             drawing.percent(axis, min(values), max(values))
         drawing.title(axis, name)
         drawing.label_ends(axis, ends, font=FONT)
@@ -213,7 +213,7 @@ def draw_speed(run: RunResults) -> bytes | None:
     both = len(wait.steps) == len(seconds.steps) > 0
     axes = drawing.panels(2 if both else 1, width=5.0, height=2.7)
     _plot(axes[0], speed, BLACK, 1.2)
-    axes[0].set_ylim(0, 1.1 * max(speed.values))
+    axes[0].set_ylim(0, 1.1 * max(speed.values) or 1)  # 0 where every step was skipped
     drawing.title(axes[0], f"images/s; median {np.median(speed.values):,.0f}")
     if both:
         parts = tuple(w / s if s > 0 else 0.0 for w, s in zip(wait.values, seconds.values, strict=True))

@@ -134,9 +134,18 @@ def make_card(record: Record, paper: Paper, recipe: TrainConfig) -> dict[str, An
 
 
 def write_card(folder: Path, card: dict[str, Any]) -> Path:
-    """Write reproduce.json and reproduce.md into the folder of the run; return the latter."""
-    write_atomically(folder / "reproduce.json", to_json(card, indent=2) + "\n")
-    write_atomically(folder / "reproduce.md", as_markdown(card))
+    """Write reproduce.json and reproduce.md into the folder of the run; return the latter.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    try:
+        write_atomically(folder / "reproduce.json", to_json(card, indent=2) + "\n")
+        write_atomically(folder / "reproduce.md", as_markdown(card))
+    except OSError as error:
+        raise ValueError(
+            f"cannot write the card into {folder}: {error.strerror}; {card['verdict']}: {card['sentence']}"
+        ) from error
     return folder / "reproduce.md"
 
 

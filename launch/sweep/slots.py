@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bitfleet.launch.doctor.facts import free_memory
 from bitfleet.launch.job import num_cores
 from bitfleet.launch.text import gigabytes
-from bitfleet.models import create_model
+from bitfleet.models import check_images, create_model
 from bitfleet.optim.rules.rule import RULES
 from bitfleet.trainer.config import TrainConfig, resolve_replicas
 
@@ -40,8 +40,10 @@ def bytes_of_rank(config: TrainConfig, ranks: int) -> int:
     operations between layers.
 
     Raises:
-        ValueError: the network cannot be built, or batch and ranks do not divide.
+        ValueError: the network cannot be built, its images are too small for it, or batch and ranks
+            do not divide.
     """
+    check_images(config.model, config.data.image_size, 2)
     outputs: list[int] = []
 
     def note(_: nn.Module, __: object, output: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Read a data set as batches of images on the device of the model."""
 
 from bitfleet.trainer.data.config import DataConfig
-from bitfleet.trainer.data.dataset import Dataset, open_dataset
+from bitfleet.trainer.data.dataset import Dataset, check_classes, open_dataset
 from bitfleet.trainer.data.loaders import TrainLoader, ValidationLoader, decoder_of
 from bitfleet.trainer.data.resizing import normalize
 from bitfleet.trainer.data.stream import stream_settings
@@ -11,6 +11,7 @@ __all__ = [
     "Dataset",
     "TrainLoader",
     "ValidationLoader",
+    "check_classes",
     "decoder_of",
     "normalize",
     "open_dataset",

@@ -52,6 +52,15 @@ class Dataset:
         return "; ".join([text, *self.notes])
 
 
+def check_classes(dataset: Dataset, num_classes: int, root: str) -> None:
+    """Raise ValueError unless a network for `num_classes` fits the data set in `root`."""
+    if len(dataset.classes) != num_classes:
+        raise ValueError(
+            f"model.num_classes is {num_classes}, but {root} has {len(dataset.classes)} classes: pass "
+            f"--model.num_classes {len(dataset.classes)}"
+        )
+
+
 def open_dataset(config: DataConfig) -> Dataset:
     """List the images of `config.root`.
 

@@ -90,8 +90,10 @@ class _Step(NamedTuple):
     step: int
     flips: list[Bytes]
     """One array per binary bucket; empty for a skipped step."""
+    updated: bool | Tensor
+    """False for a skipped step, which may have flips of 0; bool [] on the CPU."""
     wait: Callable[[], object]
-    """Wait until the flips have arrived from the device."""
+    """Wait until both have arrived from the device."""
 
 
 class JournalWriter:
@@ -142,7 +144,7 @@ class JournalWriter:
         if len(self._flips) == len(self._buckets):
             step = self._optimizer.num_steps
             self._skip_to(step - 1)
-            self._queue.put(_on_host(step, self._flips))
+            self._queue.put(_on_host(step, self._flips, self._optimizer.updated))
             self._last_step, self._flips = step, []
 
     def flush(self) -> None:
@@ -175,7 +177,7 @@ class JournalWriter:
     def _skip_to(self, step: int) -> None:
         """Record steps without a report as skipped: they updated nothing."""
         for skipped in range(self._last_step + 1, step + 1):
-            self._queue.put(_Step(skipped, [], bool))
+            self._queue.put(_Step(skipped, [], False, bool))
         self._last_step = max(self._last_step, step)
 
     def _check(self) -> None:
@@ -200,7 +202,7 @@ class JournalWriter:
             os.fsync(self._file.fileno())
             return
         item.wait()
-        if not item.flips:
+        if not item.updated:
             self._file.write(frame(SKIPPED, item.step, 0, b""))
             return
         flips = np.concatenate(item.flips)
@@ -216,15 +218,17 @@ class JournalWriter:
         self._bytes_since_signs = 0
 
 
-def _on_host(step: int, flips: list[Tensor]) -> _Step:
+def _on_host(step: int, flips: list[Tensor], updated: bool | Tensor) -> _Step:
     if not flips[0].is_cuda:
-        return _Step(step, [each.numpy() for each in flips], bool)
-    pinned = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in flips]
-    for target, source in zip(pinned, flips, strict=True):
+        return _Step(step, [each.numpy() for each in flips], updated, bool)
+    sources = [*flips, *([updated] if isinstance(updated, Tensor) else [])]
+    pinned = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in sources]
+    for target, source in zip(pinned, sources, strict=True):
         target.copy_(source, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
-    return _Step(step, [each.numpy() for each in pinned], copied.synchronize)
+    updated = pinned.pop() if isinstance(updated, Tensor) else updated
+    return _Step(step, [each.numpy() for each in pinned], updated, copied.synchronize)
 
 
 def _layout(optimizer: ShardedOptimizer, begin_step: int, num_weights: int) -> Layout:

@@ -142,10 +142,15 @@ class ComputeTimer:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._seconds = 0.0
         self._started = 0.0
+        self._is_running = False
         self._num_steps = 0
 
     def begin(self) -> None:
-        """Start to time a micro-batch."""
+        """Start to time a micro-batch, or the step of a CUDA graph, which loads all of them
+        first."""
+        if self._is_running:
+            return
+        self._is_running = True
         if self._on_gpu:
             self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
             self._events[-1][0].record()
@@ -153,6 +158,7 @@ class ComputeTimer:
 
     def end(self) -> None:
         """Stop after its backward."""
+        self._is_running = False
         if self._on_gpu:
             self._events[-1][1].record()
         else:

@@ -25,10 +25,10 @@ from bitfleet.optim.diagnostics import (
 BOP = {"rule": "bop", "gamma": 0.02, "threshold": 0.05}
 
 
-def make(rule: dict[str, Any], numel: int = 1001) -> tuple[nn.Parameter, ShardedOptimizer]:
+def make(rule: dict[str, Any], numel: int = 1001, *, defers: bool = False) -> tuple[nn.Parameter, ShardedOptimizer]:
     torch.manual_seed(0)
     param = nn.Parameter(torch.randn(numel).sign())
-    return param, ShardedOptimizer(RoutedOptimizer([{"params": [("w", param)], **rule}]))
+    return param, ShardedOptimizer(RoutedOptimizer([{"params": [("w", param)], **rule}]), defers=defers)
 
 
 def step(param: nn.Parameter, sharded: ShardedOptimizer, grad: Tensor) -> Tensor:
@@ -128,8 +128,9 @@ def test_the_ratio_is_the_one_that_flips(rule: dict[str, Any]) -> None:
     sharded.close()
 
 
-def test_a_skipped_step_is_not_reported_but_counts_for_the_window() -> None:
-    param, sharded = make(BOP)
+@pytest.mark.parametrize("defers", [False, True])  # as on a GPU
+def test_a_skipped_step_is_not_reported_but_counts_for_the_window(defers: bool) -> None:
+    param, sharded = make(BOP, defers=defers)
     diagnostics = BitDiagnostics(sharded)
     step(param, sharded, torch.randn(param.shape))
     diagnostics.wanted = True

@@ -146,6 +146,14 @@ def test_driven_values_stay_in_their_range() -> None:
     assert value == pytest.approx({"up": 0.1e6, "down": 0.1e-6, "gamma": 1.0, "lr": 0.0})
 
 
+def test_a_step_beyond_what_a_float_holds_ends_at_the_limit() -> None:
+    """K is 0.5 after step 1 without momentum."""
+    eager = {name: dataclasses.replace(TARGET, drives=name, gain=2000.0) for name in ("gamma", "threshold")}
+    assert next_value(0.1, -0.5, eager["threshold"]) == 0.1e6
+    assert next_value(0.1, 0.5, eager["threshold"]) == 0.1 / 1e6
+    assert next_value(0.1, 0.5, eager["gamma"]) == 1.0
+
+
 def test_a_plain_optimizer_refuses_to_ignore_it() -> None:
     param = nn.Parameter(torch.ones(3))
     plain = RoutedOptimizer([{"params": [param], "rule": "bop", "gamma": 0.1, "threshold": 0.1, "transitions": TARGET}])

@@ -177,6 +177,18 @@ def test_schedules_and_the_run_they_belong_to() -> None:
     assert "2,000 steps" in lines["schedule of gamma"].reason
 
 
+def test_a_schedule_ends_where_its_values_do() -> None:
+    """The quickstart has 1,104 steps, and 1,125 without dropping the last images of an epoch."""
+    late = dataclasses.replace(SMALL.optim.lr, kind="exponential", rate=0.1, num_steps=200, delay_steps=900)
+    lines = lines_of(with_optim(lr=late, gamma=Schedule(start=1e-3, kind="polynomial", delay_steps=300)))
+    assert (lines["schedule of gamma"].verdict, lines["schedule of lr"].verdict) == ("ok", "ok")
+    assert "22 before its end" in lines["schedule of gamma"].reason
+    assert lines["schedule of lr"].reason.startswith("1 stairs of 200 steps")
+    for kind in ("stairs", "warmup_cosine"):
+        line = lines_of(with_optim(lr=Schedule(start=1e-3, kind=kind)))["schedule of lr"]
+        assert (line.value.split()[-1], line.reason) == ("0", "it reaches its end, 0")
+
+
 def test_driven_hyperparameter_is_named_first() -> None:
     changes = {"gamma": constant(1e-6), "threshold": constant(1.0)}
     config = with_optim(**changes, transitions=TransitionConfig(drives="threshold"))
@@ -268,6 +280,15 @@ def test_gradient_of_noise_is_taken_to_the_batch(tiny_images: Path) -> None:
     assert "390 images of random pixels" in many.origin
     # The gradient of 390 images is a tenth as noisy as that of 4; the batch scales it down.
     assert many.rms < 0.3 * few.rms
+
+
+def test_a_network_that_cannot_train_on_the_images_is_one_sentence(tiny_images: Path) -> None:
+    data = dataclasses.replace(SMALL.data, root=str(tiny_images))  # of 4 classes
+    with pytest.raises(ValueError, match=r"model.num_classes is 10, but .* has 4 classes: pass --model.num_classes 4"):
+        measure_gradient(dataclasses.replace(SMALL, data=data))
+    small = load_config("binarynet_cifar10")
+    with pytest.raises(ValueError, match="binarynet .*8"):
+        measure_gradient(dataclasses.replace(small, data=dataclasses.replace(small.data, image_size=8)))
 
 
 def test_table() -> None:

@@ -98,6 +98,15 @@ def test_flips_of_every_rule_are_shown(tmp_path: Path) -> None:
         advise_run(logged_run(tmp_path / "c", OptimConfig(rule="diode"), {}), 6000)
 
 
+@pytest.mark.usefixtures("process_group")
+def test_checkpoint_of_no_step_has_no_moments(tmp_path: Path) -> None:
+    """A run that stopped at a gradient that is not finite in step 1, and continues."""
+    run = make_run(tmp_path, 0.0)
+    folder = run / FOLDER / f"step-{NUM_STEPS:08d}"
+    folder.rename(folder.with_name("step-00000000"))
+    assert "not measured look there is no checkpoint" in line_of(advise_run(run), "measured: moments")
+
+
 def test_driven_run_is_not_compared_with_a_prediction(tmp_path: Path) -> None:
     optim = OptimConfig(transitions=TransitionConfig(drives="gamma"))
     text = advise_run(logged_run(tmp_path / "run", optim, {1: 0.5, 100: 0.004}), 6000)

@@ -19,6 +19,7 @@ from bitfleet.launch.doctor.facts import (
     ReadableTeacher,
     collect_facts,
     compare_kernel,
+    free_memory,
     free_where_writable,
 )
 from bitfleet.launch.doctor.network import Network, Pair, measure_network
@@ -68,13 +69,13 @@ def judge(
     *changes: tuple[int, dict[str, Any]],
     network: Network = FAST,
     sees: tuple[bool, ...] = (True,) * 4,
-    gpu: bool = False,
+    device: str = "auto",
     dali: bool = True,
 ) -> dict[str, Check]:
     facts = [healthy(rank) for rank in range(4)]
     for rank, fields in changes:
         facts[rank] = dataclasses.replace(facts[rank], **fields)
-    checks = all_checks(facts, network, sees, wants_gpu=gpu, wants_dali=dali)
+    checks = all_checks(facts, network, sees, wanted=device, wants_dali=dali)
     assert len({check.name for check in checks}) == len(checks)
     return {check.name: check for check in checks}
 
@@ -129,10 +130,13 @@ CASES: list[Case] = [
         "nvidia-dali-cuda120",
     ),
     ("devices", lambda: judge(*everywhere(**CPU)), "OK", "none: CPU"),
-    ("devices", lambda: judge(*everywhere(**CPU), gpu=True), "FAIL", "none: CPU"),
+    ("devices", lambda: judge(*everywhere(**CPU), device="gpu"), "FAIL", "none: CPU"),
     ("devices", lambda: judge((2, CPU), (3, CPU)), "FAIL", "none: CPU on node1 (ranks 2, 3)"),
     ("devices", lambda: judge((2, {"devices": []})), "FAIL", "none on node1 (rank 2)"),
-    ("devices", lambda: judge((0, {"devices": ["H100"]})), "FAIL", "1 x H100 on node0 (rank 0)"),
+    ("devices", lambda: judge((2, CPU), (3, CPU), device="cpu"), "OK", "none: CPU on node1 (ranks 2, 3)"),
+    ("devices", lambda: judge(*everywhere(local_world_size=3)), "FAIL", "2 x H100"),
+    ("devices", lambda: judge(*everywhere(local_world_size=3), device="cpu"), "OK", "2 x H100"),
+    ("devices", lambda: judge(*everywhere(devices=["H100"])), "OK", "1 x H100"),  # srun --gpus-per-task 1
     ("devices", lambda: judge((0, {"devices": ["H100", "A100"]})), "WARN", "1 x H100, 1 x A100 on node0"),
     ("cores", lambda: judge((2, {"cores": [0]}), (3, {"cores": [0]})), "WARN", "1 of 8 cores"),
     ("memory", lambda: judge((1, {"free_memory": int(2e9)})), "WARN", "1.0 GB to 32.0 GB, least on node0 (rank 1)"),
@@ -232,6 +236,15 @@ def test_facts_of_this_machine_are_collected() -> None:
     assert (facts.config, facts.data, facts.gpu_kernel) == (None, None, None)
     assert facts.c_compiler is not None
     assert measure_network(ranks, torch.device("cpu")) is None
+
+
+def test_the_page_cache_of_a_container_is_free(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("950000\n")
+    (tmp_path / "memory.stat").write_text("anon 150000\nfile 800000\ninactive_file 500000\nactive_file 200000\n")
+    assert free_memory(tmp_path) == 750_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(tmp_path) > 1_000_000
 
 
 def test_kernel_is_built_run_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,19 @@
 
 import dataclasses
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bitfleet.configs import load_config
+from bitfleet.launch.preflight import rehearsal
 from bitfleet.launch.preflight.preflight import Preflight
 from bitfleet.launch.preflight.rehearsal import difference
+from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.engine.config import EngineConfig
+from bitfleet.trainer.ranks.collectives import Ranks
 
 BINARY, OTHERS = 73_728, 4_314  # weights of fashion_small
 BINARY_PADDED, OTHERS_PADDED = 73_728, 4_352  # to 64 per rank
@@ -73,3 +77,21 @@ def test_difference_names_the_first_tensor() -> None:
     assert difference(a, {"x": torch.ones(2)}) == "y is missing"
     assert difference(a, a | {"y": -torch.zeros(2)}) == "y differs"  # the sign of zero is a bit
     assert difference(a, a | {"x": torch.ones(3)}) == "x differs"
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_run_with_a_new_head_is_rehearsed_without_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[TrainConfig] = []
+
+    def build(trial: TrainConfig, *_: object) -> None:
+        built.append(trial)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(rehearsal, "Trainer", build)
+    start = {"init": Path("weights.npz"), "init_head": "new", "run_dir": tmp_path / "run"}
+    config = dataclasses.replace(load_config("fashion_small"), **start)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="building the run failed: seen"):
+        rehearsal.rehearse(config, Ranks(0, 1, 0, 1), torch.device("cpu"))
+    assert built[0].init is None

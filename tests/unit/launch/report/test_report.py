@@ -1,6 +1,7 @@
 """Complete reports of synthetic sweeps and runs, and refused inputs."""
 
 import base64
+import dataclasses
 import itertools
 import json
 import math
@@ -16,7 +17,7 @@ from bitfleet.configs.sweeps.sweep import TABLE
 from bitfleet.launch.report import write_report
 from bitfleet.launch.report.drawing import spread_out
 from bitfleet.launch.report.published import data_of, is_comparable, networks, published
-from bitfleet.launch.report.run_results import answer, read_run
+from bitfleet.launch.report.run_results import answer, read_run, summary
 from bitfleet.launch.report.sweep_results import SweepResults
 from bitfleet.launch.report.sweep_section import data_of_sweep
 from bitfleet.launch.reproduce.papers import PAPERS
@@ -86,6 +87,35 @@ def test_skipped_steps_and_a_grown_loss_are_told(tmp_path: Path) -> None:
     assert "20 of 9,020 steps were skipped, because a gradient was not finite." in text
     assert "The training loss grew to 1e+05 at step 9,000" in text
     assert write_report([run], tmp_path / "page")[0].is_file()
+
+
+def test_a_run_that_skipped_every_step_has_a_page(tmp_path: Path) -> None:
+    run = synthetic.run_folder(tmp_path / "run", 0)
+    line = {"kind": "train", "step": 10, "loss": None, "top1": None, "epoch": 0.25, "skipped_steps": 10}
+    (run / "metrics.jsonl").write_text(json.dumps(line | {"images_per_second": 0.0, "seconds": 1.0}) + "\n")
+    page, (line_of_run,) = write_report([run])
+    assert "10 of 10 steps were skipped" in line_of_run
+    assert len(Page(page).pictures) == 2  # learning and speed
+
+
+def test_the_loss_of_a_distilled_run_is_held_against_that_of_guessing(tmp_path: Path) -> None:
+    """At temperature 20 the loss is 400 times a cross-entropy from the first step on."""
+    run = read_run(synthetic.run_folder(tmp_path / "run"))
+    lines = tuple({**line, "loss": 400 * line["loss"]} if line["kind"] == "train" else line for line in run.lines)
+    run = dataclasses.replace(run, lines=lines)
+    run.facts["config"]["distill"] = {"teacher": "resnet18", "temperature": 20.0, "label_weight": 0.0}
+    assert "grew" not in " ".join(answer(run))
+
+
+def test_the_configuration_of_a_run_in_words(tmp_path: Path) -> None:
+    run = read_run(synthetic.run_folder(tmp_path / "run"))
+    run.facts["config"]["model"]["norm"] = None  # the network's own
+    stairs = {"start": 1e-3, "end": 0.0, "kind": "exponential", "rate": 0.5, "num_steps": None, "share": 0.25}
+    run.facts["config"]["optim"] |= {"lr": stairs, "gamma": stairs | {"num_steps": 1000}}
+    rows = dict(summary(run))
+    assert rows["network"] == "birealnet18, 10 classes"
+    assert rows["lr"] == "0.001, times 0.5 every 0.25 of the run"
+    assert rows["gamma"] == "0.001, times 0.5 every 1,000 steps"
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

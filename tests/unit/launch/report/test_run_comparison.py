@@ -46,6 +46,20 @@ def test_table_has_every_setting_that_differs_and_the_answer_those_of_every_run(
     assert "Next: data.image_size 128, rule bnew with" in section.answer[1]
 
 
+def test_settings_that_one_rule_alone_has_are_no_seeds_of_each_other(tmp_path: Path) -> None:
+    rules = ("bop", "bop", "bnew", "bnew")
+    runs = [
+        read_run(synthetic.run_folder(tmp_path / str(number), rule=rule, seed=number % 3, more=0.1 * (number == 1)))
+        for number, rule in enumerate(rules)
+    ]
+    for run, gamma in zip(runs, (1e-4, 1e-3, None, None), strict=True):
+        run.facts["config"]["optim"]["gamma"] = gamma and {"start": gamma, "end": gamma / 10, "kind": "polynomial"}
+    section, table = compared(runs)
+    assert table.header[4:] == ("rule", "gamma", "gamma.end", "gamma.kind")
+    assert section.answer[0] == "Best: rule bop, gamma 0.001 with 80.0 % top-1 (one seed)."
+    assert section.answer[2] == "3 points were tried."  # the two runs of bnew are one
+
+
 def test_a_run_that_has_not_ended_says_its_progress(tmp_path: Path) -> None:
     runs = [read_run(synthetic.run_folder(tmp_path / str(lines), lines)) for lines in (12, 8)]
     section, table = compared(runs)
@@ -59,6 +73,17 @@ def test_runs_that_differ_in_the_seed_alone(tmp_path: Path) -> None:
     section, table = compared(runs)
     assert section.blocks[0].text
     assert table.header == ("run", "seed", "top-1", "top-5")
+
+
+def test_replicas_are_those_that_a_run_had(tmp_path: Path) -> None:
+    """Unset in both, they are the ranks that each was started on."""
+    runs = [read_run(synthetic.run_folder(tmp_path / str(seed), seed=seed)) for seed in (0, 1)]
+    for run, number in zip(runs, (1, 4), strict=True):
+        run.facts["config"]["num_replicas"] = None
+        run.facts["num_replicas"] = number  # type: ignore[index]
+    _, table = compared(runs)
+    assert table.header == ("run", "seed", "top-1", "top-5", "num_replicas")
+    assert [row[-1] for row in table.rows] == ["1", "4"]
 
 
 def test_runs_without_a_validation_have_no_answer(tmp_path: Path) -> None:

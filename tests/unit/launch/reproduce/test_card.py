@@ -83,6 +83,9 @@ def test_dry_run_compares_nothing_with_the_paper() -> None:
 def test_json_is_complete_and_strict(tmp_path: Path) -> None:
     card = card_of(10.0, 20.0)
     assert write_card(tmp_path, card).read_text() == as_markdown(card)
+    (tmp_path / "closed" / "reproduce.json").mkdir(parents=True)
+    with pytest.raises(ValueError, match="cannot write the card into .*/closed: "):
+        write_card(tmp_path / "closed", card)
     read = json.loads((tmp_path / "reproduce.json").read_text(), parse_constant=lambda name: 1 / 0)
     assert read == json.loads(json.dumps(card))
     assert (read["verdict"], read["top1"], read["best_top1"]) == ("unfinished", 20.0, 20.0)

@@ -82,6 +82,12 @@ def test_memory_is_an_upper_bound_of_a_step() -> None:
     assert 1e6 < sum(saved.values()) < bytes_of_rank(config, 1) - PROCESS_BYTES
 
 
+def test_images_that_are_too_small_for_the_network_are_one_sentence() -> None:
+    config = load_config("binarynet_cifar10")
+    with pytest.raises(ValueError, match="binarynet .*8"):
+        bytes_of_rank(dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=8)), 1)
+
+
 def test_memory_is_that_of_the_largest_run_and_equal_ones_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
     options = (
         "",

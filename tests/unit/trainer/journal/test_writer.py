@@ -39,14 +39,14 @@ class Loop:
     """Three binary parameters in two buckets whose gradients are random; keeps the weights after
     every step."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, defers: bool = False) -> None:
         self.generator = torch.Generator().manual_seed(0)
         self.params = {name: nn.Parameter(self._random(shape).sign()) for name, shape in SHAPES.items()}
         self.model = nn.ParameterDict(self.params)
         for param in self.params.values():
             param.binary = True  # type: ignore[attr-defined]
         group = {"params": list(self.params.values()), "param_names": list(self.params)}
-        self.sharded = ShardedOptimizer(Bop([group], gamma=0.05, threshold=0.02), bucket_numel=21_100)
+        self.sharded = ShardedOptimizer(Bop([group], gamma=0.05, threshold=0.02), bucket_numel=21_100, defers=defers)
         assert len(self.sharded.buckets) == 2
         self.weights = {0: self.copy()}
 
@@ -74,8 +74,8 @@ class Loop:
 
 
 @pytest.fixture
-def loop() -> Iterator[Loop]:
-    made = Loop()
+def loop(request: pytest.FixtureRequest) -> Iterator[Loop]:
+    made = Loop(defers=getattr(request, "param", False))
     yield made
     made.sharded.close()
 
@@ -99,6 +99,7 @@ def assert_same(run: Path, loop: Loop, steps: range) -> None:
             assert torch.equal(unpacked(mine, shapes[name]), loop.weights[step][name]), (step, name)
 
 
+@pytest.mark.parametrize("loop", [False, True], indirect=True, ids=["waits", "defers"])
 def test_every_step_comes_back(tmp_path: Path, loop: Loop) -> None:
     """Also the first weights, and steps that were skipped: in a row, and the last before a
     flush."""

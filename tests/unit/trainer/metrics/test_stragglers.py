@@ -36,3 +36,37 @@ def test_own_time_is_what_lies_between_begin_and_end(monkeypatch: pytest.MonkeyP
         clock.end_step()
     assert clock.read() == 2.0
     assert clock.read() == 0.0
+
+
+class Event:
+    """As torch.cuda.Event, whose clock is `now` and which refuses what was not recorded."""
+
+    now = 0.0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at: float | None = None
+
+    def record(self) -> None:
+        self.at = Event.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "Event") -> float:
+        if self.at is None or end.at is None:
+            raise ValueError("Both events must be recorded before calculating elapsed time.")
+        return 1000 * (end.at - self.at)
+
+
+def test_a_graphed_step_loads_all_its_micro_batches_before_their_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = ComputeTimer(torch.device("cuda"))
+    for _ in range(2):
+        for _ in range(3):
+            clock.begin()
+            Event.now += 1.0
+        clock.end()
+        Event.now += 100.0
+        clock.end_step()
+    assert clock.read() == 3.0
