@@ -1,5 +1,6 @@
 import csv
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from bitfleet.launch.track.command import track
 from bitfleet.trainer.config import to_dict
 
 Record = Callable[..., Path]
+DOCS = Path(__file__).parents[4] / "docs"
 
 
 @pytest.fixture
@@ -173,7 +175,7 @@ def test_the_command_fails_on_a_fault(record: Record, capsys: pytest.CaptureFixt
 
 def test_a_sweep_of_many_points_is_no_entry() -> None:
     with pytest.raises(ValueError, match="holds 5 points: expected the sweep.csv and sweep.json of one entry"):
-        read_entry(Path(__file__).parents[4] / "docs/results/regime")
+        read_entry(DOCS / "results/regime")
 
 
 def test_what_holds_no_sweep_is_no_entry(tmp_path: Path) -> None:
@@ -185,3 +187,11 @@ def test_what_holds_no_sweep_is_no_entry(tmp_path: Path) -> None:
 def test_without_a_path_there_is_nothing_to_check() -> None:
     with pytest.raises(ValueError, match="which entries"):
         track([])
+
+
+def test_recorded_entries_keep_the_rules_and_are_the_table_of_the_page() -> None:
+    page = DOCS / "track.md"
+    entries = [read_entry(folder) for folder in sorted((DOCS / "track").iterdir())]
+    assert entries
+    assert not any(entry.faults for entry in entries)
+    assert textwrap.indent(ranking(entries), "    ") in page.read_text()
