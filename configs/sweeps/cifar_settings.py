@@ -14,7 +14,8 @@ Words = tuple[str, ...]
 EPOCHS = 5
 
 
-def _line(hyperparameter: str, start: float, end: float) -> Words:
+def line(hyperparameter: str, start: float, end: float) -> Words:
+    """Return the overrides for a linear change over the run."""
     option = f"--optim.{hyperparameter}"
     return (f"{option}.kind", "polynomial", f"{option}.start", f"{start:g}", f"{option}.end", f"{end:g}")
 
@@ -28,32 +29,32 @@ def _bop(*gamma: str) -> Words:
 
 
 def _latent_adam(start: float) -> Words:
-    return ("--optim.rule", "latent_adam", *_line("latent_lr", start, 0))
+    return ("--optim.rule", "latent_adam", *line("latent_lr", start, 0))
 
 
 def _two_ema(alpha: float) -> Words:
-    return ("--optim.rule", "two_ema", *constants("gamma", 0.1), *_line("alpha", alpha, 0))
+    return ("--optim.rule", "two_ema", *constants("gamma", 0.1), *line("alpha", alpha, 0))
 
 
 SETTINGS: dict[str, dict[str, Words]] = {
     "bop2ndorder": {
         "published": _bop2ndorder("none"),  # the base's schedules; gamma falls from 1e-2 to 1e-5
-        "gamma from 1e-1": _bop2ndorder("none", *_line("gamma", 1e-1, 1e-5)),
-        "gamma from 3e-3": _bop2ndorder("none", *_line("gamma", 3e-3, 1e-5)),
-        "gamma from 1e-3": _bop2ndorder("none", *_line("gamma", 1e-3, 1e-5)),
+        "gamma from 1e-1": _bop2ndorder("none", *line("gamma", 1e-1, 1e-5)),
+        "gamma from 3e-3": _bop2ndorder("none", *line("gamma", 3e-3, 1e-5)),
+        "gamma from 1e-3": _bop2ndorder("none", *line("gamma", 1e-3, 1e-5)),
         "sigma 1e-3": _bop2ndorder("none", *constants("sigma", 1e-3)),
         "threshold 1e-2": _bop2ndorder("none", *constants("threshold", 1e-2)),
     },
     "bop2ndorder as coded": {
         "published": _bop2ndorder("as_coded"),
-        "gamma from 3e-3": _bop2ndorder("as_coded", *_line("gamma", 3e-3, 1e-5)),
-        "gamma from 1e-3": _bop2ndorder("as_coded", *_line("gamma", 1e-3, 1e-5)),
+        "gamma from 3e-3": _bop2ndorder("as_coded", *line("gamma", 3e-3, 1e-5)),
+        "gamma from 1e-3": _bop2ndorder("as_coded", *line("gamma", 1e-3, 1e-5)),
     },
     "bop": {
         "published": _bop(*staircase("gamma", 1e-4, 1 / 5)),  # arXiv 1906.02107, 5: x0.1 after 100 of 500 epochs
-        "gamma from 1e-2": _bop(*_line("gamma", 1e-2, 1e-5)),
-        "gamma from 3e-3": _bop(*_line("gamma", 3e-3, 1e-5)),
-        "gamma from 1e-3": _bop(*_line("gamma", 1e-3, 1e-5)),
+        "gamma from 1e-2": _bop(*line("gamma", 1e-2, 1e-5)),
+        "gamma from 3e-3": _bop(*line("gamma", 3e-3, 1e-5)),
+        "gamma from 1e-3": _bop(*line("gamma", 1e-3, 1e-5)),
         "gamma 1e-3, stairs": _bop(*staircase("gamma", 1e-3, 1 / 5)),
     },
     "latent_adam": {

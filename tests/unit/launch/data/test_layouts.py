@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,16 +93,21 @@ def test_a_whole_form_beside_a_part_of_another(tmp_path: Path) -> None:
     assert recognise(tmp_path).layout == "class folders"
 
 
+def deny(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, where: Callable[[Path], bool]) -> None:
+    """Let a function of the file system fail for some paths, as for another user."""
+    original = getattr(owner, name)
+
+    def closed(path: Path) -> Any:
+        if where(Path(path)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(owner, name, closed)
+
+
 def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     miniature.class_folders(tmp_path)
-    listdir = os.listdir
-
-    def closed(path: Path) -> list[str]:
-        if Path(path).name == "train":
-            raise PermissionError(13, "Permission denied", str(path))
-        return listdir(path)
-
-    monkeypatch.setattr(os, "listdir", closed)
+    deny(monkeypatch, os, "listdir", lambda path: path.name == "train")
     with pytest.raises(ValueError, match=f"Permission denied: {tmp_path}/train"):
         recognise(tmp_path)
 
@@ -109,23 +115,13 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
 def test_folders_that_may_not_be_read_next_to_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     miniature.class_folders(tmp_path / "pictures")
     (tmp_path / "lost+found").mkdir()
-    is_file = Path.is_file
-
-    def closed(path: Path) -> bool:
-        if path.parent.name == "lost+found":
-            raise PermissionError(13, "Permission denied", str(path))
-        return is_file(path)
-
-    monkeypatch.setattr(Path, "is_file", closed)
+    deny(monkeypatch, Path, "is_file", lambda path: path.parent.name == "lost+found")
     with pytest.raises(ValueError, match=r"pictures has one \(class folders\): give that"):
         recognise(tmp_path)
 
 
 def test_a_folder_whose_parent_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def closed(path: Path) -> bool:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "exists", closed)
+    deny(monkeypatch, Path, "exists", lambda path: True)
     with pytest.raises(ValueError, match=f"SOURCE {tmp_path} cannot be read .Permission denied"):
         recognise(tmp_path)
 
