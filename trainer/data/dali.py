@@ -346,7 +346,8 @@ class _Feed:
         else:
             request, files = self._read_ahead(self._readers)
         self.in_flight.append(request)
-        inputs = [files]
+        listed = (request.images.heights[request.samples], request.images.widths[request.samples])
+        inputs = [files, np.stack(listed, axis=1).astype(np.int64)]
         if self._graph.with_windows:
             inputs += [request.windows.starts, request.windows.ends]
         if self._graph.with_flips:
@@ -414,10 +415,10 @@ def _build_pipeline(graph: _Graph, feed: _Feed, batch_size: int, num_threads: in
         exec_dynamic=True,
     )
     window_type = types.FLOAT if graph.geometry == "resize_crop" else types.INT32
-    kinds = [(types.UINT8, 1)]
+    kinds = [(types.UINT8, 1), (types.INT64, 1)]
     kinds += [(window_type, 1), (window_type, 1)] * graph.with_windows + [(types.INT32, 0)] * graph.with_flips
     with pipeline:
-        files, *others = fn.external_source(
+        files, sizes, *others = fn.external_source(
             source=feed,
             num_outputs=len(kinds),
             batch=True,
@@ -426,7 +427,7 @@ def _build_pipeline(graph: _Graph, feed: _Feed, batch_size: int, num_threads: in
         )
         if not feed.gives_bytes:
             files = fn.io.file.read(files)
-        images = _decoded_windows(graph, _parsed(files), others, device_index)
+        images = _decoded_windows(graph, _parsed(files, sizes), others, device_index)
         if graph.with_flips:
             images = fn.flip(images, horizontal=others[-1])
         pipeline.set_outputs(images)
@@ -479,8 +480,12 @@ def gpu_decoding(largest_image_bytes: int) -> dict[str, Any]:
     }
 
 
-def _parsed(files: Any) -> Any:
-    """Return `files` unchanged after all of them have been parsed; an error here ends the batch.
+def _parsed(files: Any, sizes: Any) -> Any:
+    """Return `files` unchanged after all of them have been parsed and have the height and width in
+    `sizes`; an error here ends the batch.
+
+    The windows were drawn for the listed sizes; in an image that was replaced by another one since,
+    they would be somewhere else, or beyond its border.
 
     DALI 2.4's decoders cut a batch of 32 or more in parts; if a file of one part cannot be parsed,
     the threads of the other parts continue with freed memory, and the process may crash. An
@@ -490,8 +495,9 @@ def _parsed(files: Any) -> Any:
     """
     from nvidia.dali import fn, types
 
-    # A zero that depends on the shapes: the first byte has to wait for them. Nothing is copied.
-    first_bytes = files[0:1] + 0 * fn.peek_image_shape(files)[0:1]
+    found = fn.peek_image_shape(files, adjust_orientation=False)
+    # 0, which is no format's first byte, for an image of another size. Nothing is copied.
+    first_bytes = files[0:1] * (found[0:1] == sizes[0:1]) * (found[1:2] == sizes[1:2])
     shape = fn.lookup_table(
         first_bytes,
         keys=FIRST_BYTES,

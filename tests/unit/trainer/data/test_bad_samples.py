@@ -88,8 +88,12 @@ def become_smaller(path: Path) -> None:
     photo(20, 20).save(path)
 
 
+def become_larger(path: Path) -> None:
+    photo(120, 130).save(path)
+
+
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("damage", [Path.unlink, truncate, become_smaller])
+@pytest.mark.parametrize("damage", [Path.unlink, truncate, become_smaller, become_larger])
 def test_replacements_are_the_same_on_any_number_of_ranks_and_after_a_resume(
     root: Path, damage: Callable[[Path], None], loader: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
