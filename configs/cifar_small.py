@@ -6,7 +6,7 @@ machine    1 CPU core
 hours      0.2
 expected   64 % top-1 in bf16 (one seed; images re-encoded as JPEG)
 command    bitfleet train --config cifar_small --data.root /data/cifar10 --num_threads 1 \\
-               --engine.precision bf16
+               --engine.precision bf16  (on a CPU without AVX-512: fp32, docs/precision.md)
 """
 
 import dataclasses

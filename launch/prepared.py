@@ -21,6 +21,7 @@ def prepared_trainer(config: "TrainConfig", ranks: "Ranks", device: "torch.devic
     """
     from bitfleet.launch.preflight.preflight import Preflight
     from bitfleet.launch.preflight.rehearsal import rehearse
+    from bitfleet.trainer.engine.arithmetic import remark_on_precision
     from bitfleet.trainer.trainer import Trainer
 
     if config.preflight == "full":
@@ -44,6 +45,8 @@ def prepared_trainer(config: "TrainConfig", ranks: "Ranks", device: "torch.devic
         )
         if device.type == "cuda" and not config.engine.deterministic:
             print("engine.deterministic is off: repeating or continuing the run may give other bits")
+        if remark := remark_on_precision(trainer.config.engine.precision, device.type):
+            print(remark)
     cost = trainer.checkpoints.cost()
     if is_main_rank():
         preflight = Preflight(trainer)

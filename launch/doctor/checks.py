@@ -252,6 +252,16 @@ def check_data(facts: Sequence[Facts]) -> Check:
     return judge("data", value, "see quarantine.tsv next to the manifest" if data[0].num_quarantined else "")
 
 
+def check_model(facts: Sequence[Facts]) -> Iterator[Check]:
+    """Check that the network can train on the data, in the batches of a rank, and that the
+    configured precision has instructions."""
+    failed = [rank for rank in facts if rank.model]
+    value = f"cannot train on {who(failed)}" if failed else "fits images, classes and batch"
+    yield judge("model", value, (failed[0].model or "") if failed else "", "FAIL")
+    if slow := [rank for rank in facts if rank.precision]:
+        yield judge("precision", f"slow on {who(slow)}", slow[0].precision)
+
+
 def check_teacher(facts: Sequence[Facts]) -> Iterator[Check]:
     """Check that every rank can use the same teacher, or its logits; nothing for a run without."""
     teachers = [rank.teacher for rank in facts if rank.teacher is not None]

@@ -14,6 +14,7 @@ from bitfleet.launch.doctor.checks import (
     check_data,
     check_devices,
     check_installation,
+    check_model,
     check_room,
     check_teacher,
     same,
@@ -62,7 +63,7 @@ def all_checks(
     if facts[0].config is not None:
         advice = "the hosts have other files in configs/ or other options"
         checks += [same("configuration", facts, lambda rank: str(rank.config)[:12], advice), check_data(facts)]
-        checks += check_teacher(facts)
+        checks += [*check_model(facts), *check_teacher(facts)]
     return checks if network is None else [*checks, *check_network(facts, network)]
 
 

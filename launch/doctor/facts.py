@@ -18,11 +18,13 @@ import psutil
 import torch
 
 from bitfleet.launch.data.readable import Readable, readable
+from bitfleet.models import check_images
 from bitfleet.optim.kernels.kernels import bop2ndorder_bits_, kernel_library
 from bitfleet.trainer.checkpoint.run_folder import checkpoint_disk, planned_folder
 from bitfleet.trainer.config import TrainConfig, resolve_replicas, to_dict
-from bitfleet.trainer.data import open_dataset
+from bitfleet.trainer.data import check_classes, open_dataset
 from bitfleet.trainer.data.cache import cache_folder
+from bitfleet.trainer.engine.arithmetic import remark_on_precision
 from bitfleet.trainer.ranks.collectives import Ranks, nccl_version
 from bitfleet.trainer.run.versions import DALI_WHEELS, PACKAGES, git_revision, version
 
@@ -88,6 +90,11 @@ class Facts:
     """sha256 of the configuration; None without one."""
     data: Readable | None = None
     """Set with a configuration."""
+    model: str | None = None
+    """Reason why the configured network cannot train on that data; "" if it can, None without a
+    configuration."""
+    precision: str = ""
+    """Remark on the configured precision; "" for none."""
     teacher: ReadableTeacher | None = None
     """Set with a configuration that has one."""
 
@@ -98,6 +105,7 @@ def collect_facts(config: TrainConfig | None, ranks: Ranks, device: torch.device
         planned_folder(config.output / config.name, config.run_dir, config.resume) if config else Path("runs")
     )
     cache, free_cache = _cache()
+    data = readable(config.data) if config else None
     return Facts(
         rank=ranks.rank,
         local_world_size=ranks.local_world_size,
@@ -126,9 +134,22 @@ def collect_facts(config: TrainConfig | None, ranks: Ranks, device: torch.device
         python_header=Path(sysconfig.get_path("include"), "Python.h").is_file(),
         gpu_kernel=compare_kernel(device) if device.type == "cuda" else None,
         config=hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest() if config else None,
-        data=readable(config.data) if config else None,
+        data=data,
+        model=_model(config, ranks, data) if config and data else None,
+        precision=remark_on_precision(config.engine.precision, device.type) if config else "",
         teacher=_teacher(config, ranks, device) if config and config.distill.teacher else None,
     )
+
+
+def _model(config: TrainConfig, ranks: Ranks, data: Readable) -> str:
+    try:
+        num_replicas = resolve_replicas(config, ranks.world_size)
+        check_images(config.model, config.data.image_size, config.global_batch_size // num_replicas)
+        if not data.problem:
+            check_classes(open_dataset(config.data), config.model.num_classes, config.data.root)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _teacher(config: TrainConfig, ranks: Ranks, device: torch.device) -> ReadableTeacher:

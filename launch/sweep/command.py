@@ -65,6 +65,7 @@ def sweep(arguments: Sequence[str]) -> None:
     from bitfleet.launch.parsing.arguments import parse_train
     from bitfleet.launch.sweep.run import run_sweep
     from bitfleet.launch.sweep.slots import find_slots
+    from bitfleet.trainer.engine.arithmetic import remark_on_precision
 
     chosen = load_sweep(options.name)
     seeds = chosen.seeds if options.seeds is None else read_seeds(options.seeds)
@@ -77,13 +78,21 @@ def sweep(arguments: Sequence[str]) -> None:
         f"{chosen.title}\n{entry(chosen)}: {len(runs)} runs, {len(slots.environments)} at once ({slots.reason})",
         flush=True,
     )
+    device_type = "cuda" if any(slots.environments) else "cpu"
+    for precision in sorted({run.config.engine.precision for run in runs}):
+        if remark := remark_on_precision(precision, device_type):
+            print(remark, flush=True)
     commands = {run.name: words_of(run, options.ranks) for run in runs}
     if options.print_only:
         for name, words in commands.items():
             print(f"\n{name}\n  {shlex.join(['bitfleet', *words])}")
         return
     program = (sys.executable, "-m", "bitfleet.launch")
-    sys.exit(run_sweep(chosen, runs, folder, lambda run: (*program, *commands[run.name]), slots.environments, rest))
+    sys.exit(
+        run_sweep(
+            chosen, runs, folder, lambda run: (*program, *commands[run.name]), slots.environments, rest, options.ranks
+        )
+    )
 
 
 def entry(known: "Sweep") -> str:

@@ -2,7 +2,8 @@
 the same bits.
 
 These are settings of the whole process. On a CPU there is nothing to set: products are fp32 or what
-autocast says, and the same number of threads gives the same bits.
+autocast says, and the same number of threads gives the same bits. Not every CPU has instructions
+for bf16 and fp16, and then they are slow.
 """
 
 import os
@@ -41,6 +42,19 @@ def use_arithmetic(device: torch.device, config: EngineConfig) -> None:
     if precision == "fp32":  # torch.compile recommends TF32
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
     _use_repeatable(config.deterministic)
+
+
+def remark_on_precision(precision: str, device_type: str) -> str:
+    """Return a sentence about a precision that oneDNN cannot compute on this CPU, so that torch
+    does it value by value; "" if there is nothing to say."""
+    if device_type != "cpu" or precision not in ("bf16", "fp16") or not torch.backends.mkldnn.is_available():
+        return ""
+    if getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported")():
+        return ""
+    return (
+        f"this CPU ({torch.backends.cpu.get_cpu_capability()}) has no instructions for {precision}: it takes many "
+        "times as long as --engine.precision fp32"
+    )
 
 
 def _use_repeatable(deterministic: bool) -> None:

@@ -59,6 +59,7 @@ def healthy(rank: int) -> Facts:
         gpu_kernel="",
         config="cd" * 32,
         data=GOOD_DATA,
+        model="",
     )
 
 
@@ -87,7 +88,7 @@ def everywhere(**fields: Any) -> list[tuple[int, dict[str, Any]]]:
 def test_healthy_ranks_pass() -> None:
     checks = judge()
     assert {check.verdict for check in checks.values()} == {"OK"}
-    assert len(checks) == 23
+    assert len(checks) == 24
     assert checks["devices"].value == "2 x H100"
     assert checks["data"].value == f"{GOOD_DATA.summary}, sha256 abababababab, read from every rank"
 
@@ -162,6 +163,8 @@ CASES: list[Case] = [
     ("data", lambda: judge((2, {"data": Readable("", "", 0, "gone")})), "FAIL", "not readable on node1 (rank 2)"),
     ("data", lambda: judge((2, {"data": GOOD_DATA._replace(sha="ff")})), "FAIL", "ff on node1 (rank 2)"),
     ("data", lambda: judge(*everywhere(data=GOOD_DATA._replace(num_quarantined=1))), "WARN", "read from every rank"),
+    ("model", lambda: judge((2, {"model": "no such size"})), "FAIL", "cannot train on node1 (rank 2)"),
+    ("precision", lambda: judge((2, {"precision": "slow"})), "WARN", "slow on node1 (rank 2)"),
     ("teacher", lambda: judge(*everywhere(teacher=ReadableTeacher(sha="cd" * 32))), "OK", "sha256 cdcdcdcdcdcd"),
     (
         "teacher",

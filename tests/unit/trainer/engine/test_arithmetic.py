@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitfleet.trainer.engine.arithmetic import use_arithmetic
+from bitfleet.trainer.engine.arithmetic import remark_on_precision, use_arithmetic
 from bitfleet.trainer.engine.config import EngineConfig
 
 GPU = torch.device("cuda", 0)
@@ -43,6 +43,17 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = before["fill"]
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
     assert flags() == before
+
+
+def test_a_cpu_without_instructions_for_a_precision_is_remarked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for precision in ("bf16", "fp16"):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", lambda: False)
+        assert f"no instructions for {precision}" in remark_on_precision(precision, "cpu")
+        assert remark_on_precision(precision, "cuda") == ""
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", lambda: True)
+        assert remark_on_precision(precision, "cpu") == ""
+    for precision in ("fp32", "auto"):
+        assert remark_on_precision(precision, "cpu") == ""
 
 
 @pytest.mark.parametrize(
