@@ -81,6 +81,11 @@ def plan(arguments: Sequence[str]) -> None:
             num_images = len(open_dataset(config.data).train)
         except ValueError:
             num_images = ILSVRC2012.train
+    if num_images < config.global_batch_size:
+        raise ValueError(
+            f"{num_images:,} training images do not fill a batch of {config.global_batch_size:,}: lower "
+            "--global_batch_size, or pass the --images of an epoch"
+        )
     print(format_plan(config, num_images, rates, cluster, estimates, others))
     if options.output:
         sentences = answer(config, num_images, estimates, cluster, "GPU" if rates.device == "gpu" else "rank")

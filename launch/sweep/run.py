@@ -26,7 +26,7 @@ from bitfleet.trainer.config import read_config, to_dict
 from bitfleet.trainer.metrics import read_metrics
 from bitfleet.trainer.ranks.exit_codes import REQUEUE, error_sentences
 from bitfleet.trainer.run.files import lock_run
-from bitfleet.trainer.run.folder import CONFIG
+from bitfleet.trainer.run.folder import CONFIG, read_facts
 
 MAX_FAILURES = 2
 """Failures after which a run is given up; when the sweep is started again, it gets one more
@@ -40,6 +40,7 @@ def run_sweep(
     command: Callable[[PlannedRun], tuple[str, ...]],
     places: Sequence[Mapping[str, str]],
     options: Sequence[str] = (),
+    ranks: int = 1,
 ) -> int:
     """Run the unfinished `runs` and return the exit code of the sweep; rows of earlier seeds stay
     in the table.
@@ -51,6 +52,7 @@ def run_sweep(
         command: returns the command line of a run.
         places: environment variables that each place adds; one run at a time per place.
         options: options of all runs, for sweep.json.
+        ranks: number of ranks of each run.
 
     Returns:
         0 if all are finished, 1 if any has failed, 75 if the sweep or a run was asked to stop.
@@ -60,7 +62,7 @@ def run_sweep(
     """
     with lock_run(folder, "--output"):
         shown = with_earlier_seeds(runs, folder)
-        check_folders(shown)
+        check_folders(shown, ranks)
         progress = _Progress(sweep, runs, shown, folder, len(places))
         write_question(folder, sweep, options, shown)
         progress.write()
@@ -92,14 +94,22 @@ def with_earlier_seeds(runs: Sequence[PlannedRun], folder: Path) -> list[Planned
     ]
 
 
-def check_folders(runs: Sequence[PlannedRun]) -> None:
-    """Raise ValueError if the folder of a run holds a run of another configuration."""
+def check_folders(runs: Sequence[PlannedRun], ranks: int = 1) -> None:
+    """Raise ValueError if the folder of a run holds a run of another configuration, or of another
+    number of replicas than those have that will be started on `ranks` ranks."""
+    starts_some = not all((run.path / CONFIG).is_file() for run in runs)
     for run in runs:
         if not (run.path / CONFIG).is_file():
             continue
         before, now = flatten(to_dict(read_config(run.path))), flatten(to_dict(run.config))
         if now["engine.precision"] == "auto":  # a continued run keeps the choice of its device
             now["engine.precision"] = before["engine.precision"]
+        replicas = read_facts(run.path).get("num_replicas", before["num_replicas"])
+        if starts_some and run.config.num_replicas is None and replicas not in (None, ranks):
+            raise ValueError(
+                f"{run.path} holds a run of {replicas} replicas, and those that --ranks {ranks} starts would have "
+                f"{ranks}: pass --ranks {replicas}, or another --output"
+            )
         # The rule first: another one has other fields.
         for field in sorted({*before, *now} - HOW, key=lambda name: (name != "optim.rule", name)):
             if before.get(field) != now.get(field):
@@ -167,7 +177,7 @@ class _Progress:
         again = False
         if ended.code == 0 and _top1(self._runs[name].path) is not None:
             outcome = dataclasses.replace(outcome, status="finished", error="")
-        elif ended.stopped or ended.code == REQUEUE:
+        elif ended.code == REQUEUE or (ended.stopped and not error_sentences(ended.output)):
             outcome = dataclasses.replace(outcome, status="pending")
         else:
             self._attempts[name] += 1

@@ -32,11 +32,22 @@ def read_resolved(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: there is no run, or its file is damaged.
     """
+    resolved: dict[str, Any] = read_facts(path)["config"]
+    return resolved
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Return what the run at `path` wrote at its start: "config" and the facts about its place.
+
+    Raises:
+        ValueError: there is no run, or its file is damaged.
+    """
     file = path / CONFIG
     if not file.is_file():
         raise ValueError(f"{path} is not a run folder: there is no {CONFIG} in it")
     try:
-        resolved: dict[str, Any] = json.loads(file.read_text())["config"]
+        facts: dict[str, Any] = json.loads(file.read_text())
+        facts["config"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: expected the JSON that a run writes at its start ({error})") from error
-    return resolved
+    return facts

@@ -333,6 +333,7 @@ def test_bad_input() -> None:
         ("--gpu h100 --nodes 3 --network 1 --config xnornet_imagenet", "global_batch_size is 1024.* 24"),
         ("--gpu h100 --config xnornet_imagenet --speed 3", "--speed"),
         ("--gpu h100 --gpus 1 --config binarynet_cifar10 --data.image_size 8", "binarynet .*8"),
+        ("--gpu h100 --config xnornet_imagenet --images 1000", "1,000 training images do not fill a batch of 1,024"),
     ):
         with pytest.raises(ValueError, match=sentence):
             plan(arguments.split())

@@ -99,6 +99,16 @@ def test_run_that_was_stopped_by_others_is_left_for_the_next_time(tmp_path: Path
     assert started(tmp_path) == "b"
 
 
+def test_run_that_fails_while_the_sweep_stops_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fails = f"trap '{SAYS_WHY.replace(chr(39), chr(34))}' TERM; kill -TERM $PPID; while :; do sleep 0.05; done"
+    assert sweep_of(tmp_path, [fails, DONE, DONE]) == 75
+    assert started(tmp_path) == "a"
+    assert column(tmp_path, "error") == ["the loss is nan: lower it", "", ""]
+    assert "run-a-seed0: failed, will be tried again: the loss is nan: lower it" in capsys.readouterr().out
+    assert sweep_of(tmp_path, [DONE] * 3) == 0
+    assert column(tmp_path, "error") == [""] * 3
+
+
 def with_seeds(folder: Path, *seeds: int, points: Sequence[Point] = SWEEP.points) -> int:
     """Run a, b, c with the `seeds`."""
     sweep = dataclasses.replace(SWEEP, seeds=seeds, points=tuple(points))
@@ -193,6 +203,17 @@ def test_folder_with_another_configuration_is_refused(tmp_path: Path) -> None:
     # Another rule has other fields, on both sides.
     with pytest.raises(ValueError, match="optim.rule .*bop2ndorder.* latent_adam"):
         check_folders(planned(tmp_path, "--optim.rule", "latent_adam"))
+
+
+def test_runs_of_other_replicas_do_not_join(tmp_path: Path) -> None:
+    first, *others = runs = planned(tmp_path)
+    write_config(first.path, to_dict(first.config), {"num_replicas": 2})
+    check_folders(runs, ranks=2)
+    with pytest.raises(ValueError, match=r"run-a-seed0 holds a run of 2 replicas.*would have 1: pass --ranks 2"):
+        check_folders(runs, ranks=1)
+    for run in others:
+        write_config(run.path, to_dict(run.config), {"num_replicas": 2})
+    check_folders(runs, ranks=1)  # all are continued, with the replicas that they have
 
 
 @pytest.mark.parametrize(
