@@ -76,6 +76,14 @@ def _one_minus_power(rate: float, step: int) -> float:
     return 1.0 if rate == 1.0 else -math.expm1(step * math.log1p(-rate))
 
 
+def root(values: Tensor) -> Tensor:
+    """Return the square roots of fp32 `values`, correctly rounded as those of the kernels.
+
+    torch's own are not on a CPU where it takes them from MKL: one in six is its neighbour.
+    """
+    return values.sqrt() if values.is_cuda else values.double().sqrt().float()
+
+
 def bop2ndorder_bits_(
     bits: Tensor,
     grad: Tensor,
@@ -215,9 +223,9 @@ def _update_torch_(part: Slice, rates: Rates, finite: Tensor | None) -> None:
     if exp_avg_sq is not None:
         second = exp_avg_sq + (grad * grad - exp_avg_sq) * rates.sigma
         if rates.divisors is None:
-            ratio = first / (second.sqrt() + EPS)
+            ratio = first / (root(second) + EPS)
         else:
-            ratio = (first / rates.divisors[0]) / ((second / rates.divisors[1]).sqrt() + EPS)
+            ratio = (first / rates.divisors[0]) / (root(second / rates.divisors[1]) + EPS)
     # A -1 stays only where -ratio < threshold holds: an exact tie and a NaN become +1. Never both,
     # as threshold >= 0.
     positive, stays = pack_flags(ratio > rates.threshold), pack_flags(-ratio < rates.threshold)

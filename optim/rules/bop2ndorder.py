@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfleet.optim.kernels.kernels import EPS, Correction, bias_corrections, check_correction, flip_packed_
+from bitfleet.optim.kernels.kernels import EPS, Correction, bias_corrections, check_correction, flip_packed_, root
 from bitfleet.optim.rules.rule import Group, RoutedOptimizer, Rule, State, register
 from bitfleet.optim.schedules import constant
 
@@ -76,9 +76,9 @@ def bop2ndorder_step_(
     exp_avg_sq.add_((grad * grad - exp_avg_sq) * sigma)
     divisor, divisor_sq = bias_corrections(correction, gamma, sigma, step)
     if correction == "none":
-        ratio = exp_avg / (exp_avg_sq.sqrt() + EPS)
+        ratio = exp_avg / (root(exp_avg_sq) + EPS)
     else:
-        ratio = (exp_avg / divisor) / ((exp_avg_sq / divisor_sq).sqrt() + EPS)
+        ratio = (exp_avg / divisor) / (root(exp_avg_sq / divisor_sq) + EPS)
     flip_(weight, weight * ratio, threshold, exp_avg)
 
 
@@ -131,10 +131,10 @@ def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
 
 def _ratio(state: State, group: Group) -> Tensor:
     if group["correction"] == "none":
-        return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + EPS)
+        return state["exp_avg"] / (root(state["exp_avg_sq"]) + EPS)
     step = max(int(state["step"]), 1)
     divisor, divisor_sq = bias_corrections(group["correction"], group["gamma"], group["sigma"], step)
-    return (state["exp_avg"] / divisor) / ((state["exp_avg_sq"] / divisor_sq).sqrt() + EPS)
+    return (state["exp_avg"] / divisor) / (root(state["exp_avg_sq"] / divisor_sq) + EPS)
 
 
 register(

@@ -155,6 +155,19 @@ def test_ties_and_nans_become_plus_one() -> None:
 
 
 @pytest.mark.usefixtures("path")
+@pytest.mark.parametrize(("correction", "square"), [("none", 0.75), ("as_coded", 1.5)])
+def test_the_last_bit_of_a_root_decides(correction: Correction, square: float) -> None:
+    """After the second step m = g and v = 3/4 g^2: every ratio is the threshold or a neighbour,
+    according to how the root rounds."""
+    twins = Twins(4096)
+    grad = torch.randn(4096, generator=twins.generator)
+    for step in (1, 2):
+        grad = -grad
+        twins.bop2ndorder(grad, gamma=1.0, sigma=0.5, threshold=square**-0.5, correction=correction, step=step)
+    twins.check_moments()
+
+
+@pytest.mark.usefixtures("path")
 def test_epsilon_decides() -> None:
     """Gradients about as large as epsilon: the ratio is |g| / (|g| + 1e-10)."""
     twins = Twins(4096)
