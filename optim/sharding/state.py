@@ -102,6 +102,12 @@ def load_(buckets: Sequence[Bucket], tensors: dict[str, Tensor], counts: dict[st
     mine = shard(buckets)
     if differing := sorted(mine.keys() ^ tensors.keys()):
         raise ValueError(f"the optimizer shard is of another layout: {differing[0]} is not in both")
+    for name, tensor in mine.items():
+        if len(tensors[name]) != len(tensor):
+            raise ValueError(
+                f"the optimizer shard is of another layout: {name} has {len(tensors[name]):,} elements there and "
+                f"{len(tensor):,} here"
+            )
     load_steps_(buckets, counts)
     for name, tensor in mine.items():
         tensor.copy_(tensors[name])

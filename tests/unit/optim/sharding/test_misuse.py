@@ -113,6 +113,19 @@ def test_state_of_another_rule_is_refused() -> None:
     assert sharded.param_groups[0]["rule"] == "bnew"
 
 
+@pytest.mark.parametrize("numel", [1, 8])
+def test_state_of_another_size_is_refused(numel: int) -> None:
+    """It has the same names; a single element would be copied into all."""
+    mine, theirs = signs(16), signs(numel)
+    sharded, other = sharded_bop(mine), sharded_bop(theirs)
+    backward(theirs)
+    other.step()
+    with pytest.raises(ValueError, match=f"exp_avg/0.0/0 has {numel} elements there and 16 here"):
+        sharded.load_state_dict(other.state_dict())
+    assert sharded.steps() == {"0.0": 0}
+    assert not moments(sharded)[0].any()
+
+
 def test_sharded_and_plain_state_do_not_mix() -> None:
     plain = Bop([signs(4)], gamma=0.5, threshold=0.01)
     sharded = sharded_bop(signs(4))
