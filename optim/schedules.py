@@ -92,7 +92,7 @@ class Schedule:
             steps_per_epoch: whole batches of an epoch. None: the run is one epoch.
 
         Raises:
-            ValueError: it would end before its delay does.
+            ValueError: it would end before its delay does, or grow beyond any float.
         """
         if self.kind in BY_EPOCH:
             steps_per_epoch = steps_per_epoch or num_steps
@@ -104,6 +104,7 @@ class Schedule:
                 stairs=self.stairs or num_epochs if self.kind == "stairs" else None,
             )
         if self.num_steps is not None:
+            self._check_growth(num_steps)
             return self
         length = max(1, round(self.share * num_steps))
         if self.kind in ("polynomial", "cosine"):
@@ -112,7 +113,22 @@ class Schedule:
                     f"delay_steps of a schedule is {self.delay_steps}, but it ends after {length} steps: expected less"
                 )
             length -= self.delay_steps
-        return dataclasses.replace(self, num_steps=length)
+        filled = dataclasses.replace(self, num_steps=length)
+        filled._check_growth(num_steps)
+        return filled
+
+    def _check_growth(self, num_steps: int) -> None:
+        """Raise ValueError if the stairs of a rate above 1 leave the range of a float within a
+        run."""
+        try:
+            if math.isfinite(self(num_steps)):
+                return
+        except OverflowError:
+            pass
+        raise ValueError(
+            f"a schedule from {self.start:g} that grows {self.rate:g} times every {self.num_steps:,} steps overflows "
+            f"in a run of {num_steps:,} steps: lower its rate, or raise its num_steps or share"
+        )
 
     def __call__(self, step: int) -> float:
         """Value at the 0-based `step`, in float64."""

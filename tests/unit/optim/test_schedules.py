@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -108,6 +109,14 @@ def test_an_open_length_after_a_delay() -> None:
     with pytest.raises(ValueError, match="delay_steps .*10.* 10 steps"):
         late.over(40)
     assert late.over(44).num_steps == 1
+
+
+@pytest.mark.parametrize("length", [{"num_steps": 2}, {"share": 0.002}])
+def test_stairs_that_grow_beyond_a_float_are_refused(length: dict[str, float]) -> None:
+    grows = Schedule(start=1e-3, kind="exponential", rate=10.0, **length)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"from 0.001 that grows 10 times every 2 steps overflows in a run of 1,000"):
+        grows.over(1000)
+    assert dataclasses.replace(grows, num_steps=4).over(1000)(999) < math.inf
 
 
 def test_scheduler_writes_the_value_of_the_coming_step() -> None:
