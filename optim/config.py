@@ -87,6 +87,11 @@ class OptimConfig:
                 check_is_schedule(f"optim.{name}", getattr(self, name))
         check_patterns("optim.decayed", self.decayed)
         defaults = defaults_of(self.rule)
+        if unknown := sorted(defaults.keys() - {field.name for field in dataclasses.fields(self)}):
+            raise ValueError(
+                f"the rule {self.rule} has the hyperparameter {unknown[0]}, which is not a field of OptimConfig: "
+                "add it to optim/config.py, or use one of its fields"
+            )
         for field in dataclasses.fields(self):
             if field.name in defaults:
                 if getattr(self, field.name) is None:

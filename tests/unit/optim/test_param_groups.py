@@ -197,3 +197,11 @@ def test_another_rule_keeps_what_both_have() -> None:
 def test_bad_configurations_are_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OptimConfig(**options)  # type: ignore[arg-type]
+
+
+def test_a_rule_with_a_hyperparameter_of_its_own_is_told_where_it_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, "mine", dataclasses.replace(RULES["bop"], name="mine", defaults={"beta": 0.9}))
+    with pytest.raises(
+        ValueError, match=r"the rule mine has the hyperparameter beta, which .* add it to optim/config.py"
+    ):
+        OptimConfig(rule="mine")
