@@ -1,6 +1,7 @@
 """Check recorded entries of the track against its rules, and rank them."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from scipy import stats
 from bitfleet.configs import load_config
 from bitfleet.configs.sweeps.entry import BASE, FREE, MIN_SEEDS, TARGET
 from bitfleet.launch.report.intervals import CONFIDENCE, spread, steps_to
-from bitfleet.launch.report.sweep_results import SweepResults, read_sweep
+from bitfleet.launch.report.sweep_results import Curve, SweepResults, SweepRun, read_sweep
 from bitfleet.launch.sweep.table import CSV, HOW, cell, flatten
 from bitfleet.launch.text import percent, table
 from bitfleet.trainer.config import TrainConfig, to_dict
@@ -19,6 +20,10 @@ from bitfleet.trainer.run.roles import fields_with_role
 
 IGNORED = HOW | fields_with_role(TrainConfig, "execution", "habit")
 """Fields that do not change what is trained."""
+EPOCH = 1_000
+"""Steps between validations: 50,000 images in batches of 50."""
+NUM_IMAGES = 10_000
+"""Images of a validation."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,8 +89,50 @@ def read_entry(path: Path) -> Entry:
         epochs=epochs,
         steps=tuple(steps for steps in reached.values() if steps is not None),
         top1=tuple(point.values("top1")),
-        faults=(*faults, *_changed(results)),
+        faults=(*faults, *_untrue(point.finished, epochs), *_changed(results), *_differing(results)),
     )
+
+
+def _untrue(runs: Sequence[SweepRun], epochs: int) -> list[str]:
+    """Return a sentence for each run whose row is not that of its own run of all `epochs`."""
+    faults = []
+    curves: dict[tuple[Curve, Curve], str] = {}
+    for run in runs:
+        if run.config.get("seed", run.seed) != run.seed:
+            faults.append(f"the row of seed {run.seed} is that of a run with seed {run.config['seed']}")
+        steps, values = curve = run.curves["top1"]
+        if not values:
+            continue
+        if steps != tuple(range(EPOCH, EPOCH * epochs + 1, EPOCH)):
+            faults.append(
+                f"the curve of seed {run.seed} has {len(steps)} validations, the last after step {steps[-1]:,.0f}; "
+                f"expected one after each {EPOCH:,} steps, up to {EPOCH * epochs:,}"
+            )
+        if strange := [value for value in values if not _is_share(value)]:
+            faults.append(f"seed {run.seed} has a top-1 of {strange[0]}, which is no share of {NUM_IMAGES:,} images")
+        if not math.isclose(values[-1], run.end["top1"], abs_tol=1e-6):
+            faults.append(f"the curve of seed {run.seed} ends at {values[-1]}, and its last top-1 is {run.end['top1']}")
+        if (first := curves.setdefault((curve, run.curves["loss"]), run.seed)) != run.seed:
+            faults.append(f"the seeds {first} and {run.seed} have the same curve")
+    return faults
+
+
+def _is_share(value: float) -> bool:
+    images = value * NUM_IMAGES
+    return 0 <= images <= NUM_IMAGES and math.isclose(images, round(images), abs_tol=1e-3)
+
+
+def _differing(results: SweepResults) -> list[str]:
+    """Return a sentence for each field that an entry chooses, but not once for all of its runs."""
+    found: dict[str, dict[str, None]] = {}
+    for run in results.runs:
+        for field, value in run.config.items():
+            found.setdefault(field, {})[value] = None
+    return [
+        f"{field} is {' and '.join(values)}: all runs of an entry have one setting"
+        for field, values in found.items()
+        if len(values) > 1 and field.startswith(FREE) and field not in IGNORED | {"seed"}
+    ]
 
 
 def _changed(results: SweepResults) -> list[str]:
@@ -97,10 +144,7 @@ def _changed(results: SweepResults) -> list[str]:
     faults = [
         f"{field} is {value}, and every entry has {fixed.get(field)}"
         for field, value in given
-        if field not in IGNORED
-        and not field.startswith(FREE)
-        and field != "data.root"
-        and str(cell(value)) != str(cell(fixed.get(field)))
+        if field not in IGNORED and not field.startswith(FREE) and str(cell(value)) != str(cell(fixed.get(field)))
     ]
     return sorted(set(faults))
 

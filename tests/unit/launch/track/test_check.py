@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from bitfleet.configs.sweeps import load_sweep
-from bitfleet.configs.sweeps.entry import FREE, MIN_SEEDS, TARGET
+from bitfleet.configs.sweeps.cifar_settings import SETTINGS
+from bitfleet.configs.sweeps.entry import FREE, MIN_SEEDS, TARGET, entry
 from bitfleet.configs.sweeps.sweep import plan_runs
 from bitfleet.launch.parsing.arguments import parse_train
 from bitfleet.launch.sweep.table import Outcome, flatten, write_question, write_table
@@ -31,7 +31,7 @@ def record(tmp_path: Path) -> Record:
         best: float = TARGET,
         status: str = "finished",
     ) -> Path:
-        sweep = load_sweep("track_bop2ndorder")
+        sweep = entry(name, "a rule", epochs=19, words=SETTINGS["bop2ndorder"]["gamma from 3e-3"])
         runs = plan_runs(sweep, tmp_path / name, options, lambda words: parse_train(words, "t"))
         runs = [run for run in runs if run.config.seed < len(reached)]
         folder = tmp_path / name
@@ -44,7 +44,7 @@ def record(tmp_path: Path) -> Record:
                     "step": step,
                     "top1": best if step >= steps else best - 0.2,
                     "top5": 1,
-                    "loss": 1,
+                    "loss": 1 + run.config.seed / 100,
                 }
                 for step in range(1000, 20_000, 1000)
             ]
@@ -102,9 +102,10 @@ def test_what_the_rules_fix_is_compared(option: str, fault: str, record: Record)
 
 
 def edit(folder: Path, cells: dict[str, str]) -> None:
-    """Change cells in the row of seed 3; two fields have columns of their own."""
+    """Change cells in the row of seed 3; three fields have columns of their own."""
     with (folder / "sweep.csv").open(newline="") as file:
         rows = [{**row, "config.global_batch_size": "50", "config.model.width": "32"} for row in csv.DictReader(file)]
+    rows = [{**row, "config.optim.gamma.start": "3e-3"} for row in rows]
     rows[3] |= cells
     with (folder / "sweep.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, rows[3])
@@ -119,12 +120,47 @@ def edit(folder: Path, cells: dict[str, str]) -> None:
         ({"config.model.width": "512"}, "model.width is 512, and every entry has 32"),
         ({"curve.step": "", "curve.top1": "", "curve.loss": ""}, "seed 3 has no curve of top-1"),
         ({"end.top1": "nan"}, "the last top-1 of seed 3 is not a number"),
+        ({"end.top1": "0.75"}, "the curve of seed 3 ends at 0.7, and its last top-1 is 0.75"),
+        ({"config.seed": "13"}, "the row of seed 3 is that of a run with seed 13"),
+        (
+            {"config.optim.gamma.start": "1e-2"},
+            "optim.gamma.start is 3e-3 and 1e-2: all runs of an entry have one setting",
+        ),
+        (
+            {"curve.step": "[1000, 2000]", "curve.top1": "[0.5, 0.7]", "curve.loss": "[1, 1]"},
+            "the curve of seed 3 has 2 validations, the last after step 2,000; expected one after each 1,000 steps, "
+            "up to 19,000",
+        ),
     ],
 )
 def test_each_row_is_compared(cells: dict[str, str], fault: str, record: Record) -> None:
     folder = record()
     edit(folder, cells)
     assert read_entry(folder).faults == (fault,)
+
+
+def test_a_curve_counts_once(record: Record) -> None:
+    folder = record()
+    with (folder / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    edit(folder, {key: cell for key, cell in rows[2].items() if key.startswith(("curve.", "end."))})
+    assert read_entry(folder).faults == ("the seeds 2 and 3 have the same curve",)
+
+
+def test_validations_are_of_all_images(record: Record) -> None:
+    """As they are not if images were set aside."""
+    faults = read_entry(record(best=7003 / 9999)).faults
+    assert len(faults) == MIN_SEEDS
+    assert faults[0] == "seed 0 has a top-1 of 0.50037, which is no share of 10,000 images"
+
+
+def test_an_epoch_has_all_images(record: Record) -> None:
+    """An epoch of 60,000 has 1,200 steps."""
+    folder = record()
+    steps = [1200 * epoch for epoch in range(1, 20)]
+    edit(folder, {"curve.step": json.dumps(steps)})
+    (fault,) = read_entry(folder).faults
+    assert fault.startswith("the curve of seed 3 has 19 validations, the last after step 22,800; expected one after")
 
 
 @pytest.mark.parametrize("config", [{}, [], {"epochs": None}])
