@@ -61,7 +61,7 @@ def read_run(path: Path) -> RunResults:
     """Read the run in the folder `path`.
 
     Raises:
-        ValueError: it is not a run folder, or the run has not logged anything yet.
+        ValueError: it is not a run folder, is damaged, or has not logged anything yet.
     """
     facts = read_object(path / CONFIG)
     if not isinstance(facts.get("config"), dict):
@@ -69,7 +69,14 @@ def read_run(path: Path) -> RunResults:
             f"{path / CONFIG} is not the {CONFIG} of a run: it has no resolved configuration under 'config'"
         )
     check_config(facts["config"], path / CONFIG)
+    for name, schedule in _schedules(facts["config"]).items():
+        for key in ("start", "end", "power"):
+            if not _is_number(schedule.get(key, 0.0)):
+                raise ValueError(f"{path / CONFIG} is damaged: config.optim.{name}.{key} must be a number")
     lines = tuple(read_metrics(path))
+    for number, line in enumerate(lines, start=1):
+        if not (isinstance(line, dict) and isinstance(line.get("kind"), str) and isinstance(line.get("step"), int)):
+            raise ValueError(f"{path / JSONL}:{number} is damaged: expected an object with its kind and step")
     if not any(line["kind"] in ("train", "validation") for line in lines):
         raise ValueError(f"the run {path} has logged nothing yet: {JSONL} has no line of training or validation")
     return RunResults(path, str(facts["config"].get("name", path.name)), facts, lines)

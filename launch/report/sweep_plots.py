@@ -56,8 +56,10 @@ def facets(results: SweepResults) -> list[Facet]:
 
 
 def _along(results: SweepResults, axis: str, points: Sequence[SweepPoint]) -> Facet:
-    values = list(results.axes[axis])
-    line = sorted(points, key=lambda point: values.index(point.get(axis) or 0.0))
+    known = list(results.axes[axis])
+    values = [point.get(axis) or 0.0 for point in points]
+    places = [known.index(value) if value in known else len(known) for value in values]
+    line = [points[number] for number in sorted(range(len(points)), key=places.__getitem__)]
     return Facet(axis, line, [results.word(point.get(axis)) for point in line])
 
 

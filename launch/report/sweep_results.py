@@ -207,13 +207,17 @@ def read_object(file: Path) -> dict[str, Any]:
 
 def check_config(config: Any, file: Path) -> None:
     """Raise ValueError unless the resolved configuration in `file`, and each section of it that
-    reports read, is an object."""
+    reports read, is an object, and its number of classes a whole number."""
     parts = {"config": config}
     if isinstance(config, dict):
         parts |= {f"config.{name}": config.get(name, {}) for name in ("model", "data", "optim")}
     for name, part in parts.items():
         if not isinstance(part, dict):
             raise ValueError(f"{file} is damaged: {name} must be an object, not {json.dumps(part)[:40]}")
+    if not isinstance(num_classes := config.get("model", {}).get("num_classes", 1), int):
+        raise ValueError(
+            f"{file} is damaged: config.model.num_classes must be a whole number, not {json.dumps(num_classes)[:40]}"
+        )
 
 
 def results_of(rows: Sequence[Mapping[str, str]], file: Path, facts: Mapping[str, Any]) -> SweepResults:
@@ -236,6 +240,8 @@ def results_of(rows: Sequence[Mapping[str, str]], file: Path, facts: Mapping[str
     except ValidationError as error:
         raise ValueError(f"{file.with_suffix('.json')} is damaged: {error.errors()[0]['msg']}") from error
     check_config(facts.get("config", {}), file.with_suffix(".json"))
+    if not isinstance(options := facts.get("options", []), list):
+        raise ValueError(f"{file.with_suffix('.json')} is damaged: options must be a list, not {str(options)[:40]}")
     axes: Mapping[str, Sequence[Label]] = {axis: declared.get(axis) or values for axis, values in seen.items()}
     if figure is None:  # version 0.1
         sweep = load_sweep(name) if name in available_sweeps() else None
@@ -267,7 +273,7 @@ def _read_run(row: Mapping[str, str], axes: Mapping[str, Sequence[Label]], where
     for axis, values in axes.items():
         if text := row[f"axis.{axis}"]:
             is_word = any(isinstance(value, str) for value in values)
-            labels.append((axis, text if is_word else cell(f"axis.{axis}", float, "a number")))
+            labels.append((axis, text if is_word else cell(f"axis.{axis}", _read_finite, "a finite number")))
     numbers = [key for key in row if key and (key.startswith("end.") or key in ("best.top1", "seconds")) and row[key]]
     lists = {key: cell(f"curve.{key}", _read_list, "a JSON list of numbers") for key in {*CURVES, *CURVES.values()}}
     for steps in dict.fromkeys(CURVES.values()):
@@ -285,6 +291,12 @@ def _read_run(row: Mapping[str, str], axes: Mapping[str, Sequence[Label]], where
     end = {key.removeprefix("end."): cell(key, float, "a number") for key in numbers}
     config = {key.removeprefix("config."): row[key] or "" for key in row if key and key.startswith("config.")}
     return SweepRun(row["run"], row["status"], row["seed"], tuple(labels), end, row.get("error") or "", curves, config)
+
+
+def _read_finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(text)
+    return value
 
 
 def _read_list(text: str) -> list[float]:

@@ -197,6 +197,16 @@ def test_what_is_no_sweep_and_no_run_is_refused_in_a_sentence(tmp_path: Path) ->
     (run / "config.json").write_text('{"config": {"model": null}}')
     with pytest.raises(ValueError, match=r"run/config.json is damaged: config.model must be an object, not null"):
         write_report([run])
+    for lines in ("5\n", '{"step": 1}\n', '{"kind": "train", "step": null}\n'):
+        torn = synthetic.run_folder(tmp_path / "torn")
+        (torn / "metrics.jsonl").write_text((torn / "metrics.jsonl").read_text() + lines)
+        with pytest.raises(ValueError, match=r"torn/metrics.jsonl:16 is damaged: expected .* kind and step"):
+            write_report([torn])
+    with pytest.raises(ValueError, match="config.optim.gamma.end must be a number"):
+        config = json.loads((torn / "config.json").read_text())
+        config["config"]["optim"]["gamma"]["end"] = None
+        (torn / "config.json").write_text(json.dumps(config))
+        write_report([torn])
     with pytest.raises(ValueError, match="silent"):
         write_report([synthetic.run_folder(tmp_path / "silent", 0)])
 

@@ -177,12 +177,13 @@ def test_numbers_are_written_for_readers() -> None:
             "curve.step is '[2000, 1000]', expected ascending",
         ),
         ({"curve.top1": "[0.1]"}, "curve.top1 has 1 values, but curve.step has 8"),
+        ({"axis.gamma": "inf"}, "axis.gamma is 'inf', expected a finite number"),
     ],
 )
 def test_a_damaged_row_is_named(tmp_path: Path, change: dict[str, str], sentence: str) -> None:
-    synthetic.write(
-        tmp_path, ["rule"], [synthetic.row({"rule": "a"}, 0, 0.8), synthetic.row({"rule": "a"}, 1, 0.8) | change]
-    )
+    labels = {"rule": "a", "gamma": "0.1"}
+    rows = [synthetic.row(labels, 0, 0.8), synthetic.row(labels, 1, 0.8) | change]
+    synthetic.write(tmp_path, ["rule", "gamma"], rows, axes={"rule": ["a"], "gamma": [0.1]})
     with pytest.raises(ValueError, match=r"sweep.csv:3: ") as caught:
         read_sweep(tmp_path)
     assert sentence in str(caught.value)
@@ -224,6 +225,15 @@ def test_order_of_the_declaration_and_values_that_it_does_not_have(tmp_path: Pat
     assert [point.name for point in results.points] == ["b", "a", "new"]
 
 
+def test_a_panel_of_an_axis_has_values_that_the_declaration_does_not_have(tmp_path: Path) -> None:
+    folder = synthetic.star(tmp_path)
+    facts = json.loads((folder / "sweep.json").read_text())
+    facts["axes"]["gamma"].remove(1e-9)
+    (folder / "sweep.json").write_text(json.dumps(facts))
+    panel = facets(read_sweep(folder))[0]
+    assert (panel.name, panel.labels) == ("gamma", ["1e-8", "1e-7", "1e-6", "1e-5", "1e-9"])
+
+
 def without_figure(folder: Path) -> Path:
     """Turn sweep.json into one of version 0.1."""
     facts = json.loads((folder / "sweep.json").read_text())
@@ -250,7 +260,16 @@ def test_plain_table_has_no_pictures(tmp_path: Path) -> None:
     assert not list((tmp_path / "x" / "report").iterdir())
 
 
-@pytest.mark.parametrize("change", [{"figure": {"facets": 3}}, {"config": 3}, {"config": {"model": None}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"figure": {"facets": 3}},
+        {"config": 3},
+        {"config": {"model": None}},
+        {"config": {"model": {"num_classes": "ten"}}},
+        {"options": 5},
+    ],
+)
 def test_damaged_facts_are_one_sentence(change: dict[str, object], tmp_path: Path) -> None:
     folder = synthetic.rules(tmp_path, 2, 1)
     facts = json.loads((folder / "sweep.json").read_text()) | change
