@@ -48,7 +48,7 @@ class Rule:
     """fp32 tensors of the weight's shape that start at 0. The 0-dim tensor "step" comes on top."""
     flips: bool = False
     """Weights are +-1 and stay so: a sharded optimizer keeps and sends them as bits, else as
-    values."""
+    values. Those that start as real values become the signs of what their first update leaves."""
     defaults: Mapping[str, Any] | None = None
     """Hyperparameters, fields of `OptimConfig`, and their defaults: a `Schedule`, or a value that
     stays. None: the rule is not one for binary weights, and `optim.rule` cannot name it."""
@@ -225,6 +225,11 @@ class RoutedOptimizer(torch.optim.Optimizer):
                 state["step"] += 1
                 numbers = numbers_of(group, int(state["step"]))
                 RULES[group["rule"]].update_(param, param.grad, state, group | numbers)
+                if state["step"] == 1 and RULES[group["rule"]].flips:
+                    # As a ShardedOptimizer, which packs them. A 0 without a gradient is padding of
+                    # a flat slice.
+                    is_padding = (param == 0) & (param.grad == 0)
+                    param.copy_(torch.where(is_padding | param.isnan(), param, torch.where(param >= 0, 1.0, -1.0)))
                 if self.counts is not None:
                     self.counts.add(self._names.get(param, group.get("name", "")), group["rule"], param.numel())
         return loss

@@ -12,9 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from bitfleet.optim import RoutedOptimizer, diode_step_, latent_sgd_step_, sgdat_step_, two_ema_step_
+from bitfleet.optim import (
+    RoutedOptimizer,
+    ShardedOptimizer,
+    diode_step_,
+    latent_sgd_step_,
+    sgdat_step_,
+    two_ema_step_,
+)
 from bitfleet.optim.rules.counter_random import uniform
-from bitfleet.optim.rules.rule import RULES, numbers_of
+from bitfleet.optim.rules.rule import RULES, Group, Rule, State, numbers_of
 from bitfleet.optim.sharding.buckets import make_buckets
 from bitfleet.optim.sharding.state import chunks
 
@@ -260,6 +267,30 @@ def test_padding_of_a_foreign_slice_stays(name: str) -> None:
         param.grad = torch.tensor([1.0, -1.0, 0.0])
         optimizer.step()
     assert param.tolist() == [-1.0, 1.0, 0.0]
+
+
+def negate_(weight: torch.Tensor, grad: torch.Tensor, state: State, group: Group) -> None:
+    weight.neg_()
+
+
+@pytest.mark.parametrize("name", ["negate", "two_ema"])
+def test_real_weights_become_signs_under_any_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a ShardedOptimizer, which packs them after their first update: also 0, and under a rule
+    that does not look."""
+    monkeypatch.setitem(RULES, "negate", Rule(name="negate", update_=negate_, state_keys=(), flips=True))
+    monkeypatch.setitem(GROUPS, "negate", {})
+    results = []
+    for is_sharded in (False, True):
+        param = nn.Parameter(torch.tensor([0.5, -0.25, 0.0, 0.0, 2.0, -1.0, 1.0]))
+        optimizer: Any = make(name, [param])
+        optimizer = ShardedOptimizer(optimizer) if is_sharded else optimizer
+        for _ in range(2):
+            param.grad = None
+            (param * torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, 1.0, 0.0])).sum().backward()
+            optimizer.step()
+            assert param.abs().tolist() == [1.0] * 7
+        results.append(param.tolist())
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
