@@ -77,11 +77,11 @@ def _one_minus_power(rate: float, step: int) -> float:
 
 
 def root(values: Tensor) -> Tensor:
-    """Return the square roots of fp32 `values`, correctly rounded as those of the kernels.
+    """Return the square roots of `values`, those of fp32 correctly rounded, as in the kernels.
 
     torch's own are not on a CPU where it takes them from MKL: one in six is its neighbour.
     """
-    return values.sqrt() if values.is_cuda else values.double().sqrt().float()
+    return values.sqrt() if values.is_cuda else values.double().sqrt().to(values.dtype)
 
 
 def bop2ndorder_bits_(

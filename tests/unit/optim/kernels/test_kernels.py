@@ -167,6 +167,15 @@ def test_the_last_bit_of_a_root_decides(correction: Correction, square: float) -
     twins.check_moments()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_roots_are_rounded_once(dtype: torch.dtype) -> None:
+    values = torch.rand(4096, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    expected = np.sqrt(values.numpy())  # rounded as IEEE 754 wants
+    if dtype == torch.float32:
+        assert np.array_equal(kernels.root(values).numpy(), expected)
+    np.testing.assert_allclose(kernels.root(values).numpy(), expected, rtol=np.finfo(expected.dtype).eps)
+
+
 @pytest.mark.usefixtures("path")
 def test_epsilon_decides() -> None:
     """Gradients about as large as epsilon: the ratio is |g| / (|g| + 1e-10)."""
