@@ -23,7 +23,8 @@ from PIL import Image
 from bitfleet.launch.data.manifest import write_manifest
 from bitfleet.launch.data.unfinished import is_started, unfinished_folder, write_unsynced, written_unsynced
 from bitfleet.launch.data.workers import run_jobs
-from bitfleet.trainer.data.decoding import grey_or_rgb, opened
+from bitfleet.packed.pixels import grey_or_rgb
+from bitfleet.trainer.data.decoding import opened
 from bitfleet.trainer.data.image_list import (
     ImageList,
     Manifest,

@@ -1,7 +1,8 @@
 """Recognise image files and decode them with Pillow.
 
 DALI decodes JPEG, PNG and WebP to the same pixels but for rounding. What it reads differently or
-not at all is decoded here by every loader, so this file defines the pixels of an unusual image.
+not at all is decoded here by every loader, so this file, with packed/pixels.py, defines the pixels
+of an unusual image.
 """
 
 import io
@@ -9,10 +10,9 @@ import os
 import re
 from typing import IO
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
+
+from bitfleet.packed.pixels import grey_or_rgb
 
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
 """Pillow's names of the formats that are read, whatever the suffix."""
@@ -42,8 +42,6 @@ _MAGIC = re.compile(
 )
 _SYSTEM_FILES = (".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", ".localized", ".directory")
 _SYSTEM_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
-_BITS, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT = 258, 262, 284, 339  # tags of a TIFF
-_WHITE_IS_ZERO, _SEPARATE_PLANES, _SIGNED = 0, 2, 2
 
 # Pillow warns above half of MOST_PIXELS and has its own error above; `opened` applies one rule
 # instead.
@@ -141,50 +139,3 @@ def decode(encoded: bytes) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def grey_or_rgb(image: Image.Image) -> Image.Image:
-    """Return a loaded image in mode L or RGB, 8 bits per channel, in the stored orientation.
-
-    Raises:
-        ValueError: Its range of brightness is unknown, or Pillow reads it wrongly.
-    """
-    mode, bits = image.mode, 16
-    image.info.pop("transparency", None)  # Pillow warns that it is lost, or looks for it among the pixels
-    is_inverted = is_signed = False
-    if isinstance(image, TiffImageFile):
-        bits, is_inverted, is_signed = _tiff_numbers(image)
-    if is_signed or mode == "F" or (mode == "I" and image.format not in ("PPM", "PNG")):
-        raise ValueError(
-            f"{image.format}, mode {mode}: its range of brightness is not known; store it with 8 or 16 bits a channel"
-        )
-    if mode.startswith("I"):
-        grey = _scaled(np.asarray(image), (1 << bits) - 1)
-        return Image.fromarray(255 - grey if is_inverted else grey)
-    if mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
-        # Pillow takes every such JPEG for Adobe's, which are inverted. DALI and libjpeg look at the
-        # marker.
-        image = Image.merge("CMYK", [band.point(lambda value: 255 - value) for band in image.split()])
-    if mode in ("L", "RGB"):
-        return image  # not a copy: a large image takes 0.7 GB
-    return image.convert("L" if mode in ("1", "LA", "La") else "RGB")
-
-
-def _tiff_numbers(image: TiffImageFile) -> tuple[int, bool, bool]:
-    """Return bits per channel, whether white is 0, and whether numbers are signed.
-
-    Pillow handles inversion only up to 8 bits, and reads signed 8-bit numbers as unsigned.
-    """
-    tags = image.tag_v2
-    bits = int(np.max(tags.get(_BITS, 1)))
-    if tags.get(_PLANAR) == _SEPARATE_PLANES and bits > 8 and len(image.getbands()) > 1:
-        raise ValueError(
-            f"a TIFF of {bits} bits a channel in separate planes, which Pillow reads wrongly: store it interleaved"
-        )
-    return bits, tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO, _SIGNED in np.ravel(tags.get(_SAMPLE_FORMAT, 1))
-
-
-def _scaled(values: npt.NDArray[np.integer], largest: int) -> npt.NDArray[np.uint8]:
-    """Scale integers 0 .. `largest` to 0 .. 255, rounded to the nearest, as DALI does."""
-    wide = values.astype(np.uint32)
-    return np.minimum((wide * 255 + largest // 2) // largest, 255).astype(np.uint8)

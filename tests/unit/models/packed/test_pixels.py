@@ -10,6 +10,8 @@ from PIL import Image
 
 from bitfleet.packed.pixels import pixels_of
 from bitfleet.trainer.data import DataConfig, ValidationLoader, open_dataset
+from bitfleet.trainer.data.decoding import decode
+from tests.unit.trainer.data.odd_images import write_odd_pixels, write_refused
 
 SIZES = [(28, 28), (33, 47), (64, 31), (9, 200), (300, 211), (1, 5), (70, 70)]
 """Width and height."""
@@ -63,3 +65,19 @@ def test_pixels_equal_the_trainers(
             found = pixels_of(image, {"geometry": geometry, "image_size": size})
         assert found.dtype == row.dtype
         np.testing.assert_array_equal(found, row)
+
+
+CROP = {"geometry": "crop", "image_size": 40}
+
+
+def test_odd_images_have_the_pixels_of_the_loaders(tmp_path: Path) -> None:
+    for name in write_odd_pixels(tmp_path):
+        with Image.open(tmp_path / name) as image:
+            found = pixels_of(image, CROP)
+        np.testing.assert_array_equal(found, pixels_of(decode((tmp_path / name).read_bytes()), CROP), name)
+
+
+def test_images_whose_range_of_brightness_is_unknown(tmp_path: Path) -> None:
+    for name in write_refused(tmp_path):
+        with Image.open(tmp_path / name) as image, pytest.raises(ValueError, match="brightness|separate planes"):
+            pixels_of(image, CROP)
