@@ -23,14 +23,17 @@ def classify(program: Path, images: Sequence[Path], num_threads: int, top: int) 
         ValueError: the program or an image cannot be read.
     """
     network = load(program)
+    preprocessing = network.description["preprocessing"]
     for path in images:
         try:
             with Image.open(path) as image:
-                pixels = pixels_of(image, network.description["preprocessing"])
+                pixels = pixels_of(image, preprocessing)
         except UnidentifiedImageError:
             raise ValueError(f"{path} is not an image") from None
         except OSError as error:
             raise ValueError(f"the image {path} cannot be read: {error.strerror or error}") from None
+        except Exception as error:  # broken files raise nearly anything in Pillow
+            raise ValueError(f"the image {path} cannot be read: {error or type(error).__name__}") from None
         start = time.perf_counter()
         (logits,) = network(pixels[None], num_threads)
         milliseconds = 1e3 * (time.perf_counter() - start)

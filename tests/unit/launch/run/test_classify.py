@@ -86,6 +86,13 @@ def test_refusals_name_the_fault(program: Path, image: Path, tmp_path: Path) -> 
     assert str(program) in refused(program, program)
     image.write_bytes(image.read_bytes()[:200])
     assert "image.png" in refused(program, image)
+    Image.new("F", (28, 28)).save(tmp_path / "image.tif")
+    assert "image.tif cannot be read: TIFF, mode F: its range of brightness" in refused(program, tmp_path / "image.tif")
     assert "nowhere" in refused(program, "--data", tmp_path / "nowhere")
     root = write_images(tmp_path / "images", num_classes=2, train=1, val=1)
     assert "2 classes" in refused(program, "--data", root)
+
+
+def test_an_image_too_large_for_pillow(program: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert "image.png cannot be read: Image size" in refused(program, image)
