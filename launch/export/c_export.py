@@ -110,8 +110,8 @@ def compile_c(files: CSource, folder: Path, flags: Sequence[str] = ()) -> Path:
     ):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            lines = done.stderr.strip().splitlines()
-            raise CLibraryError(f"{Path(compiler).name} fails: {next((x for x in lines if 'error' in x), lines[-1:])}")
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            raise CLibraryError(f"{Path(compiler).name} fails: {next((x for x in lines if 'error' in x), lines[-1])}")
     return library
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bitfleet.c_library import CLibraryError
 from bitfleet.launch.export import c_export
 from bitfleet.launch.export.command import export
 from bitfleet.launch.export.export import load_trained, logits_of
@@ -63,6 +64,18 @@ def test_a_compiler_that_fails_is_named(
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
     export([str(weights), str(tmp_path / "net"), "--format", "c", *OPTIONS])
     assert "not checked: cc fails: net.c:1: error: out of memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("printed", "reason"), [("", "no message"), ("first; Killed", "Killed")])
+def test_a_compiler_that_names_no_error(
+    printed: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "".join(f"echo {line} >&2\n" for line in printed.split("; ") if line)
+    (tmp_path / "cc").write_text(f"#!/bin/sh\n{lines}exit 1\n")
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    with pytest.raises(CLibraryError, match=f"^cc fails: {reason}$"):
+        c_export.compile_c(CSource("net", "net", "", "", 0, 0), tmp_path)
 
 
 def test_wrong_code_is_not_written(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
