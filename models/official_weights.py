@@ -103,7 +103,7 @@ def _renamed(layer: str, blocks: Mapping[tuple[str, int], int]) -> str:
         return _OUTSIDE.get(layer, layer)
     names = _MOBILENET if match[1] == "feature" else _RESNET
     place = (match[1], int(match[2]))
-    return f"blocks.{blocks[place]}.{names[match[3]]}" if match[3] in names else layer
+    return f"blocks.{blocks[place]}.{names[match[3]]}" if place in blocks and match[3] in names else layer
 
 
 def _binarize_(tensors: dict[str, Tensor], prefix: str, module: Binary) -> None:

@@ -119,6 +119,7 @@ def test_a_filter_without_a_sign_is_named() -> None:
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     for tensors, model, sentence in (
         (resnet() | {"layer1.0.extra.weight": torch.zeros(3)}, create_model(NET), "this model has no layer1.0.extra"),
+        (mobilenet(stage=2) | {"feature.0.move11.bias": torch.zeros(3)}, create_model(NET_A), "no feature.0.move11"),
         (resnet(), ReActNetA(width=2, num_classes=3), r"stem.0.weight is \[4, 3, 7, 7\]"),
         (resnet() | {"fc.bias": torch.zeros(7)}, create_model(NET), r"head.bias is \[7\]"),
     ):

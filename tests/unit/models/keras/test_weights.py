@@ -414,6 +414,16 @@ def keras_without_weights(path: Path) -> None:
         archive.writestr("config.json", "{}")
 
 
+def array_h5(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file["model_weights"] = np.zeros(3)
+
+
+def header_npz(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00\x0a\x00{'descr':\n")
+
+
 def doubled_h5(path: Path) -> None:
     write_nested(path, {"a": {"conv2d": {"kernel:0": np.zeros(3)}}})
     with h5py.File(path, "a") as file:
@@ -442,6 +452,8 @@ def hollow_h5(path: Path) -> None:
         ("weights.npz", object_npz, "not a weights file of Keras: .*allow_pickle"),
         ("weights.h5", lambda path: path.write_bytes(b"text"), "not a weights file of Keras: .*file signature"),
         ("weights.h5", other_h5, "its group / has no attribute layer_names"),
+        ("weights.h5", array_h5, "not a weights file of Keras: "),
+        ("weights.npz", header_npz, "not a weights file of Keras: "),
         ("weights.h5", hollow_h5, "not a weights file of Keras: .*kernel:0"),
     ],
 )
