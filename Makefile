@@ -63,8 +63,13 @@ PACKED_FLAGS = -std=c11 -ffp-contract=off -fno-math-errno -fno-strict-aliasing -
 
 libbitfleet_packed: $(BUILD)/libbitfleet_packed.so $(BUILD)/libbitfleet_packed.a $(BUILD)/packed_example
 
-$(BUILD)/packed.o: $(PACKED)/packed.c $(wildcard $(PACKED)/*.h)
-	mkdir -p $(BUILD)
+# Changes with the compiler and its options: what another one has built is built again.
+$(BUILD)/compiler: FORCE
+	@mkdir -p $(BUILD)
+	@echo '$(CC) $(PACKED_FLAGS) $(LDFLAGS)' | cmp -s - $@ || echo '$(CC) $(PACKED_FLAGS) $(LDFLAGS)' > $@
+FORCE:
+
+$(BUILD)/packed.o: $(PACKED)/packed.c $(wildcard $(PACKED)/*.h) $(BUILD)/compiler
 	$(CC) $(PACKED_FLAGS) -c $< -o $@
 
 $(BUILD)/libbitfleet_packed.so: $(BUILD)/packed.o

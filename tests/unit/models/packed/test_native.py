@@ -91,6 +91,21 @@ def test_shared_library_exports_the_header(built: Path) -> None:
         assert all(f"{symbol}(" in header for symbol in exported)
 
 
+def test_another_compiler_builds_again(tmp_path: Path) -> None:
+    need("make", "make")
+    need("ar", "binutils")
+    files = [tmp_path / "built" / name for name in ("packed.o", "libbitfleet_packed.so", "packed_example")]
+    for name in ("first", "second"):
+        compiler = tmp_path / name
+        compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho "$0" > "$2"\n')
+        compiler.chmod(0o755)
+        build(tmp_path / "built", f"CC={compiler}")
+        assert [file.read_text() for file in files] == [f"{compiler}\n"] * 3
+    times = [file.stat().st_mtime_ns for file in files]
+    build(tmp_path / "built", f"CC={compiler}")
+    assert [file.stat().st_mtime_ns for file in files] == times
+
+
 def test_cross_compiled(tmp_path: Path) -> None:
     need("make", "make")
     need("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross")
