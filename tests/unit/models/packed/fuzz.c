@@ -19,13 +19,18 @@ static void *counted_calloc(size_t number, size_t bytes) {
     return may_allocate(number * bytes) ? calloc(number, bytes) : 0;
 }
 static void *counted_realloc(void *block, size_t bytes) { return may_allocate(bytes) ? realloc(block, bytes) : 0; }
+static void *counted_aligned_alloc(size_t alignment, size_t bytes) {
+    return may_allocate(bytes) ? aligned_alloc(alignment, bytes) : 0;
+}
 #define malloc counted_malloc
 #define calloc counted_calloc
 #define realloc counted_realloc
+#define aligned_alloc counted_aligned_alloc
 #include "packed.c"
 #undef malloc
 #undef calloc
 #undef realloc
+#undef aligned_alloc
 
 enum { MAX_PROGRAMS = 64, MOST_MUTATIONS = 3, TABLES = 1 << 21 };
 static const int64_t MOST_WORK = 1 << 21;
