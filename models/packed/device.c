@@ -3,7 +3,7 @@
  *
  * C99 without a library, except sqrt where a network has LayerNorm and expf where it has a sigmoid. Images are [height][width][channels]; a pixel of signs is
  * whole words of 32 bits, least significant bit first, bit 1 = +1, bits behind the last channel 0. Floats are rounded after every
- * operation, as in packed.c, if the compiler does not contract a * b + c: -std=c99 or -ffp-contract=off. */
+ * operation, as in packed.c, if the compiler does not contract a * b + c: -ffp-contract=off, which gcc's -std=c99 implies. */
 #include <math.h>
 #include <stdint.h>
 
