@@ -42,7 +42,7 @@ def lower(
         if not torch.isfinite(tensor).all():
             raise _refusal(f"values of {name} are not finite")
         if getattr(tensor, "binary", False) and not (tensor.abs() == 1).all():
-            raise _refusal(f"weights of {name} are not +-1: train at least one step")
+            raise _refusal(f"weights of {name} are not +-1: train at least one step, or bnew to its end")
     was_training = model.training
     model.eval()
     try:
