@@ -12,6 +12,9 @@ import numpy as np
 from bitfleet.c_library import load_portable_c_library
 from bitfleet.packed.program import Array, read_description
 
+_loading = threading.Lock()
+"""Held while the C library has the path that a network asks for, which is one for all threads."""
+
 
 @functools.cache
 def library() -> ctypes.CDLL:
@@ -44,14 +47,15 @@ class PackedNetwork:
     def __init__(self, content: bytes, description: dict[str, Any], path: str | None = None) -> None:
         self._library, self.description = library(), description
         self._arguments, self._turn = (content, description, path), threading.Lock()
-        if self._library.packed_use_path(None if path is None else path.encode()):
-            raise ValueError(f"this CPU does not have the path {path!r}")
         error = ctypes.create_string_buffer(256)
-        handle = self._library.packed_load(content, ctypes.c_size_t(len(content)), error, ctypes.c_size_t(256))
+        with _loading:
+            if self._library.packed_use_path(None if path is None else path.encode()):
+                raise ValueError(f"this CPU does not have the path {path!r}")
+            self.instructions: str = self._library.packed_path().decode()
+            """Path that runs it."""
+            handle = self._library.packed_load(content, ctypes.c_size_t(len(content)), error, ctypes.c_size_t(256))
         if not handle:
-            raise ValueError(f"not a packed program of bitfleet: {error.value.decode()}")
-        self.instructions: str = self._library.packed_path().decode()
-        """Path that runs it."""
+            raise ValueError(f"the packed program is refused: {error.value.decode()}")
         self._handle = ctypes.c_void_p(handle)
         size = (ctypes.c_int * 3)()
         self._library.packed_image_size(self._handle, size)

@@ -203,7 +203,7 @@ def check(program: Program, change: Callable[[Tensors], object], sentence: str) 
     tensors["buffers"][:, 4] = range(len(tensors["buffers"]))  # each has memory of its own
     load(content_of(tensors))
     change(tensors)
-    with pytest.raises(ValueError, match=f"^not a packed program of bitfleet: {sentence}$"):
+    with pytest.raises(ValueError, match=f"^the packed program is refused: {sentence}$"):
         load(content_of(tensors))
 
 

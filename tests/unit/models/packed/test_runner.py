@@ -39,3 +39,13 @@ def test_a_copy_is_a_network_of_its_own(duplicate, shared: PackedNetwork) -> Non
     del other
     np.testing.assert_array_equal(shared(batch), expected)
     assert description == shared.description
+
+
+def test_threads_load_networks_for_several_instruction_sets() -> None:
+    content, wanted = to_bytes(network("birealnet18")), ["portable", None] * 50
+
+    def instructions(path: str | None) -> str:
+        return PackedNetwork(content, {}, path).instructions
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(instructions, wanted)) == ["portable", instructions(None)] * 50
