@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bitfleet.c_library import load_portable_c_library
+from bitfleet.c_library import CLibraryError, load_portable_c_library
 from bitfleet.packed.program import Array, read_description
 
 _loading = threading.Lock()
@@ -23,7 +23,10 @@ def library() -> ctypes.CDLL:
     Raises:
         CLibraryError: there is no compiler, or the build fails.
     """
-    found = load_portable_c_library(Path(__file__).with_name("packed.c"))
+    try:
+        found = load_portable_c_library(Path(__file__).with_name("packed.c"))
+    except CLibraryError as error:
+        raise CLibraryError(f"the C library that runs packed networks cannot be built: {error}") from error
     found.packed_load.restype = found.packed_seconds.restype = ctypes.c_void_p
     found.packed_path.restype = ctypes.c_char_p
     found.packed_sums_size.restype = ctypes.c_size_t

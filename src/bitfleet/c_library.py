@@ -15,11 +15,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-PORTABLE_FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing", "-fPIC", "-fopenmp")
+PORTABLE_FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing", "-fPIC")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC")
 
 
-class CLibraryError(Exception):
+class CLibraryError(ValueError):
     """A C source file cannot be built or loaded here; the message says why."""
 
 
@@ -31,37 +31,36 @@ def load_c_library(source: Path) -> ctypes.CDLL:
     Raises:
         CLibraryError: there is no compiler, it fails, or the cache folder cannot be used.
     """
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        raise CLibraryError("no C compiler (cc or gcc) on the PATH")
-    problem = ""
     # Linked without an OpenMP library, its calls bind to the one that torch has loaded. A torch
     # without one, or with another kind, does not load it: then the functions run on one thread.
-    for flags in ((*FLAGS, "-fopenmp"), FLAGS):
-        try:
-            return load_built(source, compiler, flags)
-        except subprocess.CalledProcessError as error:
-            problem = f"{' '.join(error.cmd)}: {_last_line(error.stderr)}"
-        except (OSError, RuntimeError) as error:  # the latter where there is no home folder
-            problem = f"{error} ($BITFLEET_CACHE may name another folder)"
-    raise CLibraryError(problem)
+    return _load_first(source, ((*FLAGS, "-fopenmp"), ()), (FLAGS, ()))
 
 
 def load_portable_c_library(source: Path) -> ctypes.CDLL:
     """Load the functions of `source`, which choose instructions themselves; torch is not needed.
 
+    They run on one thread if the compiler has no OpenMP.
+
     Raises:
         CLibraryError: there is no compiler, it fails, or the cache folder cannot be used.
     """
+    return _load_first(source, ((*PORTABLE_FLAGS, "-fopenmp"), ("-fopenmp", "-lm")), (PORTABLE_FLAGS, ("-lm",)))
+
+
+def _load_first(source: Path, *ways: tuple[tuple[str, ...], tuple[str, ...]]) -> ctypes.CDLL:
+    """Load what the first of `ways`, flags and libraries, that works makes of `source`."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
-        raise CLibraryError("no C compiler (cc or gcc) on the PATH")
-    try:
-        return load_built(source, compiler, PORTABLE_FLAGS, ("-fopenmp", "-lm"))
-    except subprocess.CalledProcessError as error:
-        raise CLibraryError(f"{' '.join(error.cmd)}: {_last_line(error.stderr)}") from error
-    except (OSError, RuntimeError) as error:
-        raise CLibraryError(f"{error} ($BITFLEET_CACHE may name another folder)") from error
+        raise CLibraryError("no C compiler (cc or gcc) on the PATH: install gcc")
+    problem = ""
+    for flags, libraries in ways:
+        try:
+            return load_built(source, compiler, flags, libraries)
+        except subprocess.CalledProcessError as error:
+            problem = f"{' '.join(error.cmd)}: {_last_line(error.stderr)}"
+        except (OSError, RuntimeError) as error:  # the latter where there is no home folder
+            problem = f"{error} ($BITFLEET_CACHE may name another folder)"
+    raise CLibraryError(problem)
 
 
 def load_built(source: Path, compiler: str, flags: tuple[str, ...], libraries: tuple[str, ...] = ()) -> ctypes.CDLL:

@@ -3,10 +3,14 @@
 import concurrent.futures
 import copy
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bitfleet.c_library import CLibraryError
+from bitfleet.packed import runner
 from bitfleet.packed.program import to_bytes
 from bitfleet.packed.runner import PackedNetwork
 from tests.unit.models.packed.programs import network, random_image
@@ -49,3 +53,20 @@ def test_threads_load_networks_for_several_instruction_sets() -> None:
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         assert list(pool.map(instructions, wanted)) == ["portable", instructions(None)] * 50
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_a_compiler_without_openmp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = f'case "$*" in *-fopenmp*) exit 1 ;; esac; exec {shutil.which("cc")} "$@"'
+    (tmp_path / "cc").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("BITFLEET_CACHE", str(tmp_path))
+    assert runner.library.__wrapped__().packed_path() in (b"avx512", b"avx2", b"neon", b"portable")
+
+
+def test_no_compiler_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CLibraryError, match=r"runs packed networks cannot be built: no C compiler .*: install gcc$"):
+        runner.library.__wrapped__()
+    assert issubclass(CLibraryError, ValueError)  # which commands print in a line
