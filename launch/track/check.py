@@ -12,7 +12,7 @@ from scipy import stats
 from bitfleet.configs import load_config
 from bitfleet.configs.sweeps.entry import BASE, FREE, MIN_SEEDS, TARGET
 from bitfleet.launch.report.intervals import CONFIDENCE, spread, steps_to
-from bitfleet.launch.report.sweep_results import Curve, SweepResults, SweepRun, read_sweep
+from bitfleet.launch.report.sweep_results import Curve, SweepResults, SweepRun, belong_together, join, read_sweep
 from bitfleet.launch.sweep.table import CSV, HOW, cell, flatten
 from bitfleet.launch.text import percent, table
 from bitfleet.trainer.config import TrainConfig, to_dict
@@ -31,6 +31,7 @@ class Entry:
     """A recorded entry."""
 
     path: Path
+    """Folder, the first if there are several."""
     title: str
     epochs: int
     steps: tuple[float, ...]
@@ -41,29 +42,49 @@ class Entry:
     """Rules that it breaks, a sentence each."""
 
 
-def read_entry(path: Path) -> Entry:
-    """Read the folder of an entry and check it.
+def read_entries(paths: Sequence[Path]) -> list[Entry]:
+    """Read the folders of entries and check them.
 
     Args:
-        path: folder with the sweep.csv and sweep.json of `bitfleet sweep track_NAME`.
+        paths: folders with the sweep.csv and sweep.json of `bitfleet sweep track_NAME`. Those that
+            hold different seeds of one setting are one entry, in the place of the first.
 
     Raises:
-        ValueError: it holds no entry.
+        ValueError: one holds no entry.
     """
+    whole: list[tuple[Path, SweepResults]] = []
+    for path in paths:
+        part = _read(path)
+        for number, (first, earlier) in enumerate(whole):
+            if belong_together(earlier, part):
+                whole[number] = first, join(earlier, part)
+                break
+        else:
+            whole.append((path, part))
+    return [_checked(path, results) for path, results in whole]
+
+
+def _read(path: Path) -> SweepResults:
+    """Return the sweep of an entry, or of some of its seeds."""
     if not path.is_file() and not (path / CSV).is_file():
         raise ValueError(
             f"there is no {CSV} in {path}: expected the folder of an entry, as `bitfleet sweep track_NAME` writes it"
         )
     results = read_sweep(path)
-    epochs = results.facts.get("config", {}).get("epochs")
     if len(results.points) != 1 or "config" not in results.facts:
         raise ValueError(
             f"{path} holds {len(results.points)} points: expected the sweep.csv and sweep.json of one entry, "
             "as `bitfleet sweep track_NAME` writes them"
         )
+    epochs = results.facts["config"].get("epochs")
     if not isinstance(epochs, int):
         raise ValueError(f"the config in {results.path.with_suffix('.json')} has epochs {epochs!r}: expected a number")
+    return results
+
+
+def _checked(path: Path, results: SweepResults) -> Entry:
     (point,) = results.points
+    epochs = results.facts["config"]["epochs"]
     reached = {run.seed: steps_to(*run.curves["top1"], TARGET) for run in point.finished}
     faults = [
         f"seed {run.seed} is at most at {percent(max(run.curves['top1'].values))} and never at {percent(TARGET, 0)}"

@@ -19,7 +19,8 @@ class Track:
     """
 
     paths: Positional[tuple[Path, ...]]
-    """Folders with the sweep.csv and sweep.json of an entry, as docs/track/*."""
+    """Folders with the sweep.csv and sweep.json of an entry, as docs/track/*; its seeds may be in
+    several."""
 
 
 def track(arguments: Sequence[str]) -> None:
@@ -32,9 +33,9 @@ def track(arguments: Sequence[str]) -> None:
     options: Track = parse(Track, arguments, "bitfleet track")
     if not options.paths:
         raise ValueError("which entries? Name their folders, as in bitfleet track docs/track/*")
-    from bitfleet.launch.track.check import ranking, read_entry
+    from bitfleet.launch.track.check import ranking, read_entries
 
-    entries = [read_entry(path) for path in options.paths]
+    entries = read_entries(options.paths)
     print(ranking(entries), flush=True)
     if any(entry.faults for entry in entries):
         raise SystemExit(1)

@@ -1,5 +1,7 @@
 import csv
+import dataclasses
 import json
+import shutil
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from bitfleet.configs.sweeps.entry import FREE, MIN_SEEDS, TARGET, entry
 from bitfleet.configs.sweeps.sweep import plan_runs
 from bitfleet.launch.parsing.arguments import parse_train
 from bitfleet.launch.sweep.table import Outcome, flatten, write_question, write_table
-from bitfleet.launch.track.check import ranking, read_entry
+from bitfleet.launch.track.check import Entry, ranking, read_entries
 from bitfleet.launch.track.command import track
 from bitfleet.trainer.config import to_dict
 
@@ -55,6 +57,11 @@ def record(tmp_path: Path) -> Record:
         return folder
 
     return write
+
+
+def read_entry(*folders: Path) -> Entry:
+    (entry,) = read_entries(folders)
+    return entry
 
 
 def test_steps_are_those_of_the_first_validation_at_the_target(record: Record) -> None:
@@ -101,8 +108,9 @@ def test_what_the_rules_fix_is_compared(option: str, fault: str, record: Record)
     assert read_entry(record(options=option.split())).faults == (fault,)
 
 
-def edit(folder: Path, cells: dict[str, str]) -> None:
-    """Change cells in the row of seed 3; three fields have columns of their own."""
+def edit(folder: Path, cells: dict[str, str], seeds: Sequence[int] = range(MIN_SEEDS)) -> None:
+    """Change cells in the row of seed 3, and keep the rows of `seeds`; three fields have columns of
+    their own."""
     with (folder / "sweep.csv").open(newline="") as file:
         rows = [{**row, "config.global_batch_size": "50", "config.model.width": "32"} for row in csv.DictReader(file)]
     rows = [{**row, "config.optim.gamma.start": "3e-3"} for row in rows]
@@ -110,7 +118,7 @@ def edit(folder: Path, cells: dict[str, str]) -> None:
     with (folder / "sweep.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, rows[3])
         table.writeheader()
-        table.writerows(rows)
+        table.writerows(rows[seed] for seed in seeds)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +209,19 @@ def test_the_fewest_steps_come_first_and_faults_last(record: Record) -> None:
     assert fault.startswith(str(broken.path))
 
 
+def test_seeds_of_an_entry_may_be_in_several_folders(record: Record, tmp_path: Path) -> None:
+    whole = read_entry(record())
+    parts = []
+    for number, seeds in enumerate((range(4), range(4, MIN_SEEDS))):
+        parts.append(shutil.copytree(whole.path, tmp_path / f"{number}"))
+        edit(parts[-1], {}, seeds)
+    assert read_entry(*parts[::-1]) == dataclasses.replace(
+        whole, path=parts[1], steps=(*whole.steps[4:], *whole.steps[:4])
+    )
+    one, twice = read_entries([parts[0], parts[0]])
+    assert one.faults == twice.faults == ("it has the seeds 0, 1, 2, 3; expected 0 to 9, or all up to more",)
+
+
 def test_the_command_fails_on_a_fault(record: Record, capsys: pytest.CaptureFixture[str]) -> None:
     track([str(record())])
     with pytest.raises(SystemExit) as ended:
@@ -227,7 +248,7 @@ def test_without_a_path_there_is_nothing_to_check() -> None:
 
 def test_recorded_entries_keep_the_rules_and_are_the_table_of_the_page() -> None:
     page = DOCS / "track.md"
-    entries = [read_entry(folder) for folder in sorted((DOCS / "track").iterdir())]
+    entries = read_entries(sorted((DOCS / "track").iterdir()))
     assert entries
     assert not any(entry.faults for entry in entries)
     assert textwrap.indent(ranking(entries), "    ") in page.read_text()
