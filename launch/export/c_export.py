@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bitfleet.c_library import CLibraryError
-from bitfleet.launch.export.export import accuracy, compare, lower_trained, write
+from bitfleet.launch.export.export import compare, known, lower_trained, write
 from bitfleet.packed.c_format import CSource, to_c
 from bitfleet.packed.program import Array, Buffer
 
@@ -59,7 +59,7 @@ def export_c(source: Path, output: Path, image_size: int | None, rest: Sequence[
             f"{paths[0]} and {paths[1].name}: C99, void {files.name}_run(const uint8_t *pixels, float *logits)",
             flash,
             f"RAM: {files.buffer_bytes:,} bytes of static buffers, besides {pixels:,} of pixels and the stack",
-            *accuracy(trained),
+            *known(trained),
             *([ROUNDED] if program.description["preprocessing"]["geometry"] == "official" else []),
             checked,
         ]

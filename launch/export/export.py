@@ -42,6 +42,8 @@ class Trained:
     model: nn.Module
     config: TrainConfig
     description: dict[str, Any]
+    remark: str = ""
+    """Sentence about what is not known of it; "" for none."""
 
 
 def export_packed(source: Path, output: Path, image_size: int | None, rest: Sequence[str]) -> str:
@@ -68,7 +70,7 @@ def export_packed(source: Path, output: Path, image_size: int | None, rest: Sequ
         [
             f"{output}: {megabytes(len(content))}, {bits:,} weights as bits; in fp32 {megabytes(whole)}, "
             f"{whole / len(content):.1f} times as much",
-            *accuracy(trained),
+            *known(trained),
             checked,
             compare_speed(trained, network),
             f"try: bitfleet run {output} IMAGE...",
@@ -107,15 +109,16 @@ def write(output: Path, content: bytes) -> None:
         raise ValueError(f"cannot write {output}: {error.strerror or error}") from error
 
 
-def accuracy(trained: Trained) -> list[str]:
-    """Return the line that says the accuracy of the run, if it is known."""
+def known(trained: Trained) -> list[str]:
+    """Return the lines that say the accuracy of the run, and what is not known."""
+    remarks = [trained.remark] if trained.remark else []
     top1 = trained.description.get("top1")
     if top1 is None:
-        return []
+        return remarks
     precision, fp32 = trained.config.engine.precision, ""
     if precision not in ("auto", "fp32"):
         fp32 = f" in {precision}; `bitfleet evaluate --precision fp32` gives that of the exported network"
-    return [f"accuracy of the run: top-1 {percent(top1)}{fp32}"]
+    return [f"accuracy of the run: top-1 {percent(top1)}{fp32}", *remarks]
 
 
 def load_trained(source: Path, rest: Sequence[str]) -> Trained:
@@ -132,9 +135,12 @@ def load_trained(source: Path, rest: Sequence[str]) -> Trained:
             classes = list(open_dataset(config.data).classes)
         except ValueError:  # the data are not here
             classes = []
+        remark = ""
         if len(classes) != config.model.num_classes:
             classes = [str(label) for label in range(config.model.num_classes)]
-        return Trained(model, config, {"network": config.model.name, "classes": classes, "source": source.name})
+            remark = f"classes are numbered: {config.data.root} is not here, or has others (--data.root names another)"
+        description = {"network": config.model.name, "classes": classes, "source": source.name}
+        return Trained(model, config, description, remark)
     if not source.exists():
         raise ValueError(f"there is no run, checkpoint or file of weights at {source}")
     if rest:

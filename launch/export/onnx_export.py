@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bitfleet.launch.export.export import accuracy, compare, lower_trained, write
+from bitfleet.launch.export.export import compare, known, lower_trained, write
 from bitfleet.launch.text import megabytes
 from bitfleet.packed.onnx_format import LOGITS, OPSET, PIXELS, to_onnx
 from bitfleet.packed.program import Array, Program, to_bytes
@@ -31,7 +31,7 @@ def export_onnx(source: Path, output: Path, image_size: int | None, rest: Sequen
         [
             f"{output}: {megabytes(len(content))}, ONNX opset {OPSET}, {_bits(program)}",
             f'input {inputs}, output "{LOGITS}" float32 [N, {program.operations[-1].target.channels}]',
-            *accuracy(trained),
+            *known(trained),
             f"{checked}, in onnxruntime",
         ]
     )
@@ -49,7 +49,7 @@ def export_qonnx(source: Path, output: Path, image_size: int | None, rest: Seque
             f"{output}: {megabytes(len(content))}, QONNX with BipolarQuant, {_bits(program)}",
             f'input "{PIXELS}" float32 [1, {_shape(program)}] on the scale 0..255, output "{LOGITS}" float32 '
             f"[1, {program.operations[-1].target.channels}]",
-            *accuracy(trained),
+            *known(trained),
             f"{checked}, in qonnx",
         ]
     )

@@ -112,7 +112,7 @@ def _pickled(path: Path) -> Tensors:
             "safetensors.torch.save_file(torch.load(..., weights_only=False)[...], ...)"
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f'the weights {path} are neither a state_dict nor a dict with one as "state_dict"')
     return _unwrapped(state)
 

@@ -49,9 +49,12 @@ def test_another_image_size(weights: Path, tmp_path: Path) -> None:
     assert load(tmp_path / "net").image_size == (45, 45, 3)
 
 
-def test_classes_without_the_data_are_numbers(weights: Path, tmp_path: Path) -> None:
+def test_classes_without_the_data_are_numbers(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     export([str(weights), str(tmp_path / "net"), *OPTIONS, "--data.root", str(tmp_path / "nowhere")])
     assert load(tmp_path / "net").description["classes"] == [str(label) for label in range(10)]
+    assert f"classes are numbered: {tmp_path / 'nowhere'} is not here" in capsys.readouterr().out
 
 
 def refused(*arguments: object) -> str:

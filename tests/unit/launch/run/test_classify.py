@@ -70,6 +70,11 @@ def test_validation_set(content: bytes, tmp_path: Path, capsys: pytest.CaptureFi
     assert "12 images" in text
     run([str(program), "--data", str(root), "--limit", "5"])
     assert "5 images" in capsys.readouterr().out
+    # As `bitfleet export FILE` leaves them where the data are not at hand.
+    description |= {"classes": ["0", "1", "2"]}
+    program.write_bytes(to_bytes(Program(lowered(model, 28).operations, description)))
+    run([str(program), "--data", str(root)])
+    assert capsys.readouterr().out.split("%")[0] == text.split("%")[0]
 
 
 def refused(*arguments: object) -> str:
@@ -81,6 +86,8 @@ def refused(*arguments: object) -> str:
 def test_refusals_name_the_fault(program: Path, image: Path, tmp_path: Path) -> None:
     assert "--data" in refused(program)
     assert "--data" in refused(program, image, "--data", tmp_path)
+    assert "--limit goes with --data" in refused(program, image, "--limit", "3")
+    assert "--top goes with images" in refused(program, "--data", tmp_path, "--top", "3")
     assert "image.png" in refused(image, image)
     assert "nowhere.png" in refused(program, tmp_path / "nowhere.png")
     assert str(program) in refused(program, program)

@@ -92,6 +92,7 @@ def test_pickles_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ({"state_dict": create_model(SMALL).state_dict(), "args": Evil()}, "without running code.*convert"),
         ([1, 2], "neither a state_dict"),
         ({"epoch": 1}, "neither a state_dict"),
+        ({0: torch.zeros(3)}, "neither a state_dict"),
     ):
         torch.save(content, tmp_path / "w.pth")
         with pytest.raises(ValueError, match=rf"w\.pth .*{sentence}"):
