@@ -128,7 +128,7 @@ def pytest_runtest_setup() -> None:
     """Skip what is left after $BITFLEET_TESTS_END, seconds since 1970: CI has an hour, on any
     machine."""
     if time.time() > float(os.environ.get("BITFLEET_TESTS_END", "inf")):
-        pytest.skip("no time is left")
+        pytest.skip("the time that $BITFLEET_TESTS_END allows is over")
 
 
 def pytest_unconfigure() -> None:

@@ -95,8 +95,8 @@ def with_earlier_seeds(runs: Sequence[PlannedRun], folder: Path) -> list[Planned
 
 
 def check_folders(runs: Sequence[PlannedRun], ranks: int = 1) -> None:
-    """Raise ValueError if the folder of a run holds a run of another configuration, or of another
-    number of replicas than those have that will be started on `ranks` ranks."""
+    """Raise ValueError if the folder of a run holds a run of another configuration, or if new runs
+    on `ranks` ranks would have another number of replicas."""
     starts_some = not all((run.path / CONFIG).is_file() for run in runs)
     for run in runs:
         if not (run.path / CONFIG).is_file():

@@ -110,12 +110,12 @@ def _checked(path: Path, results: SweepResults) -> Entry:
         epochs=epochs,
         steps=tuple(steps for steps in reached.values() if steps is not None),
         top1=tuple(point.values("top1")),
-        faults=(*faults, *_untrue(point.finished, epochs), *_changed(results), *_differing(results)),
+        faults=(*faults, *_contradictions(point.finished, epochs), *_changed(results), *_differing(results)),
     )
 
 
-def _untrue(runs: Sequence[SweepRun], epochs: int) -> list[str]:
-    """Return a sentence for each run whose row is not that of its own run of all `epochs`."""
+def _contradictions(runs: Sequence[SweepRun], epochs: int) -> list[str]:
+    """Return a sentence for each row that contradicts itself, another one or `epochs`."""
     faults = []
     curves: dict[tuple[Curve, Curve], str] = {}
     for run in runs:
@@ -129,8 +129,10 @@ def _untrue(runs: Sequence[SweepRun], epochs: int) -> list[str]:
                 f"the curve of seed {run.seed} has {len(steps)} validations, the last after step {steps[-1]:,.0f}; "
                 f"expected one after each {EPOCH:,} steps, up to {EPOCH * epochs:,}"
             )
-        if strange := [value for value in values if not _is_share(value)]:
-            faults.append(f"seed {run.seed} has a top-1 of {strange[0]}, which is no share of {NUM_IMAGES:,} images")
+        if strange := [value for value in values if not _is_fraction(value)]:
+            faults.append(
+                f"seed {run.seed} has a top-1 of {strange[0]}, which is not a fraction of {NUM_IMAGES:,} images"
+            )
         if not math.isclose(values[-1], run.end["top1"], abs_tol=1e-6):
             faults.append(f"the curve of seed {run.seed} ends at {values[-1]}, and its last top-1 is {run.end['top1']}")
         if (first := curves.setdefault((curve, run.curves["loss"]), run.seed)) != run.seed:
@@ -138,7 +140,7 @@ def _untrue(runs: Sequence[SweepRun], epochs: int) -> list[str]:
     return faults
 
 
-def _is_share(value: float) -> bool:
+def _is_fraction(value: float) -> bool:
     images = value * NUM_IMAGES
     return 0 <= images <= NUM_IMAGES and math.isclose(images, round(images), abs_tol=1e-3)
 

@@ -159,7 +159,7 @@ def test_validations_are_of_all_images(record: Record) -> None:
     """As they are not if images were set aside."""
     faults = read_entry(record(best=7003 / 9999)).faults
     assert len(faults) == MIN_SEEDS
-    assert faults[0] == "seed 0 has a top-1 of 0.50037, which is no share of 10,000 images"
+    assert faults[0] == "seed 0 has a top-1 of 0.50037, which is not a fraction of 10,000 images"
 
 
 def test_an_epoch_has_all_images(record: Record) -> None:
