@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -12,7 +11,7 @@ from bitfleet.optim.kernels.kernels import Correction, check_correction
 from bitfleet.optim.param_groups import BINARY, DECAYED, FULL_PRECISION, check_claims, check_patterns, param_groups
 from bitfleet.optim.rules import adam, sgd
 from bitfleet.optim.rules.rule import RULES, Group, RoutedOptimizer, binary_rules
-from bitfleet.optim.schedules import TO_END, Schedule, check_is_schedule, constant
+from bitfleet.optim.schedules import TO_END, Schedule, check_is_finite, check_is_schedule, constant
 from bitfleet.optim.transitions import KEY, TransitionConfig, check_transitions, target_of
 
 FullPrecision = Literal["keras_adam", "adam", "keras_sgd"]
@@ -110,10 +109,8 @@ class OptimConfig:
         if (check := RULES[self.rule].check) is not None:
             check(self.hyperparameters)
         check_transitions(self.transitions, self.rule, getattr(self, self.transitions.drives, None))
-        if not 0.0 <= self.init_inertia < math.inf:
-            raise ValueError(f"optim.init_inertia must be finite and not negative, not {self.init_inertia}")
-        if not 0.0 <= self.weight_decay < math.inf:
-            raise ValueError(f"optim.weight_decay must be finite and not negative, not {self.weight_decay}")
+        for name in ("init_inertia", "weight_decay"):
+            check_is_finite(f"optim.{name}", getattr(self, name))
         if (self.weight_decay > 0.0) != bool(self.decayed):
             raise ValueError("optim.weight_decay and optim.decayed go together: one of them is set without the other")
 
@@ -124,7 +121,8 @@ class OptimConfig:
         if not 0.0 < largest <= 1.0:
             raise ValueError(f"optim.{name} must stay in (0, 1], but reaches {largest}")
         if self.correction != "none" and schedule.kind in TO_END:
-            first = 0.0 if schedule.kind == "warmup_cosine" else schedule.start
+            warms_up = schedule.kind == "warmup_cosine" and (schedule.warmup_steps or schedule.warmup_epochs)
+            first = 0.0 if warms_up else schedule.start
             for place, value in (("start", first), ("end", schedule.end)):
                 if value == 0.0:
                     raise ValueError(

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+import torch
 from torch.optim import Optimizer
 
 Kind = Literal["constant", "polynomial", "exponential", "cosine", "warmup_cosine", "stairs"]
@@ -20,6 +21,9 @@ TO_END = ("polynomial", "cosine", "warmup_cosine", "stairs")
 BY_EPOCH = ("warmup_cosine", "stairs")
 """Kinds that end with the last epoch of whole batches; the others count epochs * images // batch
 steps, a little longer."""
+LARGEST = torch.finfo(torch.float32).max
+"""Largest value of a hyperparameter: weights and their state are float32, and torch refuses to
+combine them with more."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,9 +83,7 @@ class Schedule:
         if self.kind in BY_EPOCH and (self.share != 1.0 or self.delay_steps):
             raise ValueError(f"a {self.kind} schedule lasts the whole run: leave out its share and delay_steps")
         for name in ("start", "end", "power", "rate", "warmup_epochs"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} of a schedule must be finite and not negative, not {value}")
+            check_is_finite(f"{name} of a schedule", getattr(self, name))
 
     def over(self, num_steps: int, *, num_epochs: int = 1, steps_per_epoch: int | None = None) -> "Schedule":
         """Return this schedule with its length filled in if it is unset.
@@ -92,7 +94,7 @@ class Schedule:
             steps_per_epoch: whole batches of an epoch. None: the run is one epoch.
 
         Raises:
-            ValueError: it would end before its delay does, or grow beyond any float.
+            ValueError: it would end before its delay does, or grow beyond float32.
         """
         if self.kind in BY_EPOCH:
             steps_per_epoch = steps_per_epoch or num_steps
@@ -118,10 +120,10 @@ class Schedule:
         return filled
 
     def _check_growth(self, num_steps: int) -> None:
-        """Raise ValueError if the stairs of a rate above 1 leave the range of a float within a
+        """Raise ValueError if the stairs of a rate above 1 leave the range of float32 within a
         run."""
         try:
-            if math.isfinite(self(num_steps)):
+            if self(num_steps) <= LARGEST:
                 return
         except OverflowError:
             pass
@@ -170,6 +172,12 @@ class Schedule:
 
     def _cosine(self, done: float) -> float:
         return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def check_is_finite(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is at least 0 and finite in float32."""
+    if not 0.0 <= value <= LARGEST:
+        raise ValueError(f"{name} must be finite in float32 and not negative, not {value}")
 
 
 def check_is_schedule(name: str, value: object) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bitfleet.optim.kernels.bits import popcount
 from bitfleet.optim.rules.rule import RULES, Group
-from bitfleet.optim.schedules import TO_END, Schedule, check_is_schedule
+from bitfleet.optim.schedules import LARGEST, TO_END, Schedule, check_is_schedule
 
 Driven = Literal["latent_lr", "gamma", "threshold"]
 KEY, RATE = "transitions", "transition_rate"
@@ -62,8 +62,8 @@ class TransitionConfig:
             raise ValueError(f"optim.transitions.drives must be one of {', '.join(choices)}, not {self.drives!r}")
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"optim.transitions.momentum must be in [0, 1), not {self.momentum}")
-        if not 0.0 < self.gain < math.inf:
-            raise ValueError(f"optim.transitions.gain must be finite and above 0, not {self.gain}")
+        if not 0.0 < self.gain <= LARGEST:
+            raise ValueError(f"optim.transitions.gain must be finite in float32 and above 0, not {self.gain}")
         check_is_schedule("optim.transitions.target", self.target)
         if self.target.kind == "exponential" and self.target.rate > 1.0:
             raise ValueError(

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from bitfleet.optim.rules.adam import adam_step_
 from bitfleet.optim.rules.rule import Group, Rule, State, register, unchanged
-from bitfleet.optim.schedules import constant
+from bitfleet.optim.schedules import check_is_finite, constant
 
 
 def glorot_limit(shape: torch.Size) -> float:
@@ -153,8 +153,7 @@ def _update_sgd_(weight: Tensor, grad: Tensor, state: State, group: Group) -> No
 
 def _check_adam(hyperparameters: Mapping[str, Any]) -> None:
     for name in ("latent_clip", "latent_eps"):
-        if not 0.0 <= hyperparameters[name] < math.inf:
-            raise ValueError(f"optim.{name} must be finite and not negative, not {hyperparameters[name]}")
+        check_is_finite(f"optim.{name}", hyperparameters[name])
 
 
 register(

@@ -9,7 +9,6 @@ ReActNet (arXiv 2003.03488), Real-to-Binary (arXiv 2003.11535). As torch.optim.A
 Weights start as real values with model.initial_weights "real".
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from bitfleet.optim.rules.adam import TORCH_DEFAULTS, adam_, torch_adam_numbers
 from bitfleet.optim.rules.rule import Group, Rule, State, register
-from bitfleet.optim.schedules import constant
+from bitfleet.optim.schedules import check_is_finite, constant
 
 
 def _numbers(group: Group, step: int) -> dict[str, float]:
@@ -31,8 +30,7 @@ def _update_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:
 
 
 def _check(hyperparameters: Mapping[str, Any]) -> None:
-    if not 0.0 <= hyperparameters["latent_decay"] < math.inf:
-        raise ValueError(f"optim.latent_decay must be finite and not negative, not {hyperparameters['latent_decay']}")
+    check_is_finite("optim.latent_decay", hyperparameters["latent_decay"])
 
 
 register(

@@ -165,15 +165,21 @@ def test_another_rule_keeps_what_both_have() -> None:
         ({"gamma": Schedule(start=0.1, kind="exponential", rate=10.0)}, "optim.gamma must not grow by stairs"),
         ({"correction": "adam", "gamma": linear(1e-3, 0.0)}, "optim.gamma must not end at 0"),
         ({"correction": "as_coded", "gamma": linear(0.0, 1e-3)}, "optim.gamma must not start at 0"),
+        (
+            {"correction": "adam", "gamma": Schedule(start=1e-3, kind="warmup_cosine", end=1e-5, warmup_epochs=1.0)},
+            "optim.gamma must not start at 0",
+        ),
         ({"correction": "as-coded"}, "correction must be one of none, as_coded, adam, not 'as-coded'"),
         ({"gamma": 1e-4}, "optim.gamma is 0.0001; expected a Schedule"),
         ({"lr": 1e-3}, "optim.lr is 0.001; expected a Schedule"),
         ({"lr": None}, "optim.lr is None; expected a Schedule"),
         ({"rule": "latent_adam", "latent_lr": 1e-3}, "optim.latent_lr is 0.001; expected a Schedule"),
         ({"decayed": "*weight", "weight_decay": 0.1}, r"optim.decayed is '\*weight'; expected a sequence of patterns"),
-        ({"weight_decay": -1.0}, "weight_decay must be finite and not negative"),
-        ({"weight_decay": math.inf, "decayed": ("x",)}, "weight_decay must be finite and not negative, not inf"),
-        ({"rule": "real_adam", "latent_decay": math.inf}, "latent_decay must be finite and not negative, not inf"),
+        ({"weight_decay": -1.0}, "weight_decay must be finite in float32 and not negative, not -1"),
+        ({"weight_decay": math.inf, "decayed": ("x",)}, "weight_decay must be finite in float32 .* not inf"),
+        ({"weight_decay": 1e39, "decayed": ("x",)}, r"weight_decay must be finite in float32 .* not 1e\+39"),
+        ({"rule": "real_adam", "latent_decay": math.inf}, "latent_decay must be finite in float32 .* not inf"),
+        ({"rule": "latent_adam", "latent_clip": 1e39}, r"latent_clip must be finite in float32 .* not 1e\+39"),
         ({"weight_decay": 1e-6}, "go together"),
         ({"decayed": ("x",)}, "go together"),
         (
@@ -197,6 +203,11 @@ def test_another_rule_keeps_what_both_have() -> None:
 def test_bad_configurations_are_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OptimConfig(**options)  # type: ignore[arg-type]
+
+
+def test_a_correction_accepts_a_cosine_without_warm_up_which_does_not_start_at_0() -> None:
+    gamma = Schedule(start=1e-3, kind="warmup_cosine", end=1e-5)
+    assert OptimConfig(correction="adam", gamma=gamma).gamma == gamma
 
 
 def test_a_rule_with_a_hyperparameter_of_its_own_is_told_where_it_belongs(monkeypatch: pytest.MonkeyPatch) -> None:

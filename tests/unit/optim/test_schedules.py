@@ -111,12 +111,18 @@ def test_an_open_length_after_a_delay() -> None:
     assert late.over(44).num_steps == 1
 
 
-@pytest.mark.parametrize("length", [{"num_steps": 2}, {"share": 0.002}])
-def test_stairs_that_grow_beyond_a_float_are_refused(length: dict[str, float]) -> None:
+@pytest.mark.parametrize("length", [{"num_steps": 23}, {"share": 0.023}])
+def test_stairs_that_grow_beyond_float32_are_refused(length: dict[str, float]) -> None:
     grows = Schedule(start=1e-3, kind="exponential", rate=10.0, **length)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"from 0.001 that grows 10 times every 2 steps overflows in a run of 1,000"):
+    with pytest.raises(ValueError, match=r"from 0.001 that grows 10 times every 23 steps overflows in a run of 1,000"):
         grows.over(1000)
-    assert dataclasses.replace(grows, num_steps=4).over(1000)(999) < math.inf
+    assert dataclasses.replace(grows, num_steps=25).over(1000)(1000) == pytest.approx(1e37)
+
+
+def test_values_beyond_float32_are_refused() -> None:
+    assert constant(3.4e38)(0) == 3.4e38
+    with pytest.raises(ValueError, match=r"start of a schedule must be finite in float32 and not negative, not 1e\+39"):
+        constant(1e39)
 
 
 def test_scheduler_writes_the_value_of_the_coming_step() -> None:

@@ -180,7 +180,7 @@ def test_what_cannot_be_driven(drives: Any, rule: str, driven: Schedule | None, 
     ("options", "message"),
     [
         ({"momentum": 1.0}, r"transitions.momentum must be in \[0, 1\), not 1.0"),
-        ({"gain": 0.0}, "transitions.gain must be finite and above 0, not 0.0"),
+        ({"gain": 0.0}, "transitions.gain must be finite in float32 and above 0, not 0.0"),
         ({"target": 5e-3}, "transitions.target is 0.005; expected a Schedule"),
         ({"target": constant(1.5)}, "transitions.target is a fraction, but reaches 1.5"),
         (

@@ -61,7 +61,7 @@ def test_real_adam_is_torchs_adam_on_the_weights_marked_as_binary(sharded: bool)
     config = OptimConfig(rule="real_adam", latent_lr=constant(0.01), latent_decay=0.1)
     there = by_torch(lambda params: torch.optim.Adam(params, lr=0.01, weight_decay=0.1, foreach=False))
     torch.testing.assert_close(trained(config, sharded=sharded, binary=True), there, rtol=1e-6, atol=1e-7)
-    with pytest.raises(ValueError, match=r"optim\.latent_decay must be finite and not negative, not -1"):
+    with pytest.raises(ValueError, match=r"optim\.latent_decay must be finite in float32 and not negative, not -1"):
         OptimConfig(rule="real_adam", latent_decay=-1.0)
 
 
@@ -143,7 +143,7 @@ def test_without_a_clip_no_gradient_passes_beyond_1() -> None:
 def test_epsilon_of_latent_adam() -> None:
     latent, _ = latent_after({"latent_eps": 1e-2}, [0.5], [1e-3])
     assert 0.47 < latent[0] < 0.5
-    with pytest.raises(ValueError, match=r"optim\.latent_eps must be finite and not negative, not -1"):
+    with pytest.raises(ValueError, match=r"optim\.latent_eps must be finite in float32 and not negative, not -1"):
         OptimConfig(rule="latent_adam", latent_eps=-1.0)
     with pytest.raises(ValueError, match=r"optim\.latent_clip belongs to latent_adam"):
         OptimConfig(rule="bop", latent_clip=1.25)
