@@ -72,7 +72,7 @@ def from_official(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
         Tensors by the names of `model`; what does not belong to it keeps its name or shape.
 
     Raises:
-        ValueError: all weights of a filter are 0.
+        ValueError: all weights of a filter are 0; two layers that are one here do not fit together.
     """
     parts: dict[str, list[Tensor]] = {}
     blocks = _blocks(tensors)
@@ -82,13 +82,23 @@ def from_official(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
         parts.setdefault(renamed, []).append(tensors[name])
     state, converted = model.state_dict(), {}
     for name, values in parts.items():
-        whole = torch.cat(values) if values[0].dim() > 0 else values[0]
+        whole = _joined(name, values)
         fits = name in state and whole.numel() == state[name].numel()
         converted[name] = whole.reshape(state[name].shape) if fits else whole
     for name, module in model.named_modules():
         if isinstance(module, Binary):
             _binarize_(converted, name, module)
     return converted
+
+
+def _joined(name: str, values: list[Tensor]) -> Tensor:
+    """Return one tensor of those that are `name` in this model; a counter is the same in all."""
+    if values[0].dim() == 0:
+        return values[0]
+    if len({value.shape[1:] for value in values}) > 1 or any(value.dim() == 0 for value in values):
+        shapes = " and ".join(str(list(value.shape)) for value in values)
+        raise ValueError(f"{name} is {len(values)} tensors in the file, of shapes {shapes}: they do not fit together")
+    return torch.cat(values)
 
 
 def _blocks(tensors: Mapping[str, Tensor]) -> dict[tuple[str, int], int]:

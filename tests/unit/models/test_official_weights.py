@@ -122,6 +122,11 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         (mobilenet(stage=2) | {"feature.0.move11.bias": torch.zeros(3)}, create_model(NET_A), "no feature.0.move11"),
         (resnet(), ReActNetA(width=2, num_classes=3), r"stem.0.weight is \[4, 3, 7, 7\]"),
         (resnet() | {"fc.bias": torch.zeros(7)}, create_model(NET), r"head.bias is \[7\]"),
+        (
+            mobilenet(stage=1) | {"feature.2.binary_pw_down2.weight": torch.zeros(4, 3, 1, 1)},
+            create_model(NET_A),
+            r"blocks.1.pointwise.conv.weight is 2 tensors in the file, of shapes \[\d+, \d+, 1, 1\] and \[4, 3, 1, 1\]",
+        ),
     ):
         torch.save(tensors, tmp_path / "w.pth")
         with pytest.raises(ValueError, match=sentence):
