@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +55,8 @@ from bitfleet.trainer.engine.arithmetic import use_arithmetic
 from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
 from bitfleet.trainer.engine.compilation import eager_on_real_weights, is_compiled
 from bitfleet.trainer.engine.config import deepspeed_options
-from bitfleet.trainer.engine.engine import create_engine, shard, whole_weights
-from bitfleet.trainer.engine.nonfinite import did_nothing, does_nothing, must_stop, nonfinite_loss, nonfinite_steps
+from bitfleet.trainer.engine.engine import create_engine, shard
+from bitfleet.trainer.engine.nonfinite import NonfiniteGuard
 from bitfleet.trainer.engine.rule_proof import RuleProof
 from bitfleet.trainer.engine.step_graph import Batch, CudaRecorder, GraphedStep, check_can_capture
 from bitfleet.trainer.evaluate import validate
@@ -168,6 +168,7 @@ class Trainer:
         if ranks.is_main and self._lock is None:
             self._lock = create_and_lock(self.folder)
         self._make_step = self._step_maker()
+        self._guard = self._nonfinite_guard()
         self.stopped_by = ""
         """Reason for an early stop, or ""."""
         self.around_step: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -278,6 +279,22 @@ class Trainer:
         end_step, recorder = self.engine.lr_scheduler.step, CudaRecorder(self.device)
         return GraphedStep(step, self.sharded, end_step, recorder, config.model.name)
 
+    def _nonfinite_guard(self) -> NonfiniteGuard:
+        config = self.config
+        extremes = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).repeat(1, 1, 1, 3)
+        bad_inputs = ""
+        if not bool(self._normalize(extremes).isfinite().all()):
+            bad_inputs = f"pixels are not finite after data.mean {config.data.mean} and data.std {config.data.std}"
+        return NonfiniteGuard(
+            config.engine,
+            self.engine,
+            self.model,
+            self.sharded,
+            save=self._save_and_wait,
+            init=config.init,
+            bad_inputs=bad_inputs,
+        )
+
     def _normalize(self, images: Tensor) -> Tensor:
         return normalize(images, self.config.data.mean, self.config.data.std)
 
@@ -345,51 +362,9 @@ class Trainer:
         """
         with eager_on_real_weights(self.compiled, self.device, self.sharded):
             self._make_step.run(self.batches)
-        if isinstance(self.sharded, ShardedOptimizer) and self.sharded.updated is False:
-            self._check_skipped(self.sharded)
+        self._guard.check_step(self.step + 1)
         self.step += 1
         report_step(self.step)
-
-    def _check_skipped(self, sharded: ShardedOptimizer) -> None:
-        """The optimizer updated nothing: stop if that is wanted, or if it has been so for too
-        long."""
-        if must_stop(self.config.engine, sharded):
-            sharded.forget_skipped_step()
-            self._save_and_wait()
-            raise self._nonfinite_steps(sharded, self.step + 1, again=True)
-
-    def _check_report(self, sharded: ShardedOptimizer) -> None:
-        """Stop if all steps since the last report were skipped, unless that is an accident."""
-        if does_nothing(self.config.engine, sharded):
-            self._save_and_wait()
-            raise self._nonfinite_steps(sharded, self.step, again=False)
-
-    def _check_end(self) -> None:
-        """Raise if the run ends, or has ended before, without having done anything; its state is
-        saved."""
-        sharded, step = self.sharded, self.step
-        is_reported = step % self.config.metrics.every_steps == 0 or step == self.num_steps
-        loss, _, _, num_images, *_ = (0.0, 0.0, 0.0, 0.0) if is_reported else self.observer.meter.peek()
-        if not isinstance(sharded, ShardedOptimizer):
-            if not math.isfinite(loss):
-                self._raise_nonfinite_loss(loss)
-        elif sharded.num_skipped_steps:
-            since = not is_reported and num_images == 0 and does_nothing(self.config.engine, sharded)
-            if since or did_nothing(self.config.engine, sharded, step, self.num_steps):
-                raise self._nonfinite_steps(sharded, step, again=False)
-
-    def _nonfinite_steps(self, sharded: ShardedOptimizer, step: int, *, again: bool) -> FloatingPointError:
-        config = self.config
-        extremes = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).repeat(1, 1, 1, 3)
-        bad_inputs = ""
-        if not bool(self._normalize(extremes).isfinite().all()):
-            bad_inputs = f"pixels are not finite after data.mean {config.data.mean} and data.std {config.data.std}"
-        return nonfinite_steps(config.engine, sharded, step, init=config.init, bad_inputs=bad_inputs, again=again)
-
-    def _raise_nonfinite_loss(self, loss: float) -> NoReturn:
-        config = self.config
-        with whole_weights(self.engine):
-            raise nonfinite_loss(config.engine, loss, self.step, self.model.named_parameters(), config.init)
 
     def _save_and_wait(self) -> None:
         self.save()
@@ -509,9 +484,17 @@ class Trainer:
             self.save()
         self.checkpoints.saver.flush()
         if not self.stopped_by:
-            self._check_end()
+            self._guard.check_end(self.step, self.num_steps, since_report=self._since_report())
         self.reports.skipped(self.step, self.num_skipped_steps)
         self.stop()
+
+    def _since_report(self) -> tuple[float, int] | None:
+        """Return the sum of losses and the number of images since the last report; None if that was
+        in this step."""
+        if self.step % self.config.metrics.every_steps == 0 or self.step == self.num_steps:
+            return None
+        loss, _, _, num_images, *_ = self.observer.meter.peek()
+        return loss, int(num_images)
 
     def _prove(self, proof: RuleProof) -> None:
         """Stop the run unless its first step that was not skipped has updated every binary
@@ -556,12 +539,6 @@ class Trainer:
             num_replaced=self.loader.num_replaced,
             log=self.reports.say,
         )
-        train = report.train
         self.reports.train(self.step, report, hyperparameters)
-        if train.num_images == 0 and isinstance(self.sharded, ShardedOptimizer):  # every step was skipped
-            self._check_report(self.sharded)
-        elif not math.isfinite(train.loss):
-            if isinstance(self.sharded, ShardedOptimizer):  # which let no such gradient into its state
-                self._save_and_wait()
-            self._raise_nonfinite_loss(train.loss)
+        self._guard.check_report(self.step, report.train.loss, report.train.num_images)
         self.reports.diagnostics(self.step, report.diagnostics)

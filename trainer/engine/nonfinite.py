@@ -2,14 +2,16 @@
 of them."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from bitfleet.optim import ShardedOptimizer
+from bitfleet.optim import RoutedOptimizer, ShardedOptimizer
 from bitfleet.optim.sharding.loss_scale import LARGEST, LEAST
 from bitfleet.trainer.engine.config import EngineConfig
+from bitfleet.trainer.engine.engine import whole_weights
 
 MAX_SKIPPED_IN_A_ROW = 20
 """More steps without a finite gradient than an accident explains."""
@@ -17,6 +19,91 @@ HALVINGS = int(math.log2(LARGEST / LEAST))
 """Skipped steps in a row after which the loss scale of fp16 cannot be the reason: it is at its
 smallest."""
 MAX_NAMES = 3
+
+
+class NonfiniteGuard:
+    """Ends a run whose gradients or losses are not finite; every rank calls its methods.
+
+    Args:
+        config: of the run's engine.
+        engine: DeepSpeed's, around `model`.
+        model: the network.
+        optimizer: of the engine; only a `ShardedOptimizer` says which steps were skipped.
+        save: saves the state that the run ends with, and waits for it.
+        init: file that the weights came from.
+        bad_inputs: why pixels are not finite, "" if they are.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        engine: Any,
+        model: nn.Module,
+        optimizer: RoutedOptimizer | ShardedOptimizer,
+        *,
+        save: Callable[[], None],
+        init: Path | None,
+        bad_inputs: str,
+    ) -> None:
+        self._config, self._engine, self._model, self._save = config, engine, model, save
+        self._sharded = optimizer if isinstance(optimizer, ShardedOptimizer) else None
+        self._init, self._bad_inputs = init, bad_inputs
+
+    def check_step(self, step: int) -> None:
+        """Raise FloatingPointError if the optimizer has skipped `step`, from 1, and that ends the
+        run, which makes this step again when it continues."""
+        sharded = self._sharded
+        if sharded is not None and sharded.updated is False and must_stop(self._config, sharded):
+            sharded.forget_skipped_step()
+            self._save()
+            raise self._steps(sharded, step, again=True)
+
+    def check_report(self, step: int, loss: float, num_images: int) -> None:
+        """Raise FloatingPointError if the mean loss since the last report is not finite, or all
+        steps since then were skipped, unless that is an accident.
+
+        Args:
+            step: steps so far.
+            loss: mean over the steps that were not skipped.
+            num_images: of these steps.
+        """
+        sharded = self._sharded
+        if num_images == 0 and sharded is not None:
+            if does_nothing(self._config, sharded):
+                self._save()
+                raise self._steps(sharded, step, again=False)
+        elif not math.isfinite(loss):
+            if sharded is not None:  # which let no such gradient into its state
+                self._save()
+            self._raise_for_loss(loss, step)
+
+    def check_end(self, step: int, num_steps: int, *, since_report: tuple[float, int] | None) -> None:
+        """Raise FloatingPointError if a run whose state is saved has ended without having done
+        anything.
+
+        Args:
+            step: steps so far.
+            num_steps: of the whole run.
+            since_report: sum of losses and number of images since the last report; None if that was
+                at `step`.
+        """
+        sharded = self._sharded
+        if sharded is None:
+            if since_report is not None and not math.isfinite(since_report[0]):
+                self._raise_for_loss(since_report[0], step)
+        elif sharded.num_skipped_steps:
+            all_skipped = since_report is not None and since_report[1] == 0
+            if (all_skipped and does_nothing(self._config, sharded)) or did_nothing(
+                self._config, sharded, step, num_steps
+            ):
+                raise self._steps(sharded, step, again=False)
+
+    def _steps(self, sharded: ShardedOptimizer, step: int, *, again: bool) -> FloatingPointError:
+        return nonfinite_steps(self._config, sharded, step, init=self._init, bad_inputs=self._bad_inputs, again=again)
+
+    def _raise_for_loss(self, loss: float, step: int) -> NoReturn:
+        with whole_weights(self._engine):
+            raise nonfinite_loss(self._config, loss, step, self._model.named_parameters(), self._init)
 
 
 def must_stop(config: EngineConfig, sharded: ShardedOptimizer) -> bool:

@@ -32,8 +32,8 @@ from bitfleet.trainer.checkpoint.tensors import contents
 from bitfleet.trainer.config import TrainConfig, to_dict
 from bitfleet.trainer.distillation import DistillConfig
 from bitfleet.trainer.engine.config import EngineConfig
+from bitfleet.trainer.engine.nonfinite import NonfiniteGuard
 from bitfleet.trainer.ranks.collectives import Ranks
-from bitfleet.trainer.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("process_group")
 ALONE = Ranks(0, 1, 0, 1)
@@ -253,14 +253,9 @@ def test_a_step_that_is_taken_back_ends_no_window(make: Make) -> None:
     before = [chunk.tensor.clone() for chunk in first.diagnostics.chunks()]
     first.train(1, scale=float("nan"))
     assert first.sharded.num_steps == WINDOW
-    stopped = SimpleNamespace(
-        config=config,
-        step=WINDOW - 1,
-        _save_and_wait=first.save,
-        _nonfinite_steps=lambda _, step, again: FloatingPointError(f"step {step}"),
-    )
+    guard = NonfiniteGuard(config.engine, None, first.model, first.sharded, save=first.save, init=None, bad_inputs="")
     with pytest.raises(FloatingPointError, match=f"step {WINDOW}"):
-        Trainer._check_skipped(stopped, first.sharded)  # type: ignore[arg-type]
+        guard.check_step(WINDOW)
     assert (first.sharded.num_steps, first.sharded.num_skipped_steps) == (WINDOW - 1, 0)
     assert second.checkpoints.resume(first.saved()) == WINDOW - 1
     saved = [chunk.tensor for chunk in second.diagnostics.chunks()]

@@ -13,6 +13,7 @@ from bitfleet.models import ModelConfig, create_model
 from bitfleet.optim import ShardedOptimizer, build_optimizer
 from bitfleet.trainer.config import TrainConfig
 from bitfleet.trainer.engine.nonfinite import (
+    NonfiniteGuard,
     did_nothing,
     does_nothing,
     must_stop,
@@ -117,3 +118,21 @@ def test_pixels_that_overflow_are_named(make: Make) -> None:
     sharded = make(config, 2)
     text = str(nonfinite_steps(config.engine, sharded, 2, init=None, bad_inputs=pixels, again=False))
     assert f"because {pixels}" in text
+
+
+def test_the_state_is_saved_before_a_run_ends(make: Make) -> None:
+    config, saved = config_of(), []
+    sharded = make(config, 2)
+    guard = NonfiniteGuard(
+        config.engine, None, torch.nn.Identity(), sharded, save=lambda: saved.append(1), init=None, bad_inputs=""
+    )
+    guard.check_step(2)  # "skip" accepts 19 in a row
+    guard.check_report(2, loss=2.5, num_images=4)
+    guard.check_end(3, 9, since_report=(2.5, 4))
+    assert not saved
+    with pytest.raises(FloatingPointError, match="not finite in step 2, nor was one in the 1 before it"):
+        guard.check_report(2, loss=0.0, num_images=0)
+    assert saved == [1]
+    with pytest.raises(FloatingPointError, match="in step 2"):
+        guard.check_end(2, 9, since_report=(0.0, 0))
+    assert saved == [1]  # at the end it is already
