@@ -67,6 +67,8 @@ def run_sweep(
         write_question(folder, sweep, options, shown)
         progress.write()
         jobs = [Job(run.name, command(run), folder / "logs" / f"{run.name}.log") for run in progress.unfinished()]
+        if jobs:  # the first result may take hours
+            print(f"{len(jobs)} to be done; what they print: {folder / 'logs'}", flush=True)
         was_asked = run_jobs(jobs, places, progress.ended)
         return progress.close(was_asked)
 

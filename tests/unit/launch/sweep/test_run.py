@@ -73,10 +73,12 @@ def test_failing_run_is_given_up_and_the_others_go_on(tmp_path: Path, capsys: py
     assert column(tmp_path, "status") == ["finished", "failed", "finished"]
     assert column(tmp_path, "error") == ["", "the loss is nan: lower it", ""]
     told = capsys.readouterr().out
+    assert f"3 to be done; what they print: {tmp_path / 'logs'}\n" in told
     assert "[3 of 3] run-b-seed0: FAILED: the loss is nan: lower it" in told
     assert "2 finished, 1 failed, 0 to be done" in told
     # Started again, it gets one attempt more, and nothing else is run.
     assert sweep_of(tmp_path, ["false", SAYS_WHY, "false"]) == 1
+    assert "\n1 to be done; " in f"\n{capsys.readouterr().out}"
     assert started(tmp_path) == "b"
     assert read_outcomes(tmp_path)["run-b-seed0"].failures == 3
     assert sweep_of(tmp_path, ["false", DONE, "false"]) == 0
