@@ -11,7 +11,7 @@ from scipy import stats
 
 from bitfleet.configs import load_config
 from bitfleet.configs.sweeps.entry import BASE, FREE, MIN_SEEDS, TARGET
-from bitfleet.launch.report.intervals import CONFIDENCE, spread, steps_to
+from bitfleet.launch.report.intervals import CONFIDENCE, plus_minus, spread, steps_to
 from bitfleet.launch.report.sweep_results import Curve, SweepResults, SweepRun, belong_together, join, read_sweep
 from bitfleet.launch.sweep.table import CSV, HOW, cell, flatten
 from bitfleet.launch.text import percent, table
@@ -175,12 +175,14 @@ def _changed(results: SweepResults) -> list[str]:
 def ranking(entries: Sequence[Entry]) -> str:
     """Return the table of `entries`, the fewest steps first, and after it their faults.
 
-    p is that of Welch's t-test against the first; entries with faults come last, without a place.
+    Of equal numbers of steps, as there are many where all runs arrive in their last epoch, the
+    higher top-1 at the end comes first. p is that of Welch's t-test of the steps against the first;
+    entries with faults come last, without a place.
     """
-    ranked = sorted(entries, key=lambda entry: (bool(entry.faults), np.mean(entry.steps or [np.inf])))
+    ranked = sorted(entries, key=_place)
     rows = [["", "entry", "epochs", "n", f"steps to {TARGET:.0%}", "95 % interval", "p", "top-1 at the end, %"]]
     for place, entry in enumerate(ranked, start=1):
-        steps, top1 = spread(entry.steps), spread(entry.top1)
+        steps = spread(entry.steps)
         rows.append(
             [
                 "-" if entry.faults else f"{place}",
@@ -190,11 +192,15 @@ def ranking(entries: Sequence[Entry]) -> str:
                 "never" if steps is None else f"{steps.mean:,.0f}",
                 _interval(entry.steps),
                 "" if entry is ranked[0] else _p_value(ranked[0].steps, entry.steps),
-                "-" if top1 is None else f"{100 * top1.mean:.2f}",
+                plus_minus(spread(entry.top1), digits=2),
             ]
         )
     faults = [f"{entry.path}: {fault}" for entry in ranked for fault in entry.faults]
     return "\n".join([table(rows, "><"), *faults])
+
+
+def _place(entry: Entry) -> tuple[bool, float, float]:
+    return bool(entry.faults), float(np.mean(entry.steps or [np.inf])), -float(np.mean(entry.top1 or [0.0]))
 
 
 def _interval(steps: Sequence[float]) -> str:

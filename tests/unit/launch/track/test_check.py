@@ -209,6 +209,13 @@ def test_the_fewest_steps_come_first_and_faults_last(record: Record) -> None:
     assert fault.startswith(str(broken.path))
 
 
+def test_of_equal_steps_the_higher_top1_comes_first(record: Record) -> None:
+    low, high = (read_entry(record(name, [4000] * 10, best=best)) for name, best in (("low", 0.71), ("high", 0.72)))
+    _, first, second = ranking([low, high]).splitlines()
+    assert first.split()[-3:] == ["72.00", "±", "0.00"]
+    assert second.split()[-3:] == ["71.00", "±", "0.00"]
+
+
 def test_seeds_of_an_entry_may_be_in_several_folders(record: Record, tmp_path: Path) -> None:
     whole = read_entry(record())
     parts = []
