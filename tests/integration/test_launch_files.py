@@ -176,7 +176,10 @@ def test_single_node(fakes: dict[str, str]) -> None:
     words = done.stdout.splitlines()
     assert words[:4] == ["launch", "deepspeed", "--gpus", "2"]
     assert parse_train(words[4:], "single_node.sh").resume == "auto"
-    assert subprocess.run([script], capture_output=True).returncode == 2
+    done = subprocess.run([script, "runs/x", "--config=NAME"], env=fakes, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == "launch deepspeed --run_dir runs/x --resume auto --config=NAME".split()
+    for words in ([], ["runs/x"], ["--config", "NAME"]):
+        assert subprocess.run([script, *words], capture_output=True).returncode == 2
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, LAUNCH / "container" / "Dockerfile"], ids=lambda path: path.name)
