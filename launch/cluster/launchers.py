@@ -6,6 +6,7 @@ file that DS_ENV_FILE names; nothing else. So bitfleet writes such a file.
 """
 
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -204,12 +205,14 @@ def print_slurm(request: Request) -> Printed:
 def print_kubernetes(request: Request) -> Printed:
     """Print `kubectl apply -f launch/cluster/kubernetes.yaml` and what to change in the file."""
     gpus = _even_slots(request, "kubernetes")
+    continues = any(word.partition("=")[0] == "--resume" for word in request.arguments)
+    arguments = [*request.arguments, *([] if continues else ["--resume", "auto"])]  # a pod that saved starts again
     return Printed(
         (
             f"# in {FILES / 'kubernetes.yaml'}:",
             f"#   completions, parallelism: {len(request.hosts)}",
             f'#   NODES: "{len(request.hosts)}"   RANKS: "{gpus}"   nvidia.com/gpu: {gpus}',
-            f"#   args: {list(request.arguments)}".replace("'", '"'),
+            f"#   args: {json.dumps(arguments)}",
             f"kubectl apply -f {shlex.quote(str(FILES / 'kubernetes.yaml'))}",
         ),
         (

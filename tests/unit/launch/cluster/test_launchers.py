@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bitfleet.launch.cluster.command import read_request
 from bitfleet.launch.cluster.hosts import Host
@@ -99,6 +100,14 @@ def test_slurm_and_kubernetes_name_their_files() -> None:
     printed = PRINTERS["kubernetes"](request)
     assert Path(words(printed.lines[-1])[3]).is_file()
     assert "completions, parallelism: 4" in str(printed)
+
+
+def test_pods_continue_and_their_arguments_are_yaml() -> None:
+    run = ["--config", "fashion_quickstart", "--run_dir", '/shared/it\'s "a" run']
+    for more, expected in (([], [*run, "--resume", "auto"]), (["--resume=auto"], [*run, "--resume=auto"])):
+        request, _ = read_request(["--gpus", "8", *run, *more], "kubernetes")
+        (line,) = [line for line in PRINTERS["kubernetes"](request).lines if "args:" in line]
+        assert yaml.safe_load(line.removeprefix("#")) == {"args": expected}
 
 
 @pytest.mark.parametrize(
