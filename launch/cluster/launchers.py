@@ -119,9 +119,8 @@ def print_deepspeed(request: Request) -> Printed:
     """Print `deepspeed`: here, over ssh, or on each node by --no_ssh."""
     command = shlex.join(deepspeed_words(request))
     if not request.by_ssh and request.node_rank is None:
-        ranks = f"{request.world_size} rank{'s' * (request.world_size > 1)}"
         host = f" ({request.hosts[0].name})" if request.hosts[0].name else ""
-        return Printed((command,), (f"{ranks} on this machine{host}, one per GPU if there are GPUs",))
+        return Printed((command,), (f"{_ranks(request)} on this machine{host}, one per GPU if there are GPUs",))
     port = f"port {request.port} and the ports that Linux gives to clients open between the nodes"
     if request.node_rank is not None:
         return Printed(
@@ -147,8 +146,10 @@ def print_torchrun(request: Request) -> Printed:
     """Print `torchrun` for every node."""
     words = ["-m", MODULE, *request.arguments]
     if len(request.hosts) == 1:
-        head = [tool("torchrun"), "--standalone", "--nproc-per-node", str(request.world_size)]
-        return Printed((shlex.join([*head, *words]),), (f"{request.world_size} ranks on this machine",))
+        port = ["--master-port", str(request.master_port)] if request.master_port else ["--standalone"]
+        head = [tool("torchrun"), *port, "--nproc-per-node", str(request.world_size)]
+        where = request.hosts[0].name or "this machine"
+        return Printed((shlex.join([*head, *words]),), (f"{_ranks(request)} on {where}",))
     lines = []
     for rank, host in enumerate(request.hosts):
         place = ["--nnodes", str(len(request.hosts)), "--node-rank", str(rank), "--nproc-per-node", str(host.slots)]
@@ -174,7 +175,9 @@ def print_mpirun(request: Request) -> Printed:
         words += ["--hostfile", str(request.hostfile), "--map-by", "slot"]
     if len(request.hosts) > 1:
         words += ["-x", f"MASTER_ADDR={request.master_addr or host_zero(request)}", "-x", f"MASTER_PORT={request.port}"]
-    elif request.hostfile is None:
+    elif request.master_port:
+        words += ["-x", f"MASTER_PORT={request.master_port}"]
+    if len(request.hosts) == 1 and request.hostfile is None:
         words.append("--oversubscribe")  # ranks are not counted against cores
     for name in request.exports if len(request.hosts) > 1 else ():
         words += ["-x", name] if name in os.environ else ["-x", f"{name}={request.exports[name]}"]
@@ -243,6 +246,10 @@ def host_zero(request: Request) -> str:
             "on several nodes the ranks meet at the first one: pass --hostfile, or --master_addr with its name"
         )
     return request.hosts[0].name
+
+
+def _ranks(request: Request) -> str:
+    return f"{request.world_size} rank{'s' * (request.world_size > 1)}"
 
 
 def _even_slots(request: Request, launcher: str) -> int:
