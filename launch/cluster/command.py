@@ -20,6 +20,7 @@ from bitfleet.launch.cluster.launchers import (
     deepspeed_line,
     deepspeed_words,
     host_zero,
+    tool,
     traveling,
     users_lines,
 )
@@ -170,8 +171,13 @@ def start(request: Request, config: TrainConfig) -> int:
 
     Raises:
         ValueError: pdsh is missing, ssh does not reach a host, or a line of the user's
-            .deepspeed_env cannot be read.
+            .deepspeed_env cannot be read, or DeepSpeed's command is missing.
     """
+    if not Path(tool("deepspeed")).exists():
+        raise ValueError(
+            f"DeepSpeed's command is not at {tool('deepspeed')}, and not on PATH: add the folder that pip wrote it to "
+            "(`pip show --files deepspeed` lists it)"
+        )
     if request.by_ssh:
         return _start_over_ssh(request, config)
     environ = dict(os.environ)

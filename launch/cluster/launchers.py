@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,8 +81,10 @@ class Printed:
 
 def tool(name: str) -> str:
     """Return the path of a command of this Python environment, relative if it is below the working
-    folder, as .venv is."""
-    path = Path(sys.executable).with_name(name)
+    folder, as .venv is; the one on PATH if it is not next to Python (`pip install --user`)."""
+    path = Path(sys.executable) if name == "python" else Path(sys.executable).with_name(name)
+    if not path.exists():
+        path = Path(shutil.which(name) or path)
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
