@@ -20,6 +20,7 @@ from bitfleet.launch.cluster.launchers import (
     deepspeed_line,
     deepspeed_words,
     host_zero,
+    tool,
     traveling,
     users_lines,
 )
@@ -99,6 +100,7 @@ def read_request(arguments: Sequence[str], launcher: str) -> tuple[Request, Trai
 
 def _make_request(options: Launch, rest: Sequence[str]) -> tuple[Request, TrainConfig]:
     config = _parse_run(rest, f"bitfleet launch {options.launcher}")
+    _check_belongs(options)
     if (options.master_port or 0) > 65535:
         raise ValueError(f"--master_port must be at most 65535, not {options.master_port}")
     if options.hostfile and (options.nodes or options.gpus):
@@ -118,6 +120,21 @@ def _make_request(options: Launch, rest: Sequence[str]) -> tuple[Request, TrainC
         exports=traveling(os.environ, config.device),
     )
     return (_for_deepspeed(request, options) if options.launcher == "deepspeed" else request), config
+
+
+def _check_belongs(options: Launch) -> None:
+    """Refuse options that the launcher has no use for."""
+    if options.launcher != "deepspeed" and (options.no_ssh or options.node_rank is not None):
+        raise ValueError(f"--no_ssh and --node_rank are for deepspeed, not {options.launcher}: leave them out")
+    if options.launcher in ("slurm", "kubernetes") and (options.master_addr or options.master_port):
+        where = {
+            "slurm": "export MASTER_ADDR or MASTER_PORT before sbatch",
+            "kubernetes": "write it into the command of kubernetes.yaml",
+        }
+        raise ValueError(
+            f"under {options.launcher} the ranks meet at the first node without --master_addr and --master_port: leave "
+            f"them out, or {where[options.launcher]}"
+        )
 
 
 def _parse_run(arguments: Sequence[str], prog: str) -> TrainConfig:
@@ -154,8 +171,13 @@ def start(request: Request, config: TrainConfig) -> int:
 
     Raises:
         ValueError: pdsh is missing, ssh does not reach a host, or a line of the user's
-            .deepspeed_env cannot be read.
+            .deepspeed_env cannot be read, or DeepSpeed's command is missing.
     """
+    if not Path(tool("deepspeed")).exists():
+        raise ValueError(
+            f"DeepSpeed's command is not at {tool('deepspeed')}, and not on PATH: add the folder that pip wrote it to "
+            "(`pip show --files deepspeed` lists it)"
+        )
     if request.by_ssh:
         return _start_over_ssh(request, config)
     environ = dict(os.environ)

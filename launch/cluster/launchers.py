@@ -6,9 +6,11 @@ file that DS_ENV_FILE names; nothing else. So bitfleet writes such a file.
 """
 
 import dataclasses
+import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,8 +81,10 @@ class Printed:
 
 def tool(name: str) -> str:
     """Return the path of a command of this Python environment, relative if it is below the working
-    folder, as .venv is."""
-    path = Path(sys.executable).with_name(name)
+    folder, as .venv is; the one on PATH if it is not next to Python (`pip install --user`)."""
+    path = Path(sys.executable) if name == "python" else Path(sys.executable).with_name(name)
+    if not path.exists():
+        path = Path(shutil.which(name) or path)
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
@@ -118,9 +122,8 @@ def print_deepspeed(request: Request) -> Printed:
     """Print `deepspeed`: here, over ssh, or on each node by --no_ssh."""
     command = shlex.join(deepspeed_words(request))
     if not request.by_ssh and request.node_rank is None:
-        ranks = f"{request.world_size} rank{'s' * (request.world_size > 1)}"
         host = f" ({request.hosts[0].name})" if request.hosts[0].name else ""
-        return Printed((command,), (f"{ranks} on this machine{host}, one per GPU if there are GPUs",))
+        return Printed((command,), (f"{_ranks(request)} on this machine{host}, one per GPU if there are GPUs",))
     port = f"port {request.port} and the ports that Linux gives to clients open between the nodes"
     if request.node_rank is not None:
         return Printed(
@@ -146,8 +149,10 @@ def print_torchrun(request: Request) -> Printed:
     """Print `torchrun` for every node."""
     words = ["-m", MODULE, *request.arguments]
     if len(request.hosts) == 1:
-        head = [tool("torchrun"), "--standalone", "--nproc-per-node", str(request.world_size)]
-        return Printed((shlex.join([*head, *words]),), (f"{request.world_size} ranks on this machine",))
+        port = ["--master-port", str(request.master_port)] if request.master_port else ["--standalone"]
+        head = [tool("torchrun"), *port, "--nproc-per-node", str(request.world_size)]
+        where = request.hosts[0].name or "this machine"
+        return Printed((shlex.join([*head, *words]),), (f"{_ranks(request)} on {where}",))
     lines = []
     for rank, host in enumerate(request.hosts):
         place = ["--nnodes", str(len(request.hosts)), "--node-rank", str(rank), "--nproc-per-node", str(host.slots)]
@@ -173,7 +178,9 @@ def print_mpirun(request: Request) -> Printed:
         words += ["--hostfile", str(request.hostfile), "--map-by", "slot"]
     if len(request.hosts) > 1:
         words += ["-x", f"MASTER_ADDR={request.master_addr or host_zero(request)}", "-x", f"MASTER_PORT={request.port}"]
-    elif request.hostfile is None:
+    elif request.master_port:
+        words += ["-x", f"MASTER_PORT={request.master_port}"]
+    if len(request.hosts) == 1 and request.hostfile is None:
         words.append("--oversubscribe")  # ranks are not counted against cores
     for name in request.exports if len(request.hosts) > 1 else ():
         words += ["-x", name] if name in os.environ else ["-x", f"{name}={request.exports[name]}"]
@@ -204,12 +211,14 @@ def print_slurm(request: Request) -> Printed:
 def print_kubernetes(request: Request) -> Printed:
     """Print `kubectl apply -f launch/cluster/kubernetes.yaml` and what to change in the file."""
     gpus = _even_slots(request, "kubernetes")
+    continues = any(word.partition("=")[0] == "--resume" for word in request.arguments)
+    arguments = [*request.arguments, *([] if continues else ["--resume", "auto"])]  # a pod that saved starts again
     return Printed(
         (
             f"# in {FILES / 'kubernetes.yaml'}:",
             f"#   completions, parallelism: {len(request.hosts)}",
             f'#   NODES: "{len(request.hosts)}"   RANKS: "{gpus}"   nvidia.com/gpu: {gpus}',
-            f"#   args: {list(request.arguments)}".replace("'", '"'),
+            f"#   args: {json.dumps(arguments)}",
             f"kubectl apply -f {shlex.quote(str(FILES / 'kubernetes.yaml'))}",
         ),
         (
@@ -240,6 +249,10 @@ def host_zero(request: Request) -> str:
             "on several nodes the ranks meet at the first one: pass --hostfile, or --master_addr with its name"
         )
     return request.hosts[0].name
+
+
+def _ranks(request: Request) -> str:
+    return f"{request.world_size} rank{'s' * (request.world_size > 1)}"
 
 
 def _even_slots(request: Request, launcher: str) -> int:

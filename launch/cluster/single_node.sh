@@ -8,7 +8,7 @@
 # ends with exit code 75.
 set -euo pipefail
 
-if [ $# -lt 3 ] || [[ $1 == -* ]]; then
+if [ $# -lt 2 ] || [[ $1 == -* ]]; then
     sed -n '2,8s/^#\( \|$\)//p' "$0" >&2
     exit 2
 fi

@@ -16,20 +16,30 @@
 set -euo pipefail
 
 run_dir=
+resume=auto
 arguments=()
 while [ $# -gt 0 ]; do
     case $1 in
-    --run_dir=*) run_dir=${1#*=} ;;
-    --run_dir)
+    --run_dir=* | --run-dir=*) run_dir=${1#*=} ;;
+    --run_dir | --run-dir)
         run_dir=${2:-}
+        shift
+        ;;
+    --resume=*) resume=${1#*=} ;;
+    --resume)
+        resume=${2:-}
         shift
         ;;
     *) arguments+=("$1") ;;
     esac
-    shift
+    [ $# -eq 0 ] || shift # after an option without its value there is nothing left
 done
 if [ -z "$run_dir" ]; then
     echo "slurm.sh: error: pass --run_dir: the requeued job must find its checkpoints" >&2
+    exit 2
+fi
+if [ "$resume" != auto ]; then
+    echo "slurm.sh: error: leave out --resume $resume: the requeued job would start there again, not where it stopped" >&2
     exit 2
 fi
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
@@ -60,8 +70,15 @@ while :; do # a signal interrupts wait
     [ -n "$signalled" ] || break
 done
 
+# A job that SLURM is ending (COMPLETING) is not brought back: scancel means it, and SLURM itself requeues what it
+# preempts. One that its time limit ends is requeued.
 if [ "$code" = 75 ]; then
-    echo "slurm.sh: the run saved its state and is requeued"
-    scontrol requeue "$SLURM_JOB_ID"
+    case $(squeue --noheader --jobs "$SLURM_JOB_ID" --format "%T %r" 2>/dev/null || true) in
+    *TimeLimit | RUNNING* | "")
+        echo "slurm.sh: the run saved its state and is requeued"
+        scontrol requeue "$SLURM_JOB_ID"
+        ;;
+    *) echo "slurm.sh: the run saved its state; the job is not requeued here, as SLURM ends it (scancel, preemption)" ;;
+    esac
 fi
 exit "$code"

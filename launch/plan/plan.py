@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from bitfleet.launch.plan.rates import FLOP_PER_FORWARD_MAC, FLOP_PER_MAC, Rates
@@ -201,21 +201,23 @@ def scan(config: TrainConfig, network: Network, rates: Rates, cluster: Cluster) 
 
 def alternatives(config: TrainConfig, network: Network, rates: Rates, cluster: Cluster) -> dict[str, Estimate]:
     """Return the estimate with each option that a run could have instead."""
-    options = {
-        "--engine.grad_comm_dtype bf16": EngineConfig(grad_comm_dtype="bf16"),
-        "--engine.sharding none": EngineConfig(sharding="none"),
-        "--engine.sharding zero1": EngineConfig(sharding="zero1"),
+    engine = config.engine
+    options: dict[str, Callable[[], EngineConfig]] = {
+        "--engine.grad_comm_dtype bf16": lambda: dataclasses.replace(engine, grad_comm_dtype="bf16"),
+        "--engine.sharding none": lambda: EngineConfig(sharding="none"),
+        "--engine.sharding zero1": lambda: EngineConfig(sharding="zero1"),
     }
-    results = {
-        option: estimate(dataclasses.replace(config, engine=engine), network, rates, cluster)
-        for option, engine in options.items()
-        if (engine.sharding, engine.grad_comm_dtype) != (config.engine.sharding, config.engine.grad_comm_dtype)
-        and (engine.grad_comm_dtype == "fp32" or config.engine.sharding == "bits")
-    }
-    can_capture = cluster.world_size == 1 and config.engine.sharding == "bits"
-    if rates.device == "gpu" and can_capture and not config.engine.cuda_graph:
-        graphed = dataclasses.replace(rates, launch_seconds=rates.node_seconds)
-        results["--engine.cuda_graph True"] = estimate(config, network, graphed, cluster)
+    if rates.device == "gpu" and cluster.world_size == 1:
+        options["--engine.cuda_graph True"] = lambda: dataclasses.replace(engine, cuda_graph=True)
+    results = {}
+    for option, changed in options.items():
+        try:
+            other = dataclasses.replace(config, engine=changed())
+        except ValueError:  # another setting of the run needs what it has
+            continue
+        kinds = [(each.sharding, each.grad_comm_dtype, each.cuda_graph) for each in (engine, other.engine)]
+        if kinds[0] != kinds[1]:
+            results[option] = estimate(other, network, rates, cluster)
     return results
 
 

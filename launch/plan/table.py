@@ -70,6 +70,7 @@ def format_plan(
     (asked,) = [e for e in estimates if e.num_nodes == cluster.num_nodes]
     link = 8e-9 * cluster.link_bytes_per_second
     network = f"{link:g} Gbit/s and " if math.isfinite(link) else ""
+    speeds = [f"{option} {other.images_per_second:,.0f}" for option, other in others.items()]
     step = (
         "step is the longest of data, of launches, and of compute + network + update"
         if on_gpu
@@ -81,7 +82,7 @@ def format_plan(
             f"gradients {config.engine.grad_comm_dtype}, {rates.name}, {network}{cluster.cores:g} cores per node",
             "",
             *answer(config, num_images, estimates, cluster, unit),
-            f"Other options, images/s: {', '.join(f'{k} {e.images_per_second:,.0f}' for k, e in others.items())}.",
+            *([f"Other options, images/s: {', '.join(speeds)}."] if speeds else []),
             "",
             _format_scan(config, num_images, estimates, asked, unit),
             "",

@@ -31,6 +31,9 @@ while :; do sleep 0.1; done
 FAKE_SCONTROL = """#!/usr/bin/env bash
 echo "$@" > "$FAKE/scontrol"
 """
+FAKE_SQUEUE = """#!/usr/bin/env bash
+echo "${FAKE_STATE-RUNNING None}"
+"""
 FAKE_BITFLEET = """#!/usr/bin/env bash
 printf '%s\\n' "$@"
 """
@@ -43,7 +46,8 @@ def fakes(tmp_path: Path) -> dict[str, str]:
     """Environment in which srun, scontrol and bitfleet only note what they are asked."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL), ("bitfleet", FAKE_BITFLEET)):
+    texts = {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL, "squeue": FAKE_SQUEUE, "bitfleet": FAKE_BITFLEET}
+    for name, text in texts.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "FAKE": str(tmp_path), "SLURM_JOB_ID": "4711"}
@@ -120,6 +124,32 @@ def test_slurm_requeues_nothing_else(slurm_job: Slurm, code: int, fakes: dict[st
     assert not (tmp_path / "scontrol").exists()
 
 
+@pytest.mark.parametrize(
+    ("state", "requeued"),
+    [  # as SLURM 22.05 answers
+        ("COMPLETING None", False),  # after scancel; preempted, where SLURM requeues it itself
+        ("COMPLETING TimeLimit", True),
+        ("", True),  # squeue failed
+    ],
+)
+def test_slurm_does_not_bring_a_cancelled_job_back(
+    state: str, requeued: bool, slurm_job: Slurm, fakes: dict[str, str], tmp_path: Path
+) -> None:
+    job = slurm_job(fakes | {"FAKE_CODE": "75", "FAKE_STATE": state}, *RUN)
+    output, _ = job.communicate(timeout=20)
+    assert job.returncode == 75, output
+    assert ((tmp_path / "scontrol").exists(), "is requeued" in output) == (requeued, requeued)
+
+
+def test_slurm_continues_its_own_run_only(slurm_job: Slurm, fakes: dict[str, str], tmp_path: Path) -> None:
+    done = fakes | {"FAKE_CODE": "0"}
+    output, _ = (job := slurm_job(done, *RUN, "--resume", "runs/other")).communicate(timeout=20)
+    assert (job.returncode, output.startswith("slurm.sh: error: leave out --resume runs/other")) == (2, True)
+    output, _ = (job := slurm_job(done, "--run-dir=/runs/x", "--resume=auto")).communicate(timeout=20)
+    assert job.returncode == 0, output
+    assert run_arguments(tmp_path) == ["--run_dir", "/runs/x", "--resume", "auto"]
+
+
 def test_slurm_array_has_a_folder_and_a_seed_for_each_index(
     slurm_job: Slurm, fakes: dict[str, str], tmp_path: Path
 ) -> None:
@@ -132,8 +162,9 @@ def test_slurm_array_has_a_folder_and_a_seed_for_each_index(
     assert (str(config.run_dir), config.seed) == ("/runs/x-2", 2)
 
 
-def test_slurm_needs_a_run_folder(slurm_job: Slurm, fakes: dict[str, str]) -> None:
-    output, _ = (job := slurm_job(fakes, "--config", "fashion_quickstart")).communicate(timeout=20)
+@pytest.mark.parametrize("more", [[], ["--run_dir"]])
+def test_slurm_needs_a_run_folder(more: list[str], slurm_job: Slurm, fakes: dict[str, str]) -> None:
+    output, _ = (job := slurm_job(fakes, "--config", "fashion_quickstart", *more)).communicate(timeout=20)
     assert (job.returncode, output.startswith("slurm.sh: error: pass --run_dir")) == (2, True)
 
 
@@ -145,7 +176,10 @@ def test_single_node(fakes: dict[str, str]) -> None:
     words = done.stdout.splitlines()
     assert words[:4] == ["launch", "deepspeed", "--gpus", "2"]
     assert parse_train(words[4:], "single_node.sh").resume == "auto"
-    assert subprocess.run([script], capture_output=True).returncode == 2
+    done = subprocess.run([script, "runs/x", "--config=NAME"], env=fakes, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == "launch deepspeed --run_dir runs/x --resume auto --config=NAME".split()
+    for words in ([], ["runs/x"], ["--config", "NAME"]):
+        assert subprocess.run([script, *words], capture_output=True).returncode == 2
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, LAUNCH / "container" / "Dockerfile"], ids=lambda path: path.name)
@@ -199,6 +233,7 @@ def test_kubernetes_container_starts_its_node(manifests: dict[str, Any], fakes: 
     assert (launch, launcher) == ("launch", "deepspeed")
     assert (request.node_rank, request.world_size, request.master_addr) == (1, 16, "bitfleet-0.bitfleet")
     assert (config.name, config.resume) == ("birealnet18_imagenet", "auto")
+    assert config.engine.collective_timeout_minutes == 60  # pods may start long after each other
 
 
 def test_container_builds_from_what_is_there() -> None:

@@ -23,14 +23,21 @@ def written_atomically(path: Path) -> Iterator[Path]:
     folder is created if missing.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file, which it names, cannot be written; nothing is left of it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
-    yield temporary
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())  # a name that reaches the disk before its content is an empty file
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # a name that reaches the disk before its content is an empty file
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # part of a file on a full disk
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a write that fails does not say where
+        raise
     flush_folder(path.parent)
 
 
@@ -78,7 +85,7 @@ def lock_run(run: Path, option: str = "--run_dir or --output") -> IO[str]:
         option: what chooses another one, for the message.
 
     Raises:
-        ValueError: another run is writing into it, or it cannot be created or written.
+        ValueError: another run is writing into it, or it cannot be created, written or locked.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -87,6 +94,16 @@ def lock_run(run: Path, option: str = "--run_dir or --output") -> IO[str]:
         raise ValueError(
             f"the folder {run} cannot be created or written ({error.strerror}): choose another {option}"
         ) from error
+    try:
+        _lock(file, run, option)
+    except BaseException:
+        with contextlib.suppress(OSError):  # what a full disk did not take is written again
+            file.close()
+        raise
+    return file
+
+
+def _lock(file: IO[str], run: Path, option: str) -> None:
     give_up = time.monotonic() + WAIT_SECONDS
     while True:
         try:
@@ -96,12 +113,18 @@ def lock_run(run: Path, option: str = "--run_dir or --output") -> IO[str]:
             if time.monotonic() > give_up:
                 file.seek(0)
                 owner = file.read().strip() or "another process"
-                file.close()
                 raise ValueError(
                     f"the folder {run} is in use by {owner}: wait until that run ends, or choose another {option}"
                 ) from None
             time.sleep(0.2)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
+        except OSError as error:  # Lustre without its option flock, NFS without a lock manager
+            raise ValueError(
+                f"the folder {run} cannot be locked ({error.strerror}): mount its file system with flock, or choose "
+                f"another {option}"
+            ) from error
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except OSError as error:
+        raise ValueError(f"the folder {run} cannot be written ({error.strerror}): choose another {option}") from error

@@ -34,14 +34,20 @@ def version(package: str) -> str | None:
 
 def git_revision() -> str | None:
     """Return the revision of this checkout, with "-dirty" appended if files differ; None outside of
-    one."""
-    command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
-    folder = Path(__file__).resolve().parent
+    one, as of a package that is installed below another repository."""
+    file = Path(__file__).resolve()
+    if _git(file.parent, "ls-files", "--error-unmatch", "--", file.name) is None:
+        return None
+    return _git(file.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """Return what git prints in `folder`; None if it fails or prints nothing."""
     try:
-        described = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return described.stdout.strip() or None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def hardware() -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Check the command that `bitfleet launch deepspeed` starts on this machine."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 
 from bitfleet.launch.cluster import command as launch
 from bitfleet.launch.cluster.command import read_request, start
+from bitfleet.launch.cluster.launchers import tool
 
 
 @pytest.mark.parametrize(
@@ -36,3 +39,20 @@ def test_as_many_ranks_as_asked_for(
     assert ("--num_accelerators" in started[0]) is by_number
     if by_number:
         assert started[0][started[0].index("--num_accelerators") + 1] == str(gpus)
+
+
+def test_command_of_deepspeed_is_found_on_path_or_missed_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pip install --user` writes scripts into a folder that is not Python's."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python3"))
+    monkeypatch.setenv("PATH", str(tmp_path / "local"))
+    request = read_request(["--gpus", "1", "--config", "fashion_quickstart"], "deepspeed")
+    with pytest.raises(ValueError, match=rf"DeepSpeed's command is not at {tmp_path}/bin/deepspeed, .* PATH"):
+        start(*request)
+    script = tmp_path / "local" / "deepspeed"
+    script.parent.mkdir()
+    script.touch(0o755)
+    assert tool("deepspeed") == str(script)
+    assert tool("python") == str(tmp_path / "bin" / "python3")  # a system may have no `python`

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bitfleet.launch.cluster.command import read_request
 from bitfleet.launch.cluster.hosts import Host
@@ -101,6 +102,26 @@ def test_slurm_and_kubernetes_name_their_files() -> None:
     assert "completions, parallelism: 4" in str(printed)
 
 
+def test_pods_continue_and_their_arguments_are_yaml() -> None:
+    run = ["--config", "fashion_quickstart", "--run_dir", '/shared/it\'s "a" run']
+    for more, expected in (([], [*run, "--resume", "auto"]), (["--resume=auto"], [*run, "--resume=auto"])):
+        request, _ = read_request(["--gpus", "8", *run, *more], "kubernetes")
+        (line,) = [line for line in PRINTERS["kubernetes"](request).lines if "args:" in line]
+        assert yaml.safe_load(line.removeprefix("#")) == {"args": expected}
+
+
+def test_port_on_one_machine(tmp_path: Path) -> None:
+    from torch.distributed.run import parse_args
+
+    (tmp_path / "hosts").write_text("node5 slots=1\n")
+    request, _ = read_request(["--hostfile", str(tmp_path / "hosts"), "--master_port", "1234", *RUN], "torchrun")
+    printed = PRINTERS["torchrun"](request)
+    parsed = parse_args(words(printed.lines[0])[1:])
+    assert (parsed.master_port, parsed.standalone, printed.assumptions[0]) == (1234, False, "1 rank on node5")
+    request, _ = read_request(["--gpus", "2", "--master_port", "1234", *RUN], "mpirun")
+    assert "-x MASTER_PORT=1234 --oversubscribe" in PRINTERS["mpirun"](request).lines[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "launcher", "message"),
     [
@@ -113,6 +134,10 @@ def test_slurm_and_kubernetes_name_their_files() -> None:
         ("--gpus 2 --bind_cores_to_rank 1", "deepspeed", "--bind_cores_to_rank"),
         ("--gpus 0", "deepspeed", "--gpus.* '0'"),
         ("--gpus 2 --master_port 66000", "deepspeed", "--master_port .*65535, not 66000"),
+        ("--hostfile HOSTS --no_ssh --node_rank 1", "torchrun", "--no_ssh and --node_rank .* deepspeed, not torchrun"),
+        ("--gpus 2 --node_rank 0", "slurm", "--no_ssh and --node_rank .* deepspeed, not slurm"),
+        ("--gpus 2 --master_addr ib0.node1", "slurm", "--master_addr .* export MASTER_ADDR"),
+        ("--gpus 2 --master_port 1234", "kubernetes", "--master_port: .* kubernetes.yaml"),
     ],
 )
 def test_bad_request_is_one_sentence(arguments: str, launcher: str, message: str, hostfile: str) -> None:

@@ -27,6 +27,7 @@ from bitfleet.launch.plan.rates import GPUS, Rates, numbers, published, read_rat
 from bitfleet.launch.plan.traffic import Message, describe
 from bitfleet.trainer.distillation import DistillConfig
 from bitfleet.trainer.engine.config import EngineConfig
+from bitfleet.trainer.journal import JournalConfig
 
 XNOR = load_config("xnornet_imagenet")
 SMALL = load_config("fashion_quickstart")
@@ -148,6 +149,32 @@ def test_other_options_are_such_as_a_run_can_have() -> None:
         config = dataclasses.replace(SMALL, engine=EngineConfig(sharding=sharding))  # type: ignore[arg-type]
         found = alternatives(config, network, rates(), cluster(ranks_per_node=num_ranks))
         assert {name.removeprefix("--engine.") for name in found} == names
+
+
+def test_other_options_keep_what_else_the_run_has() -> None:
+    one = cluster(ranks_per_node=1)
+    # What travels is nothing on one rank, so bf16 changes nothing: the step stays a graph.
+    graph, gpu = dataclasses.replace(SMALL, engine=EngineConfig(cuda_graph=True)), rates(launch_seconds=1e-5)
+    network = describe(graph)
+    found = alternatives(graph, network, gpu, one)
+    assert found["--engine.grad_comm_dtype bf16"].step == estimate(graph, network, gpu, one).step
+    assert "--engine.cuda_graph True" not in found
+    # A graph does not hold the teacher.
+    taught = dataclasses.replace(XNOR, distill=DistillConfig(teacher="resnet34"))
+    captured = dataclasses.replace(taught, engine=EngineConfig(cuda_graph=True))
+    network = describe(taught)
+    found = alternatives(taught, network, gpu, one)
+    assert found["--engine.cuda_graph True"] == estimate(captured, describe(captured), gpu, one)
+
+
+def test_options_that_the_run_refuses_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """A journal needs sharding bits, and its flips are seen on the host."""
+    journal = dataclasses.replace(SMALL, journal=JournalConfig(enabled=True))
+    found = alternatives(journal, describe(journal), rates(), cluster(ranks_per_node=1))
+    assert list(found) == ["--engine.grad_comm_dtype bf16"]
+    bf16 = ["--journal.enabled", "True", "--engine.grad_comm_dtype", "bf16"]
+    plan(["--gpu", "h100", "--gpus", "1", "--config", "fashion_quickstart", *bf16])
+    assert "Other options" not in capsys.readouterr().out
 
 
 def test_a_cpu_pays_launches_besides_the_update() -> None:
