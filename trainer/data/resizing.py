@@ -1,7 +1,7 @@
 """Resize and normalize images; threads resize a batch while the next one is decoded.
 
-torch's uint8 kernel, which follows Pillow's, takes a quarter of the time of DALI's resize on a CPU
-(docs/data.md); on a GPU DALI resizes.
+torch's uint8 kernel, which follows Pillow's, takes a quarter of the time of DALI's resize on a CPU;
+on a GPU DALI resizes.
 """
 
 import functools
