@@ -56,6 +56,7 @@ def test_failure_is_a_sentence_and_leaves_nothing(tiny: list[str], tmp_path: Pat
     done = run_bitfleet(*command, "--run_dir", tmp_path / "file" / "run")
     failed(done, "--preflight full: making a folder for it failed: ")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    done = run_bitfleet(*command, "--run_dir", tmp_path / "run", "--optim.lr.start", "1e39")
-    failed(done, "--preflight full: 2 optimizer steps failed: ")
+    overflow = ["--engine.on_nonfinite", "stop", "--data.std", "1e-40", "1e-40", "1e-40"]
+    done = run_bitfleet(*command, "--run_dir", tmp_path / "run", *overflow)
+    failed(done, "--preflight full: 2 optimizer steps failed: ", "is not finite in step 1", "data.std")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
