@@ -145,7 +145,7 @@ def _second_moment_line(outlook: Outlook, rule: FlipRule, sigma: Schedule) -> Li
 def _batch_lines(outlook: Outlook) -> list[Line]:
     """Return the settings that keep the effect of a run at twice the batch, half of the steps."""
     optim = outlook.config.optim
-    averages = [name for name in AVERAGES if getattr(optim, name) is not None]
+    averages = [name for name in (*AVERAGES, "sigma") if getattr(optim, name) is not None]
     names = averages or ["latent_lr"] * (optim.latent_lr is not None)
     schedules = [outlook.schedule(name) for name in names]
     doubled = [f"{name} {2 * each(each.top_step):.3g}" for name, each in zip(names, schedules, strict=True)]
