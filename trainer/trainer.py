@@ -374,7 +374,12 @@ class Trainer:
         """Open the run's reports and the stream of batches at the current step."""
         config, ranks = self.config, self.ranks
         if ranks.is_main:
-            facts = {"world_size": ranks.world_size, "num_replicas": self.num_replicas, "device": str(self.device)}
+            facts = {
+                "world_size": ranks.world_size,
+                "num_replicas": self.num_replicas,
+                "device": str(self.device),
+                "data_sha": self.dataset.sha,
+            }
             write_config(self.folder.path, to_dict(config), facts)
         self.reports = Reports(
             self.folder.path,

@@ -48,6 +48,8 @@ class SweepRun:
     curves: Mapping[str, Curve]
     config: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Cells of the columns config.*: fields that differ between the runs."""
+    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Cells of the columns run.* that are not empty."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -290,7 +292,9 @@ def _read_run(row: Mapping[str, str], axes: Mapping[str, Sequence[Label]], where
         curves[key] = Curve(tuple(step for step, _ in finite), tuple(value for _, value in finite))
     end = {key.removeprefix("end."): cell(key, float, "a number") for key in numbers}
     config = {key.removeprefix("config."): row[key] or "" for key in row if key and key.startswith("config.")}
-    return SweepRun(row["run"], row["status"], row["seed"], tuple(labels), end, row.get("error") or "", curves, config)
+    facts = {key.removeprefix("run."): row[key] for key in row if key and key.startswith("run.") and row[key]}
+    error = row.get("error") or ""
+    return SweepRun(row["run"], row["status"], row["seed"], tuple(labels), end, error, curves, config, facts)
 
 
 def _read_finite(text: str) -> float:

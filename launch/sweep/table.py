@@ -18,6 +18,7 @@ from bitfleet.configs.sweeps.sweep import PlannedRun, Sweep
 from bitfleet.trainer.config import TrainConfig, to_dict
 from bitfleet.trainer.metrics import read_metrics
 from bitfleet.trainer.run.files import write_atomically
+from bitfleet.trainer.run.folder import CONFIG, read_facts
 from bitfleet.trainer.run.roles import fields_with_role
 from bitfleet.trainer.run.strict_json import to_json
 from bitfleet.trainer.run.versions import git_revision, versions
@@ -38,9 +39,13 @@ END = {
     "skipped_steps": "skipped_steps",
 }
 """Key of the last training line -> column."""
+FACTS = ("num_replicas", "data_sha")
+"""Facts of config.json that a configuration leaves open: replicas are by default the ranks, and the
+list of images (its sha256) is what was found in data.root."""
 COLUMNS = (
     *(f"end.{key}" for key in ("top1", "top5", "loss", *END.values())),
     *("best.top1", "seconds", "error", "steps_per_epoch"),
+    *(f"run.{key}" for key in FACTS),
     *(f"curve.{key}" for key in ("step", "top1", "loss", "train_step", "train_loss", "flip_ratio")),
 )
 Cell = str | float | int
@@ -88,7 +93,10 @@ def write_table(folder: Path, sweep: Sweep, runs: Sequence[PlannedRun], outcomes
 
     Columns: run, status (finished, failed, pending), seed; axis.<axis>; config.<field> for each
     field that differs between the runs; end.*, best.top1, curve.* (JSON lists) from metrics.jsonl,
-    accuracies as fractions; seconds over all attempts; error.
+    accuracies as fractions; run.* from config.json; seconds over all attempts; error.
+
+    Raises:
+        ValueError: the config.json of a run is damaged.
     """
     differing = differing_fields([run.config for run in runs])
     axes = list(sweep.axes)
@@ -102,6 +110,9 @@ def write_table(folder: Path, sweep: Sweep, runs: Sequence[PlannedRun], outcomes
         row |= {f"axis.{axis}": value for axis, value in run.point.labels.items()}
         row |= {f"config.{field}": cell(value) for field, value in fields.items()}
         row |= {"seconds": round(outcome.seconds, 1), "error": outcome.error}
+        if (run.path / CONFIG).is_file():
+            facts = read_facts(run.path)
+            row |= {f"run.{key}": cell(facts.get(key)) for key in FACTS}
         table.writerow(row | curves(read_metrics(run.path)))
     write_atomically(folder / CSV, text.getvalue())
 

@@ -40,6 +40,8 @@ class Entry:
     """Last top-1 of each finished run."""
     faults: tuple[str, ...]
     """Rules that it breaks, a sentence each."""
+    data_sha: str = ""
+    """sha256 of the list of images; "" if no run has recorded it."""
 
 
 def read_entries(paths: Sequence[Path]) -> list[Entry]:
@@ -110,7 +112,14 @@ def _checked(path: Path, results: SweepResults) -> Entry:
         epochs=epochs,
         steps=tuple(steps for steps in reached.values() if steps is not None),
         top1=tuple(point.values("top1")),
-        faults=(*faults, *_contradictions(point.finished, epochs), *_changed(results), *_differing(results)),
+        faults=(
+            *faults,
+            *_contradictions(point.finished, epochs),
+            *_changed(results),
+            *_differing(results),
+            *_other_facts(results),
+        ),
+        data_sha=next(iter(_seeds_by(results, "data_sha")), ""),
     )
 
 
@@ -172,12 +181,35 @@ def _changed(results: SweepResults) -> list[str]:
     return sorted(set(faults))
 
 
+def _other_facts(results: SweepResults) -> list[str]:
+    """Return a sentence for runs that were not one replica, or saw other images than the first."""
+    faults = [
+        f"seed {', '.join(seeds)} ran with {replicas} replicas, each with its own BatchNorm statistics, and every "
+        "entry has 1"
+        for replicas, seeds in _seeds_by(results, "num_replicas").items()
+        if replicas != "1"
+    ]
+    (_, first), *others = [*_seeds_by(results, "data_sha").items()] or [("", [])]
+    faults += [f"seed {', '.join(seeds)} had another list of images than seed {first[0]}" for _, seeds in others]
+    return faults
+
+
+def _seeds_by(results: SweepResults, fact: str) -> dict[str, list[str]]:
+    """Return value of `fact` -> seeds of the runs that have recorded it."""
+    seeds: dict[str, list[str]] = {}
+    for run in results.runs:
+        if value := run.facts.get(fact):
+            seeds.setdefault(value, []).append(run.seed)
+    return seeds
+
+
 def ranking(entries: Sequence[Entry]) -> str:
     """Return the table of `entries`, the fewest steps first, and after it their faults.
 
     Of equal numbers of steps, as there are many where all runs arrive in their last epoch, the
     higher top-1 at the end comes first. p is that of Welch's t-test of the steps against the first;
-    entries with faults come last, without a place.
+    entries with faults come last, without a place. After the faults: which entries had other images
+    than the first that has recorded its own.
     """
     ranked = sorted(entries, key=_place)
     rows = [["", "entry", "epochs", "n", f"steps to {TARGET:.0%}", "95 % interval", "p", "top-1 at the end, %"]]
@@ -196,7 +228,13 @@ def ranking(entries: Sequence[Entry]) -> str:
             ]
         )
     faults = [f"{entry.path}: {fault}" for entry in ranked for fault in entry.faults]
-    return "\n".join([table(rows, "><"), *faults])
+    known = [entry for entry in ranked if entry.data_sha]
+    remarks = [
+        f"{entry.title} had another list of images than {known[0].title}: their places do not compare"
+        for entry in known
+        if entry.data_sha != known[0].data_sha
+    ]
+    return "\n".join([table(rows, "><"), *faults, *remarks])
 
 
 def _place(entry: Entry) -> tuple[bool, float, float]:

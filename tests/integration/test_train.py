@@ -40,6 +40,7 @@ def test_run_folder_holds_what_the_design_says(straight: tuple[Path, str]) -> No
     resolved = json.loads((run / "config.json").read_text())
     assert resolved["config"]["global_batch_size"] == 16
     assert resolved["world_size"] == 2
+    assert len(resolved["data_sha"]) == 64
     assert resolved["versions"]["torch"] == importlib.metadata.version("torch")
     weights = final_weights(run)
     assert set(weights["blocks.0.conv.weight"].unique().tolist()) == {-1.0, 1.0}

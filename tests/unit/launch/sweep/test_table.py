@@ -64,6 +64,7 @@ def test_table_has_a_row_for_every_run_and_the_fields_that_differ(tmp_path: Path
     assert run_dir
     run_dir.mkdir(parents=True)
     (run_dir / "metrics.jsonl").write_text(f"{json.dumps(train(10, 2.0))}\n{json.dumps(validation(20, 0.25))}\n")
+    (run_dir / "config.json").write_text(json.dumps({"config": {}, "num_replicas": 2, "data_sha": "a1"}))
     write_table(
         tmp_path,
         sweep,
@@ -81,6 +82,7 @@ def test_table_has_a_row_for_every_run_and_the_fields_that_differ(tmp_path: Path
     )
     assert (first["axis.norm"], first["axis.other"]) == ("batch", "")
     assert (first["end.top1"], first["curve.step"]) == ("0.25", "[20]")
+    assert (first["run.num_replicas"], first["run.data_sha"], second["run.data_sha"]) == ("2", "a1", "")
     assert (second["status"], second["error"], second["end.top1"]) == ("failed", "no, it", "")
     assert second["config.model.depths"] == "[1, 2]"
     assert [name for name in first if name.startswith("config.")] == ["config.model.depths"]  # "batch" is the base's

@@ -32,6 +32,7 @@ def record(tmp_path: Path) -> Record:
         options: Sequence[str] = (),
         best: float = TARGET,
         status: str = "finished",
+        data_sha: str = "a1",
     ) -> Path:
         sweep = entry(name, "a rule", epochs=19, words=SETTINGS["bop2ndorder"]["gamma from 3e-3"])
         runs = plan_runs(sweep, tmp_path / name, options, lambda words: parse_train(words, "t"))
@@ -40,6 +41,8 @@ def record(tmp_path: Path) -> Record:
         folder.mkdir()
         for run, steps in zip(runs, reached, strict=True):
             run.path.mkdir(parents=True)
+            facts = {"config": to_dict(run.config), "num_replicas": 1, "data_sha": data_sha}
+            (run.path / "config.json").write_text(json.dumps(facts))
             lines = [
                 {
                     "kind": "validation",
@@ -135,6 +138,11 @@ def edit(folder: Path, cells: dict[str, str], seeds: Sequence[int] = range(MIN_S
             "optim.gamma.start is 3e-3 and 1e-2: all runs of an entry have one setting",
         ),
         (
+            {"run.num_replicas": "2"},
+            "seed 3 ran with 2 replicas, each with its own BatchNorm statistics, and every entry has 1",
+        ),
+        ({"run.data_sha": "b2"}, "seed 3 had another list of images than seed 0"),
+        (
             {"curve.step": "[1000, 2000]", "curve.top1": "[0.5, 0.7]", "curve.loss": "[1, 1]"},
             "the curve of seed 3 has 2 validations, the last after step 2,000; expected one after each 1,000 steps, "
             "up to 19,000",
@@ -169,6 +177,13 @@ def test_an_epoch_has_all_images(record: Record) -> None:
     edit(folder, {"curve.step": json.dumps(steps)})
     (fault,) = read_entry(folder).faults
     assert fault.startswith("the curve of seed 3 has 19 validations, the last after step 22,800; expected one after")
+
+
+def test_entries_with_other_images_are_named(record: Record) -> None:
+    folders = [record("track_a"), record("track_b", data_sha="b2"), record("track_c", data_sha="")]
+    table = ranking([dataclasses.replace(entry, title=entry.path.name) for entry in read_entries(folders)])
+    assert table.endswith("\ntrack_b had another list of images than track_a: their places do not compare")
+    assert "track_c had" not in table
 
 
 @pytest.mark.parametrize("config", [{}, [], {"epochs": None}])
