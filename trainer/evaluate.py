@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from bitfleet.trainer.checkpoint import is_checkpoint, latest_checkpoint, load_m
 from bitfleet.trainer.checkpoint.format import absolute
 from bitfleet.trainer.config import TrainConfig, read_config
 from bitfleet.trainer.data import ValidationLoader, normalize, open_dataset
-from bitfleet.trainer.engine.arithmetic import use_arithmetic
+from bitfleet.trainer.engine.arithmetic import remark_on_precision, use_arithmetic
 from bitfleet.trainer.engine.config import Precision, resolve_precision
 from bitfleet.trainer.engine.engine import autocast
 from bitfleet.trainer.engine.nonfinite import broken
@@ -129,6 +130,8 @@ def evaluate_run(
     accuracies: dict[Precision, Accuracy] = {}
     predictions: list[list[Tensor]] = []
     for precision in precisions or (own,):
+        if ranks.is_main and (remark := remark_on_precision(precision, device.type)):
+            print(f"bitfleet: {remark}", file=sys.stderr, flush=True)
         predictions.append([])
         hook = model.register_forward_hook(lambda module, images, logits: predictions[-1].append(logits.argmax(1)))
         accuracies[precision] = _validate_in(precision, model, loader, config, device)

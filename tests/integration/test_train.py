@@ -13,6 +13,7 @@ import safetensors.torch
 from bitfleet.launch.advise.advice import advise_run
 from bitfleet.models import ModelConfig, create_model
 from bitfleet.trainer.checkpoint.format import checkpoints
+from bitfleet.trainer.engine.arithmetic import remark_on_precision
 from bitfleet.trainer.metrics import read_metrics
 from tests.conftest import BIN, Launch, free_port, run_bitfleet, run_command, run_python, run_ranks
 from tests.integration.runs import NUM_STEPS, TRAIN, assert_same_bits, failed, final_tensors, final_weights
@@ -171,6 +172,7 @@ def test_one_rank_alone_and_other_options(tiny: list[str], tmp_path: Path) -> No
     assert f"loss {validation['loss']:.4f}" in half
     assert f"loss {validation['loss']:.4f}" not in single
     assert re.fullmatch(r"\d+ of 28 predictions differ between fp32 and bf16", differ)
+    assert bool(remark_on_precision("bf16", "cpu")) == ("has no instructions for bf16" in done.stdout)
     done = run_bitfleet("evaluate", tmp_path / "run", "--precision", "tf32")
     failed(done, 'precision "tf32"', "CPU")
 

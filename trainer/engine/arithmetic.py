@@ -53,7 +53,7 @@ def remark_on_precision(precision: str, device_type: str) -> str:
         return ""
     return (
         f"this CPU ({torch.backends.cpu.get_cpu_capability()}) has no instructions for {precision}: it takes many "
-        "times as long as --engine.precision fp32"
+        "times as long as fp32"
     )
 
 
