@@ -28,6 +28,14 @@ class Evaluate:
     precision: tuple[Literal["fp32", "tf32", "bf16", "fp16"], ...] = ()
     """Precisions to compute in; with several, validate in each and count the predictions that
     differ. Default: that of the run."""
+    precise_bn_steps: int | None = None
+    """Measure BatchNorm's statistics on the training images of the last N steps before the
+    checkpoint, whose weights may have flipped since its running averages; 0: those. None: as in
+    the run."""
+
+    def __post_init__(self) -> None:
+        if self.precise_bn_steps is not None and self.precise_bn_steps < 0:
+            raise ValueError(f"precise_bn_steps must be at least 0, not {self.precise_bn_steps}")
 
 
 def evaluate(arguments: Sequence[str], prog: str = "bitfleet evaluate") -> None:
@@ -41,7 +49,12 @@ def evaluate(arguments: Sequence[str], prog: str = "bitfleet evaluate") -> None:
         from bitfleet.trainer.evaluate import evaluate_run
 
         found = evaluate_run(
-            options.run, data_root=options.data_root, ranks=ranks, device=device, precisions=options.precision
+            options.run,
+            data_root=options.data_root,
+            ranks=ranks,
+            device=device,
+            precisions=options.precision,
+            precise_bn_steps=options.precise_bn_steps,
         )
         if is_main_rank():
             print(format_evaluation(found))

@@ -43,6 +43,10 @@ class TrainConfig:
     bit-identical across numbers of ranks only if this is equal."""
     validate_every_epochs: int = dataclasses.field(default=1, metadata=role("habit"))
     """Validate every N epochs, and at the end."""
+    precise_bn_steps: int | None = None
+    """Validate with the BatchNorm statistics of the training images of the last N optimizer steps
+    under the present weights ("precise BN"): running averages lag behind weights that flip.
+    Training does not change. None: the running averages, as in the paper's code."""
     output: Path = dataclasses.field(default=Path("runs"), metadata=role("place"))
     """Folder of all runs."""
     run_dir: Path | None = dataclasses.field(default=None, metadata=role("place"))
@@ -87,6 +91,7 @@ class TrainConfig:
             "num_replicas",
             "num_threads",
             "validate_every_epochs",
+            "precise_bn_steps",
             "stop_after_steps",
         ):
             value = getattr(self, name)

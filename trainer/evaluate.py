@@ -1,11 +1,12 @@
 """Validate on every image of the validation set exactly once, on any number of ranks."""
 
 import dataclasses
+import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,17 @@ from bitfleet.models import create_model
 from bitfleet.trainer.checkpoint import is_checkpoint, latest_checkpoint, load_model, read_meta
 from bitfleet.trainer.checkpoint.format import absolute
 from bitfleet.trainer.config import TrainConfig, read_config
-from bitfleet.trainer.data import ValidationLoader, normalize, open_dataset
+from bitfleet.trainer.data import (
+    Dataset,
+    TrainLoader,
+    ValidationLoader,
+    decoder_of,
+    normalize,
+    open_dataset,
+    remembering,
+)
 from bitfleet.trainer.engine.arithmetic import remark_on_precision, use_arithmetic
+from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
 from bitfleet.trainer.engine.config import Precision, resolve_precision
 from bitfleet.trainer.engine.engine import autocast
 from bitfleet.trainer.engine.nonfinite import broken
@@ -54,12 +64,18 @@ def validate(
             break
         if labels.numel() == 0:  # the other ranks have the rest
             continue
-        # Eager: the last batch is smaller, and every size would be compiled by itself.
-        with autocast(device, config.engine.precision), torch.compiler.set_stance("force_eager"):
-            logits = model(normalize(images, config.data.mean, config.data.std))
+        logits = predict(model, config, device, images)
         meter.add(nn.functional.cross_entropy(logits.float(), labels, reduction="none"), logits, labels)
     model.train(was_training)
     return None if stopped else meter.read()
+
+
+def predict(model: nn.Module, config: TrainConfig, device: torch.device, images: Tensor) -> Tensor:
+    """Return the logits of `images` as a loader gives them, in the precision of the run."""
+    # Eager: the last batch is smaller, and every size would be compiled by itself.
+    with autocast(device, config.engine.precision), torch.compiler.set_stance("force_eager"):
+        logits: Tensor = model(normalize(images, config.data.mean, config.data.std))
+    return logits
 
 
 class Evaluation(NamedTuple):
@@ -82,7 +98,13 @@ def _check_classes(classes: list[str], trained: list[str], root: str) -> None:
 
 
 def evaluate_run(
-    path: Path, *, data_root: str | None, ranks: Ranks, device: torch.device, precisions: Sequence[Precision] = ()
+    path: Path,
+    *,
+    data_root: str | None,
+    ranks: Ranks,
+    device: torch.device,
+    precisions: Sequence[Precision] = (),
+    precise_bn_steps: int | None = None,
 ) -> Evaluation:
     """Validate a run's newest checkpoint, or the checkpoint at `path`; every rank calls this and
     gets the same.
@@ -94,10 +116,12 @@ def evaluate_run(
         device: where the model runs.
         precisions: what to compute in, one validation each. None given: as the run did; fp32 on a
             CPU for a run in tf32.
+        precise_bn_steps: optimizer steps whose images give the BatchNorm statistics; 0: the running
+            averages. None: as the run did.
 
     Raises:
         ValueError: no run, no checkpoint, other classes than the run's, a precision that the device
-            does not have.
+            does not have, ranks that do not divide the replicas whose statistics are measured.
         FloatingPointError: weights or running statistics are not finite.
     """
     checkpoint = absolute(path) if is_checkpoint(path) else latest_checkpoint(path)
@@ -115,7 +139,8 @@ def evaluate_run(
             raise
         raise ValueError(f"{error}; if the data has another path than in the run, pass it as --data_root") from error
     check_same_on_all_ranks(ranks, {f"the lists of images in {data.root} (sha256)": dataset.sha})
-    _check_classes(list(dataset.classes), read_meta(checkpoint)["classes"], data.root)
+    meta = read_meta(checkpoint)
+    _check_classes(list(dataset.classes), meta["classes"], data.root)
     place = {"rank": ranks.rank, "world_size": ranks.world_size, "local_world_size": ranks.local_world_size}
     loader = ValidationLoader(dataset, data, device=device, **place)
     model = create_model(config.model).to(device)
@@ -125,6 +150,9 @@ def evaluate_run(
             f"the network of {checkpoint} predicts nothing: values of {', '.join(names[:3])} are not finite; "
             "evaluate an earlier checkpoint"
         )
+    num_steps = config.precise_bn_steps or 0 if precise_bn_steps is None else precise_bn_steps
+    recent = images_before(meta, config, dataset, num_steps, ranks, device) if num_steps else []
+    statistics = RunningStatistics(model, meta["num_replicas"])
     trained_in = config.engine.precision
     own = "fp32" if trained_in == "tf32" and device.type != "cuda" else resolve_precision(trained_in, device.type)
     accuracies: dict[Precision, Accuracy] = {}
@@ -132,22 +160,60 @@ def evaluate_run(
     for precision in precisions or (own,):
         if ranks.is_main and (remark := remark_on_precision(precision, device.type)):
             print(f"bitfleet: {remark}", file=sys.stderr, flush=True)
-        predictions.append([])
-        hook = model.register_forward_hook(lambda module, images, logits: predictions[-1].append(logits.argmax(1)))
-        accuracies[precision] = _validate_in(precision, model, loader, config, device)
-        hook.remove()
+        now = in_precision(config, precision)
+        use_arithmetic(device, now.engine)
+        with statistics.precise(model, recent, functools.partial(predict, model, now, device)):
+            predictions.append([])
+            hook = model.register_forward_hook(lambda module, images, logits: predictions[-1].append(logits.argmax(1)))
+            accuracy = validate(model, loader, now, device)
+            hook.remove()
+        assert accuracy is not None
+        accuracies[precision] = accuracy
     found = [torch.cat(each).cpu() if each else torch.empty(0) for each in predictions]  # a rank may have no image
     different = sum(((other != found[0]) for other in found[1:]), torch.zeros(len(found[0]))) > 0
     return Evaluation(checkpoint, trained_in, accuracies, all_reduce_number(int(different.sum())))
 
 
-def _validate_in(
-    precision: Precision, model: nn.Module, loader: ValidationLoader, config: TrainConfig, device: torch.device
-) -> Accuracy:
-    """Call `validate` in a precision that need not be the run's."""
+def in_precision(config: TrainConfig, precision: Precision) -> TrainConfig:
+    """Return `config` with a precision that need not be the run's."""
     # fp16 needs sharding "bits" for the gradients, of which there are none.
-    engine = dataclasses.replace(config.engine, precision=precision, sharding="bits")
-    use_arithmetic(device, engine)
-    accuracy = validate(model, loader, dataclasses.replace(config, engine=engine), device)
-    assert accuracy is not None
-    return accuracy
+    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision, sharding="bits"))
+
+
+def images_before(
+    meta: Mapping[str, Any],
+    config: TrainConfig,
+    dataset: Dataset,
+    num_steps: int,
+    ranks: Ranks,
+    device: torch.device,
+) -> list[list[Tensor]]:
+    """Read this rank's training images of the last `num_steps` steps before a checkpoint again.
+
+    Args:
+        meta: of the checkpoint.
+        config: of its run.
+        dataset: of the run.
+        num_steps: their number; fewer if the checkpoint has made fewer.
+        ranks: this process's place.
+        device: where they are put.
+
+    Returns:
+        For each step its micro-batches, as a loader gives them.
+
+    Raises:
+        ValueError: the ranks do not divide the replicas, or an image cannot be read.
+    """
+    loader = TrainLoader(
+        dataset,
+        dataclasses.replace(config.data, loader=decoder_of(config.data)),  # a few do not need all in memory
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        num_replicas=meta["num_replicas"],
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        local_world_size=ranks.local_world_size,
+        device=device,
+    )
+    num_micro_batches = meta["num_replicas"] // ranks.world_size
+    return remembering(loader, meta["step"], num_steps, num_micro_batches).steps(num_micro_batches)

@@ -32,11 +32,13 @@ from bitfleet.trainer.checkpoint import (
 from bitfleet.trainer.config import TrainConfig, resolve_replicas, to_dict, with_precision
 from bitfleet.trainer.data import (
     Dataset,
+    RecentImages,
     TrainLoader,
     ValidationLoader,
     check_classes,
     normalize,
     open_dataset,
+    remembering,
     stream_settings,
 )
 from bitfleet.trainer.distillation import (
@@ -59,7 +61,7 @@ from bitfleet.trainer.engine.engine import create_engine, shard
 from bitfleet.trainer.engine.nonfinite import NonfiniteGuard
 from bitfleet.trainer.engine.rule_proof import RuleProof
 from bitfleet.trainer.engine.step_graph import Batch, CudaRecorder, GraphedStep, check_can_capture
-from bitfleet.trainer.evaluate import validate
+from bitfleet.trainer.evaluate import predict, validate
 from bitfleet.trainer.metrics import Accuracy, Reports, StepObserver, hyperparameters_of, step_flips
 from bitfleet.trainer.ranks.check_same import check_same_on_all_ranks
 from bitfleet.trainer.ranks.collectives import Ranks, broadcast_object
@@ -127,6 +129,7 @@ class Trainer:
         )
         use_arithmetic(device, config.engine)
         self.num_replicas = self._resolve_replicas(resume_from)
+        self._num_micro_batches = self.num_replicas // ranks.world_size  # per step on this rank
         options = deepspeed_options(
             config.engine,
             global_batch_size=config.global_batch_size,
@@ -169,6 +172,7 @@ class Trainer:
             self._lock = create_and_lock(self.folder)
         self._make_step = self._step_maker()
         self._guard = self._nonfinite_guard()
+        self._recent: RecentImages | None = None
         self.stopped_by = ""
         """Reason for an early stop, or ""."""
         self.around_step: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -269,7 +273,7 @@ class Trainer:
             self.observer,
             normalize=self._normalize,
             precision=config.engine.precision,
-            num_micro_batches=self.num_replicas // self.ranks.world_size,
+            num_micro_batches=self._num_micro_batches,
             label_smoothing=config.data.label_smoothing,
             distillation=self.distillation,
         )
@@ -396,11 +400,18 @@ class Trainer:
         )
         if config.init and self.resume_from is None and config.optim.init_inertia and self.step == 0:
             self._seed_state()
-        self.batches = self.loader.batches(self.step)
+        self.batches = self._open_stream()
         if self.distillation is not None:
             self.distillation.start(self.step)
         self.engine.train()
         self.observer.stopwatch.read()
+
+    def _open_stream(self) -> Iterator[Batch]:
+        num_steps = self.config.precise_bn_steps
+        if num_steps is None:
+            return self.loader.batches(self.step)
+        self._recent = remembering(self.loader, self.step, num_steps, self._num_micro_batches)
+        return self._recent
 
     def _seed_state(self) -> None:
         assert isinstance(self.sharded, ShardedOptimizer)
@@ -419,7 +430,7 @@ class Trainer:
             else functools.partial(label_loss, label_smoothing=self.config.data.label_smoothing),
             precision=self.config.engine.precision,
             inertia=self.config.optim.init_inertia,
-            num_micro_batches=self.num_replicas // self.ranks.world_size,
+            num_micro_batches=self._num_micro_batches,
             num_steps=self.num_steps,
         )
         self.reports.say(f"began from {self.config.init}: {sentence}")
@@ -533,10 +544,20 @@ class Trainer:
             return bool(self.stopped_by)
 
         start = time.perf_counter()
-        accuracy = validate(self.model, self.validation_loader, self.config, self.device, must_stop)
+        with self._statistics_to_validate():
+            accuracy = validate(self.model, self.validation_loader, self.config, self.device, must_stop)
         if accuracy is not None:
             self.reports.validation(self.step, accuracy, self.after_validation(self.step, accuracy))
         self.observer.stopwatch.leave_out(time.perf_counter() - start)  # images/s are those of the steps
+
+    def _statistics_to_validate(self) -> AbstractContextManager[None]:
+        """Return a context with the BatchNorm statistics of a validation."""
+        if self._recent is None:
+            return nullcontext()
+        steps = self._recent.steps(self._num_micro_batches)
+        return self.statistics.precise(
+            self.model, steps, functools.partial(predict, self.model, self.config, self.device)
+        )
 
     def _report(self, hyperparameters: dict[str, float]) -> None:
         report = self.observer.read(

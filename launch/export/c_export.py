@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bitfleet.c_library import CLibraryError
+from bitfleet.launch.export.command import Export
 from bitfleet.launch.export.export import compare, known, lower_trained, write
 from bitfleet.packed.c_format import CSource, to_c
 from bitfleet.packed.program import Array, Buffer
@@ -21,18 +22,15 @@ SUFFIXES = ("", ".c", ".h")
 ROUNDED = "the run's evaluation resizes to fractions of a pixel's value; round them to uint8 for this code"
 
 
-def export_c(source: Path, output: Path, image_size: int | None, rest: Sequence[str]) -> str:
+def export_c(options: Export, rest: Sequence[str]) -> str:
     """Write OUTPUT.c and OUTPUT.h; arguments, result and errors as those of `export_packed`.
 
-    Args:
-        source: run folder, checkpoint or file of weights.
-        output: the files, with .c, .h or no suffix.
-        image_size: height and width; None: the run's.
-        rest: options of the run, for a file of weights.
+    The name of the output has the suffix .c, .h or none.
     """
+    output = options.output
     if output.suffix not in SUFFIXES:
         raise ValueError(f"--format c writes a .c and a .h file, but the output is {output}: leave out its suffix")
-    trained, program = lower_trained(source, image_size, rest)
+    trained, program = lower_trained(options, rest)
     files = to_c(program, output.stem)
     with tempfile.TemporaryDirectory() as folder:
         code_bytes = None

@@ -27,6 +27,14 @@ class Export:
     other tools. qonnx: for FINN and other tools of FPGAs. c: source code for microcontrollers."""
     image_size: MaybeCount = None
     """Height and width of the images, pixels. Default: those of the run."""
+    precise_bn_steps: int | None = None
+    """Measure BatchNorm's statistics on the training images of the last N steps before the
+    checkpoint; 0: its running averages, which may lag behind the weights. Default: as the run
+    validated."""
+
+    def __post_init__(self) -> None:
+        if self.precise_bn_steps is not None and self.precise_bn_steps < 0:
+            raise ValueError(f"precise_bn_steps must be at least 0, not {self.precise_bn_steps}")
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -45,4 +53,4 @@ def export(arguments: Sequence[str]) -> None:
         from bitfleet.launch.export.onnx_export import export_qonnx as write
     else:
         from bitfleet.launch.export.c_export import export_c as write
-    print(write(options.source, options.output, options.image_size, rest))
+    print(write(options, rest))

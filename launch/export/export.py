@@ -1,18 +1,21 @@
 """Load a trained network, lower it, and compare the packed program with it."""
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from bitfleet.launch.checkpoint.tools import find
+from bitfleet.launch.export.command import Export
 from bitfleet.launch.parsing.arguments import parse_train
 from bitfleet.launch.text import megabytes, percent
 from bitfleet.models import create_model
@@ -22,7 +25,10 @@ from bitfleet.packed.runner import PackedNetwork
 from bitfleet.trainer.checkpoint import load_initial_weights, load_model, read_meta
 from bitfleet.trainer.config import TrainConfig, read_config
 from bitfleet.trainer.data import DataConfig, normalize, open_dataset
+from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
+from bitfleet.trainer.evaluate import images_before, in_precision, predict
 from bitfleet.trainer.metrics import read_metrics
+from bitfleet.trainer.ranks.collectives import Ranks, process_group
 from bitfleet.trainer.run.files import written_atomically
 
 NUM_CHECKED = 16
@@ -46,19 +52,18 @@ class Trained:
     """Sentence about what is not known of it; "" for none."""
 
 
-def export_packed(source: Path, output: Path, image_size: int | None, rest: Sequence[str]) -> str:
+def export_packed(options: Export, rest: Sequence[str]) -> str:
     """Write the packed program of a network; return what was written, in words.
 
     Args:
-        source: run folder, checkpoint or file of weights.
-        output: the file.
-        image_size: height and width; None: the run's.
+        options: of the command.
         rest: options of the run, for a file of weights.
 
     Raises:
         ValueError: bad input, a network that cannot be exported, or a program that disagrees.
     """
-    trained, program = lower_trained(source, image_size, rest)
+    output = options.output
+    trained, program = lower_trained(options, rest)
     content = to_bytes(program)
     network = PackedNetwork(content, program.description)
     checked = compare(trained, network, "the program")
@@ -78,12 +83,12 @@ def export_packed(source: Path, output: Path, image_size: int | None, rest: Sequ
     )
 
 
-def lower_trained(source: Path, image_size: int | None, rest: Sequence[str]) -> tuple[Trained, Program]:
+def lower_trained(options: Export, rest: Sequence[str]) -> tuple[Trained, Program]:
     """Return a network and its program, as `export_packed`; `trained.config` has `image_size`."""
-    trained = load_trained(source, rest)
+    trained = load_trained(options.source, rest, options.precise_bn_steps)
     config = trained.config
-    if image_size is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=image_size))
+    if options.image_size is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=options.image_size))
         trained = dataclasses.replace(trained, config=config)
     data = config.data
     description = trained.description | {"preprocessing": preprocessing_of(data)}
@@ -121,13 +126,21 @@ def known(trained: Trained) -> list[str]:
     return [f"accuracy of the run: top-1 {percent(top1)}{fp32}", *remarks]
 
 
-def load_trained(source: Path, rest: Sequence[str]) -> Trained:
+def load_trained(source: Path, rest: Sequence[str], precise_bn_steps: int | None = None) -> Trained:
     """Return the network of a run, a checkpoint, or a file of weights with the options of a run.
+
+    Args:
+        source: one of them.
+        rest: options of the run, for a file of weights.
+        precise_bn_steps: optimizer steps whose images give the BatchNorm statistics; 0: the running
+            averages. None: as the run validated.
 
     Raises:
         ValueError: there is none, it is damaged or does not fit, or options where a run has them.
     """
     if source.is_file():
+        if precise_bn_steps:
+            raise ValueError(f"--precise_bn_steps needs a run or a checkpoint, and {source} is a file of weights")
         config = parse_train(rest, "bitfleet export")
         model = create_model(dataclasses.replace(config.model, initial_weights="signs"))
         load_initial_weights(model, config.model, source, config.init_scales, new_head=False)
@@ -154,10 +167,36 @@ def load_trained(source: Path, rest: Sequence[str]) -> Trained:
         "classes": meta["classes"],
         "source": f"{config.name}, step {meta['step']}",
     }
+    validated_with = config.precise_bn_steps or 0
+    num_steps = validated_with if precise_bn_steps is None else precise_bn_steps
     for record in read_metrics(checkpoint.parents[1]):
-        if record["kind"] == "validation" and record["step"] == meta["step"]:
+        if record["kind"] == "validation" and record["step"] == meta["step"] and num_steps == validated_with:
             description["top1"] = record["top1"]
-    return Trained(model, config, description)
+    if not num_steps:
+        return Trained(model, config, description)
+    _measure_statistics(model, config, meta, num_steps)
+    return Trained(
+        model, config, description, f"BatchNorm's statistics are those of the images of the last {num_steps} steps"
+    )
+
+
+def _measure_statistics(model: nn.Module, config: TrainConfig, meta: Mapping[str, Any], num_steps: int) -> None:
+    """Set the running statistics of a network to those of the images of its last steps, in fp32."""
+    alone, cpu = Ranks(0, 1, 0, 1), torch.device("cpu")
+    config = in_precision(config, "fp32")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, device="auto"))
+    try:
+        dataset = open_dataset(config.data)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; BatchNorm's statistics are measured on training images of the run, unless you pass "
+            "--precise_bn_steps 0"
+        ) from error
+    with process_group(cpu, alone, store=HashStore()):
+        steps = images_before(meta, config, dataset, num_steps, alone, cpu)
+        RunningStatistics(model, meta["num_replicas"]).measure(
+            model, steps, functools.partial(predict, model, config, cpu)
+        )
 
 
 def preprocessing_of(data: DataConfig) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bitfleet.launch.export.command import Export
 from bitfleet.launch.export.export import compare, known, lower_trained, write
 from bitfleet.launch.text import megabytes
 from bitfleet.packed.onnx_format import LOGITS, OPSET, PIXELS, to_onnx
@@ -14,13 +14,14 @@ from bitfleet.packed.program import Array, Program, to_bytes
 from bitfleet.packed.qonnx_format import to_qonnx
 
 
-def export_onnx(source: Path, output: Path, image_size: int | None, rest: Sequence[str]) -> str:
+def export_onnx(options: Export, rest: Sequence[str]) -> str:
     """Write an ONNX model; arguments, result and errors as those of `export_packed`.
 
     The pixels are uint8, or float32 if the run's evaluation resizes to fractions.
     """
     _require("onnx", "onnx", "onnxruntime")
-    trained, program = lower_trained(source, image_size, rest)
+    output = options.output
+    trained, program = lower_trained(options, rest)
     is_fractional = program.description["preprocessing"]["geometry"] == "official"
     dtype = np.float32 if is_fractional else np.uint8
     content = to_onnx(program, dtype)
@@ -37,10 +38,11 @@ def export_onnx(source: Path, output: Path, image_size: int | None, rest: Sequen
     )
 
 
-def export_qonnx(source: Path, output: Path, image_size: int | None, rest: Sequence[str]) -> str:
+def export_qonnx(options: Export, rest: Sequence[str]) -> str:
     """Write a QONNX model; arguments, result and errors as those of `export_packed`."""
     _require("qonnx", "onnx", "onnxruntime", "qonnx")
-    trained, program = lower_trained(source, image_size, rest)
+    output = options.output
+    trained, program = lower_trained(options, rest)
     content = to_qonnx(program)
     checked = compare(trained, QonnxNetwork(content), "the QONNX model")
     write(output, content)

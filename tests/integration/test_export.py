@@ -52,6 +52,21 @@ def test_exported_run_predicts_what_the_run_predicts(trained: Path, tiny_images:
     assert "█" in done.stdout
 
 
+def test_statistics_of_the_last_steps_are_exported(trained: Path, tiny_images: Path, tmp_path: Path) -> None:
+    program = tmp_path / "net"
+    done = run_bitfleet("export", trained, program, "--precise_bn_steps", "4")
+    assert done.returncode == 0, done.stdout
+    assert "the images of the last 4 steps" in done.stdout
+    assert "accuracy of the run" not in done.stdout
+    ran = run_bitfleet("run", program, "--data", tiny_images)
+    assert ran.returncode == 0, ran.stdout
+    evaluated = run_bitfleet("evaluate", trained, "--device", "cpu", "--precise_bn_steps", "4")
+    assert accuracies(ran.stdout) == accuracies(evaluated.stdout)
+    plain = tmp_path / "plain"
+    assert run_bitfleet("export", trained, plain).returncode == 0
+    assert plain.read_bytes() != program.read_bytes()
+
+
 def test_checkpoint_of_a_run(trained: Path, tmp_path: Path) -> None:
     oldest = checkpoints(trained)[0]
     done = run_bitfleet("export", oldest, tmp_path / "net")

@@ -14,6 +14,8 @@ from bitfleet.trainer.checkpoint.format import checkpoints, read_meta
 from tests.conftest import run_bitfleet, run_python, run_ranks
 from tests.integration.runs import NUM_STEPS, TRAIN, assert_same_bits, failed, final_tensors, metrics, scalar_steps
 
+KINDS = ("train", "validation")
+
 
 @pytest.fixture(scope="module")
 def options(tiny: list[str]) -> list[str]:
@@ -74,6 +76,35 @@ def assert_same_journal(a: Path, b: Path) -> None:
         assert all(line.endswith(": the same bits") for line in lines[:-1])
     for step in range(NUM_STEPS + 1):
         assert_same_bits(weights_after(a, step)[0], weights_after(b, step)[0])
+
+
+def test_precise_statistics_change_validations_alone_on_any_number_of_ranks(
+    straight: Path, options: list[str], tmp_path: Path
+) -> None:
+    """Interrupted where a validation is due; evaluated with and without."""
+    run = tmp_path / "run"
+    for num_ranks, last in ((1, 24), (2, NUM_STEPS)):
+        done = run_ranks(
+            num_ranks, TRAIN, *options, "--run_dir", run, "--stop_after_steps", str(last), "--precise_bn_steps", "5"
+        )
+        assert done.returncode == 0, done.stdout
+    assert_same_bits(final_tensors(straight), final_tensors(run))
+    losses = {}
+    for name, place in (("straight", straight), ("precise", run)):
+        lines = {kind: [line["loss"] for line in metrics(place) if line["kind"] == kind] for kind in KINDS}
+        losses[name] = lines["validation"]
+        assert lines["train"] == [line["loss"] for line in metrics(straight) if line["kind"] == "train"]
+    assert len(losses["precise"]) == len(losses["straight"]) == 2
+    assert not set(losses["precise"]) & set(losses["straight"])
+    at_24 = straight / "checkpoints" / "step-00000024", run / "checkpoints" / "step-00000024"
+    for place, steps, loss in (
+        (at_24[0], (), losses["straight"][1]),
+        (at_24[0], ("--precise_bn_steps", "5"), losses["precise"][1]),
+        (at_24[1], (), losses["precise"][1]),
+        (at_24[1], ("--precise_bn_steps", "0"), losses["straight"][1]),
+    ):
+        done = run_bitfleet("evaluate", place, *steps)
+        assert f"loss {loss:.4f}" in done.stdout, done.stdout
 
 
 @pytest.mark.slow

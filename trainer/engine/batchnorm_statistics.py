@@ -4,13 +4,17 @@ Every replica (micro-batch) normalises with its own batch statistics and advance
 ones; after each step the running statistics are the mean over all replicas, as Keras' are under the
 paper's MirroredStrategy. DeepSpeed never touches buffers: without this each rank would validate
 another network.
+
+They are averages over steps, and the weights of a binary network flip meanwhile: `measure` finds
+those of the present weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bitfleet.optim.sharding.buckets import tree_sum, tree_sum_rows
 from bitfleet.trainer.ranks.collectives import all_gather_tensors
@@ -62,6 +66,50 @@ class RunningStatistics:
         yield
         with torch.no_grad():
             self._replicas.append(self._read())
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, steps: Iterable[Sequence[Tensor]], forward: Callable[[Tensor], object]) -> None:
+        """Set the running statistics to the means over `steps` of the batches' own, with the
+        present weights.
+
+        Known as precise BN (arXiv 2105.07576). Every rank calls this.
+
+        Args:
+            model: whose buffers these are.
+            steps: the micro-batches of this rank for each step. None: nothing changes.
+            forward: runs `model` on the images of a micro-batch.
+        """
+        norms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+        if not norms:
+            return
+        momenta, was_training = [layer.momentum for layer in norms], model.training
+        model.eval()
+        for layer in norms:
+            layer.train()
+        for number, micro_batches in enumerate(steps, start=1):
+            for layer in norms:
+                layer.momentum = 1 / number
+            for images in micro_batches:
+                with self.replica():
+                    forward(images)
+            self.end_step()
+        for layer, momentum in zip(norms, momenta, strict=True):
+            layer.momentum = momentum
+        model.train(was_training)
+
+    @contextmanager
+    def precise(
+        self, model: nn.Module, steps: Iterable[Sequence[Tensor]], forward: Callable[[Tensor], object]
+    ) -> Iterator[None]:
+        """Inside, the statistics are those that `measure` finds; after it they are what they
+        were."""
+        before, counts = self._read(), [counter.clone() for counter in self._counters]
+        self.measure(model, steps, forward)
+        yield
+        with torch.no_grad():
+            self._write_(before)
+            for counter, count in zip(self._counters, counts, strict=True):
+                counter.copy_(count)
 
     @torch.no_grad()
     def end_step(self, updated: bool | Tensor = True) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from bitfleet.c_library import CLibraryError
 from bitfleet.launch.export import c_export
-from bitfleet.launch.export.command import export
+from bitfleet.launch.export.command import Export, export
 from bitfleet.launch.export.export import load_trained, logits_of
 from bitfleet.packed.c_format import CSource, to_c
 from bitfleet.packed.program import Program
@@ -34,7 +34,7 @@ def test_two_files_and_their_sizes(
 
 def test_compiled_files_compute_the_logits(weights: Path, tmp_path: Path) -> None:
     export([str(weights), str(tmp_path / "net"), "--format", "c", *OPTIONS])
-    trained, program = c_export.lower_trained(weights, None, OPTIONS)
+    trained, program = c_export.lower_trained(Export(weights, tmp_path / "net"), OPTIONS)
     files = CSource("net", "net", (tmp_path / "net.h").read_text(), (tmp_path / "net.c").read_text(), 0, 0)
     library = c_export.compile_c(files, tmp_path)
     images = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
