@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from bitfleet.launch.checkpoint.tools import find
 from bitfleet.launch.export.command import Export
@@ -28,7 +27,7 @@ from bitfleet.trainer.data import DataConfig, normalize, open_dataset
 from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
 from bitfleet.trainer.evaluate import images_before, in_precision, predict
 from bitfleet.trainer.metrics import read_metrics
-from bitfleet.trainer.ranks.collectives import Ranks, process_group
+from bitfleet.trainer.ranks.collectives import group_of_one
 from bitfleet.trainer.run.files import written_atomically
 
 NUM_CHECKED = 16
@@ -182,7 +181,7 @@ def load_trained(source: Path, rest: Sequence[str], precise_bn_steps: int | None
 
 def _measure_statistics(model: nn.Module, config: TrainConfig, meta: Mapping[str, Any], num_steps: int) -> None:
     """Set the running statistics of a network to those of the images of its last steps, in fp32."""
-    alone, cpu = Ranks(0, 1, 0, 1), torch.device("cpu")
+    cpu = torch.device("cpu")
     config = in_precision(config, "fp32")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, device="auto"))
     try:
@@ -192,7 +191,7 @@ def _measure_statistics(model: nn.Module, config: TrainConfig, meta: Mapping[str
             f"{error}; BatchNorm's statistics are measured on training images of the run, unless you pass "
             "--precise_bn_steps 0"
         ) from error
-    with process_group(cpu, alone, store=HashStore()):
+    with group_of_one() as alone:
         steps = images_before(meta, config, dataset, num_steps, alone, cpu)
         RunningStatistics(model, meta["num_replicas"]).measure(
             model, steps, functools.partial(predict, model, config, cpu)

@@ -14,7 +14,7 @@ class RecentImages:
 
     Args:
         stream: of the micro-batches of a rank.
-        num_kept: number of micro-batches; their images stay on the device, one byte per value.
+        num_kept: number of micro-batches, whose images stay on the device.
     """
 
     def __init__(self, stream: Iterator[Batch], num_kept: int) -> None:

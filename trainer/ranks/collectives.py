@@ -143,6 +143,14 @@ def process_group(
     dist.destroy_process_group()
 
 
+@contextmanager
+def group_of_one() -> Iterator[Ranks]:
+    """Create the default process group of a process that is alone, on the CPU; gives its place."""
+    ranks = Ranks(0, 1, 0, 1)
+    with process_group(torch.device("cpu"), ranks, store=dist.HashStore()):  # type: ignore[attr-defined]
+        yield ranks
+
+
 def connect(device: torch.device) -> None:
     """Connect the ranks by NCCL, each with its GPU; on a CPU they are connected already. Every rank
     calls this.
