@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from bitfleet.launch.job import command_line, is_main_rank, job, run
-from bitfleet.launch.parsing.commands import parse
+from bitfleet.launch.parsing.commands import MaybeCountOrZero, parse
 
 if TYPE_CHECKING:  # torch takes seconds to import; a misspelt option should not wait for it
     from bitfleet.trainer.evaluate import Evaluation
@@ -28,14 +28,10 @@ class Evaluate:
     precision: tuple[Literal["fp32", "tf32", "bf16", "fp16"], ...] = ()
     """Precisions to compute in; with several, validate in each and count the predictions that
     differ. Default: that of the run."""
-    precise_bn_steps: int | None = None
+    precise_bn_steps: MaybeCountOrZero = None
     """Measure BatchNorm's statistics on the training images of the last N steps before the
-    checkpoint, whose weights may have flipped since its running averages; 0: those. None: as in
-    the run."""
-
-    def __post_init__(self) -> None:
-        if self.precise_bn_steps is not None and self.precise_bn_steps < 0:
-            raise ValueError(f"precise_bn_steps must be at least 0, not {self.precise_bn_steps}")
+    checkpoint; 0: its running averages, which may lag behind the weights. Default: as the run
+    validated."""
 
 
 def evaluate(arguments: Sequence[str], prog: str = "bitfleet evaluate") -> None:

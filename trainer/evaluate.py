@@ -89,14 +89,6 @@ class Evaluation(NamedTuple):
     """Images whose first prediction is not the same in all of these precisions."""
 
 
-def _check_classes(classes: list[str], trained: list[str], root: str) -> None:
-    """Raise ValueError if the data in `root` has other classes than the run was trained on."""
-    if classes != trained:
-        raise ValueError(
-            f"{root} has the classes {json.dumps(classes)[:200]}, the run was trained on {json.dumps(trained)[:200]}"
-        )
-
-
 def evaluate_run(
     path: Path,
     *,
@@ -128,28 +120,12 @@ def evaluate_run(
     config = read_config(checkpoint.parents[1] if checkpoint else path)
     if checkpoint is None:
         raise ValueError(f"the run {path} has no complete checkpoint to evaluate")
-    data = config.data if data_root is None else dataclasses.replace(config.data, root=data_root)
-    if device.type != "cuda":  # a run that decoded on a GPU can be evaluated anywhere
-        data = dataclasses.replace(data, device="auto")
-    config = dataclasses.replace(config, data=data)
-    try:
-        dataset = open_dataset(data)
-    except ValueError as error:
-        if data_root is not None:
-            raise
-        raise ValueError(f"{error}; if the data has another path than in the run, pass it as --data_root") from error
-    check_same_on_all_ranks(ranks, {f"the lists of images in {data.root} (sha256)": dataset.sha})
+    config = _with_data(config, data_root, device)
+    dataset = _open_data(config, checkpoint, ranks, was_named=data_root is not None)
     meta = read_meta(checkpoint)
-    _check_classes(list(dataset.classes), meta["classes"], data.root)
     place = {"rank": ranks.rank, "world_size": ranks.world_size, "local_world_size": ranks.local_world_size}
-    loader = ValidationLoader(dataset, data, device=device, **place)
-    model = create_model(config.model).to(device)
-    load_model(model, checkpoint)
-    if names := broken([*model.named_parameters(), *model.named_buffers()]):
-        raise FloatingPointError(
-            f"the network of {checkpoint} predicts nothing: values of {', '.join(names[:3])} are not finite; "
-            "evaluate an earlier checkpoint"
-        )
+    loader = ValidationLoader(dataset, config.data, device=device, **place)
+    model = _load_network(config, checkpoint, device)
     num_steps = config.precise_bn_steps or 0 if precise_bn_steps is None else precise_bn_steps
     recent = images_before(meta, config, dataset, num_steps, ranks, device) if num_steps else []
     statistics = RunningStatistics(model, meta["num_replicas"])
@@ -172,6 +148,44 @@ def evaluate_run(
     found = [torch.cat(each).cpu() if each else torch.empty(0) for each in predictions]  # a rank may have no image
     different = sum(((other != found[0]) for other in found[1:]), torch.zeros(len(found[0]))) > 0
     return Evaluation(checkpoint, trained_in, accuracies, all_reduce_number(int(different.sum())))
+
+
+def _with_data(config: TrainConfig, data_root: str | None, device: torch.device) -> TrainConfig:
+    """Return `config` with the data as they are read here."""
+    data = config.data if data_root is None else dataclasses.replace(config.data, root=data_root)
+    if device.type != "cuda":  # a run that decoded on a GPU can be evaluated anywhere
+        data = dataclasses.replace(data, device="auto")
+    return dataclasses.replace(config, data=data)
+
+
+def _open_data(config: TrainConfig, checkpoint: Path, ranks: Ranks, *, was_named: bool) -> Dataset:
+    """Open the data of a run, unless they have other classes than those it was trained on."""
+    root = config.data.root
+    try:
+        dataset = open_dataset(config.data)
+    except ValueError as error:
+        if was_named:
+            raise
+        raise ValueError(f"{error}; if the data has another path than in the run, pass it as --data_root") from error
+    check_same_on_all_ranks(ranks, {f"the lists of images in {root} (sha256)": dataset.sha})
+    classes, trained = list(dataset.classes), read_meta(checkpoint)["classes"]
+    if classes != trained:
+        raise ValueError(
+            f"{root} has the classes {json.dumps(classes)[:200]}, the run was trained on {json.dumps(trained)[:200]}"
+        )
+    return dataset
+
+
+def _load_network(config: TrainConfig, checkpoint: Path, device: torch.device) -> nn.Module:
+    """Return the network of a checkpoint, unless values of it are not finite."""
+    model = create_model(config.model).to(device)
+    load_model(model, checkpoint)
+    if names := broken([*model.named_parameters(), *model.named_buffers()]):
+        raise FloatingPointError(
+            f"the network of {checkpoint} predicts nothing: values of {', '.join(names[:3])} are not finite; "
+            "evaluate an earlier checkpoint"
+        )
+    return model
 
 
 def in_precision(config: TrainConfig, precision: Precision) -> TrainConfig:

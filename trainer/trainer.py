@@ -129,7 +129,6 @@ class Trainer:
         )
         use_arithmetic(device, config.engine)
         self.num_replicas = self._resolve_replicas(resume_from)
-        self._num_micro_batches = self.num_replicas // ranks.world_size  # per step on this rank
         options = deepspeed_options(
             config.engine,
             global_batch_size=config.global_batch_size,
@@ -347,6 +346,11 @@ class Trainer:
         if self.ranks.is_main:
             self.observer.load([math.nan if each is None else each for each in resume_from.meta["meter"]])
         return step
+
+    @property
+    def _num_micro_batches(self) -> int:
+        """Micro-batches per step on this rank."""
+        return self.num_replicas // self.ranks.world_size
 
     @property
     def num_skipped_steps(self) -> int:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from bitfleet.launch.parsing.commands import MaybeCount, parse_with_run
+from bitfleet.launch.parsing.commands import MaybeCount, MaybeCountOrZero, parse_with_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +27,10 @@ class Export:
     other tools. qonnx: for FINN and other tools of FPGAs. c: source code for microcontrollers."""
     image_size: MaybeCount = None
     """Height and width of the images, pixels. Default: those of the run."""
-    precise_bn_steps: int | None = None
+    precise_bn_steps: MaybeCountOrZero = None
     """Measure BatchNorm's statistics on the training images of the last N steps before the
     checkpoint; 0: its running averages, which may lag behind the weights. Default: as the run
     validated."""
-
-    def __post_init__(self) -> None:
-        if self.precise_bn_steps is not None and self.precise_bn_steps < 0:
-            raise ValueError(f"precise_bn_steps must be at least 0, not {self.precise_bn_steps}")
 
 
 def export(arguments: Sequence[str]) -> None:

@@ -16,14 +16,14 @@ from bitfleet.trainer.run.user_paths import with_users_paths
 CONFIG = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
-def _number(kind: Callable[[str], float], metavar: str) -> Any:
+def _number(kind: Callable[[str], float], metavar: str, *, zero: bool = False) -> Any:
     def read(words: list[str]) -> float:
         try:
             number = kind(words[0])
         except ValueError:
-            number = 0
-        if not 0 < number < float("inf"):
-            raise ValueError(f"must be a positive number, not {words[0]!r}")
+            number = -1
+        if not (0 < number < float("inf") or (zero and number == 0)):
+            raise ValueError(f"must be a positive number{' or 0' * zero}, not {words[0]!r}")
         return number
 
     return PrimitiveConstructorSpec(
@@ -39,6 +39,8 @@ Count = Annotated[int, _number(int, "N")]
 """Positive whole number."""
 MaybeCount = Annotated[int | None, _number(int, "N")]
 """Positive whole number, or None if it is not given."""
+MaybeCountOrZero = Annotated[int | None, _number(int, "N", zero=True)]
+"""Whole number of at least 0, or None if it is not given."""
 MaybeDecimal = Annotated[float | None, _number(float, "X")]
 """Positive number, or None if it is not given."""
 

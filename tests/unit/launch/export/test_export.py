@@ -72,7 +72,7 @@ def test_refusals_name_the_fault(weights: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "cannot write" in refused(weights, tmp_path / "file" / "net", *OPTIONS)
     assert "is a file of weights" in refused(weights, output, "--precise_bn_steps", 3, *OPTIONS)
-    assert "at least 0, not -1" in refused(weights, output, "--precise_bn_steps", -1, *OPTIONS)
+    assert "a positive number or 0, not '-1'" in refused(weights, output, "--precise_bn_steps", -1, *OPTIONS)
     assert not output.exists()
 
 
