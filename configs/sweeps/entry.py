@@ -9,7 +9,17 @@ BASE = "cifar_small"
 """Configuration of the network, the data and the batch."""
 MIN_SEEDS = 10
 """Runs of an entry that counts."""
-FREE = ("name", "epochs", "seed", "optim.", "engine.", "metrics.", "model.compile", "model.initial_weights")
+FREE = (
+    "name",
+    "epochs",
+    "seed",
+    "optim.",
+    "engine.",
+    "metrics.",
+    "model.compile",
+    "model.initial_weights",
+    "precise_bn_steps",
+)
 """Fields, or their beginnings, that an entry chooses. Fields that say where and how a run is
 carried out (folders, threads, devices) are free as well."""
 

@@ -42,6 +42,8 @@ class Entry:
     """Rules that it breaks, a sentence each."""
     data_sha: str = ""
     """sha256 of the list of images; "" if no run has recorded it."""
+    precise_bn_steps: int | None = None
+    """Steps whose images give the BatchNorm statistics of a validation; None: running averages."""
 
 
 def read_entries(paths: Sequence[Path]) -> list[Entry]:
@@ -120,6 +122,7 @@ def _checked(path: Path, results: SweepResults) -> Entry:
             *_other_facts(results),
         ),
         data_sha=next(iter(_seeds_by(results, "data_sha")), ""),
+        precise_bn_steps=results.facts["config"].get("precise_bn_steps"),
     )
 
 
@@ -208,8 +211,8 @@ def ranking(entries: Sequence[Entry]) -> str:
 
     Of equal numbers of steps, as there are many where all runs arrive in their last epoch, the
     higher top-1 at the end comes first. p is that of Welch's t-test of the steps against the first;
-    entries with faults come last, without a place. After the faults: which entries had other images
-    than the first that has recorded its own.
+    entries with faults come last, without a place. After the faults: which entries validated with
+    precise BN, and which had other images than the first that has recorded its own.
     """
     ranked = sorted(entries, key=_place)
     rows = [["", "entry", "epochs", "n", f"steps to {TARGET:.0%}", "95 % interval", "p", "top-1 at the end, %"]]
@@ -230,6 +233,11 @@ def ranking(entries: Sequence[Entry]) -> str:
     faults = [f"{entry.path}: {fault}" for entry in ranked for fault in entry.faults]
     known = [entry for entry in ranked if entry.data_sha]
     remarks = [
+        f"{entry.title} was validated with the BatchNorm statistics of its last {entry.precise_bn_steps} steps"
+        for entry in ranked
+        if entry.precise_bn_steps
+    ]
+    remarks += [
         f"{entry.title} had another list of images than {known[0].title}: their places do not compare"
         for entry in known
         if entry.data_sha != known[0].data_sha

@@ -231,6 +231,14 @@ def test_of_equal_steps_the_higher_top1_comes_first(record: Record) -> None:
     assert second.split()[-3:] == ["71.00", "±", "0.00"]
 
 
+def test_precise_bn_is_named(record: Record) -> None:
+    own = read_entry(record("own", [4000] * 10))
+    precise = read_entry(record("precise", [4000] * 10, options=["--precise_bn_steps", "50"]))
+    assert precise.faults == ()
+    _, _, _, remark = ranking([own, precise]).splitlines()
+    assert remark == "a rule was validated with the BatchNorm statistics of its last 50 steps"
+
+
 def test_seeds_of_an_entry_may_be_in_several_folders(record: Record, tmp_path: Path) -> None:
     whole = read_entry(record())
     parts = []
