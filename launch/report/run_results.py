@@ -1,15 +1,29 @@
 """Read a run folder (config.json and metrics.jsonl) and summarize it."""
 
 import dataclasses
+import itertools
 import math
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bitfleet.launch.report.sweep_results import Curve, check_config, read_object
 from bitfleet.trainer.distillation import DistillConfig
 from bitfleet.trainer.metrics import JSONL, LossWatch, read_metrics
 from bitfleet.trainer.run.folder import CONFIG
+
+LEAST_DIP = 0.05
+"""Fall of top-1 that is told, beyond three standard deviations of the difference of two
+validations."""
+
+
+class Dip(NamedTuple):
+    """A fall of the validation's top-1."""
+
+    step: int
+    """Of the lower validation."""
+    fall: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,12 +118,38 @@ def answer(run: RunResults) -> list[str]:
     watch = LossWatch(int(run.config.get("model", {}).get("num_classes", 2)), scale=_loss_scale(run.config))
     warnings = [watch.sentence(int(step), loss) for step, loss in zip(*run.curve("train", "loss"), strict=True)]
     sentences += [f"{warning[0].upper()}{warning[1:]}." for warning in warnings if warning][-1:]
+    if not run.config.get("precise_bn_steps") and flips.values and (dip := largest_dip(run)):
+        sentences.append(
+            f"Validation fell by {100 * dip.fall:.0f} points at step {dip.step:,} while training did not: BatchNorm's "
+            "running averages may lag behind the flips (bitfleet evaluate CHECKPOINT --precise_bn_steps 50)."
+        )
     if flips.values:
         first, last_ratio = (
             f"{100 * ratio:.2g} %" if ratio else "none" for ratio in (flips.values[0], flips.values[-1])
         )
         sentences.append(f"The last logged step flipped {last_ratio} of the binary weights, the first one {first}.")
     return sentences
+
+
+def largest_dip(run: RunResults) -> Dip | None:
+    """Return the largest fall of top-1 from one validation to the next while the mean of training's
+    top-1 between validations did not fall; None without one beyond chance and `LEAST_DIP`."""
+    validation, training = run.curve("validation", "top1"), run.curve("train", "top1")
+    num_images = run.last("validation").get("num_images", 0)
+    least = max(LEAST_DIP, 3 * math.sqrt(0.5 / num_images)) if _is_number(num_images) and num_images > 0 else LEAST_DIP
+    between = [
+        [value for at, value in zip(*training, strict=True) if before < at <= step]
+        for before, step in itertools.pairwise((0.0, *validation.steps))
+    ]
+    means = [statistics.fmean(values) if values else math.nan for values in between]
+    dips = [
+        Dip(int(step), earlier - later)
+        for step, (earlier, later), (mean_before, mean) in zip(
+            validation.steps[1:], itertools.pairwise(validation.values), itertools.pairwise(means), strict=True
+        )
+        if earlier - later > least and mean >= mean_before
+    ]
+    return max(dips, key=lambda dip: dip.fall, default=None)
 
 
 def summary(run: RunResults) -> list[tuple[str, str]]:

@@ -89,6 +89,27 @@ def test_skipped_steps_and_a_grown_loss_are_told(tmp_path: Path) -> None:
     assert write_report([run], tmp_path / "page")[0].is_file()
 
 
+@pytest.mark.parametrize(
+    ("training", "num_images", "precise_bn_steps", "is_told"),
+    [
+        (0.8, 10_000, None, True),
+        (0.0, 10_000, None, False),  # training fell as well
+        (0.8, 50, None, False),  # 30 points of 50 images are within chance
+        (0.8, 10_000, 50, False),
+    ],
+)
+def test_a_validation_that_lags_behind_flips_is_told(
+    training: float, num_images: int, precise_bn_steps: int | None, is_told: bool, tmp_path: Path
+) -> None:
+    run = synthetic.run_folder(tmp_path / "run", 10)  # validated with 58 % after step 80
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "train", "step": 110, "loss": 1, "top1": training}) + "\n")
+        file.write(json.dumps({"kind": "validation", "step": 120, "top1": 0.28, "num_images": num_images}) + "\n")
+    results = read_run(run)
+    results.facts["config"]["precise_bn_steps"] = precise_bn_steps
+    assert ("Validation fell by 30 points at step 120 while training did not" in " ".join(answer(results))) == is_told
+
+
 def test_a_run_that_skipped_every_step_has_a_page(tmp_path: Path) -> None:
     run = synthetic.run_folder(tmp_path / "run", 0)
     line = {"kind": "train", "step": 10, "loss": None, "top1": None, "epoch": 0.25, "skipped_steps": 10}
