@@ -11,7 +11,7 @@ from bitfleet.optim import binary_rules
 RUNS = {
     "blocks": 24,
     "cifar_length": 25,
-    "cifar_precise_bn": 12,
+    "cifar_precise_bn": 15,
     "cifar_precision": 18,
     "cifar_rules": 40,
     "cifar_settings": 20,
