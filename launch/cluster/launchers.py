@@ -194,6 +194,8 @@ def print_slurm(request: Request) -> Printed:
     """Print `sbatch launch/cluster/slurm.sh`."""
     gpus = _even_slots(request, "slurm")
     words = ["sbatch", "--nodes", str(len(request.hosts)), "--ntasks-per-node", str(gpus), "--gpus-per-node", str(gpus)]
+    if request.hosts[0].name:
+        words += ["--nodelist", ",".join(host.name for host in request.hosts)]
     return Printed(
         (shlex.join([*words, str(FILES / "slurm.sh"), *request.arguments]),),
         (
@@ -213,6 +215,7 @@ def print_kubernetes(request: Request) -> Printed:
     gpus = _even_slots(request, "kubernetes")
     continues = any(word.partition("=")[0] == "--resume" for word in request.arguments)
     arguments = [*request.arguments, *([] if continues else ["--resume", "auto"])]  # a pod that saved starts again
+    elsewhere = "Kubernetes chooses the nodes, not the hostfile; nodeAffinity in the file of the job names them"
     return Printed(
         (
             f"# in {FILES / 'kubernetes.yaml'}:",
@@ -225,6 +228,7 @@ def print_kubernetes(request: Request) -> Printed:
             "an image of `docker build -f launch/cluster/container/Dockerfile -t NAME .`, pushed to a registry",
             "a volume claim `bitfleet` for the data and --run_dir that all pods may write (ReadWriteMany)",
             "Kubernetes 1.31 or newer (podFailurePolicy)",
+            *([elsewhere] if request.hosts[0].name else []),
         ),
     )
 

@@ -102,6 +102,14 @@ def test_slurm_and_kubernetes_name_their_files() -> None:
     assert "completions, parallelism: 4" in str(printed)
 
 
+def test_nodes_of_a_hostfile(hostfile: str) -> None:
+    request, _ = read_request(["--hostfile", hostfile, *RUN], "slurm")
+    (line,) = PRINTERS["slurm"](request).lines
+    sbatch = "sbatch --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 --nodelist node1,node2 ".split()
+    assert words(line)[: len(sbatch)] == sbatch
+    assert "not the hostfile" in PRINTERS["kubernetes"](request).assumptions[-1]
+
+
 def test_pods_continue_and_their_arguments_are_yaml() -> None:
     run = ["--config", "fashion_quickstart", "--run_dir", '/shared/it\'s "a" run']
     for more, expected in (([], [*run, "--resume", "auto"]), (["--resume=auto"], [*run, "--resume=auto"])):
