@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,7 +139,8 @@ def evaluate_run(
             print(f"bitfleet: {remark}", file=sys.stderr, flush=True)
         now = in_precision(config, precision)
         use_arithmetic(device, now.engine)
-        with statistics.precise(model, recent, functools.partial(predict, model, now, device)):
+        measured = statistics.precise(model, recent, functools.partial(predict, model, now, device))
+        with threads_of_run(meta), measured:
             predictions.append([])
             hook = model.register_forward_hook(lambda module, images, logits: predictions[-1].append(logits.argmax(1)))
             accuracy = validate(model, loader, now, device)
@@ -192,6 +194,18 @@ def in_precision(config: TrainConfig, precision: Precision) -> TrainConfig:
     """Return `config` with a precision that need not be the run's."""
     # fp16 needs sharding "bits" for the gradients, of which there are none.
     return dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision, sharding="bits"))
+
+
+@contextmanager
+def threads_of_run(meta: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, torch has the CPU threads of the run whose checkpoint has `meta`: how BatchNorm sums
+    a batch depends on them, and signs on the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(meta["num_threads"])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def images_before(

@@ -25,7 +25,7 @@ from bitfleet.trainer.checkpoint import load_initial_weights, load_model, read_m
 from bitfleet.trainer.config import TrainConfig, read_config
 from bitfleet.trainer.data import DataConfig, normalize, open_dataset
 from bitfleet.trainer.engine.batchnorm_statistics import RunningStatistics
-from bitfleet.trainer.evaluate import images_before, in_precision, predict
+from bitfleet.trainer.evaluate import images_before, in_precision, predict, threads_of_run
 from bitfleet.trainer.metrics import read_metrics
 from bitfleet.trainer.ranks.collectives import group_of_one
 from bitfleet.trainer.run.files import written_atomically
@@ -191,7 +191,7 @@ def _measure_statistics(model: nn.Module, config: TrainConfig, meta: Mapping[str
             f"{error}; BatchNorm's statistics are measured on training images of the run, unless you pass "
             "--precise_bn_steps 0"
         ) from error
-    with group_of_one() as alone:
+    with group_of_one() as alone, threads_of_run(meta):
         steps = images_before(meta, config, dataset, num_steps, alone, cpu)
         RunningStatistics(model, meta["num_replicas"]).measure(
             model, steps, functools.partial(predict, model, config, cpu)

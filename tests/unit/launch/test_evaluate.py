@@ -11,7 +11,7 @@ from bitfleet.launch.checkpoint.tools import find
 from bitfleet.launch.evaluate import format_evaluation
 from bitfleet.trainer.config import to_dict
 from bitfleet.trainer.data import DataConfig
-from bitfleet.trainer.evaluate import Evaluation, evaluate_run
+from bitfleet.trainer.evaluate import Evaluation, evaluate_run, threads_of_run
 from bitfleet.trainer.metrics import Accuracy
 from bitfleet.trainer.ranks.collectives import Ranks
 from bitfleet.trainer.run.folder import write_config
@@ -49,6 +49,13 @@ def test_several_are_compared() -> None:
     ]
     three = Evaluation(PLACE, "bf16", {"fp32": GOOD, "bf16": OTHER, "fp16": GOOD}, 3)
     assert lines(three)[-1] == "3 of 50,000 predictions differ among fp32, bf16, fp16"
+
+
+def test_it_computes_with_the_threads_of_the_run() -> None:
+    before = torch.get_num_threads()
+    with threads_of_run({"num_threads": before + 1}):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
 
 
 def test_data_that_is_elsewhere_now_can_be_named(tmp_path: Path) -> None:
