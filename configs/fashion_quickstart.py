@@ -4,7 +4,7 @@ paper      none; the schedules are those of birealnet18_imagenet (arXiv 2104.051
            run
 machine    2 CPU cores
 hours      0.05
-expected   88 % top-1
+expected   88 to 89 % top-1
 command    deepspeed --num_accelerators 2 launch/train.py --config fashion_quickstart
 """
 
@@ -20,6 +20,7 @@ def config() -> TrainConfig:
         name="fashion_quickstart",
         epochs=24,
         global_batch_size=128,
+        precise_bn_steps=10,  # running averages lag behind flips: the end scattered between 86 and 89 %
         model=ModelConfig(name="birealnet_small", width=32, num_classes=10),  # 294,912 binary weights
         data=DataConfig(
             root="fashion-mnist",
