@@ -232,6 +232,11 @@ def images_before(
     Raises:
         ValueError: the ranks do not divide the replicas, or an image cannot be read.
     """
+    if meta["num_replicas"] % ranks.world_size:
+        raise ValueError(
+            f"BatchNorm's statistics of {meta['num_replicas']} replicas are measured on a number of ranks that divides "
+            f"it, not on {ranks.world_size}: start fewer, or pass --precise_bn_steps 0"
+        )
     loader = TrainLoader(
         dataset,
         dataclasses.replace(config.data, loader=decoder_of(config.data)),  # a few do not need all in memory

@@ -20,7 +20,7 @@ KINDS = ("train", "validation")
 @pytest.fixture(scope="module")
 def options(tiny: list[str]) -> list[str]:
     further = "--num_replicas 4 --num_threads 1 --metrics.diagnostics True --resume auto --journal.enabled True"
-    return [*tiny, *further.split(), "--model.initial_weights", "real"]
+    return [*tiny, *further.split(), *"--model.initial_weights real --precise_bn_steps None".split()]
 
 
 @pytest.fixture(scope="module")

@@ -182,14 +182,18 @@ def test_evaluate_counts_every_image_once(num_ranks: int, straight: tuple[Path, 
     """28 images on 3 ranks in batches of 100: one rank has fewer; the output is the validation of
     the run."""
     run, _ = straight
-    alone = run_bitfleet("evaluate", checkpoints(run)[-1])
-    options = ["--precision", "fp32", "fp32"] if num_ranks == 3 else []
+    options = ["--precise_bn_steps", "0", "--precision", "fp32", "fp32"] if num_ranks == 3 else []
+    alone = run_bitfleet("evaluate", checkpoints(run)[-1], *options)
     done = alone if num_ranks == 1 else run_ranks(num_ranks, "launch/evaluate.py", run, *options)
     assert done.returncode == 0, done.stdout
     accuracy = [line for line in done.stdout.splitlines() if line.startswith("top-1")]
     assert len(accuracy) == 1, done.stdout
     assert accuracy[0].endswith("28 images")
     assert accuracy[0] in alone.stdout
+
+
+def test_statistics_of_two_replicas_are_not_measured_on_three_ranks(straight: tuple[Path, str]) -> None:
+    failed(run_ranks(3, "launch/evaluate.py", straight[0]), "2 replicas", "not on 3", "--precise_bn_steps 0")
 
 
 def test_bad_option_ends_the_whole_job_with_one_sentence(deepspeed: Launch, tiny: list[str]) -> None:
