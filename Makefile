@@ -15,7 +15,7 @@ TESTS = $(if $(TORCH),tests/unit tests/numerics tests/distributed)
 
 .PHONY: train test test-slow test-gpu lint types format setup libbitfleet_packed clean
 
-# The main job: a small Bi-Real Net on the embedded images, three minutes on two cores. Options: make train ARGS="--epochs 4"
+# The main job: a small Bi-Real Net on the embedded images, three to five minutes on two cores. Options: make train ARGS="--epochs 4"
 train: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_accelerators $(ACCELERATORS) launch/train.py --config fashion_quickstart $(ARGS)
 

@@ -1,10 +1,10 @@
-"""A small Bi-Real Net on the embedded Fashion-MNIST subset: the whole of bitfleet in three minutes.
+"""A small Bi-Real Net on the embedded Fashion-MNIST subset: the whole of bitfleet in minutes.
 
 paper      none; the schedules are those of birealnet18_imagenet (arXiv 2104.05124), scaled to the
            run
 machine    2 CPU cores
 hours      0.05
-expected   88 to 89 % top-1
+expected   88 % top-1
 command    deepspeed --num_accelerators 2 launch/train.py --config fashion_quickstart
 """
 
