@@ -1,11 +1,13 @@
 """Register networks with timm, and look up the options that a network takes."""
 
+import functools
 import inspect
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import timm
+from timm.models import FeatureListNet
 from timm.models import register_model as timm_register_model
 from torch import nn
 
@@ -13,8 +15,27 @@ ModelFunction = TypeVar("ModelFunction", bound=Callable[..., nn.Module])
 
 
 def register_model(function: ModelFunction) -> ModelFunction:
-    """Make `timm.create_model(function.__name__)` call `function`."""
-    timm_register_model(function)
+    """Make `timm.create_model(function.__name__)` call `function`.
+
+    With `features_only=True` timm's FeatureListNet around the network returns a list: the output of
+    each stage, or of those in `out_indices`.
+    """
+
+    @functools.wraps(function)
+    def create(
+        pretrained: bool = False, features_only: bool = False, out_indices: Sequence[int] | None = None, **options: Any
+    ) -> nn.Module:
+        network = function(pretrained, **options)
+        if not features_only:
+            return network
+        stages = getattr(network, "feature_info", None)
+        if stages is None:
+            raise ValueError(f"{function.__name__}: features_only=True, but it has no stages; use forward_features")
+        out_indices = tuple(range(len(stages)) if out_indices is None else out_indices)
+        backbone: nn.Module = FeatureListNet(network, out_indices, flatten_sequential=True)
+        return backbone
+
+    timm_register_model(create)
     return function
 
 

@@ -6,13 +6,15 @@ without scale: logits and the gradients of all other parameters are equal, the g
 weight is that of a latent weight within +-1. The first layer sees the real image.
 """
 
+import functools
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
-from bitfleet.models.layers.quantizers import Binarizer, quantizer_of
+from bitfleet.models.layers.quantizers import Binarizer, Quantizer, quantizer_of
 from bitfleet.models.layers.real_layers import BatchNorm
+from bitfleet.models.networks.plain_net import PlainNet
 from bitfleet.models.registry import model_options, register_model
 
 
@@ -20,7 +22,11 @@ def _norm(num_channels: int) -> BatchNorm:
     return BatchNorm(num_channels, momentum=0.9, eps=1e-3, scale=False)
 
 
-class BinaryAlexNet(nn.Module):
+def _dense(quantizer: Quantizer, in_features: int, out_features: int) -> list[nn.Module]:
+    return [QuantLinear(in_features, out_features, input_quantizer=quantizer), _norm(out_features)]
+
+
+class BinaryAlexNet(PlainNet):
     """BinaryAlexNet for images of 224x224 pixels.
 
     Args:
@@ -29,19 +35,14 @@ class BinaryAlexNet(nn.Module):
         binarizer: quantizer of the features: "ste", "wide_ste", "approx" or "hardtanh_tanh".
     """
 
-    compiled_apart = ("features", "classifier")
-    """Compiled separately: gradients of the classifier travel during backward of the features."""
-
     def __init__(self, *, num_classes: int = 1000, in_chans: int = 3, binarizer: Binarizer = "ste") -> None:
-        super().__init__()
-        self.num_classes = num_classes
         quantizer = quantizer_of(binarizer)
 
         def conv(in_channels: int, out_channels: int, kernel_size: int, *, pool: bool = False) -> list[nn.Module]:
             layer = QuantConv2d(in_channels, out_channels, kernel_size, input_quantizer=quantizer)
             return [layer, *([nn.MaxPool2d(3, 2)] if pool else []), _norm(out_channels)]
 
-        self.features = nn.Sequential(
+        features = nn.Sequential(
             QuantConv2d(in_chans, 64, 11, 4, input_quantizer=None),
             nn.MaxPool2d(3, 2),
             _norm(64),
@@ -50,19 +51,17 @@ class BinaryAlexNet(nn.Module):
             *conv(384, 384, 3),
             *conv(384, 256, 3, pool=True),
         )
-        layers: list[nn.Module] = [nn.Flatten()]
-        for in_features, out_features in ((256 * 6 * 6, 4096), (4096, 4096), (4096, num_classes)):
-            layers.append(QuantLinear(in_features, out_features, input_quantizer=quantizer))
-            layers.append(_norm(out_features))
-        self.classifier = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [N, in_chans, 224, 224] -> logits [N, num_classes]."""
-        features: Tensor = self.features(x)
-        if features.shape[2:] != (6, 6):
-            raise ValueError(f"binary_alexnet got images of {x.shape[2]}x{x.shape[3]} pixels; expected 224x224")
-        logits: Tensor = self.classifier(features)
-        return logits
+        dense = functools.partial(_dense, quantizer)
+        super().__init__(
+            "binary_alexnet",
+            features,
+            [nn.Flatten(), *dense(256 * 6 * 6, 4096), *dense(4096, 4096)],
+            functools.partial(dense, 4096),
+            num_features=4096,
+            num_classes=num_classes,
+            image_size=224,
+            feature_size=6,
+        )
 
 
 @register_model

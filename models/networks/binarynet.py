@@ -7,13 +7,15 @@ first layer sees the real image. BatchNorms learn only an offset (3,850 values);
 the code's master branch, a factor and an offset (7,700).
 """
 
+import functools
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from bitfleet.models.layers.layers import QuantConv2d, QuantLinear
-from bitfleet.models.layers.quantizers import Binarizer, quantizer_of
+from bitfleet.models.layers.quantizers import Binarizer, Quantizer, quantizer_of
 from bitfleet.models.layers.real_layers import Norm, normalization
+from bitfleet.models.networks.plain_net import PlainNet
 from bitfleet.models.registry import check_sizes, model_options, register_model
 
 
@@ -21,7 +23,11 @@ def _norm(kind: Norm, num_channels: int) -> nn.Module:
     return normalization(kind, num_channels, momentum=0.99, eps=1e-3, scale=kind != "batch")
 
 
-class BinaryNet(nn.Module):
+def _dense(kind: Norm, quantizer: Quantizer, in_features: int, out_features: int) -> list[nn.Module]:
+    return [QuantLinear(in_features, out_features, input_quantizer=quantizer), _norm(kind, out_features)]
+
+
+class BinaryNet(PlainNet):
     """BinaryNet for images of 32x32 pixels.
 
     Args:
@@ -36,9 +42,6 @@ class BinaryNet(nn.Module):
         ValueError: a width below 1.
     """
 
-    compiled_apart = ("features", "classifier")
-    """Compiled separately: gradients of the classifier travel during backward of the features."""
-
     def __init__(
         self,
         *,
@@ -48,9 +51,7 @@ class BinaryNet(nn.Module):
         binarizer: Binarizer = "ste",
         width: int = 128,
     ) -> None:
-        super().__init__()
         check_sizes(width)
-        self.num_classes = num_classes
         quantizer = quantizer_of(binarizer)
 
         def conv(
@@ -65,7 +66,7 @@ class BinaryNet(nn.Module):
             layer = QuantConv2d(in_channels, out_channels, 3, padding=padding, input_quantizer=input_quantizer)
             return [layer, *([nn.MaxPool2d(2)] if pool else []), _norm(norm, out_channels)]
 
-        self.features = nn.Sequential(
+        features = nn.Sequential(
             *conv(in_chans, width, padding="valid", first=True),
             *conv(width, width, pool=True),
             *conv(width, 2 * width),
@@ -73,23 +74,17 @@ class BinaryNet(nn.Module):
             *conv(2 * width, 4 * width),
             *conv(4 * width, 4 * width, pool=True),
         )
-        layers: list[nn.Module] = [nn.Flatten()]
-        for in_features, out_features in (
-            (4 * width * 3 * 3, 8 * width),
-            (8 * width, 8 * width),
-            (8 * width, num_classes),
-        ):
-            layers.append(QuantLinear(in_features, out_features, input_quantizer=quantizer))
-            layers.append(_norm(norm, out_features))
-        self.classifier = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [N, in_chans, 32, 32] -> logits [N, num_classes]."""
-        features: Tensor = self.features(x)
-        if features.shape[2:] != (3, 3):
-            raise ValueError(f"binarynet got images of {x.shape[2]}x{x.shape[3]} pixels; expected 32x32")
-        logits: Tensor = self.classifier(features)
-        return logits
+        dense = functools.partial(_dense, norm, quantizer)
+        super().__init__(
+            "binarynet",
+            features,
+            [nn.Flatten(), *dense(4 * width * 3 * 3, 8 * width), *dense(8 * width, 8 * width)],
+            functools.partial(dense, 8 * width),
+            num_features=8 * width,
+            num_classes=num_classes,
+            image_size=32,
+            feature_size=3,
+        )
 
 
 @register_model

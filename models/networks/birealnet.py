@@ -21,6 +21,7 @@ from bitfleet.models.layers.real_layers import (
     glorot_uniform_,
     normalization,
 )
+from bitfleet.models.networks.residual_net import ResidualNet, Stage
 from bitfleet.models.registry import check_sizes, model_options, register_model
 
 Residual = Literal["single", "double"]
@@ -78,7 +79,7 @@ class _Pair(nn.Module):
         return convolved + shortcut
 
 
-class BiRealNet(nn.Module):
+class BiRealNet(ResidualNet):
     """Bi-Real Net of any width and depth.
 
     Args:
@@ -111,7 +112,6 @@ class BiRealNet(nn.Module):
         binarizer: Binarizer = "approx",
         residual: Residual = "double",
     ) -> None:
-        super().__init__()
         check_sizes(width, depths)
         if residual not in ("single", "double"):
             raise ValueError(f'residual is {residual!r}; expected "single" or "double"')
@@ -121,31 +121,25 @@ class BiRealNet(nn.Module):
             )
         if stem not in ("imagenet", "small"):
             raise ValueError(f'stem is {stem!r}; expected "imagenet" or "small"')
-        self.num_classes, self.residual = num_classes, residual
         large = stem == "imagenet"
-        self.stem = nn.Sequential(
+        layers = nn.Sequential(
             SameConv2d(in_chans, width, 7 if large else 3, 2 if large else 1, initializer=glorot_normal_),
             _norm(norm, width),
             SameMaxPool2d(3 if large else 2, 2),
         )
         quantizer, channels = quantizer_of(binarizer), width
-        blocks = []
+        stages = []
         for stage, depth in enumerate(depths):
+            blocks = []
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
                 blocks.append(_Block(channels, width * 2**stage, stride, norm, quantizer))
                 channels = width * 2**stage
-        pairs = [_Pair(first, second) for first, second in zip(blocks[::2], blocks[1::2], strict=False)]
-        self.blocks = nn.Sequential(*(blocks if residual == "double" else pairs))
-        self.head = nn.Linear(channels, num_classes)
-        glorot_uniform_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [N, in_chans, H, W] -> logits [N, num_classes]."""
-        features: Tensor = self.blocks(self.stem(x))
-        logits: Tensor = self.head(features.mean((2, 3)))
-        return logits
+            pairs = [_Pair(first, second) for first, second in zip(blocks[::2], blocks[1::2], strict=False)]
+            modules = blocks if residual == "double" else pairs
+            stages.append(Stage(blocks=modules, channels=channels, reduction=(4 if large else 2) * 2**stage))
+        super().__init__(layers, stages, num_classes=num_classes, initializer=glorot_uniform_)
+        self.residual = residual
 
 
 @register_model

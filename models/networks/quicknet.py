@@ -24,6 +24,7 @@ from bitfleet.models.layers.real_layers import (
     glorot_normal_,
     he_normal_,
 )
+from bitfleet.models.networks.residual_net import ResidualNet, Stage
 from bitfleet.models.registry import model_options, register_model
 
 
@@ -50,7 +51,7 @@ class _Block(nn.Module):
         return normalized + x
 
 
-class QuickNet(nn.Module):
+class QuickNet(ResidualNet):
     """QuickNet of any size, for images of at least 32 pixels.
 
     Args:
@@ -76,14 +77,12 @@ class QuickNet(nn.Module):
         in_chans: int = 3,
         binarizer: Binarizer = "wide_ste",
     ) -> None:
-        super().__init__()
         if width < 1 or width % 4:
             raise ValueError(f"width is {width}; expected a multiple of 4")
         if not depths or min(depths) < 1 or len(depths) > len(factors):
             raise ValueError(f"depths are {depths}; expected 1 to {len(factors)} numbers of at least 1")
-        self.num_classes = num_classes
         channels = width * factors[0]
-        self.stem = nn.Sequential(
+        stem = nn.Sequential(
             SameConv2d(in_chans, channels // 4, 3, 2, initializer=he_normal_),
             _stem_norm(channels // 4),
             nn.ReLU(inplace=True),
@@ -93,22 +92,15 @@ class QuickNet(nn.Module):
             _stem_norm(channels),
         )
         quantizer = quantizer_of(binarizer)
-        layers: list[nn.Module] = []
+        stages = []
         for stage, (factor, depth) in enumerate(zip(factors, depths, strict=False)):
+            blocks: list[nn.Module] = []
             if stage > 0:
-                layers.append(_transition(channels, width * factor))
+                blocks.append(_transition(channels, width * factor))
                 channels = width * factor
-            layers += [_Block(channels, quantizer) for _ in range(depth)]
-        self.blocks = nn.Sequential(*layers)
-        self.head = nn.Linear(channels, num_classes)
-        glorot_normal_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [N, in_chans, H, W] -> logits [N, num_classes]."""
-        features: Tensor = self.blocks(self.stem(x))
-        logits: Tensor = self.head(features.relu().mean((2, 3)))
-        return logits
+            blocks += [_Block(channels, quantizer) for _ in range(depth)]
+            stages.append(Stage(blocks=blocks, channels=channels, reduction=4 * 2**stage))
+        super().__init__(stem, stages, num_classes=num_classes, initializer=glorot_normal_, relu=True)
 
 
 def _transition(in_channels: int, out_channels: int) -> nn.Sequential:

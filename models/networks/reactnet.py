@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from bitfleet.models.layers.layers import QuantConv2d
 from bitfleet.models.layers.quantizers import Binarizer, Quantizer, quantizer_of
 from bitfleet.models.layers.real_layers import BatchNorm, ChannelBias, RPReLU, SameAvgPool2d, glorot_normal_
+from bitfleet.models.networks.residual_net import ResidualNet, Stage
 from bitfleet.models.registry import check_sizes, model_options, register_model
 
 
@@ -78,7 +79,7 @@ class _Block(nn.Module):
         return activated
 
 
-class ReActNet(nn.Module):
+class ReActNet(ResidualNet):
     """ReActNet-18, of any width and depth.
 
     Args:
@@ -104,13 +105,11 @@ class ReActNet(nn.Module):
         in_chans: int = 3,
         binarizer: Binarizer = "approx",
     ) -> None:
-        super().__init__()
         check_sizes(width, depths)
         if stem not in ("imagenet", "small"):
             raise ValueError(f'stem is {stem!r}; expected "imagenet" or "small"')
-        self.num_classes = num_classes
         large = stem == "imagenet"
-        self.stem = nn.Sequential(
+        layers = nn.Sequential(
             nn.Conv2d(in_chans, width, 7, 2, 3, bias=False)
             if large
             else nn.Conv2d(in_chans, width, 3, 1, 1, bias=False),
@@ -118,20 +117,15 @@ class ReActNet(nn.Module):
             nn.MaxPool2d(3, 2, 1) if large else nn.MaxPool2d(2),
         )
         quantizer, channels = quantizer_of(binarizer), width
-        blocks = []
+        stages = []
         for stage, depth in enumerate(depths):
+            blocks = []
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
                 blocks.append(_Block(channels, width * 2**stage, stride, quantizer))
                 channels = width * 2**stage
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(channels, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [N, in_chans, H, W] -> logits [N, num_classes]."""
-        features: Tensor = self.blocks(self.stem(x))
-        logits: Tensor = self.head(features.mean((2, 3)))
-        return logits
+            stages.append(Stage(blocks=blocks, channels=channels, reduction=(4 if large else 2) * 2**stage))
+        super().__init__(layers, stages, num_classes=num_classes)
 
 
 class _Separable(nn.Module):
@@ -158,7 +152,7 @@ class _Separable(nn.Module):
         return activated
 
 
-class ReActNetA(nn.Module):
+class ReActNetA(ResidualNet):
     """ReActNet-A: the channels of MobileNet, but full 3x3 convolutions instead of depthwise ones.
 
     Args:
@@ -174,25 +168,18 @@ class ReActNetA(nn.Module):
     def __init__(
         self, *, width: int = 32, num_classes: int = 1000, in_chans: int = 3, binarizer: Binarizer = "approx"
     ) -> None:
-        super().__init__()
         check_sizes(width)
-        self.num_classes = num_classes
-        self.stem = nn.Sequential(nn.Conv2d(in_chans, width, 3, 2, 1, bias=False), _norm(width))
+        stem = nn.Sequential(nn.Conv2d(in_chans, width, 3, 2, 1, bias=False), _norm(width))
         quantizer, channels = quantizer_of(binarizer), width
-        blocks = []
+        stages = []
         for factor, depth in ((2, 1), (4, 2), (8, 2), (16, 6), (32, 2)):
+            blocks = []
             for index in range(depth):
                 stride = 2 if factor > 2 and index == 0 else 1
                 blocks.append(_Separable(channels, width * factor, stride, quantizer))
                 channels = width * factor
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(channels, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [N, in_chans, H, W] -> logits [N, num_classes]."""
-        features: Tensor = self.blocks(self.stem(x))
-        logits: Tensor = self.head(features.mean((2, 3)))
-        return logits
+            stages.append(Stage(blocks=blocks, channels=channels, reduction=factor))
+        super().__init__(stem, stages, num_classes=num_classes)
 
 
 @register_model

@@ -23,6 +23,7 @@ from bitfleet.models.layers.real_layers import (
     glorot_uniform_,
     he_normal_,
 )
+from bitfleet.models.networks.residual_net import ResidualNet, Stage
 from bitfleet.models.registry import check_sizes, model_options, register_model
 
 
@@ -70,7 +71,7 @@ class _Block(nn.Module):
         return activated + shortcut
 
 
-class RealToBinary(nn.Module):
+class RealToBinary(ResidualNet):
     """Real-to-Binary network of any width and depth.
 
     Args:
@@ -93,32 +94,23 @@ class RealToBinary(nn.Module):
         in_chans: int = 3,
         binarizer: Binarizer = "ste",
     ) -> None:
-        super().__init__()
         check_sizes(width, depths, least_width=8)
-        self.num_classes = num_classes
-        self.stem = nn.Sequential(
+        stem = nn.Sequential(
             SameConv2d(in_chans, width, 7, 2, initializer=glorot_normal_),
             _norm(width),
             nn.PReLU(width, init=0.0),
             SameMaxPool2d(3, 2),
         )
         quantizer, channels = quantizer_of(binarizer), width
-        blocks = []
+        stages = []
         for stage, depth in enumerate(depths):
+            blocks = []
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
                 blocks.append(_Block(channels, width * 2**stage, stride, quantizer))
                 channels = width * 2**stage
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(channels, num_classes)
-        glorot_uniform_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [N, in_chans, H, W] -> logits [N, num_classes]."""
-        features: Tensor = self.blocks(self.stem(x))
-        logits: Tensor = self.head(features.mean((2, 3)))
-        return logits
+            stages.append(Stage(blocks=blocks, channels=channels, reduction=4 * 2**stage))
+        super().__init__(stem, stages, num_classes=num_classes, initializer=glorot_uniform_)
 
 
 @register_model

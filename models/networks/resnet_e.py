@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bitfleet.models.layers.layers import QuantConv2d
 from bitfleet.models.layers.quantizers import Binarizer, Quantizer, quantizer_of
 from bitfleet.models.layers.real_layers import BatchNorm, SameConv2d, SameMaxPool2d, glorot_normal_, he_normal_
+from bitfleet.models.networks.residual_net import ResidualNet, Stage
 from bitfleet.models.registry import check_sizes, model_options, register_model
 
 
@@ -41,7 +42,7 @@ class _Block(nn.Module):
         return convolved + shortcut
 
 
-class BinaryResNetE(nn.Module):
+class BinaryResNetE(ResidualNet):
     """BinaryResNetE of any width and depth.
 
     Args:
@@ -67,14 +68,12 @@ class BinaryResNetE(nn.Module):
         in_chans: int = 3,
         binarizer: Binarizer = "wide_ste",
     ) -> None:
-        super().__init__()
         check_sizes(width, depths)
         if stem not in ("imagenet", "small"):
             raise ValueError(f'stem is {stem!r}; expected "imagenet" or "small"')
-        self.num_classes = num_classes
-        self.stem = nn.Sequential(SameConv2d(in_chans, width, 3, initializer=he_normal_))
+        layers = nn.Sequential(SameConv2d(in_chans, width, 3, initializer=he_normal_))
         if stem == "imagenet":
-            self.stem = nn.Sequential(
+            layers = nn.Sequential(
                 SameConv2d(in_chans, width, 7, 2, initializer=he_normal_),
                 _norm(width),
                 nn.ReLU(inplace=True),
@@ -82,22 +81,17 @@ class BinaryResNetE(nn.Module):
                 _norm(width),
             )
         quantizer, channels = quantizer_of(binarizer), width
-        blocks = []
+        stages = []
         for stage, depth in enumerate(depths):
+            blocks = []
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
                 blocks.append(_Block(channels, width * 2**stage, stride, quantizer))
                 channels = width * 2**stage
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(channels, num_classes)
-        glorot_normal_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [N, in_chans, H, W] -> logits [N, num_classes]."""
-        features: Tensor = self.blocks(self.stem(x))
-        logits: Tensor = self.head(features.relu().mean((2, 3)))
-        return logits
+            stages.append(
+                Stage(blocks=blocks, channels=channels, reduction=(4 if stem == "imagenet" else 1) * 2**stage)
+            )
+        super().__init__(layers, stages, num_classes=num_classes, initializer=glorot_normal_, relu=True)
 
 
 @register_model

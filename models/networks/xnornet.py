@@ -5,17 +5,25 @@ ECCV 2016, arXiv 1603.05279. Layers and constants follow the code published with
 2104.05124): no weight scales, biases or dropout, and zeros padded after the sign.
 """
 
+import functools
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from bitfleet.models.layers.layers import QuantConv2d
 from bitfleet.models.layers.quantizers import Binarizer, quantizer_of
 from bitfleet.models.layers.real_layers import Norm, SameConv2d, glorot_uniform_, normalization
+from bitfleet.models.networks.plain_net import PlainNet
 from bitfleet.models.registry import model_options, register_model
 
 
-class XNORNet(nn.Module):
+def _last_layers(num_features: int, num_classes: int) -> list[nn.Module]:
+    layer = nn.Linear(num_features, num_classes, bias=False)
+    glorot_uniform_(layer.weight)
+    return [layer]
+
+
+class XNORNet(PlainNet):
     """XNOR-Net for images of 224x224 pixels.
 
     Args:
@@ -25,14 +33,9 @@ class XNORNet(nn.Module):
         binarizer: quantizer of the features: "ste", "wide_ste", "approx" or "hardtanh_tanh".
     """
 
-    compiled_apart = ("features", "classifier")
-    """Compiled separately: gradients of the classifier travel during backward of the features."""
-
     def __init__(
         self, *, num_classes: int = 1000, norm: Norm = "batch", in_chans: int = 3, binarizer: Binarizer = "ste"
     ) -> None:
-        super().__init__()
-        self.num_classes = num_classes
         quantizer = quantizer_of(binarizer)
 
         def conv(
@@ -41,7 +44,7 @@ class XNORNet(nn.Module):
             layer = QuantConv2d(in_channels, out_channels, kernel_size, padding=padding, input_quantizer=quantizer)
             return [normalization(norm, in_channels, momentum=0.9, eps=1e-4), layer]
 
-        self.features = nn.Sequential(
+        features = nn.Sequential(
             SameConv2d(in_chans, 96, 11, 4),
             normalization(norm, 96, momentum=0.9, eps=1e-5),
             nn.ReLU(inplace=True),
@@ -53,25 +56,23 @@ class XNORNet(nn.Module):
             *conv(384, 256, 3),
             nn.MaxPool2d(3, 2),
         )
-        self.classifier = nn.Sequential(
+        hidden = [
             *conv(256, 4096, 6, "valid"),
             *conv(4096, 4096, 1, "valid"),
             normalization(norm, 4096, momentum=0.9, eps=1e-3),
             nn.ReLU(inplace=True),
             nn.Flatten(),
-            nn.Linear(4096, num_classes, bias=False),
+        ]
+        super().__init__(
+            "xnornet",
+            features,
+            hidden,
+            functools.partial(_last_layers, 4096),
+            num_features=4096,
+            num_classes=num_classes,
+            image_size=224,
+            feature_size=6,
         )
-        head = self.classifier[-1]
-        assert isinstance(head, nn.Linear)
-        glorot_uniform_(head.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [N, in_chans, 224, 224] -> logits [N, num_classes]."""
-        features: Tensor = self.features(x)
-        if features.shape[2:] != (6, 6):
-            raise ValueError(f"xnornet got images of {x.shape[2]}x{x.shape[3]} pixels; expected 224x224")
-        logits: Tensor = self.classifier(features)
-        return logits
 
 
 @register_model

@@ -63,6 +63,9 @@ assert source.layout == "flat" and listing.manifest.classes == ("cat", "dog")
 assert listing.manifest.val.labels.tolist() == [0, 1]
 assert sum(listing.counts()["train"].values()) == 1
 """,
+    "backbone": """
+assert [output.shape for output in outputs] == [(1, 128, 28, 28), (1, 256, 14, 14), (1, 512, 7, 7)]
+""",
     "sweep": """
 from pathlib import Path
 
