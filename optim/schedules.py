@@ -144,6 +144,11 @@ class Schedule:
         """Return the step at which warmup_cosine has its `start`; 0 for the other kinds."""
         return self.warmup_steps if self.kind == "warmup_cosine" else 0
 
+    @property
+    def warm(self) -> float:
+        """Return the value with which the schedule begins, without a warm-up."""
+        return self.start if self.warmup_steps else self(0)
+
     def _decayed(self, step: int) -> float:
         if self.kind == "constant":
             return self.start

@@ -436,6 +436,7 @@ class Trainer:
             inertia=self.config.optim.init_inertia,
             num_micro_batches=self._num_micro_batches,
             num_steps=self.num_steps,
+            schedules=self.engine.lr_scheduler.schedules,
         )
         self.reports.say(f"began from {self.config.init}: {sentence}")
 

@@ -57,7 +57,8 @@ def _begin_(weight: Tensor, uniform: Tensor, shape: torch.Size, state: State, gr
 def _seed_(weight: Tensor, mean_square: Tensor, state: State, group: Group, inertia: float) -> None:
     """e2 averages signs of e1, which keep for about 1 / gamma steps: noise gives it lr sqrt(alpha /
     gamma)."""
-    level = group["latent_lr"] * min(math.sqrt(group["alpha"] / group["gamma"]), 1.0)
+    gamma, alpha = group["gamma"], group["alpha"]
+    level = group["latent_lr"] * (math.sqrt(alpha / gamma) if alpha < gamma else 1.0)
     state["exp_avg_sign"].copy_(weight * (-inertia * level))
 
 

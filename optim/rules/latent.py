@@ -131,13 +131,18 @@ def walk(num_steps: int) -> float:
 
 def _seed_adam_(weight: Tensor, mean_square: Tensor, state: State, group: Group, inertia: float) -> None:
     """Adam's steps have the size lr, independent of the size of the gradients."""
-    state["latent"].copy_(weight * (inertia * group["latent_lr"] * walk(group["num_steps"]))).clamp_(-1.0, 1.0)
+    _fill_latent_(state["latent"], weight * (inertia * group["latent_lr"] * walk(group["num_steps"])))
 
 
 def _seed_sgd_(weight: Tensor, mean_square: Tensor, state: State, group: Group, inertia: float) -> None:
     """Each gradient comes to lr / (1 - momentum) of its size."""
     level = inertia * group["latent_lr"] / (1.0 - group["momentum"]) * walk(group["num_steps"])
-    state["latent"].copy_(weight * mean_square.sqrt() * level).clamp_(-1.0, 1.0)
+    _fill_latent_(state["latent"], weight * mean_square.sqrt() * level)
+
+
+def _fill_latent_(latent: Tensor, seeded: Tensor) -> None:
+    """Keep latent weights that are there: the real weights of a file, which know more."""
+    latent.copy_(torch.where(latent != 0, latent, seeded.clamp(-1.0, 1.0)))
 
 
 def _update_adam_(weight: Tensor, grad: Tensor, state: State, group: Group) -> None:

@@ -9,12 +9,13 @@ moments of the same gradients, else its first step would move each of them by th
 rate. SGD starts with a velocity of 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from bitfleet.optim.rules.rule import numbers_of
+from bitfleet.optim.schedules import Schedule
 from bitfleet.optim.sharding.buckets import Bucket
 from bitfleet.optim.sharding.optimizer import ShardedOptimizer
 
@@ -29,10 +30,20 @@ class Seeding:
         sharded: before its first step. Every rank does the same.
         inertia: how firmly weights of +-1 keep their signs, see `seed_average_`.
         num_steps: of the run.
+        schedules: group name -> hyperparameter -> schedule. During a warm-up the group has a
+            smaller value than the state is to be used with.
     """
 
-    def __init__(self, sharded: ShardedOptimizer, *, inertia: float, num_steps: int) -> None:
+    def __init__(
+        self,
+        sharded: ShardedOptimizer,
+        *,
+        inertia: float,
+        num_steps: int,
+        schedules: Mapping[str, Mapping[str, Schedule]],
+    ) -> None:
         self._sharded, self._inertia, self._num_steps = sharded, inertia, num_steps
+        self._schedules = schedules
         self.num_taken = 0
         """Steps whose gradients were finite."""
         self._squares = [torch.zeros(bucket.slice_numel, device=bucket.weights.device) for bucket in sharded.buckets]
@@ -67,7 +78,9 @@ class Seeding:
             seed_ = bucket.rule.seed_
             if seed_ is None:
                 continue
-            group = bucket.group | {"num_steps": self._num_steps}
+            scheduled = self._schedules.get(bucket.group.get("name", ""), {})
+            warm = {key: schedule.warm for key, schedule in scheduled.items()}
+            group = bucket.group | warm | {"num_steps": self._num_steps}
             seed_(bucket.owned(0, bucket.slice_numel), squares / self.num_taken, bucket.state, group, self._inertia)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bitfleet.models import ModelConfig, create_model, load_keras_weights
 from bitfleet.models.keras.weights import Scales
 from bitfleet.models.official_weights import from_official, is_official
-from bitfleet.optim import Seeding, ShardedOptimizer
+from bitfleet.optim import Schedule, Seeding, ShardedOptimizer
 from bitfleet.trainer.checkpoint import tensors as checkpoint_tensors
 from bitfleet.trainer.checkpoint.format import META, latest_checkpoint, model_signature, verify
 from bitfleet.trainer.checkpoint.tensors import BITS, MODEL, Tensors
@@ -168,6 +168,7 @@ def seed_state(
     inertia: float,
     num_micro_batches: int,
     num_steps: int,
+    schedules: Mapping[str, Mapping[str, Schedule]],
 ) -> str:
     """Fill a new optimizer's state from gradients of the first steps; every rank calls this.
 
@@ -183,15 +184,16 @@ def seed_state(
         inertia: optim.init_inertia.
         num_micro_batches: per step on this rank.
         num_steps: of the run.
+        schedules: group name -> hyperparameter -> schedule.
 
     Returns:
         A sentence about the state. If no gradient is finite it is left empty: the run will skip all
         its steps and say why.
     """
-    seeding = Seeding(sharded, inertia=inertia, num_steps=num_steps)
+    seeding = Seeding(sharded, inertia=inertia, num_steps=num_steps, schedules=schedules)
     device = next(model.parameters()).device
     model.train()
-    for _ in range(MAX_SEEDING_STEPS):
+    for _ in range(min(MAX_SEEDING_STEPS, num_steps)):
         if seeding.num_taken == SEEDING_STEPS:
             break
         for _ in range(num_micro_batches):
@@ -204,7 +206,7 @@ def seed_state(
         seeding.take()
         statistics.end_step(updated=False)
     if seeding.num_taken == 0:
-        return f"the state of the optimizer was not seeded: no gradient of {MAX_SEEDING_STEPS} steps is finite"
+        return "the state of the optimizer was not seeded: no gradient of the first steps is finite"
     seeding.finish()
     return (
         f"the state of the optimizer was seeded with the gradients of {seeding.num_taken} steps "

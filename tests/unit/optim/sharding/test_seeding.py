@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitfleet.optim import RoutedOptimizer, Seeding, ShardedOptimizer
+from bitfleet.optim import RoutedOptimizer, Schedule, Seeding, ShardedOptimizer
 from bitfleet.optim.rules.adam import KERAS_DEFAULTS
 
 RULES: dict[str, dict[str, Any]] = {
@@ -49,7 +49,7 @@ def backward(params: tuple[nn.Parameter, ...], step: int, factor: float = 1.0) -
 def test_first_step_flips_next_to_nothing(rule: str) -> None:
     binary, real, sharded = make(rule)
     before, real_before = binary.detach().clone(), real.detach().clone()
-    seeding = Seeding(sharded, inertia=INERTIA, num_steps=NUM_STEPS)
+    seeding = Seeding(sharded, inertia=INERTIA, num_steps=NUM_STEPS, schedules={})
     for step in range(8):
         backward((binary, real), step)
         assert seeding.take()
@@ -73,7 +73,7 @@ def test_first_step_flips_next_to_nothing(rule: str) -> None:
 
 def test_moments_are_those_of_the_gradients() -> None:
     binary, real, sharded = make("bop2ndorder")
-    seeding = Seeding(sharded, inertia=INERTIA, num_steps=NUM_STEPS)
+    seeding = Seeding(sharded, inertia=INERTIA, num_steps=NUM_STEPS, schedules={})
     squares, twin = torch.zeros_like(binary), nn.Parameter(real.detach().clone())
     adam = RoutedOptimizer([twin], {"rule": "keras_adam", **KERAS_DEFAULTS, "lr": 0.0})
     for step in range(8):
@@ -91,9 +91,52 @@ def test_moments_are_those_of_the_gradients() -> None:
     sharded.close()
 
 
+@pytest.mark.parametrize("rule", ["latent_adam", "latent_sgd"])
+def test_latent_weights_of_a_file_stay(rule: str) -> None:
+    binary, real, sharded = make(rule)
+    values = torch.linspace(-0.9, 0.9, binary.numel() // 2).view(32, 32, 3, 3)
+    with torch.no_grad():
+        binary[:32] = values
+    sharded.read_weights()
+    sharded.start_signs()
+    started = sharded.gather_state()["b"]["latent"]
+    assert torch.equal(started[:32], values)
+    seeding = Seeding(sharded, inertia=INERTIA, num_steps=NUM_STEPS, schedules={})
+    backward((binary, real), 0)
+    seeding.take()
+    seeding.finish()
+    assert torch.equal(sharded.gather_state()["b"]["latent"], started)
+    sharded.close()
+
+
+@pytest.mark.parametrize("rule", ["bop", "diode", "latent_adam"])
+def test_state_during_a_warm_up_is_that_of_what_follows(rule: str) -> None:
+    def seeded(schedule: Schedule) -> dict[str, Tensor]:
+        binary, real, sharded = make(rule)
+        key = next(key for key in ("gamma", "latent_lr") if key in RULES[rule])
+        group = sharded.param_groups[0]
+        group |= {"name": "binary", key: schedule(0)}
+        seeding = Seeding(sharded, inertia=INERTIA, num_steps=NUM_STEPS, schedules={"binary": {key: schedule}})
+        backward((binary, real), 0)
+        seeding.take()
+        seeding.finish()
+        sharded.close()
+        return sharded.gather_state()["b"]
+
+    expected = seeded(Schedule(start=1e-3))
+    assert any(bool(value.any()) for value in expected.values())
+    warm = [
+        Schedule(start=1e-3, kind="warmup_cosine", warmup_steps=9, num_steps=99),
+        Schedule(start=1e-3, kind="polynomial", warmup_steps=9, num_steps=99),
+    ]
+    for schedule in warm:
+        found = seeded(schedule)
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
 def test_gradients_that_are_not_finite_are_left_out() -> None:
     binary, real, sharded = make("bop2ndorder")
-    seeding = Seeding(sharded, inertia=INERTIA, num_steps=NUM_STEPS)
+    seeding = Seeding(sharded, inertia=INERTIA, num_steps=NUM_STEPS, schedules={})
     backward((binary, real), 0, factor=math.inf)
     assert not seeding.take()
     assert seeding.num_taken == 0
@@ -108,7 +151,7 @@ def test_gradients_that_are_not_finite_are_left_out() -> None:
 
 def test_state_of_a_run_saved_before_its_first_update_is_not_made_anew() -> None:
     binary, real, sharded = make("latent_adam")
-    seeding = Seeding(sharded, inertia=INERTIA, num_steps=NUM_STEPS)
+    seeding = Seeding(sharded, inertia=INERTIA, num_steps=NUM_STEPS, schedules={})
     backward((binary, real), 0)
     seeding.take()
     seeding.finish()
