@@ -253,9 +253,12 @@ class RoutedOptimizer(torch.optim.Optimizer):
         """Make weights of rules that flip them their signs, before the first step; rules with
         latent weights start these from the real values."""
         for group in self.param_groups:
-            for param in group["params"] if RULES[group["rule"]].flips else ():
+            rule = RULES[group["rule"]]
+            for param in group["params"] if rule.flips else ():
                 if not bool((param.abs() == 1).all()):
-                    self._begin_(param, self._state_of(param, group), group)
+                    check_has_hyperparameters(group)
+                    if rule.begin_ is not None:  # else no state: ZeRO puts other parameters into the groups
+                        self._begin_(param, self._state_of(param, group), group)
                     start_signs_(param)
 
     def create_state(self) -> None:

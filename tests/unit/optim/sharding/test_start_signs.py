@@ -65,6 +65,8 @@ def test_other_rules_start_with_the_signs_and_real_ones_stay(sharded: bool) -> N
     optimizer = ShardedOptimizer(plain) if sharded else plain
     optimizer.start_signs()
     assert torch.equal(model.weight, signs(real))
+    if not sharded:
+        assert not optimizer.state  # ZeRO replaces the parameters that it would belong to
     model = network()
     started(model, "real_adam", sharded=sharded)
     assert torch.equal(model.weight, real)
