@@ -177,7 +177,12 @@ def with_rule(config: OptimConfig, rule: str) -> OptimConfig:
 
 
 def _schedules(config: OptimConfig, num_steps: int) -> dict[str, dict[str, Schedule]]:
-    """Return group name -> hyperparameter -> schedule, lengths as in the configuration."""
+    """Return group name -> hyperparameter -> schedule, lengths as in the configuration.
+
+    Args:
+        config: rule and schedules.
+        num_steps: steps that the run makes, for schedules of the rule itself.
+    """
     values = config.hyperparameters
     binary = {name: value for name, value in values.items() if isinstance(value, Schedule)}
     if (further := RULES[config.rule].schedules) is not None:
@@ -220,7 +225,8 @@ def build_optimizer(
         binary["seed"] = seed
     others: Group = {"rule": config.full_precision, **FULL_PRECISION_DEFAULTS[config.full_precision]}
     settings = {BINARY: binary, FULL_PRECISION: others, DECAYED: {**others, "weight_decay": config.weight_decay}}
-    schedules = _schedules(config, num_steps)
+    # Whole batches: a phase that begins after the last of them never comes.
+    schedules = _schedules(config, num_epochs * steps_per_epoch if steps_per_epoch else num_steps)
     if config.transitions.drives != "off":
         driven = schedules[BINARY].pop(config.transitions.drives)
         binary[config.transitions.drives] = driven.start

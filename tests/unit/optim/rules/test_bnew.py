@@ -114,6 +114,15 @@ def test_phases_follow_the_run() -> None:
     assert phase_schedules({"rho": 0.3, "rho_from": 0.0, "frozen_from": 0.5}, 1)["free"](0) == 1
 
 
+def test_phases_are_parts_of_the_steps_that_are_made() -> None:
+    """6,000 images in batches of 700: 8 whole ones per epoch, 160 steps and not 171."""
+    model = create_model(ModelConfig(name="birealnet_small", num_classes=10, width=8))
+    _, schedules = build_optimizer(
+        model, OptimConfig(rule="bnew"), num_steps=20 * 6000 // 700, num_epochs=20, steps_per_epoch=8
+    )
+    assert [schedules["binary"]["free"](step) for step in (151, 152, 159)] == [1, 0, 0]
+
+
 def test_delay_of_a_schedule() -> None:
     schedule = Schedule(start=1.0, end=0.0, kind="polynomial", delay_steps=4).over(8)
     assert [schedule(step) for step in (0, 4, 5, 8, 9)] == [1, 1, 0.75, 0, 0]
