@@ -192,8 +192,9 @@ def _load_network(config: TrainConfig, checkpoint: Path, device: torch.device) -
 
 def in_precision(config: TrainConfig, precision: Precision) -> TrainConfig:
     """Return `config` with a precision that need not be the run's."""
-    # fp16 needs sharding "bits" for the gradients, of which there are none.
-    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision, sharding="bits"))
+    # fp16 needs these for the gradients, of which there are none.
+    engine = dataclasses.replace(config.engine, precision=precision, sharding="bits", on_nonfinite="skip")
+    return dataclasses.replace(config, engine=engine)
 
 
 @contextmanager
@@ -227,7 +228,8 @@ def images_before(
         device: where they are put.
 
     Returns:
-        For each step its micro-batches, as a loader gives them.
+        For each step its micro-batches, as a loader gives them. If the data set is not that of the
+        run, rank 0 says so.
 
     Raises:
         ValueError: the ranks do not divide the replicas, or an image cannot be read.
@@ -236,6 +238,13 @@ def images_before(
         raise ValueError(
             f"BatchNorm's statistics of {meta['num_replicas']} replicas are measured on a number of ranks that divides "
             f"it, not on {ranks.world_size}: start fewer, or pass --precise_bn_steps 0"
+        )
+    if ranks.is_main and dataset.sha != meta["data_sha"]:
+        print(
+            f"bitfleet: BatchNorm's statistics are measured on the training images of {config.data.root}, whose list "
+            "of images is not that of the run: they may differ from the run's",
+            file=sys.stderr,
+            flush=True,
         )
     loader = TrainLoader(
         dataset,
