@@ -96,7 +96,8 @@ def identity(
         parts[section] = adapter.validate_python(with_newer_sections[section])
         sections[section] = json.loads(adapter.dump_json(parts[section]))
     data, engine = sections["data"], sections["engine"]
-    changeable = fields_with_role(DataConfig, "host", "machine")
+    # Validation trains nothing, and a resumed run may have less memory for it.
+    changeable = fields_with_role(DataConfig, "host", "machine") | {"val_batch_size"}
     sections["data"] = {key: value for key, value in data.items() if key not in changeable}
     sections["data"]["loader"] = decoder_of(parts["data"])
     sections["engine"] = {key: engine[key] for key in ENGINE_FIELDS}

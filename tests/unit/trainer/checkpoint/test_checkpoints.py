@@ -159,6 +159,15 @@ def test_fields_that_are_younger_than_the_checkpoint_have_their_defaults(make: M
             make(other).checkpoints.resume(ValidCheckpoint(path, old))
 
 
+def test_a_resumed_run_may_validate_in_other_batches(make: Make) -> None:
+    config = config_of()
+    first = make(config)
+    first.train(1)
+    first.save()
+    smaller = dataclasses.replace(config, data=dataclasses.replace(config.data, val_batch_size=1))
+    assert make(smaller).checkpoints.resume(ValidCheckpoint(*first.saved())) == 1
+
+
 def test_only_what_decodes_counts_of_the_loader(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def with_loader(loader: Any) -> TrainConfig:
         config = config_of()
