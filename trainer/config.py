@@ -103,8 +103,8 @@ class TrainConfig:
             )
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, not {self.seed}")
-        for name in ("lr", *self.optim.hyperparameters):
-            schedule = getattr(self.optim, name)
+        schedules = {name: getattr(self.optim, name) for name in ("lr", *self.optim.hyperparameters)}
+        for name, schedule in (schedules | {"transitions.target": self.optim.transitions.target}).items():
             if isinstance(schedule, Schedule) and schedule.warmup_epochs >= self.epochs:
                 raise ValueError(
                     f"optim.{name}.warmup_epochs is {schedule.warmup_epochs:g}, and the run has {self.epochs} epochs: "

@@ -31,6 +31,7 @@ class RunningStatistics:
         self.num_replicas = num_replicas
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self._counters = [counter for name, counter in model.named_buffers() if name.endswith("num_batches_tracked")]
+        self._device = next(model.parameters()).device
         self.numel = sum(buffer.numel() for buffer in self._buffers)
         self._start: Tensor | None = None
         self._replicas: list[Tensor] = []
@@ -38,7 +39,7 @@ class RunningStatistics:
     def _read(self) -> Tensor:
         """Return a copy of all buffers, end to end."""
         flat = [buffer.reshape(-1) for buffer in self._buffers]
-        return torch.cat(flat) if flat else torch.zeros(0)
+        return torch.cat(flat) if flat else torch.zeros(0, device=self._device)
 
     def _write_(self, flat: Tensor) -> None:
         if not self._buffers:

@@ -165,6 +165,8 @@ def nonfinite_steps(
     if in_a_row == 0:  # an earlier part of the run made these steps
         what = f"none of the {step:,} steps of this run was made: no gradient was finite{cause}"
     saved = "the state before it is saved" if again else "the state is saved"
+    if again and step == 1:
+        saved = "nothing came before it"
     return FloatingPointError(f"{what}; {saved}: {_advice(config, names, init)}")
 
 

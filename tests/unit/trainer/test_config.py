@@ -68,6 +68,9 @@ def test_a_warm_up_ends_before_the_run() -> None:
         assert from_dict(to_dict(dataclasses.replace(config, epochs=6, optim=optim))).optim == optim
         with pytest.raises(ValueError, match=r"lr\.warmup_epochs is 5, and the run has 5 epochs: warm up for less"):
             dataclasses.replace(config, epochs=5, optim=optim)
+    target = OptimConfig(transitions=TransitionConfig(drives="gamma", target=warm))
+    with pytest.raises(ValueError, match=r"optim\.transitions\.target\.warmup_epochs is 5, and the run has 5 epochs"):
+        dataclasses.replace(config, epochs=5, optim=target)
 
 
 def test_smoothed_labels_need_a_loss_of_labels() -> None:

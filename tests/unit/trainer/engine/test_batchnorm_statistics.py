@@ -54,3 +54,9 @@ def test_without_images_or_batch_normalization_nothing_changes() -> None:
     plain = nn.Sequential(nn.Linear(2, 2))
     with RunningStatistics(plain, 1).precise(plain, [[torch.ones(1, 2)]], pytest.fail):
         pass
+
+
+def test_no_statistics_lie_where_the_network_is() -> None:
+    """Ranks exchange them, and NCCL takes no CPU tensor."""
+    statistics = RunningStatistics(nn.Linear(2, 2, device="meta"), 1)
+    assert statistics._read().device.type == "meta"

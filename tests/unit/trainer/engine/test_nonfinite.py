@@ -99,6 +99,12 @@ def test_advice_is_not_the_setting_in_force(make: Make) -> None:
         assert "of 27 more" in text or " more is not finite in step 7; the state before it is saved" in text
 
 
+def test_nothing_is_saved_before_the_first_step(make: Make) -> None:
+    config = config_of(on_nonfinite="stop")
+    text = str(nonfinite_steps(config.engine, make(config, 1), 1, init=None, bad_inputs="", again=True))
+    assert "is not finite in step 1; nothing came before it: lower the learning rate" in text
+
+
 def test_what_is_not_finite_is_named(make: Make) -> None:
     config = config_of()
     sharded = make(config, 2)
