@@ -9,7 +9,7 @@ from bitfleet.trainer.config import TrainConfig, to_dict
 from bitfleet.trainer.data import DataConfig
 from bitfleet.trainer.run.roles import fields_with_role
 
-TOP = ("epochs", "global_batch_size", "init", "init_scales")
+TOP = ("epochs", "global_batch_size", "init", "init_scales", "precise_bn_steps")
 ENGINE = ("precision", "grad_comm_dtype", "max_grad_norm", "deepspeed")
 EXACT = ("auto", "fp32", "tf32")
 """Precisions of the recipe: TensorFlow computes fp32 products in TF32 on GPUs that have it."""

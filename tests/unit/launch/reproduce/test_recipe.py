@@ -7,9 +7,10 @@ import pytest
 from bitfleet.configs import load_config
 from bitfleet.launch.data.imagenet import CIFAR10, ILSVRC2012
 from bitfleet.launch.reproduce.papers import PAPERS, find_paper
-from bitfleet.launch.reproduce.recipe import Change, changes_of_config, changes_of_run
+from bitfleet.launch.reproduce.recipe import Change, changes_of_config, changes_of_run, flatten, recipe
 from bitfleet.optim import linear
-from bitfleet.trainer.config import TrainConfig
+from bitfleet.trainer.config import TrainConfig, to_dict
+from bitfleet.trainer.run.roles import fields_with_role
 
 PAPER = load_config("birealnet18_imagenet")
 
@@ -39,6 +40,7 @@ def test_what_leaves_the_recipe_as_it_is() -> None:
     [
         (dataclasses.replace(PAPER, epochs=3), Change("epochs", 150, 3)),
         (dataclasses.replace(PAPER, init=Path("w.npz")), Change("init", None, "w.npz")),
+        (dataclasses.replace(PAPER, precise_bn_steps=50), Change("precise_bn_steps", None, 50)),
         (with_section("model", norm="layer"), Change("model.norm", "batch", "layer")),
         (with_section("data", preprocessing="torchvision"), Change("data.preprocessing", "official", "torchvision")),
         (with_section("optim", gamma=linear(1e-3, 1e-9)), Change("optim.gamma.start", 1e-4, 1e-3)),
@@ -49,6 +51,19 @@ def test_what_leaves_the_recipe_as_it_is() -> None:
 )
 def test_what_changes_the_recipe(here: TrainConfig, change: Change) -> None:
     assert changes_of_config(PAPER, here) == [change]
+
+
+def test_every_field_is_of_the_recipe_or_known_to_change_nothing() -> None:
+    fields = {name for name, _ in flatten(to_dict(PAPER))}
+    free = fields_with_role(TrainConfig, "host", "machine", "execution", "place", "habit")
+    others = {name for name in fields - set(recipe(PAPER)) if name not in free and name.split(".")[0] not in free}
+    assert others == {
+        "init_head",  # of init
+        "num_replicas",  # shows in the run
+        "seed",
+        *(f"engine.{name}" for name in ("check_every_steps", "collective_timeout_minutes", "cuda_graph")),
+        *(f"engine.{name}" for name in ("deterministic", "on_nonfinite", "sharding")),
+    }
 
 
 def test_other_data_and_replicas_show_in_the_run() -> None:
