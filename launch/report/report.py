@@ -8,7 +8,13 @@ from bitfleet.launch.report.page import Section, write_page
 from bitfleet.launch.report.run_comparison import NAME, compare
 from bitfleet.launch.report.run_results import RunResults, read_run
 from bitfleet.launch.report.run_section import run_section
-from bitfleet.launch.report.sweep_results import SweepResults, belong_together, join, read_sweep
+from bitfleet.launch.report.sweep_results import (
+    SweepResults,
+    belong_together,
+    check_has_results,
+    join,
+    read_sweep,
+)
 from bitfleet.launch.report.sweep_section import sweep_section
 from bitfleet.launch.sweep.table import CSV
 from bitfleet.trainer.metrics import JSONL
@@ -57,7 +63,11 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> tuple[Pat
 
 
 def _joined(parts: Sequence[Part]) -> list[Part]:
-    """Return `parts` with those of one sweep joined, in the place of the first of them."""
+    """Return `parts` with those of one sweep joined, in the place of the first of them.
+
+    Raises:
+        ValueError: a sweep has no finished run.
+    """
     kept: list[Part] = []
     for paths, new in parts:
         for number, (earlier_paths, earlier) in enumerate(kept):
@@ -66,6 +76,9 @@ def _joined(parts: Sequence[Part]) -> list[Part]:
                 break
         else:
             kept.append((paths, new))
+    for _, results in kept:
+        if isinstance(results, SweepResults):
+            check_has_results(results)
     return kept
 
 

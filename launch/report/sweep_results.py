@@ -161,7 +161,7 @@ def read_sweep(path: Path) -> SweepResults:
     """Read the sweep of a folder with sweep.csv, or of a CSV file.
 
     Raises:
-        ValueError: the file is not a sweep, is empty or damaged, or none of its runs has finished.
+        ValueError: the file is not a sweep, is empty or damaged.
     """
     file = path / CSV if path.is_dir() else path
     csv.field_size_limit(2**31 - 1)  # a curve of a long run is one cell
@@ -181,15 +181,18 @@ def read_sweep(path: Path) -> SweepResults:
     names = [row["run"] for row in rows]
     if twice := [name for number, name in enumerate(names) if name in names[:number]]:
         raise ValueError(f"{file} has two rows of the run {twice[0]!r}: expected one for each run, remove the other")
-    results = results_of(rows, file, read_object(facts) if (facts := file.with_suffix(".json")).is_file() else {})
+    return results_of(rows, file, read_object(facts) if (facts := file.with_suffix(".json")).is_file() else {})
+
+
+def check_has_results(results: SweepResults) -> None:
+    """Raise ValueError if none of the runs of a sweep, all parts together, has finished."""
     if not results.ranked:
         failed = [run for run in results.runs if run.status == "failed"]
         reason = f"; the first failure: {failed[0].name}: {failed[0].error}" if failed else ""
         raise ValueError(
-            f"no run of the sweep {file} has finished ({len(failed)} of {len(results.runs)} failed): "
+            f"no run of the sweep {results.path} has finished ({len(failed)} of {len(results.runs)} failed): "
             f"nothing to report{reason}"
         )
-    return results
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -341,4 +344,6 @@ def _setting(results: SweepResults, other: SweepResults) -> Any:
     hold it."""
     if "config" not in results.facts or "config" not in other.facts:
         return results.facts.get("options")
-    return {name: value for name, value in flatten(results.facts["config"]).items() if name not in HOW | {"seed"}}
+    # None as if it were not there: fields are added with that default, and entries stay.
+    config = flatten(results.facts["config"])
+    return {name: value for name, value in config.items() if name not in HOW | {"seed"} and value is not None}

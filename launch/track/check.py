@@ -12,7 +12,15 @@ from scipy import stats
 from bitfleet.configs import load_config
 from bitfleet.configs.sweeps.entry import BASE, FREE, MIN_SEEDS, TARGET
 from bitfleet.launch.report.intervals import CONFIDENCE, plus_minus, spread, steps_to
-from bitfleet.launch.report.sweep_results import Curve, SweepResults, SweepRun, belong_together, join, read_sweep
+from bitfleet.launch.report.sweep_results import (
+    Curve,
+    SweepResults,
+    SweepRun,
+    belong_together,
+    check_has_results,
+    join,
+    read_sweep,
+)
 from bitfleet.launch.sweep.table import CSV, HOW, cell, flatten
 from bitfleet.launch.text import percent, table
 from bitfleet.trainer.config import TrainConfig, to_dict
@@ -65,6 +73,8 @@ def read_entries(paths: Sequence[Path]) -> list[Entry]:
                 break
         else:
             whole.append((path, part))
+    for _, results in whole:
+        check_has_results(results)
     return [_checked(path, results) for path, results in whole]
 
 

@@ -48,6 +48,23 @@ def test_seeds_of_several_places_become_one_sweep(tmp_path: Path) -> None:
     assert "image_size" not in page.read_text()  # the whole configuration is sweep.json's
 
 
+def test_a_part_without_a_finished_run_belongs_to_the_rest(tmp_path: Path) -> None:
+    part(tmp_path / "1", 0)
+    rows = [synthetic.row({"rule": name}, 1, 0.5) | {"status": "failed", "error": "killed"} for name in "ab"]
+    synthetic.write(tmp_path / "2", ["rule"], rows, **FACTS | {"seeds": [1]})
+    page, _ = write_report([tmp_path / "1", tmp_path / "2"], tmp_path / "page")
+    assert "2 failed" in page.read_text()
+    with pytest.raises(ValueError, match=r"2.sweep\.csv has finished \(2 of 2 failed\): .*killed"):
+        write_report([tmp_path / "2"])
+
+
+def test_a_field_that_one_part_is_too_old_to_have_may_have_its_default(tmp_path: Path) -> None:
+    newer = part(tmp_path / "2", 1, config=FACTS["config"] | {"precise_bn_steps": None})
+    assert belong_together(part(tmp_path / "1", 0), newer)
+    other = part(tmp_path / "3", 1, config=FACTS["config"] | {"precise_bn_steps": 50})
+    assert not belong_together(part(tmp_path / "1", 0), other)
+
+
 @pytest.mark.parametrize(
     "change",
     [
