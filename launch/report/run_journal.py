@@ -40,9 +40,12 @@ def read_journal(run: Path) -> Journal:
     """Replay the journal of a run; flips during a gap in it are not counted.
 
     Raises:
-        ValueError: the journal cannot be read.
+        ValueError: the journal cannot be read, or no step of it.
     """
-    parts = [part for part in read_parts(run) if part.files]
+    written = [part for part in read_parts(run) if part.files]
+    parts = [part for part in written if part.last_step >= part.begin_step]
+    if not parts:
+        raise ValueError(written[0].gap or "no step is complete")
     first, last = parts[0].begin_step, parts[-1].last_step
     interval = max(1, math.ceil((last - first) / MAX_INTERVALS))
     shapes = parts[0].files[0].layout.shapes

@@ -195,8 +195,19 @@ def _describe(schedule: Mapping[str, Any]) -> str:
         text = f"{start:g} → {schedule.get('end', 0.0):g}, {kind}"
         power = schedule.get("power", 1.0)
         text += f" of power {power:g}" if kind == "polynomial" and power != 1.0 else ""
-    warmup = schedule.get("warmup_steps")
-    return text + (f", warm-up of {warmup} steps" if warmup else "")
+        if stairs := schedule.get("stairs"):
+            text += f" in {stairs}"
+        if length := schedule.get("num_steps"):
+            text += f" over {length:,} steps"
+        elif (share := schedule.get("share", 1.0)) != 1.0:
+            text += f" over {share:g} of the run"
+    if delay := schedule.get("delay_steps"):
+        text += f", after {delay:,} steps at {start:g}"
+    if warmup := schedule.get("warmup_steps"):
+        text += f", warm-up of {warmup} steps"
+    elif warmup := schedule.get("warmup_epochs"):
+        text += f", warm-up of {warmup:g} epochs"
+    return text
 
 
 def _epoch_of(run: RunResults, step: int) -> str:

@@ -137,6 +137,16 @@ def test_the_configuration_of_a_run_in_words(tmp_path: Path) -> None:
     assert rows["network"] == "birealnet18, 10 classes"
     assert rows["lr"] == "0.001, times 0.5 every 0.25 of the run"
     assert rows["gamma"] == "0.001, times 0.5 every 1,000 steps"
+    linear = {"start": 1e-3, "end": 1e-5, "kind": "polynomial", "power": 1.0}
+    run.facts["config"]["optim"] |= {
+        "lr": linear | {"kind": "warmup_cosine", "warmup_epochs": 5.0},
+        "gamma": linear | {"share": 0.25, "delay_steps": 1000},
+        "sigma": linear | {"kind": "stairs", "stairs": 8, "num_steps": 4000, "warmup_steps": 20},
+    }
+    rows = dict(summary(run))
+    assert rows["lr"] == "0.001 → 1e-05, warmup_cosine, warm-up of 5 epochs"
+    assert rows["gamma"] == "0.001 → 1e-05, polynomial over 0.25 of the run, after 1,000 steps at 0.001"
+    assert rows["sigma"] == "0.001 → 1e-05, stairs in 8 over 4,000 steps, warm-up of 20 steps"
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

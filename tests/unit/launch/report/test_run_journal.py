@@ -33,7 +33,7 @@ def bits(positions: list[int]) -> Bytes:
 
 
 def write_journal(run: Path, num_steps: int = 5) -> None:
-    (run / FOLDER).mkdir(parents=True)
+    (run / FOLDER).mkdir(parents=True, exist_ok=True)
     for rank, pieces in enumerate(PIECES):
         layout = LAYOUT._replace(rank=rank, pieces=pieces)
         content = journal_format.header(layout) + journal_format.frame(SIGNS, 0, 0, bits([3]).tobytes())
@@ -86,3 +86,22 @@ def test_damaged_journal_is_told_and_the_rest_is_reported(tmp_path: Path) -> Non
     (block,) = journal_blocks(dataclasses.replace(read_run(run)))
     assert "rank 1 of 2" in block.text
     assert not block.png
+
+
+def test_a_part_whose_first_frame_is_damaged_is_left_out(tmp_path: Path) -> None:
+    run = synthetic.run_folder(tmp_path / "run")
+    damaged = []
+    for rank, pieces in enumerate(PIECES):
+        header = journal_format.header(LAYOUT._replace(rank=rank, pieces=pieces))
+        damaged.append(header + bytes([255]) * 9)
+    (run / FOLDER).mkdir()
+    for number, begin in ((1, 0), (2, 5)):
+        for rank, content in enumerate(damaged):
+            (run / FOLDER / journal_format.file_name(number, begin, rank, 2)).write_bytes(content)
+    (block,) = journal_blocks(read_run(run))
+    assert block.text.startswith("The flip journal cannot be read: ")
+    assert "dimension" not in block.text
+    write_journal(run)
+    journal = read_journal(run)
+    assert (journal.first_step, journal.last_step) == (0, 5)
+    assert sum(journal.flips["b"]) == 5
