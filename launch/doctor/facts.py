@@ -12,16 +12,17 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 
 from bitfleet.launch.data.readable import Readable, readable
+from bitfleet.launch.job import same_on_all_hosts
 from bitfleet.models import check_images
 from bitfleet.optim.kernels.kernels import bop2ndorder_bits_, kernel_library
 from bitfleet.trainer.checkpoint.run_folder import checkpoint_disk, planned_folder
-from bitfleet.trainer.config import TrainConfig, resolve_replicas, to_dict
+from bitfleet.trainer.config import TrainConfig, resolve_replicas
 from bitfleet.trainer.data import check_classes, open_dataset
 from bitfleet.trainer.data.cache import cache_folder
 from bitfleet.trainer.engine.arithmetic import remark_on_precision
@@ -87,7 +88,7 @@ class Facts:
     """Defect of the update of binary weights on this rank's GPU; "" for none, None without a
     GPU."""
     config: str | None = None
-    """sha256 of the configuration; None without one."""
+    """sha256 of the configuration, without what may differ between hosts; None without one."""
     data: Readable | None = None
     """Set with a configuration."""
     model: str | None = None
@@ -133,12 +134,16 @@ def collect_facts(config: TrainConfig | None, ranks: Ranks, device: torch.device
         c_compiler=shutil.which(os.environ.get("CC") or "gcc") or shutil.which("clang"),
         python_header=Path(sysconfig.get_path("include"), "Python.h").is_file(),
         gpu_kernel=compare_kernel(device) if device.type == "cuda" else None,
-        config=hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest() if config else None,
+        config=_sha256(same_on_all_hosts(config)) if config else None,
         data=data,
         model=_model(config, ranks, data) if config and data else None,
         precision=remark_on_precision(config.engine.precision, device.type) if config else "",
         teacher=_teacher(config, ranks, device) if config and config.distill.teacher else None,
     )
+
+
+def _sha256(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _model(config: TrainConfig, ranks: Ranks, data: Readable) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from bitfleet.configs import load_config
 from bitfleet.launch.data.readable import Readable, readable
 from bitfleet.launch.doctor import facts as doctor_facts
 from bitfleet.launch.doctor.checks import Check
@@ -239,6 +240,18 @@ def test_facts_of_this_machine_are_collected() -> None:
     assert (facts.config, facts.data, facts.gpu_kernel) == (None, None, None)
     assert facts.c_compiler is not None
     assert measure_network(ranks, torch.device("cpu")) is None
+
+
+def test_hosts_may_read_the_data_from_other_paths(tiny_images: Path, tmp_path: Path) -> None:
+    config = load_config("fashion_small")
+    (tmp_path / "link").symlink_to(tiny_images)
+    found = []
+    for root, num_classes in ((tiny_images, 4), (tmp_path / "link", 4), (tiny_images, 5)):
+        data = dataclasses.replace(config.data, root=str(root))
+        model = dataclasses.replace(config.model, num_classes=num_classes)
+        here = dataclasses.replace(config, data=data, model=model)
+        found.append(collect_facts(here, Ranks(0, 1, 0, 1), torch.device("cpu")).config)
+    assert found[0] == found[1] != found[2]
 
 
 def test_the_page_cache_of_a_container_is_free(tmp_path: Path) -> None:
