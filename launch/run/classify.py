@@ -61,7 +61,7 @@ def evaluate(program: Path, root: str, num_threads: int, limit: int | None) -> s
     """
     import torch
 
-    from bitfleet.trainer.data import DataConfig, ValidationLoader, open_dataset
+    from bitfleet.trainer.data import DataConfig, ValidationLoader, dali_is_installed, open_dataset
 
     network = load(program)
     preprocessing, classes = network.description["preprocessing"], network.description["classes"]
@@ -72,6 +72,7 @@ def evaluate(program: Path, root: str, num_threads: int, limit: int | None) -> s
         augmentation="pad_crop" if geometry == "crop" else "random_resized_crop",
         preprocessing="official" if geometry == "official" else "torchvision",
         device="cpu",
+        loader="dali" if dali_is_installed() else "torch",
     )
     dataset = open_dataset(config)
     numbers = [str(label) for label in range(len(dataset.classes))]  # in a program whose export did not see the data

@@ -2,7 +2,7 @@
 
 from bitfleet.trainer.data.config import DataConfig
 from bitfleet.trainer.data.dataset import Dataset, check_classes, open_dataset
-from bitfleet.trainer.data.loaders import TrainLoader, ValidationLoader, decoder_of
+from bitfleet.trainer.data.loaders import TrainLoader, ValidationLoader, dali_is_installed, decoder_of
 from bitfleet.trainer.data.recent import RecentImages, remembering
 from bitfleet.trainer.data.resizing import normalize
 from bitfleet.trainer.data.stream import stream_settings
@@ -14,6 +14,7 @@ __all__ = [
     "TrainLoader",
     "ValidationLoader",
     "check_classes",
+    "dali_is_installed",
     "decoder_of",
     "normalize",
     "open_dataset",

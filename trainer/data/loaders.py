@@ -235,10 +235,11 @@ def decoder_of(config: DataConfig) -> Literal["dali", "torch"]:
     """
     if config.loader != "memory":
         return config.loader
-    return "dali" if config.augmentation != "pad_crop" or _dali_is_installed() else "torch"
+    return "dali" if config.augmentation != "pad_crop" or dali_is_installed() else "torch"
 
 
-def _dali_is_installed() -> bool:
+def dali_is_installed() -> bool:
+    """Return True if DALI can be imported."""
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:  # no package of nvidia

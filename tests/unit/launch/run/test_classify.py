@@ -1,5 +1,6 @@
 """`bitfleet run` on images and validation sets, and what it refuses."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,15 @@ def test_validation_set(content: bytes, tmp_path: Path, capsys: pytest.CaptureFi
     program.write_bytes(to_bytes(Program(lowered(model, 28).operations, description)))
     run([str(program), "--data", str(root)])
     assert capsys.readouterr().out.split("%")[0] == text.split("%")[0]
+
+
+def test_validation_set_without_dali(program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    root = write_images(tmp_path / "images", num_classes=3, train=1, val=4)
+    description = DESCRIPTION | {"classes": ["class0", "class1", "class2"]}
+    model = network("birealnet_small", width=8, num_classes=3)
+    program.write_bytes(to_bytes(Program(lowered(model, 28).operations, description)))
+    run([str(program), "--data", str(root)])
 
 
 def refused(*arguments: object) -> str:
