@@ -64,6 +64,8 @@ def validate(
         if stopped := must_stop():
             break
         if labels.numel() == 0:  # the other ranks have the rest
+            if config.engine.sharding == "zero3":  # all ranks gather the weights of each layer together
+                predict(model, config, device, images.new_zeros((1, *images.shape[1:])))
             continue
         logits = predict(model, config, device, images)
         meter.add(nn.functional.cross_entropy(logits.float(), labels, reduction="none"), logits, labels)

@@ -115,6 +115,16 @@ def test_deepspeed_stages_train_the_same_bits(
 
 
 @pytest.mark.slow
+def test_a_rank_without_validation_images_gathers_the_weights_of_zero3(tiny: list[str], tmp_path: Path) -> None:
+    """28 images in batches of 100, and layers that DeepSpeed does not keep whole on every rank."""
+    options = [*tiny, "--model.width", "64", "--metrics.diagnostics", "False", "--precise_bn_steps", "None"]
+    options += ["--run_dir", tmp_path / "run", "--stop_after_steps", "12", "--engine.sharding", "zero3"]
+    done = run_ranks(2, TRAIN, *options)
+    assert done.returncode == 0, done.stdout
+    assert "(28 images)" in done.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["reactnet_small", "quicknet_small"])
 def test_other_networks_train_the_same_bits_in_all_shardings(network: str, tiny: list[str], tmp_path: Path) -> None:
     shape = ["--model.depths", "1", "1", "--model.width", "8"]
