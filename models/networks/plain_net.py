@@ -1,4 +1,4 @@
-"""What networks without shortcuts share: convolutions, then dense layers of fixed size.
+"""Base of the networks without shortcuts: convolutions, then dense layers of fixed size.
 
 Methods and attributes are those of timm's networks.
 """

@@ -1,4 +1,4 @@
-"""What networks with shortcuts share: stem, blocks in stages, mean over the pixels, dense layer.
+"""Base of the networks with shortcuts: stem, blocks in stages, mean over the pixels, dense layer.
 
 Methods and attributes are those of timm's networks, so that tools made for these (detectors,
 segmentation, transfer to other classes) take them.
@@ -57,7 +57,7 @@ class ResidualNet(nn.Module):
             {"num_chs": stage.channels, "reduction": stage.reduction, "module": f"blocks.{end - 1}"}
             for stage, end in zip(stages, ends, strict=True)
         ]
-        """What timm wants to know of each stage: channels, reduction, and its last module."""
+        """Channels, reduction and last module of each stage, by timm's names."""
         self.num_features = stages[-1].channels
         self.reset_classifier(num_classes)
 
